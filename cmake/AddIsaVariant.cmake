@@ -1,0 +1,136 @@
+# Turns the tables of Variants.cmake into one module library per ISA and the headers that list them.
+
+include(CheckCXXCompilerFlag)
+
+set(CPUMOE_GENERATED_DIR ${CMAKE_BINARY_DIR}/generated)
+set(CPUMOE_ALL_ISAS "")
+set(CPUMOE_FORMATS "")
+
+# avx512_bf16 -> Avx512Bf16
+function(cpumoe_class_name name out)
+    string(REPLACE "_" ";" parts ${name})
+    set(class "")
+    foreach(part IN LISTS parts)
+        string(SUBSTRING ${part} 0 1 first)
+        string(SUBSTRING ${part} 1 -1 rest)
+        string(TOUPPER ${first} first)
+        string(APPEND class ${first}${rest})
+    endforeach()
+    set(${out} ${class} PARENT_SCOPE)
+endfunction()
+
+# A row of the ISA table: CPUMOE_<name>_FEATURES (its parent's included), CPUMOE_<name>_BUILDABLE.
+macro(cpumoe_isa name)
+    cmake_parse_arguments(isa "" "PARENT" "ARCHITECTURES;FEATURES" ${ARGN})
+    list(APPEND CPUMOE_ALL_ISAS ${name})
+    set(CPUMOE_${name}_FEATURES ${CPUMOE_${isa_PARENT}_FEATURES} ${isa_FEATURES})
+    set(CPUMOE_${name}_BUILDABLE ON)
+    if(NOT "any" IN_LIST isa_ARCHITECTURES AND NOT CPUMOE_ARCHITECTURE IN_LIST isa_ARCHITECTURES)
+        set(CPUMOE_${name}_BUILDABLE OFF)
+    endif()
+    if(CPUMOE_${name}_BUILDABLE)
+        foreach(feature IN LISTS isa_FEATURES)
+            check_cxx_compiler_flag(-m${feature} CPUMOE_HAVE_FLAG_${feature})
+            if(NOT CPUMOE_HAVE_FLAG_${feature})
+                set(CPUMOE_${name}_BUILDABLE OFF)
+            endif()
+        endforeach()
+    endif()
+endmacro()
+
+macro(cpumoe_format name)
+    list(APPEND CPUMOE_FORMATS ${name})
+endmacro()
+
+# The variants to build: CPUMOE_ISAS, or all that this compiler and architecture can.
+function(cpumoe_select_isas out)
+    set(buildable "")
+    foreach(isa IN LISTS CPUMOE_ALL_ISAS)
+        if(CPUMOE_${isa}_BUILDABLE)
+            list(APPEND buildable ${isa})
+        endif()
+    endforeach()
+    string(REPLACE "," ";" wanted "${CPUMOE_ISAS}")
+    foreach(isa IN LISTS wanted)
+        if(NOT isa IN_LIST CPUMOE_ALL_ISAS)
+            message(FATAL_ERROR "CPUMOE_ISAS: unknown ISA \"${isa}\"; known are ${CPUMOE_ALL_ISAS}")
+        endif()
+        if(NOT isa IN_LIST buildable)
+            message(
+                FATAL_ERROR
+                "CPUMOE_ISAS: ${isa} cannot be built for ${CPUMOE_ARCHITECTURE} by this compiler"
+            )
+        endif()
+    endforeach()
+    if(wanted)
+        set(buildable ${wanted})
+    endif()
+    set(${out} ${buildable} PARENT_SCOPE)
+endfunction()
+
+# isa_table.inc: CPUMOE_ISA_ROW(name, built, features...) per known ISA; feature_table.inc:
+# CPUMOE_FEATURE_ROW(name) per CPU feature that this architecture can have; format_table.inc:
+# CPUMOE_FORMAT_ROW(name, Class) per format.
+function(cpumoe_write_tables built)
+    set(isa_rows "")
+    set(testable "")
+    foreach(isa IN LISTS CPUMOE_ALL_ISAS)
+        set(is_built false)
+        if(isa IN_LIST built)
+            set(is_built true)
+        endif()
+        set(features "")
+        foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
+            string(APPEND features ", \"${feature}\"")
+        endforeach()
+        if(CPUMOE_${isa}_BUILDABLE)
+            list(APPEND testable ${CPUMOE_${isa}_FEATURES})
+        endif()
+        string(APPEND isa_rows "CPUMOE_ISA_ROW(\"${isa}\", ${is_built}${features})\n")
+    endforeach()
+    file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/isa_table.inc CONTENT "${isa_rows}")
+    list(REMOVE_DUPLICATES testable)
+    list(TRANSFORM testable REPLACE "(.+)" "CPUMOE_FEATURE_ROW(\"\\1\")\n")
+    list(JOIN testable "" testable)
+    file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/feature_table.inc CONTENT "${testable}")
+    set(format_rows "")
+    foreach(format IN LISTS CPUMOE_FORMATS)
+        cpumoe_class_name(${format} class)
+        string(APPEND format_rows "CPUMOE_FORMAT_ROW(${format}, ${class})\n")
+    endforeach()
+    file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/format_table.inc CONTENT "${format_rows}")
+endfunction()
+
+# Target cpumoe_variant_<isa>: the library cpumoe_<isa>.so, one translation unit per format. Only these
+# translation units get the ISA's flags; nothing else is linked into the library.
+function(cpumoe_add_isa_variant isa)
+    cpumoe_class_name(${isa} isa_class)
+    set(sources "")
+    set(declarations "")
+    set(entries "")
+    foreach(format IN LISTS CPUMOE_FORMATS)
+        cpumoe_class_name(${format} format_class)
+        set(source ${CPUMOE_GENERATED_DIR}/${isa}/${format}.cc)
+        configure_file(${PROJECT_SOURCE_DIR}/cpp/variant/format.cc.in ${source} @ONLY)
+        list(APPEND sources ${source})
+        string(APPEND declarations "FormatEntry ${format_class}Entry();\n")
+        list(APPEND entries "cpumoe::${format_class}Entry()")
+    endforeach()
+    list(JOIN entries ", " entries)
+    set(source ${CPUMOE_GENERATED_DIR}/${isa}/variant.cc)
+    configure_file(${PROJECT_SOURCE_DIR}/cpp/variant/variant.cc.in ${source} @ONLY)
+
+    set(target cpumoe_variant_${isa})
+    add_library(${target} MODULE ${sources} ${source})
+    target_link_libraries(${target} PRIVATE cpumoe_options)
+    set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
+    foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
+        target_compile_options(${target} PRIVATE -m${feature})
+    endforeach()
+    # False alarms of GCC 12: it mentions alignment attributes that template arguments drop (ours are
+    # unharmed), and calls the undefined pass-through operands of its own AVX-512 header uninitialized.
+    target_compile_options(
+        ${target}
+        PRIVATE -O3 -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
+    )
+endfunction()

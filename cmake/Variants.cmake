@@ -1,0 +1,13 @@
+# The two tables that everything else is generated from: compiler flags, CPU detection, error texts,
+# the parameters of tests and benchmarks.
+
+# ISA variants, from the most general to the most special: cpumoe_isa(name ARCHITECTURES ... PARENT ...
+# FEATURES ...). A variant needs its own features and its parent's. A feature's name is at once the
+# compiler's flag (-m<name>) and __builtin_cpu_supports' argument. Operations: cpp/kernels/<name>/.
+cpumoe_isa(generic ARCHITECTURES any)
+cpumoe_isa(avx2 ARCHITECTURES x86_64 PARENT generic FEATURES avx2 fma f16c)
+cpumoe_isa(avx512 ARCHITECTURES x86_64 PARENT avx2 FEATURES avx512f avx512bw avx512dq avx512vl)
+cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512 FEATURES avx512vnni avx512bf16)
+
+# Weight formats: cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h.
+cpumoe_format(mxfp4)

@@ -1,0 +1,74 @@
+// Storage types of low-precision floating point numbers and their exact scalar conversions.
+//
+// Kernels convert with vector instructions; these are the definitions that they are tested against
+// and what the cold paths (packing, the reference) use.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace cpumoe {
+
+// bfloat16: the upper half of an IEEE binary32.
+struct Bf16 {
+  uint16_t bits;
+
+  float ToFloat() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+  // Round to nearest, ties to even; a NaN stays one (quiet).
+  static Bf16 FromFloat(float value) {
+    const uint32_t u = std::bit_cast<uint32_t>(value);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};
+    return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+  }
+};
+
+// IEEE binary16.
+struct Fp16 {
+  uint16_t bits;
+
+  float ToFloat() const {
+    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
+    const uint32_t magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) {  // infinity and NaN
+      return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+    }
+    // Shifted into place the exponent is 112 too small; the product is exact, subnormals included.
+    const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+  }
+
+  // Round to nearest, ties to even; overflow gives infinity, a NaN stays one (quiet).
+  static Fp16 FromFloat(float value) {
+    const uint32_t u = std::bit_cast<uint32_t>(value);
+    const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+    const uint32_t magnitude = u & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+    if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+    if (magnitude < 0x38800000u) {
+      // Below 2^-14: adding 0.5 makes the float adder round at the subnormal's last place, 2^-24.
+      const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+      return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+    }
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+    return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+  }
+};
+
+// E8M0 of the OCP Microscaling (MX) formats 1.0: byte b is 2^(b-127); 255 is NaN, there is no zero.
+struct E8M0 {
+  uint8_t bits;
+
+  bool IsNan() const { return bits == 0xff; }
+  float ToFloat() const {
+    if (IsNan()) return std::bit_cast<float>(0x7fc00000u);
+    return std::bit_cast<float>(bits == 0 ? 0x00400000u : uint32_t{bits} << 23);
+  }
+};
+
+// Element types of the tensors that a host hands in and gets back.
+enum class DType : int32_t { kBf16, kFp16, kFp32 };
+
+constexpr int64_t ByteSize(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
+
+}  // namespace cpumoe

@@ -1,0 +1,162 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "bindings/bindings.h"
+#include "bindings/runtime.h"
+#include "dispatch/variant_loader.h"
+#include "moe/moe.h"
+
+namespace py = pybind11;
+
+namespace cpumoe {
+namespace {
+
+// A matrix as Python describes it; addresses and strides in bytes.
+struct MatrixArgs {
+  std::string name;
+  int64_t rows, columns;
+  uintptr_t codes;
+  int64_t codes_stride;
+  uintptr_t scales;
+  int64_t scales_stride;
+
+  template <class Byte>
+  RawMatrixOf<Byte> View() const {
+    return {rows,
+            columns,
+            reinterpret_cast<Byte*>(codes),
+            codes_stride,
+            reinterpret_cast<Byte*>(scales),
+            scales_stride,
+            name.c_str()};
+  }
+};
+
+// Addresses and properties of a forward call's tensors.
+struct ForwardTensors {
+  uintptr_t hidden_states;
+  int64_t hidden_stride;
+  int64_t tokens;
+  DType element;
+  uintptr_t ids;
+  bool ids_are_64_bit;
+  uintptr_t weights;
+  int64_t top_k;
+  uintptr_t mask;  // 0: none
+  uintptr_t output;
+
+  ForwardArgs View() const {
+    return {.routing = {.ids = reinterpret_cast<const void*>(ids),
+                        .ids_are_64_bit = ids_are_64_bit,
+                        .weights = reinterpret_cast<const float*>(weights),
+                        .mask = reinterpret_cast<const uint8_t*>(mask),
+                        .top_k = top_k},
+            .dtype = element,
+            .hidden_states = reinterpret_cast<const void*>(hidden_states),
+            .hidden_stride = hidden_stride,
+            .tokens = tokens,
+            .output = reinterpret_cast<void*>(output)};
+  }
+};
+
+std::shared_ptr<Moe> Create(const std::string& isa, const std::string& origin,
+                            const std::string& format, const MoeConfig& config) {
+  return std::shared_ptr<Moe>(FindFormat(LoadVariant(isa, origin), format).create(config));
+}
+
+void Pack(Moe& self, Runtime& runtime, int64_t expert, const std::array<MatrixArgs, 3>& matrices,
+          const std::optional<std::array<uintptr_t, 3>>& biases) {
+  ExpertSource source = {.gate = matrices[0].View<const std::byte>(),
+                         .up = matrices[1].View<const std::byte>(),
+                         .down = matrices[2].View<const std::byte>()};
+  if (biases) {
+    source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
+    source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
+    source.down_bias = reinterpret_cast<const float*>((*biases)[2]);
+  }
+  runtime.Execute([&](ThreadPool& pool, Workspace&) { self.Pack(expert, source, pool); });
+}
+
+void Unpack(const Moe& self, Runtime& runtime, int64_t expert,
+            const std::array<MatrixArgs, 3>& matrices, int64_t intermediate_begin) {
+  const ExpertDestination out = {.gate = matrices[0].View<std::byte>(),
+                                 .up = matrices[1].View<std::byte>(),
+                                 .down = matrices[2].View<std::byte>(),
+                                 .intermediate_begin = intermediate_begin};
+  runtime.Execute([&](ThreadPool& pool, Workspace&) { self.Unpack(expert, out, pool); });
+}
+
+void Forward(const Moe& self, Runtime& runtime, const ForwardTensors& tensors) {
+  runtime.Execute([&](ThreadPool& pool, Workspace& workspace) {
+    self.Forward(tensors.View(), pool, workspace);
+  });
+}
+
+std::shared_ptr<Completion> Submit(const std::shared_ptr<const Moe>& self, Runtime& runtime,
+                                   const ForwardTensors& tensors) {
+  return runtime.Submit([self, tensors](ThreadPool& pool, Workspace& workspace) {
+    self->Forward(tensors.View(), pool, workspace);
+  });
+}
+
+}  // namespace
+
+void BindExperts(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("BF16", DType::kBf16)
+      .value("FP16", DType::kFp16)
+      .value("FP32", DType::kFp32);
+
+  py::class_<MoeConfig>(m, "MoeConfig")
+      .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                       float alpha, std::optional<float> limit, float up_offset, bool has_bias,
+                       bool batch_invariant) {
+             const float infinity = std::numeric_limits<float>::infinity();
+             return MoeConfig{.num_experts = num_experts,
+                              .hidden_size = hidden_size,
+                              .intermediate_size = intermediate_size,
+                              .swiglu = {alpha, limit.value_or(infinity), up_offset},
+                              .has_bias = has_bias,
+                              .batch_invariant = batch_invariant};
+           }),
+           py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
+           py::arg("has_bias"), py::arg("batch_invariant"));
+
+  py::class_<MatrixArgs>(m, "Matrix")
+      .def(py::init<std::string, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>(),
+           py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
+           py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"));
+
+  py::class_<ForwardTensors>(m, "ForwardTensors")
+      .def(py::init([](uintptr_t hidden_states, int64_t hidden_stride, int64_t tokens,
+                       DType element, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights,
+                       int64_t top_k, uintptr_t mask, uintptr_t output) {
+             return ForwardTensors{hidden_states,  hidden_stride, tokens, element, ids,
+                                   ids_are_64_bit, weights,       top_k,  mask,    output};
+           }),
+           py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("tokens"),
+           py::arg("element"), py::arg("ids"), py::arg("ids_are_64_bit"), py::arg("weights"),
+           py::arg("top_k"), py::arg("mask"), py::arg("output"));
+
+  py::class_<Moe, std::shared_ptr<Moe>>(m, "Moe")
+      .def(py::init(&Create), py::arg("isa"), py::arg("origin"), py::arg("format"),
+           py::arg("config"))
+      .def_property_readonly("nbytes", &Moe::nbytes)
+      .def("pack", &Pack, py::arg("runtime"), py::arg("expert"), py::arg("matrices"),
+           py::arg("biases"), py::call_guard<py::gil_scoped_release>())
+      .def("unpack", &Unpack, py::arg("runtime"), py::arg("expert"), py::arg("matrices"),
+           py::arg("intermediate_begin"), py::call_guard<py::gil_scoped_release>())
+      .def("forward", &Forward, py::arg("runtime"), py::arg("tensors"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("submit", &Submit, py::arg("runtime"), py::arg("tensors"),
+           py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,51 @@
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "dispatch/cpu_features.h"
+#include "dispatch/variant_loader.h"
+
+namespace py = pybind11;
+
+namespace cpumoe {
+namespace {
+
+std::vector<FormatInfo> Formats(const std::string& isa, const std::string& origin) {
+  const VariantApi& variant = LoadVariant(isa, origin);
+  std::vector<FormatInfo> formats;
+  for (size_t i = 0; i < variant.num_formats; ++i) formats.push_back(variant.formats[i].info);
+  return formats;
+}
+
+}  // namespace
+
+void BindIsa(py::module_& m) {
+  py::class_<IsaRow>(m, "IsaRow")
+      .def_readonly("name", &IsaRow::name)
+      .def_readonly("built", &IsaRow::built)
+      .def_readonly("features", &IsaRow::features);
+  py::class_<FormatInfo>(m, "FormatInfo")
+      .def_readonly("name", &FormatInfo::name)
+      .def_readonly("code_bits", &FormatInfo::code_bits)
+      .def_readonly("group_size", &FormatInfo::group_size)
+      .def_readonly("scale_bytes", &FormatInfo::scale_bytes);
+
+  m.def("known_isas", &KnownIsas, "All ISA variants, from the most general to the most special.");
+  m.def("cpu_features", &DetectFeatures,
+        "The CPU features that ISA variants ask for and that are here.");
+  m.def("supported_isas", [] { return SupportedIsas(DetectFeatures()); });
+  m.def(
+      "require_isa",
+      [](const std::string& name, const std::string& origin) {
+        RequireIsa(name, DetectFeatures(), origin);
+      },
+      py::arg("name"), py::arg("origin"),
+      "Raises ValueError unless this CPU can run variant `name`.");
+  m.def("formats", &Formats, py::arg("isa"), py::arg("origin"), "The weight formats of a variant.");
+  m.def("assume_features", &AssumeFeatures, py::arg("features"),
+        "For tests under an instruction emulator: pretend that the CPU has these features.");
+}
+
+}  // namespace cpumoe

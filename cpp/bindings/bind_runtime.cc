@@ -1,0 +1,54 @@
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/runtime.h"
+#include "threading/topology.h"
+
+namespace py = pybind11;
+
+namespace cpumoe {
+
+void BindRuntime(py::module_& m) {
+  py::class_<CpuLocation>(m, "CpuLocation")
+      .def_readonly("cpu", &CpuLocation::cpu)
+      .def_readonly("core", &CpuLocation::core)
+      .def_readonly("package", &CpuLocation::package)
+      .def_readonly("node", &CpuLocation::node);
+  py::class_<NumaNode>(m, "NumaNode")
+      .def_readonly("id", &NumaNode::id)
+      .def_readonly("cpus", &NumaNode::cpus);
+  py::class_<Topology>(m, "Topology")
+      .def_readonly("cpus", &Topology::cpus)
+      .def_readonly("cores", &Topology::cores)
+      .def_readonly("nodes", &Topology::nodes)
+      .def_readonly("quota", &Topology::quota)
+      .def_readonly("default_threads", &Topology::default_threads);
+  m.def("topology", [] { return ReadTopology(); }, "The CPUs that this process may use.");
+
+  py::class_<Completion, std::shared_ptr<Completion>>(m, "Completion")
+      .def("done", &Completion::Done)
+      .def("wait", &Completion::Wait, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait_for",
+          [](Completion& self, double seconds) {
+            return self.WaitFor(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                std::chrono::duration<double>(seconds)));
+          },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
+      .def(py::init([](int threads, bool pin, std::vector<int> cpus) {
+             return std::make_shared<Runtime>(
+                 PinnedPool::Options{.threads = threads, .pin = pin, .cpus = std::move(cpus)});
+           }),
+           py::arg("threads"), py::arg("pin"), py::arg("cpus"))
+      .def("close", &Runtime::Close, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,12 @@
+// The parts of the extension module, one function per concept.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cpumoe {
+
+void BindIsa(pybind11::module_& m);
+void BindRuntime(pybind11::module_& m);
+void BindExperts(pybind11::module_& m);
+
+}  // namespace cpumoe

@@ -1,0 +1,9 @@
+// cpumoe._core: what the Python package calls. Tensors arrive as addresses, checked by Python.
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Bindings of cpumoe's C++ engine; use the cpumoe package instead.";
+  cpumoe::BindIsa(m);
+  cpumoe::BindRuntime(m);
+  cpumoe::BindExperts(m);
+}

@@ -1,0 +1,65 @@
+// A runtime: the threads and the scratch memory that forward calls of all layers share.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "moe/workspace.h"
+#include "threading/executor.h"
+#include "threading/os_thread.h"
+#include "threading/pinned_pool.h"
+
+namespace cpumoe {
+
+// Calls may come from any thread; they run one after the other.
+class Runtime {
+ public:
+  explicit Runtime(const PinnedPool::Options& options)
+      : pool_(std::make_unique<PinnedPool>(options)), executor_(std::make_unique<Executor>()) {}
+
+  // Stops the threads after what is queued has run. Later calls throw std::runtime_error.
+  void Close() {
+    if (fork_guard_.forked()) return;  // the threads and perhaps the mutex's owner are not here
+    std::unique_ptr<Executor> executor;
+    {
+      const std::lock_guard lock(mutex_);
+      executor = std::move(executor_);
+    }
+    executor.reset();  // without the mutex, which queued jobs need
+    const std::lock_guard lock(mutex_);
+    pool_.reset();
+  }
+
+  // Runs body(pool, workspace) on the calling thread.
+  template <class Body>
+  void Execute(Body&& body) {
+    fork_guard_.ThrowIfForked("Runtime");  // before the mutex: its owner may not exist here
+    const std::lock_guard lock(mutex_);
+    CheckOpen(pool_ != nullptr);
+    body(*pool_, workspace_);
+  }
+
+  // Queues body(pool, workspace) for the runtime's driver thread.
+  std::shared_ptr<Completion> Submit(std::function<void(ThreadPool&, Workspace&)> body) {
+    fork_guard_.ThrowIfForked("Runtime");
+    const std::lock_guard lock(mutex_);
+    CheckOpen(executor_ != nullptr);
+    return executor_->Submit([this, body = std::move(body)] { Execute(body); });
+  }
+
+ private:
+  static void CheckOpen(bool open) {
+    if (!open) throw std::runtime_error("this Runtime is closed; create a new one");
+  }
+
+  const ForkGuard fork_guard_;
+  std::mutex mutex_;
+  std::unique_ptr<PinnedPool> pool_;
+  Workspace workspace_;
+  std::unique_ptr<Executor> executor_;  // last: its jobs use the members above
+};
+
+}  // namespace cpumoe

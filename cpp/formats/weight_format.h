@@ -1,0 +1,39 @@
+// What a weight format is: how a checkpoint stores an [N, K] matrix, without a word about CPUs.
+//
+// A matrix is N rows of K codes, packed along K (low bits of a byte first), and per row K /
+// kGroupSize scales. The weight is kCodeValues[code] * scale.
+#pragma once
+
+#include <array>
+#include <concepts>
+#include <cstdint>
+#include <string_view>
+
+namespace cpumoe {
+
+template <class F>
+concept WeightFormat = requires(typename F::Scale scale) {
+  { F::kName } -> std::convertible_to<std::string_view>;
+  { F::kCodeBits } -> std::convertible_to<int>;      // bits of a code: divides 32
+  { F::kGroupSize } -> std::convertible_to<int>;     // successive k that share a scale
+  { F::Decode(uint32_t{}) } -> std::same_as<float>;  // a code's value before scaling, exact in bf16
+  { F::kMinMagnitude } -> std::convertible_to<float>;  // least and greatest non-zero |Decode(code)|
+  { F::kMaxMagnitude } -> std::convertible_to<float>;
+  { F::IsValidScale(scale) } -> std::same_as<bool>;  // false: the checkpoint is refused
+  { scale.ToFloat() } -> std::same_as<float>;
+};
+
+// The properties that hosts need at run time.
+struct FormatInfo {
+  const char* name;
+  int code_bits;
+  int group_size;
+  int scale_bytes;
+};
+
+template <WeightFormat F>
+constexpr FormatInfo InfoOf() {
+  return {F::kName.data(), F::kCodeBits, F::kGroupSize, sizeof(typename F::Scale)};
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,149 @@
+// AVX2 + FMA + F16C: a tile's sixteen rows are two registers of eight fp32.
+//
+// There is no wide permute for 4-bit codes, but byte shuffles look sixteen codes up per 128-bit
+// half. Per half of a packed vector (four rows of four bytes):
+//
+//   bytes of a row            k0|k2   k4|k6   k1|k3   k5|k7     (low nibble | high nibble)
+//   one shuffle gathers       (k0|k2 k1|k3) of four rows, then (k4|k6 k5|k7) of four rows
+//   low and high nibbles look up the lower and the upper byte of their bf16 value, and
+//   unpacking the two byte vectors yields bf16 pairs (k, k+1), one 32-bit lane per row.
+//
+// A bf16 pair is two fp32: the pair shifted left by 16, and the pair with its low half cleared.
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/float_types.h"
+
+namespace cpumoe {
+
+struct Avx2 {
+  // Register budget (16), two registers per Vec: fused 2 + 2 sums; panel 6 sums, a multiplicand and
+  // a broadcast activation.
+  static constexpr int kFusedTokens = 2;
+  static constexpr int kFusedPairTokens = 0;
+  static constexpr int kPanelTokens = 6;
+  static constexpr int kPanelTiles = 1;
+  static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
+
+  struct Vec {
+    __m256 lo, hi;  // rows 0-7 and 8-15
+  };
+  using Activation = float;
+  struct Pair {
+    Vec even, odd;
+  };
+  struct Codes {
+    __m256i lo, hi;
+  };
+  struct Table16 {
+    __m256i lower, upper;  // bytes of the values' bf16, both halves alike
+  };
+  using Fold = Vec;
+
+  static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Vec Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void Store(float* p, Vec v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+  }
+  static Vec Broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vec Add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static Vec Mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static Vec Div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static Vec Fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  static Vec Min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static Vec Max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static Vec Round(Vec v) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(v.lo, kNearest), _mm256_round_ps(v.hi, kNearest)};
+  }
+  static Vec Ldexp(Vec v, Vec n) { return {Ldexp(v.lo, n.lo), Ldexp(v.hi, n.hi)}; }
+
+  static Vec LoadScales(const E8M0* p) { return {LoadScales8(p), LoadScales8(p + 8)}; }
+  static Vec LoadScales(const Bf16* p) { return {LoadScales8(p), LoadScales8(p + 8)}; }
+
+  static Codes LoadCodes(const std::byte* p) {
+    const auto* vectors = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)};
+  }
+  static Table16 MakeTable(const std::array<float, 16>& values) {
+    alignas(16) uint8_t lower[16], upper[16];
+    for (int i = 0; i < 16; ++i) {
+      const uint16_t bits = Bf16::FromFloat(values[i]).bits;
+      lower[i] = static_cast<uint8_t>(bits);
+      upper[i] = static_cast<uint8_t>(bits >> 8);
+    }
+    return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(lower))),
+            _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(upper)))};
+  }
+  template <int kPair>
+  static Pair Lookup(Table16 table, Codes codes) {
+    const __m256i lo = LookupBf16<kPair>(table, codes.lo);
+    const __m256i hi = LookupBf16<kPair>(table, codes.hi);
+    return {{Even(lo), Even(hi)}, {Odd(lo), Odd(hi)}};
+  }
+
+  static Vec Dot(Vec sum, Pair w, const Activation* a) {
+    return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
+  }
+
+  // A code times a scale of any kind has few enough bits to be exact in fp32.
+  template <class Scale>
+  static Fold LoadFold(const Scale* p) {
+    return LoadScales(p);
+  }
+  static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
+  static bool FoldsExactly(float /*least*/, float /*greatest*/) { return true; }
+
+  static Activation ToActivation(float x) { return x; }
+
+ private:
+  // 2^n in two factors, so that results beyond either end of the exponent range come out right.
+  static __m256 Ldexp(__m256 v, __m256 n) {
+    const __m256i whole = _mm256_cvtps_epi32(n);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(v, PowerOfTwo(half)),
+                         PowerOfTwo(_mm256_sub_epi32(whole, half)));
+  }
+  static __m256 PowerOfTwo(__m256i n) {
+    const __m256i biased = _mm256_add_epi32(n, _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  static __m256 LoadScales8(const E8M0* p) {
+    const __m256i bytes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    // Byte 0 is 2^-127, whose fp32 is subnormal: its only bit is the mantissa's highest.
+    return _mm256_castsi256_ps(
+        _mm256_max_epi32(_mm256_slli_epi32(bytes, 23), _mm256_set1_epi32(0x00400000)));
+  }
+  static __m256 LoadScales8(const Bf16* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+
+  template <int kPair>
+  static __m256i LookupBf16(Table16 table, __m256i codes) {
+    const __m256i gather = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m256i bytes = _mm256_shuffle_epi8(codes, gather);
+    const __m256i nibbles = _mm256_and_si256(kPair % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4),
+                                             _mm256_set1_epi8(0x0f));
+    const __m256i lower = _mm256_shuffle_epi8(table.lower, nibbles);
+    const __m256i upper = _mm256_shuffle_epi8(table.upper, nibbles);
+    return kPair < 2 ? _mm256_unpacklo_epi8(lower, upper) : _mm256_unpackhi_epi8(lower, upper);
+  }
+  static __m256 Even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static __m256 Odd(__m256i pairs) {
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,95 @@
+// AVX-512 F/BW/DQ/VL: fp32 multiply-adds, sixteen rows of a tile in one register.
+//
+// A code becomes an fp32 multiplicand by one VPERMPS: 32-bit lanes index a table of sixteen, and
+// only the low four bits of an index count, so that a shift selects the code and nothing needs
+// masking.
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/float_types.h"
+
+namespace cpumoe {
+
+struct Avx512 {
+  // Register budget (32): fused one tile 12 sums + 12 group sums, two tiles 2 * (4 + 4); panel 12 x
+  // 2 sums. The rest holds codes, table, multiplicands and scales.
+  static constexpr int kFusedTokens = 12;
+  static constexpr int kFusedPairTokens = 4;
+  static constexpr int kPanelTokens = 12;
+  static constexpr int kPanelTiles = 2;
+  static constexpr int kPanelPairs = 256;  // 64 KiB of fp32: half of a small L2's working set
+
+  using Vec = __m512;
+  using Activation = float;
+  struct Pair {
+    __m512 even, odd;
+  };
+  struct Codes {
+    __m512i words;
+  };
+  struct Table16 {
+    __m512 values;
+  };
+  using Fold = Vec;
+
+  static Vec Zero() { return _mm512_setzero_ps(); }
+  static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+  static void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec Broadcast(float x) { return _mm512_set1_ps(x); }
+  static Vec Add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec Mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec Div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec Min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+  static Vec Max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec Round(Vec v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Vec Ldexp(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
+
+  static Vec LoadScales(const E8M0* p) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // Byte 0 is 2^-127, whose fp32 is subnormal: its only bit is the mantissa's highest.
+    return _mm512_castsi512_ps(
+        _mm512_max_epi32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
+  }
+  static Vec LoadScales(const Bf16* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+
+  static Codes LoadCodes(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
+  static Table16 MakeTable(const std::array<float, 16>& values) {
+    return {_mm512_loadu_ps(values.data())};
+  }
+  template <int kPair>
+  static Pair Lookup(Table16 table, Codes codes) {
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 4 * kPair), table.values),
+            _mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 16 + 4 * kPair), table.values)};
+  }
+
+  static Vec Dot(Vec sum, Pair w, const Activation* a) {
+    sum = _mm512_fmadd_ps(w.even, _mm512_set1_ps(a[0]), sum);
+    return _mm512_fmadd_ps(w.odd, _mm512_set1_ps(a[1]), sum);
+  }
+
+  // A code times a scale of any kind has few enough bits to be exact in fp32.
+  template <class Scale>
+  static Fold LoadFold(const Scale* p) {
+    return LoadScales(p);
+  }
+  static Pair Multiply(Pair w, Fold f) {
+    return {_mm512_mul_ps(w.even, f), _mm512_mul_ps(w.odd, f)};
+  }
+  static bool FoldsExactly(float /*least*/, float /*greatest*/) { return true; }
+
+  static Activation ToActivation(float x) { return x; }
+};
+
+}  // namespace cpumoe

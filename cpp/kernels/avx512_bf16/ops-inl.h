@@ -1,0 +1,69 @@
+// AVX512_BF16: VDPBF16PS multiplies 32 bf16 pairs and adds them to sixteen fp32 sums.
+//
+// A packed vector is 32 half-words of four codes. VPERMW looks the lowest code of each up in a
+// table of 32 bf16 (the sixteen values twice, so that bit 4 of an index does not matter): 64 packed
+// bytes become 128 multiplicands in four permutes and three shifts.
+//
+// VDPBF16PS treats denormal inputs as zero and ignores MXCSR, hence FoldsExactly.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/avx512/ops-inl.h"
+
+namespace cpumoe {
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr int kPanelPairs = 512;  // 64 KiB of bf16
+
+  using Activation = Bf16;
+  struct Pair {
+    __m512i words;  // lane r: bf16 of k in the low half, of k+1 in the high half
+  };
+  struct Table16 {
+    __m512i values;
+  };
+  struct Fold {
+    __m512i exponents;  // scale exponent in the bf16 exponent's place, in both halves of lane r
+  };
+
+  static Table16 MakeTable(const std::array<float, 16>& values) {
+    alignas(64) uint16_t twice[32];
+    for (int i = 0; i < 32; ++i) twice[i] = Bf16::FromFloat(values[i % 16]).bits;
+    return {_mm512_load_si512(twice)};
+  }
+  template <int kPair>
+  static Pair Lookup(Table16 table, Codes codes) {
+    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.words, 4 * kPair), table.values)};
+  }
+
+  static Vec Dot(Vec sum, Pair w, const Activation* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof(pair));
+    return _mm512_dpbf16_ps(sum, (__m512bh)w.words, (__m512bh)_mm512_set1_epi32(pair));
+  }
+
+  // A power of two folds into bf16 by adding exponents; other scales need more bits than bf16 has.
+  static Fold LoadFold(const E8M0* p) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i exponents = _mm512_slli_epi32(_mm512_sub_epi32(bytes, _mm512_set1_epi32(127)), 7);
+    const __m512i low = _mm512_and_si512(exponents, _mm512_set1_epi32(0xffff));
+    return {_mm512_or_si512(low, _mm512_slli_epi32(exponents, 16))};
+  }
+  static Pair Multiply(Pair w, Fold f) {
+    const __mmask32 nonzero = _mm512_test_epi16_mask(w.words, _mm512_set1_epi16(0x7fff));
+    return {_mm512_mask_add_epi16(w.words, nonzero, w.words, f.exponents)};
+  }
+  // Whether all products of magnitude `least` to `greatest` are normal bf16 numbers.
+  static bool FoldsExactly(float least, float greatest) {
+    return least >= 0x1p-126f && greatest <= 0x1.fep127f;
+  }
+
+  static Activation ToActivation(float x) { return Bf16::FromFloat(x); }
+};
+
+}  // namespace cpumoe

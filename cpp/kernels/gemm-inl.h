@@ -1,0 +1,164 @@
+// C = A * W^T for a few tiles of W: the micro-kernels, written once in an ISA's vocabulary.
+//
+//   A  tokens x K, staged: [K/2][tokens][2] of Isa::Activation (a pair is one broadcast)
+//   W  packed tiles of 16 rows x K (tile.h)
+//   C  [tiles][tokens][16] fp32
+//
+// Fused: codes are decoded in registers, each multiplicand serves all tokens at once. A group's
+// products are summed unscaled, and one multiply-add applies the 16 scales. For as many tokens as
+// registers hold.
+//
+// Panel: a KC-deep panel of the tiles is decoded to memory (L1/L2) once, then a register-tiled GEMM
+// runs over all token blocks. Scales are folded into the multiplicands where that is exact, else
+// applied per group as in the fused form.
+//
+// Every form adds a token's products in the same order whatever the number of tokens and tiles.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "kernels/isa.h"
+#include "kernels/tile.h"
+
+namespace cpumoe {
+
+// Calls body(std::integral_constant<int, i>) for i in [0, kCount), unrolled.
+template <int kCount, class Body>
+inline __attribute__((always_inline)) void Unroll(Body&& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (body(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+template <class Isa, class Codec>
+struct Gemm {
+  static_assert(TileCodec<Codec, Isa>);
+  using Format = typename Codec::Format;
+  using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
+  using Scale = typename Format::Scale;
+  using Activation = typename Isa::Activation;
+  using Pair = typename Isa::Pair;
+  using Vec = typename Isa::Vec;
+
+  static constexpr bool kFolding = FoldingCodec<Codec, Isa>;
+  static constexpr int kPanelGroups = Isa::kPanelPairs / Geometry::kGroupPairs;
+  static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0);
+
+  static const Scale* ScalesOf(const TileView& tile, int64_t group) {
+    return reinterpret_cast<const Scale*>(tile.scales) + group * kTileRows;
+  }
+
+  template <int kTokens, int kTiles>
+  static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
+                    float* c) {
+    Vec sum[kTiles][kTokens];
+    for (auto& row : sum) {
+      for (Vec& s : row) s = Isa::Zero();
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      Vec part[kTiles][kTokens];
+      for (auto& row : part) {
+        for (Vec& s : row) s = Isa::Zero();
+      }
+      Unroll<Geometry::kGroupVectors>([&](auto v) {
+        typename Isa::Codes codes[kTiles];
+        for (int r = 0; r < kTiles; ++r) {
+          codes[r] = Isa::LoadCodes(tiles[r].codes + g * Geometry::kGroupBytes + v * kVectorBytes);
+        }
+        Unroll<Geometry::kVectorPairs>([&](auto p) {
+          for (int r = 0; r < kTiles; ++r) {
+            const Pair w = codec.template Decode<p>(codes[r]);
+            for (int t = 0; t < kTokens; ++t) part[r][t] = Isa::Dot(part[r][t], w, a + 2 * t);
+          }
+          a += 2 * kTokens;
+        });
+      });
+      for (int r = 0; r < kTiles; ++r) {
+        const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Fma(part[r][t], scales, sum[r][t]);
+      }
+    }
+    for (int r = 0; r < kTiles; ++r) {
+      for (int t = 0; t < kTokens; ++t) Isa::Store(c + (r * kTokens + t) * kTileRows, sum[r][t]);
+    }
+  }
+
+  // Decodes groups [begin, end) of the tiles into panel[pair][tile].
+  template <int kTiles, bool kFold>
+  static void DecodePanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
+                          Pair* panel) {
+    for (int64_t g = begin; g < end; ++g) {
+      for (int r = 0; r < kTiles; ++r) {
+        Pair* out = panel + (g - begin) * Geometry::kGroupPairs * kTiles + r;
+        const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
+        [[maybe_unused]] const auto fold = [&] {
+          if constexpr (kFold)
+            return codec.FoldScales(ScalesOf(tiles[r], g));
+          else
+            return 0;
+        }();
+        Unroll<Geometry::kGroupVectors>([&](auto v) {
+          const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
+          Unroll<Geometry::kVectorPairs>([&](auto p) {
+            Pair w = codec.template Decode<p>(codes);
+            if constexpr (kFold) w = Isa::Multiply(w, fold);
+            out[(v * Geometry::kVectorPairs + p) * kTiles] = w;
+          });
+        });
+      }
+    }
+  }
+
+  // C += A * panel; the panel's multiplicands carry their scales.
+  template <int kTokens, int kTiles>
+  static void Panel(const Pair* panel, const Activation* a, int64_t pairs, float* c) {
+    Vec sum[kTiles][kTokens];
+    for (int r = 0; r < kTiles; ++r) {
+      for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(c + (r * kTokens + t) * kTileRows);
+    }
+    for (int64_t p = 0; p < pairs; ++p) AddPair<kTokens, kTiles>(panel, a, p, sum);
+    for (int r = 0; r < kTiles; ++r) {
+      for (int t = 0; t < kTokens; ++t) Isa::Store(c + (r * kTokens + t) * kTileRows, sum[r][t]);
+    }
+  }
+
+  // The same with unscaled multiplicands: each group's sum is scaled as it is added to C.
+  template <int kTokens, int kTiles>
+  static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
+                          const Pair* panel, const Activation* a, float* c) {
+    for (int64_t g = begin; g < end; ++g) {
+      Vec part[kTiles][kTokens];
+      for (auto& row : part) {
+        for (Vec& s : row) s = Isa::Zero();
+      }
+      for (int64_t p = 0; p < Geometry::kGroupPairs; ++p)
+        AddPair<kTokens, kTiles>(panel, a, p, part);
+      panel += Geometry::kGroupPairs * kTiles;
+      a += Geometry::kGroupPairs * kTokens * 2;
+      for (int r = 0; r < kTiles; ++r) {
+        const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
+        for (int t = 0; t < kTokens; ++t) {
+          float* out = c + (r * kTokens + t) * kTileRows;
+          Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
+        }
+      }
+    }
+  }
+
+ private:
+  template <int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void AddPair(const Pair* panel, const Activation* a,
+                                                            int64_t p,
+                                                            Vec (&sum)[kTiles][kTokens]) {
+    Pair w[kTiles];
+    for (int r = 0; r < kTiles; ++r) w[r] = panel[p * kTiles + r];
+    for (int t = 0; t < kTokens; ++t) {
+      for (int r = 0; r < kTiles; ++r)
+        sum[r][t] = Isa::Dot(sum[r][t], w[r], a + (p * kTokens + t) * 2);
+    }
+  }
+};
+
+}  // namespace cpumoe

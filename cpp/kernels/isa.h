@@ -1,0 +1,72 @@
+// The vocabulary that an ISA supplies, and the codec that a weight format supplies.
+//
+// The algorithms (gemm-inl.h, activation) are written once in this vocabulary. An ISA is a class of
+// types and static functions in kernels/<isa>/ops-inl.h; it may derive from another and replace
+// what it does better.
+#pragma once
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/float_types.h"
+#include "kernels/tile.h"
+
+namespace cpumoe {
+
+// Isa::Vec         one fp32 per row of a tile
+// Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
+// Isa::Pair        multiplicands: weights (k, k+1) of every row of a tile
+// Isa::Codes       one packed vector of a tile
+// Isa::Table16     values of the sixteen 4-bit codes, exact in bf16
+// Isa::Fold        a group's scales in the form that multiplies a Pair exactly
+template <class Isa>
+concept VectorIsa = requires(
+    typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
+    typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
+    const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold) {
+  { Isa::kFusedTokens } -> std::convertible_to<int>;      // most tokens of the fused kernel
+  { Isa::kFusedPairTokens } -> std::convertible_to<int>;  // and of its form for two tiles at once
+  { Isa::kPanelTokens } -> std::convertible_to<int>;      // MR: tokens of the panel micro-kernel
+  { Isa::kPanelTiles } -> std::convertible_to<int>;  // NR / 16: tiles of the panel micro-kernel
+  { Isa::kPanelPairs } -> std::convertible_to<int>;  // KC / 2: pairs of a panel
+  { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
+  { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
+  { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Add(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
+  { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;     // NaN in the second operand is kept
+  { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
+  { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
+  Isa::Store(out, v);
+  { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
+  { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
+  { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
+  { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
+  { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
+  { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
+  { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
+};
+
+// How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply
+// the multiplicands exactly also has FoldScales; where it is missing, or a matrix has a scale that
+// leaves the multiplicand's range (Isa::FoldsExactly), scales are applied to the fp32 sum of each
+// group.
+template <class C, class Isa>
+concept TileCodec = VectorIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
+                                               const typename C::Format::Scale* scales) {
+  { codec.template Decode<0>(codes) } -> std::same_as<typename Isa::Pair>;
+  { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;
+};
+
+template <class C, class Isa>
+concept FoldingCodec =
+    TileCodec<C, Isa> && requires(const C codec, const typename C::Format::Scale* scales) {
+      { codec.FoldScales(scales) } -> std::same_as<typename Isa::Fold>;
+    };
+
+}  // namespace cpumoe

@@ -1,0 +1,39 @@
+// The packed tile: the one weight layout that every ISA computes from.
+//
+// A tile is 16 output rows of a matrix. Along K it is a sequence of 64-byte vectors of sixteen
+// 32-bit lanes; lane r holds the next 32 / code_bits codes of row r:
+//
+//          lane r, codes of 4 bits      bit 31 ............ 16 15 ............. 0
+//                                          k7   k5   k3   k1   k6   k4   k2   k0
+//
+// Even k fill the low half-word upwards and odd k the high one, so that one shift brings the codes
+// of a pair (k, k+1) to the bottom of both half-words: as 16-bit table indices they become the bf16
+// pair that a dot instruction wants, and as 32-bit indices one fp32 per lane. There are no
+// horizontal sums, and the scales of a group are one vector: scales[group][16].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cpumoe {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kVectorBytes = kTileRows * 4;
+
+// Geometry of a tile whose codes have `kCodeBits` bits and whose scales cover `kGroupSize` codes.
+template <int kCodeBits, int kGroupSize>
+struct TileGeometry {
+  static constexpr int kVectorDepth = 32 / kCodeBits;    // k per vector
+  static constexpr int kVectorPairs = kVectorDepth / 2;  // pairs (k, k+1) per vector
+  static constexpr int kGroupPairs = kGroupSize / 2;
+  static constexpr int kGroupVectors = kGroupSize / kVectorDepth;
+  static constexpr int kGroupBytes = kGroupVectors * kVectorBytes;
+  static_assert(kGroupSize % kVectorDepth == 0 && kVectorDepth % 2 == 0);
+};
+
+struct TileView {
+  const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
+  const std::byte* scales;  // [groups][16] of the format's scale type
+};
+
+}  // namespace cpumoe

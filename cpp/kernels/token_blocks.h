@@ -1,0 +1,30 @@
+// How the tokens of one expert are cut into blocks of at most MR for the micro-kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "base/bits.h"
+
+namespace cpumoe {
+
+// `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: thirteen tokens
+// and MR = 12 are 7 + 6, not 12 + 1, because a block of one token reads the weights as often as one
+// of 12.
+class TokenBlocks {
+ public:
+  TokenBlocks(int64_t tokens, int most)
+      : count_(CeilDiv(tokens, most)),
+        size_(count_ == 0 ? 0 : tokens / count_),
+        larger_(count_ == 0 ? 0 : tokens % count_) {}
+
+  int64_t count() const { return count_; }
+  int64_t Begin(int64_t block) const { return block * size_ + (block < larger_ ? block : larger_); }
+  int Size(int64_t block) const { return static_cast<int>(size_ + (block < larger_ ? 1 : 0)); }
+
+ private:
+  int64_t count_;
+  int64_t size_;
+  int64_t larger_;  // blocks of one token more, the first ones
+};
+
+}  // namespace cpumoe

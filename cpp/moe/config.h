@@ -1,0 +1,27 @@
+// The shape of one layer's routed experts and the formula of their activation.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace cpumoe {
+
+// h = (u + up_offset) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit).
+// Plain SwiGLU is the default; DeepSeek-V4 has limit 10; gpt-oss alpha 1.702, limit 7, up_offset 1.
+struct SwiGlu {
+  float alpha = 1.0f;
+  float limit = std::numeric_limits<float>::infinity();
+  float up_offset = 0.0f;
+};
+
+struct MoeConfig {
+  int64_t num_experts = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  SwiGlu swiglu;
+  bool has_bias = false;
+  // One kernel path whatever the number of tokens: a token's result does not depend on the others.
+  bool batch_invariant = false;
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,145 @@
+// The packed weights of all experts of a layer, in one format.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/check.h"
+#include "moe/config.h"
+#include "moe/moe.h"
+#include "packing/pack.h"
+
+namespace cpumoe {
+
+enum class Projection { kGate, kUp, kDown };
+
+template <WeightFormat F>
+class ExpertWeights {
+ public:
+  explicit ExpertWeights(const MoeConfig& config)
+      : config_(Checked(config)),
+        gate_up_(config.intermediate_size, config.hidden_size),
+        down_(config.hidden_size, config.intermediate_size),
+        packed_(static_cast<size_t>(config.num_experts * ExpertBytes())),
+        biases_(config.has_bias ? config.num_experts * BiasSize() : 0),
+        scales_(config.num_experts),
+        has_weights_(config.num_experts, 0) {}
+
+  const MoeConfig& config() const { return config_; }
+  size_t nbytes() const { return packed_.size() + biases_.size() * sizeof(float); }
+  // One byte per expert: whether it has been packed.
+  const std::vector<uint8_t>& has_weights() const { return has_weights_; }
+  const ScaleRange& scales(int64_t expert) const { return scales_[expert]; }
+
+  const PackedLayout<F>& layout(Projection p) const {
+    return p == Projection::kDown ? down_ : gate_up_;
+  }
+  TileView Tile(int64_t expert, Projection p, int64_t tile) const {
+    return layout(p).Tile(Matrix(expert, p), tile);
+  }
+  // [rows of the projection], or null where experts have no biases.
+  const float* Bias(int64_t expert, Projection p) const {
+    if (biases_.empty()) return nullptr;
+    return biases_.data() + expert * BiasSize() +
+           static_cast<int64_t>(p) * config_.intermediate_size;
+  }
+
+  void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) {
+    CheckExpert(expert);
+    CheckShape(source.gate, gate_up_);
+    CheckShape(source.up, gate_up_);
+    CheckShape(source.down, down_);
+    const bool biased = source.gate_bias != nullptr;
+    Require(biased == config_.has_bias && biased == (source.up_bias != nullptr) &&
+                biased == (source.down_bias != nullptr),
+            "expert ", expert, ": ", config_.has_bias ? "three biases" : "no biases",
+            " expected, as the layer's has_bias says");
+    has_weights_[expert] = 0;
+    std::vector<ScaleRange> ranges(pool.num_threads());
+    ForEachTile(pool, [&](Projection p, int64_t tile, int thread) {
+      const RawMatrix& matrix = p == Projection::kGate ? source.gate
+                                : p == Projection::kUp ? source.up
+                                                       : source.down;
+      ranges[thread].Merge(layout(p).PackTile(matrix, tile, Matrix(expert, p)));
+    });
+    for (const ScaleRange& range : ranges) ranges[0].Merge(range);
+    scales_[expert] = ranges[0];
+    if (biased) {
+      float* bias = biases_.data() + expert * BiasSize();
+      bias = std::copy_n(source.gate_bias, config_.intermediate_size, bias);
+      bias = std::copy_n(source.up_bias, config_.intermediate_size, bias);
+      std::copy_n(source.down_bias, config_.hidden_size, bias);
+    }
+    has_weights_[expert] = 1;
+  }
+
+  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
+    CheckExpert(expert);
+    Require(has_weights_[expert] != 0, "expert ", expert, " has no weights to export");
+    const int64_t begin = out.intermediate_begin, count = out.gate.rows;
+    Require(begin >= 0 && count >= 0 && begin + count <= config_.intermediate_size &&
+                begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
+            F::kName, ": intermediate features to export must be whole groups of ", F::kGroupSize,
+            " within [0, ", config_.intermediate_size, "), got [", begin, ", ", begin + count, ")");
+    ForEachTile(pool, [&](Projection p, int64_t tile, int) {
+      if (p == Projection::kDown) {
+        down_.UnpackTile(Matrix(expert, p), tile, 0, begin, out.down);
+      } else {
+        gate_up_.UnpackTile(Matrix(expert, p), tile, begin, 0,
+                            p == Projection::kGate ? out.gate : out.up);
+      }
+    });
+  }
+
+ private:
+  static const MoeConfig& Checked(const MoeConfig& c) {
+    Require(c.num_experts > 0, "num_experts must be positive, got ", c.num_experts);
+    CheckSize(c.hidden_size, "hidden_size");
+    CheckSize(c.intermediate_size, "intermediate_size");
+    return c;
+  }
+  static void CheckSize(int64_t size, const char* name) {
+    Require(size > 0 && size % F::kGroupSize == 0, F::kName, ": ", name,
+            " must be a positive multiple of ", F::kGroupSize, ", got ", size);
+  }
+  void CheckExpert(int64_t expert) const {
+    if (expert < 0 || expert >= config_.num_experts) {
+      throw std::out_of_range(
+          Message("expert ", expert, " is not one of the layer's ", config_.num_experts));
+    }
+  }
+  static void CheckShape(const RawMatrix& m, const PackedLayout<F>& layout) {
+    Require(m.rows == layout.rows() && m.columns == layout.columns(), m.name, ": expected [",
+            layout.rows(), ", ", layout.columns(), "] weights, got [", m.rows, ", ", m.columns,
+            "]");
+  }
+
+  template <class Body>
+  void ForEachTile(ThreadPool& pool, Body&& body) const {
+    const int64_t gate_up = gate_up_.tiles();
+    pool.For(2 * gate_up + down_.tiles(), [&](int64_t task, int thread) {
+      if (task < gate_up) return body(Projection::kGate, task, thread);
+      if (task < 2 * gate_up) return body(Projection::kUp, task - gate_up, thread);
+      body(Projection::kDown, task - 2 * gate_up, thread);
+    });
+  }
+
+  int64_t ExpertBytes() const { return 2 * gate_up_.bytes() + down_.bytes(); }
+  int64_t BiasSize() const { return 2 * config_.intermediate_size + config_.hidden_size; }
+  std::byte* Matrix(int64_t expert, Projection p) const {
+    return packed_.data() + expert * ExpertBytes() + static_cast<int64_t>(p) * gate_up_.bytes();
+  }
+
+  MoeConfig config_;
+  PackedLayout<F> gate_up_;
+  PackedLayout<F> down_;
+  AlignedBuffer packed_;            // [experts][gate | up | down] tiles
+  std::vector<float> biases_;       // [experts][gate | up | down], empty without biases
+  std::vector<ScaleRange> scales_;  // of all three matrices of an expert
+  std::vector<uint8_t> has_weights_;
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,61 @@
+// The interface of a layer's routed experts, the same for every weight format and ISA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/float_types.h"
+#include "formats/weight_format.h"
+#include "moe/config.h"
+#include "moe/routing.h"
+#include "moe/workspace.h"
+#include "packing/raw_matrix.h"
+#include "threading/thread_pool.h"
+
+namespace cpumoe {
+
+// One expert as its checkpoint stores it.
+struct ExpertSource {
+  RawMatrix gate, up;                // [intermediate_size, hidden_size]
+  RawMatrix down;                    // [hidden_size, intermediate_size]
+  const float* gate_bias = nullptr;  // [intermediate_size], all three or none
+  const float* up_bias = nullptr;
+  const float* down_bias = nullptr;  // [hidden_size]
+};
+
+// The part [intermediate_begin, intermediate_begin + gate.rows) of an expert's intermediate
+// features: all of them, or one rank's share of a tensor-parallel split.
+struct ExpertDestination {
+  MutableRawMatrix gate, up, down;
+  int64_t intermediate_begin = 0;
+};
+
+struct ForwardArgs {
+  RoutingInput routing;
+  DType dtype = DType::kBf16;           // of hidden_states and output
+  const void* hidden_states = nullptr;  // [tokens, hidden_size], rows hidden_stride elements apart
+  int64_t hidden_stride = 0;
+  int64_t tokens = 0;
+  void* output = nullptr;  // [tokens, hidden_size], dense, overwritten
+};
+
+class Moe {
+ public:
+  virtual ~Moe() = default;
+
+  virtual const MoeConfig& config() const = 0;
+  virtual size_t nbytes() const = 0;  // of packed weights and biases
+
+  // Packs one expert. Throws std::invalid_argument if a shape or a scale is not what the config and
+  // the format require; the expert then has no weights.
+  virtual void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) = 0;
+
+  // Writes a packed expert's checkpoint bytes back.
+  virtual void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const = 0;
+
+  // output[t] = sum over the token's experts of weight * expert(hidden_states[t]). May run in one
+  // thread at a time per workspace.
+  virtual void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const = 0;
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,72 @@
+// MoeOperator: a layer's routed experts, for any weight format and ISA.
+//
+// The base owns what all formats share: checks, packing, export, routing, the forward pass. A
+// derived operator (mxfp4_moe-inl.h, ...) names its codec, which names the weight format and turns
+// a packed group into multiplicands, and no more:
+//
+//   template <class Isa> struct MyCodec { using Format = ...; Decode, GroupScales, FoldScales };
+//   template <class Isa> struct OperatorTraits<MyMoe<Isa>> { using Codec = MyCodec<Isa>; };
+//   template <class Isa> class MyMoe final : public MoeOperator<MyMoe<Isa>, Isa> { ... };
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/isa.h"
+#include "moe/expert_weights.h"
+#include "moe/forward_pass-inl.h"
+#include "moe/moe.h"
+
+namespace cpumoe {
+
+// A derived operator's codec, needed while the operator itself is still incomplete.
+template <class Derived>
+struct OperatorTraits;
+
+template <class Derived, class Isa>
+class MoeOperator : public Moe {
+ public:
+  using Codec = typename OperatorTraits<Derived>::Codec;
+  using Format = typename Codec::Format;
+  static_assert(WeightFormat<Format>, "a codec's Format must say how a checkpoint stores weights");
+  static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
+
+  explicit MoeOperator(const MoeConfig& config) : weights_(config) {}
+
+  const MoeConfig& config() const final { return weights_.config(); }
+  size_t nbytes() const final { return weights_.nbytes(); }
+  const ExpertWeights<Format>& weights() const { return weights_; }
+  const Codec& codec() const { return codec_; }
+
+  // Whether all of an expert's scales multiply its codes without rounding.
+  bool FoldsExactly(int64_t expert) const {
+    const ScaleRange& scales = weights_.scales(expert);
+    return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
+                             scales.greatest * Format::kMaxMagnitude);
+  }
+
+  void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) final {
+    weights_.Pack(expert, source, pool);
+  }
+  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const final {
+    weights_.Unpack(expert, out, pool);
+  }
+  void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
+    // Rounds keep the staged activations within bounds however long the prompt is.
+    const int64_t round =
+        kMaxRoundPairs / std::clamp<int64_t>(args.routing.top_k, 1, kMaxRoundPairs);
+    ForwardPass<Isa, MoeOperator> pass(*this, args, pool, workspace);
+    for (int64_t begin = 0; begin < args.tokens; begin += round) {
+      pass.Run(begin, std::min(begin + round, args.tokens));
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxRoundPairs = 16384;
+
+  ExpertWeights<Format> weights_;
+  Codec codec_;
+};
+
+}  // namespace cpumoe

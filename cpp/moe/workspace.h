@@ -1,0 +1,43 @@
+// Scratch memory of forward calls. It grows to the largest call and is then reused: no allocation
+// in the steady state. One workspace serves all layers that run on a pool, one call at a time.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "moe/routing.h"
+
+namespace cpumoe {
+
+class Workspace {
+ public:
+  // Uninitialised memory; valid until the same buffer is asked for again.
+  std::byte* Activations(size_t bytes) { return Grow(activations_, bytes); }
+  std::byte* Intermediate(size_t bytes) { return Grow(intermediate_, bytes); }
+
+  // Makes Scratch(t) return at least `bytes` for each of `threads` threads.
+  void ReserveScratch(int threads, size_t bytes) {
+    if (scratch_.size() < static_cast<size_t>(threads)) scratch_.resize(threads);
+    for (AlignedBuffer& buffer : scratch_) Grow(buffer, bytes);
+  }
+  std::byte* Scratch(int thread) const { return scratch_[thread].data(); }
+
+  Routing& routing() { return routing_; }
+
+ private:
+  static std::byte* Grow(AlignedBuffer& buffer, size_t bytes) {
+    if (buffer.size() < bytes) {
+      buffer = AlignedBuffer();  // never hold the old and the new one at once
+      buffer = AlignedBuffer(bytes);
+    }
+    return buffer.data();
+  }
+
+  AlignedBuffer activations_;
+  AlignedBuffer intermediate_;
+  std::vector<AlignedBuffer> scratch_;
+  Routing routing_;
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,55 @@
+// A weight matrix as checkpoints store it, seen in place: rows of codes and rows of group scales.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/check.h"
+
+namespace cpumoe {
+
+// Byte is `const std::byte` for a source and `std::byte` for a destination. Rows may be any
+// distance apart (interleaved gate/up rows are two matrices of twice the stride); within a row,
+// bytes are dense.
+template <class Byte>
+struct RawMatrixOf {
+  int64_t rows = 0;     // N, output features
+  int64_t columns = 0;  // K, input features
+  Byte* codes = nullptr;
+  int64_t codes_stride = 0;  // bytes from one row to the next
+  Byte* scales = nullptr;
+  int64_t scales_stride = 0;
+  const char* name = "weight";  // for error messages
+
+  // Rows [begin, begin + count): a shard of the gate or up projection.
+  RawMatrixOf Rows(int64_t begin, int64_t count) const {
+    Require(begin >= 0 && count >= 0 && begin + count <= rows, name, ": rows [", begin, ", ",
+            begin + count, ") are not within the matrix's ", rows);
+    RawMatrixOf shard = *this;
+    shard.rows = count;
+    shard.codes += begin * codes_stride;
+    shard.scales += begin * scales_stride;
+    return shard;
+  }
+
+  // Columns [begin, begin + count), whole groups: a shard of the down projection.
+  template <class Format>
+  RawMatrixOf Columns(int64_t begin, int64_t count) const {
+    Require(begin >= 0 && count >= 0 && begin + count <= columns, name, ": columns [", begin, ", ",
+            begin + count, ") are not within the matrix's ", columns);
+    Require(begin % Format::kGroupSize == 0 && count % Format::kGroupSize == 0, name,
+            ": a slice of columns must consist of whole groups of ", Format::kGroupSize, ", got [",
+            begin, ", ", begin + count, ")");
+    RawMatrixOf shard = *this;
+    shard.columns = count;
+    shard.codes += begin * Format::kCodeBits / 8;
+    shard.scales +=
+        begin / Format::kGroupSize * static_cast<int64_t>(sizeof(typename Format::Scale));
+    return shard;
+  }
+};
+
+using RawMatrix = RawMatrixOf<const std::byte>;
+using MutableRawMatrix = RawMatrixOf<std::byte>;
+
+}  // namespace cpumoe

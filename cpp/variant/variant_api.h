@@ -1,0 +1,29 @@
+// What a variant library (one per ISA, opened with dlopen) exports: one C function, one table.
+//
+// The operators behind Moe are made and destroyed in the library that they came from; no SIMD type
+// and no standard container crosses this border, and only standard exceptions do.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats/weight_format.h"
+#include "moe/moe.h"
+
+namespace cpumoe {
+
+struct FormatEntry {
+  FormatInfo info;
+  Moe* (*create)(const MoeConfig& config);  // the caller deletes; throws std::invalid_argument
+};
+
+struct VariantApi {
+  const char* isa;  // the ISA that the library was compiled for
+  size_t num_formats;
+  const FormatEntry* formats;
+};
+
+using VariantApiFunction = const VariantApi* (*)();
+inline constexpr char kVariantApiSymbol[] = "cpumoe_variant_api";
+
+}  // namespace cpumoe
