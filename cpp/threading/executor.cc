@@ -1,0 +1,158 @@
+#include "threading/executor.h"
+
+#include <algorithm>
+#include <deque>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "threading/adaptive_wait.h"
+#include "threading/futex.h"
+#include "threading/topology.h"
+
+namespace cpumoe {
+namespace {
+
+using Clock = AdaptiveWait::Clock;
+
+constexpr std::chrono::microseconds kSpin{30};
+constexpr char kSubject[] = "executor";
+
+thread_local const void* driven_queue = nullptr;  // the one whose driver this thread is
+
+bool Crowded() {
+  static const bool crowded = ProcessAffinity().size() < 2;
+  return crowded;
+}
+
+Clock::time_point DeadlineAfter(std::chrono::nanoseconds timeout) {
+  const Clock::time_point now = Clock::now();
+  return timeout < Clock::time_point::max() - now ? now + timeout : Clock::time_point::max();
+}
+
+}  // namespace
+
+struct Executor::Queue {
+  struct Entry {
+    std::function<void()> job;
+    std::shared_ptr<Completion> completion;
+  };
+
+  static constexpr uint32_t kStop = 1u << 31;
+
+  std::mutex mutex;  // guards entries, started, driver
+  std::deque<Entry> entries;
+  bool started = false;
+  pthread_t driver{};
+  std::atomic<uint32_t> signal{0};  // entries announced to the driver, plus kStop; it parks here
+  std::atomic<uint32_t> driver_parked{0};
+
+  void Announce(uint32_t what) {
+    signal.fetch_add(what);
+    if (driver_parked.load() != 0) FutexWake(signal, 1);
+  }
+
+  Entry Pop() {
+    const std::lock_guard lock(mutex);
+    Entry entry = std::move(entries.front());
+    entries.pop_front();
+    signal.fetch_sub(1);
+    return entry;
+  }
+};
+
+void Completion::Finish(std::exception_ptr error) {
+  error_ = std::move(error);
+  done_.store(1);
+  if (waiters_.load() != 0) FutexWake(done_, std::numeric_limits<int>::max());
+}
+
+void Completion::Wait() {
+  WaitFor(std::chrono::nanoseconds::max());
+  if (error_) std::rethrow_exception(error_);
+}
+
+bool Completion::WaitFor(std::chrono::nanoseconds timeout) {
+  if (Done()) return true;
+  fork_guard_.ThrowIfForked(kSubject);
+  if (driven_queue == queue_) {
+    throw std::logic_error(
+        "executor: a job waits for a job that its own driver thread has yet to run; wait from "
+        "another thread");
+  }
+  if (timeout <= std::chrono::nanoseconds::zero()) return false;
+  const Clock::time_point deadline = DeadlineAfter(timeout);
+  AdaptiveWait wait(std::min<std::chrono::nanoseconds>(kSpin, timeout), Crowded());
+  bool expired = false;
+  wait.Wait([&] { return expired || Done(); },
+            [&] {
+              const bool forever = deadline == Clock::time_point::max();
+              const std::chrono::nanoseconds left =
+                  forever ? std::chrono::nanoseconds::max() : deadline - Clock::now();
+              expired = left <= std::chrono::nanoseconds::zero();
+              if (expired) return;
+              waiters_.fetch_add(1);
+              FutexWait(done_, 0, left);
+              waiters_.fetch_sub(1);
+            });
+  return Done();
+}
+
+Executor::Executor() : queue_(std::make_shared<Queue>()) {}
+
+Executor::~Executor() {
+  if (fork_guard_.forked()) {
+    // Another thread of the parent may have held the queue half changed.
+    new (std::nothrow) std::shared_ptr<Queue>(std::move(queue_));
+    return;
+  }
+  if (!queue_->started) return;
+  queue_->Announce(Queue::kStop);
+  if (driven_queue == queue_.get()) {
+    pthread_detach(queue_->driver);
+  } else {
+    pthread_join(queue_->driver, nullptr);
+  }
+}
+
+std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
+  fork_guard_.ThrowIfForked(kSubject);
+  std::shared_ptr<Completion> completion(new Completion(queue_.get()));
+  {
+    const std::lock_guard lock(queue_->mutex);
+    if (!queue_->started) {
+      queue_->driver = StartThread("cpumoe-exec", [queue = queue_] { Drive(*queue); });
+      queue_->started = true;
+    }
+    queue_->entries.push_back({std::move(job), completion});
+  }
+  queue_->Announce(1);
+  return completion;
+}
+
+void Executor::Drive(Queue& queue) {
+  driven_queue = &queue;
+  AdaptiveWait wait(kSpin, Crowded());
+  for (;;) {
+    wait.Wait([&] { return queue.signal.load(std::memory_order_relaxed) != 0; },
+              [&] {
+                queue.driver_parked.store(1);
+                FutexWait(queue.signal, 0);
+                queue.driver_parked.store(0, std::memory_order_relaxed);
+              });
+    if (queue.signal.load() == Queue::kStop) return;
+    Queue::Entry entry = queue.Pop();
+    std::exception_ptr error;
+    try {
+      entry.job();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    entry.job = nullptr;
+    entry.completion->Finish(std::move(error));
+  }
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,49 @@
+// The abstract thread pool that operators run on.
+//
+// An operator sees only this interface, so that the pool (one binary, baseline instructions) and
+// the operators (one library per ISA) stay apart and tests can substitute a serial pool.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace cpumoe {
+
+class ThreadPool {
+ public:
+  using Task = void (*)(void* context, int64_t task, int thread);
+
+  virtual ~ThreadPool() = default;
+
+  // Threads that take part in ParallelFor, the caller included.
+  virtual int num_threads() const = 0;
+
+  // Runs task(context, i, thread) once for every i in [0, num_tasks), with 0 <= thread <
+  // num_threads(), and returns when all have finished. Tasks are handed out in ascending order, to
+  // whichever thread is free. The caller works too, as thread 0. The first exception that a task
+  // throws is rethrown here, after all threads have stopped; tasks that had not begun by then are
+  // dropped. One call at a time: the owner of the pool serialises callers.
+  virtual void ParallelFor(int64_t num_tasks, Task task, void* context) = 0;
+
+  // The same for any callable body(int64_t task, int thread).
+  template <class Body>
+  void For(int64_t num_tasks, Body&& body) {
+    using Fn = std::remove_reference_t<Body>;
+    ParallelFor(
+        num_tasks,
+        [](void* context, int64_t task, int thread) { (*static_cast<Fn*>(context))(task, thread); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+// Runs everything on the calling thread.
+class SerialPool final : public ThreadPool {
+ public:
+  int num_threads() const override { return 1; }
+  void ParallelFor(int64_t num_tasks, Task task, void* context) override {
+    for (int64_t i = 0; i < num_tasks; ++i) task(context, i, 0);
+  }
+};
+
+}  // namespace cpumoe
