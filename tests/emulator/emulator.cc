@@ -1,0 +1,144 @@
+// The SIGILL handler. See emulator.h.
+//
+// Everything that runs in the handler is async-signal-safe: no allocation, no lock, no system call
+// but arch_prctl (for FS and GS operands) and sigaction (for a fatal SIGILL).
+#include "emulator.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <atomic>
+#include <mutex>
+
+#include "avx512_bf16.h"
+#include "signal_frame.h"
+#include "x86_decode.h"
+
+namespace cpumoe::emulator {
+namespace {
+
+std::atomic<uint64_t> counts[kNumInstructions];
+std::atomic<uint64_t> traps;
+
+std::mutex mutex;
+std::atomic<bool> installed;
+// The action behind this one. A new one goes into the other slot, so that a handler running on
+// another thread reads a consistent action.
+struct sigaction chained_slots[2];
+std::atomic<const struct sigaction*> chained{&chained_slots[0]};
+
+void SetChained(const struct sigaction& action) {
+  struct sigaction* slot =
+      chained.load() == &chained_slots[0] ? &chained_slots[1] : &chained_slots[0];
+  *slot = action;
+  chained.store(slot, std::memory_order_release);
+}
+
+// Emulates from the instruction that trapped up to the first one that is not emulated, to save the
+// signals. Each is committed before the next begins, so a faulting operand leaves a precise state.
+bool EmulateRun(void* context) {
+  SignalFrame frame(context);
+  if (!frame.HasVectors()) return false;
+  bool emulated = false;
+  DecodedInstruction decoded;
+  Instruction executed;
+  while (Decode(reinterpret_cast<const uint8_t*>(frame.rip()), &decoded) &&
+         EmulateAvx512Bf16(decoded, &frame, &executed)) {
+    frame.set_rip(frame.rip() + decoded.length);
+    counts[static_cast<int>(executed)].fetch_add(1, std::memory_order_relaxed);
+    emulated = true;
+  }
+  if (emulated) traps.fetch_add(1, std::memory_order_relaxed);
+  return emulated;
+}
+
+// Does what would have happened without this handler. The chained action's mask and SA_RESETHAND
+// are not honoured: a SIGILL handler that returns is rare enough.
+void Chain(int signal, siginfo_t* info, void* context) {
+  const struct sigaction& action = *chained.load(std::memory_order_acquire);
+  const bool trapped = info->si_code > 0;  // by an instruction, not sent by kill()
+  if ((action.sa_flags & SA_SIGINFO) != 0) {
+    action.sa_sigaction(signal, info, context);
+  } else if (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN) {
+    action.sa_handler(signal);
+  } else if (trapped || action.sa_handler == SIG_DFL) {
+    // On return the instruction traps again and dies at its own address; a sent signal is repeated.
+    installed.store(false);
+    struct sigaction fatal = {};
+    fatal.sa_handler = SIG_DFL;
+    sigaction(signal, &fatal, nullptr);
+    if (!trapped) raise(signal);
+  }
+}
+
+void HandleSigill(int signal, siginfo_t* info, void* context) {
+  if (info->si_code > 0 && EmulateRun(context)) return;
+  Chain(signal, info, context);
+}
+
+}  // namespace
+
+bool Supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") != 0;
+}
+
+void Install() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (installed.load() || !Supported()) return;
+  SignalFrame::Initialize();
+  struct sigaction previous = {};
+  sigaction(SIGILL, nullptr, &previous);
+  SetChained(previous);
+  struct sigaction action = {};
+  action.sa_sigaction = HandleSigill;
+  // SA_NODEFER: a handler for the fault of an operand may jump out of this one.
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGILL, &action, nullptr);
+  installed.store(true);
+}
+
+void Uninstall() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!installed.exchange(false)) return;
+  struct sigaction current = {};
+  sigaction(SIGILL, nullptr, &current);
+  if (current.sa_sigaction == HandleSigill) sigaction(SIGILL, chained.load(), nullptr);
+}
+
+uint64_t Count(Instruction instruction) {
+  return counts[static_cast<int>(instruction)].load(std::memory_order_relaxed);
+}
+
+uint64_t Traps() { return traps.load(std::memory_order_relaxed); }
+
+void ResetCounts() {
+  for (std::atomic<uint64_t>& count : counts) count.store(0, std::memory_order_relaxed);
+  traps.store(0, std::memory_order_relaxed);
+}
+
+bool ReplaceChainedAction(const struct sigaction* action, struct sigaction* old_action) {
+  if (!installed.load()) return false;
+  const struct sigaction old = *chained.load();
+  if (action != nullptr) SetChained(*action);
+  if (old_action != nullptr) *old_action = old;
+  return true;
+}
+
+}  // namespace cpumoe::emulator
+
+#else
+
+namespace cpumoe::emulator {
+
+bool Supported() { return false; }
+void Install() {}
+void Uninstall() {}
+uint64_t Count(Instruction) { return 0; }
+uint64_t Traps() { return 0; }
+void ResetCounts() {}
+bool ReplaceChainedAction(const struct sigaction*, struct sigaction*) { return false; }
+
+}  // namespace cpumoe::emulator
+
+#endif

@@ -1,0 +1,40 @@
+// Emulator of x86 instructions that this CPU lacks, for tests only.
+//
+// The compiled code of an ISA variant runs unchanged: an instruction that the CPU does not know
+// raises SIGILL, and the handler executes it on the registers saved in the signal frame. So a
+// machine with AVX-512 tests the `avx512_bf16` variant whether or not it has AVX512_BF16. Where the
+// CPU knows the instructions, nothing traps and nothing is counted. CPUID is not emulated: whoever
+// selects the variant has to override its CPU detection.
+//
+// Reference: Intel 64 and IA-32 Architectures Software Developer's Manual (SDM).
+#pragma once
+
+#include <csignal>
+#include <cstdint>
+
+namespace cpumoe::emulator {
+
+enum class Instruction { kVdpbf16ps, kVcvtneps2bf16, kVcvtne2ps2bf16 };
+inline constexpr int kNumInstructions = 3;
+
+// True if this CPU has what the emulator stands on: AVX-512F, with its state enabled by the system.
+bool Supported();
+
+// Installs the SIGILL handler for all threads; no effect if !Supported() or already installed. What
+// the handler does not know goes on to the action that was installed before.
+void Install();
+
+// Puts the earlier action back, unless somebody has installed a handler over this one.
+void Uninstall();
+
+// Instructions emulated since the last ResetCounts(), and the signals that took: a run of adjacent
+// instructions costs one signal.
+uint64_t Count(Instruction instruction);
+uint64_t Traps();
+void ResetCounts();
+
+// For whoever intercepts sigaction(): while the handler is installed, a new SIGILL action goes
+// behind it instead of on top. Returns false, and does nothing, if the handler is not installed.
+bool ReplaceChainedAction(const struct sigaction* action, struct sigaction* old_action);
+
+}  // namespace cpumoe::emulator

@@ -1,0 +1,59 @@
+// Decodes EVEX instructions: prefixes, ModRM, SIB, displacement (SDM volume 2, sections 2.1
+// and 2.7), and computes the address of a memory operand from the registers of a signal frame.
+//
+// Knows the encoding and no instruction: which opcodes exist, and the scale N of a compressed
+// displacement, are the business of the files that emulate them.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <ucontext.h>
+
+#include <cstdint>
+
+namespace cpumoe::emulator {
+
+inline constexpr int kNoRegister = -1;
+inline constexpr int kRip = -2;
+
+enum class Segment : uint8_t { kFlat, kFs, kGs };
+
+struct MemoryOperand {
+  int base = kNoRegister;  // 0..15 as encoded (0 is RAX, 4 is RSP), kRip or kNoRegister
+  int index = kNoRegister;
+  int scale = 1;
+  int32_t displacement = 0;
+  bool displacement_is_byte = false;  // EVEX: in units of N bytes
+  bool address32 = false;             // the address is truncated to 32 bits
+  Segment segment = Segment::kFlat;
+};
+
+struct DecodedInstruction {
+  uint8_t length = 0;  // bytes, without any immediate
+  uint8_t map = 0;     // 1: 0F, 2: 0F38, 3: 0F3A
+  uint8_t prefix = 0;  // 0: none, 1: 66, 2: F3, 3: F2
+  uint8_t opcode = 0;
+  uint8_t vector_length = 0;  // 0: 128, 1: 256, 2: 512 bits, 3: reserved
+  uint8_t mask = 0;           // k0..k7
+  bool w = false;
+  bool zeroing = false;
+  bool broadcast = false;  // EVEX.b
+  bool has_memory = false;
+  uint8_t reg = 0;   // ModRM.reg, 0..31
+  uint8_t vvvv = 0;  // 0..31; 0 where the field is unused
+  uint8_t rm = 0;    // ModRM.rm as a register, 0..31; valid if !has_memory
+  MemoryOperand memory;
+};
+
+// Reads the instruction at `code`, not a byte beyond what its encoding demands. False if it is not
+// a well-formed EVEX instruction.
+bool Decode(const uint8_t* code, DecodedInstruction* instruction);
+
+// Address of an operand for a thread stopped in `registers`, which must be the calling thread (FS
+// and GS bases are its own). `displacement_unit` is the N of disp8*N.
+uint64_t EffectiveAddress(const MemoryOperand& memory, int displacement_unit, uint64_t next_rip,
+                          const mcontext_t& registers);
+
+}  // namespace cpumoe::emulator
+
+#endif
