@@ -1,0 +1,317 @@
+"""The table of weight formats: how a group of low-precision weights is stored and what it means.
+
+A weight matrix is ``[N, K]`` (N output rows, K inputs along the contraction). Every format here
+stores two 4-bit codes per byte, the even ``k`` in the low nibble, and one scale per group of
+consecutive ``k`` of a row. To add a format, add one row to `WEIGHT_FORMATS` and, if its rounding is
+new, one quantizer function.
+
+Sources: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3, 5.4 and 6.3 (MXFP4, E2M1,
+E8M0).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+GroupQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E8M0_BIAS = 127
+E8M0_NAN = 255
+
+# Quantizing works on blocks of this many weights: temporaries stay in cache, and torch runs ops of
+# this size on the calling thread alone, where a barrier per op would cost more than the op.
+_BLOCK_WEIGHTS = 1 << 15
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """One weight matrix, or a stack of them, as a checkpoint stores it.
+
+    Attributes:
+        codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k. Rows may be
+            strided; the last dimension is contiguous.
+        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape ``[..., N, K]`` of the weights."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def __getitem__(self, index: int) -> QuantizedMatrix:
+        """Returns matrix `index` of a stack, without a copy."""
+        return QuantizedMatrix(self.codes[index], self.scales[index])
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One row of the format table.
+
+    Attributes:
+        name: the name used in every API, e.g. ``"mxfp4"``.
+        group_size: weights that share one scale, along K.
+        code_bits: bits of one stored code.
+        scale_dtype: what a scale means.
+        scale_storage: the dtype in which scales are handed on (E8M0 travels as uint8 bytes).
+        values: the value of each of the 16 codes, before scaling.
+        code_dtypes: checkpoint dtypes accepted for codes; all are the same bytes.
+        scale_dtypes: checkpoint dtypes accepted for scales.
+        quantize_groups: float32 ``[..., G, group_size]`` -> nibbles uint8 of the same shape and
+            scales ``[..., G]`` in `scale_storage`.
+    """
+
+    name: str
+    group_size: int
+    code_bits: int
+    scale_dtype: torch.dtype
+    scale_storage: torch.dtype
+    values: tuple[float, ...]
+    code_dtypes: tuple[torch.dtype, ...]
+    scale_dtypes: tuple[torch.dtype, ...]
+    quantize_groups: GroupQuantizer
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included (4.25 for mxfp4, 4.5 for int4)."""
+        return self.code_bits + 8 * self.scale_dtype.itemsize / self.group_size
+
+    def check_k(self, k: int, what: str = "K") -> None:
+        """Raises ValueError when `k` is not a positive multiple of the group size."""
+        if k <= 0 or k % self.group_size:
+            raise ValueError(
+                f"{self.name}: {what} must be a positive multiple of {self.group_size}, got {k}"
+            )
+
+    def normalize_codes(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns checkpoint codes as uint8 ``[..., N, K/2]`` bytes, without a copy.
+
+        Args:
+            tensor: ``[..., N, K/2]`` int8/uint8, or ``[..., N, K/8]`` int32 (eight codes a word,
+                lowest bits first) for the formats whose `code_dtypes` include it.
+            name: the tensor's name, for errors.
+
+        Raises:
+            TypeError: not a tensor, or a dtype outside `code_dtypes`.
+            ValueError: not a CPU tensor, or its last dimension is not contiguous.
+        """
+        _require_dtype(tensor, name, self.code_dtypes)
+        tensor = _require_rows(tensor, name)
+        if tensor.dtype.itemsize > 1 and sys.byteorder != "little":
+            raise ValueError(f"{name}: {dtype_name(tensor.dtype)} codes need a little-endian CPU")
+        return tensor.view(torch.uint8)
+
+    def normalize_scales(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns checkpoint scales in `scale_storage`, without a copy.
+
+        E8M0 scales are reinterpreted, never converted: ``.to(uint8)`` would turn the scale 2^3 into
+        the byte 8.
+
+        Args:
+            tensor: ``[..., N, K/group_size]`` in one of `scale_dtypes`.
+            name: the tensor's name, for errors.
+
+        Raises:
+            TypeError: not a tensor, or a dtype outside `scale_dtypes`.
+            ValueError: not a CPU tensor, or its last dimension is not contiguous.
+        """
+        _require_dtype(tensor, name, self.scale_dtypes)
+        return _require_rows(tensor, name).view(self.scale_storage)
+
+    def check_scales(self, scales: torch.Tensor, name: str) -> None:
+        """Refuses scales that make weights NaN or infinite.
+
+        Args:
+            scales: normalized scales ``[..., N, K/group_size]``.
+            name: the tensor's name, for errors.
+
+        Raises:
+            ValueError: an E8M0 byte 255 or a NaN/Inf scale; names the first one's index.
+        """
+        is_e8m0 = self.scale_dtype == torch.float8_e8m0fnu
+        bad = scales == E8M0_NAN if is_e8m0 else ~scales.isfinite()
+        if not bool(bad.any()):
+            return
+        index = [int(i) for i in bad.nonzero()[0]]
+        value = "255 (NaN)" if is_e8m0 else str(float(scales[tuple(index)]))
+        raise ValueError(
+            f"{name}: scales must be finite, got {value} at index {index} "
+            f"({int(bad.sum())} such scales); the checkpoint is damaged"
+        )
+
+    def dequantize(
+        self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Returns the weights ``[..., N, K]``, exact in float32 (but beyond its range) and float64.
+
+        Args:
+            codes: uint8 ``[..., N, K/2]`` (see `normalize_codes`).
+            scales: ``[..., N, K/group_size]`` (see `normalize_scales`).
+            dtype: torch.float32 or torch.float64.
+
+        Raises:
+            ValueError: the shapes do not belong together.
+        """
+        k = codes.shape[-1] * 2
+        self.check_k(k)
+        expected = (*codes.shape[:-1], k // self.group_size)
+        if tuple(scales.shape) != expected:
+            raise ValueError(
+                f"{self.name}: codes {list(codes.shape)} need scales {list(expected)}, "
+                f"got {list(scales.shape)}"
+            )
+        pairs = torch.nn.functional.embedding(codes.int(), _pair_table(self.values, dtype))
+        groups = pairs.view(*expected, self.group_size)
+        factors = scales.view(self.scale_dtype).to(torch.float32).to(dtype)
+        return groups.mul_(factors.unsqueeze(-1)).view(*codes.shape[:-1], k)
+
+    def quantize(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantizes to nearest, in float32.
+
+        Args:
+            weights: floating point ``[..., N, K]``, finite.
+
+        Returns:
+            codes uint8 ``[..., N, K/2]`` and scales ``[..., N, K/group_size]`` in `scale_storage`.
+
+        Raises:
+            ValueError: K is not a multiple of the group size, or a weight is NaN or infinite.
+        """
+        k = weights.shape[-1]
+        self.check_k(k)
+        rows = weights.reshape(-1, k)
+        codes = torch.empty(rows.shape[0], k // 2, dtype=torch.uint8)
+        scales = torch.empty(rows.shape[0], k // self.group_size, dtype=self.scale_storage)
+        step = max(1, _BLOCK_WEIGHTS // k)
+        for start in range(0, rows.shape[0], step):
+            block = slice(start, start + step)
+            groups = rows[block].float().reshape(-1, k // self.group_size, self.group_size)
+            nibbles, scales[block] = self.quantize_groups(groups)
+            pairs = nibbles.view(-1, k // 2, 2)
+            torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
+        lead = weights.shape[:-1]
+        return codes.view(*lead, -1), scales.view(*lead, -1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns ``"float32"`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Returns ``"float32 [4096, 64]"``, the way errors name a tensor."""
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _require_dtype(tensor: torch.Tensor, name: str, accepted: Iterable[torch.dtype]) -> None:
+    expected = " or ".join(dtype_name(d) for d in accepted)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of {expected}, got {type(tensor)}")
+    if tensor.dtype not in accepted:
+        raise TypeError(f"{name}: expected {expected}, got {describe(tensor)}")
+
+
+def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected a CPU tensor, got device {tensor.device}; move it with .cpu()"
+        )
+    if tensor.layout != torch.strided or tensor.dim() < 2:
+        raise ValueError(f"{name}: expected a dense [..., N, K] tensor, got {describe(tensor)}")
+    if tensor.stride(-1) == 1:
+        return tensor
+    if tensor.shape[-1] == 1:
+        # A last dimension of one is contiguous whatever its stride says; .view(dtype) wants 1.
+        return tensor.as_strided(tensor.shape, (*tensor.stride()[:-1], 1))
+    raise ValueError(
+        f"{name}: the last dimension must be contiguous, got {describe(tensor)} with strides "
+        f"{list(tensor.stride())}; pass .contiguous()"
+    )
+
+
+@functools.cache
+def _pair_table(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``[256, 2]``: the two values of each code byte, low nibble first."""
+    return torch.tensor([(values[b & 15], values[b >> 4]) for b in range(256)], dtype=dtype)
+
+
+def _group_amax(groups: torch.Tensor) -> torch.Tensor:
+    low, high = groups.aminmax(dim=-1)
+    amax = torch.maximum(-low, high)
+    if not bool(amax.isfinite().all()):
+        raise ValueError("quantize: weights must be finite, got NaN or Inf")
+    return amax
+
+
+def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
+    """Codes 0..7 of the E2M1 values nearest to `magnitude`, ties to the even code.
+
+    E2M1's step is 2^e / 2 in [2^e, 2^(e+1)), with e = 0 below 1, and the code of r steps there is
+    r + 2e: r and code are even together, so that rounding r half to even is all there is to do.
+    """
+    biased = magnitude.clamp(1, 7).view(torch.int32) >> 23  # e + 127
+    steps_per_one = ((255 - biased) << 23).view(torch.float32)  # 2^(1 - e)
+    codes = (magnitude * steps_per_one).round_().to(torch.int32).add_(biased - 127, alpha=2)
+    return codes.clamp_(max=7).to(torch.uint8)
+
+
+def _quantize_mxfp4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 by the MX spec v1.0, section 6.3.
+
+    Shared exponent = floor(log2(amax)) - 2 (2 is E2M1's largest exponent), clamped to E8M0's range;
+    an all-zero group gets byte 0. Elements round to nearest, ties to even; those above 6 saturate.
+    """
+    amax = _group_amax(groups)
+    _, exponent = torch.frexp(amax)  # amax = m * 2^exponent, m in [0.5, 1)
+    shared = torch.where(amax == 0, -E8M0_BIAS, exponent - 3).clamp_(-E8M0_BIAS, E8M0_BIAS)
+    # A power of two: exact, but where the quotient underflows and rounds to zero anyway.
+    scaled = torch.ldexp(groups, -shared.unsqueeze(-1))
+    nibbles = (scaled < 0).view(torch.uint8) * 8 + _round_e2m1(scaled.abs())
+    return nibbles, (shared + E8M0_BIAS).to(torch.uint8)
+
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    row.name: row
+    for row in (
+        WeightFormat(
+            name="mxfp4",
+            group_size=32,
+            code_bits=4,
+            scale_dtype=torch.float8_e8m0fnu,
+            scale_storage=torch.uint8,
+            values=E2M1_VALUES + tuple(-v for v in E2M1_VALUES),
+            code_dtypes=(torch.uint8, torch.int8),
+            scale_dtypes=(torch.float8_e8m0fnu, torch.uint8),
+            quantize_groups=_quantize_mxfp4_groups,
+        ),
+    )
+}
+
+
+def weight_format(name: str | WeightFormat) -> WeightFormat:
+    """Returns the format called `name` (a WeightFormat is returned as it is).
+
+    Raises:
+        ValueError: no such format; names those that exist.
+    """
+    if isinstance(name, WeightFormat):
+        return name
+    try:
+        return WEIGHT_FORMATS[name]
+    except KeyError:
+        raise ValueError(
+            f"weight format {name!r} is not supported; supported: {', '.join(WEIGHT_FORMATS)}"
+        ) from None

@@ -1,0 +1,60 @@
+"""Which ISA variant runs: the best that this CPU supports, or the one that CPUMOE_ISA names."""
+
+from __future__ import annotations
+
+import os
+
+from cpumoe import _core
+
+ENVIRONMENT_VARIABLE = "CPUMOE_ISA"
+
+
+def known_isas() -> list[str]:
+    """Returns all ISA variants of this version, from the most general to the most special."""
+    return [row.name for row in _core.known_isas()]
+
+
+def supported_isas() -> list[str]:
+    """Returns the installed variants that this CPU can run, the best last."""
+    return _core.supported_isas()
+
+
+def missing_features(isa: str) -> list[str]:
+    """Returns the CPU features that variant `isa` needs and this CPU lacks.
+
+    Raises:
+        ValueError: no such variant.
+    """
+    for row in _core.known_isas():
+        if row.name == isa:
+            return [f for f in row.features if f not in _core.cpu_features()]
+    raise ValueError(f"unknown ISA {isa!r}; known are {', '.join(known_isas())}")
+
+
+def isa() -> str:
+    """Returns the variant that new `Experts` use.
+
+    It is the best supported one, unless the environment variable ``CPUMOE_ISA`` names another.
+
+    Raises:
+        ValueError: ``CPUMOE_ISA`` names a variant that is unknown, not installed, or needs features
+            that this CPU lacks. There is no silent fallback.
+    """
+    return select_isa(None)[0]
+
+
+def select_isa(requested: str | None) -> tuple[str, str]:
+    """Returns the variant to use and who asked for it, for error messages.
+
+    Raises:
+        ValueError: see `isa`.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if requested is not None:
+        name, origin = requested, "isa"
+    elif forced:
+        name, origin = forced, ENVIRONMENT_VARIABLE
+    else:
+        return supported_isas()[-1], "isa"
+    _core.require_isa(name, origin)
+    return name, origin

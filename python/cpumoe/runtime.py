@@ -1,0 +1,103 @@
+"""The threads that expert layers run on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from types import TracebackType
+
+from cpumoe import _core
+
+
+class Runtime:
+    """A pool of threads and its scratch memory, shared by any number of `Experts`.
+
+    Threads are persistent: they poll for some microseconds after a call, then sleep, so that an idle
+    runtime uses no CPU. Calls from several Python threads run one after the other. A runtime does
+    not survive ``fork()``: in the child, using it raises RuntimeError (the default runtime is made
+    anew there).
+
+    Args:
+        threads: threads that compute, the calling one included. Default: the physical cores in this
+            process's affinity mask, capped by its cgroup's CPU quota (rounded down), at least 1.
+            More than that is honoured with a warning: threads that share a core slow each other down.
+        pin: whether each thread other than the caller stays on one core.
+
+    Raises:
+        ValueError: `threads` is not positive.
+        OSError: the system has no more threads to give.
+    """
+
+    def __init__(self, threads: int | None = None, *, pin: bool = False) -> None:
+        topology = _core.topology()
+        self._threads = topology.default_threads if threads is None else threads
+        if self._threads < 1:
+            raise ValueError(f"Runtime: threads must be at least 1, got {threads}")
+        if self._threads > topology.default_threads:
+            warnings.warn(
+                f"Runtime: {self._threads} threads asked for, but this process has "
+                f"{topology.default_threads} (physical cores in its affinity mask, capped by its "
+                "cgroup's CPU quota); expect calls to be slower, not faster",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._pin = pin
+        self._closed = False
+        self.core = _core.Runtime(self._threads, pin, topology.cores if pin else [])
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute, the caller included."""
+        return self._threads
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Finishes what was submitted and ends the threads. Later calls raise RuntimeError."""
+        self._closed = True
+        self.core.close()
+
+    def __enter__(self) -> Runtime:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the runtime."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Describes threads and state."""
+        state = ", closed" if self._closed else ""
+        return f"Runtime(threads={self._threads}, pin={self._pin}{state})"
+
+
+_default: Runtime | None = None
+_default_lock = threading.Lock()
+
+
+def default_runtime() -> Runtime:
+    """Returns the process's shared runtime, made on first use (and anew in a forked child)."""
+    global _default
+    with _default_lock:
+        if _default is None or _default.closed:
+            _default = Runtime()
+        return _default
+
+
+def _forget_default() -> None:
+    # The parent's threads are not here, nor is whoever may have held the lock.
+    global _default, _default_lock
+    _default = None
+    _default_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_default)
