@@ -11,3 +11,4 @@ cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512 FEATURES avx512vnni av
 
 # Weight formats: cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h.
 cpumoe_format(mxfp4)
+cpumoe_format(int4)

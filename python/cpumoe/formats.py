@@ -6,7 +6,7 @@ consecutive ``k`` of a row. To add a format, add one row to `WEIGHT_FORMATS` and
 new, one quantizer function.
 
 Sources: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3, 5.4 and 6.3 (MXFP4, E2M1,
-E8M0).
+E8M0); compressed-tensors 0.20 ``pack-quantized`` (INT4).
 """
 
 from __future__ import annotations
@@ -283,6 +283,18 @@ def _quantize_mxfp4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return nibbles, (shared + E8M0_BIAS).to(torch.uint8)
 
 
+def _quantize_int4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric INT4 as compressed-tensors' ``calculate_qparams``: q = round(w / scale) in -8..7.
+
+    scale = bf16(amax / 7.5), i.e. half of the range -8..7; a zero scale becomes bf16's epsilon, as
+    there. Codes are offset binary: nibble = q + 8.
+    """
+    scales = (_group_amax(groups) / 7.5).to(torch.bfloat16)
+    scales[scales == 0] = torch.finfo(torch.bfloat16).eps
+    q = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
+    return q.add_(8).to(torch.uint8), scales
+
+
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     row.name: row
     for row in (
@@ -296,6 +308,17 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
             code_dtypes=(torch.uint8, torch.int8),
             scale_dtypes=(torch.float8_e8m0fnu, torch.uint8),
             quantize_groups=_quantize_mxfp4_groups,
+        ),
+        WeightFormat(
+            name="int4",
+            group_size=32,
+            code_bits=4,
+            scale_dtype=torch.bfloat16,
+            scale_storage=torch.bfloat16,
+            values=tuple(float(q) for q in range(-8, 8)),
+            code_dtypes=(torch.int32, torch.uint8, torch.int8),
+            scale_dtypes=(torch.bfloat16,),
+            quantize_groups=_quantize_int4_groups,
         ),
     )
 }

@@ -1,0 +1,36 @@
+// INT4, symmetric: codes are value + 8, one bf16 scale per 32 (compressed-tensors
+// "pack-quantized").
+//
+// Kimi-K2 ships its routed experts in it.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+
+#include "base/float_types.h"
+#include "formats/weight_format.h"
+
+namespace cpumoe {
+
+struct Int4 {
+  using Scale = Bf16;
+  static constexpr std::string_view kName = "int4";
+  static constexpr int kCodeBits = 4;
+  static constexpr int kGroupSize = 32;
+  static constexpr float kMinMagnitude = 1.0f;
+  static constexpr float kMaxMagnitude = 8.0f;
+
+  static constexpr std::array<float, 16> CodeValues() {
+    std::array<float, 16> values{};
+    for (int code = 0; code < 16; ++code) values[code] = static_cast<float>(code - 8);
+    return values;
+  }
+  static float Decode(uint32_t code) { return static_cast<float>(code) - 8.0f; }
+  static bool IsValidScale(Scale scale) { return std::isfinite(scale.ToFloat()); }
+};
+
+static_assert(WeightFormat<Int4>);
+
+}  // namespace cpumoe
