@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then runs all of them: C++ (plain, then under sanitizers) and Python.
+#
+#   bash tests/run.sh            everything
+#   bash tests/run.sh --quick    without the sanitizer builds
+#
+# Uses the Python of the active virtual environment, in which cpumoe is installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+presets=(dev asan tsan)
+if [[ "${1:-}" == --quick ]]; then
+    presets=(dev)
+elif [[ $# -gt 0 ]]; then
+    echo "usage: bash tests/run.sh [--quick]" >&2
+    exit 2
+fi
+
+has_googletest() {
+    echo '#include <gtest/gtest.h>' | c++ -x c++ -fsyntax-only - 2>/dev/null
+}
+if ! has_googletest; then
+    if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
+        apt-get update -q && apt-get install -q -y libgtest-dev
+    else
+        echo "the C++ tests need GoogleTest: install libgtest-dev (Debian, Ubuntu) or gtest-devel" >&2
+        exit 1
+    fi
+fi
+pip install --quiet -c constraints.txt ".[test]"
+for tool in cmake ninja; do
+    command -v "$tool" >/dev/null || pip install --quiet "$tool"
+done
+
+for preset in "${presets[@]}"; do
+    echo "== C++ tests, preset $preset"
+    cmake --preset "$preset"
+    cmake --build --preset "$preset"
+    ctest --preset "$preset"
+done
+
+echo "== Python tests"
+emulator=$PWD/build/dev/lib/cpumoe_emulator.so
+if [[ -e $emulator ]]; then
+    export CPUMOE_EMULATOR_LIBRARY=$emulator
+fi
+python -m pytest
