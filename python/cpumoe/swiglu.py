@@ -31,6 +31,7 @@ class SwiGLU:
     up_offset: float = 0.0
 
     def __post_init__(self) -> None:
+        """Checks the values."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"SwiGLU: alpha must be positive and finite, got {self.alpha}")
         if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):

@@ -1,0 +1,16 @@
+"""Reading routed experts from checkpoint folders, lazily and without copies."""
+
+from cpumoe.checkpoint.reader import ExpertReader, ExpertWeights, UnsupportedFormatError
+from cpumoe.checkpoint.registry import open_checkpoint
+from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
+from cpumoe.formats import QuantizedMatrix
+
+__all__ = [
+    "CheckpointError",
+    "ExpertReader",
+    "ExpertWeights",
+    "QuantizedMatrix",
+    "SafetensorsFolder",
+    "UnsupportedFormatError",
+    "open_checkpoint",
+]

@@ -1,0 +1,114 @@
+"""What the readers need from a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cpumoe.checkpoint.shards import CheckpointError
+
+_NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
+
+# Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
+# may clamp, shift or leave out the gate: a reader must not guess.
+PLAIN_SWIGLU_MODEL_TYPES = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe",
+        "kimi_k2",
+        "kimi_k25",
+        "minimax_m2",
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+    }
+)
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The sizes of a model's routed experts, and where its quantization is described.
+
+    Attributes:
+        model_type: the top level's ``model_type``.
+        text: the language model's part of config.json (``text_config`` where there is one).
+        quantization: ``quantization_config``, from either level; empty when unquantized.
+        num_hidden_layers: decoder layers.
+        num_experts: routed experts per layer.
+        top_k: routed experts per token.
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of one routed expert.
+    """
+
+    model_type: str
+    text: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    num_hidden_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+
+def parse_config(config: Mapping[str, Any]) -> MoeConfig:
+    """Returns the MoE sizes of a parsed config.json.
+
+    Raises:
+        CheckpointError: not an MoE model, or a size is missing or not a positive integer.
+    """
+    text = _section(config, "text_config") or config
+    if not any(key in text for key in _NUM_EXPERTS_KEYS):
+        raise CheckpointError(
+            f"config.json: not a Mixture-of-Experts model: expected one of "
+            f"{', '.join(_NUM_EXPERTS_KEYS)}, got model_type {config.get('model_type')!r}"
+        )
+    quantization = (
+        _section(text, "quantization_config")
+        or _section(config, "quantization_config")
+        or _section(config, "compression_config")
+    )
+    return MoeConfig(
+        model_type=str(config.get("model_type", "")),
+        text=text,
+        quantization=quantization,
+        num_hidden_layers=_size(text, "num_hidden_layers"),
+        num_experts=_size(text, *_NUM_EXPERTS_KEYS),
+        top_k=_size(text, *_TOP_K_KEYS),
+        hidden_size=_size(text, "hidden_size"),
+        intermediate_size=_size(text, "moe_intermediate_size", "intermediate_size"),
+    )
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Returns a float of the config, `default` where it is absent.
+
+    Raises:
+        CheckpointError: it is not a number.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"config.json: {key}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: {key}: expected an object, got {value!r}")
+    return value
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int:
+    key = next((key for key in keys if config.get(key) is not None), keys[0])
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    return value

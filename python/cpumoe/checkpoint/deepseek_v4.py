@@ -1,0 +1,77 @@
+"""DeepSeek-V4: MXFP4 experts, one tensor pair per projection.
+
+``[model.]layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``: w1 = gate, w3 = up, w2 = down;
+weight int8 or uint8 ``[N, K/2]``, scale float8_e8m0fnu (or its bytes as uint8) ``[N, K/32]``. The
+multi-token-prediction layers ``mtp.{i}`` are not decoder layers and are ignored. Source: the
+published checkpoint's index and transformers 5.23 ``deepseek_v4``.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import override
+
+from cpumoe.checkpoint.config import MoeConfig, number
+from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.shards import SafetensorsFolder
+from cpumoe.formats import QuantizedMatrix
+from cpumoe.swiglu import SwiGLU
+
+_PREFIXES = ("", "model.")
+_DEFAULT_SWIGLU_LIMIT = 10.0
+
+
+class DeepseekV4Reader(ExpertReader):
+    """Reads ``model_type: deepseek_v4`` (see the module for names)."""
+
+    @override
+    @staticmethod
+    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
+        swiglu = SwiGLU(limit=number(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT))
+        expert_dtype = _expert_dtype(folder, config)
+        if expert_dtype == "fp4":
+            return ExpertsInfo("mxfp4", swiglu)
+        reason = (
+            f"expert_dtype {expert_dtype!r} (as in DeepSeek-V4-Flash-Base) is not supported yet, "
+            f"only 'fp4'"
+        )
+        return ExpertsInfo("fp8_block", swiglu, (reason,))
+
+    @override
+    @classmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """DeepSeek-V4 as published; a requantized one is another reader's."""
+        return (
+            config.model_type == "deepseek_v4" and config.quantization.get("quant_method") == "fp8"
+        )
+
+    @override
+    def _layer_prefix(self, layer: int) -> str | None:
+        names = (f"{prefix}layers.{layer}.ffn.experts." for prefix in _PREFIXES)
+        return next((name for name in names if f"{name}0.w1.weight" in self.folder), None)
+
+    @override
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        gate, up, down = (
+            self._read_projection(f"{prefix}{index}.{name}", n, k)
+            for name, (n, k) in zip(("w1", "w3", "w2"), self._projection_sizes(), strict=True)
+        )
+        return ExpertWeights(gate, up, down)
+
+    def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
+        fmt = self._weight_format
+        codes_name, scales_name = f"{name}.weight", f"{name}.scale"
+        codes = self.folder.tensor(codes_name, fmt.code_dtypes, (n, k // 2))
+        scales = self.folder.tensor(scales_name, fmt.scale_dtypes, (n, k // fmt.group_size))
+        return self._matrix(codes, scales, codes_name, scales_name)
+
+
+def _expert_dtype(folder: SafetensorsFolder, config: MoeConfig) -> str:
+    """``"fp4"`` or ``"fp8"``: from either level of the config, else from the first expert."""
+    value = config.text.get("expert_dtype") or config.quantization.get("expert_dtype")
+    if value is not None:
+        return str(value)
+    for prefix in _PREFIXES:
+        name = f"{prefix}layers.0.ffn.experts.0.w1.weight"
+        if name in folder:
+            return "fp4" if folder.info(name).dtype in ("I8", "U8") else "fp8"
+    return "fp8"

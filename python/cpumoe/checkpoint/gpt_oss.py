@@ -1,0 +1,81 @@
+"""gpt-oss: MXFP4 experts, all of a layer in one tensor.
+
+``model.layers.{L}.mlp.experts.{gate_up_proj,down_proj}_{blocks,scales,bias}``: blocks uint8
+``[experts, N, K/32, 16]``, scales uint8 ``[experts, N, K/32]``, bias bf16 ``[experts, N]``. Rows of
+gate_up_proj are interleaved: gate 0, up 0, gate 1, up 1, ... Source: transformers 5.23
+``integrations/mxfp4.py`` and ``gpt_oss``.
+"""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from cpumoe.checkpoint.config import MoeConfig, number
+from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.shards import SafetensorsFolder
+from cpumoe.formats import QuantizedMatrix
+from cpumoe.swiglu import SwiGLU
+
+# Published configs may leave these out; transformers' GptOssConfig has the same defaults.
+_DEFAULT_SWIGLU_ALPHA = 1.702
+_DEFAULT_SWIGLU_LIMIT = 7.0
+
+_BLOCK_BYTES = 16
+
+
+class GptOssReader(ExpertReader):
+    """Reads ``model_type: gpt_oss`` with ``quant_method: mxfp4`` (see the module for names)."""
+
+    has_bias = True
+
+    @override
+    @staticmethod
+    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
+        swiglu = SwiGLU(
+            alpha=number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
+            limit=number(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
+            up_offset=1.0,
+        )
+        return ExpertsInfo("mxfp4", swiglu)
+
+    @override
+    @classmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """gpt-oss as published; its bf16 conversions are another reader's."""
+        return config.model_type == "gpt_oss" and config.quantization.get("quant_method") == "mxfp4"
+
+    @override
+    def _layer_prefix(self, layer: int) -> str | None:
+        name = f"model.layers.{layer}.mlp.experts."
+        return name if f"{name}gate_up_proj_blocks" in self.folder else None
+
+    @override
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        gate_up = self._read_projection(f"{prefix}gate_up_proj", index, 2 * inner, hidden)
+        gate_up_bias = self._read_bias(f"{prefix}gate_up_proj_bias", index, 2 * inner)
+        return ExpertWeights(
+            gate=QuantizedMatrix(gate_up.codes[0::2], gate_up.scales[0::2]),
+            up=QuantizedMatrix(gate_up.codes[1::2], gate_up.scales[1::2]),
+            down=self._read_projection(f"{prefix}down_proj", index, hidden, inner),
+            gate_bias=gate_up_bias[0::2].contiguous(),
+            up_bias=gate_up_bias[1::2].contiguous(),
+            down_bias=self._read_bias(f"{prefix}down_proj_bias", index, hidden),
+        )
+
+    def _read_projection(self, name: str, index: int, n: int, k: int) -> QuantizedMatrix:
+        fmt = self._weight_format
+        experts, groups = self.num_experts, k // fmt.group_size
+        codes_name, scales_name = f"{name}_blocks", f"{name}_scales"
+        codes = self.folder.tensor(codes_name, fmt.code_dtypes, (experts, n, groups, _BLOCK_BYTES))
+        scales = self.folder.tensor(scales_name, fmt.scale_dtypes, (experts, n, groups))
+        return self._matrix(
+            codes[index].view(n, k // 2),
+            scales[index],
+            f"{codes_name}[{index}]",
+            f"{scales_name}[{index}]",
+        )
+
+    def _read_bias(self, name: str, index: int, n: int) -> torch.Tensor:
+        return self.folder.tensor(name, (torch.bfloat16,), (self.num_experts, n))[index]

@@ -1,0 +1,191 @@
+"""The interface that every checkpoint reader implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+
+import torch
+
+from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
+from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
+from cpumoe.swiglu import SwiGLU
+
+
+class UnsupportedFormatError(CheckpointError):
+    """The checkpoint is sound, but its experts' format (or activation) is not supported."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One routed expert, as views of the mapped checkpoint.
+
+    Attributes:
+        gate: ``[intermediate, hidden]``; rows may be strided.
+        up: ``[intermediate, hidden]``; rows may be strided.
+        down: ``[hidden, intermediate]``.
+        gate_bias: ``[intermediate]`` or None.
+        up_bias: ``[intermediate]`` or None.
+        down_bias: ``[hidden]`` or None.
+    """
+
+    gate: QuantizedMatrix
+    up: QuantizedMatrix
+    down: QuantizedMatrix
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, without biases."""
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True)
+class ExpertsInfo:
+    """What a reader finds out about a checkpoint's experts from its config and headers.
+
+    Attributes:
+        format: name of the experts' weight format, supported or not.
+        swiglu: the experts' activation; means nothing where `unsupported` is not empty.
+        unsupported: reasons why the experts cannot be read; empty when they can.
+    """
+
+    format: str
+    swiglu: SwiGLU
+    unsupported: tuple[str, ...] = ()
+
+
+class ExpertReader(ABC):
+    """Reads the routed experts of one kind of checkpoint.
+
+    A subclass names its checkpoints in `matches`, tells format and activation in `_identify`, and
+    reads in `_layer_prefix` and `_read_expert`. `open_checkpoint` picks it from the registry.
+
+    Attributes:
+        folder: the checkpoint's tensors.
+        config: its sizes.
+        format: name of the experts' weight format, supported or not.
+        unsupported: reasons why `expert` refuses; empty when the checkpoint is supported.
+        swiglu: the experts' activation; means nothing where `unsupported` is not empty.
+        model_type: the checkpoint's model_type.
+        num_experts: routed experts per layer.
+        top_k: routed experts per token.
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of one expert.
+        has_bias: whether the experts have biases.
+    """
+
+    has_bias = False
+
+    def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
+        """Opens the experts of `folder`, whose config.json says `config`."""
+        info = self._identify(folder, config)
+        self.folder = folder
+        self.config = config
+        self.format = info.format
+        self.unsupported = info.unsupported
+        self.swiglu = info.swiglu
+        self.model_type = config.model_type
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        if not self.unsupported:
+            self._weight_format.check_k(self.hidden_size, "hidden_size")
+            self._weight_format.check_k(self.intermediate_size, "intermediate_size")
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """Whether this reader is the one for the checkpoint."""
+
+    @staticmethod
+    @abstractmethod
+    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
+        """Returns the experts' format and activation, or why they are not supported."""
+
+    @abstractmethod
+    def _layer_prefix(self, layer: int) -> str | None:
+        """Returns what precedes the names of a layer's expert tensors; None if it has none."""
+
+    @abstractmethod
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        """Reads an expert of a supported checkpoint; `prefix` is `_layer_prefix`'s."""
+
+    def layers(self) -> list[int]:
+        """Returns the layers that have routed experts, ascending."""
+        return list(self._prefixes)
+
+    def expert(self, layer: int, index: int) -> ExpertWeights:
+        """Returns expert `index` of `layer` as views of the mapped file, scales checked.
+
+        Raises:
+            UnsupportedFormatError: see `unsupported`.
+            IndexError: no such layer or expert.
+            FileNotFoundError: a shard is missing.
+            CheckpointError: a damaged shard; a missing, wrongly typed or wrongly shaped tensor.
+            ValueError: NaN scales, or the checkpoint is closed.
+        """
+        if self.unsupported:
+            raise UnsupportedFormatError(
+                f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
+                f"Supported formats: {', '.join(WEIGHT_FORMATS)}"
+            )
+        if layer not in self._prefixes:
+            layers = list(self._prefixes)
+            has = f"layers {layers[0]}..{layers[-1]} have" if layers else "no layer has"
+            raise IndexError(f"layer {layer} has no routed experts in {self.folder.path}; {has}")
+        if not 0 <= index < self.num_experts:
+            raise IndexError(
+                f"layer {layer}: expected expert 0..{self.num_experts - 1}, got {index}"
+            )
+        return self._read_expert(self._prefixes[layer], index)
+
+    def close(self) -> None:
+        """Drops the checkpoint's file handles; tensors read so far stay valid."""
+        self.folder.close()
+
+    def __enter__(self) -> ExpertReader:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the reader."""
+        self.close()
+
+    @property
+    def _weight_format(self) -> WeightFormat:
+        return WEIGHT_FORMATS[self.format]
+
+    @cached_property
+    def _prefixes(self) -> dict[int, str]:
+        prefixes = ((i, self._layer_prefix(i)) for i in range(self.config.num_hidden_layers))
+        return {layer: prefix for layer, prefix in prefixes if prefix is not None}
+
+    def _projection_sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """[N, K] of gate, up and down."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return (inner, hidden), (inner, hidden), (hidden, inner)
+
+    def _matrix(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        codes_name: str,
+        scales_name: str,
+    ) -> QuantizedMatrix:
+        """Normalizes and checks one matrix (or stack)."""
+        fmt = self._weight_format
+        normalized = fmt.normalize_scales(scales, scales_name)
+        fmt.check_scales(normalized, scales_name)
+        return QuantizedMatrix(fmt.normalize_codes(codes, codes_name), normalized)

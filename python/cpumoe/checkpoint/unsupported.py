@@ -1,0 +1,60 @@
+"""Checkpoints that have routed experts, in a format without a reader: enough for ``inspect``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+
+from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.shards import SafetensorsFolder
+from cpumoe.swiglu import SwiGLU
+
+_EXPERT_NAME = re.compile(r"\blayers\.(\d+)\.[\w.]*?\bexperts\.")
+
+
+class UnsupportedReader(ExpertReader):
+    """Names the format, sizes and layers; `expert` always refuses."""
+
+    @override
+    @staticmethod
+    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
+        name = _format_name(config)
+        reason = f"{name} experts of model_type {config.model_type!r} have no reader yet"
+        return ExpertsInfo(name, SwiGLU(), (reason,))
+
+    @override
+    @classmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """Everything: it is the registry's last row."""
+        return True
+
+    @cached_property
+    def _found(self) -> dict[int, str]:
+        matches = (_EXPERT_NAME.search(name) for name in self.folder.names())
+        return {int(match[1]): match[0] for match in matches if match}
+
+    @override
+    def _layer_prefix(self, layer: int) -> str | None:
+        return self._found.get(layer)
+
+    @override
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        raise NotImplementedError
+
+
+def _format_name(config: MoeConfig) -> str:
+    quantization: Mapping[str, Any] = config.quantization
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        return "fp8_block" if quantization.get("weight_block_size") else "fp8"
+    if "quant_algo" in quantization:
+        return str(quantization["quant_algo"]).lower()
+    if method is not None:
+        return str(method)
+    dtype = str(config.text.get("dtype") or config.text.get("torch_dtype") or "bfloat16")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)

@@ -1,0 +1,160 @@
+"""Writes a sharded safetensors checkpoint whose tensors arrive piece by piece.
+
+`safetensors.torch.save_file` wants every tensor of a shard in memory. Here all names, dtypes and
+shapes are declared first, the headers are written, and the bytes follow in any order, so that
+memory stays at one piece. Format: see `cpumoe.checkpoint.shards`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+
+from cpumoe.checkpoint.shards import CONFIG_NAME, DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+from cpumoe.formats import describe, dtype_name
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class CheckpointWriter:
+    """Streams tensors into the shards of a checkpoint folder.
+
+    Args:
+        folder: an existing folder.
+        specs: every tensor of the checkpoint, in the order in which shards fill up.
+        config: content of config.json.
+        max_shard_bytes: a shard is closed before it grows beyond this (a larger tensor gets its
+            own).
+        progress: called with (bytes written, bytes in all) after each piece.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[TensorSpec],
+        config: Mapping[str, Any],
+        *,
+        max_shard_bytes: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Creates the shards, with their headers and full sizes."""
+        self._folder = folder
+        self._config = config
+        self._progress = progress
+        self._specs = {spec.name: spec for spec in specs}
+        self._written = dict.fromkeys(self._specs, 0)
+        self._total = sum(spec.nbytes for spec in specs)
+        self._done = 0
+        self._place: dict[str, tuple[str, int]] = {}
+        self._files: dict[str, BinaryIO] = {}
+        shards = _split(specs, max_shard_bytes)
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._start_shard(file if len(shards) > 1 else SINGLE_NAME, shard)
+
+    def __enter__(self) -> CheckpointWriter:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the shards; after a success, writes index and config."""
+        for file in self._files.values():
+            file.close()
+        if kind is None:
+            self._finish()
+
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
+        """Writes rows ``row, row + 1, ...`` (along the first dimension) of a declared tensor.
+
+        Raises:
+            ValueError: another dtype or row shape than declared, or too many rows.
+        """
+        spec = self._specs[name]
+        fits = tensor.shape[1:] == spec.shape[1:] and row + tensor.shape[0] <= spec.shape[0]
+        if tensor.dtype != spec.dtype or not fits:
+            raise ValueError(
+                f"{name}: expected rows of {dtype_name(spec.dtype)} {list(spec.shape)}, "
+                f"got {describe(tensor)} at row {row}"
+            )
+        shard, start = self._place[name]
+        file = self._files[shard]
+        file.seek(start + row * (spec.nbytes // spec.shape[0]))
+        data = tensor.contiguous().view(torch.uint8).flatten()
+        file.write(data.numpy().data)
+        self._written[name] += data.numel()
+        self._done += data.numel()
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _start_shard(self, file_name: str, specs: Sequence[TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Widest elements first keeps every tensor aligned to its element size.
+        for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = (self._folder / file_name).open("wb")
+        self._files[file_name] = file
+        file.write(len(text).to_bytes(8, "little") + text)
+        data = 8 + len(text)
+        file.truncate(data + offset)
+        for spec in specs:
+            self._place[spec.name] = (file_name, data + header[spec.name]["data_offsets"][0])
+
+    def _finish(self) -> None:
+        short = [name for name, spec in self._specs.items() if self._written[name] != spec.nbytes]
+        if short:
+            raise ValueError(f"{short[0]}: declared but not written whole ({len(short)} such)")
+        if len(self._files) > 1:
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": {name: shard for name, (shard, _) in sorted(self._place.items())},
+            }
+            _write_json(self._folder / INDEX_NAME, index)
+        _write_json(self._folder / CONFIG_NAME, self._config)
+
+
+def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Writes synthetic checkpoints in a model's exact native format, at bounded memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from cpumoe.checkpoint.writer import CheckpointWriter
+from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.models import ModelSpec
+from cpumoe.synth_layouts import LAYOUTS, Layout, Piece, Sizes
+
+Pattern = Literal["normal", "uniform", "alternating", "ramp", "random"]
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
+
+WEIGHT_STD = 0.02
+DEFAULT_MAX_SHARD_BYTES = 4 << 30
+# E8M0 bytes that `random` draws from: 2^-10 .. 2^-5, around WEIGHT_STD once multiplied by E2M1.
+_RANDOM_E8M0 = (117, 123)
+
+
+def random_matrix(
+    fmt: WeightFormat, n: int, k: int, pattern: Pattern, generator: torch.Generator
+) -> QuantizedMatrix:
+    """Returns one matrix ``[n, k]`` of a weight pattern, quantized to nearest.
+
+    Args:
+        fmt: its weight format.
+        n: rows.
+        k: columns, a multiple of the format's group size.
+        pattern: ``normal``: independent normal weights of standard deviation `WEIGHT_STD`, as
+            trained models have. ``uniform``: one value everywhere (a wrong scale shows).
+            ``alternating``: positive for even k, negative for odd (swapped nibbles show); sizes
+            vary, or the sums would cancel. ``ramp``: rises along k, starting elsewhere in each row
+            (permuted k or rows show). ``random``: every code is equally likely, with scales of
+            moderate size; the fastest.
+        generator: draws everything that is random, also the size of constant patterns.
+
+    Raises:
+        ValueError: an unknown pattern, or `k` that the format does not allow.
+    """
+    fmt.check_k(k)
+    if pattern == "random":
+        return _random_codes(fmt, n, k, generator)
+    if pattern == "normal":
+        weights = torch.empty(n, k).normal_(0, WEIGHT_STD, generator=generator)
+        return QuantizedMatrix(*fmt.quantize(weights))
+    # A size of its own for each matrix, so that a mixed-up expert shows as well.
+    value = WEIGHT_STD * 2 ** (4 * float(torch.rand((), generator=generator)) - 3)
+    if pattern == "uniform":
+        weights = torch.full((n, k), value)
+    elif pattern == "alternating":
+        sizes = 1 + (torch.arange(k) // 2 + 3 * torch.arange(n).unsqueeze(1)) % 8 / 8
+        weights = value * sizes * (1 - 2 * (torch.arange(k) % 2))
+    elif pattern == "ramp":
+        start = torch.arange(n).unsqueeze(1) * 7
+        weights = value * (2 * ((torch.arange(k) + start) % k) / k - 1)
+    else:
+        raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
+    return QuantizedMatrix(*fmt.quantize(weights))
+
+
+def write_checkpoint(
+    out: str | os.PathLike[str],
+    spec: ModelSpec,
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    hidden: int | None = None,
+    intermediate: int | None = None,
+    top_k: int | None = None,
+    pattern: Pattern = "normal",
+    seed: int = 0,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes routed experts and routers of `spec` to a checkpoint folder; returns its path.
+
+    Names, dtypes, packing, index and config.json are the published model's, with the sizes given.
+    Attention, embeddings and shared experts are left out. Memory stays at one expert. The result
+    depends on the arguments alone.
+
+    Args:
+        out: the folder; created, parents too.
+        spec: the model (see `cpumoe.models.find_model`).
+        layers: MoE layers to write (dense layers before them are counted, not written); default
+            and upper end of this and the other sizes: the model's own, any size allowed.
+        experts: experts per layer.
+        hidden: hidden size.
+        intermediate: an expert's inner size.
+        top_k: experts per token; default the model's, at most `experts`.
+        pattern: the weights (see `random_matrix`).
+        seed: of the random numbers.
+        overwrite: whether a non-empty folder may be replaced: its own checkpoint files are deleted
+            first, others stay.
+        max_shard_bytes: upper size of a shard that holds more than one tensor.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        FileExistsError: `out` is a file, or not empty and `overwrite` is false.
+        OSError: not enough free disk space.
+        ValueError: a size, pattern or model that cannot be written.
+    """
+    folder = Path(out)
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
+    layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k))
+    specs = [tensor for layer in layout.layer_ids for tensor in layout.tensors(layer)]
+    _prepare_folder(folder, overwrite, sum(tensor.nbytes for tensor in specs))
+    with CheckpointWriter(
+        folder, specs, layout.config(), max_shard_bytes=max_shard_bytes, progress=progress
+    ) as writer:
+        for layer in layout.layer_ids:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            for name, row, tensor in _layer_pieces(layout, layer, pattern, generator):
+                writer.write(name, tensor, row)
+    return folder
+
+
+def _layout(spec: ModelSpec, sizes: Sizes) -> Layout:
+    layout_type = LAYOUTS.get(spec.layout)
+    if layout_type is None:
+        raise ValueError(
+            f"{spec.name}: cannot write its {spec.weight_format} checkpoint layout yet; "
+            f"layouts that can be written: {', '.join(LAYOUTS)}"
+        )
+    layout = layout_type(spec, sizes)
+    layout.format.check_k(sizes.hidden, "hidden_size")
+    layout.format.check_k(sizes.intermediate, "intermediate_size")
+    return layout
+
+
+def _layer_pieces(
+    layout: Layout, layer: int, pattern: Pattern, generator: torch.Generator
+) -> Iterator[Piece]:
+    yield from layout.router(layer, generator)
+    for index in range(layout.sizes.experts):
+        matrices = [
+            random_matrix(layout.format, n, k, pattern, generator) for n, k in layout.projections
+        ]
+        yield from layout.expert(layer, index, matrices, generator)
+
+
+def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
+    # random_ draws one number per element: fewer and wider elements are several times faster.
+    words = torch.empty(n, k // 16, dtype=torch.int64)
+    codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+    shape = (n, k // fmt.group_size)
+    if fmt.scale_storage == torch.uint8:
+        scales = torch.randint(*_RANDOM_E8M0, shape, dtype=torch.uint8, generator=generator)
+    else:
+        scales = (torch.rand(shape, generator=generator) * WEIGHT_STD / 4).to(fmt.scale_storage)
+    return QuantizedMatrix(codes, scales)
+
+
+def _sizes(
+    spec: ModelSpec,
+    layers: int | None,
+    experts: int | None,
+    hidden: int | None,
+    intermediate: int | None,
+    top_k: int | None,
+) -> Sizes:
+    experts = spec.num_experts if experts is None else experts
+    sizes = Sizes(
+        layers=spec.num_moe_layers if layers is None else layers,
+        experts=experts,
+        hidden=spec.hidden_size if hidden is None else hidden,
+        intermediate=spec.moe_intermediate_size if intermediate is None else intermediate,
+        top_k=min(spec.top_k, experts) if top_k is None else top_k,
+    )
+    for name, value in vars(sizes).items():
+        if value <= 0:
+            raise ValueError(f"{name}: must be positive, got {value}")
+    if sizes.top_k > sizes.experts:
+        raise ValueError(f"top_k: must be at most experts ({sizes.experts}), got {sizes.top_k}")
+    return sizes
+
+
+def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: expected a folder to write to, got a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{folder}: not empty; name a new folder or allow overwriting")
+        for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json"):
+            for old in folder.glob(pattern):
+                old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise OSError(
+            f"{folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; write fewer "
+            f"layers or experts"
+        )

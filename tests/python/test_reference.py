@@ -1,0 +1,229 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
+from cpumoe.reference import (
+    dequantize,
+    error_bound,
+    experts_forward,
+    experts_forward_with_bound,
+)
+from cpumoe.swiglu import SwiGLU
+
+FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
+SWIGLUS = (SwiGLU(), SwiGLU(limit=10.0), SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0))
+
+
+class Problem:
+    """Random experts, routing and hidden states."""
+
+    def __init__(self, fmt, *, tokens=7, experts=4, hidden=64, inner=96, top_k=2, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.fmt = fmt
+
+        def weights(n, k):
+            return QuantizedMatrix(*fmt.quantize(torch.randn(experts, n, k, generator=g) * 0.1))
+
+        self.gate, self.up = weights(inner, hidden), weights(inner, hidden)
+        self.down = weights(hidden, inner)
+        self.x = torch.randn(tokens, hidden, generator=g).bfloat16()
+        self.ids = torch.rand(tokens, experts, generator=g).topk(top_k).indices
+        self.weights = torch.rand(tokens, top_k, generator=g)
+
+    @property
+    def arguments(self):
+        return self.x, self.ids, self.weights, self.gate, self.up, self.down
+
+
+def kernel(problem, *, swiglu=SwiGLU(), output_dtype=torch.bfloat16, down=None):  # noqa: B008
+    """An independent kernel: bf16 x and h, float32 sums; token by token."""
+    x, ids, weights, gate, up, _ = problem.arguments
+    down = down or problem.down
+    dense = [problem.fmt.dequantize(m.codes, m.scales) for m in (gate, up, down)]
+    y = torch.zeros(x.shape)
+    for token in range(len(x)):
+        for slot, expert in enumerate(ids[token].tolist()):
+            g, u = (w[expert] @ x[token].bfloat16().float() for w in dense[:2])
+            h = swiglu(g, u).bfloat16().float()
+            y[token] += weights[token, slot] * (dense[2][expert] @ h)
+    return y.to(output_dtype)
+
+
+def test_forward_equals_the_formula():
+    torch.manual_seed(0)
+    gate, up = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    down = torch.randn(3, 6, 8, dtype=torch.float64)
+    biases = [torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 6)]
+    x, ids = torch.randn(5, 6), torch.randint(0, 3, (5, 2))
+    weights = torch.rand(5, 2)
+    y = experts_forward(
+        x, ids, weights, gate, up, list(down), gate_bias=biases[0], up_bias=biases[1],
+        down_bias=biases[2],
+    )  # fmt: skip
+    for t in range(5):
+        expected = torch.zeros(6, dtype=torch.float64)
+        for k in range(2):
+            e = int(ids[t, k])
+            g, u = gate[e] @ x[t].double() + biases[0][e], up[e] @ x[t].double() + biases[1][e]
+            h = g / (1 + torch.exp(-g)) * u
+            expected += weights[t, k].double() * (down[e] @ h + biases[2][e])
+        torch.testing.assert_close(y[t], expected)
+
+
+def test_forward_agrees_with_transformers_mixtral_experts():
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    config = modeling.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_local_experts=4, num_hidden_layers=1
+    )
+    config._experts_implementation = "eager"
+    experts = modeling.MixtralExperts(config).double()
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    ids, weights = torch.randint(0, 4, (6, 2)), torch.rand(6, 2, dtype=torch.float64)
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    got = experts_forward(x, ids, weights, gate, up, experts.down_proj.detach())
+    torch.testing.assert_close(got, experts(x, ids, weights).detach())
+
+
+def test_skipped_ids_and_masked_experts_count_nothing():
+    p = Problem(WEIGHT_FORMATS["mxfp4"], experts=4)
+    ids = torch.tensor([[0, -1], [4, 1], [2, 3], [-1, 4], [1, 1], [0, 2], [3, 3]])
+    mask = torch.tensor([False, False, True, False])
+    p.weights[0, 1] = math.nan
+    got = experts_forward(
+        p.x, ids, p.weights, p.gate, p.up, p.down, format="mxfp4", expert_mask=mask
+    )
+    assert got.isfinite().all()
+    assert not got[3].any()
+    only = experts_forward(p.x, ids[:, :1], p.weights[:, :1], p.gate, p.up, p.down, format="mxfp4")
+    torch.testing.assert_close(got[0], only[0])
+
+
+def test_only_experts_with_tokens_are_read():
+    class Lazy(list):
+        def __getitem__(self, index):
+            assert index == 2
+            return super().__getitem__(index)
+
+    w = Lazy([None, None, torch.eye(4), None])
+    y = experts_forward(torch.ones(1, 4), torch.tensor([[2]]), torch.ones(1, 1), w, w, w)
+    torch.testing.assert_close(y, torch.nn.functional.silu(torch.ones(1, 4, dtype=torch.float64)))
+
+
+def test_no_tokens_give_no_rows():
+    p = Problem(WEIGHT_FORMATS["mxfp4"], tokens=0)
+    y, bound = experts_forward_with_bound(*p.arguments, format="mxfp4")
+    assert y.shape == bound.shape == (0, 64)
+
+
+@pytest.mark.parametrize("bad", [-2, 5, 2**40])
+def test_ids_out_of_range_are_an_index_error(bad):
+    p = Problem(WEIGHT_FORMATS["mxfp4"])
+    p.ids[3, 1] = bad
+    message = rf"topk_ids: expected -1..4, got {bad} at \[3, 1\]"
+    with pytest.raises(IndexError, match=message):
+        experts_forward(*p.arguments, format="mxfp4")
+
+
+def test_arguments_that_do_not_belong_together_are_refused():
+    p = Problem(WEIGHT_FORMATS["mxfp4"])
+    with pytest.raises(ValueError, match="quantized weights need their format, got None"):
+        experts_forward(*p.arguments)
+    with pytest.raises(ValueError, match=r"topk_ids, topk_weights: expected \[7, top_k\] each"):
+        experts_forward(p.x, p.ids[:3], p.weights, p.gate, p.up, p.down, format="mxfp4")
+    with pytest.raises(ValueError, match=r"experts.\d: expected gate and up \[I, H\] and down"):
+        experts_forward(p.x, p.ids, p.weights, p.gate, p.up, p.gate, format="mxfp4")
+    with pytest.raises(ValueError, match=r"expected as many experts each, got \[4, 4, 2\]"):
+        experts_forward(p.x, p.ids, p.weights, p.gate, p.up, torch.zeros(2, 64, 96))
+    codes = p.gate.codes
+    with pytest.raises(ValueError, match=r"expected float or QuantizedMatrix, got uint8"):
+        experts_forward(p.x, p.ids, p.weights, codes, codes, codes, format="mxfp4")
+
+
+def test_dequantize_checks_its_tensors():
+    codes, scales = torch.zeros(2, 16, dtype=torch.int8), torch.full((2, 1), 255).to(torch.uint8)
+    with pytest.raises(ValueError, match=r"scales: .* got 255 \(NaN\) at index \[0, 0\]"):
+        dequantize(codes, scales, "mxfp4")
+
+
+@FORMATS
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.integers(1, 6),
+    inner=st.integers(1, 8),
+    swiglu=st.sampled_from(SWIGLUS),
+    x_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    out_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_a_correct_kernel_stays_within_the_bound(
+    fmt, seed, groups, inner, swiglu, x_dtype, out_dtype
+):
+    p = Problem(fmt, hidden=32 * groups, inner=32 * inner, seed=seed)
+    p.x = torch.randn(7, 32 * groups, generator=torch.Generator().manual_seed(seed)).to(x_dtype)
+    expected, bound = experts_forward_with_bound(
+        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype
+    )
+    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype).double()
+    assert ((got - expected).abs() <= bound).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("value", [0.02, 0.3])
+def test_coherent_roundings_stay_within_the_bound(fmt, value):
+    """Constant weights: every h is the same number, rounded the same way."""
+    p = Problem(fmt, hidden=128, inner=512)
+    for name, n, k in (("gate", 512, 128), ("up", 512, 128), ("down", 128, 512)):
+        setattr(p, name, QuantizedMatrix(*fmt.quantize(torch.full((4, n, k), value))))
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
+    assert ((kernel(p).double() - expected).abs() <= bound).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("exponent", [-30, 20])
+def test_the_bound_follows_the_size_of_the_weights(fmt, exponent):
+    p = Problem(fmt)
+    codes, scales = fmt.quantize(torch.randn(4, 64, 96) * 2.0**exponent)
+    p.down = QuantizedMatrix(codes, scales)
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
+    assert ((kernel(p).double() - expected).abs() <= bound).all()
+    assert bound.max() < 0.1 * expected.abs().max()
+
+
+@FORMATS
+@pytest.mark.parametrize("hidden", [64, 256])
+def test_the_bound_is_a_few_bf16_roundings(fmt, hidden):
+    p = Problem(fmt, hidden=hidden, inner=2 * hidden)
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
+    assert torch.equal(bound, error_bound(*p.arguments, format=fmt))
+    assert bound.norm() < 0.04 * expected.norm()
+
+
+@FORMATS
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+@pytest.mark.parametrize("fault", ["swapped nibbles", "scale off by one"])
+def test_a_wrong_byte_exceeds_the_bound(fmt, projection, fault):
+    """One byte's nibbles swapped, or one group's scale doubled, in one matrix of every expert."""
+    p = Problem(fmt)
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
+    right = getattr(p, projection)
+    codes, scales = right.codes.clone(), right.scales.clone()
+    if fault == "swapped nibbles":
+        # The byte whose two weights differ most: swapping equal ones is no fault.
+        pairs = fmt.dequantize(codes, scales).unflatten(-1, (-1, 2))[:, 0]
+        column = int((pairs[..., 0] - pairs[..., 1]).abs().amin(0).argmax())
+        byte = codes[:, 0, column]
+        codes[:, 0, column] = (byte >> 4) | (byte << 4)
+    elif fmt.name == "mxfp4":
+        scales[:, 0, 0] += 1
+    else:
+        scales[:, 0, 0] *= 2
+    setattr(p, projection, QuantizedMatrix(codes, scales))
+    error = (kernel(p).double() - expected).abs()
+    assert (error > bound).any(), (error / bound).max()

@@ -1,0 +1,183 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoint_tools import write_small
+from safetensors.torch import load_file
+
+from cpumoe.checkpoint import open_checkpoint
+from cpumoe.formats import WEIGHT_FORMATS
+from cpumoe.models import find_model
+from cpumoe.synth import PATTERNS, random_matrix, write_checkpoint
+
+MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2", "kimi-k2.5")
+
+
+def dense(fmt, matrix):
+    return fmt.dequantize(matrix.codes, matrix.scales)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_normal_and_experts_differ(tmp_path, model):
+    spec = find_model(model)
+    write_small(tmp_path, model)
+    reader = open_checkpoint(tmp_path)
+    fmt = WEIGHT_FORMATS[reader.format]
+    assert reader.format == spec.weight_format
+    assert reader.swiglu == spec.swiglu
+    assert reader.layers() == [spec.first_moe_layer, spec.first_moe_layer + 1]
+    experts = [
+        dense(fmt, matrix)
+        for layer in reader.layers()
+        for index in range(3)
+        for matrix in (reader.expert(layer, index).gate, reader.expert(layer, index).up)
+    ]
+    for weights in experts:
+        assert weights.std() == pytest.approx(0.02, rel=0.1)
+        assert abs(weights.mean()) < 0.002
+    distinct = {tuple(weights.flatten().tolist()) for weights in experts}
+    assert len(distinct) == len(experts)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
+def test_patterns(fmt, pattern):
+    generator = torch.Generator().manual_seed(0)
+    matrix = random_matrix(fmt, 16, 128, pattern, generator)
+    fmt.check_scales(matrix.scales, "scales")
+    w = dense(fmt, matrix)
+    assert w.shape == (16, 128)
+    assert 0.001 < w.abs().mean() < 0.2
+    if pattern == "uniform":
+        assert len(w.unique()) == 1
+    elif pattern == "alternating":
+        assert (w[:, 0::2] > 0).all()
+        assert (w[:, 1::2] < 0).all()
+    elif pattern == "ramp":
+        assert (w[0, 1:] >= w[0, :-1]).float().mean() > 0.9
+        assert not torch.equal(w[0], w[1])
+    else:
+        assert len(torch.stack((matrix.codes & 15, matrix.codes >> 4)).unique()) == 16
+    others = [dense(fmt, random_matrix(fmt, 16, 128, pattern, generator)) for _ in range(4)]
+    assert not all(torch.equal(other, w) for other in others)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_seed_writes_the_same_bytes(tmp_path, model):
+    write_small(tmp_path / "a", model, pattern="random")
+    write_small(tmp_path / "b", model, pattern="random")
+    write_small(tmp_path / "c", model, pattern="random", seed=1)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_deepseek_v4_router_tensors(tmp_path):
+    write_small(tmp_path, "v4-flash", layers=4)
+    stored = load_file(tmp_path / "model.safetensors")
+    for layer in range(4):
+        prefix = f"layers.{layer}.ffn.gate"
+        assert stored[f"{prefix}.weight"].shape == (3, 64)
+        assert stored[f"{prefix}.weight"].dtype == torch.bfloat16
+        if layer == 3:
+            assert f"{prefix}.tid2eid" not in stored
+            assert stored[f"{prefix}.bias"].dtype == torch.float32
+            continue
+        table = stored[f"{prefix}.tid2eid"]
+        assert table.shape == (129280, 2)
+        assert table.dtype == torch.int64
+        assert table.min() == 0
+        assert table.max() == 2
+        assert (table[:, 0] != table[:, 1]).all()
+    assert f"{prefix}.bias" in stored
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "gpt-oss-20b", "kimi-k2"])
+def test_transformers_reads_the_config(tmp_path, model):
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    write_small(tmp_path, model)
+    if model == "kimi-k2":  # remote code; its classes are DeepSeek-V3's
+        path = tmp_path / "config.json"
+        path.write_text(path.read_text().replace('"kimi_k2"', '"deepseek_v3"'))
+    config = auto.AutoConfig.from_pretrained(tmp_path)
+    assert config.hidden_size == 64
+    assert config.num_local_experts == 3
+    assert config.num_experts_per_tok == 2
+
+
+def test_shards_are_bounded_and_indexed(tmp_path):
+    seen = []
+    write_small(
+        tmp_path, "kimi-k2", max_shard_bytes=20_000, progress=lambda *done: seen.append(done)
+    )
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 3
+    for shard in shards:
+        tensors = load_file(shard)
+        assert sum(t.nbytes for t in tensors.values()) <= 20_000
+        assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(
+            tensors
+        )
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[0] == index["metadata"]["total_size"]
+    reader = open_checkpoint(tmp_path)
+    for layer in reader.layers():
+        for expert in range(3):
+            reader.expert(layer, expert)
+
+
+def test_default_sizes_are_the_models(tmp_path):
+    spec = find_model("gpt-oss-20b")
+    write_checkpoint(tmp_path, spec, layers=1, experts=1, pattern="random")
+    reader = open_checkpoint(tmp_path)
+    assert reader.top_k == 1
+    assert reader.hidden_size == reader.intermediate_size == 2880
+    assert reader.expert(0, 0).nbytes == spec.expert_bytes - 2 * 3 * 2880
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden": 2890}, "mxfp4: hidden_size must be a positive multiple of 32, got 2890"),
+        ({"intermediate": 33}, "mxfp4: intermediate_size must be a positive multiple of 32, got"),
+        ({"layers": 0}, "layers: must be positive, got 0"),
+        ({"experts": -1}, "experts: must be positive, got -1"),
+        ({"top_k": 4}, r"top_k: must be at most experts \(3\), got 4"),
+        ({"pattern": "stripes"}, "pattern: expected one of normal, .*, got 'stripes'"),
+    ],
+)
+def test_sizes_that_cannot_be_written(tmp_path, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        write_small(tmp_path / "out", "v4-flash", **sizes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_without_a_layout_are_refused(tmp_path):
+    message = "Qwen3-30B-A3B: cannot write its bf16 checkpoint layout yet; .* deepseek_v4, gpt_oss"
+    with pytest.raises(ValueError, match=message):
+        write_checkpoint(tmp_path, find_model("Qwen3-30B-A3B"))
+
+
+def test_a_folder_in_use_is_kept_unless_told(tmp_path):
+    write_small(tmp_path, "gpt-oss-20b", max_shard_bytes=1000)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty; name a new folder or allow overwriting"):
+        write_small(tmp_path, "gpt-oss-20b")
+    write_small(tmp_path, "gpt-oss-20b", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
+    with pytest.raises(FileExistsError, match="expected a folder to write to, got a file"):
+        write_small(tmp_path / "notes.txt", "gpt-oss-20b")
+
+
+def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"needs 0.0 GB, 0.0 GB are free; write fewer layers or ex"):
+        write_small(tmp_path, "kimi-k2")
