@@ -11,9 +11,10 @@ E8M0); compressed-tensors 0.20 ``pack-quantized`` (INT4).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
-# Quantizing works on blocks of this many weights: temporaries stay in cache, and torch runs ops of
-# this size on the calling thread alone, where a barrier per op would cost more than the op.
-_BLOCK_WEIGHTS = 1 << 15
+# Quantizing works on blocks of this many weights, so that temporaries stay in cache.
+_BLOCK_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,13 @@ class WeightFormat:
         codes = torch.empty(rows.shape[0], k // 2, dtype=torch.uint8)
         scales = torch.empty(rows.shape[0], k // self.group_size, dtype=self.scale_storage)
         step = max(1, _BLOCK_WEIGHTS // k)
-        for start in range(0, rows.shape[0], step):
-            block = slice(start, start + step)
-            groups = rows[block].float().reshape(-1, k // self.group_size, self.group_size)
-            nibbles, scales[block] = self.quantize_groups(groups)
-            pairs = nibbles.view(-1, k // 2, 2)
-            torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
+        with _one_torch_thread():
+            for start in range(0, rows.shape[0], step):
+                block = slice(start, start + step)
+                groups = rows[block].float().reshape(-1, k // self.group_size, self.group_size)
+                nibbles, scales[block] = self.quantize_groups(groups)
+                pairs = nibbles.view(-1, k // 2, 2)
+                torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
         lead = weights.shape[:-1]
         return codes.view(*lead, -1), scales.view(*lead, -1)
 
@@ -240,6 +241,18 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
         f"{name}: the last dimension must be contiguous, got {describe(tensor)} with strides "
         f"{list(tensor.stride())}; pass .contiguous()"
     )
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    # PyTorch's threads meet after every operation: on small blocks and busy cores that costs ten
+    # times what it saves.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.cache
