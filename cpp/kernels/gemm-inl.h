@@ -53,35 +53,26 @@ struct Gemm {
   template <int kTokens, int kTiles>
   static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
-    Vec sum[kTiles][kTokens];
-    for (auto& row : sum) {
-      for (Vec& s : row) s = Isa::Zero();
-    }
+    for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
     for (int64_t g = 0; g < groups; ++g) {
+      KeepInMemory();
       Vec part[kTiles][kTokens];
-      for (auto& row : part) {
-        for (Vec& s : row) s = Isa::Zero();
-      }
-      Unroll<Geometry::kGroupVectors>([&](auto v) {
+      Clear(part);
+      for (int v = 0; v < Geometry::kGroupVectors; ++v) {
         typename Isa::Codes codes[kTiles];
         for (int r = 0; r < kTiles; ++r) {
           codes[r] = Isa::LoadCodes(tiles[r].codes + g * Geometry::kGroupBytes + v * kVectorBytes);
         }
         Unroll<Geometry::kVectorPairs>([&](auto p) {
-          for (int r = 0; r < kTiles; ++r) {
-            const Pair w = codec.template Decode<p>(codes[r]);
-            for (int t = 0; t < kTokens; ++t) part[r][t] = Isa::Dot(part[r][t], w, a + 2 * t);
+          Pair w[kTiles];
+          for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[r]);
+          for (int t = 0; t < kTokens; ++t) {
+            for (int r = 0; r < kTiles; ++r) part[r][t] = Isa::Dot(part[r][t], w[r], a + 2 * t);
           }
           a += 2 * kTokens;
         });
-      });
-      for (int r = 0; r < kTiles; ++r) {
-        const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
-        for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Fma(part[r][t], scales, sum[r][t]);
       }
-    }
-    for (int r = 0; r < kTiles; ++r) {
-      for (int t = 0; t < kTokens; ++t) Isa::Store(c + (r * kTokens + t) * kTileRows, sum[r][t]);
+      AddScaled(codec, tiles, g, part, c);
     }
   }
 
@@ -129,25 +120,44 @@ struct Gemm {
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
                           const Pair* panel, const Activation* a, float* c) {
     for (int64_t g = begin; g < end; ++g) {
+      KeepInMemory();
       Vec part[kTiles][kTokens];
-      for (auto& row : part) {
-        for (Vec& s : row) s = Isa::Zero();
-      }
+      Clear(part);
       for (int64_t p = 0; p < Geometry::kGroupPairs; ++p)
         AddPair<kTokens, kTiles>(panel, a, p, part);
       panel += Geometry::kGroupPairs * kTiles;
       a += Geometry::kGroupPairs * kTokens * 2;
-      for (int r = 0; r < kTiles; ++r) {
-        const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
-        for (int t = 0; t < kTokens; ++t) {
-          float* out = c + (r * kTokens + t) * kTileRows;
-          Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
-        }
-      }
+      AddScaled(codec, tiles, g, part, c);
     }
   }
 
  private:
+  // C stays in memory between groups: in registers it would displace the group's sums, and
+  // compilers spill those instead.
+  static void KeepInMemory() { asm volatile("" ::: "memory"); }
+
+  template <int kTokens, int kTiles>
+  static void Clear(Vec (&part)[kTiles][kTokens]) {
+    for (auto& row : part) {
+      for (Vec& sum : row) sum = Isa::Zero();
+    }
+  }
+
+  // C += part * the scales of group g.
+  template <int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void AddScaled(Codec codec, const TileView* tiles,
+                                                              int64_t g,
+                                                              Vec (&part)[kTiles][kTokens],
+                                                              float* c) {
+    for (int r = 0; r < kTiles; ++r) {
+      const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
+      for (int t = 0; t < kTokens; ++t) {
+        float* out = c + (r * kTokens + t) * kTileRows;
+        Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
+      }
+    }
+  }
+
   template <int kTokens, int kTiles>
   static inline __attribute__((always_inline)) void AddPair(const Pair* panel, const Activation* a,
                                                             int64_t p,

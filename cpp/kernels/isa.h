@@ -9,11 +9,23 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/float_types.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
+
+// What ISAs have in common whose multiplicands and activations are fp32. A code times a scale of
+// any kind has few enough bits to be exact; only an overflow would not be, for infinity times an
+// activation of zero is NaN.
+struct Fp32Multiplicands {
+  using Activation = float;
+  static Activation ToActivation(float x) { return x; }
+  static bool FoldsExactly(float /*least*/, float greatest) {
+    return greatest <= std::numeric_limits<float>::max();
+  }
+};
 
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
@@ -26,11 +38,10 @@ concept VectorIsa = requires(
     typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
     typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
     const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold) {
-  { Isa::kFusedTokens } -> std::convertible_to<int>;      // most tokens of the fused kernel
-  { Isa::kFusedPairTokens } -> std::convertible_to<int>;  // and of its form for two tiles at once
-  { Isa::kPanelTokens } -> std::convertible_to<int>;      // MR: tokens of the panel micro-kernel
-  { Isa::kPanelTiles } -> std::convertible_to<int>;  // NR / 16: tiles of the panel micro-kernel
-  { Isa::kPanelPairs } -> std::convertible_to<int>;  // KC / 2: pairs of a panel
+  { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
+  { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
+  { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
+  { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
   { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
   { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
   { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;

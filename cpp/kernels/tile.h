@@ -4,12 +4,13 @@
 // 32-bit lanes; lane r holds the next 32 / code_bits codes of row r:
 //
 //          lane r, codes of 4 bits      bit 31 ............ 16 15 ............. 0
-//                                          k7   k5   k3   k1   k6   k4   k2   k0
+//                                          k7   k3   k5   k1   k6   k2   k4   k0
 //
-// Even k fill the low half-word upwards and odd k the high one, so that one shift brings the codes
-// of a pair (k, k+1) to the bottom of both half-words: as 16-bit table indices they become the bf16
-// pair that a dot instruction wants, and as 32-bit indices one fp32 per lane. There are no
-// horizontal sums, and the scales of a group are one vector: scales[group][16].
+// Even k are in the low half-word and odd k in the high one, each at the same place, so that one
+// shift brings the codes of a pair (k, k+1) to the bottom of both half-words: as 16-bit table
+// indices they become the bf16 pair that a dot instruction wants, and as 32-bit indices one fp32
+// per lane. Low nibbles are pairs 0 and 1, high nibbles pairs 2 and 3, which suits byte shuffles.
+// There are no horizontal sums, and the scales of a group are one vector: scales[group][16].
 #pragma once
 
 #include <cstddef>
@@ -19,6 +20,13 @@ namespace cpumoe {
 
 inline constexpr int kTileRows = 16;
 inline constexpr int kVectorBytes = kTileRows * 4;
+
+// Bit of the low half-word at which the even code of a vector's pair (k, k+1) lies.
+template <int kCodeBits>
+constexpr int PairShift(int pair) {
+  const int half = 16 / kCodeBits / 2;
+  return half == 0 ? 0 : (pair % half * 2 + pair / half) * kCodeBits;
+}
 
 // Geometry of a tile whose codes have `kCodeBits` bits and whose scales cover `kGroupSize` codes.
 template <int kCodeBits, int kGroupSize>

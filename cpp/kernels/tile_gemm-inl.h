@@ -22,8 +22,9 @@ class TileGemm {
 
  public:
   static constexpr int kMaxTiles = 2;
+  static_assert(Isa::kTiles <= kMaxTiles);
   static constexpr int64_t kPanelBytes =
-      int64_t{Isa::kPanelTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
+      int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 
   // One or two tiles that are multiplied with the same activations.
   struct Operands {
@@ -41,8 +42,8 @@ class TileGemm {
       RunFused(codec, w, blocks.Size(0), a, c);
       return;
     }
-    for (int first = 0; first < w.count; first += Isa::kPanelTiles) {
-      const int tiles = std::min(w.count - first, Isa::kPanelTiles);
+    for (int first = 0; first < w.count; first += Isa::kTiles) {
+      const int tiles = std::min(w.count - first, Isa::kTiles);
       if constexpr (Kernels::kFolding) {
         if (w.fold) {
           RunPanel<true>(codec, w, first, tiles, blocks, a, panel, c);
@@ -76,26 +77,20 @@ class TileGemm {
 
   static void RunFused(const Codec& codec, const Operands& w, int tokens, const Activation* a,
                        float* c) {
-    static constexpr auto kOne =
-        FusedTable<1>(std::make_integer_sequence<int, Isa::kFusedTokens>{});
-    static constexpr auto kTwo =
-        FusedTable<2>(std::make_integer_sequence<int, Isa::kFusedPairTokens>{});
-    if constexpr (Isa::kFusedPairTokens > 0) {
-      if (w.count == 2 && tokens <= Isa::kFusedPairTokens) {
-        kTwo[tokens - 1](codec, w.tiles.data(), a, w.groups, c);
-        return;
-      }
-    }
-    for (int r = 0; r < w.count; ++r) {
-      kOne[tokens - 1](codec, &w.tiles[r], a, w.groups, c + r * tokens * kTileRows);
+    constexpr auto kTokens = std::make_integer_sequence<int, Isa::kFusedTokens>{};
+    static constexpr auto kAll = FusedTable<Isa::kTiles>(kTokens);
+    static constexpr auto kOne = FusedTable<1>(kTokens);
+    for (int first = 0; first < w.count; first += Isa::kTiles) {
+      const auto& kernels = w.count - first >= Isa::kTiles ? kAll : kOne;
+      kernels[tokens - 1](codec, &w.tiles[first], a, w.groups, c + first * tokens * kTileRows);
     }
   }
 
   template <bool kFold>
   static void RunPanel(const Codec& codec, const Operands& w, int first, int tiles,
                        const TokenBlocks& blocks, const Activation* a, Pair* panel, float* c) {
-    if (Isa::kPanelTiles == 2 && tiles == 2) {
-      RunPanel<kFold, Isa::kPanelTiles>(codec, w, first, blocks, a, panel, c);
+    if (tiles == Isa::kTiles) {
+      RunPanel<kFold, Isa::kTiles>(codec, w, first, blocks, a, panel, c);
     } else {
       RunPanel<kFold, 1>(codec, w, first, blocks, a, panel, c);
     }

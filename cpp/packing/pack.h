@@ -15,30 +15,15 @@
 
 namespace cpumoe {
 
-// Moves the codes of a 32-bit word from checkpoint order, k ascending from the low bits, to a
-// lane's order: even k in the low half-word, odd k in the high one. An unshuffle: swaps of ever
-// larger fields.
+// Moves the codes of a 32-bit word from checkpoint order (k ascending from the low bits) to a
+// lane's order, and back: odd k of the low half-word change places with even k of the high one.
 template <int kCodeBits>
-constexpr uint32_t SplitEvenOdd(uint32_t word) {
-  for (int s = kCodeBits; s < 16; s *= 2) {
-    const uint32_t fields = ((1u << s) - 1) << s;
-    const uint32_t mask = s == 8 ? fields : (s == 4 ? fields * 0x10001u : fields * 0x01010101u);
-    const uint32_t moved = (word ^ (word >> s)) & mask;
-    word ^= moved ^ (moved << s);
-  }
-  return word;
-}
-
-// The inverse: the same swaps in the opposite order.
-template <int kCodeBits>
-constexpr uint32_t MergeEvenOdd(uint32_t word) {
-  for (int s = 8; s >= kCodeBits; s /= 2) {
-    const uint32_t fields = ((1u << s) - 1) << s;
-    const uint32_t mask = s == 8 ? fields : (s == 4 ? fields * 0x10001u : fields * 0x01010101u);
-    const uint32_t moved = (word ^ (word >> s)) & mask;
-    word ^= moved ^ (moved << s);
-  }
-  return word;
+constexpr uint32_t SwapEvenOdd(uint32_t word) {
+  uint32_t odd = 0;  // codes of odd k in the low half-word
+  for (int bit = kCodeBits; bit < 16; bit += 2 * kCodeBits) odd |= ((1u << kCodeBits) - 1) << bit;
+  constexpr int kDistance = 16 - kCodeBits;
+  const uint32_t moved = (word ^ (word >> kDistance)) & odd;
+  return word ^ moved ^ (moved << kDistance);
 }
 
 // Least and greatest scale of a matrix; decides whether scales fold into the multiplicands exactly.
@@ -96,7 +81,7 @@ class PackedLayout {
         for (int64_t v = chunk; v < end; ++v) {
           uint32_t word;
           std::memcpy(&word, in + v * 4, 4);
-          word = SplitEvenOdd<F::kCodeBits>(word);
+          word = SwapEvenOdd<F::kCodeBits>(word);
           std::memcpy(lanes + v * kVectorBytes + r * 4, &word, 4);
         }
       }
@@ -121,7 +106,7 @@ class PackedLayout {
       for (int64_t v = 0; v < groups * Geometry::kGroupVectors; ++v) {
         uint32_t word;
         std::memcpy(&word, in + v * kVectorBytes, 4);
-        word = MergeEvenOdd<F::kCodeBits>(word);
+        word = SwapEvenOdd<F::kCodeBits>(word);
         std::memcpy(codes + v * 4, &word, 4);
       }
       const auto* packed_scales = reinterpret_cast<const Scale*>(view.scales);

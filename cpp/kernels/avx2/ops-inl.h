@@ -3,10 +3,10 @@
 // There is no wide permute for 4-bit codes, but byte shuffles look sixteen codes up per 128-bit
 // half. Per half of a packed vector (four rows of four bytes):
 //
-//   bytes of a row            k0|k2   k4|k6   k1|k3   k5|k7     (low nibble | high nibble)
-//   one shuffle gathers       (k0|k2 k1|k3) of four rows, then (k4|k6 k5|k7) of four rows
-//   low and high nibbles look up the lower and the upper byte of their bf16 value, and
-//   unpacking the two byte vectors yields bf16 pairs (k, k+1), one 32-bit lane per row.
+//   bytes of a row            k0|k4   k2|k6   k1|k5   k3|k7     (low nibble | high nibble)
+//   one shuffle gathers       (k0|k4 k1|k5) of four rows, then (k2|k6 k3|k7) of four rows
+//   the nibbles look up the lower and the upper byte of their bf16 value, and unpacking
+//   the two byte vectors yields bf16 pairs (k, k+1), one 32-bit lane per row.
 //
 // A bf16 pair is two fp32: the pair shifted left by 16, and the pair with its low half cleared.
 #pragma once
@@ -18,22 +18,21 @@
 #include <cstdint>
 
 #include "base/float_types.h"
+#include "kernels/isa.h"
 
 namespace cpumoe {
 
-struct Avx2 {
-  // Register budget (16), two registers per Vec: fused 2 + 2 sums; panel 6 sums, a multiplicand and
-  // a broadcast activation.
-  static constexpr int kFusedTokens = 2;
-  static constexpr int kFusedPairTokens = 0;
+struct Avx2 : Fp32Multiplicands {
+  // Register budget (16), two registers per Vec: panel 6 sums, a multiplicand and a broadcast
+  // activation; fused 3 sums, because decoding needs the other registers.
+  static constexpr int kTiles = 1;
+  static constexpr int kFusedTokens = 3;
   static constexpr int kPanelTokens = 6;
-  static constexpr int kPanelTiles = 1;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
 
   struct Vec {
     __m256 lo, hi;  // rows 0-7 and 8-15
   };
-  using Activation = float;
   struct Pair {
     Vec even, odd;
   };
@@ -94,15 +93,11 @@ struct Avx2 {
     return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
   }
 
-  // A code times a scale of any kind has few enough bits to be exact in fp32.
   template <class Scale>
   static Fold LoadFold(const Scale* p) {
     return LoadScales(p);
   }
   static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
-  static bool FoldsExactly(float /*least*/, float /*greatest*/) { return true; }
-
-  static Activation ToActivation(float x) { return x; }
 
  private:
   // 2^n in two factors, so that results beyond either end of the exponent range come out right.
@@ -133,11 +128,11 @@ struct Avx2 {
     const __m256i gather = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
     const __m256i bytes = _mm256_shuffle_epi8(codes, gather);
-    const __m256i nibbles = _mm256_and_si256(kPair % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4),
-                                             _mm256_set1_epi8(0x0f));
+    const __m256i nibbles =
+        _mm256_and_si256(kPair < 2 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(0x0f));
     const __m256i lower = _mm256_shuffle_epi8(table.lower, nibbles);
     const __m256i upper = _mm256_shuffle_epi8(table.upper, nibbles);
-    return kPair < 2 ? _mm256_unpacklo_epi8(lower, upper) : _mm256_unpackhi_epi8(lower, upper);
+    return kPair % 2 == 0 ? _mm256_unpacklo_epi8(lower, upper) : _mm256_unpackhi_epi8(lower, upper);
   }
   static __m256 Even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 Odd(__m256i pairs) {

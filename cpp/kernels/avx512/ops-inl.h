@@ -12,20 +12,20 @@
 #include <cstdint>
 
 #include "base/float_types.h"
+#include "kernels/isa.h"
+#include "kernels/tile.h"
 
 namespace cpumoe {
 
-struct Avx512 {
-  // Register budget (32): fused one tile 12 sums + 12 group sums, two tiles 2 * (4 + 4); panel 12 x
-  // 2 sums. The rest holds codes, table, multiplicands and scales.
+struct Avx512 : Fp32Multiplicands {
+  // Register budget (32): 12 tokens x 2 tiles of sums; the rest holds multiplicands, a broadcast
+  // activation, and in the fused kernel codes and table.
+  static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
-  static constexpr int kFusedPairTokens = 4;
   static constexpr int kPanelTokens = 12;
-  static constexpr int kPanelTiles = 2;
   static constexpr int kPanelPairs = 256;  // 64 KiB of fp32: half of a small L2's working set
 
   using Vec = __m512;
-  using Activation = float;
   struct Pair {
     __m512 even, odd;
   };
@@ -70,8 +70,9 @@ struct Avx512 {
   }
   template <int kPair>
   static Pair Lookup(Table16 table, Codes codes) {
-    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 4 * kPair), table.values),
-            _mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 16 + 4 * kPair), table.values)};
+    constexpr int kShift = PairShift<4>(kPair);
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, kShift), table.values),
+            _mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 16 + kShift), table.values)};
   }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
@@ -79,7 +80,6 @@ struct Avx512 {
     return _mm512_fmadd_ps(w.odd, _mm512_set1_ps(a[1]), sum);
   }
 
-  // A code times a scale of any kind has few enough bits to be exact in fp32.
   template <class Scale>
   static Fold LoadFold(const Scale* p) {
     return LoadScales(p);
@@ -87,9 +87,6 @@ struct Avx512 {
   static Pair Multiply(Pair w, Fold f) {
     return {_mm512_mul_ps(w.even, f), _mm512_mul_ps(w.odd, f)};
   }
-  static bool FoldsExactly(float /*least*/, float /*greatest*/) { return true; }
-
-  static Activation ToActivation(float x) { return x; }
 };
 
 }  // namespace cpumoe

@@ -37,7 +37,8 @@ struct Avx512Bf16 : Avx512 {
   }
   template <int kPair>
   static Pair Lookup(Table16 table, Codes codes) {
-    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.words, 4 * kPair), table.values)};
+    constexpr int kShift = PairShift<4>(kPair);
+    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.words, kShift), table.values)};
   }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {

@@ -11,21 +11,20 @@
 #include <cstring>
 
 #include "base/float_types.h"
+#include "kernels/isa.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
 
-struct Generic {
+struct Generic : Fp32Multiplicands {
+  static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 2;
-  static constexpr int kFusedPairTokens = 0;
   static constexpr int kPanelTokens = 2;
-  static constexpr int kPanelTiles = 1;
   static constexpr int kPanelPairs = 256;
 
   struct Vec {
     float lane[kTileRows];
   };
-  using Activation = float;
   struct Pair {
     Vec even, odd;
   };
@@ -89,23 +88,20 @@ struct Generic {
   static Table16 MakeTable(const std::array<float, 16>& values) { return values; }
   template <int kPair>
   static Pair Lookup(const Table16& table, const Codes& codes) {
-    return {Map([&](int i) { return table[(codes.lane[i] >> (4 * kPair)) & 15]; }),
-            Map([&](int i) { return table[(codes.lane[i] >> (16 + 4 * kPair)) & 15]; })};
+    constexpr int kShift = PairShift<4>(kPair);
+    return {Map([&](int i) { return table[(codes.lane[i] >> kShift) & 15]; }),
+            Map([&](int i) { return table[(codes.lane[i] >> (16 + kShift)) & 15]; })};
   }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
   }
 
-  // A code times a scale of any kind has few enough bits to be exact in fp32.
   template <class Scale>
   static Fold LoadFold(const Scale* p) {
     return LoadScales(p);
   }
   static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
-  static bool FoldsExactly(float /*least*/, float /*greatest*/) { return true; }
-
-  static Activation ToActivation(float x) { return x; }
 
  private:
   template <class LaneFunction>
