@@ -49,9 +49,9 @@ class ExpertWeights {
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) {
     CheckExpert(expert);
-    CheckShape(source.gate, gate_up_);
-    CheckShape(source.up, gate_up_);
-    CheckShape(source.down, down_);
+    CheckShape(source.gate, gate_up_.rows(), gate_up_.columns());
+    CheckShape(source.up, gate_up_.rows(), gate_up_.columns());
+    CheckShape(source.down, down_.rows(), down_.columns());
     const bool biased = source.gate_bias != nullptr;
     Require(biased == config_.has_bias && biased == (source.up_bias != nullptr) &&
                 biased == (source.down_bias != nullptr),
@@ -84,6 +84,9 @@ class ExpertWeights {
                 begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
             F::kName, ": intermediate features to export must be whole groups of ", F::kGroupSize,
             " within [0, ", config_.intermediate_size, "), got [", begin, ", ", begin + count, ")");
+    CheckShape(out.gate, count, config_.hidden_size);
+    CheckShape(out.up, count, config_.hidden_size);
+    CheckShape(out.down, config_.hidden_size, count);
     ForEachTile(pool, [&](Projection p, int64_t tile, int) {
       if (p == Projection::kDown) {
         down_.UnpackTile(Matrix(expert, p), tile, 0, begin, out.down);
@@ -111,10 +114,10 @@ class ExpertWeights {
           Message("expert ", expert, " is not one of the layer's ", config_.num_experts));
     }
   }
-  static void CheckShape(const RawMatrix& m, const PackedLayout<F>& layout) {
-    Require(m.rows == layout.rows() && m.columns == layout.columns(), m.name, ": expected [",
-            layout.rows(), ", ", layout.columns(), "] weights, got [", m.rows, ", ", m.columns,
-            "]");
+  template <class Byte>
+  static void CheckShape(const RawMatrixOf<Byte>& m, int64_t rows, int64_t columns) {
+    Require(m.rows == rows && m.columns == columns, m.name, ": expected [", rows, ", ", columns,
+            "] weights, got [", m.rows, ", ", m.columns, "]");
   }
 
   template <class Body>

@@ -42,8 +42,9 @@ class ForwardPass {
     begin_ = begin;
     tokens_ = end - begin;
     routing_.Build(args_.routing, begin, end, op_.weights().has_weights());
+    shared_ = tokens_ == 1 && routing_.tokens().size() == routing_.experts().size();
     Reserve();
-    Stage();
+    if (!routing_.experts().empty()) Stage();
     const auto experts = static_cast<int64_t>(routing_.experts().size());
     const int64_t gate_tiles = op_.weights().layout(Projection::kGate).tiles();
     pool_.For(experts * gate_tiles, [&](int64_t task, int thread) {
@@ -76,7 +77,7 @@ class ForwardPass {
   }
 
   void Stage() {
-    if (tokens_ == 1) {  // all experts of a single token read the same block
+    if (shared_) {
       const int32_t token = 0;
       StageBlock<Isa>(args_.dtype, Row(0), 0, &token, 1, HiddenSize(), staged_);
       return;
@@ -103,7 +104,7 @@ class ForwardPass {
                                         .count = 2,
                                         .groups = layout.groups(),
                                         .fold = op_.FoldsExactly(expert.id)};
-    const Activation* a = tokens_ == 1 ? staged_ : staged_ + expert.begin * HiddenSize();
+    const Activation* a = shared_ ? staged_ : staged_ + expert.begin * HiddenSize();
     float* product = Product(thread);
     Tiles::Run(op_.codec(), w, blocks, op_.config().batch_invariant, a, Panel(thread), product);
 
@@ -206,6 +207,7 @@ class ForwardPass {
   Routing& routing_;
   int64_t begin_ = 0;
   int64_t tokens_ = 0;
+  bool shared_ = false;                 // all experts read one block: the only token, once each
   Activation* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
   Activation* intermediate_ = nullptr;  // [pairs, intermediate_size] in the same blocks
   int64_t product_offset_ = 0;          // in a thread's scratch: panel | product | sums
