@@ -101,29 +101,32 @@ function(cpumoe_write_tables built)
     file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/format_table.inc CONTENT "${format_rows}")
 endfunction()
 
-# Target cpumoe_variant_<isa>: the library cpumoe_<isa>.so, one translation unit per format. Only these
-# translation units get the ISA's flags; nothing else is linked into the library.
-function(cpumoe_add_isa_variant isa)
+# cpumoe_add_isa_library(target ISA isa OUTPUT_NAME name FORMAT_TEMPLATE file TABLE_TEMPLATE file):
+# a module library compiled for one ISA. FORMAT_TEMPLATE is configured once per format, with @isa@,
+# @isa_class@, @format@ and @format_class@, and defines <format_class>Entry(); TABLE_TEMPLATE once,
+# with @declarations@ and @entries@ of them all. Only these translation units get the ISA's flags;
+# nothing else is linked into the library.
+function(cpumoe_add_isa_library target)
+    cmake_parse_arguments(arg "" "ISA;OUTPUT_NAME;FORMAT_TEMPLATE;TABLE_TEMPLATE" "" ${ARGN})
+    set(isa ${arg_ISA})
     cpumoe_class_name(${isa} isa_class)
-    set(sources "")
+    set(folder ${CPUMOE_GENERATED_DIR}/${target})
+    set(sources ${folder}/table.cc)
     set(declarations "")
     set(entries "")
     foreach(format IN LISTS CPUMOE_FORMATS)
         cpumoe_class_name(${format} format_class)
-        set(source ${CPUMOE_GENERATED_DIR}/${isa}/${format}.cc)
-        configure_file(${PROJECT_SOURCE_DIR}/cpp/variant/format.cc.in ${source} @ONLY)
-        list(APPEND sources ${source})
+        configure_file(${arg_FORMAT_TEMPLATE} ${folder}/${format}.cc @ONLY)
+        list(APPEND sources ${folder}/${format}.cc)
         string(APPEND declarations "FormatEntry ${format_class}Entry();\n")
-        list(APPEND entries "cpumoe::${format_class}Entry()")
+        list(APPEND entries "${format_class}Entry()")
     endforeach()
     list(JOIN entries ", " entries)
-    set(source ${CPUMOE_GENERATED_DIR}/${isa}/variant.cc)
-    configure_file(${PROJECT_SOURCE_DIR}/cpp/variant/variant.cc.in ${source} @ONLY)
+    configure_file(${arg_TABLE_TEMPLATE} ${folder}/table.cc @ONLY)
 
-    set(target cpumoe_variant_${isa})
-    add_library(${target} MODULE ${sources} ${source})
+    add_library(${target} MODULE ${sources})
     target_link_libraries(${target} PRIVATE cpumoe_options)
-    set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
+    set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME ${arg_OUTPUT_NAME})
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
         target_compile_options(${target} PRIVATE -m${feature})
     endforeach()
@@ -131,6 +134,21 @@ function(cpumoe_add_isa_variant isa)
     # unharmed), and calls the undefined pass-through operands of its own AVX-512 header uninitialized.
     target_compile_options(
         ${target}
-        PRIVATE -O3 -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
+        PRIVATE
+            $<$<NOT:$<CONFIG:Debug>>:-O3>
+            -Wno-ignored-attributes
+            -Wno-maybe-uninitialized
+            -Wno-uninitialized
+    )
+endfunction()
+
+# Target cpumoe_variant_<isa>: the library cpumoe_<isa>.so.
+function(cpumoe_add_isa_variant isa)
+    cpumoe_add_isa_library(
+        cpumoe_variant_${isa}
+        ISA ${isa}
+        OUTPUT_NAME cpumoe_${isa}
+        FORMAT_TEMPLATE ${PROJECT_SOURCE_DIR}/cpp/variant/format.cc.in
+        TABLE_TEMPLATE ${PROJECT_SOURCE_DIR}/cpp/variant/variant.cc.in
     )
 endfunction()

@@ -1,7 +1,7 @@
 // The emulator as a library for LD_PRELOAD, so that Python tests run the variants that this CPU
 // lacks:
 //
-//   CPUMOE_TEST_EMULATOR=1 LD_PRELOAD=libcpumoe_test_emulator.so python -m pytest
+//   CPUMOE_TEST_EMULATOR=1 LD_PRELOAD=<build>/lib/cpumoe_emulator.so python -m pytest
 //
 // Python's faulthandler, which pytest enables, takes SIGILL for itself: sigaction() is intercepted
 // so that it comes second. Never part of the wheel.

@@ -1,0 +1,169 @@
+// The vector exp and the gated activation of every ISA against double precision.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "base/bits.h"
+#include "cpp/isa_test.h"
+#include "kernels/tile.h"
+#include "moe/config.h"
+
+namespace cpumoe {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr double kUnit = 0x1p-24;             // unit roundoff of fp32
+constexpr double kLeast = 0x1p-149;           // its least subnormal
+constexpr double kOverflow = 0x1.ffffffp127;  // from here on a result rounds to infinity
+
+class ActivationTest : public IsaTest {
+ protected:
+  void SetUp() override {
+    IsaTest::SetUp();
+    run_.ExpectNoDots();
+  }
+
+  std::vector<float> Exp(std::vector<float> x) const {
+    const size_t count = x.size();
+    x.resize(RoundUp(static_cast<int64_t>(count), kTileRows));
+    std::vector<float> y(x.size());
+    run_.probe().exp(x.data(), y.data(), static_cast<int64_t>(x.size()));
+    y.resize(count);
+    return y;
+  }
+
+  std::vector<float> Activate(const SwiGlu& swiglu, std::vector<float> gate,
+                              std::vector<float> up) const {
+    const size_t count = gate.size();
+    gate.resize(RoundUp(static_cast<int64_t>(count), kTileRows));
+    up.resize(gate.size());
+    std::vector<float> y(gate.size());
+    run_.probe().activate(swiglu, gate.data(), up.data(), y.data(),
+                          static_cast<int64_t>(gate.size()));
+    y.resize(count);
+    return y;
+  }
+};
+CPUMOE_FOR_EACH_ISA(ActivationTest);
+
+// Relative error within 2^-23 where the result is normal, one unit of the last place below.
+void CheckExp(float x, float actual) {
+  const double expected = std::exp(static_cast<double>(x));
+  if (std::isnan(x)) {
+    ASSERT_TRUE(std::isnan(actual));
+  } else if (expected >= kOverflow) {
+    ASSERT_EQ(actual, kInfinity) << x;
+  } else {
+    ASSERT_NEAR(actual, expected, std::max(2 * kUnit * expected, kLeast)) << std::hexfloat << x;
+  }
+}
+
+TEST_P(ActivationTest, ExpOfADenseRange) {
+  std::vector<float> x;
+  for (float value = -110.0f; value < 100.0f; value += 0x1p-10f) x.push_back(value);
+  const std::vector<float> y = Exp(x);
+  for (size_t i = 0; i < x.size(); ++i) CheckExp(x[i], y[i]);
+}
+
+TEST_P(ActivationTest, ExpOfAnyFloat) {
+  std::vector<float> x = {0.0f,
+                          -0.0f,
+                          kInfinity,
+                          -kInfinity,
+                          kNan,
+                          -kNan,
+                          -1e30f,
+                          1e30f,
+                          -87.33f,
+                          -88.f,
+                          -103.97f,
+                          -104.0f,
+                          -110.0f,
+                          88.7f,
+                          88.73f,
+                          100.f,
+                          0x1p-149f,
+                          -0x1p-149f,
+                          std::numeric_limits<float>::max(),
+                          std::numeric_limits<float>::lowest()};
+  constexpr uint32_t kStep = 10007;  // a prime: no pattern in the low bits
+  for (uint64_t bits = 0; bits <= 0xffffffffu; bits += kStep) {
+    x.push_back(std::bit_cast<float>(static_cast<uint32_t>(bits)));
+  }
+  const std::vector<float> y = Exp(x);
+  for (size_t i = 0; i < x.size(); ++i) CheckExp(x[i], y[i]);
+}
+
+// The variants that checkpoints use, and one with every parameter unusual.
+constexpr SwiGlu kVariants[] = {{},
+                                {.limit = 10.0f},
+                                {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
+                                {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f}};
+
+double Clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+
+// (u + offset) * g * sigmoid(alpha g). Rounding alpha * g moves the exponential by |alpha g| units
+// (104 at most: then it is 0 or infinite), exp adds two units, the other five operations one each.
+// An fp32 exp overflows where a double does not: there, and in the subnormals, the result is only
+// near zero.
+void CheckActivation(const SwiGlu& s, float gate, float up, float actual) {
+  const double g = std::min<double>(gate, s.limit);
+  const double u = Clamp(up, s.limit) + s.up_offset;
+  const double expected = u * g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
+  const double units = 8 + std::min(std::fabs(s.alpha * g), 104.0);
+  // The sum u + offset can cancel; its own rounding is one of its own units.
+  const double bound = units * kUnit * std::fabs(expected) +
+                       std::fabs(u) * (std::fabs(g) / 0x1p127 + kLeast) + kLeast;
+  if (std::fabs(expected) >= kOverflow * (1 - units * kUnit)) {
+    ASSERT_GE(std::fabs(actual), std::numeric_limits<float>::max() * (1 - units * kUnit));
+    ASSERT_EQ(std::signbit(actual), std::signbit(expected));
+  } else {
+    ASSERT_NEAR(actual, expected, bound) << "gate " << gate << ", up " << up;
+  }
+}
+
+TEST_P(ActivationTest, GatedActivation) {
+  for (const SwiGlu& variant : kVariants) {
+    std::vector<float> gate, up;
+    for (float g = -120.0f; g <= 120.0f; g += 0x1.3p-4f) {
+      for (const float u : {-1e4f, -11.0f, -1.0f, -0.5f, -0.0f, 0.1f, 3.0f, 7.5f, 1e30f}) {
+        gate.push_back(g);
+        up.push_back(u);
+      }
+    }
+    for (const float g : {-1e30f, 1e30f, 0.0f, -0.0f, 0x1p-149f, -0x1p-130f}) {
+      gate.push_back(g);
+      up.push_back(2.0f);
+    }
+    const std::vector<float> h = Activate(variant, gate, up);
+    for (size_t i = 0; i < h.size(); ++i) CheckActivation(variant, gate[i], up[i], h[i]);
+  }
+}
+
+// As PyTorch: clamp(max=limit) and clamp(-limit, limit) keep NaN, silu(-inf) is NaN, silu(inf) inf.
+TEST_P(ActivationTest, InfinitiesAndNans) {
+  for (const SwiGlu& variant : kVariants) {
+    const bool limited = variant.limit < kInfinity;
+    const std::vector<float> gate = {kNan, 1.0f, kNan, -kInfinity, kInfinity, 1.0f, 1.0f};
+    const std::vector<float> up = {1.0f, kNan, kNan, 1.0f, 1.0f, kInfinity, -kInfinity};
+    const std::vector<float> h = Activate(variant, gate, up);
+    for (int i = 0; i < 4; ++i) EXPECT_TRUE(std::isnan(h[i])) << i << ": " << h[i];
+    if (limited) {
+      const float limit = variant.limit;
+      const std::vector<float> clamped =
+          Activate(variant, {limit, 1.0f, 1.0f}, {1.0f, limit, -limit});
+      for (int i = 0; i < 3; ++i) EXPECT_EQ(h[4 + i], clamped[i]);
+    } else {
+      EXPECT_EQ(h[4], kInfinity);
+      EXPECT_EQ(h[5], kInfinity);
+      EXPECT_EQ(h[6], -kInfinity);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpumoe

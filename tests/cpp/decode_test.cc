@@ -1,0 +1,111 @@
+// Every byte of codes x every scale decodes bit-exactly, on every path of every ISA.
+//
+// A tile of one group has 16 rows; for each scale, tiles hold every byte value once. Multiplied
+// with one-hot activations, each weight comes out alone: it must be code * scale in fp32.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpp/all_formats.h"
+#include "cpp/isa_test.h"
+#include "cpp/test_matrix.h"
+#include "packing/pack.h"
+
+namespace cpumoe {
+namespace {
+
+using kernel_probe::Path;
+
+class DecodeTest : public IsaFormatTest {
+ protected:
+  // All tiles with scale number `index`: byte b of the checkpoint's codes is at a place that
+  // depends on the scale, so that in the course of the test a byte meets many places.
+  template <class F>
+  static TestMatrix AllBytes(typename F::Scale scale, size_t index) {
+    constexpr int64_t kRowBytes = F::kGroupSize * F::kCodeBits / 8;
+    TestMatrix matrix(std::string(F::kName), RoundUp(256 / kRowBytes, kTileRows), F::kGroupSize);
+    const MutableRawMatrix view = matrix.MutableView();
+    for (int64_t row = 0; row < view.rows; ++row) {
+      for (int64_t i = 0; i < kRowBytes; ++i) {
+        const auto byte = static_cast<uint8_t>(row * kRowBytes + i + index * 37);
+        view.codes[row * view.codes_stride + i] = std::byte{byte};
+      }
+      std::memcpy(view.scales + row * view.scales_stride, &scale, sizeof(scale));
+    }
+    return matrix;
+  }
+
+  // Code times scale in one rounding. Sums start from +0, so that a zero comes out positive.
+  template <class F>
+  static float Expected(const RawMatrix& m, int64_t row, int64_t k, typename F::Scale scale) {
+    uint32_t word;
+    std::memcpy(&word, m.codes + row * m.codes_stride + k * F::kCodeBits / 32 * 4, 4);
+    const int shift = static_cast<int>(k * F::kCodeBits % 32);
+    const uint32_t code = (word >> shift) & ((uint64_t{1} << F::kCodeBits) - 1);
+    return F::Decode(code) * scale.ToFloat() + 0.0f;
+  }
+
+  // Runs `path` over the matrix with tokens k = 0, 1, ... one-hot at k, `batch` at once.
+  template <class F>
+  void CheckPath(Path path, int64_t batch, const TestMatrix& matrix, typename F::Scale scale) {
+    const RawMatrix view = matrix.View();
+    const PackedLayout<F> layout(view.rows, view.columns);
+    std::vector<std::byte> packed(layout.bytes());
+    for (int64_t tile = 0; tile < layout.tiles(); ++tile) {
+      layout.PackTile(view, tile, packed.data());
+      const TileView packed_tile = layout.Tile(packed.data(), tile);
+      for (int64_t first = 0; first < F::kGroupSize; first += batch) {
+        const int64_t tokens = std::min<int64_t>(batch, F::kGroupSize - first);
+        std::vector<float> a(tokens * F::kGroupSize), c(tokens * kTileRows, NAN);
+        for (int64_t t = 0; t < tokens; ++t) a[t * F::kGroupSize + first + t] = 1.0f;
+        kernels().multiply(path, &packed_tile, 1, 1, a.data(), tokens, c.data());
+        for (int64_t i = 0; i < tokens * kTileRows; ++i) {
+          const int64_t row = tile * kTileRows + i % kTileRows, k = first + i / kTileRows;
+          const float expected = Expected<F>(view, row, k, scale);
+          ASSERT_EQ(std::bit_cast<uint32_t>(c[i]), std::bit_cast<uint32_t>(expected))
+              << c[i] << " instead of " << expected << "; path " << static_cast<int>(path)
+              << ", row " << row << ", k " << k << ", scale " << scale.ToFloat();
+        }
+      }
+    }
+  }
+
+  void CheckAllScales(Path path, int64_t batch) {
+    VisitFormat(format(), [&]<class F>(F) {
+      size_t checked = 0;
+      const auto scales = ValidScales<F>();
+      for (size_t i = 0; i < scales.size(); ++i) {
+        const float magnitude = std::fabs(scales[i].ToFloat());
+        if (path == Path::kFoldedPanel && !kernels().folds_exactly(magnitude, magnitude)) continue;
+        CheckPath<F>(path, batch, AllBytes<F>(scales[i], i), scales[i]);
+        if (HasFatalFailure()) return;
+        ++checked;
+      }
+      EXPECT_GT(checked, scales.size() * 9 / 10) << "hardly a scale folds";
+    });
+  }
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(DecodeTest);
+
+TEST_P(DecodeTest, Fused) { CheckAllScales(Path::kFused, kernels().fused_tokens); }
+TEST_P(DecodeTest, ScaledPanel) { CheckAllScales(Path::kScaledPanel, 32); }
+TEST_P(DecodeTest, FoldedPanel) {
+  if (!kernels().folds) {
+    run_.ExpectNoDots();
+    GTEST_SKIP() << "scales of " << format() << " do not fold into this ISA's multiplicands";
+  }
+  CheckAllScales(Path::kFoldedPanel, 32);
+}
+
+// Scales whose products leave the multiplicands' range must not fold.
+TEST_P(DecodeTest, OverflowDoesNotFold) {
+  run_.ExpectNoDots();
+  EXPECT_FALSE(kernels().folds_exactly(1.0f, 0x1.8p127f));
+  EXPECT_EQ(kernels().folds_exactly(0x1p-20f, 0x1p20f), kernels().folds);
+}
+
+}  // namespace
+}  // namespace cpumoe

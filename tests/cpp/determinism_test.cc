@@ -1,0 +1,76 @@
+// Results are the same bits whatever runs beside: threads, runs, workspaces, other tokens.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <vector>
+
+#include "cpp/moe_test_util.h"
+#include "threading/pinned_pool.h"
+
+namespace cpumoe {
+namespace {
+
+class DeterminismTest : public MoeTest {};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(DeterminismTest);
+
+TEST_P(DeterminismTest, AnyNumberOfThreadsAndRuns) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32, .has_bias = true});
+  const auto moe = Create(layer);
+  for (const int64_t tokens : {1, 3, 29}) {
+    const Batch batch(layer.config(), BatchSpec{.tokens = tokens, .top_k = 3});
+    const std::vector<std::byte> expected = Forward(*moe, batch);
+    for (const int threads : {1, 2, 5}) {
+      PinnedPool pool({.threads = threads});
+      Workspace workspace;  // reused: what an earlier run left there must not matter
+      for (int run = 0; run < 2; ++run) {
+        EXPECT_EQ(Forward(*moe, batch, pool, workspace), expected)
+            << tokens << " tokens, " << threads << " threads, run " << run;
+      }
+    }
+  }
+}
+
+TEST_P(DeterminismTest, PackingOnAnyNumberOfThreads) {
+  const TestLayer layer(format(), LayerSpec{});
+  const Batch batch(layer.config(), BatchSpec{});
+  const std::vector<std::byte> expected = Forward(*Create(layer), batch);
+  for (const int threads : {2, 5}) {
+    PinnedPool pool({.threads = threads});
+    const auto moe = Create(layer.config());
+    for (int64_t e = 0; e < layer.config().num_experts; ++e) moe->Pack(e, layer.Source(e), pool);
+    EXPECT_EQ(Forward(*moe, batch), expected) << threads << " threads";
+  }
+}
+
+// One workspace serves layers of different sizes and calls of different lengths.
+TEST_P(DeterminismTest, ASharedWorkspace) {
+  const TestLayer small(format(), LayerSpec{.hidden = 32, .intermediate = 32});
+  const TestLayer large(format(), LayerSpec{.hidden = 96, .intermediate = 64});
+  const auto small_moe = Create(small), large_moe = Create(large);
+  SerialPool pool;
+  Workspace workspace;
+  for (const int64_t tokens : {1, 20, 2, 1}) {
+    const Batch small_batch(small.config(), BatchSpec{.tokens = tokens});
+    const Batch large_batch(large.config(), BatchSpec{.tokens = tokens});
+    EXPECT_EQ(Forward(*small_moe, small_batch, pool, workspace), Forward(*small_moe, small_batch));
+    EXPECT_EQ(Forward(*large_moe, large_batch, pool, workspace), Forward(*large_moe, large_batch));
+  }
+}
+
+TEST_P(DeterminismTest, BatchInvariant) {
+  const TestLayer layer(format(), LayerSpec{.has_bias = true, .batch_invariant = true});
+  const auto moe = Create(layer);
+  const int64_t hidden = layer.config().hidden_size;
+  for (const int64_t tokens : {2, 13, 27}) {
+    const Batch batch(layer.config(), BatchSpec{.tokens = tokens});
+    const std::vector<double> together = Numbers(DType::kFp32, Forward(*moe, batch));
+    for (int64_t t = 0; t < tokens; t += 3) {
+      const std::vector<double> alone = Numbers(DType::kFp32, Forward(*moe, batch.Only(t)));
+      const auto row = together.begin() + t * hidden;
+      EXPECT_EQ(alone, std::vector<double>(row, row + hidden)) << "token " << t << " of " << tokens;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpumoe

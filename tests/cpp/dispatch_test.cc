@@ -1,0 +1,188 @@
+// Which variants a CPU can run, for machines that we do not have, and what a refused choice says.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cpp/all_formats.h"
+#include "dispatch/cpu_features.h"
+#include "dispatch/variant_loader.h"
+
+namespace cpumoe {
+namespace {
+
+using Names = std::vector<std::string>;
+
+struct Machine {
+  const char* name;
+  FeatureSet features;
+  Names supported;  // if all ISAs of x86-64 are built
+};
+
+const FeatureSet kHaswell = {"avx2", "fma", "f16c"};
+
+FeatureSet With(FeatureSet base, const FeatureSet& more) {
+  base.insert(more.begin(), more.end());
+  return base;
+}
+FeatureSet Without(FeatureSet base, const std::string& feature) {
+  base.erase(feature);
+  return base;
+}
+
+const std::vector<Machine>& Machines() {
+  static const FeatureSet skylake = With(kHaswell, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+  static const FeatureSet ice_lake = With(skylake, {"avx512vnni"});
+  static const FeatureSet zen4 = With(ice_lake, {"avx512bf16"});
+  static const std::vector<Machine> machines = {
+      {"Nothing", {}, {"generic"}},
+      {"SandyBridge", {"avx"}, {"generic"}},
+      {"Haswell", kHaswell, {"generic", "avx2"}},
+      {"HaswellWithoutFma", Without(kHaswell, "fma"), {"generic"}},
+      {"KnightsLanding", With(kHaswell, {"avx512f"}), {"generic", "avx2"}},
+      {"SkylakeX", skylake, {"generic", "avx2", "avx512"}},
+      {"IceLake", ice_lake, {"generic", "avx2", "avx512"}},
+      {"CooperLake", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
+      {"Zen4", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
+      {"Avx512WithoutAvx2", Without(zen4, "avx2"), {"generic"}},
+      {"Bf16WithoutVnni", Without(zen4, "avx512vnni"), {"generic", "avx2", "avx512"}},
+  };
+  return machines;
+}
+
+bool IsBuilt(const std::string& name) {
+  for (const IsaRow& row : KnownIsas()) {
+    if (row.name == name) return row.built;
+  }
+  return false;
+}
+bool AllAreBuilt() {
+  for (const IsaRow& row : KnownIsas()) {
+    if (!row.built) return false;
+  }
+  return true;
+}
+
+std::string MessageOf(const std::string& isa, const FeatureSet& cpu) {
+  try {
+    return RequireIsa(isa, cpu, "CPUMOE_ISA").name + " is accepted";
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+}
+
+class MachineTest : public testing::TestWithParam<Machine> {};
+
+TEST_P(MachineTest, SupportsTheIsasWhoseFeaturesItHas) {
+  Names expected;
+  for (const std::string& isa : GetParam().supported) {
+    if (IsBuilt(isa)) expected.push_back(isa);
+  }
+  EXPECT_EQ(SupportedIsas(GetParam().features), expected);
+}
+
+TEST_P(MachineTest, RequireIsaAgreesWithSupportedIsas) {
+  const Names supported = SupportedIsas(GetParam().features);
+  const std::set<std::string> set(supported.begin(), supported.end());
+  for (const IsaRow& row : KnownIsas()) {
+    const bool accepted = MessageOf(row.name, GetParam().features) == row.name + " is accepted";
+    EXPECT_EQ(accepted, set.contains(row.name)) << row.name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, MachineTest, testing::ValuesIn(Machines()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(RequireIsaTest, NamesTheMissingFeatures) {
+  if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
+  const FeatureSet skylake = With(kHaswell, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+  EXPECT_EQ(MessageOf("avx512_bf16", With(skylake, {"avx512vnni"})),
+            "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512bf16; it supports generic, avx2, avx512");
+  EXPECT_EQ(MessageOf("avx512_bf16", skylake),
+            "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512vnni, avx512bf16; it supports generic, "
+            "avx2, avx512");
+  EXPECT_EQ(MessageOf("avx2", {"fma"}),
+            "CPUMOE_ISA=avx2: this CPU lacks avx2, f16c; it supports generic");
+}
+
+TEST(RequireIsaTest, NamesTheKnownIsas) {
+  if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
+  EXPECT_EQ(MessageOf("sse9", kHaswell),
+            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_bf16; this CPU "
+            "supports generic, avx2");
+  EXPECT_EQ(MessageOf("", {}),
+            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_bf16; this CPU "
+            "supports generic");
+}
+
+TEST(RequireIsaTest, SaysWhatWasNotBuilt) {
+  FeatureSet all;
+  for (const IsaRow& row : KnownIsas()) all.insert(row.features.begin(), row.features.end());
+  for (const IsaRow& row : KnownIsas()) {
+    if (row.built) continue;
+    const std::string message = MessageOf(row.name, all);
+    EXPECT_NE(message.find("this installation was built without it; it has "), std::string::npos)
+        << message;
+  }
+}
+
+TEST(IsaTableTest, RowsAreDistinctAndGenericComesFirst) {
+  ASSERT_FALSE(KnownIsas().empty());
+  EXPECT_EQ(KnownIsas().front().name, "generic");
+  EXPECT_TRUE(KnownIsas().front().features.empty());
+  std::set<std::string> names;
+  for (const IsaRow& row : KnownIsas()) {
+    EXPECT_TRUE(names.insert(row.name).second) << row.name << " is there twice";
+    const std::set<std::string> features(row.features.begin(), row.features.end());
+    EXPECT_EQ(features.size(), row.features.size()) << row.name;
+  }
+}
+
+TEST(DetectFeaturesTest, AssumedFeaturesAreReported) {
+  const FeatureSet detected = DetectFeatures();
+  AssumeFeatures({"made-up"});
+  EXPECT_EQ(DetectFeatures(), With(detected, {"made-up"}));
+}
+
+TEST(LoadVariantTest, LoadsEverySupportedIsaOnce) {
+  for (const std::string& isa : SupportedIsas(DetectFeatures())) {
+    const VariantApi& variant = LoadVariant(isa, "test");
+    EXPECT_EQ(variant.isa, isa);
+    EXPECT_EQ(&LoadVariant(isa, "test"), &variant);
+    Names formats;
+    for (size_t i = 0; i < variant.num_formats; ++i)
+      formats.push_back(variant.formats[i].info.name);
+    EXPECT_EQ(formats, FormatNames());
+  }
+}
+
+TEST(LoadVariantTest, RefusesAnUnknownIsa) {
+  EXPECT_THROW(LoadVariant("sse9", "test"), std::invalid_argument);
+}
+
+TEST(FindFormatTest, FormatsDescribeThemselves) {
+  const VariantApi& variant = LoadVariant("generic", "test");
+  for (const std::string& name : FormatNames()) {
+    const FormatInfo& info = FindFormat(variant, name).info;
+    VisitFormat(name, [&]<class F>(F) {
+      EXPECT_EQ(info.code_bits, F::kCodeBits);
+      EXPECT_EQ(info.group_size, F::kGroupSize);
+      EXPECT_EQ(info.scale_bytes, static_cast<int>(sizeof(typename F::Scale)));
+    });
+  }
+}
+
+TEST(FindFormatTest, NamesTheKnownFormats) {
+  std::string known;
+  for (const std::string& name : FormatNames()) known += (known.empty() ? "" : ", ") + name;
+  try {
+    FindFormat(LoadVariant("generic", "test"), "fp3");
+    ADD_FAILURE() << "accepted";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_EQ(error.what(), "unknown weight format \"fp3\"; known are " + known);
+  }
+}
+
+}  // namespace
+}  // namespace cpumoe

@@ -1,0 +1,119 @@
+// Unpack gives the checkpoint's bytes back, for every ISA x format.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "cpp/all_formats.h"
+#include "cpp/moe_test_util.h"
+#include "threading/pinned_pool.h"
+
+namespace cpumoe {
+namespace {
+
+// An expert's matrices to export to.
+struct Copy {
+  TestMatrix gate, up, down;
+
+  Copy(const std::string& format, int64_t intermediate, int64_t hidden)
+      : gate(format, intermediate, hidden),
+        up(format, intermediate, hidden),
+        down(format, hidden, intermediate) {}
+  ExpertDestination Views(int64_t begin = 0) {
+    return {.gate = gate.MutableView(),
+            .up = up.MutableView(),
+            .down = down.MutableView(),
+            .intermediate_begin = begin};
+  }
+};
+
+class ExportTest : public MoeTest {
+ protected:
+  void SetUp() override {
+    MoeTest::SetUp();
+    run_.ExpectNoDots();
+  }
+  int64_t GroupSize() const {
+    return VisitFormat(format(), []<class F>(F) { return int64_t{F::kGroupSize}; });
+  }
+  // The scales of any magnitude: every byte of the checkpoint comes back, whatever it means.
+  TestLayer MakeLayer(int64_t intermediate) const {
+    return {
+        format(),
+        LayerSpec{
+            .experts = 3, .intermediate = intermediate, .gate_up_scales = {}, .down_scales = {}}};
+  }
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(ExportTest);
+
+TEST_P(ExportTest, EveryExpertBitForBit) {
+  const TestLayer layer = MakeLayer(5 * GroupSize());
+  const MoeConfig& config = layer.config();
+  const auto moe = Create(layer);
+  for (const int threads : {1, 2, 5}) {
+    PinnedPool pool({.threads = threads});
+    for (int64_t e = 0; e < config.num_experts; ++e) {
+      Copy copy(format(), config.intermediate_size, config.hidden_size);
+      moe->Unpack(e, copy.Views(), pool);
+      EXPECT_EQ(copy.gate, layer.Matrix(e, 0)) << "expert " << e;
+      EXPECT_EQ(copy.up, layer.Matrix(e, 1)) << "expert " << e;
+      EXPECT_EQ(copy.down, layer.Matrix(e, 2)) << "expert " << e;
+    }
+  }
+}
+
+// The shares of a tensor-parallel split, exported one by one, make up the whole.
+TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
+  const TestLayer layer = MakeLayer(4 * GroupSize());
+  const MoeConfig& config = layer.config();
+  const auto moe = Create(layer);
+  SerialPool pool;
+  Copy whole(format(), config.intermediate_size, config.hidden_size);
+  const ExpertDestination out = whole.Views();
+  const int64_t shares[][2] = {
+      {0, GroupSize()}, {GroupSize(), 2 * GroupSize()}, {3 * GroupSize(), GroupSize()}};
+  VisitFormat(format(), [&]<class F>(F) {
+    for (const auto& [begin, count] : shares) {
+      moe->Unpack(1,
+                  {.gate = out.gate.Rows(begin, count),
+                   .up = out.up.Rows(begin, count),
+                   .down = out.down.template Columns<F>(begin, count),
+                   .intermediate_begin = begin},
+                  pool);
+    }
+  });
+  EXPECT_EQ(whole.gate, layer.Matrix(1, 0));
+  EXPECT_EQ(whole.up, layer.Matrix(1, 1));
+  EXPECT_EQ(whole.down, layer.Matrix(1, 2));
+}
+
+TEST_P(ExportTest, RefusesWhatItCannotExport) {
+  const TestLayer layer = MakeLayer(2 * GroupSize());
+  const int64_t hidden = layer.config().hidden_size, intermediate = 2 * GroupSize();
+  const auto moe = Create(layer);
+  SerialPool pool;
+  Copy copy(format(), intermediate, hidden);
+  EXPECT_THROW(moe->Unpack(-1, copy.Views(), pool), std::out_of_range);
+  EXPECT_THROW(moe->Unpack(3, copy.Views(), pool), std::out_of_range);
+  EXPECT_THROW(moe->Unpack(0, copy.Views(-GroupSize()), pool), std::invalid_argument);
+  EXPECT_THROW(moe->Unpack(0, copy.Views(GroupSize()), pool), std::invalid_argument);
+  Copy part(format(), GroupSize(), hidden);
+  EXPECT_THROW(moe->Unpack(0, part.Views(4), pool), std::invalid_argument);
+  const auto empty = Create(layer.config());
+  EXPECT_THROW(empty->Unpack(0, copy.Views(), pool), std::invalid_argument);
+
+  // Every matrix must have the shape of the slice.
+  Copy wide(format(), intermediate, hidden + GroupSize());
+  const auto refuses = [&](auto&& change) {
+    ExpertDestination out = copy.Views();
+    change(out);
+    EXPECT_THROW(moe->Unpack(0, out, pool), std::invalid_argument);
+  };
+  refuses([&](ExpertDestination& out) { out.gate = wide.gate.MutableView(); });
+  refuses([&](ExpertDestination& out) { out.up = wide.up.MutableView(); });
+  refuses([&](ExpertDestination& out) { out.down = wide.down.MutableView(); });
+  refuses([&](ExpertDestination& out) { out.up.rows = GroupSize(); });
+  refuses([&](ExpertDestination& out) { out.down.columns = GroupSize(); });
+}
+
+}  // namespace
+}  // namespace cpumoe

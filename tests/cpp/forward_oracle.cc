@@ -1,0 +1,192 @@
+// The bound follows the computation step by step, in the usual model: a rounding to p significant
+// bits changes a value by at most 2^-p of it, a sum of n terms by at most gamma_n of the sum of
+// their magnitudes. It is a worst case; actual errors are some ten times smaller.
+#include "cpp/forward_oracle.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "cpp/all_formats.h"
+#include "moe/reference_moe.h"
+
+namespace cpumoe {
+namespace {
+
+constexpr double kUnit = 0x1p-24;    // unit roundoff of fp32
+constexpr double kFlush = 0x1p-126;  // VDPBF16PS takes smaller numbers for zero
+
+struct Interval {
+  double value;
+  double error;
+};
+using Intervals = std::vector<Interval>;
+
+int Digits(DType dtype) { return dtype == DType::kBf16 ? 8 : dtype == DType::kFp16 ? 11 : 24; }
+
+// Half the distance of subnormals.
+double LeastRounding(DType dtype) {
+  return dtype == DType::kBf16 ? 0x1p-134 : dtype == DType::kFp16 ? 0x1p-25 : 0x1p-150;
+}
+
+// A weight matrix in double precision.
+struct Dense {
+  int64_t rows, columns;
+  std::vector<double> weights;
+  double greatest = 0;
+};
+
+template <class F>
+Dense Decode(const RawMatrix& m) {
+  Dense dense{m.rows, m.columns, {}, 0};
+  for (int64_t i = 0; i < m.rows * m.columns; ++i) {
+    dense.weights.push_back(ReferenceMoe<F>::Weight(m, i / m.columns, i % m.columns));
+    dense.greatest = std::max(dense.greatest, std::fabs(dense.weights.back()));
+  }
+  return dense;
+}
+
+// W x + b. A product passes at most K + 2 K / group + 1 roundings: 3 K covers them. Where a group's
+// unscaled sum is flushed to zero the scale, at most twice the greatest weight, comes on top.
+Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
+  const double n = (3.0 * static_cast<double>(w.columns) + 1) * kUnit;
+  const double gamma = n / (1 - n);
+  const double flush = static_cast<double>(w.columns) * kFlush * (1 + 4 * w.greatest);
+  Intervals y(w.rows);
+  for (int64_t row = 0; row < w.rows; ++row) {
+    double sum = bias == nullptr ? 0 : bias[row];
+    double magnitude = std::fabs(sum), error = 0;
+    for (int64_t k = 0; k < w.columns; ++k) {
+      const double weight = w.weights[row * w.columns + k];
+      sum += weight * x[k].value;
+      error += std::fabs(weight) * x[k].error;
+      magnitude += std::fabs(weight) * (std::fabs(x[k].value) + x[k].error);
+    }
+    y[row] = {sum, error + gamma * magnitude + flush};
+  }
+  return y;
+}
+
+// (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 whatever
+// alpha is; min and clamp have slopes of at most 1. See CheckActivation for the units of exp.
+Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
+  const double g = std::min<double>(gate.value, s.limit);
+  const double u = std::clamp<double>(up.value, -s.limit, s.limit) + s.up_offset;
+  const double silu = g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
+  const double units = 8 + std::min(std::fabs(s.alpha * g), 104.0);
+  const double silu_error = 1.1 * gate.error +
+                            units * kUnit * (std::fabs(silu) + 1.1 * gate.error) +
+                            std::fabs(g) * kFlush;
+  const double u_error = up.error + kUnit * (std::fabs(u) + up.error);
+  const double h = u * silu;
+  double error = std::fabs(u) * silu_error + std::fabs(silu) * u_error + silu_error * u_error;
+  error += (kUnit + std::ldexp(1.0, -digits)) * (std::fabs(h) + error) + kFlush;
+  return {h, error};
+}
+
+template <class F>
+class Oracle {
+ public:
+  Oracle(const TestLayer& layer, const Batch& batch, int digits)
+      : layer_(layer), batch_(batch), digits_(digits), experts_(layer.config().num_experts) {}
+
+  Expectation Run() {
+    Expectation all;
+    for (int64_t t = 0; t < batch_.spec().tokens; ++t) {
+      for (const Interval& y : Token(t)) {
+        all.values.push_back(y.value);
+        all.bounds.push_back(y.error);
+      }
+    }
+    return all;
+  }
+
+ private:
+  Intervals Token(int64_t token) {
+    const MoeConfig& config = layer_.config();
+    std::vector<double> x(config.hidden_size);
+    for (int64_t k = 0; k < config.hidden_size; ++k) x[k] = batch_.HiddenState(token, k);
+    Intervals sum(config.hidden_size, {0, 0});
+    std::vector<double> magnitude(config.hidden_size, 0);
+    double terms = 0;
+    const int64_t top_k = batch_.spec().top_k;
+    for (int64_t i = token * top_k; i < (token + 1) * top_k; ++i) {
+      const int64_t id = batch_.ids[i];
+      if (id == -1 || id == config.num_experts) continue;
+      if (!batch_.mask.empty() && batch_.mask[id] != 0) continue;
+      const double weight = batch_.weights[i];
+      ++terms;
+      const std::vector<double> values = reference_.Expert(id, x);
+      const Intervals bounds = ExpertBounds(id, x);
+      for (int64_t r = 0; r < config.hidden_size; ++r) {
+        sum[r].value += weight * values[r];
+        sum[r].error += std::fabs(weight) * bounds[r].error;
+        magnitude[r] += std::fabs(weight) * (std::fabs(values[r]) + bounds[r].error);
+      }
+    }
+    const DType dtype = batch_.spec().dtype;
+    for (int64_t r = 0; r < config.hidden_size; ++r) {
+      sum[r].error += (terms + 1) * kUnit * magnitude[r];
+      const double largest = std::fabs(sum[r].value) + sum[r].error;
+      sum[r].error += std::ldexp(largest, -Digits(dtype)) + LeastRounding(dtype);
+    }
+    return sum;
+  }
+
+  Intervals ExpertBounds(int64_t id, const std::vector<double>& values) {
+    const ExpertSource source = layer_.Source(id);
+    std::vector<Dense>& expert = experts_[id];
+    if (expert.empty()) {
+      expert = {Decode<F>(source.gate), Decode<F>(source.up), Decode<F>(source.down)};
+    }
+    const bool rounded = Digits(batch_.spec().dtype) > digits_;
+    Intervals x;
+    for (const double value : values) {
+      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -digits_) : 0.0});
+    }
+    const Intervals gate = Multiply(expert[0], x, source.gate_bias);
+    const Intervals up = Multiply(expert[1], x, source.up_bias);
+    Intervals h;
+    for (size_t i = 0; i < gate.size(); ++i) {
+      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], digits_));
+    }
+    return Multiply(expert[2], h, source.down_bias);
+  }
+
+  static std::vector<ExpertSource> Sources(const TestLayer& layer) {
+    std::vector<ExpertSource> sources;
+    for (int64_t e = 0; e < layer.config().num_experts; ++e) sources.push_back(layer.Source(e));
+    return sources;
+  }
+
+  const TestLayer& layer_;
+  const Batch& batch_;
+  const int digits_;
+  const ReferenceMoe<F> reference_{layer_.config(), Sources(layer_)};
+  std::vector<std::vector<Dense>> experts_;  // gate, up, down of those used so far
+};
+
+}  // namespace
+
+Expectation Expect(const TestLayer& layer, const Batch& batch, int activation_digits) {
+  return VisitFormat(layer.format(),
+                     [&]<class F>(F) { return Oracle<F>(layer, batch, activation_digits).Run(); });
+}
+
+void ExpectClose(const Expectation& expected, const std::vector<double>& actual, int64_t hidden) {
+  ASSERT_EQ(actual.size(), expected.values.size());
+  size_t worst = 0;
+  double worst_share = -1;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double error = std::fabs(actual[i] - expected.values[i]);
+    const double share = std::isfinite(error) ? error / expected.bounds[i] : INFINITY;
+    if (share > worst_share) worst = i, worst_share = share;
+  }
+  EXPECT_LE(worst_share, 1.0) << "worst element [" << worst / hidden << ", " << worst % hidden
+                              << "]: expected " << expected.values[worst] << ", got "
+                              << actual[worst] << ", bound " << expected.bounds[worst];
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,23 @@
+// What a forward call should give: the reference in double precision, and how far fp32 arithmetic
+// with rounded activations may be from it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpp/moe_test_util.h"
+
+namespace cpumoe {
+
+struct Expectation {
+  std::vector<double> values;  // [tokens, hidden]
+  std::vector<double> bounds;  // [tokens, hidden] of |actual - value|
+};
+
+// `activation_digits`: significant bits of the activations that the kernels multiply.
+Expectation Expect(const TestLayer& layer, const Batch& batch, int activation_digits);
+
+// Fails with the worst element if any is out of its bound.
+void ExpectClose(const Expectation& expected, const std::vector<double>& actual, int64_t hidden);
+
+}  // namespace cpumoe

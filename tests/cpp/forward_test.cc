@@ -1,0 +1,189 @@
+// The forward pass of every ISA x format against the scalar reference.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpp/moe_test_util.h"
+#include "threading/thread_pool.h"
+
+namespace cpumoe {
+namespace {
+
+class ForwardTest : public MoeTest {};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(ForwardTest);
+
+TEST_P(ForwardTest, Shapes) {
+  constexpr int64_t kShapes[][2] = {{32, 32}, {32, 160}, {64, 96}, {96, 64}, {160, 32}, {288, 96}};
+  for (const auto& [hidden, intermediate] : kShapes) {
+    for (const int64_t tokens : {1, 4, 7}) {
+      CheckForward(LayerSpec{.experts = 3, .hidden = hidden, .intermediate = intermediate},
+                   BatchSpec{.tokens = tokens});
+    }
+  }
+}
+
+// A K of more than one panel in either product.
+TEST_P(ForwardTest, DeepProducts) {
+  for (const int64_t tokens : {1, 13}) {
+    const BatchSpec batch = {.tokens = tokens};
+    CheckForward(LayerSpec{.experts = 2, .hidden = 1088, .intermediate = 32}, batch);
+    CheckForward(LayerSpec{.experts = 2, .hidden = 32, .intermediate = 1088}, batch);
+  }
+}
+
+TEST_P(ForwardTest, AnyNumberOfTokens) {
+  for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 25, 40}) {
+    for (const bool batch_invariant : {false, true}) {
+      CheckForward(LayerSpec{.intermediate = 32, .batch_invariant = batch_invariant},
+                   BatchSpec{.tokens = tokens});
+    }
+  }
+}
+
+TEST_P(ForwardTest, AnyTopK) {
+  for (const int64_t experts : {1, 5}) {
+    for (int64_t top_k = 0; top_k <= experts; ++top_k) {
+      for (const int64_t tokens : {1, 3}) {
+        CheckForward(LayerSpec{.experts = experts}, BatchSpec{.tokens = tokens, .top_k = top_k});
+      }
+    }
+  }
+}
+
+// Hidden states large enough that limits cut.
+TEST_P(ForwardTest, SwiGluVariantsAndBiases) {
+  for (const SwiGlu& swiglu : {kPlain, kDeepSeekV4, kGptOss}) {
+    for (const bool has_bias : {false, true}) {
+      for (const int64_t tokens : {2, 15}) {
+        CheckForward(LayerSpec{.swiglu = swiglu, .has_bias = has_bias},
+                     BatchSpec{.tokens = tokens, .magnitude = 8.0f});
+      }
+    }
+  }
+}
+
+TEST_P(ForwardTest, DTypesIdsAndStrides) {
+  for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+    for (const bool wide : {false, true}) {
+      for (const int64_t gap : {0, 3}) {
+        CheckForward(
+            LayerSpec{.intermediate = 32},
+            BatchSpec{.tokens = 4, .dtype = dtype, .ids_are_64_bit = wide, .row_gap = gap});
+      }
+    }
+  }
+}
+
+TEST_P(ForwardTest, SkipsWhatIsNotOurs) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  for (const int64_t tokens : {1, 6}) {
+    Batch batch(layer.config(), BatchSpec{.tokens = tokens, .top_k = 3});
+    batch.ids[0] = -1;
+    batch.ids[2] = layer.config().num_experts;
+    CheckForward(*moe, layer, batch);
+    batch.mask = {0, 1, 0, 255};
+    CheckForward(*moe, layer, batch);
+  }
+}
+
+TEST_P(ForwardTest, WithoutAnyExpertTheOutputIsZero) {
+  run_.ExpectNoDots();
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  for (const int64_t tokens : {1, 6}) {
+    Batch masked(layer.config(), BatchSpec{.tokens = tokens, .dtype = DType::kBf16});
+    masked.mask = {1, 1, 1, 1};
+    Batch nobodys = masked;
+    nobodys.mask.clear();
+    std::fill(nobodys.ids.begin(), nobodys.ids.end(), -1);
+    for (const Batch& batch : {masked, nobodys}) {
+      const std::vector<std::byte> output = Forward(*moe, batch);
+      EXPECT_EQ(output, std::vector<std::byte>(output.size(), std::byte{0}));
+    }
+  }
+}
+
+TEST_P(ForwardTest, ExpertsWithoutTokens) {
+  const TestLayer layer(format(), LayerSpec{.experts = 6, .intermediate = 32});
+  Batch batch(layer.config(), BatchSpec{.tokens = 9});
+  for (size_t i = 0; i < batch.ids.size(); ++i) batch.ids[i] = i % 2 == 0 ? 1 : 4;
+  CheckForward(*Create(layer), layer, batch);
+}
+
+TEST_P(ForwardTest, RepeatedIds) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  for (const int64_t tokens : {1, 2, 7}) {
+    Batch batch(layer.config(), BatchSpec{.tokens = tokens, .top_k = 4});
+    for (size_t i = 0; i < batch.ids.size(); ++i) batch.ids[i] = i % 4 == 1 ? 0 : 2;
+    CheckForward(*moe, layer, batch);
+  }
+}
+
+TEST_P(ForwardTest, MoreSlotsThanExperts) {
+  CheckForward(LayerSpec{.experts = 2}, BatchSpec{.tokens = 1, .top_k = 7});
+  CheckForward(LayerSpec{.experts = 2}, BatchSpec{.tokens = 4, .top_k = 7});
+}
+
+// A call is cut into rounds of at most 16384 slots: here of two tokens.
+TEST_P(ForwardTest, SeveralRounds) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  for (const int64_t tokens : {3, 5}) {
+    Batch batch(layer.config(), BatchSpec{.tokens = tokens, .top_k = 8192, .row_gap = 1});
+    for (size_t i = 0; i < batch.ids.size(); ++i) {
+      if (i % 1500 != 0) batch.ids[i] = -1;
+    }
+    CheckForward(*moe, layer, batch);
+  }
+}
+
+// Scales at both ends of the fp32 range, where folding them into the multiplicands would overflow
+// or lose bits. Hidden states are such that the result is in range.
+TEST_P(ForwardTest, ExtremeScales) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  constexpr Magnitudes kHuge = {0x1p125f, kLargest}, kTiny = {0x1p-127f, 0x1p-122f};
+  for (const bool panel : {false, true}) {
+    const LayerSpec spec = {.intermediate = 32, .batch_invariant = panel};
+    const auto check = [&](const Magnitudes& gate_up, const Magnitudes& down, float magnitude) {
+      LayerSpec layer = spec;
+      layer.gate_up_scales = gate_up;
+      layer.down_scales = down;
+      CheckForward(layer, BatchSpec{.tokens = 5, .magnitude = magnitude});
+    };
+    check(kHuge, kModerate, 0x1p-100f);
+    check(kModerate, kHuge, 0x1p-20f);
+    check(kTiny, kModerate, 0x1p120f);
+    check(kModerate, kTiny, 0x1p30f);
+  }
+}
+
+TEST_P(ForwardTest, ANanStaysInItsToken) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  const int64_t hidden = layer.config().hidden_size;
+  for (const int64_t tokens : {2, 16}) {
+    Batch batch(layer.config(), BatchSpec{.tokens = tokens});
+    const std::vector<double> clean = Numbers(DType::kFp32, Forward(*moe, batch));
+    for (const float poison : {NAN, INFINITY}) {
+      batch.SetHiddenState(1, 5, poison);
+      const std::vector<double> output = Numbers(DType::kFp32, Forward(*moe, batch));
+      for (int64_t i = 0; i < tokens * hidden; ++i) {
+        if (i / hidden == 1) {
+          EXPECT_TRUE(std::isnan(output[i]) || poison == INFINITY) << i;
+          EXPECT_FALSE(std::isfinite(output[i])) << i;
+        } else {
+          EXPECT_EQ(output[i], clean[i]) << i;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpumoe

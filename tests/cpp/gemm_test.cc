@@ -1,0 +1,162 @@
+// The GEMM kernels of every ISA x format against sums in double precision.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpp/all_formats.h"
+#include "cpp/isa_test.h"
+#include "cpp/test_matrix.h"
+#include "moe/reference_moe.h"
+#include "packing/pack.h"
+
+namespace cpumoe {
+namespace {
+
+using kernel_probe::Path;
+
+// Weights of one or two tiles, packed and in double precision.
+struct Weights {
+  int64_t columns;
+  std::vector<std::byte> packed;
+  std::vector<TileView> tiles;
+  std::vector<double> values;  // [rows, columns]
+
+  int64_t rows() const { return static_cast<int64_t>(tiles.size()) * kTileRows; }
+};
+
+class GemmTest : public IsaFormatTest {
+ protected:
+  Weights MakeWeights(int64_t tiles, int64_t groups) {
+    return VisitFormat(format(), [&]<class F>(F) {
+      const int64_t rows = tiles * kTileRows, columns = groups * F::kGroupSize;
+      const auto matrix = TestMatrix::Random(format(), rows, columns, rng_);
+      const PackedLayout<F> layout(rows, columns);
+      Weights w{columns, std::vector<std::byte>(layout.bytes()), {}, {}};
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        layout.PackTile(matrix.View(), tile, w.packed.data());
+        w.tiles.push_back(layout.Tile(w.packed.data(), tile));
+      }
+      for (int64_t i = 0; i < rows * columns; ++i) {
+        w.values.push_back(ReferenceMoe<F>::Weight(matrix.View(), i / columns, i % columns));
+      }
+      return w;
+    });
+  }
+
+  // Activations that every ISA's Activation holds exactly: bf16 numbers.
+  std::vector<float> MakeActivations(int64_t count) {
+    std::normal_distribution<float> normal;
+    std::vector<float> a(count);
+    for (float& x : a) x = Bf16::FromFloat(normal(rng_)).ToFloat();
+    return a;
+  }
+
+  std::vector<float> Multiply(Path path, const Weights& w, const std::vector<float>& a) const {
+    const auto tokens = static_cast<int64_t>(a.size()) / w.columns;
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    std::vector<float> c(tokens * w.rows(), NAN);
+    kernels().multiply(path, w.tiles.data(), static_cast<int>(w.tiles.size()), w.columns / group,
+                       a.data(), tokens, c.data());
+    return c;
+  }
+
+  std::vector<Path> PathsFor(int64_t tokens) const {
+    std::vector<Path> paths = {Path::kScaledPanel};
+    if (kernels().folds) paths.push_back(Path::kFoldedPanel);
+    if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
+    return paths;
+  }
+
+  // Products are exact or rounded once, and each of the K of them goes through at most K + 2 + K /
+  // group additions and scalings: |error| <= gamma * sum |w a| with gamma = n u / (1 - n u).
+  static void CheckSums(const Weights& w, const std::vector<float>& a,
+                        const std::vector<float>& c) {
+    const double n =
+        3.0 * static_cast<double>(w.columns) * std::numeric_limits<float>::epsilon() / 2;
+    for (int64_t i = 0; i < static_cast<int64_t>(c.size()); ++i) {
+      const double* weights = &w.values[i % w.rows() * w.columns];
+      const float* x = &a[i / w.rows() * w.columns];
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < w.columns; ++k) {
+        sum += weights[k] * x[k];
+        magnitude += std::fabs(weights[k] * x[k]);
+      }
+      ASSERT_NEAR(c[i], sum, n / (1 - n) * magnitude)
+          << "token " << i / w.rows() << ", row " << i % w.rows() << ", K " << w.columns;
+    }
+  }
+
+  Rng rng_{7};
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(GemmTest);
+
+TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
+  for (const int64_t tiles : {1, 2}) {
+    const Weights w = MakeWeights(tiles, 3);
+    for (int64_t tokens = 1; tokens <= 2 * kernels().panel_tokens + 1; ++tokens) {
+      const std::vector<float> a = MakeActivations(tokens * w.columns);
+      for (const Path path : PathsFor(tokens)) CheckSums(w, a, Multiply(path, w, a));
+    }
+  }
+}
+
+// K of one panel, one group less, one group more, and several panels.
+TEST_P(GemmTest, AnyDepth) {
+  const int64_t panel = kernels().panel_groups;
+  for (const int64_t groups : {int64_t{1}, panel - 1, panel, panel + 1, 2 * panel + 3}) {
+    const Weights w = MakeWeights(2, groups);
+    for (const int64_t tokens : {int64_t{1}, kernels().panel_tokens + 1}) {
+      const std::vector<float> a = MakeActivations(tokens * w.columns);
+      for (const Path path : PathsFor(tokens)) CheckSums(w, a, Multiply(path, w, a));
+    }
+  }
+}
+
+bool SameBits(const float* a, const float* b, int64_t count) {
+  return std::memcmp(a, b, count * sizeof(float)) == 0;
+}
+
+// A token's sums are the same bits alone and beside any others, with one tile and with two.
+TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
+  const int64_t most = 2 * kernels().panel_tokens + 1;
+  const Weights w = MakeWeights(2, 5);
+  const std::vector<float> a = MakeActivations(most * w.columns);
+  for (const Path path : PathsFor(1)) {
+    std::vector<float> alone;  // [tokens, rows]
+    for (int64_t t = 0; t < most; ++t) {
+      const std::vector<float> row =
+          Multiply(path, w, {a.begin() + t * w.columns, a.begin() + (t + 1) * w.columns});
+      alone.insert(alone.end(), row.begin(), row.end());
+    }
+    const int64_t limit = path == Path::kFused ? kernels().fused_tokens : most;
+    for (int64_t tokens = 1; tokens <= limit; ++tokens) {
+      const std::vector<float> some(a.begin(), a.begin() + tokens * w.columns);
+      EXPECT_TRUE(SameBits(Multiply(path, w, some).data(), alone.data(), tokens * w.rows()))
+          << tokens << " tokens, path " << static_cast<int>(path);
+      Weights first = w;
+      first.tiles = {w.tiles[0]};
+      const std::vector<float> c = Multiply(path, first, some);
+      for (int64_t t = 0; t < tokens; ++t) {
+        EXPECT_TRUE(SameBits(&c[t * kTileRows], &alone[t * w.rows()], kTileRows)) << t;
+      }
+    }
+  }
+}
+
+// The fused form and the scaled panel sum in the same order, hence to the same bits.
+TEST_P(GemmTest, FusedEqualsScaledPanel) {
+  const Weights w = MakeWeights(2, kernels().panel_groups + 1);
+  for (int64_t tokens = 1; tokens <= kernels().fused_tokens; ++tokens) {
+    const std::vector<float> a = MakeActivations(tokens * w.columns);
+    const std::vector<float> fused = Multiply(Path::kFused, w, a);
+    const std::vector<float> panel = Multiply(Path::kScaledPanel, w, a);
+    EXPECT_TRUE(SameBits(fused.data(), panel.data(), tokens * w.rows())) << tokens << " tokens";
+  }
+}
+
+}  // namespace
+}  // namespace cpumoe

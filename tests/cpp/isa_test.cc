@@ -1,0 +1,116 @@
+#include "cpp/isa_test.h"
+
+#include <dlfcn.h>
+
+#include <ostream>
+#include <stdexcept>
+
+#include "base/check.h"
+#include "cpp/all_formats.h"
+#include "dispatch/cpu_features.h"
+#include "dispatch/variant_loader.h"
+#include "emulator/emulator.h"
+
+namespace cpumoe {
+namespace {
+
+// The CPU features whose instructions the emulator executes.
+const FeatureSet& EmulatedFeatures() {
+  static const FeatureSet features = {"avx512bf16"};
+  return features;
+}
+
+// What this CPU has by itself. To be called before anything is assumed.
+const FeatureSet& NativeFeatures() {
+  static const FeatureSet features = DetectFeatures();
+  return features;
+}
+
+const IsaRow& Row(const std::string& name) {
+  for (const IsaRow& row : KnownIsas()) {
+    if (row.name == name) return row;
+  }
+  throw std::invalid_argument("no ISA is called " + name);
+}
+
+const kernel_probe::Api* OpenProbe(const std::string& isa) {
+  // By its path, as the loader finds variants: beside this program.
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&OpenProbe), &info) == 0) {
+    throw std::runtime_error("cannot find this program's folder");
+  }
+  const std::string program = info.dli_fname;
+  const size_t slash = program.rfind('/');
+  const std::string folder = slash == std::string::npos ? "." : program.substr(0, slash);
+  const std::string path = folder + "/cpumoe_test_kernels_" + isa + ".so";
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error(dlerror());
+  return reinterpret_cast<kernel_probe::ApiFunction>(dlsym(library, kernel_probe::kApiSymbol))();
+}
+
+}  // namespace
+
+void PrintTo(const IsaFormat& param, std::ostream* out) {
+  *out << param.isa << " " << param.format;
+}
+
+std::vector<std::string> IsaNames() {
+  std::vector<std::string> names;
+  for (const IsaRow& row : KnownIsas()) names.push_back(row.name);
+  return names;
+}
+
+std::vector<IsaFormat> IsaFormats() {
+  std::vector<IsaFormat> all;
+  for (const std::string& isa : IsaNames()) {
+    for (const std::string& format : FormatNames()) all.push_back({isa, format});
+  }
+  return all;
+}
+
+std::string NameOfIsa(const testing::TestParamInfo<std::string>& info) { return info.param; }
+
+std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info) {
+  return info.param.isa + "_" + info.param.format;
+}
+
+std::string IsaRun::Begin(const std::string& isa) {
+  const IsaRow& row = Row(isa);
+  if (!row.built) return isa + " was not built";
+  const std::vector<std::string> missing = MissingFeatures(row, NativeFeatures());
+  std::string lacking;
+  for (const std::string& feature : missing) {
+    const bool emulated = emulator::Supported() && EmulatedFeatures().contains(feature);
+    if (!emulated) lacking += (lacking.empty() ? "" : ", ") + feature;
+  }
+  if (!lacking.empty()) return isa + ": this CPU lacks " + lacking;
+  if (!missing.empty()) {
+    emulator::Install();
+    AssumeFeatures({missing.begin(), missing.end()});
+  }
+  emulated_ = !missing.empty();
+  emulator::ResetCounts();
+  variant_ = &LoadVariant(isa, "test");
+  probe_ = OpenProbe(isa);
+  return "";
+}
+
+void IsaRun::End() const {
+  const uint64_t dots = emulator::Count(emulator::Instruction::kVdpbf16ps);
+  if (emulated_ && expect_dots_) {
+    EXPECT_GT(dots, 0u) << "no dot instruction was emulated: some other code has computed";
+  }
+  if (!emulated_) {
+    EXPECT_EQ(dots, 0u) << "the variant uses instructions beyond its ISA";
+  }
+}
+
+const kernel_probe::FormatEntry& IsaFormatTest::kernels() const {
+  const kernel_probe::Api& probe = run_.probe();
+  for (size_t i = 0; i < probe.num_formats; ++i) {
+    if (probe.formats[i].format == format()) return probe.formats[i];
+  }
+  throw std::invalid_argument("the probe lacks format " + format());
+}
+
+}  // namespace cpumoe

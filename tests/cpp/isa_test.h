@@ -1,0 +1,85 @@
+// The fixture of every test of a kernel or operator: one test per ISA (x format) of the tables.
+//
+// An ISA that this CPU lacks runs under the instruction emulator where that makes up for what is
+// missing; else the test is skipped and names the missing features.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "cpp/kernel_probe.h"
+#include "variant/variant_api.h"
+
+namespace cpumoe {
+
+struct IsaFormat {
+  std::string isa;
+  std::string format;
+};
+void PrintTo(const IsaFormat& param, std::ostream* out);
+
+std::vector<std::string> IsaNames();
+std::vector<IsaFormat> IsaFormats();
+
+// INSTANTIATE_TEST_SUITE_P's name of a parameter: avx2, avx2_mxfp4.
+std::string NameOfIsa(const testing::TestParamInfo<std::string>& info);
+std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info);
+
+// Opens the ISA's two libraries, and checks at the end that this ISA, and no other, computed.
+class IsaRun {
+ public:
+  // Why the ISA cannot run here; empty: it can, and is loaded.
+  std::string Begin(const std::string& isa);
+  void End() const;
+
+  // For tests that compute no dot product.
+  void ExpectNoDots() { expect_dots_ = false; }
+
+  const VariantApi& variant() const { return *variant_; }
+  const kernel_probe::Api& probe() const { return *probe_; }
+
+ private:
+  bool emulated_ = false;
+  bool expect_dots_ = true;
+  const VariantApi* variant_ = nullptr;
+  const kernel_probe::Api* probe_ = nullptr;
+};
+
+template <class Param>
+class IsaTestBase : public testing::TestWithParam<Param> {
+ protected:
+  void Begin(const std::string& isa) {
+    const std::string reason = run_.Begin(isa);
+    if (!reason.empty()) GTEST_SKIP() << reason;
+    ASSERT_EQ(run_.variant().isa, isa);
+    ASSERT_EQ(run_.probe().isa, isa);
+  }
+  void TearDown() override {
+    if (!this->IsSkipped() && !this->HasFatalFailure()) run_.End();
+  }
+
+  IsaRun run_;
+};
+
+class IsaTest : public IsaTestBase<std::string> {
+ protected:
+  void SetUp() override { Begin(GetParam()); }
+};
+
+class IsaFormatTest : public IsaTestBase<IsaFormat> {
+ protected:
+  void SetUp() override { Begin(GetParam().isa); }
+
+  const std::string& format() const { return GetParam().format; }
+  const kernel_probe::FormatEntry& kernels() const;
+};
+
+// Instantiates a suite derived from IsaTest or IsaFormatTest over the tables.
+#define CPUMOE_FOR_EACH_ISA(Suite) \
+  INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(IsaNames()), NameOfIsa)
+#define CPUMOE_FOR_EACH_ISA_AND_FORMAT(Suite) \
+  INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(IsaFormats()), NameOfIsaFormat)
+
+}  // namespace cpumoe

@@ -1,0 +1,44 @@
+// Access to the kernels of one ISA below the operator, through a library compiled for that ISA
+// (cpumoe_test_kernels_<isa>.so). Tests get it from IsaTest::probe().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/tile.h"
+#include "moe/config.h"
+
+namespace cpumoe::kernel_probe {
+
+enum class Path { kFused, kFoldedPanel, kScaledPanel };
+
+struct FormatEntry {
+  const char* format;
+  bool folds;            // whether kFoldedPanel exists
+  int64_t fused_tokens;  // most tokens of kFused
+  int64_t panel_tokens;  // MR of the panel paths
+  int64_t panel_groups;  // groups of a whole panel
+
+  // Whether `kFoldedPanel` may be used for scales of these magnitudes.
+  bool (*folds_exactly)(float least_scale, float greatest_scale);
+
+  // c [tokens, count * 16] = a [tokens, K] * tiles^T, with K = groups * group size. `count` is 1 or
+  // 2. Throws std::invalid_argument for a path that does not take these arguments.
+  void (*multiply)(Path path, const TileView* tiles, int count, int64_t groups, const float* a,
+                   int64_t tokens, float* c);
+};
+
+struct Api {
+  const char* isa;
+  int activation_digits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
+  void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
+  void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
+                   int64_t count);
+  size_t num_formats;
+  const FormatEntry* formats;
+};
+
+using ApiFunction = const Api* (*)();
+inline constexpr char kApiSymbol[] = "cpumoe_kernel_probe";
+
+}  // namespace cpumoe::kernel_probe

@@ -1,0 +1,159 @@
+// What operators refuse, and with which words.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpp/all_formats.h"
+#include "cpp/moe_test_util.h"
+#include "threading/pinned_pool.h"
+
+namespace cpumoe {
+namespace {
+
+template <class Exception, class Body>
+std::string MessageOf(Body&& body) {
+  try {
+    body();
+  } catch (const Exception& error) {
+    return error.what();
+  }
+  return "no exception";
+}
+
+class MoeErrorsTest : public MoeTest {
+ protected:
+  void SetUp() override {
+    MoeTest::SetUp();
+    run_.ExpectNoDots();
+  }
+
+  static constexpr MoeConfig kConfig = {
+      .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .swiglu = {}};
+
+  std::string CreateMessage(const MoeConfig& config) const {
+    return MessageOf<std::invalid_argument>([&] { Create(config); });
+  }
+  static std::string PackMessage(Moe& moe, const ExpertSource& source) {
+    SerialPool pool;
+    return MessageOf<std::invalid_argument>([&] { moe.Pack(0, source, pool); });
+  }
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(MoeErrorsTest);
+
+TEST_P(MoeErrorsTest, Sizes) {
+  MoeConfig config = kConfig;
+  config.hidden_size = 2890;
+  EXPECT_EQ(CreateMessage(config),
+            format() + ": hidden_size must be a positive multiple of 32, got 2890");
+  config = kConfig;
+  config.intermediate_size = 0;
+  EXPECT_EQ(CreateMessage(config),
+            format() + ": intermediate_size must be a positive multiple of 32, got 0");
+  config = kConfig;
+  config.num_experts = 0;
+  EXPECT_EQ(CreateMessage(config), "num_experts must be positive, got 0");
+}
+
+TEST_P(MoeErrorsTest, ExpertIndex) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer.config());
+  SerialPool pool;
+  for (const int64_t expert : {-1, 4}) {
+    EXPECT_EQ(MessageOf<std::out_of_range>([&] { moe->Pack(expert, layer.Source(0), pool); }),
+              "expert " + std::to_string(expert) + " is not one of the layer's 4");
+  }
+}
+
+TEST_P(MoeErrorsTest, Shapes) {
+  const TestLayer layer(format(), LayerSpec{}), other(format(), LayerSpec{.intermediate = 64});
+  const auto moe = Create(layer.config());
+  for (int which = 0; which < 3; ++which) {
+    ExpertSource source = layer.Source(0);
+    RawMatrix& matrix = which == 0 ? source.gate : which == 1 ? source.up : source.down;
+    matrix = other.Matrix(0, which).View();
+    EXPECT_EQ(PackMessage(*moe, source),
+              which < 2 ? "test.weight: expected [96, 64] weights, got [64, 64]"
+                        : "test.weight: expected [64, 96] weights, got [64, 64]");
+  }
+}
+
+TEST_P(MoeErrorsTest, Biases) {
+  const TestLayer with(format(), LayerSpec{.has_bias = true}), without(format(), LayerSpec{});
+  EXPECT_EQ(PackMessage(*Create(with.config()), without.Source(0)),
+            "expert 0: three biases expected, as the layer's has_bias says");
+  EXPECT_EQ(PackMessage(*Create(without.config()), with.Source(0)),
+            "expert 0: no biases expected, as the layer's has_bias says");
+  ExpertSource source = with.Source(0);
+  source.down_bias = nullptr;
+  EXPECT_EQ(PackMessage(*Create(with.config()), source),
+            "expert 0: three biases expected, as the layer's has_bias says");
+}
+
+// A failed Pack leaves no weights behind, not even those packed before; the error comes out of any
+// thread.
+TEST_P(MoeErrorsTest, InvalidScale) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer);
+  TestMatrix damaged = layer.Matrix(1, 2);
+  VisitFormat(format(), [&]<class F>(F) {
+    const MutableRawMatrix view = damaged.MutableView();
+    std::memset(view.scales + 41 * view.scales_stride, 0xff, sizeof(typename F::Scale));
+  });
+  ExpertSource source = layer.Source(1);
+  source.down = damaged.View();
+  PinnedPool pool({.threads = 3});
+  const std::string message = MessageOf<std::invalid_argument>([&] { moe->Pack(1, source, pool); });
+  EXPECT_TRUE(message.starts_with("test.weight: scale [41, 0] is ")) << message;
+  Batch batch(layer.config(), BatchSpec{.tokens = 2, .top_k = 4});
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
+            "expert 1 is routed to but has no weights: pack it first");
+  moe->Pack(1, layer.Source(1), pool);
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
+}
+
+TEST_P(MoeErrorsTest, UnpackedExperts) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer.config());
+  SerialPool pool;
+  moe->Pack(0, layer.Source(0), pool);
+  Batch batch(layer.config(), BatchSpec{.tokens = 2});
+  batch.ids = {0, -1, 0, 3};
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
+            "expert 3 is routed to but has no weights: pack it first");
+  batch.mask = {0, 0, 0, 1};
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
+}
+
+TEST_P(MoeErrorsTest, IdsOutOfRange) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer);
+  for (const bool wide : {false, true}) {
+    for (const int64_t id : {-2, 5}) {
+      Batch batch(layer.config(), BatchSpec{.tokens = 4, .top_k = 3, .ids_are_64_bit = wide});
+      batch.ids[3 * 3 + 1] = id;
+      EXPECT_EQ(MessageOf<std::out_of_range>([&] { Forward(*moe, batch); }),
+                "topk_ids[3, 1]: expert ids must be in [0, 4), or -1 or 4 for an expert to skip; "
+                "got " +
+                    std::to_string(id));
+    }
+  }
+}
+
+TEST_P(MoeErrorsTest, NbytesIsAboutTheCheckpointsSize) {
+  const TestLayer layer(format(), LayerSpec{.has_bias = true});
+  const auto moe = Create(layer.config());
+  const int64_t weights = 4 * 3 * 64 * 96, biases = 4 * (2 * 96 + 64) * 4;
+  VisitFormat(format(), [&]<class F>(F) {
+    const int64_t scales =
+        weights / F::kGroupSize * static_cast<int64_t>(sizeof(typename F::Scale));
+    const int64_t bytes = weights * F::kCodeBits / 8 + scales + biases;
+    EXPECT_GE(static_cast<int64_t>(moe->nbytes()), bytes);
+    EXPECT_LE(static_cast<int64_t>(moe->nbytes()), bytes + bytes / 20);
+  });
+}
+
+}  // namespace
+}  // namespace cpumoe

@@ -1,0 +1,106 @@
+// Layers of experts with random weights, calls of their forward pass, and the fixture that runs
+// them on one ISA and format.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpp/isa_test.h"
+#include "cpp/test_matrix.h"
+#include "moe/moe.h"
+
+namespace cpumoe {
+
+inline constexpr SwiGlu kPlain = {};
+inline constexpr SwiGlu kDeepSeekV4 = {.limit = 10.0f};
+inline constexpr SwiGlu kGptOss = {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f};
+
+struct LayerSpec {
+  int64_t experts = 4;
+  int64_t hidden = 64;
+  int64_t intermediate = 96;
+  SwiGlu swiglu = kPlain;
+  bool has_bias = false;
+  bool batch_invariant = false;
+  Magnitudes gate_up_scales = kModerate;
+  Magnitudes down_scales = kModerate;
+};
+
+// Experts as a checkpoint holds them.
+class TestLayer {
+ public:
+  TestLayer(const std::string& format, const LayerSpec& spec, uint64_t seed = 1);
+
+  const MoeConfig& config() const { return config_; }
+  const std::string& format() const { return format_; }
+  ExpertSource Source(int64_t expert) const;
+  const TestMatrix& Matrix(int64_t expert, int which) const { return matrices_[expert][which]; }
+
+ private:
+  std::string format_;
+  MoeConfig config_;
+  std::vector<std::array<TestMatrix, 3>> matrices_;        // gate, up, down
+  std::vector<std::array<std::vector<float>, 3>> biases_;  // the same, or none
+};
+
+struct BatchSpec {
+  int64_t tokens = 5;
+  int64_t top_k = 2;
+  DType dtype = DType::kFp32;
+  bool ids_are_64_bit = true;
+  int64_t row_gap = 0;     // elements between the rows of hidden_states
+  float magnitude = 1.0f;  // of hidden_states
+};
+
+// The input tensors of a forward call. Ids and the mask may be changed before the call.
+class Batch {
+ public:
+  // Random hidden states and weights; a token's ids are distinct as far as there are experts.
+  Batch(const MoeConfig& config, const BatchSpec& spec, uint64_t seed = 2);
+
+  // One token of this batch as a batch of its own.
+  Batch Only(int64_t token) const;
+
+  const BatchSpec& spec() const { return spec_; }
+  double HiddenState(int64_t token, int64_t k) const;
+  void SetHiddenState(int64_t token, int64_t k, float value);
+  ForwardArgs Args(void* output) const;
+
+  std::vector<int64_t> ids;    // [tokens, top_k]
+  std::vector<float> weights;  // [tokens, top_k]
+  std::vector<uint8_t> mask;   // [experts], or empty
+
+ private:
+  int64_t hidden_, stride_;
+  BatchSpec spec_;
+  std::vector<std::byte> hidden_states_;
+  mutable std::vector<int32_t> narrow_ids_;
+};
+
+// Elements of any dtype as numbers.
+std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements);
+
+class MoeTest : public IsaFormatTest {
+ protected:
+  // The operator for `config`, without weights.
+  std::unique_ptr<Moe> Create(const MoeConfig& config) const;
+  // With all experts of the layer packed.
+  std::unique_ptr<Moe> Create(const TestLayer& layer) const;
+
+  // Runs the forward pass; returns the output tensor.
+  static std::vector<std::byte> Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
+                                        Workspace& workspace);
+  // The same on the calling thread in a workspace of its own.
+  static std::vector<std::byte> Forward(const Moe& moe, const Batch& batch);
+
+  // Compares the forward pass, on two threads, with the reference.
+  void CheckForward(const Moe& moe, const TestLayer& layer, const Batch& batch) const;
+  void CheckForward(const LayerSpec& layer, const BatchSpec& batch) const;
+};
+
+}  // namespace cpumoe

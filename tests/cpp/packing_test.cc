@@ -1,0 +1,235 @@
+// Packing of every weight format: checkpoint rows to tiles and back, bit for bit.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpp/all_formats.h"
+#include "cpp/test_matrix.h"
+#include "formats/weight_format.h"
+#include "packing/pack.h"
+
+namespace cpumoe {
+namespace {
+
+// Where the code of `k` lies in a lane, as kernels/tile.h draws it.
+template <int kCodeBits>
+constexpr int LaneBit(int k) {
+  const int per_half = 16 / kCodeBits;  // codes of a half-word
+  const int even = k - k % 2;
+  const int field = even < per_half ? even : even - per_half + 1;
+  return (k % 2) * 16 + field * kCodeBits;
+}
+
+template <int kCodeBits>
+void CheckEvenOdd() {
+  static_assert(SwapEvenOdd<kCodeBits>(SwapEvenOdd<kCodeBits>(0x12345678u)) == 0x12345678u);
+  Rng rng(kCodeBits);
+  for (int i = 0; i < 1000; ++i) {
+    const auto word = static_cast<uint32_t>(rng());
+    const uint32_t lane = SwapEvenOdd<kCodeBits>(word);
+    const uint32_t mask = (uint64_t{1} << kCodeBits) - 1;
+    for (int k = 0; k < 32 / kCodeBits; ++k) {
+      EXPECT_EQ((lane >> LaneBit<kCodeBits>(k)) & mask, (word >> (k * kCodeBits)) & mask);
+    }
+    EXPECT_EQ(SwapEvenOdd<kCodeBits>(lane), word);
+  }
+}
+
+TEST(EvenOddTest, FourBits) { CheckEvenOdd<4>(); }
+TEST(EvenOddTest, EightBits) { CheckEvenOdd<8>(); }
+TEST(EvenOddTest, SixteenBits) { CheckEvenOdd<16>(); }
+TEST(EvenOddTest, AsDrawnInTileH) { EXPECT_EQ(SwapEvenOdd<4>(0x76543210u), 0x73516240u); }
+
+template <class F>
+class PackingTest : public testing::Test {
+ protected:
+  using Layout = PackedLayout<F>;
+  static std::string Name() { return std::string(F::kName); }
+
+  static std::vector<std::byte> Pack(const Layout& layout, const RawMatrix& source,
+                                     ScaleRange* range = nullptr) {
+    std::vector<std::byte> packed(layout.bytes());
+    for (int64_t tile = 0; tile < layout.tiles(); ++tile) {
+      const ScaleRange scales = layout.PackTile(source, tile, packed.data());
+      if (range != nullptr) range->Merge(scales);
+    }
+    return packed;
+  }
+  static void Unpack(const Layout& layout, const std::vector<std::byte>& packed, int64_t row_begin,
+                     int64_t column_begin, const MutableRawMatrix& out) {
+    for (int64_t tile = 0; tile < layout.tiles(); ++tile) {
+      layout.UnpackTile(packed.data(), tile, row_begin, column_begin, out);
+    }
+  }
+};
+TYPED_TEST_SUITE(PackingTest, AllFormats);
+
+TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
+  Rng rng(1);
+  for (const int64_t rows : {1, 15, 16, 17, 32, 33}) {
+    for (int64_t groups = 1; groups <= 320 / TypeParam::kGroupSize; ++groups) {
+      const int64_t columns = groups * TypeParam::kGroupSize;
+      const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
+      const PackedLayout<TypeParam> layout(rows, columns);
+      TestMatrix back(this->Name(), rows, columns);
+      this->Unpack(layout, this->Pack(layout, source.View()), 0, 0, back.MutableView());
+      ASSERT_EQ(back, source) << "[" << rows << ", " << columns << "]";
+    }
+  }
+}
+
+// The tile as kernels/tile.h documents it, code by code and scale by scale.
+TYPED_TEST(PackingTest, Layout) {
+  using F = TypeParam;
+  using Scale = typename F::Scale;
+  Rng rng(2);
+  const int64_t rows = 21, columns = 3 * F::kGroupSize;
+  const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
+  const RawMatrix view = source.View();
+  const PackedLayout<F> layout(rows, columns);
+  const std::vector<std::byte> packed = this->Pack(layout, view);
+  constexpr int kDepth = 32 / F::kCodeBits;
+  constexpr uint32_t kMask = (uint64_t{1} << F::kCodeBits) - 1;
+  for (int64_t row = 0; row < layout.tiles() * kTileRows; ++row) {
+    const int64_t from = std::min(row, rows - 1);  // missing rows repeat the last
+    const TileView tile = layout.Tile(packed.data(), row / kTileRows);
+    const int64_t lane = row % kTileRows;
+    for (int64_t k = 0; k < columns; ++k) {
+      uint32_t word, original;
+      std::memcpy(&word, tile.codes + k / kDepth * kVectorBytes + lane * 4, 4);
+      std::memcpy(&original, view.codes + from * view.codes_stride + k / kDepth * 4, 4);
+      const auto place = static_cast<int>(k % kDepth);
+      ASSERT_EQ((word >> LaneBit<F::kCodeBits>(place)) & kMask,
+                (original >> (place * F::kCodeBits)) & kMask)
+          << "row " << row << ", k " << k;
+    }
+    for (int64_t g = 0; g < layout.groups(); ++g) {
+      EXPECT_EQ(
+          std::memcmp(tile.scales + (g * kTileRows + lane) * sizeof(Scale),
+                      view.scales + from * view.scales_stride + g * sizeof(Scale), sizeof(Scale)),
+          0);
+    }
+  }
+}
+
+TYPED_TEST(PackingTest, StridedRows) {
+  Rng rng(3);
+  const int64_t rows = 19, columns = 2 * TypeParam::kGroupSize;
+  const auto interleaved = TestMatrix::Random(this->Name(), 2 * rows, columns, rng);
+  const PackedLayout<TypeParam> layout(rows, columns);
+  TestMatrix back(this->Name(), 2 * rows, columns);
+  for (const int64_t first : {0, 1}) {  // gate rows are the even ones, up rows the odd ones
+    RawMatrix half = interleaved.View().Rows(first, 2 * rows - 1);
+    MutableRawMatrix out = back.MutableView().Rows(first, 2 * rows - 1);
+    half.rows = out.rows = rows;
+    half.codes_stride *= 2, half.scales_stride *= 2;
+    out.codes_stride *= 2, out.scales_stride *= 2;
+    this->Unpack(layout, this->Pack(layout, half), 0, 0, out);
+  }
+  EXPECT_EQ(back, interleaved);
+}
+
+TYPED_TEST(PackingTest, GapsBetweenRowsAreLeftAlone) {
+  Rng rng(4);
+  const int64_t rows = 5, columns = TypeParam::kGroupSize;
+  const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, kModerate, 3);
+  TestMatrix back(this->Name(), rows, columns, 3);
+  const PackedLayout<TypeParam> layout(rows, columns);
+  this->Unpack(layout, this->Pack(layout, source.View()), 0, 0, back.MutableView());
+  EXPECT_EQ(back, source);  // gaps hold the same filler in both
+}
+
+TYPED_TEST(PackingTest, SlicesOfTheSource) {
+  using F = TypeParam;
+  Rng rng(5);
+  const int64_t rows = 40, columns = 4 * F::kGroupSize;
+  const auto source = TestMatrix::Random(this->Name(), rows, columns, rng);
+  const int64_t row_begin = 7, row_count = 18;
+  const int64_t column_begin = F::kGroupSize, column_count = 2 * F::kGroupSize;
+  const RawMatrix slice =
+      source.View().Rows(row_begin, row_count).template Columns<F>(column_begin, column_count);
+  const PackedLayout<F> part(row_count, column_count);
+  TestMatrix from_slice(this->Name(), row_count, column_count);
+  this->Unpack(part, this->Pack(part, slice), 0, 0, from_slice.MutableView());
+  // The same part, cut out on the way back.
+  const PackedLayout<F> whole(rows, columns);
+  TestMatrix from_whole(this->Name(), row_count, column_count);
+  this->Unpack(whole, this->Pack(whole, source.View()), row_begin, column_begin,
+               from_whole.MutableView());
+  EXPECT_EQ(from_slice, from_whole);
+  TestMatrix copy = source;
+  this->Unpack(part, this->Pack(part, slice), 0, 0,
+               copy.MutableView()
+                   .Rows(row_begin, row_count)
+                   .template Columns<F>(column_begin, column_count));
+  EXPECT_EQ(copy, source);
+}
+
+TYPED_TEST(PackingTest, ScaleRange) {
+  using Scale = typename TypeParam::Scale;
+  TestMatrix source(this->Name(), 17, 2 * TypeParam::kGroupSize);
+  const MutableRawMatrix view = source.MutableView();
+  const auto scales = ValidScales<TypeParam>();
+  float least = INFINITY, greatest = 0;
+  for (int64_t row = 0; row < view.rows; ++row) {
+    for (int64_t g = 0; g < 2; ++g) {
+      const Scale scale = scales[(row * 37 + g * 101) % scales.size()];
+      std::memcpy(view.scales + row * view.scales_stride + g * sizeof(Scale), &scale,
+                  sizeof(Scale));
+      least = std::min(least, std::fabs(scale.ToFloat()));
+      greatest = std::max(greatest, std::fabs(scale.ToFloat()));
+    }
+  }
+  ScaleRange range;
+  this->Pack(PackedLayout<TypeParam>(view.rows, view.columns), source.View(), &range);
+  EXPECT_EQ(range.least, least);
+  EXPECT_EQ(range.greatest, greatest);
+}
+
+template <class Exception, class Body>
+std::string MessageOf(Body&& body) {
+  try {
+    body();
+  } catch (const Exception& error) {
+    return error.what();
+  }
+  return "no exception";
+}
+
+TYPED_TEST(PackingTest, RefusesAnInvalidScaleWithItsPlace) {
+  using F = TypeParam;
+  using Scale = typename F::Scale;
+  const Scale invalid = {static_cast<decltype(Scale::bits)>(~0u)};  // NaN in every scale type
+  ASSERT_FALSE(F::IsValidScale(invalid));
+  Rng rng(6);
+  auto source = TestMatrix::Random(this->Name(), 20, 3 * F::kGroupSize, rng);
+  const MutableRawMatrix view = source.MutableView();
+  std::memcpy(view.scales + 18 * view.scales_stride + 2 * sizeof(Scale), &invalid, sizeof(Scale));
+  const PackedLayout<F> layout(view.rows, view.columns);
+  const std::string nan = std::signbit(invalid.ToFloat()) ? "-nan" : "nan";
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
+            "test.weight: scale [18, 2] is " + nan + "; " + this->Name() +
+                " scales must be finite: the checkpoint is damaged");
+}
+
+TYPED_TEST(PackingTest, RefusesColumnsThatAreNoWholeGroups) {
+  using F = TypeParam;
+  const std::string group = std::to_string(F::kGroupSize);
+  EXPECT_EQ(MessageOf<std::invalid_argument>([] { PackedLayout<F>(16, F::kGroupSize + 2); }),
+            this->Name() + ": columns must be a multiple of " + group + ", got " +
+                std::to_string(F::kGroupSize + 2));
+  const TestMatrix matrix(this->Name(), 4, 2 * F::kGroupSize);
+  EXPECT_EQ(
+      MessageOf<std::invalid_argument>([&] { matrix.View().template Columns<F>(0, 8); }),
+      "test.weight: a slice of columns must consist of whole groups of " + group + ", got [0, 8)");
+  EXPECT_THROW(matrix.View().template Columns<F>(0, 3 * F::kGroupSize), std::invalid_argument);
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { matrix.View().Rows(3, 2); }),
+            "test.weight: rows [3, 5) are not within the matrix's 4");
+}
+
+}  // namespace
+}  // namespace cpumoe

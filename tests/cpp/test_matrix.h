@@ -1,0 +1,75 @@
+// Random weight matrices as a checkpoint stores them, in any format.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "packing/raw_matrix.h"
+
+namespace cpumoe {
+
+using Rng = std::mt19937_64;
+
+// Magnitudes of a matrix's scales, both ends included.
+struct Magnitudes {
+  float least = 0.0f;
+  float greatest = std::numeric_limits<float>::max();
+};
+inline constexpr Magnitudes kModerate = {0x1p-7f, 0x1p-3f};
+
+// All scales that a format allows, if they have 8 bits. Of those with 16 bits (bf16) some 500: for
+// each sign and exponent a mantissa, and for the extreme and middle exponents the extreme ones too.
+template <class F>
+std::vector<typename F::Scale> ValidScales() {
+  using Scale = typename F::Scale;
+  constexpr int kBits = 8 * sizeof(Scale);
+  std::vector<Scale> scales;
+  for (uint32_t bits = 0; bits < (1u << kBits); ++bits) {
+    const uint32_t mantissa = bits & 0x7f, exponent = (bits >> 7) & 0xff;
+    const bool notable = exponent <= 1 || exponent == 127 || exponent >= 254;
+    const bool taken = kBits == 8 || mantissa == (exponent * 37 & 0x7f) ||
+                       (notable && (mantissa <= 1 || mantissa >= 0x7e));
+    const Scale scale = {static_cast<decltype(Scale::bits)>(bits)};
+    if (taken && F::IsValidScale(scale)) scales.push_back(scale);
+  }
+  return scales;
+}
+
+// A matrix that owns its bytes. Rows of codes and of scales can be further apart than they are
+// long, as those of interleaved matrices are; what lies between is filled with a pattern.
+class TestMatrix {
+ public:
+  static constexpr std::byte kFiller{0xee};
+
+  TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap = 0);
+
+  // Random codes, random valid scales of these magnitudes.
+  static TestMatrix Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
+                           const Magnitudes& scales = kModerate, int64_t gap = 0);
+
+  RawMatrix View() const { return View<const std::byte>(codes_.data(), scales_.data()); }
+  MutableRawMatrix MutableView() { return View<std::byte>(codes_.data(), scales_.data()); }
+  bool operator==(const TestMatrix& other) const = default;
+
+ private:
+  template <class Byte>
+  RawMatrixOf<Byte> View(Byte* codes, Byte* scales) const {
+    return {.rows = rows_,
+            .columns = columns_,
+            .codes = codes,
+            .codes_stride = codes_stride_,
+            .scales = scales,
+            .scales_stride = scales_stride_,
+            .name = "test.weight"};
+  }
+
+  int64_t rows_, columns_, codes_stride_, scales_stride_;
+  std::vector<std::byte> codes_;
+  std::vector<std::byte> scales_;
+};
+
+}  // namespace cpumoe
