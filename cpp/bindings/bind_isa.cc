@@ -43,6 +43,13 @@ void BindIsa(py::module_& m) {
       },
       py::arg("name"), py::arg("origin"),
       "Raises ValueError unless this CPU can run variant `name`.");
+  m.def(
+      "open_variant",
+      [](const std::string& name, const std::string& origin) -> std::string {
+        return LoadVariant(name, origin).isa;
+      },
+      py::arg("name"), py::arg("origin"),
+      "Opens a variant's library and returns the ISA that it says it was compiled for.");
   m.def("formats", &Formats, py::arg("isa"), py::arg("origin"), "The weight formats of a variant.");
   m.def("assume_features", &AssumeFeatures, py::arg("features"),
         "For tests under an instruction emulator: pretend that the CPU has these features.");

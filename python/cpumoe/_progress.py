@@ -22,7 +22,13 @@ def track(items: Sequence[T], description: str, *, enabled: bool | None = None) 
         return
     # Imported late: a library call without a terminal needs no terminal library.
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     with Progress(
         TextColumn("{task.description}"),

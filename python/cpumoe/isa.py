@@ -38,7 +38,7 @@ def isa() -> str:
 
     Raises:
         ValueError: ``CPUMOE_ISA`` names a variant that is unknown, not installed, or needs features
-            that this CPU lacks. There is no silent fallback.
+            that this CPU lacks (there is no silent fallback), or no installed variant runs here.
     """
     return select_isa(None)[0]
 
@@ -55,6 +55,14 @@ def select_isa(requested: str | None) -> tuple[str, str]:
     elif forced:
         name, origin = forced, ENVIRONMENT_VARIABLE
     else:
-        return supported_isas()[-1], "isa"
+        supported = supported_isas()
+        if not supported:
+            built = (row.name for row in _core.known_isas() if row.built)
+            lacks = "; ".join(f"{isa}: lacks {', '.join(missing_features(isa))}" for isa in built)
+            raise ValueError(
+                f"this CPU can run none of the installed variants ({lacks}); reinstall cpumoe "
+                "with CPUMOE_ISAS empty, which builds all variants"
+            )
+        return supported[-1], "isa"
     _core.require_isa(name, origin)
     return name, origin

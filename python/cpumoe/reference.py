@@ -154,7 +154,9 @@ def experts_forward_with_bound(
         output.index_add_(0, tokens, y * scale)
         # The product with the routing weight and the sum over experts round in float32.
         bound.index_add_(0, tokens, (dy + 8 * _U32 * y.abs()) * scale.abs())
-    return output, bound + _UNIT_ROUNDOFF[output_dtype] * (output.abs() + bound) + _TINY
+    limits = torch.finfo(output_dtype)
+    subnormal = limits.smallest_normal * limits.eps / 2  # half the spacing near zero
+    return output, bound + _UNIT_ROUNDOFF[output_dtype] * (output.abs() + bound) + subnormal
 
 
 def error_bound(

@@ -13,15 +13,16 @@ from cpumoe import _core
 class Runtime:
     """A pool of threads and its scratch memory, shared by any number of `Experts`.
 
-    Threads are persistent: they poll for some microseconds after a call, then sleep, so that an idle
-    runtime uses no CPU. Calls from several Python threads run one after the other. A runtime does
-    not survive ``fork()``: in the child, using it raises RuntimeError (the default runtime is made
-    anew there).
+    Threads are persistent: they poll for some microseconds after a call, then sleep, so that an
+    idle runtime uses no CPU. Calls from several Python threads run one after the other. A runtime
+    does not survive ``fork()``: in the child, using it raises RuntimeError (the default runtime is
+    made anew there).
 
     Args:
-        threads: threads that compute, the calling one included. Default: the physical cores in this
-            process's affinity mask, capped by its cgroup's CPU quota (rounded down), at least 1.
-            More than that is honoured with a warning: threads that share a core slow each other down.
+        threads: threads that compute, the calling one included. Default: the physical cores in
+            this process's affinity mask, capped by its cgroup's CPU quota (rounded down), at
+            least 1. More than that is honoured with a warning: threads that share a core slow each
+            other down.
         pin: whether each thread other than the caller stays on one core.
 
     Raises:
@@ -30,6 +31,7 @@ class Runtime:
     """
 
     def __init__(self, threads: int | None = None, *, pin: bool = False) -> None:
+        """Starts the threads."""
         topology = _core.topology()
         self._threads = topology.default_threads if threads is None else threads
         if self._threads < 1:

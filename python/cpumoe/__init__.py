@@ -1,0 +1,86 @@
+"""Mixture-of-Experts layers on the CPU, straight from low-precision checkpoints.
+
+Example::
+
+    experts = cpumoe.Experts.from_checkpoint("path/to/DeepSeek-V4-Flash", layer=3)
+    y = experts(hidden_states, topk_ids, topk_weights)
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+# Needs no PyTorch, and has to be imported before the submodule of the same name is.
+from cpumoe.isa import isa, known_isas, missing_features, supported_isas
+
+if TYPE_CHECKING:
+    from cpumoe import reference
+    from cpumoe.checkpoint import (
+        CheckpointError,
+        ExpertReader,
+        ExpertWeights,
+        UnsupportedFormatError,
+        open_checkpoint,
+    )
+    from cpumoe.experts import Experts
+    from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
+    from cpumoe.future import Future
+    from cpumoe.models import ModelSpec, find_model
+    from cpumoe.runtime import Runtime, default_runtime
+    from cpumoe.swiglu import SwiGLU
+
+__all__ = [
+    "WEIGHT_FORMATS",
+    "CheckpointError",
+    "ExpertReader",
+    "ExpertWeights",
+    "Experts",
+    "Future",
+    "ModelSpec",
+    "QuantizedMatrix",
+    "Runtime",
+    "SwiGLU",
+    "UnsupportedFormatError",
+    "WeightFormat",
+    "default_runtime",
+    "find_model",
+    "isa",
+    "known_isas",
+    "missing_features",
+    "open_checkpoint",
+    "reference",
+    "supported_isas",
+    "weight_format",
+]
+
+# Everything that imports PyTorch (seconds) is imported when first asked for, so that the command
+# line's help and the ISA functions answer at once.
+_MODULES = {
+    "cpumoe.checkpoint": (
+        "CheckpointError",
+        "ExpertReader",
+        "ExpertWeights",
+        "UnsupportedFormatError",
+        "open_checkpoint",
+    ),
+    "cpumoe.experts": ("Experts",),
+    "cpumoe.formats": ("WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"),
+    "cpumoe.future": ("Future",),
+    "cpumoe.models": ("ModelSpec", "find_model"),
+    "cpumoe.runtime": ("Runtime", "default_runtime"),
+    "cpumoe.swiglu": ("SwiGLU",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name == "reference":
+        return importlib.import_module("cpumoe.reference")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cpumoe' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,168 @@
+"""Checks of tensors that callers pass in, and the addresses that the engine takes instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from cpumoe import _core
+from cpumoe.formats import QuantizedMatrix, WeightFormat, describe
+
+# A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
+MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
+
+_ELEMENTS = {
+    torch.bfloat16: _core.DType.BF16,
+    torch.float16: _core.DType.FP16,
+    torch.float32: _core.DType.FP32,
+}
+
+
+class Call(NamedTuple):
+    """A forward call's addresses, its output, and what the addresses point into."""
+
+    tensors: _core.ForwardTensors
+    output: torch.Tensor
+    inputs: tuple[torch.Tensor | None, ...]
+
+
+def prepare_call(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    hidden_size: int,
+) -> Call:
+    """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
+    for tensor, name in (
+        (hidden_states, "hidden_states"),
+        (topk_ids, "topk_ids"),
+        (topk_weights, "topk_weights"),
+    ):
+        require_dense_cpu(tensor, name)
+    element = _ELEMENTS.get(hidden_states.dtype)
+    if element is None:
+        raise TypeError(
+            f"hidden_states: expected bfloat16, float16 or float32, got {describe(hidden_states)}"
+        )
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != hidden_size:
+        raise ValueError(
+            f"hidden_states: expected [tokens, {hidden_size}], got {list(hidden_states.shape)}"
+        )
+    tokens = hidden_states.shape[0]
+    if topk_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"topk_ids: expected int32 or int64, got {describe(topk_ids)}")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != tokens:
+        raise ValueError(f"topk_ids: expected [{tokens}, top_k], got {list(topk_ids.shape)}")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights: expected {list(topk_ids.shape)} like topk_ids, "
+            f"got {list(topk_weights.shape)}"
+        )
+    if topk_weights.dtype != torch.float32:
+        if topk_weights.dtype not in _ELEMENTS:
+            raise TypeError(
+                f"topk_weights: expected float32, bfloat16 or float16, got {describe(topk_weights)}"
+            )
+        topk_weights = topk_weights.float()
+    if hidden_states.stride(1) != 1:
+        hidden_states = hidden_states.contiguous()
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    output = torch.empty(tokens, hidden_size, dtype=hidden_states.dtype)
+    tensors = _core.ForwardTensors(
+        hidden_states.data_ptr(),
+        hidden_states.stride(0),
+        tokens,
+        element,
+        topk_ids.data_ptr(),
+        topk_ids.dtype == torch.int64,
+        topk_weights.data_ptr(),
+        topk_ids.shape[1],
+        0 if mask is None else mask.data_ptr(),
+        output.data_ptr(),
+    )
+    return Call(tensors, output, (hidden_states, topk_ids, topk_weights, mask))
+
+
+def check_mask(mask: torch.Tensor, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless `mask` is dense bool [num_experts] on the CPU."""
+    require_dense_cpu(mask, "expert_mask")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expert_mask: expected bool, got {describe(mask)}")
+    require_shape(tuple(mask.shape), (num_experts,), "expert_mask")
+    if not mask.is_contiguous():
+        raise ValueError("expert_mask: expected a contiguous tensor; pass .contiguous()")
+
+
+def normalized_stack(row: WeightFormat, matrices: MatrixStack, name: str) -> QuantizedMatrix:
+    """Returns a stack of matrices as bytes and scales that fit together, without a copy."""
+    if not isinstance(matrices, (QuantizedMatrix, tuple)):
+        raise TypeError(
+            f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), "
+            f"got {type(matrices).__name__}"
+        )
+    if isinstance(matrices, tuple):
+        matrices = QuantizedMatrix(*matrices)
+    codes, scales = matrices.codes, matrices.scales
+    codes = row.normalize_codes(codes, f"{name} codes")
+    scales = row.normalize_scales(scales, f"{name} scales")
+    if codes.dim() != 3:
+        raise ValueError(f"{name} codes: expected [experts, N, K/2], got {list(codes.shape)}")
+    columns = codes.shape[2] * 8 // row.code_bits
+    row.check_k(columns, f"{name}: K")
+    expected = (codes.shape[0], codes.shape[1], columns // row.group_size)
+    require_shape(tuple(scales.shape), expected, f"{name} scales")
+    return QuantizedMatrix(codes, scales)
+
+
+def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> None:
+    """Raises ValueError unless the shapes are equal."""
+    if tuple(got) != tuple(expected):
+        raise ValueError(f"{name}: expected {list(expected)}, got {list(got)}")
+
+
+def checked_biases(
+    biases: Sequence[torch.Tensor | None], experts: int, widths: Mapping[str, int]
+) -> list[torch.Tensor]:
+    """Returns the three biases of a layer, or none; `widths` has their names."""
+    given = [bias for bias in biases if bias is not None]
+    if given and len(given) != len(widths):
+        missing = ", ".join(n for n, b in zip(widths, biases, strict=True) if b is None)
+        raise ValueError(f"{', '.join(widths)}: expected all three or none, got no {missing}")
+    for bias, (name, width) in zip(given, widths.items(), strict=False):
+        require_dense_cpu(bias, name)
+        if bias.dtype not in _ELEMENTS:
+            raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {describe(bias)}")
+        require_shape(bias.shape, (experts, width), name)
+    return given
+
+
+def require_dense_cpu(tensor: torch.Tensor, name: str) -> None:
+    """Raises TypeError or ValueError unless `tensor` is a dense tensor on the CPU."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; pass .to_dense()"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected a CPU tensor, got device {tensor.device}; move it with .cpu()"
+        )
+
+
+def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
+    """Returns the addresses of one matrix; `name` is for the engine's errors."""
+    codes, scales = matrix.codes, matrix.scales
+    rows, columns = matrix.shape
+    return _core.Matrix(
+        name,
+        rows,
+        columns,
+        codes.data_ptr(),
+        codes.stride(0) * codes.itemsize,
+        scales.data_ptr(),
+        scales.stride(0) * scales.itemsize,
+    )

@@ -1,0 +1,63 @@
+"""The application: its commands and what they have in common.
+
+Command modules import PyTorch, and what needs it, inside functions: help must not wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cpumoe.cli import demo, info, inspect_model, synth, validate
+
+app = typer.Typer(
+    name="cpumoe",
+    help="Mixture-of-Experts layers on the CPU, straight from low-precision checkpoints.",
+    epilog="Start with: `cpumoe demo`",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("info", epilog=info.EXAMPLE)(info.command)
+app.command("inspect", epilog=inspect_model.EXAMPLE)(inspect_model.command)
+app.command("synth", epilog=synth.EXAMPLE)(synth.command)
+app.command("validate", epilog=validate.EXAMPLE)(validate.command)
+app.command("demo", epilog=demo.EXAMPLE)(demo.command)
+
+
+def package_version() -> str:
+    """Returns the installed version, or "unknown" when run from a source tree."""
+    # Imported here because it takes longer than the rest of the command line.
+    from importlib import metadata
+
+    try:
+        return metadata.version("cpumoe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cpumoe {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; the entry point of the ``cpumoe`` script."""
+    app()

@@ -1,0 +1,173 @@
+"""Everything that is printed: tables and text, JSON, progress bars, errors; and numbers' looks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box, markup
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+OK = "[green]yes[/]"
+NOT_OK = "[bold red]NO[/]"
+
+
+def show(*parts: RenderableType) -> None:
+    """Prints to standard output; strings may hold rich markup."""
+    for part in parts:
+        _out.print(part)
+
+
+def show_json(document: Mapping[str, Any]) -> None:
+    """Prints the document to standard output; numbers that JSON lacks become null."""
+    typer.echo(json.dumps(_jsonable(document), indent=2, allow_nan=False))
+
+
+def print_error(message: str) -> None:
+    """Prints ``error: message`` to standard error, on one line."""
+    _print_line("error: ", "bold red", message)
+
+
+def print_warning(message: str) -> None:
+    """Prints ``warning: message`` to standard error, on one line."""
+    _print_line("warning: ", "yellow", message)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function that shows (what is being done, units done, units in all).
+
+    On standard error, and only if that is a terminal; the bar disappears at the end.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _step, _done, _total: None
+        return
+    # Imported here because most runs of the command line, and its help, show no bar.
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=_err,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=None, visible=False)
+        stage = ""
+
+        def update(step: str, done: int, total: int) -> None:
+            nonlocal task, stage
+            # A new total is a new stage: the estimate starts afresh.
+            if done == 0 or not stage:
+                progress.remove_task(task)
+                task = progress.add_task(step, total=total)
+                stage = step
+            progress.update(task, description=step, completed=done, total=total)
+
+        yield update
+
+
+def escape(text: str) -> str:
+    """Returns text that `show` prints as it is."""
+    return markup.escape(text)
+
+
+def fact_table(rows: Mapping[str, str]) -> Table:
+    """Returns a borderless table of names and values."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def data_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
+    """Returns a table with a header; the columns after the first `text_columns` hold numbers."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < text_columns else "right", no_wrap=True)
+    return table
+
+
+def format_bytes(count: float) -> str:
+    """Returns ``"13.4 MB"``: three digits, decimal units."""
+    power = 0
+    while power < len(_UNITS) - 1 and abs(count) >= 999.5 * 1000**power:
+        power += 1
+    value = count / 1000**power
+    return f"{value:.0f} B" if power == 0 else f"{_three_digits(value)} {_UNITS[power]}"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """Returns ``"13.4 GB/s"``."""
+    return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_number(value: float) -> str:
+    """Returns a number above 0.01 or so with three digits: ``"0.123"``, ``"12.3"``, ``"1,234"``."""
+    return _three_digits(value)
+
+
+def format_count(number: float, noun: str) -> str:
+    """Returns ``"1 thread"`` or ``"2 threads"``."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def format_percent(share: float) -> str:
+    """Returns ``"87 %"``."""
+    return f"{100 * share:.0f} %"
+
+
+def format_time(seconds: float) -> str:
+    """Returns ``"12.3 ms"`` or ``"4.56 s"``."""
+    if seconds < 1:
+        return f"{_three_digits(1000 * seconds)} ms"
+    return f"{_three_digits(seconds)} s"
+
+
+def _three_digits(value: float) -> str:
+    size = abs(value)
+    if not math.isfinite(size) or size >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3}f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _print_line(label: str, style: str, message: str) -> None:
+    line = Text.assemble((label, style), " ".join(message.split()))
+    _err.print(line, soft_wrap=True)

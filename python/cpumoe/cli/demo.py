@@ -1,0 +1,222 @@
+"""``cpumoe demo``: the whole way from a checkpoint to checked results and their speed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import VALIDATION_FAILED, reported
+from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption, parse_isas
+from cpumoe.cli.validate import render, report_document
+
+if TYPE_CHECKING:
+    from cpumoe.experts import Experts
+    from cpumoe.validation import Report
+
+EXAMPLE = "Example: `cpumoe demo --keep v4`"
+
+_MODEL = "DeepSeek-V4-Flash"
+_LAYER = 0
+# Of the experts; the reference takes about a second for each.
+_VALIDATED_EXPERTS = 8
+_VALIDATED_TOKENS = (1, 8, 33)
+_TIMED_TOKENS = (1, 16, 128)
+
+
+def command(
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the checkpoint here and keep it.",
+            show_default="a temporary folder",
+        ),
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, metavar="N", help="Experts of the layer.")] = 16,
+    hidden: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="4096, the model's"),
+    ] = None,
+    intermediate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="An expert's inner size.", show_default="2048, the model's"
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Make a small DeepSeek-V4-Flash layer, check it on every ISA variant and time it.
+
+    Needs no arguments, less than a minute, and a few hundred MB of disk and memory. Exit code 1 if
+    a variant computes something wrong.
+    """
+    with reported(traceback), ExitStack() as stack:
+        start = time.perf_counter()
+        isas = parse_isas(None)
+        say = _silent if json_output else console.show
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cpumoe-")))
+        written = _synthesize(folder, experts, hidden, intermediate)
+        say(f"wrote {written['experts']} experts in the format of {_MODEL}: {_speed(written)}")
+        loaded, layer = _load(folder, threads)
+        say(f"packed them for {layer.isa}: {_speed(loaded)}")
+        checked = min(experts, _VALIDATED_EXPERTS)
+        say(f"checking {checked} of them on {', '.join(isas)}", "")
+        report = _validate(folder, isas, threads)
+        if not json_output:
+            render(report)
+        speed = _time(layer)
+        _finish(
+            {"model": _MODEL, "synth": written, "load": loaded, "speed": speed},
+            report,
+            time.perf_counter() - start,
+            keep,
+            json_output,
+        )
+        if not report.passed:
+            raise typer.Exit(VALIDATION_FAILED)
+
+
+def _silent(*_parts: object) -> None:
+    pass
+
+
+def _synthesize(
+    folder: Path, experts: int, hidden: int | None, intermediate: int | None
+) -> dict[str, Any]:
+    from cpumoe.models import find_model
+    from cpumoe.synth import write_checkpoint
+
+    start = time.perf_counter()
+    with console.progress_bar() as progress:
+        write_checkpoint(
+            folder,
+            find_model(_MODEL),
+            layers=1,
+            experts=experts,
+            hidden=hidden,
+            intermediate=intermediate,
+            pattern="random",
+            progress=lambda done, total: progress("writing a checkpoint", done, total),
+        )
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {
+        "path": str(folder),
+        "experts": experts,
+        "bytes": nbytes,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _load(folder: Path, threads: int | None) -> tuple[dict[str, Any], Experts]:
+    from cpumoe.experts import Experts
+    from cpumoe.runtime import Runtime
+
+    runtime = None if threads is None else Runtime(threads)
+    start = time.perf_counter()
+    layer = Experts.from_checkpoint(folder, _LAYER, runtime=runtime)
+    seconds = time.perf_counter() - start
+    return {"isa": layer.isa, "bytes": layer.nbytes, "seconds": seconds}, layer
+
+
+def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
+    from cpumoe.checkpoint import open_checkpoint
+    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.validation import validate
+
+    with open_checkpoint(folder) as reader, console.progress_bar() as progress:
+        weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
+        return validate(weights, _VALIDATED_TOKENS, isas, threads=threads, progress=progress)
+
+
+def _time(layer: Experts) -> dict[str, Any]:
+    from cpumoe.bandwidth import measure_read_bandwidth, measure_throughput
+    from cpumoe.models import find_model
+
+    top_k = min(find_model(_MODEL).top_k, layer.num_experts)
+    steps = len(_TIMED_TOKENS) + 1
+    with console.progress_bar() as progress:
+        progress("memory bandwidth", 0, steps)
+        memory = measure_read_bandwidth(layer.runtime.threads)
+        rows = []
+        for index, tokens in enumerate(_TIMED_TOKENS, 1):
+            progress(f"timing {tokens} tokens", index, steps)
+            result = measure_throughput(layer, tokens, top_k)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "seconds": result.seconds,
+                    "tokens_per_second": result.tokens_per_second,
+                    "flops_per_second": result.flops_per_second,
+                    "weight_bytes": result.weight_bytes,
+                    "bytes_per_second": result.bytes_per_second,
+                    "share_of_bandwidth": result.bytes_per_second / memory.bytes_per_second,
+                }
+            )
+    return {"isa": layer.isa, "read_bandwidth": dict(vars(memory)), "throughput": rows}
+
+
+def _speed(step: dict[str, Any]) -> str:
+    rate = console.format_rate(step["bytes"] / step["seconds"])
+    return (
+        f"{console.format_bytes(step['bytes'])} in {console.format_time(step['seconds'])} ({rate})"
+    )
+
+
+def _finish(
+    document: dict[str, Any], report: Report, seconds: float, keep: Path | None, json_output: bool
+) -> None:
+    if json_output:
+        validation = report_document(report)
+        console.show_json(
+            {**document, "validation": validation, "passed": report.passed, "seconds": seconds}
+        )
+    else:
+        _render_speed(document["speed"])
+        _close(keep, seconds)
+
+
+def _render_speed(speed: dict[str, Any]) -> None:
+    memory = speed["read_bandwidth"]
+    table = console.data_table(
+        f"One layer on {speed['isa']}, {console.format_count(memory['threads'], 'thread')}",
+        ("tokens", "time", "tokens/s", "GFLOP/s", "weights read", "of memory bandwidth"),
+        text_columns=0,
+    )
+    for row in speed["throughput"]:
+        table.add_row(
+            str(row["tokens"]),
+            console.format_time(row["seconds"]),
+            console.format_number(row["tokens_per_second"]),
+            console.format_number(row["flops_per_second"] / 1e9),
+            console.format_rate(row["bytes_per_second"]),
+            console.format_percent(row["share_of_bandwidth"]),
+        )
+    console.show(
+        "",
+        table,
+        "",
+        f"[dim]Memory reads {console.format_rate(memory['bytes_per_second'])} "
+        f"({memory['method']}).\nFew tokens are bound by that, many by arithmetic.[/]",
+    )
+
+
+def _close(kept: Path | None, seconds: float) -> None:
+    if kept is None:
+        following = "cpumoe synth v4 --model deepseek-v4-flash --layers 1 --experts 32"
+    else:
+        following = f"cpumoe validate {console.escape(str(kept))} --pattern ramp"
+    console.show(
+        "",
+        f"All of it took {console.format_time(seconds)}. Next, try one of these:",
+        f"  [bold]{following}[/]",
+        "  [bold]cpumoe inspect deepseek-v4-flash[/]",
+        "  [bold]cpumoe info[/]",
+    )

@@ -1,0 +1,51 @@
+"""How commands end: one line for what the user can mend, a traceback for our own mistakes."""
+
+from __future__ import annotations
+
+import traceback as tracebacks
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+import typer
+
+from cpumoe.cli.console import print_error, print_warning
+
+VALIDATION_FAILED = 1
+BAD_INPUT = 2
+
+
+class InputError(ValueError):
+    """Something that the user asked for cannot be done."""
+
+
+@contextmanager
+def reported(traceback: bool) -> Iterator[None]:
+    """Turns bad input (ValueError, OSError) into one line on standard error and exit code 2.
+
+    Other exceptions are bugs and keep their traceback. Warnings become one line as well.
+
+    Args:
+        traceback: print the traceback too.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if traceback:
+                tracebacks.print_exc()
+            print_error(str(error))
+            raise typer.Exit(BAD_INPUT) from None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print_warning(str(message))

@@ -1,0 +1,174 @@
+"""``cpumoe info``: what this machine has and what of it is used."""
+
+from __future__ import annotations
+
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import BAD_INPUT, reported
+from cpumoe.cli.options import JsonOption, TracebackOption
+
+EXAMPLE = "Example: `cpumoe info --json`"
+
+_CPUINFO = Path("/proc/cpuinfo")
+# Where /proc/cpuinfo names the CPU on x86-64, and on other architectures.
+_MODEL_KEYS = ("model name", "Model", "cpu model", "Hardware")
+
+
+def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
+    """Show CPU, ISA variants, threads, memory bandwidth and versions.
+
+    The memory's read bandwidth is measured, which takes about a second.
+    """
+    with reported(traceback):
+        document = collect()
+        if json_output:
+            console.show_json(document)
+        else:
+            _render(document)
+        problem = document["isa"]["error"]
+        if problem:
+            console.print_error(problem)
+            raise typer.Exit(BAD_INPUT)
+
+
+def collect() -> dict[str, Any]:
+    """Returns what ``info --json`` prints."""
+    return {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "isa": _isas(),
+        "formats": _formats(),
+        "read_bandwidth": _bandwidth(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from cpumoe.cli.app import package_version
+
+    return {
+        "cpumoe": package_version(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    from cpumoe import _core
+
+    topology = _core.topology()
+    return {
+        "model": _cpu_model(),
+        "architecture": platform.machine(),
+        "logical_cpus": len(topology.cpus),
+        "cores": len(topology.cores),
+        "packages": len({cpu.package for cpu in topology.cpus}),
+        "numa_nodes": [{"id": node.id, "cpus": list(node.cpus)} for node in topology.nodes],
+        "cpu_quota": topology.quota if math.isfinite(topology.quota) else None,
+        "default_threads": topology.default_threads,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = _CPUINFO.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields = dict(
+        reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line])
+    )
+    return next((fields[key] for key in _MODEL_KEYS if fields.get(key)), "unknown")
+
+
+def _isas() -> dict[str, Any]:
+    from cpumoe import _core
+    from cpumoe.isa import ENVIRONMENT_VARIABLE, missing_features, select_isa, supported_isas
+
+    in_use, reason, error = None, None, None
+    try:
+        in_use, origin = select_isa(None)
+        forced = origin == ENVIRONMENT_VARIABLE
+        reason = f"{ENVIRONMENT_VARIABLE} is set" if forced else "the best that this CPU supports"
+    except ValueError as problem:
+        error = str(problem)
+    supported = supported_isas()
+    variants = [
+        {
+            "name": row.name,
+            "built": row.built,
+            "supported": row.name in supported,
+            "in_use": row.name == in_use,
+            "features": row.features,
+            "missing": missing_features(row.name),
+        }
+        for row in _core.known_isas()
+    ]
+    return {"in_use": in_use, "reason": reason, "error": error, "variants": variants}
+
+
+def _formats() -> list[dict[str, Any]]:
+    from cpumoe.formats import WEIGHT_FORMATS, dtype_name
+
+    return [
+        {
+            "name": row.name,
+            "bits_per_weight": row.bits_per_weight,
+            "group_size": row.group_size,
+            "scale": dtype_name(row.scale_dtype),
+        }
+        for row in WEIGHT_FORMATS.values()
+    ]
+
+
+def _bandwidth() -> dict[str, Any]:
+    from cpumoe.bandwidth import measure_read_bandwidth
+
+    with console.progress_bar() as progress:
+        progress("measuring memory bandwidth", 0, 1)
+        return dict(vars(measure_read_bandwidth()))
+
+
+def _render(document: dict[str, Any]) -> None:
+    versions, cpu, memory = document["versions"], document["cpu"], document["read_bandwidth"]
+    count = console.format_count
+    quota = "none" if cpu["cpu_quota"] is None else count(cpu["cpu_quota"], "CPU")
+    sockets, nodes = count(cpu["packages"], "socket"), count(len(cpu["numa_nodes"]), "NUMA node")
+    pages = "huge pages" if memory["huge_pages"] else "small pages"
+    buffer = f"{memory['buffer_bytes'] >> 20} MiB on {pages}"
+    facts = {
+        "cpumoe": f"{versions['cpumoe']} [dim](torch {versions['torch']}, "
+        f"Python {versions['python']})[/]",
+        "CPU": f"{console.escape(cpu['model'])} [dim]({cpu['architecture']})[/]",
+        "cores": f"{cpu['cores']} physical, {cpu['logical_cpus']} logical; {sockets}, {nodes}; "
+        f"CPU quota: {quota}",
+        "threads": f"{cpu['default_threads']} by default",
+        "memory read": f"[bold]{console.format_rate(memory['bytes_per_second'])}[/] "
+        f"[dim]({count(memory['threads'], 'thread')}, {buffer})"
+        f"\nthe best of three ways: {memory['method']}[/]",
+    }
+    console.show(console.fact_table(facts))
+    table = console.data_table("ISA variants", ("name", "status", "missing"), text_columns=3)
+    for row in document["isa"]["variants"]:
+        table.add_row(row["name"], _status(row, document["isa"]), " ".join(row["missing"]))
+    formats = console.data_table(
+        "Weight formats", ("name", "scale", "group", "bits/weight"), text_columns=2
+    )
+    for row in document["formats"]:
+        bits = f"{row['bits_per_weight']:g}"
+        formats.add_row(row["name"], row["scale"], str(row["group_size"]), bits)
+    console.show("", table, "", formats)
+
+
+def _status(row: dict[str, Any], isa: dict[str, Any]) -> str:
+    if row["in_use"]:
+        return f"[bold green]in use[/] [dim]({isa['reason']})[/]"
+    if not row["built"]:
+        return "not built"
+    return "supported" if row["supported"] else "[yellow]not supported[/]"

@@ -1,0 +1,217 @@
+"""``cpumoe inspect``: what a checkpoint holds, and what of it cpumoe runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import InputError, reported
+from cpumoe.cli.options import JsonOption, TracebackOption
+
+if TYPE_CHECKING:
+    from cpumoe.checkpoint import ExpertReader, SafetensorsFolder
+    from cpumoe.swiglu import SwiGLU
+
+EXAMPLE = "Examples: `cpumoe inspect path/to/model`, `cpumoe inspect gpt-oss-120b`"
+
+_EXPERT_TENSOR = re.compile(r"\blayers\.(\d+)\.(?:[\w.]*\.)?experts\.")
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a model's name.")
+    ],
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Show a model's layers, experts, format and bytes, and whether cpumoe can run it.
+
+    A folder is read (headers only); for a name, what the model registry knows is shown.
+    """
+    with reported(traceback):
+        document = collect(model)
+        if json_output:
+            console.show_json(document)
+        else:
+            _render(document)
+
+
+def collect(model: str) -> dict[str, Any]:
+    """Returns what ``inspect --json`` prints.
+
+    Raises:
+        InputError: neither a folder nor a known model.
+        OSError, ValueError: a folder that is no MoE checkpoint.
+    """
+    if Path(model).exists():
+        from cpumoe.checkpoint import open_checkpoint
+
+        with open_checkpoint(model) as reader:
+            return _checkpoint(reader)
+    return _registered(model)
+
+
+def _registered(name: str) -> dict[str, Any]:
+    from cpumoe.formats import WEIGHT_FORMATS
+    from cpumoe.models import find_model
+
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such checkpoint folder")
+    try:
+        spec = find_model(name)
+    except ValueError as error:
+        raise InputError(f"{name}: no such folder, and {error}") from error
+    reasons = []
+    if spec.weight_format not in WEIGHT_FORMATS:
+        reasons.append(f"weight format {spec.weight_format} is not supported yet")
+    if spec.layout == "other":
+        reasons.append("its checkpoint layout has no reader yet")
+    first = spec.first_moe_layer
+    return {
+        "source": "registry",
+        "name": spec.name,
+        "aliases": list(spec.aliases),
+        "model_type": spec.model_type,
+        "layers": list(range(first, spec.num_hidden_layers)),
+        "num_hidden_layers": spec.num_hidden_layers,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.moe_intermediate_size,
+        "format": spec.weight_format,
+        "swiglu": vars(spec.swiglu),
+        "has_bias": spec.has_bias,
+        "bytes": {
+            "expert": spec.expert_bytes,
+            "layer": spec.layer_bytes,
+            "experts": spec.routed_expert_bytes,
+            "token": spec.token_bytes,
+        },
+        "supported": not reasons,
+        "reasons": reasons,
+    }
+
+
+def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
+    layers = reader.layers()
+    missing = reader.folder.missing_shards()
+    sizes, damaged = _layer_bytes(reader.folder)
+    layer_bytes = max((sizes.get(layer, 0) for layer in layers), default=0)
+    expert_bytes = layer_bytes // reader.num_experts
+    reasons = [*reader.unsupported, *damaged]
+    if missing:
+        reasons.append(f"{console.format_count(len(missing), 'shard')} missing")
+    if not layers:
+        reasons.append("no layer has routed experts")
+    return {
+        "source": "checkpoint",
+        "path": str(reader.folder.path),
+        "model_type": reader.model_type,
+        "layers": layers,
+        "num_hidden_layers": reader.config.num_hidden_layers,
+        "num_experts": reader.num_experts,
+        "top_k": reader.top_k,
+        "hidden_size": reader.hidden_size,
+        "intermediate_size": reader.intermediate_size,
+        "format": reader.format,
+        "swiglu": _swiglu(None if reader.unsupported else reader.swiglu),
+        "has_bias": reader.has_bias,
+        "bytes": {
+            "expert": expert_bytes,
+            "layer": layer_bytes,
+            "experts": sum(sizes.values()) if not missing else layer_bytes * len(layers),
+            "token": expert_bytes * reader.top_k * len(layers),
+        },
+        "shards": {
+            "present": len(list(reader.folder.path.glob("*.safetensors"))),
+            "missing": missing,
+        },
+        "supported": not reasons,
+        "reasons": reasons,
+    }
+
+
+def _layer_bytes(folder: SafetensorsFolder) -> tuple[dict[int, int], list[str]]:
+    """Bytes of each layer's expert tensors as far as their shards are there; damaged shards."""
+    from cpumoe.checkpoint import CheckpointError
+
+    sizes: dict[int, int] = defaultdict(int)
+    damaged: dict[str, None] = {}
+    for name in folder.names():
+        match = _EXPERT_TENSOR.search(name)
+        if match is None:
+            continue
+        try:
+            sizes[int(match[1])] += folder.info(name).nbytes
+        except FileNotFoundError:
+            continue  # a missing shard, listed as such
+        except CheckpointError as error:
+            damaged[str(error)] = None
+    return sizes, list(damaged)
+
+
+def _swiglu(swiglu: SwiGLU | None) -> dict[str, float | None] | None:
+    return None if swiglu is None else dict(vars(swiglu))
+
+
+def _render(document: dict[str, Any]) -> None:
+    sizes = document["bytes"]
+    facts = {
+        "model": console.escape(document.get("name") or document["path"]),
+        "type": document["model_type"],
+        "layers": f"{len(document['layers'])} with routed experts"
+        f"{_span(document['layers'])}, {document['num_hidden_layers']} in all",
+        "experts": f"{document['num_experts']} per layer, {document['top_k']} per token",
+        "sizes": f"hidden {document['hidden_size']}, intermediate {document['intermediate_size']}",
+        "format": document["format"],
+        "activation": _activation(document["swiglu"], document["has_bias"]),
+        "bytes": f"{console.format_bytes(sizes['expert'])} per expert, "
+        f"{console.format_bytes(sizes['layer'])} per layer, "
+        f"{console.format_bytes(sizes['experts'])} in all",
+        "a token reads": f"{console.format_bytes(sizes['token'])} of expert weights",
+    }
+    if "aliases" in document:
+        facts["also called"] = ", ".join(document["aliases"])
+    if "shards" in document:
+        facts["shards"] = _shards(document["shards"])
+    reasons = "; ".join(document["reasons"])
+    facts["supported"] = (
+        console.OK if document["supported"] else f"{console.NOT_OK}: {console.escape(reasons)}"
+    )
+    console.show(console.fact_table(facts))
+
+
+def _span(layers: list[int]) -> str:
+    if not layers:
+        return ""
+    return f" ({layers[0]})" if len(layers) == 1 else f" ({layers[0]}..{layers[-1]})"
+
+
+def _activation(swiglu: dict[str, float | None] | None, has_bias: bool) -> str:
+    if swiglu is None:
+        return "unknown"
+    alpha, limit, offset = swiglu["alpha"], swiglu["limit"], swiglu["up_offset"]
+    formula = "silu(g) * u" if alpha == 1 else f"g * sigmoid({alpha:g} g) * u"
+    if offset:
+        formula = formula.replace("* u", f"* (u + {offset:g})")
+    parts = [formula]
+    if limit is not None and math.isfinite(limit):
+        parts.append(f"g at most {limit:g}, u within ±{limit:g}")
+    if has_bias:
+        parts.append("with biases")
+    return "; ".join(parts)
+
+
+def _shards(shards: dict[str, Any]) -> str:
+    missing = shards["missing"]
+    text = f"{shards['present']} present, {len(missing)} missing"
+    if not missing:
+        return text
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"{text}: {console.escape(', '.join(missing[:3]))}{more}"

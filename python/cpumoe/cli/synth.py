@@ -1,0 +1,87 @@
+"""``cpumoe synth``: writes checkpoints to try things on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import reported
+from cpumoe.cli.options import JsonOption, TracebackOption
+
+EXAMPLE = "Example: `cpumoe synth v4 --model v4-flash --layers 1 --experts 32`"
+
+
+def command(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; created if need be.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="A model's name or Hugging Face id.")
+    ],
+    layers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="MoE layers.", show_default="the model's")
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Experts per layer.", show_default="the model's"),
+    ] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="the model's"),
+    ] = None,
+    intermediate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="An expert's inner size.", show_default="the model's"
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Experts per token.", show_default="the model's"),
+    ] = None,
+    pattern: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Weights: normal, uniform, alternating, ramp or random."),
+    ] = "normal",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random numbers.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint in a non-empty folder.")
+    ] = False,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Write a checkpoint with made-up weights in a model's exact native format.
+
+    Only routed experts and routers are written: config.json, index and safetensors files.
+    Weights are random normal, quantized to nearest, unless --pattern says otherwise.
+    """
+    with reported(traceback):
+        from cpumoe.models import find_model
+        from cpumoe.synth import Pattern, write_checkpoint
+
+        with console.progress_bar() as progress:
+            write_checkpoint(
+                out,
+                find_model(model),
+                layers=layers,
+                experts=experts,
+                hidden=hidden,
+                intermediate=intermediate,
+                top_k=top_k,
+                pattern=cast(Pattern, pattern),
+                seed=seed,
+                overwrite=overwrite,
+                progress=lambda done, total: progress(
+                    f"writing {console.format_bytes(total)}", done, total
+                ),
+            )
+        nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        if json_output:
+            console.show_json({"path": str(out), "bytes": nbytes, "model": find_model(model).name})
+        else:
+            name = console.escape(str(out))
+            console.show(f"wrote {console.format_bytes(nbytes)} to {name}")
+            console.show(f"next: [bold]cpumoe validate {name}[/]")

@@ -1,0 +1,214 @@
+"""``cpumoe validate``: compares every ISA variant with the PyTorch reference."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
+from cpumoe.cli.options import (
+    IsaOption,
+    JsonOption,
+    ThreadsOption,
+    TracebackOption,
+    parse_counts,
+    parse_isas,
+)
+
+if TYPE_CHECKING:
+    from cpumoe.checkpoint import ExpertReader
+    from cpumoe.layer_weights import LayerWeights, Progress
+    from cpumoe.validation import CaseResult, IsaResult, Report
+
+EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --isa avx2`"
+
+_CHECKPOINT = "checkpoint"
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder.")],
+    layer: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Decoder layer.", show_default="the first with experts"),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="N,...", help="Batch sizes, one table row each.")
+    ] = "1,3,8,33,257",
+    isa: IsaOption = None,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="The weights: the checkpoint's, or made-up ones of its sizes and format: "
+            "uniform, alternating, ramp, random or normal.",
+        ),
+    ] = _CHECKPOINT,
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Use only the first N experts.", show_default="all"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of hidden states, routing and made-up weights.")
+    ] = 0,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Compare every ISA variant with a float64 PyTorch reference.
+
+    Each error must stay within the bound that follows from the roundings of a right kernel, results
+    must be the same bit for bit on 1, 2 and 5 threads and from run to run, and each expert must
+    export to the checkpoint's bytes. Exit code 1 if not.
+    """
+    with reported(traceback):
+        from cpumoe.validation import validate
+
+        isas = parse_isas(isa)
+        counts = parse_counts(tokens, "--tokens")
+        with console.progress_bar() as progress:
+            weights = _read(model, layer, pattern, experts, seed, progress)
+            report = validate(weights, counts, isas, seed=seed, threads=threads, progress=progress)
+        if json_output:
+            console.show_json({"model": model, "pattern": pattern, **report_document(report)})
+        else:
+            console.show(_describe(weights, pattern), "")
+            render(report)
+        if not report.passed:
+            raise typer.Exit(VALIDATION_FAILED)
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Returns a report as ``validate --json`` and ``demo --json`` print it."""
+    return {
+        "passed": report.passed,
+        "reference_seconds": report.reference_seconds,
+        "isas": [
+            {
+                **asdict(result),
+                "passed": result.passed,
+                "cases": [{**asdict(case), "passed": case.passed} for case in result.cases],
+            }
+            for result in report.isas
+        ],
+    }
+
+
+def render(report: Report) -> None:
+    """Prints the table of errors, what went wrong, and the verdict."""
+    from cpumoe.validation import THREAD_COUNTS
+
+    columns = ("ISA", "tokens", "error/bound", "rel. L2", "max abs", "same bits", "exports")
+    table = console.data_table("Against the float64 reference", columns)
+    for result in report.isas:
+        for index, case in enumerate(result.cases):
+            exports = "" if index else _verdict(not result.inexact_exports, "exact", "NOT EXACT")
+            table.add_row(
+                result.ran if index == 0 else "",
+                _tokens(case),
+                _ratio(case),
+                f"{case.relative_l2:.2e}",
+                f"{case.max_abs:.2e}",
+                _verdict(case.bit_identical, "yes", "NO"),
+                exports,
+            )
+        table.add_section()
+    console.show(table, "", *_problems(report))
+    counts = ", ".join(map(str, THREAD_COUNTS))
+    console.show(
+        "[dim]error/bound: worst element, at most 1 is right\n"
+        f"same bits: on {counts} threads and from run to run[/]",
+        _conclusion(report),
+    )
+
+
+def _read(
+    model: str,
+    layer: int | None,
+    pattern: str,
+    limit: int | None,
+    seed: int,
+    progress: Progress,
+) -> LayerWeights:
+    from cpumoe.checkpoint import open_checkpoint
+    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.synth import PATTERNS, Pattern
+
+    if pattern not in (_CHECKPOINT, *PATTERNS):
+        known = ", ".join((_CHECKPOINT, *PATTERNS))
+        raise InputError(f"--pattern: expected one of {known}, got {pattern!r}")
+    with open_checkpoint(model) as reader:
+        chosen = _layer(reader, layer)
+        if pattern == _CHECKPOINT:
+            return LayerWeights.from_checkpoint(reader, chosen, limit=limit)
+        return LayerWeights.from_pattern(
+            reader, cast(Pattern, pattern), limit=limit, seed=seed, progress=progress
+        )
+
+
+def _layer(reader: ExpertReader, layer: int | None) -> int:
+    layers = reader.layers()
+    chosen = layers[0] if layer is None and layers else layer or 0
+    try:
+        reader.expert(chosen, 0)
+    except IndexError as error:
+        raise InputError(str(error)) from error
+    return chosen
+
+
+def _describe(weights: LayerWeights, pattern: str) -> str:
+    source = "from the checkpoint" if pattern == _CHECKPOINT else f"of pattern {pattern}"
+    return (
+        f"{weights.num_experts} {weights.format} experts {source}, hidden {weights.hidden_size}, "
+        f"intermediate {weights.intermediate_size}, top {weights.top_k}"
+    )
+
+
+def _tokens(case: CaseResult) -> str:
+    if case.checked_tokens == case.tokens:
+        return str(case.tokens)
+    return f"{case.checked_tokens} of {case.tokens}"
+
+
+def _ratio(case: CaseResult) -> str:
+    text = f"{case.worst_ratio:.3f}" if case.worst_ratio < 1000 else f"{case.worst_ratio:.1e}"
+    return text if case.worst_ratio <= 1 else f"[bold red]{text}[/]"
+
+
+def _verdict(good: bool, yes: str, no: str) -> str:
+    return yes if good else f"[bold red]{no}[/]"
+
+
+def _problems(report: Report) -> list[str]:
+    lines = []
+    for result in report.isas:
+        if result.ran != result.isa:
+            lines.append(f"{result.isa}: {result.ran} ran instead")
+        if result.inexact_exports:
+            ids = ", ".join(map(str, result.inexact_exports))
+            lines.append(f"{result.isa}: these experts do not export to their own bytes: {ids}")
+        lines.extend(_case_problem(result, case) for case in result.cases if not case.passed)
+    return [f"[bold red]failed[/] {line}" for line in lines]
+
+
+def _case_problem(result: IsaResult, case: CaseResult) -> str:
+    where = f"{result.isa}, {case.tokens} tokens:"
+    if case.worst_ratio <= 1:
+        return f"{where} the result depends on the number of threads or on the run"
+    worst = case.worst
+    return (
+        f"{where} output {worst.token}, {worst.column} is {worst.actual:.6g}, "
+        f"expected {worst.expected:.6g} ± {worst.bound:.2g}"
+    )
+
+
+def _conclusion(report: Report) -> str:
+    names = ", ".join(result.ran for result in report.isas)
+    seconds = report.reference_seconds + sum(result.seconds for result in report.isas)
+    took = f"[dim]({console.format_time(seconds)})[/]"
+    if report.passed:
+        return f"[bold green]passed[/] on {names} {took}"
+    bad = ", ".join(result.isa for result in report.isas if not result.passed)
+    return f"[bold red]FAILED[/] on {bad} {took}"

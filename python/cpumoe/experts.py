@@ -1,0 +1,374 @@
+"""A layer's routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+
+import torch
+
+from cpumoe import _core
+from cpumoe._arguments import (
+    MatrixStack,
+    check_mask,
+    checked_biases,
+    matrix_view,
+    normalized_stack,
+    prepare_call,
+    require_shape,
+)
+from cpumoe._progress import track
+from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
+from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.future import Future
+from cpumoe.isa import select_isa
+from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.swiglu import SwiGLU
+
+COMPUTE_PATHS = ("bf16",)
+
+
+class Experts:
+    """The routed experts of one layer, packed for this CPU.
+
+    Calling it computes, for every token t with hidden state x,
+
+        ``y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)``,
+        ``E(x) = W_down h + b_down``,  ``h = swiglu(W_gate x + b_gate, W_up x + b_up)``
+
+    (biases where the model has them; the formula of swiglu is `SwiGLU`'s). Router, shared experts
+    and any scaling of the weights are the host's. Products are accumulated in fp32. Activations are
+    bf16 where the CPU multiplies bf16 (variant avx512_bf16) and fp32 elsewhere. The result does not
+    depend on the number of threads.
+
+    Make one with `from_checkpoint` or `from_tensors`.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[ExpertWeights],
+        *,
+        format: str,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        swiglu: SwiGLU | None = None,
+        has_bias: bool = False,
+        runtime: Runtime | None = None,
+        compute: str = "bf16",
+        expert_mask: torch.Tensor | None = None,
+        isa: str | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`."""
+        if compute not in COMPUTE_PATHS:
+            raise ValueError(
+                f"compute: expected one of {', '.join(COMPUTE_PATHS)}, got {compute!r}"
+            )
+        self._format = weight_format(format)
+        name, origin = select_isa(isa)
+        self._isa = _core.open_variant(name, origin)
+        self._runtime = runtime
+        self._compute = compute
+        self._swiglu = swiglu or SwiGLU()
+        self._num_experts = num_experts
+        self._hidden_size = hidden_size
+        self._intermediate_size = intermediate_size
+        config = _core.MoeConfig(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            alpha=self._swiglu.alpha,
+            limit=self._swiglu.limit,
+            up_offset=self._swiglu.up_offset,
+            has_bias=has_bias,
+            batch_invariant=batch_invariant,
+        )
+        self._moe = _core.Moe(self._isa, origin, self._format.name, config)
+        self._biases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = []
+        self._mask: torch.Tensor | None = None
+        self.expert_mask = expert_mask
+        for index, weights in enumerate(experts):
+            self._pack(index, weights)
+        if len(self._biases) != num_experts:
+            raise ValueError(f"expected {num_experts} experts, got {len(self._biases)}")
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | PathLike[str] | ExpertReader,
+        layer: int,
+        *,
+        runtime: Runtime | None = None,
+        compute: str = "bf16",
+        expert_mask: torch.Tensor | None = None,
+        isa: str | None = None,
+        batch_invariant: bool = False,
+        progress: bool | None = None,
+    ) -> Experts:
+        """Packs a layer's experts straight from a checkpoint's mapped files.
+
+        Args:
+            path: the checkpoint's folder (config.json and safetensors shards), or a reader from
+                `open_checkpoint`, which saves reading the index again for each layer.
+            layer: index of the decoder layer.
+            runtime: threads to run on; default: the process's shared runtime.
+            compute: how products are computed: "bf16".
+            expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
+            isa: the variant to use; default: `cpumoe.isa()`.
+            batch_invariant: use the same kernels whatever the number of tokens, so that a token's
+                result does not depend on the others in the batch. Slower for few tokens.
+            progress: show a progress bar; default: if standard error is a terminal.
+
+        Raises:
+            FileNotFoundError: the folder or a shard is missing.
+            CheckpointError: a damaged or incomplete checkpoint (a ValueError).
+            UnsupportedFormatError: its experts are in a format that cpumoe does not know.
+            IndexError: the layer has no routed experts.
+            ValueError: another argument is not one of those above.
+        """
+        reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
+        try:
+            indices = track(
+                range(reader.num_experts), f"layer {layer}: packing experts", enabled=progress
+            )
+            if reader.unsupported:
+                reader.expert(layer, 0)  # raises
+            return cls(
+                (reader.expert(layer, i) for i in indices),
+                format=reader.format,
+                num_experts=reader.num_experts,
+                hidden_size=reader.hidden_size,
+                intermediate_size=reader.intermediate_size,
+                swiglu=reader.swiglu,
+                has_bias=reader.has_bias,
+                runtime=runtime,
+                compute=compute,
+                expert_mask=expert_mask,
+                isa=isa,
+                batch_invariant=batch_invariant,
+            )
+        finally:
+            if reader is not path:
+                reader.close()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        *,
+        gate: MatrixStack,
+        up: MatrixStack,
+        down: MatrixStack,
+        format: str,
+        swiglu: SwiGLU | None = None,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        runtime: Runtime | None = None,
+        compute: str = "bf16",
+        expert_mask: torch.Tensor | None = None,
+        isa: str | None = None,
+        batch_invariant: bool = False,
+    ) -> Experts:
+        """Packs experts from tensors in memory; the tensors are not needed afterwards.
+
+        Args:
+            gate: codes and scales of the gate projections, a `QuantizedMatrix` or a tuple. Codes
+                uint8/int8 ``[experts, intermediate, hidden/2]``, low nibble = even k (int4 also
+                int32 ``[experts, intermediate, hidden/8]``). Scales ``[experts, intermediate,
+                hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4), bfloat16 (int4).
+            up: the same for the up projections.
+            down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``.
+            format: "mxfp4" or "int4".
+            swiglu: the activation's parameters; default: plain ``silu(g) * u``.
+            gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32; all three biases or none.
+            up_bias: ``[experts, intermediate]``.
+            down_bias: ``[experts, hidden]``.
+            runtime: see `from_checkpoint`, as for the remaining arguments.
+            compute: see `from_checkpoint`.
+            expert_mask: see `from_checkpoint`.
+            isa: see `from_checkpoint`.
+            batch_invariant: see `from_checkpoint`.
+
+        Raises:
+            TypeError: a dtype that the format does not have.
+            ValueError: shapes that do not fit together, scales that are NaN, tensors that are not
+                on the CPU or not contiguous along their last dimension.
+        """
+        row = weight_format(format)
+        stacks = [
+            normalized_stack(row, matrices, name)
+            for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
+        ]
+        experts, intermediate, hidden = stacks[0].shape
+        require_shape(stacks[1].shape, (experts, intermediate, hidden), "up")
+        require_shape(stacks[2].shape, (experts, hidden, intermediate), "down")
+        widths = {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
+        biases = checked_biases((gate_bias, up_bias, down_bias), experts, widths)
+        return cls(
+            (
+                ExpertWeights(
+                    stacks[0][i], stacks[1][i], stacks[2][i], *(bias[i] for bias in biases)
+                )
+                for i in range(experts)
+            ),
+            format=format,
+            num_experts=experts,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            swiglu=swiglu,
+            has_bias=bool(biases),
+            runtime=runtime,
+            compute=compute,
+            expert_mask=expert_mask,
+            isa=isa,
+            batch_invariant=batch_invariant,
+        )
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Computes the weighted sum of each token's experts. Records no gradient.
+
+        Args:
+            hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU; tokens may be 0.
+            topk_ids: ``[tokens, top_k]`` int32 or int64. -1, `num_experts` and masked experts are
+                skipped; an expert may be named more than once.
+            topk_weights: ``[tokens, top_k]`` fp32 (also bf16, fp16), used as they are.
+
+        Returns:
+            ``[tokens, hidden]`` in hidden_states' dtype; zero for a token with no expert of ours.
+
+        Raises:
+            TypeError: a dtype other than these.
+            ValueError: a shape or a device other than these.
+            IndexError: an id out of range.
+            RuntimeError: the runtime is closed, or belongs to the process that forked this one.
+        """
+        call = prepare_call(hidden_states, topk_ids, topk_weights, self._mask, self._hidden_size)
+        self._moe.forward(self.runtime.core, call.tensors)
+        return call.output
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> Future:
+        """Like calling, but returns at once; the runtime's driver thread does the work.
+
+        The tensors must stay unchanged until the result is there. Arguments and errors are those
+        of calling; an id out of range is reported by the future.
+        """
+        call = prepare_call(hidden_states, topk_ids, topk_weights, self._mask, self._hidden_size)
+        return Future(self._moe.submit(self.runtime.core, call.tensors), call)
+
+    def export(self, expert_id: int) -> ExpertWeights:
+        """Returns an expert's weights as its checkpoint stores them, bit for bit.
+
+        Returns:
+            Codes uint8 and scales (E8M0 bytes as uint8, or bf16); gate and up ``[intermediate,
+            hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
+
+        Raises:
+            IndexError: no such expert.
+        """
+        if not 0 <= expert_id < self.num_experts:
+            raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
+        inner, hidden = self.intermediate_size, self.hidden_size
+        gate, up = self._empty(inner, hidden), self._empty(inner, hidden)
+        down = self._empty(hidden, inner)
+        views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
+        self._moe.unpack(self.runtime.core, expert_id, views, 0)
+        return ExpertWeights(gate, up, down, *(self._biases[expert_id] or ()))
+
+    @property
+    def format(self) -> str:
+        """Name of the weight format, e.g. "mxfp4"."""
+        return self._format.name
+
+    @property
+    def isa(self) -> str:
+        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
+        return self._isa
+
+    @property
+    def compute(self) -> str:
+        """Name of the compute path, "bf16"."""
+        return self._compute
+
+    @property
+    def swiglu(self) -> SwiGLU:
+        """The activation's parameters."""
+        return self._swiglu
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return self._num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self._hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner width of one expert."""
+        return self._intermediate_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the packed weights take."""
+        return self._moe.nbytes
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime that calls run on."""
+        return self._runtime or default_runtime()
+
+    @property
+    def expert_mask(self) -> torch.Tensor | None:
+        """Bool ``[experts]`` on the CPU, True = not ours (a GPU has it): skipped.
+
+        The tensor is not copied: change it in place, and the next call sees it.
+        """
+        return self._mask
+
+    @expert_mask.setter
+    def expert_mask(self, mask: torch.Tensor | None) -> None:
+        if mask is not None:
+            check_mask(mask, self._num_experts)
+        self._mask = mask
+
+    def __repr__(self) -> str:
+        """Describes format, sizes and variant."""
+        return (
+            f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
+            f"intermediate={self.intermediate_size}, isa={self.isa})"
+        )
+
+    def _pack(self, index: int, weights: ExpertWeights) -> None:
+        views = (
+            matrix_view(weights.gate, f"expert {index}: gate"),
+            matrix_view(weights.up, f"expert {index}: up"),
+            matrix_view(weights.down, f"expert {index}: down"),
+        )
+        originals = (weights.gate_bias, weights.up_bias, weights.down_bias)
+        kept = [bias.clone() for bias in originals if bias is not None]
+        floats = [bias.float().contiguous() for bias in kept]
+        addresses = (
+            (floats[0].data_ptr(), floats[1].data_ptr(), floats[2].data_ptr()) if floats else None
+        )
+        self._moe.pack(self.runtime.core, index, views, addresses)
+        self._biases.append((kept[0], kept[1], kept[2]) if kept else None)
+
+    def _empty(self, rows: int, columns: int) -> QuantizedMatrix:
+        row = self._format
+        return QuantizedMatrix(
+            torch.empty(rows, columns * row.code_bits // 8, dtype=torch.uint8),
+            torch.empty(rows, columns // row.group_size, dtype=row.scale_storage),
+        )

@@ -1,0 +1,142 @@
+"""One layer's experts as a checkpoint stores them, to pack for any variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cpumoe.checkpoint import ExpertReader, ExpertWeights
+from cpumoe.experts import Experts
+from cpumoe.formats import weight_format
+from cpumoe.runtime import Runtime
+from cpumoe.swiglu import SwiGLU
+from cpumoe.synth import Pattern, random_matrix
+
+_BIAS_STD = 0.02
+
+# Called with (what is being done, units done, units in all).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(_step: str, _done: int, _total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's experts as a checkpoint stores them, and what it takes to run them.
+
+    Attributes:
+        experts: the experts; views of a mapped checkpoint, or tensors in memory.
+        format: name of their weight format.
+        hidden_size: width of the hidden states.
+        intermediate_size: inner width of one expert.
+        top_k: experts per token.
+        swiglu: the activation.
+        has_bias: whether the experts have biases.
+    """
+
+    experts: Sequence[ExpertWeights]
+    format: str
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    swiglu: SwiGLU
+    has_bias: bool
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return len(self.experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, without biases."""
+        return sum(expert.nbytes for expert in self.experts)
+
+    @classmethod
+    def from_checkpoint(
+        cls, reader: ExpertReader, layer: int, *, limit: int | None = None
+    ) -> LayerWeights:
+        """Returns the experts of a checkpoint's layer, or the first `limit` of them.
+
+        Raises:
+            IndexError, FileNotFoundError, ValueError: as `ExpertReader.expert`.
+        """
+        count = _limited(reader.num_experts, limit)
+        return cls._like(reader, [reader.expert(layer, i) for i in range(count)])
+
+    @classmethod
+    def from_pattern(
+        cls,
+        reader: ExpertReader,
+        pattern: Pattern,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> LayerWeights:
+        """Returns made-up experts in the sizes and format of a checkpoint's.
+
+        Args:
+            reader: the checkpoint; only its config is used.
+            pattern: the weights (see `cpumoe.synth.random_matrix`); biases are random normal.
+            limit: number of experts; default: the checkpoint's.
+            seed: of the random numbers.
+            progress: told about each expert.
+
+        Raises:
+            ValueError: an unknown pattern, or a format that is not supported.
+        """
+        fmt = weight_format(reader.format)
+        hidden, inner = reader.hidden_size, reader.intermediate_size
+        generator = torch.Generator().manual_seed(seed)
+        count = _limited(reader.num_experts, limit)
+        experts: list[ExpertWeights] = []
+        for index in range(count):
+            progress(f"making {pattern} experts", index, count)
+            gate, up, down = (
+                random_matrix(fmt, n, k, pattern, generator)
+                for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
+            )
+            biases = [
+                (torch.randn(n, generator=generator) * _BIAS_STD).bfloat16()
+                for n in (inner, inner, hidden)
+                if reader.has_bias
+            ]
+            experts.append(ExpertWeights(gate, up, down, *biases))
+        return cls._like(reader, experts)
+
+    @classmethod
+    def _like(cls, reader: ExpertReader, experts: Sequence[ExpertWeights]) -> LayerWeights:
+        return cls(
+            experts=experts,
+            format=reader.format,
+            hidden_size=reader.hidden_size,
+            intermediate_size=reader.intermediate_size,
+            top_k=min(reader.top_k, len(experts)),
+            swiglu=reader.swiglu,
+            has_bias=reader.has_bias,
+        )
+
+    def pack(self, isa: str, runtime: Runtime) -> Experts:
+        """Returns the experts packed for variant `isa`."""
+        return Experts(
+            self.experts,
+            format=self.format,
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            swiglu=self.swiglu,
+            has_bias=self.has_bias,
+            runtime=runtime,
+            isa=isa,
+        )
+
+
+def _limited(count: int, limit: int | None) -> int:
+    if limit is not None and limit < 1:
+        raise ValueError(f"experts: must be at least 1, got {limit}")
+    return count if limit is None else min(count, limit)

@@ -1,0 +1,350 @@
+"""Checks what the kernels compute against the PyTorch reference, each error against its bound."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import override
+
+from cpumoe.checkpoint import ExpertWeights
+from cpumoe.experts import Experts
+from cpumoe.formats import QuantizedMatrix
+from cpumoe.layer_weights import LayerWeights, Progress, silent
+from cpumoe.reference import experts_forward_with_bound
+from cpumoe.runtime import Runtime, default_runtime
+
+# Results must not differ by a bit between these numbers of threads.
+THREAD_COUNTS = (1, 2, 5)
+# Of larger batches, this many tokens are compared with the reference.
+MAX_REFERENCE_TOKENS = 320
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch and what the reference says of it.
+
+    Attributes:
+        hidden_states: bf16 ``[tokens, hidden]``, random normal.
+        topk_ids: int64 ``[tokens, top_k]``, random, distinct in each row.
+        topk_weights: float32 ``[tokens, top_k]``, positive, each row's sum is 1.
+        checked: int64, the tokens that the reference computed.
+        expected: float64 ``[checked, hidden]``.
+        bound: float64 ``[checked, hidden]``, of a right kernel's error.
+    """
+
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    checked: torch.Tensor
+    expected: torch.Tensor
+    bound: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.hidden_states.shape[0]
+
+    def run(self, experts: Experts) -> torch.Tensor:
+        """Returns the experts' output ``[tokens, hidden]``."""
+        return experts(self.hidden_states, self.topk_ids, self.topk_weights)
+
+
+@dataclass(frozen=True)
+class WorstElement:
+    """The output element whose error is largest in relation to its bound."""
+
+    token: int
+    column: int
+    expected: float
+    actual: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """How one variant did on one batch.
+
+    Attributes:
+        tokens: tokens of the batch.
+        checked_tokens: tokens that were compared with the reference.
+        worst_ratio: largest absolute error / bound; infinite where the output is NaN or infinite.
+        relative_l2: 2-norm of the error over that of the expected output.
+        max_abs: largest absolute error.
+        bit_identical: whether `THREAD_COUNTS` and a repeated run gave the same bits.
+        worst: where `worst_ratio` is.
+    """
+
+    tokens: int
+    checked_tokens: int
+    worst_ratio: float
+    relative_l2: float
+    max_abs: float
+    bit_identical: bool
+    worst: WorstElement
+
+    @property
+    def passed(self) -> bool:
+        """Within its bound, and the same bits every time."""
+        return self.worst_ratio <= 1 and self.bit_identical
+
+
+@dataclass(frozen=True)
+class IsaResult:
+    """How one variant did.
+
+    Attributes:
+        isa: the variant asked for.
+        ran: the variant that ran.
+        seconds: time for packing and all runs.
+        inexact_exports: experts whose export differs from the checkpoint's bytes.
+        cases: one per batch size.
+    """
+
+    isa: str
+    ran: str
+    seconds: float
+    inexact_exports: tuple[int, ...]
+    cases: tuple[CaseResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """The right variant ran, exported exactly and passed every case."""
+        exact = self.ran == self.isa and not self.inexact_exports
+        return exact and all(case.passed for case in self.cases)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `validate` found.
+
+    Attributes:
+        reference_seconds: time that the reference took.
+        isas: one result per variant.
+    """
+
+    reference_seconds: float
+    isas: tuple[IsaResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every variant passed."""
+        return all(result.passed for result in self.isas)
+
+
+def validate(
+    weights: LayerWeights,
+    tokens: Sequence[int],
+    isas: Sequence[str],
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Runs `validate_isa` for each variant against one reference.
+
+    Args:
+        weights: the layer.
+        tokens: batch sizes.
+        isas: names of the variants.
+        seed: of hidden states and routing.
+        threads: as `validate_isa`'s.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: as `make_cases` and `validate_isa`.
+    """
+    start = time.perf_counter()
+    cases = make_cases(weights, tokens, seed=seed, progress=progress)
+    seconds = time.perf_counter() - start
+    results = [
+        validate_isa(weights, cases, isa, threads=threads, progress=progress) for isa in isas
+    ]
+    return Report(seconds, tuple(results))
+
+
+def make_cases(
+    weights: LayerWeights,
+    tokens: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Case]:
+    """Draws a batch for each number of tokens and computes the reference for all of them at once.
+
+    The reference is float64 and dequantizes each expert once. Of a batch of more than
+    `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
+
+    Raises:
+        ValueError: a number of tokens below 1, or none.
+    """
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
+    generator = torch.Generator().manual_seed(seed)
+    batches = [_random_batch(weights, count, generator) for count in tokens]
+    checked = [_checked_tokens(count) for count in tokens]
+    hidden_states, topk_ids, topk_weights = (
+        torch.cat([batch[i][rows] for batch, rows in zip(batches, checked, strict=True)])
+        for i in range(3)
+    )
+    used = len(set(topk_ids.flatten().tolist()))
+    experts = weights.experts
+    expected, bound = experts_forward_with_bound(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        _Announced([expert.gate for expert in experts], used, progress),
+        [expert.up for expert in experts],
+        [expert.down for expert in experts],
+        format=weights.format,
+        swiglu=weights.swiglu,
+        gate_bias=[expert.gate_bias for expert in experts],
+        up_bias=[expert.up_bias for expert in experts],
+        down_bias=[expert.down_bias for expert in experts],
+    )
+    sizes = [len(rows) for rows in checked]
+    parts = zip(
+        batches, checked, torch.split(expected, sizes), torch.split(bound, sizes), strict=True
+    )
+    return [Case(*batch, rows, want, limit) for batch, rows, want, limit in parts]
+
+
+def validate_isa(
+    weights: LayerWeights,
+    cases: Sequence[Case],
+    isa: str,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> IsaResult:
+    """Runs all cases on one variant: errors, exports, and bits over threads and runs.
+
+    Args:
+        weights: the layer.
+        cases: from `make_cases`.
+        isa: the variant.
+        threads: threads of the run that is compared with the reference; default: the runtime's.
+        progress: told about each batch, in tokens.
+
+    Raises:
+        ValueError: a variant that is unknown or that this CPU lacks.
+    """
+    start = time.perf_counter()
+    main = default_runtime().threads if threads is None else threads
+    others = [count for count in THREAD_COUNTS if count != main]
+    total = sum(case.tokens for case in cases) * (2 + len(others))
+    done = 0
+
+    def run(experts: Experts) -> list[torch.Tensor]:
+        nonlocal done
+        outputs: list[torch.Tensor] = []
+        for case in cases:
+            progress(f"{isa}: {case.tokens} tokens", done, total)
+            outputs.append(case.run(experts))
+            done += case.tokens
+        return outputs
+
+    with _quiet_runtime(main) if threads is None else Runtime(main) as runtime:
+        experts = weights.pack(isa, runtime)
+        ran = experts.isa
+        outputs = run(experts)
+        repeats = [run(experts)]
+        inexact = tuple(i for i, e in enumerate(weights.experts) if not _same(experts.export(i), e))
+        del experts  # one packed copy at a time
+    for count in others:
+        with _quiet_runtime(count) as runtime:
+            repeats.append(run(weights.pack(isa, runtime)))
+    results = tuple(
+        _compare(case, output, [repeat[i] for repeat in repeats])
+        for i, (case, output) in enumerate(zip(cases, outputs, strict=True))
+    )
+    return IsaResult(isa, ran, time.perf_counter() - start, inexact, results)
+
+
+class _Announced(Sequence[QuantizedMatrix]):
+    """Matrices that report when they are asked for, which is the reference's progress."""
+
+    def __init__(self, matrices: Sequence[QuantizedMatrix], used: int, progress: Progress) -> None:
+        self._matrices = matrices
+        self._used = used
+        self._progress = progress
+        self._asked = 0
+
+    @override
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    @override
+    def __getitem__(self, index: int) -> QuantizedMatrix:  # type: ignore[override]
+        self._progress("reference", self._asked, self._used)
+        self._asked += 1
+        return self._matrices[index]
+
+
+def _random_batch(
+    weights: LayerWeights, tokens: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states = torch.randn(tokens, weights.hidden_size, generator=generator).bfloat16()
+    keys = torch.rand(tokens, weights.num_experts, generator=generator)
+    topk_ids = keys.topk(weights.top_k).indices
+    # Above zero, as a router's are.
+    raw = 0.1 + torch.rand(tokens, weights.top_k, generator=generator)
+    return hidden_states, topk_ids, raw / raw.sum(-1, keepdim=True)
+
+
+def _checked_tokens(tokens: int) -> torch.Tensor:
+    count = min(tokens, MAX_REFERENCE_TOKENS)
+    return torch.linspace(0, tokens - 1, count, dtype=torch.float64).round().long()
+
+
+def _quiet_runtime(threads: int) -> Runtime:
+    with warnings.catch_warnings():
+        # More threads than cores is what the test is about.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return Runtime(threads)
+
+
+def _same(exported: ExpertWeights, original: ExpertWeights) -> bool:
+    tensors = (
+        (getattr(exported, name), getattr(original, name))
+        for name in ("gate_bias", "up_bias", "down_bias")
+    )
+    for name in ("gate", "up", "down"):
+        ours, theirs = getattr(exported, name), getattr(original, name)
+        if not (_bits(ours.codes, theirs.codes) and _bits(ours.scales, theirs.scales)):
+            return False
+    return all(a is b or (a is not None and b is not None and _bits(a, b)) for a, b in tensors)
+
+
+def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bytes."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _compare(case: Case, output: torch.Tensor, repeats: Sequence[torch.Tensor]) -> CaseResult:
+    actual = output[case.checked].double()
+    error = (actual - case.expected).abs()
+    ratio = (error / case.bound).nan_to_num(nan=math.inf, posinf=math.inf)
+    row, column = divmod(int(ratio.argmax()), ratio.shape[1])
+    worst = WorstElement(
+        int(case.checked[row]),
+        column,
+        float(case.expected[row, column]),
+        float(actual[row, column]),
+        float(case.bound[row, column]),
+    )
+    return CaseResult(
+        tokens=case.tokens,
+        checked_tokens=len(case.checked),
+        worst_ratio=float(ratio.max()),
+        relative_l2=float(error.norm() / case.expected.norm().clamp_min(1e-300)),
+        max_abs=float(error.max()),
+        bit_identical=all(_bits(output, repeat) for repeat in repeats),
+        worst=worst,
+    )
