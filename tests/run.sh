@@ -27,7 +27,9 @@ if ! has_googletest; then
         exit 1
     fi
 fi
-pip install --quiet -c constraints.txt ".[test]"
+# The variable, unlike -c, holds for the build environment too.
+export PIP_CONSTRAINT=$PWD/constraints.txt
+pip install --quiet ".[test]"
 for tool in cmake ninja; do
     command -v "$tool" >/dev/null || pip install --quiet "$tool"
 done

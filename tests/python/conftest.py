@@ -1,0 +1,18 @@
+"""Set-up of all tests."""
+
+import os
+
+import torch
+
+from cpumoe import _core
+
+# The reference runs on small tensors here, for which a barrier per operation costs more than it
+# saves.
+torch.set_num_threads(1)
+
+# What tests/emulator emulates. Under it, variants that need no more than this run on any CPU that
+# has the rest; this must happen before test modules ask which variants are supported.
+EMULATED_FEATURES = {"avx512bf16"}
+
+if os.environ.get("CPUMOE_TEST_EMULATOR") == "1":
+    _core.assume_features(EMULATED_FEATURES)

@@ -1,0 +1,377 @@
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from checkpoint_tools import SMALL, write_small
+from typer.testing import CliRunner
+
+import cpumoe
+from cpumoe import bandwidth, validation
+from cpumoe.cli import app, console
+from cpumoe.synth import PATTERNS
+
+COMMANDS = ("info", "inspect", "synth", "validate", "demo")
+TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Small buffers and no forced variant, whatever the machine and its environment are."""
+    monkeypatch.setattr(bandwidth, "_default_buffer_bytes", lambda: 1 << 20)
+    measure, throughput = bandwidth.measure_read_bandwidth, bandwidth.measure_throughput
+    monkeypatch.setattr(
+        bandwidth, "measure_read_bandwidth", lambda threads=None: measure(threads, seconds=0.0)
+    )
+    monkeypatch.setattr(
+        bandwidth, "measure_throughput", lambda *args: throughput(*args, seconds=0.0)
+    )
+    monkeypatch.delenv("CPUMOE_ISA", raising=False)
+    monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def v4(tmp_path):
+    return write_small(tmp_path / "v4", "deepseek-v4-flash")
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
+
+
+def read(*arguments):
+    return json.loads(succeed(*arguments, "--json"))
+
+
+def refuse(*arguments):
+    """The one line that a command refuses bad input with."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def unsupported_isa():
+    missing = [isa for isa in cpumoe.known_isas() if isa not in cpumoe.supported_isas()]
+    if not missing:
+        pytest.skip("this CPU supports every variant")
+    return missing[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    assert f"cpumoe {command}" in succeed(command, "--help")
+    assert command in succeed("--help")
+
+
+def test_version():
+    assert succeed("--version").startswith("cpumoe ")
+
+
+def test_no_command_shows_help_and_an_unknown_one_is_a_usage_error():
+    assert "Commands" in run().output
+    assert run("nonsense").exit_code == 2
+    assert run("synth", "somewhere").exit_code == 2  # without --model
+
+
+def test_info():
+    document = read("info")
+    variants = {row["name"]: row for row in document["isa"]["variants"]}
+    assert list(variants) == cpumoe.known_isas()
+    assert document["isa"]["in_use"] == cpumoe.isa() == cpumoe.supported_isas()[-1]
+    assert [name for name, row in variants.items() if row["supported"]] == cpumoe.supported_isas()
+    assert [row["name"] for row in document["formats"]] == list(cpumoe.WEIGHT_FORMATS)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["cpu"]["cores"] >= document["cpu"]["default_threads"] >= 1
+    assert document["read_bandwidth"]["bytes_per_second"] > 0
+    text = succeed("info")
+    assert all(isa in text for isa in cpumoe.known_isas())
+
+
+@pytest.mark.parametrize("isa", [*cpumoe.supported_isas()])
+def test_info_shows_the_forced_variant(isa, monkeypatch):
+    monkeypatch.setenv("CPUMOE_ISA", isa)
+    assert read("info")["isa"]["in_use"] == isa
+    assert "CPUMOE_ISA is set" in succeed("info")
+
+
+def test_info_with_a_variant_that_the_cpu_lacks(monkeypatch):
+    isa = unsupported_isa()
+    monkeypatch.setenv("CPUMOE_ISA", isa)
+    result = run("info", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["isa"]["in_use"] is None
+    assert result.stderr.startswith(f"error: CPUMOE_ISA={isa}: ")
+    assert cpumoe.missing_features(isa)[0] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "first"),
+    [("deepseek-v4-flash", "mxfp4", 0), ("gpt-oss-20b", "mxfp4", 0), ("kimi-k2", "int4", 1)],
+)
+def test_inspect_folder(model, format, first, tmp_path):
+    folder = write_small(tmp_path / "model", model)
+    document = read("inspect", folder)
+    assert document["supported"]
+    assert document["format"] == format
+    assert document["layers"] == [first, first + 1]
+    assert (document["num_experts"], document["top_k"]) == (SMALL["experts"], SMALL["top_k"])
+    assert document["shards"] == {"present": 1, "missing": []}
+    weights = 3 * SMALL["hidden"] * SMALL["intermediate"]
+    expected = weights * cpumoe.weight_format(format).bits_per_weight / 8
+    # Biases, or tensors that repeat the shape.
+    assert expected <= document["bytes"]["expert"] <= expected + 2 * 3 * 2 * SMALL["intermediate"]
+    assert document["bytes"]["experts"] == 2 * document["bytes"]["layer"]
+    assert format in succeed("inspect", folder)
+
+
+def test_inspect_name():
+    document = read("inspect", "v4-flash")
+    assert document["name"] == "DeepSeek-V4-Flash"
+    assert document["supported"]
+    assert document["swiglu"]["limit"] == 10
+    assert "g at most 10" in succeed("inspect", "v4-flash")
+    unsupported = read("inspect", "deepseek-ai/DeepSeek-V3")
+    assert not unsupported["supported"]
+    assert "fp8_block" in " ".join(unsupported["reasons"])
+
+
+def test_inspect_names_missing_and_damaged_shards(tmp_path):
+    folder = write_small(tmp_path / "model", "kimi-k2", max_shard_bytes=20_000)
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[-1].unlink()
+    shards[-2].write_bytes(shards[-2].read_bytes()[:-5])
+    document = read("inspect", folder)
+    assert not document["supported"]
+    assert document["shards"]["missing"] == [shards[-1].name]
+    assert any("truncated" in reason for reason in document["reasons"])
+    assert "NO" in succeed("inspect", folder)
+    assert f"{shards[-2].name}: truncated" in refuse("validate", folder, "--layer", 2)
+
+
+def test_inspect_refuses_what_is_no_model(tmp_path):
+    assert "no such folder, and unknown model 'nonsens'" in refuse("inspect", "nonsens")
+    assert "did you mean gpt-oss-20b" in refuse("inspect", "gpt-oss-2b")
+    assert "no config.json" in refuse("inspect", tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    assert "got a file" in refuse("inspect", file)
+
+
+def test_synth(tmp_path):
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    document = read("synth", tmp_path / "a", "--model", "gpt-oss-20b", *sizes)
+    assert document["model"] == "gpt-oss-20b"
+    assert document["bytes"] == (tmp_path / "a" / "model.safetensors").stat().st_size
+    assert "cpumoe validate" in succeed("synth", tmp_path / "b", "--model", "kimi-k2", *sizes)
+    assert "not empty" in refuse("synth", tmp_path / "b", "--model", "kimi-k2", *sizes)
+    succeed("synth", tmp_path / "b", "--model", "kimi-k2", *sizes, "--overwrite")
+    assert read("inspect", tmp_path / "b")["hidden_size"] == SMALL["hidden"]
+
+
+def test_synth_refusals(tmp_path):
+    out = tmp_path / "out"
+    assert "unknown model" in refuse("synth", out, "--model", "nonsense")
+    assert "layout" in refuse("synth", out, "--model", "Mixtral-8x7B")
+    assert "multiple of 32" in refuse("synth", out, "--model", "v4-flash", "--hidden", 40)
+    assert "pattern" in refuse("synth", out, "--model", "v4-flash", "--pattern", "x")
+    assert run("synth", out, "--model", "v4-flash", "--experts", 0).exit_code == 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4-flash", "gpt-oss-20b", "kimi-k2"])
+def test_validate(model, tmp_path):
+    folder = write_small(tmp_path / "model", model)
+    document = read("validate", folder, "--tokens", "1,3,33")
+    assert document["passed"]
+    assert [result["ran"] for result in document["isas"]] == cpumoe.supported_isas()
+    for result in document["isas"]:
+        assert result["inexact_exports"] == []
+        assert [case["tokens"] for case in result["cases"]] == [1, 3, 33]
+        for case in result["cases"]:
+            assert 0 < case["worst_ratio"] <= 1
+            assert case["bit_identical"]
+            assert case["relative_l2"] < 5e-3
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_validate_patterns(pattern, tmp_path):
+    for model in ("v4-flash", "gpt-oss-20b", "kimi-k2"):
+        folder = write_small(tmp_path / model, model)
+        text = succeed(
+            "validate", folder, "--tokens", "2", "--pattern", pattern, "--experts", 2, "--seed", 1
+        )
+        assert f"of pattern {pattern}" in text
+        assert "passed on" in text
+
+
+def test_validate_chooses_variants(v4, monkeypatch):
+    best, general = cpumoe.supported_isas()[-1], cpumoe.supported_isas()[0]
+
+    def ran(*arguments):
+        document = read("validate", v4, "--tokens", "1", *arguments)
+        return [result["ran"] for result in document["isas"]]
+
+    assert ran("--isa", f"{best}, {general}") == list(dict.fromkeys([best, general]))
+    monkeypatch.setenv("CPUMOE_ISA", general)
+    assert ran() == [general]
+    assert ran("--isa", "all") == cpumoe.supported_isas()
+
+
+def test_validate_compares_a_sample_of_many_tokens(v4, monkeypatch):
+    monkeypatch.setattr(validation, "MAX_REFERENCE_TOKENS", 4)
+    case = read("validate", v4, "--tokens", "9")["isas"][0]["cases"][0]
+    assert (case["tokens"], case["checked_tokens"]) == (9, 4)
+    assert "4 of 9" in succeed("validate", v4, "--tokens", "9")
+
+
+def test_validate_warns_of_too_many_threads(v4):
+    threads = cpumoe.default_runtime().threads + 1
+    result = run("validate", v4, "--tokens", "1", "--threads", threads)
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"warning: Runtime: {threads} threads")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        succeed("validate", v4, "--tokens", "1")  # the five threads of the check warn nobody
+
+
+def test_validate_refusals(v4, tmp_path, monkeypatch):
+    assert "unknown" in refuse("validate", v4, "--isa", "avx9000")
+    assert "avx9000" in refuse("validate", v4, "--isa", "generic,avx9000")
+    assert "no routed experts" in refuse("validate", v4, "--layer", 7)
+    assert "no routed experts" in refuse("validate", v4, "--layer", -1)
+    assert "--tokens: expected positive" in refuse("validate", v4, "--tokens", "1,x")
+    assert "--tokens: expected positive" in refuse("validate", v4, "--tokens", "0")
+    assert "--pattern: expected one of checkpoint," in refuse("validate", v4, "--pattern", "x")
+    assert "no such checkpoint folder" in refuse("validate", tmp_path / "nowhere")
+    monkeypatch.setenv("CPUMOE_ISA", "avx9000")
+    assert "CPUMOE_ISA=avx9000" in refuse("validate", v4)
+    assert "CPUMOE_ISA=avx9000" in refuse("demo", *TINY_DEMO)
+
+
+def test_validate_refuses_a_variant_that_the_cpu_lacks(v4, monkeypatch):
+    isa = unsupported_isa()
+    assert cpumoe.missing_features(isa)[0] in refuse("validate", v4, "--isa", isa)
+    monkeypatch.setenv("CPUMOE_ISA", isa)
+    assert f"CPUMOE_ISA={isa}" in refuse("validate", v4)
+
+
+def fail_validation(v4, *arguments):
+    result = run("validate", v4, "--tokens", "5", "--isa", "generic", *arguments)
+    assert result.exit_code == 1
+    return result.stdout
+
+
+@pytest.mark.parametrize("wrong", [7.0, math.nan, math.inf])
+def test_validate_finds_a_wrong_element(v4, monkeypatch, wrong):
+    right = cpumoe.Experts.__call__
+
+    def corrupted(self, *tensors):
+        output = right(self, *tensors)
+        output[3, 2] = wrong
+        return output
+
+    monkeypatch.setattr(cpumoe.Experts, "__call__", corrupted)
+    document = json.loads(fail_validation(v4, "--json"))
+    case = document["isas"][0]["cases"][0]
+    assert not document["passed"]
+    assert case["bit_identical"]
+    assert (case["worst"]["token"], case["worst"]["column"]) == (3, 2)
+    assert "output 3, 2 is" in fail_validation(v4)
+
+
+def test_validate_finds_results_that_change(v4, monkeypatch):
+    right = cpumoe.Experts.__call__
+
+    def unsteady(self, *tensors):
+        output = right(self, *tensors)
+        if self.runtime.threads == 5:
+            output[0, 0] = torch.nextafter(output[0, 0], output[0, 0] + 1)
+        return output
+
+    monkeypatch.setattr(cpumoe.Experts, "__call__", unsteady)
+    assert "depends on the number of threads" in fail_validation(v4)
+
+
+def test_validate_finds_inexact_exports(v4, monkeypatch):
+    right = cpumoe.Experts.export
+
+    def damaged(self, expert_id):
+        expert = right(self, expert_id)
+        if expert_id == 1:
+            expert.down.scales[-1, -1] ^= 1
+        return expert
+
+    monkeypatch.setattr(cpumoe.Experts, "export", damaged)
+    assert json.loads(fail_validation(v4, "--json"))["isas"][0]["inexact_exports"] == [1]
+    assert "do not export to their own bytes: 1" in fail_validation(v4)
+
+
+def test_validate_finds_the_wrong_variant(v4, monkeypatch):
+    monkeypatch.setattr(cpumoe.Experts, "isa", "another")
+    assert "another ran instead" in fail_validation(v4)
+
+
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    document = read("demo", *TINY_DEMO)
+    assert document["passed"]
+    assert [r["ran"] for r in document["validation"]["isas"]] == cpumoe.supported_isas()
+    assert document["speed"]["isa"] == cpumoe.isa()
+    for row in document["speed"]["throughput"]:
+        assert row["tokens_per_second"] > 0
+        assert row["weight_bytes"] == document["load"]["bytes"]
+    assert list(tmp_path.iterdir()) == []
+    assert "Next, try" in succeed("demo", *TINY_DEMO)
+
+
+def test_demo_keeps_its_checkpoint_and_fails_if_validation_does(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    assert f"cpumoe validate {kept}" in succeed("demo", *TINY_DEMO, "--keep", kept)
+    assert read("validate", kept, "--tokens", "1")["passed"]
+    assert "not empty" in refuse("demo", *TINY_DEMO, "--keep", kept)
+    monkeypatch.setattr(cpumoe.Experts, "isa", "another")
+    assert run("demo", *TINY_DEMO).exit_code == 1
+
+
+def test_traceback_on_request(monkeypatch):
+    result = run("inspect", "nonsense", "--traceback")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    monkeypatch.setenv("CPUMOE_TRACEBACK", "1")
+    assert "Traceback" in run("inspect", "nonsense").stderr
+
+
+def test_bugs_keep_their_traceback(monkeypatch, v4):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(validation, "validate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("validate", v4)
+
+
+def test_units():
+    assert console.format_bytes(0) == "0 B"
+    assert console.format_bytes(999) == "999 B"
+    assert console.format_bytes(999_600) == "1.00 MB"
+    assert console.format_bytes(13_369_344) == "13.4 MB"
+    assert console.format_rate(147e9) == "147 GB/s"
+    assert console.format_time(0.0123) == "12.3 ms"
+    assert console.format_time(61) == "61.0 s"
+    assert console.format_number(12345.6) == "12,346"
+    assert console.format_percent(0.874) == "87 %"

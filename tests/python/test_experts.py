@@ -1,0 +1,348 @@
+"""What a layer's experts compute, on every ISA variant in every weight format."""
+
+import math
+
+import pytest
+import torch
+from moe_tools import (
+    EVERY_VARIANT,
+    GPT_OSS,
+    SWIGLUS,
+    Inputs,
+    Layer,
+    check,
+    inputs,
+    layer,
+)
+
+import cpumoe
+from cpumoe import Experts, QuantizedMatrix, Runtime
+
+pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@EVERY_VARIANT
+@SWIGLUS
+def test_stays_within_the_error_bound(isa, fmt, swiglu):
+    weights = layer(fmt).with_swiglu(swiglu)
+    experts = weights.pack(isa=isa)
+    # Up to the few-token kernel's tokens per expert and beyond, with remainders of every block.
+    for tokens in (1, 2, 3, 7, 16, 33, 70):
+        args = inputs(weights, tokens, seed=tokens)
+        check(experts(*args), weights, args)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("bias", DTYPES, ids=str)
+def test_biases(isa, fmt, bias):
+    weights = layer(fmt, swiglu=GPT_OSS, bias=bias)
+    experts = weights.pack(isa=isa)
+    for tokens in (1, 3, 40):
+        args = inputs(weights, tokens)
+        check(experts(*args), weights, args)
+    assert experts.nbytes > layer(fmt).pack(isa=isa).nbytes
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_element_types(isa, fmt, dtype):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    for tokens in (1, 5, 40):
+        args = inputs(weights, tokens, dtype=dtype)
+        y = experts(*args)
+        check(y, weights, args)
+        assert torch.equal(y, experts(args.hidden_states, args.topk_ids.int(), args.topk_weights))
+        for narrow in (torch.bfloat16, torch.float16):
+            given = args.topk_weights.to(narrow)
+            assert torch.equal(
+                experts(args.hidden_states, args.topk_ids, given),
+                experts(args.hidden_states, args.topk_ids, given.float()),
+            )
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "experts"), [(32, 32, 1), (32, 224, 3), (288, 32, 2), (64, 1056, 2)]
+)
+def test_odd_sizes(isa, fmt, hidden, intermediate, experts):
+    weights = layer(fmt, hidden=hidden, intermediate=intermediate, experts=experts)
+    packed = weights.pack(isa=isa)
+    assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (
+        experts,
+        hidden,
+        intermediate,
+    )
+    for tokens in (1, 9, 30):
+        args = inputs(weights, tokens, top_k=1)
+        check(packed(*args), weights, args)
+
+
+@EVERY_VARIANT
+def test_scales_of_any_size(isa, fmt):
+    """Scales so small or large that they cannot be folded into bf16 weights, in some experts."""
+    weights = layer(fmt, experts=3)
+    gate, up, down = (m.scales.clone() for m in (weights.gate, weights.up, weights.down))
+    if fmt == "mxfp4":
+        gate[1, :5], up[1], down[1] = 0, 200, 60  # bytes: 2^-127, 2^73, 2^-67
+        gate[2, :, 0] = 20
+    else:
+        gate[1, :5], up[1], down[1] = 0, up[1] * 2.0**70, down[1] * 2.0**-70
+        gate[2, :, 0] *= -(2.0**-100)
+    scaled = Layer(
+        fmt,
+        QuantizedMatrix(weights.gate.codes, gate),
+        QuantizedMatrix(weights.up.codes, up),
+        QuantizedMatrix(weights.down.codes, down),
+    )
+    experts = scaled.pack(isa=isa)
+    for tokens in (1, 3, 40):
+        args = inputs(scaled, tokens, dtype=torch.float32)
+        check(experts(*args), scaled, args)
+
+
+@EVERY_VARIANT
+def test_v4_shape_relative_error(isa, fmt):
+    """DeepSeek-V4-Flash's sizes and activation: relative L2 error against float64 below 4e-3."""
+    weights = layer(
+        fmt, experts=2, hidden=4096, intermediate=2048, std=0.02, swiglu=cpumoe.SwiGLU(limit=10.0)
+    )
+    args = inputs(weights, tokens=5)
+    expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
+    error = weights.pack(isa=isa)(*args).double() - expected
+    assert float(error.norm() / expected.norm()) < 4e-3
+
+
+@EVERY_VARIANT
+def test_strided_inputs_are_not_misread(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    x, ids, w = args = inputs(weights, tokens=9)
+    y = experts(*args)
+
+    def spread(tensor: torch.Tensor, fill: float) -> torch.Tensor:
+        wide = torch.full((2 * tensor.shape[0], 2 * tensor.shape[1]), fill).to(tensor.dtype)
+        wide[::2, ::2] = tensor
+        return wide[::2, ::2]
+
+    rows = torch.full((9, 400), math.nan, dtype=x.dtype)
+    rows[:, 32:192] = x
+    for strided in (x.T.contiguous().T, spread(x, math.nan), rows[:, 32:192]):
+        assert not strided.is_contiguous()
+        assert torch.equal(experts(strided, ids, w), y)
+    assert torch.equal(experts(x, spread(ids, 99), w), y)
+    assert torch.equal(experts(x, ids.T.contiguous().T, w), y)
+    assert torch.equal(experts(x, ids, spread(w, math.nan)), y)
+    assert torch.equal(experts(x, ids, w.T.contiguous().T), y)
+
+    same = x[:1].expand(9, -1)
+    assert torch.equal(experts(same, ids, w), experts(same.contiguous(), ids, w))
+
+
+@EVERY_VARIANT
+def test_strided_weights_are_not_misread(isa, fmt):
+    weights = layer(fmt)
+    args = inputs(weights, tokens=5)
+    # gpt-oss interleaves the rows of gate and up in one tensor.
+    codes = torch.stack((weights.gate.codes, weights.up.codes), 2).flatten(1, 2)
+    scales = torch.stack((weights.gate.scales, weights.up.scales), 2).flatten(1, 2)
+    experts = Experts.from_tensors(
+        gate=(codes[:, 0::2], scales[:, 0::2]),
+        up=(codes[:, 1::2], scales[:, 1::2]),
+        down=weights.down,
+        format=fmt,
+        isa=isa,
+    )
+    assert torch.equal(experts(*args), weights.pack(isa=isa)(*args))
+
+
+@EVERY_VARIANT
+def test_top_k_from_one_to_all(isa, fmt):
+    weights = layer(fmt, experts=7, hidden=64)
+    experts = weights.pack(isa=isa)
+    for top_k in range(1, 8):
+        args = inputs(weights, tokens=5, top_k=top_k)
+        check(experts(*args), weights, args)
+
+
+@EVERY_VARIANT
+def test_no_tokens(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    for dtype in DTYPES:
+        args = inputs(weights, tokens=0, dtype=dtype)
+        for y in (experts(*args), experts.submit(*args).result()):
+            assert y.shape == (0, weights.hidden)
+            assert y.dtype == dtype
+
+
+@EVERY_VARIANT
+def test_ids_of_other_hosts_are_skipped(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    x, ids, w = inputs(weights, tokens=6, top_k=3)
+    ids[0] = -1
+    ids[1] = weights.num_experts
+    ids[2, 0], ids[3, 1] = -1, weights.num_experts
+    w[ids == -1] = math.nan  # a skipped pair's weight is not read
+    args = Inputs(x, ids, w)
+    y = experts(*args)
+    check(y, weights, args)
+    assert not y[:2].any()
+    only = experts(x[3:4], ids[3:4, [0, 2]], w[3:4, [0, 2]])
+    assert torch.equal(experts(x[3:4], ids[3:4], w[3:4]), only)
+
+
+@EVERY_VARIANT
+def test_mask_is_read_at_each_call(isa, fmt):
+    weights = layer(fmt)
+    mask = torch.zeros(weights.num_experts, dtype=torch.bool)
+    experts = weights.pack(isa=isa, expert_mask=mask)
+    args = inputs(weights, tokens=8)
+    unmasked = experts(*args)
+    check(unmasked, weights, args)
+    for masked in ([1], [0, 2], range(weights.num_experts)):
+        mask[:] = False
+        mask[list(masked)] = True
+        check(experts(*args), weights, args, mask)
+    assert not experts(*args).any()
+    mask[:] = False
+    assert torch.equal(experts(*args), unmasked)
+    mask[0] = True
+    experts.expert_mask = None
+    assert torch.equal(experts(*args), unmasked)
+
+
+@EVERY_VARIANT
+def test_repeated_ids_count_each_time(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    x, _, w = inputs(weights, tokens=7, top_k=3)
+    ids = torch.tensor([[2, 2, 2], [0, 1, 0], [3, 3, 1]] * 2 + [[1, 1, 1]])
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 5), slice(0, 7)):
+        args = Inputs(x[rows], ids[rows], w[rows])
+        check(experts(*args), weights, args)
+
+
+@EVERY_VARIANT
+def test_nan_stays_in_its_token(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    x, ids, w = inputs(weights, tokens=20, dtype=torch.float32)
+    clean = experts(x, ids, w)
+    for value in (math.nan, math.inf, -math.inf):
+        x[3, 7] = value
+        y = experts(x, ids, w)
+        assert y[3].isnan().all()
+        assert torch.equal(y[:3], clean[:3])
+        assert torch.equal(y[4:], clean[4:])
+
+
+@EVERY_VARIANT
+def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt):
+    weights = layer(fmt, experts=3, hidden=96, intermediate=64)
+    calls = [inputs(weights, tokens) for tokens in (1, 5, 33)]
+    expected = None
+    for threads in (1, 2, 5):
+        with Runtime(threads) as runtime:
+            experts = weights.pack(isa=isa, runtime=runtime)
+            for _ in range(2):
+                got = [experts(*args) for args in calls]
+                futures = [experts.submit(*args) for args in calls]
+                expected = expected or got
+                for a, b, future in zip(expected, got, futures, strict=True):
+                    assert torch.equal(a, b)
+                    assert torch.equal(a, future.result())
+
+
+@EVERY_VARIANT
+def test_batch_invariant_rows_do_not_depend_on_the_batch(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa, batch_invariant=True)
+    x, ids, w = args = inputs(weights, tokens=50)
+    whole = experts(*args)
+    check(whole, weights, args)
+    for rows in (slice(0, 1), slice(11, 14), slice(20, 50)):
+        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("bias", [None, torch.bfloat16], ids=["plain", "bias"])
+def test_export_returns_every_byte(isa, fmt, bias):
+    weights = layer(fmt, bias=bias)
+    experts = weights.pack(isa=isa)
+    for index in range(weights.num_experts):
+        exported = experts.export(index)
+        for name in ("gate", "up", "down"):
+            original, copy = getattr(weights, name)[index], getattr(exported, name)
+            assert torch.equal(copy.codes, original.codes)
+            assert copy.scales.dtype == original.scales.dtype
+            assert torch.equal(copy.scales.view(torch.uint8), original.scales.view(torch.uint8))
+            stack, one = getattr(weights, f"{name}_bias"), getattr(exported, f"{name}_bias")
+            if stack is None:
+                assert one is None
+            else:
+                assert one.dtype == stack.dtype
+                assert torch.equal(one, stack[index])
+
+
+@EVERY_VARIANT
+def test_tensors_are_not_needed_after_packing(isa, fmt):
+    weights = layer(fmt, bias=torch.float32)
+    args = inputs(weights, tokens=3)
+    expected = weights.pack(isa=isa)(*args)
+    mine = {
+        name: QuantizedMatrix(value.codes.clone(), value.scales.clone())
+        if isinstance(value, QuantizedMatrix)
+        else value.clone()
+        for name, value in weights.tensors.items()
+        if name not in ("format", "swiglu")
+    }
+    experts = Experts.from_tensors(**mine, format=fmt, isa=isa)
+    for value in mine.values():
+        for tensor in (
+            (value.codes, value.scales) if isinstance(value, QuantizedMatrix) else (value,)
+        ):
+            tensor.zero_()
+    assert torch.equal(experts(*args), expected)
+    assert experts.export(1).gate_bias.any()
+
+
+def test_all_code_dtypes_are_the_same_bytes():
+    for fmt in cpumoe.WEIGHT_FORMATS.values():
+        weights = layer(fmt.name)
+        args = inputs(weights, tokens=3)
+        expected = weights.pack()(*args)
+        for codes in fmt.code_dtypes:
+            for scales in fmt.scale_dtypes:
+                viewed = {
+                    name: (matrix.codes.view(codes), matrix.scales.view(scales))
+                    for name, matrix in (
+                        ("gate", weights.gate),
+                        ("up", weights.up),
+                        ("down", weights.down),
+                    )
+                }
+                experts = Experts.from_tensors(**viewed, format=fmt.name)
+                assert torch.equal(experts(*args), expected)
+
+
+def test_no_gradient_is_recorded():
+    weights = layer("mxfp4")
+    x, ids, w = inputs(weights, tokens=2)
+    y = weights.pack()(x.requires_grad_(), ids, w.requires_grad_())
+    assert not y.requires_grad
+
+
+def test_properties_and_repr():
+    weights = layer("mxfp4", hidden=256, intermediate=128, swiglu=GPT_OSS)
+    isa = cpumoe.supported_isas()[0]
+    experts = weights.pack(isa=isa)
+    assert experts.swiglu == GPT_OSS
+    assert experts.compute == "bf16"
+    assert experts.expert_mask is None
+    assert experts.runtime is cpumoe.default_runtime()
+    assert experts.nbytes == sum(m.nbytes for m in (weights.gate, weights.up, weights.down))
+    assert repr(experts) == f"Experts(mxfp4, experts=4, hidden=256, intermediate=128, isa={isa})"

@@ -1,0 +1,287 @@
+"""The direction of dependencies, read from the sources: `#include "..."` and `import` lines.
+
+base <- {threading, formats} <- kernels <- packing <- moe <- variant
+base, threading, config, variant API <- dispatch <- bindings <- python <- integrations
+"""
+
+import ast
+import re
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import cpumoe
+
+ROOT = Path(__file__).parents[2]
+
+# What each folder of cpp/ may include, besides itself. kernels/ knows no format; only moe/ and
+# packing/, where the two meet, do.
+MAY_INCLUDE = {
+    "base": set(),
+    "threading": {"base"},
+    "formats": {"base"},
+    "kernels": {"base", "threading"},
+    "packing": {"base", "threading", "formats", "kernels"},
+    "moe": {"base", "threading", "formats", "kernels", "packing"},
+    "variant": {"base", "threading", "formats", "kernels", "packing", "moe"},
+    "dispatch": {"base", "threading", "variant"},
+    "bindings": {"base", "threading", "variant", "dispatch", "moe"},
+}
+# Compiled once, with baseline flags: nothing that is compiled per ISA (-inl.h) may be reached.
+BASELINE = {"base", "threading", "dispatch", "bindings"}
+GENERATED = re.compile(r"\w+_table\.inc|kernels/@isa@/ops-inl\.h|moe/@format@_moe-inl\.h")
+INTRINSICS = re.compile(r"#include <\w*intrin\.h>|#include <arm_\w+\.h>|\b_mm\d*_|\b__m\d+")
+TORCH = re.compile(r"#include [<\"](torch|ATen|c10)/")
+
+LINE_LIMIT = 150
+EQUAL_LINES_LIMIT = 6
+
+
+def sources(folder, *suffixes):
+    """Path relative to `folder` -> text."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix in suffixes)
+    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in paths}
+
+
+def cpp_sources():
+    return sources(ROOT / "cpp", ".h", ".cc", ".in")
+
+
+def includes(text):
+    return re.findall(r'^\s*#include "([^"]+)"', text, re.MULTILINE)
+
+
+def reachable(start, files):
+    """Every file of `files` that `start` includes, directly or not."""
+    seen, todo = set(), [start]
+    while todo:
+        new = [name for name in includes(files.get(todo.pop(), "")) if name not in seen]
+        seen.update(new)
+        todo.extend(new)
+    return seen
+
+
+def include_violations(files):
+    found = []
+    for name, text in files.items():
+        folder = name.split("/")[0]
+        for target in includes(text):
+            if GENERATED.fullmatch(target):
+                continue
+            if target not in files:
+                found.append(f"{name}: includes {target}, which is not in cpp/")
+            elif target.split("/")[0] not in MAY_INCLUDE[folder] | {folder}:
+                found.append(f"{name}: {folder}/ may not include {target}")
+        if folder in BASELINE:
+            per_isa = sorted(t for t in reachable(name, files) if t.endswith("-inl.h"))
+            found += [f"{name}: baseline code reaches {target}" for target in per_isa]
+        in_an_isa = re.match(r"kernels/\w+/", name)
+        if INTRINSICS.search(text) and not in_an_isa:
+            found.append(f"{name}: intrinsics outside kernels/<isa>/")
+        if TORCH.search(text):
+            found.append(f"{name}: includes a torch header")
+    return found
+
+
+def test_cpp_includes():
+    files = cpp_sources()
+    assert {name.split("/")[0] for name in files} == set(MAY_INCLUDE)
+    assert include_violations(files) == []
+
+
+def test_cpp_violations_are_caught():
+    files = {
+        "base/bits.h": '#include "threading/pool.h"\n',
+        "threading/pool.h": "",
+        "formats/fp3.h": "#include <immintrin.h>\n",
+        "kernels/gemm-inl.h": '#include "formats/fp3.h"\n',
+        "kernels/avx9/ops-inl.h": "#include <immintrin.h>\n",
+        "moe/moe.h": '#include "kernels/gemm-inl.h"\n',
+        "bindings/module.cc": '#include "moe/moe.h"\n#include "gone.h"\n#include <torch/torch.h>\n',
+    }
+    assert include_violations(files) == [
+        "base/bits.h: base/ may not include threading/pool.h",
+        "formats/fp3.h: intrinsics outside kernels/<isa>/",
+        "kernels/gemm-inl.h: kernels/ may not include formats/fp3.h",
+        "bindings/module.cc: includes gone.h, which is not in cpp/",
+        "bindings/module.cc: baseline code reaches kernels/gemm-inl.h",
+        "bindings/module.cc: includes a torch header",
+    ]
+
+
+def code_lines(text):
+    """Lines without comments, blank lines and indentation."""
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    stripped = (re.sub(r"//.*", "", line).strip() for line in text.splitlines())
+    return [line for line in stripped if line]
+
+
+def equal_run(first, second):
+    """The longest run of equal lines of two lists."""
+    best = []
+    for i in range(len(first)):
+        for j in range(len(second)):
+            length = 0
+            while (
+                i + length < len(first)
+                and j + length < len(second)
+                and first[i + length] == second[j + length]
+            ):
+                length += 1
+            if length > len(best):
+                best = first[i : i + length]
+    return best
+
+
+def siblings():
+    files = {name: t for name, t in cpp_sources().items() if name.endswith("_moe-inl.h")}
+    assert set(files) == {f"moe/{name}_moe-inl.h" for name in cpumoe.WEIGHT_FORMATS}
+    return files
+
+
+def test_sibling_operators_are_short():
+    for name, text in siblings().items():
+        assert len(text.splitlines()) <= LINE_LIMIT, name
+
+
+def test_sibling_operators_share_no_code():
+    files = list(siblings().items())
+    for index, (name, text) in enumerate(files):
+        for other_name, other in files[:index]:
+            run = equal_run(code_lines(text), code_lines(other))
+            assert len(run) < EQUAL_LINES_LIMIT, f"{name} and {other_name} share: {run}"
+
+
+def test_shared_code_is_caught():
+    a = "int x;\n// a\nf();\ng();\nh();\n  i();\nj();\n\nk();\n"
+    b = "float x;\nf();\ng();  // why\nh();\ni();\n/* c */\nj();\nk();\nend();"
+    assert equal_run(code_lines(a), code_lines(b)) == [
+        "f();",
+        "g();",
+        "h();",
+        "i();",
+        "j();",
+        "k();",
+    ]
+
+
+def without_docstrings(tree):
+    """String constants of Python code that are not docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.value
+
+
+def code_words(name, text):
+    """The words in which an ISA's name would count as code: no comments, no docstrings."""
+    if name.endswith(".py"):
+        text = "\n".join(without_docstrings(ast.parse(text)))
+    elif name.endswith((".h", ".cc", ".in")):
+        text = "\n".join(code_lines(text))
+    else:
+        text = re.sub(r"#.*", "", text)
+    return set(re.findall(r"\w+", text))
+
+
+def isa_list_violations(files, isas):
+    named = {name: sorted(code_words(name, text) & set(isas)) for name, text in files.items()}
+    return [f"{name}: lists {', '.join(some)}" for name, some in named.items() if len(some) > 1]
+
+
+def test_isas_are_listed_in_one_table_only():
+    isas = cpumoe.known_isas()
+    cmake = {"cmake/" + name: t for name, t in sources(ROOT / "cmake", ".cmake").items()}
+    table = cmake.pop("cmake/Variants.cmake")
+    assert code_words("Variants.cmake", table) >= set(isas)
+    cpp = {n: t for n, t in cpp_sources().items() if not re.match(r"kernels/\w+/", n)}
+    files = {
+        **cmake,
+        **cpp,
+        **sources(ROOT / "python", ".py"),
+        **sources(ROOT / "asv_benchmarks" / "benchmarks", ".py"),
+        "CMakeLists.txt": (ROOT / "CMakeLists.txt").read_text("utf-8"),
+    }
+    assert isa_list_violations(files, isas) == []
+
+
+def test_a_second_isa_list_is_caught():
+    files = {
+        "ok.py": '"""alpha and beta."""\nISA = "alpha"  # or beta\n',
+        "bad.py": 'ISAS = ["alpha", "beta"]\n',
+        "bad.cc": 'const char* isas[] = {"alpha", "beta"};\n',
+        "ok.cc": '// alpha, beta\nconst char* isa = "alpha";\n',
+        "bad.cmake": "foreach(isa alpha beta)  # gamma\n",
+    }
+    assert isa_list_violations(files, ["alpha", "beta", "gamma"]) == [
+        "bad.py: lists alpha, beta",
+        "bad.cc: lists alpha, beta",
+        "bad.cmake: lists alpha, beta",
+    ]
+
+
+def imports(name, text):
+    """Full names of the modules and members that a module of python/ imports."""
+    package = name.split("/")[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(chain(base, [node.module] if node.module else []))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name):
+    """The core, or one of the packages on top of it."""
+    parts = Path(name).with_suffix("").parts
+    if parts[1:2] in (("cli",), ("integrations",)):
+        return parts[1]
+    return "cli" if parts[1:] == ("__main__",) else "core"
+
+
+def import_violations(files):
+    outer = {"core": ("cli", "integrations"), "integrations": ("cli",), "cli": ()}
+    hosts = ("typer", "transformers", "vllm", "sglang")
+    found = []
+    for name, text in files.items():
+        forbidden = [f"cpumoe.{package}" for package in outer[layer_of(name)]]
+        if layer_of(name) == "core":
+            forbidden += hosts
+        for target in imports(name, text):
+            if any(target == f or target.startswith(f + ".") for f in forbidden):
+                found.append(f"{name}: imports {target}")
+    return found
+
+
+def test_python_imports():
+    files = sources(ROOT / "python", ".py")
+    assert "cpumoe/experts.py" in files
+    assert import_violations(files) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import cpumoe.cli",
+        "from cpumoe.cli import main",
+        "from cpumoe import cli",
+        "from . import cli",
+        "from .cli.app import main",
+        "def f():\n    import transformers.models",
+    ],
+)
+def test_python_violations_are_caught(line):
+    assert len(import_violations({"cpumoe/experts.py": line})) == 1
+    assert (
+        import_violations({"cpumoe/cli/app.py": "import typer\nfrom cpumoe import Experts"}) == []
+    )
+    bad = {"cpumoe/integrations/vllm.py": "import vllm\nfrom ..cli import app"}
+    assert import_violations(bad) == ["cpumoe/integrations/vllm.py: imports cpumoe.cli.app"]

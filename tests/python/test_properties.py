@@ -1,0 +1,98 @@
+"""Random shapes, routings and types: nothing crashes, every element is within its bound."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_tools import DEEPSEEK_V4, GPT_OSS, PLAIN, Inputs, check, formats, layer
+
+import cpumoe
+
+ISAS = cpumoe.supported_isas()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+SIZES = st.integers(1, 8).map(lambda groups: 32 * groups)
+
+# Parameters, not tensors: an example that fails is short to print.
+LAYERS = st.fixed_dictionaries(
+    {
+        "fmt": st.sampled_from(formats(ISAS[-1])),
+        "experts": st.integers(1, 9),
+        "hidden": SIZES,
+        "intermediate": SIZES,
+        "swiglu": st.sampled_from((PLAIN, DEEPSEEK_V4, GPT_OSS)),
+        "bias": st.sampled_from((None, *DTYPES)),
+        "std": st.sampled_from((0.02, 0.1, 0.5)),
+    }
+)
+CALLS = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(0, 40),
+        "top_k": st.integers(1, 9),
+        "dtype": st.sampled_from(DTYPES),
+        "id_dtype": st.sampled_from((torch.int32, torch.int64)),
+        "size": st.sampled_from((0.1, 1.0, 20.0)),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def random_call(weights, *, tokens, top_k, dtype, id_dtype, size, seed):
+    """Any ids that are allowed, repeated and skipped ones too; weights of both signs."""
+    top_k = min(top_k, weights.num_experts)
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = size * torch.randn(tokens, weights.hidden, generator=generator)
+    ids = torch.randint(-1, weights.num_experts + 1, (tokens, top_k), generator=generator)
+    scores = torch.randn(tokens, top_k, generator=generator)
+    return Inputs(hidden_states.to(dtype), ids.to(id_dtype), scores)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    isa=st.sampled_from(ISAS),
+    shape=LAYERS,
+    call=CALLS,
+    masked=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
+    batch_invariant=st.booleans(),
+)
+def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant):
+    weights = layer(**shape)
+    mask = None if masked is None else torch.tensor(masked[: weights.num_experts])
+    experts = weights.pack(isa=isa, batch_invariant=batch_invariant, expert_mask=mask)
+    args = random_call(weights, **call)
+    y = experts(*args)
+    check(y, weights, args, mask)
+    assert torch.equal(experts.submit(*args).result(), y)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    isa=st.sampled_from(ISAS),
+    name=st.sampled_from(formats(ISAS[-1])),
+    experts=st.integers(1, 3),
+    hidden=SIZES,
+    inner=SIZES,
+    seed=st.integers(0, 99),
+)
+def test_any_bytes_come_back(isa, name, experts, hidden, inner, seed):
+    """Export of random codes and scales, not only of those that quantizing gives."""
+    fmt = cpumoe.weight_format(name)
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(n, k):
+        codes = torch.randint(0, 256, (experts, n, k // 2), dtype=torch.uint8, generator=generator)
+        groups = (experts, n, k // fmt.group_size)
+        if fmt.scale_storage == torch.uint8:
+            scales = torch.randint(0, 255, groups, dtype=torch.uint8, generator=generator)
+        else:
+            scales = torch.randn(groups, generator=generator).to(fmt.scale_storage)
+        return codes, scales
+
+    tensors = {"gate": matrix(inner, hidden), "up": matrix(inner, hidden)}
+    tensors["down"] = matrix(hidden, inner)
+    packed = cpumoe.Experts.from_tensors(**tensors, format=fmt.name, isa=isa)
+    for index in range(experts):
+        exported = packed.export(index)
+        for name, (codes, scales) in tensors.items():
+            assert torch.equal(getattr(exported, name).codes, codes[index])
+            assert torch.equal(getattr(exported, name).scales, scales[index])
