@@ -327,8 +327,12 @@ class Experts:
 
     @property
     def runtime(self) -> Runtime:
-        """The runtime that calls run on."""
+        """The runtime that calls run on; assign another to change it, None for the shared one."""
         return self._runtime or default_runtime()
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime | None) -> None:
+        self._runtime = runtime
 
     @property
     def expert_mask(self) -> torch.Tensor | None:

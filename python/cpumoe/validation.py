@@ -254,10 +254,10 @@ def validate_isa(
         outputs = run(experts)
         repeats = [run(experts)]
         inexact = tuple(i for i, e in enumerate(weights.experts) if not _same(experts.export(i), e))
-        del experts  # one packed copy at a time
     for count in others:
         with _quiet_runtime(count) as runtime:
-            repeats.append(run(weights.pack(isa, runtime)))
+            experts.runtime = runtime
+            repeats.append(run(experts))
     results = tuple(
         _compare(case, output, [repeat[i] for repeat in repeats])
         for i, (case, output) in enumerate(zip(cases, outputs, strict=True))
