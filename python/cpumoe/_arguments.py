@@ -147,7 +147,7 @@ def require_dense_cpu(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected a dense tensor, got layout {tensor.layout}; pass .to_dense()"
         )
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(
             f"{name}: expected a CPU tensor, got device {tensor.device}; move it with .cpu()"
         )
