@@ -5,9 +5,11 @@
 // RuntimeError.
 #pragma once
 
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace cpumoe {
 
@@ -23,5 +25,15 @@ template <class... Parts>
 void Require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(Message(parts...));
 }
+
+// std::bad_alloc (MemoryError in Python) that says what was wanted.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
 
 }  // namespace cpumoe

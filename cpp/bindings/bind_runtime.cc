@@ -1,9 +1,11 @@
 #include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
-#include <limits>
+#include <exception>
 #include <memory>
+#include <system_error>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -15,6 +17,14 @@ namespace py = pybind11;
 namespace cpumoe {
 
 void BindRuntime(py::module_& m) {
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::system_error& e) {
+      PyErr_SetString(PyExc_OSError, e.what());
+    }
+  });
+
   py::class_<CpuLocation>(m, "CpuLocation")
       .def_readonly("cpu", &CpuLocation::cpu)
       .def_readonly("core", &CpuLocation::core)
@@ -37,8 +47,9 @@ void BindRuntime(py::module_& m) {
       .def(
           "wait_for",
           [](Completion& self, double seconds) {
+            const double bounded = std::clamp(seconds, 0.0, 1e9);  // 2^63 ns are 9.2e9 s
             return self.WaitFor(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                std::chrono::duration<double>(seconds)));
+                std::chrono::duration<double>(bounded)));
           },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 

@@ -25,19 +25,20 @@ class Runtime {
     if (fork_guard_.forked()) return;  // the threads and perhaps the mutex's owner are not here
     std::unique_ptr<Executor> executor;
     {
-      const std::lock_guard lock(mutex_);
+      const std::lock_guard lock(submit_mutex_);
       executor = std::move(executor_);
     }
-    executor.reset();  // without the mutex, which queued jobs need
-    const std::lock_guard lock(mutex_);
+    executor.reset();  // runs what is queued
+    const std::lock_guard lock(run_mutex_);
     pool_.reset();
+    workspace_ = Workspace();
   }
 
   // Runs body(pool, workspace) on the calling thread.
   template <class Body>
   void Execute(Body&& body) {
     fork_guard_.ThrowIfForked("Runtime");  // before the mutex: its owner may not exist here
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(run_mutex_);
     CheckOpen(pool_ != nullptr);
     body(*pool_, workspace_);
   }
@@ -45,7 +46,7 @@ class Runtime {
   // Queues body(pool, workspace) for the runtime's driver thread.
   std::shared_ptr<Completion> Submit(std::function<void(ThreadPool&, Workspace&)> body) {
     fork_guard_.ThrowIfForked("Runtime");
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(submit_mutex_);
     CheckOpen(executor_ != nullptr);
     return executor_->Submit([this, body = std::move(body)] { Execute(body); });
   }
@@ -56,9 +57,10 @@ class Runtime {
   }
 
   const ForkGuard fork_guard_;
-  std::mutex mutex_;
+  std::mutex run_mutex_;  // held while a body runs
   std::unique_ptr<PinnedPool> pool_;
   Workspace workspace_;
+  std::mutex submit_mutex_;             // apart, so that submitting never waits for a body
   std::unique_ptr<Executor> executor_;  // last: its jobs use the members above
 };
 

@@ -22,12 +22,11 @@ struct Int4 {
   static constexpr float kMinMagnitude = 1.0f;
   static constexpr float kMaxMagnitude = 8.0f;
 
-  static constexpr std::array<float, 16> CodeValues() {
-    std::array<float, 16> values{};
-    for (int code = 0; code < 16; ++code) values[code] = static_cast<float>(code - 8);
-    return values;
-  }
-  static float Decode(uint32_t code) { return static_cast<float>(code) - 8.0f; }
+  static constexpr std::array<float, 16> kCodeValues = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f,
+                                                        -2.0f, -1.0f, 0.0f,  1.0f,  2.0f,  3.0f,
+                                                        4.0f,  5.0f,  6.0f,  7.0f};
+
+  static float Decode(uint32_t code) { return kCodeValues[code]; }
   static bool IsValidScale(Scale scale) { return std::isfinite(scale.ToFloat()); }
 };
 

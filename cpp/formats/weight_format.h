@@ -1,7 +1,7 @@
 // What a weight format is: how a checkpoint stores an [N, K] matrix, without a word about CPUs.
 //
 // A matrix is N rows of K codes, packed along K (low bits of a byte first), and per row K /
-// kGroupSize scales. The weight is kCodeValues[code] * scale.
+// kGroupSize scales. The weight is Decode(code) * scale.
 #pragma once
 
 #include <array>

@@ -22,7 +22,7 @@ class TileGemm {
 
  public:
   static constexpr int kMaxTiles = 2;
-  static_assert(Isa::kTiles <= kMaxTiles);
+  static_assert(Isa::kTiles <= kMaxTiles && Isa::kFusedTokens <= Isa::kPanelTokens);
   static constexpr int64_t kPanelBytes =
       int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 

@@ -23,7 +23,7 @@ class ExpertWeights {
       : config_(Checked(config)),
         gate_up_(config.intermediate_size, config.hidden_size),
         down_(config.hidden_size, config.intermediate_size),
-        packed_(static_cast<size_t>(config.num_experts * ExpertBytes())),
+        packed_(Allocate(config.num_experts, ExpertBytes())),
         biases_(config.has_bias ? config.num_experts * BiasSize() : 0),
         scales_(config.num_experts),
         has_weights_(config.num_experts, 0) {}
@@ -98,15 +98,22 @@ class ExpertWeights {
   }
 
  private:
+  // No model comes near; products of these do not overflow 64 bits.
+  static constexpr int64_t kMaxExperts = int64_t{1} << 16;
+  static constexpr int64_t kMaxSize = int64_t{1} << 21;
+
   static const MoeConfig& Checked(const MoeConfig& c) {
     Require(c.num_experts > 0, "num_experts must be positive, got ", c.num_experts);
     CheckSize(c.hidden_size, "hidden_size");
     CheckSize(c.intermediate_size, "intermediate_size");
+    Require(c.num_experts <= kMaxExperts, "num_experts must be at most ", kMaxExperts, ", got ",
+            c.num_experts);
     return c;
   }
   static void CheckSize(int64_t size, const char* name) {
     Require(size > 0 && size % F::kGroupSize == 0, F::kName, ": ", name,
             " must be a positive multiple of ", F::kGroupSize, ", got ", size);
+    Require(size <= kMaxSize, name, " must be at most ", kMaxSize, ", got ", size);
   }
   void CheckExpert(int64_t expert) const {
     if (expert < 0 || expert >= config_.num_experts) {
@@ -128,6 +135,16 @@ class ExpertWeights {
       if (task < 2 * gate_up) return body(Projection::kUp, task - gate_up, thread);
       body(Projection::kDown, task - 2 * gate_up, thread);
     });
+  }
+
+  static AlignedBuffer Allocate(int64_t experts, int64_t expert_bytes) {
+    try {
+      return AlignedBuffer(static_cast<size_t>(experts * expert_bytes));
+    } catch (const std::bad_alloc&) {
+      throw OutOfMemory(Message(experts, " experts of ", expert_bytes >> 20, " MiB need ",
+                                (experts * expert_bytes) >> 20,
+                                " MiB of memory, which the system does not give"));
+    }
   }
 
   int64_t ExpertBytes() const { return 2 * gate_up_.bytes() + down_.bytes(); }

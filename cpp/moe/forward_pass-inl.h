@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "base/bits.h"
 #include "kernels/tile_gemm-inl.h"
@@ -82,15 +83,18 @@ class ForwardPass {
       StageBlock<Isa>(args_.dtype, Row(0), 0, &token, 1, HiddenSize(), staged_);
       return;
     }
-    const auto& experts = routing_.experts();
-    pool_.For(static_cast<int64_t>(experts.size()), [&](int64_t task, int) {
-      const Expert& expert = experts[task];
-      const TokenBlocks blocks = BlocksOf(expert);
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const int64_t pair = expert.begin + blocks.Begin(b);
-        StageBlock<Isa>(args_.dtype, Row(0), args_.hidden_stride, &routing_.tokens()[pair],
-                        blocks.Size(b), HiddenSize(), staged_ + pair * HiddenSize());
+    std::vector<Workspace::Block>& blocks = workspace_.blocks();
+    blocks.clear();
+    for (const Expert& expert : routing_.experts()) {
+      const TokenBlocks of = BlocksOf(expert);
+      for (int64_t b = 0; b < of.count(); ++b) {
+        blocks.push_back({expert.begin + of.Begin(b), of.Size(b)});
       }
+    }
+    pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
+      const Workspace::Block& block = blocks[task];
+      StageBlock<Isa>(args_.dtype, Row(0), args_.hidden_stride, &routing_.tokens()[block.pair],
+                      block.tokens, HiddenSize(), staged_ + block.pair * HiddenSize());
     });
   }
 

@@ -9,7 +9,7 @@ namespace cpumoe {
 template <class Isa>
 struct Int4Codec {
   using Format = Int4;
-  typename Isa::Table16 integers = Isa::MakeTable(Int4::CodeValues());
+  typename Isa::Table16 integers = Isa::MakeTable(Int4::kCodeValues);
 
   template <int kPair>
   auto Decode(const typename Isa::Codes& packed) const -> typename Isa::Pair {

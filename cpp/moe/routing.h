@@ -43,9 +43,13 @@ class Routing {
     // A copy: the host may change the mask at any time, and the two passes below must agree.
     masked_.assign(num_experts, 0);
     if (input.mask != nullptr) masked_.assign(input.mask, input.mask + num_experts);
-    for (int64_t i = begin * input.top_k; i < end * input.top_k; ++i) {
+    const int64_t first = begin * input.top_k, last = end * input.top_k;
+    chosen_.resize(last - first);
+    for (int64_t i = first; i < last; ++i) {
       const int64_t id = input.Id(i);
-      if (IsMine(input, i, id)) ++counts_[id];
+      const bool mine = IsMine(input, i, id);
+      chosen_[i - first] = mine ? static_cast<int32_t>(id) : -1;
+      if (mine) ++counts_[id];
     }
     int64_t total = 0;
     for (int64_t id = 0; id < num_experts; ++id) {
@@ -58,9 +62,9 @@ class Routing {
     }
     tokens_.resize(total);
     weights_.resize(total);
-    for (int64_t i = begin * input.top_k; i < end * input.top_k; ++i) {
-      const int64_t id = input.Id(i);
-      if (!IsMine(input, i, id)) continue;
+    for (int64_t i = first; i < last; ++i) {
+      const int32_t id = chosen_[i - first];
+      if (id < 0) continue;
       const int64_t place = counts_[id]++;
       tokens_[place] = static_cast<int32_t>(i / input.top_k - begin);
       weights_[place] = input.weights[i];
@@ -86,6 +90,7 @@ class Routing {
   }
 
   std::vector<uint8_t> masked_;
+  std::vector<int32_t> chosen_;  // ids by pair, -1 where skipped: the host's may change meanwhile
   std::vector<int64_t> counts_;
   std::vector<Expert> experts_;
   std::vector<int32_t> tokens_;

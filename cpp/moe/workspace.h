@@ -25,6 +25,13 @@ class Workspace {
 
   Routing& routing() { return routing_; }
 
+  // A block of one expert's tokens: `tokens` pairs from `pair` on.
+  struct Block {
+    int64_t pair;
+    int tokens;
+  };
+  std::vector<Block>& blocks() { return blocks_; }
+
  private:
   static std::byte* Grow(AlignedBuffer& buffer, size_t bytes) {
     if (buffer.size() < bytes) {
@@ -38,6 +45,7 @@ class Workspace {
   AlignedBuffer intermediate_;
   std::vector<AlignedBuffer> scratch_;
   Routing routing_;
+  std::vector<Block> blocks_;
 };
 
 }  // namespace cpumoe

@@ -7,6 +7,7 @@
 #include <system_error>
 #include <utility>
 
+#include "base/float_environment.h"
 #include "threading/futex.h"
 #include "threading/topology.h"
 
@@ -87,6 +88,7 @@ void PinnedPool::ParallelFor(int64_t num_tasks, Task task, void* context) {
   if (num_tasks <= 0) return;
   fork_guard_.ThrowIfForked(kSubject);
   const BusyScope busy(busy_);
+  const DefaultFloatEnvironment environment;
   if (num_tasks == 1 || threads_ == 1) {
     for (int64_t i = 0; i < num_tasks; ++i) task(context, i, 0);
     return;
@@ -139,6 +141,7 @@ void PinnedPool::JoinWorkers() {
 }
 
 void PinnedPool::WorkerMain(int thread) {
+  const DefaultFloatEnvironment environment;
   AdaptiveWait wait(spin_, crowded_);
   for (;;) {
     const bool parked = AwaitJob(wait);
