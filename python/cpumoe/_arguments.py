@@ -33,6 +33,7 @@ def prepare_call(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     mask: torch.Tensor | None,
+    num_experts: int,
     hidden_size: int,
 ) -> Call:
     """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
@@ -67,9 +68,13 @@ def prepare_call(
                 f"topk_weights: expected float32, bfloat16 or float16, got {describe(topk_weights)}"
             )
         topk_weights = topk_weights.float()
+    hidden_states = hidden_states.resolve_neg()  # a view's lazy minus sign is not in its memory
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
-    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    topk_ids = topk_ids.resolve_neg().contiguous()
+    topk_weights = topk_weights.resolve_neg().contiguous()
+    if mask is not None:
+        check_mask(mask, num_experts)  # again: it is the caller's, who may have resized it
     output = torch.empty(tokens, hidden_size, dtype=hidden_states.dtype)
     tensors = _core.ForwardTensors(
         hidden_states.data_ptr(),
@@ -96,8 +101,10 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> None:
         raise ValueError("expert_mask: expected a contiguous tensor; pass .contiguous()")
 
 
-def normalized_stack(row: WeightFormat, matrices: MatrixStack, name: str) -> QuantizedMatrix:
-    """Returns a stack of matrices as bytes and scales that fit together, without a copy."""
+def normalized(
+    row: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
+) -> QuantizedMatrix:
+    """Returns a matrix, or a stack, as bytes and scales that fit together, without a copy."""
     if not isinstance(matrices, (QuantizedMatrix, tuple)):
         raise TypeError(
             f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), "
@@ -108,11 +115,12 @@ def normalized_stack(row: WeightFormat, matrices: MatrixStack, name: str) -> Qua
     codes, scales = matrices.codes, matrices.scales
     codes = row.normalize_codes(codes, f"{name} codes")
     scales = row.normalize_scales(scales, f"{name} scales")
-    if codes.dim() != 3:
-        raise ValueError(f"{name} codes: expected [experts, N, K/2], got {list(codes.shape)}")
-    columns = codes.shape[2] * 8 // row.code_bits
+    if codes.dim() != (3 if stacked else 2):
+        wanted = "[experts, N, K/2]" if stacked else "[N, K/2]"
+        raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}")
+    columns = codes.shape[-1] * 8 // row.code_bits
     row.check_k(columns, f"{name}: K")
-    expected = (codes.shape[0], codes.shape[1], columns // row.group_size)
+    expected = (*codes.shape[:-1], columns // row.group_size)
     require_shape(tuple(scales.shape), expected, f"{name} scales")
     return QuantizedMatrix(codes, scales)
 
@@ -124,9 +132,9 @@ def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> Non
 
 
 def checked_biases(
-    biases: Sequence[torch.Tensor | None], experts: int, widths: Mapping[str, int]
+    biases: Sequence[torch.Tensor | None], widths: Mapping[str, int], *experts: int
 ) -> list[torch.Tensor]:
-    """Returns the three biases of a layer, or none; `widths` has their names."""
+    """Returns the three biases, or none: ``[*experts, width]`` by name in `widths`."""
     given = [bias for bias in biases if bias is not None]
     if given and len(given) != len(widths):
         missing = ", ".join(n for n, b in zip(widths, biases, strict=True) if b is None)
@@ -135,7 +143,7 @@ def checked_biases(
         require_dense_cpu(bias, name)
         if bias.dtype not in _ELEMENTS:
             raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {describe(bias)}")
-        require_shape(bias.shape, (experts, width), name)
+        require_shape(bias.shape, (*experts, width), name)
     return given
 
 

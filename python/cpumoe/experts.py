@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
+from typing import NoReturn
 
 import torch
 
 from cpumoe import _core
 from cpumoe._arguments import (
+    Call,
     MatrixStack,
     check_mask,
     checked_biases,
     matrix_view,
-    normalized_stack,
+    normalized,
     prepare_call,
     require_shape,
 )
@@ -132,8 +134,7 @@ class Experts:
             indices = track(
                 range(reader.num_experts), f"layer {layer}: packing experts", enabled=progress
             )
-            if reader.unsupported:
-                reader.expert(layer, 0)  # raises
+            reader.check_layer(layer)  # before memory is asked for
             return cls(
                 (reader.expert(layer, i) for i in indices),
                 format=reader.format,
@@ -197,14 +198,14 @@ class Experts:
         """
         row = weight_format(format)
         stacks = [
-            normalized_stack(row, matrices, name)
+            normalized(row, matrices, name, stacked=True)
             for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
         ]
         experts, intermediate, hidden = stacks[0].shape
         require_shape(stacks[1].shape, (experts, intermediate, hidden), "up")
         require_shape(stacks[2].shape, (experts, hidden, intermediate), "down")
         widths = {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
-        biases = checked_biases((gate_bias, up_bias, down_bias), experts, widths)
+        biases = checked_biases((gate_bias, up_bias, down_bias), widths, experts)
         return cls(
             (
                 ExpertWeights(
@@ -248,7 +249,7 @@ class Experts:
             IndexError: an id out of range.
             RuntimeError: the runtime is closed, or belongs to the process that forked this one.
         """
-        call = prepare_call(hidden_states, topk_ids, topk_weights, self._mask, self._hidden_size)
+        call = self._prepare(hidden_states, topk_ids, topk_weights)
         self._moe.forward(self.runtime.core, call.tensors)
         return call.output
 
@@ -260,10 +261,11 @@ class Experts:
     ) -> Future:
         """Like calling, but returns at once; the runtime's driver thread does the work.
 
-        The tensors must stay unchanged until the result is there. Arguments and errors are those
-        of calling; an id out of range is reported by the future.
+        The tensors must stay unchanged until the result is there; `expert_mask` is read when the
+        work begins. Arguments and errors are those of calling; an id out of range is reported by
+        the future.
         """
-        call = prepare_call(hidden_states, topk_ids, topk_weights, self._mask, self._hidden_size)
+        call = self._prepare(hidden_states, topk_ids, topk_weights)
         return Future(self._moe.submit(self.runtime.core, call.tensors), call)
 
     def export(self, expert_id: int) -> ExpertWeights:
@@ -348,6 +350,13 @@ class Experts:
             check_mask(mask, self._num_experts)
         self._mask = mask
 
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied."""
+        raise TypeError(
+            "Experts cannot be pickled or copied: packed weights belong to this process; make them "
+            "anew with from_checkpoint or from_tensors"
+        )
+
     def __repr__(self) -> str:
         """Describes format, sizes and variant."""
         return (
@@ -355,19 +364,36 @@ class Experts:
             f"intermediate={self.intermediate_size}, isa={self.isa})"
         )
 
-    def _pack(self, index: int, weights: ExpertWeights) -> None:
-        views = (
-            matrix_view(weights.gate, f"expert {index}: gate"),
-            matrix_view(weights.up, f"expert {index}: up"),
-            matrix_view(weights.down, f"expert {index}: down"),
+    def _prepare(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Call:
+        return prepare_call(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            self._mask,
+            self._num_experts,
+            self._hidden_size,
         )
-        originals = (weights.gate_bias, weights.up_bias, weights.down_bias)
-        kept = [bias.clone() for bias in originals if bias is not None]
+
+    def _pack(self, index: int, weights: ExpertWeights) -> None:
+        gate, up, down = (
+            matrix_view(normalized(self._format, matrix, name, stacked=False), name)
+            for matrix, name in (
+                (weights.gate, f"expert {index}: gate"),
+                (weights.up, f"expert {index}: up"),
+                (weights.down, f"expert {index}: down"),
+            )
+        )
+        inner, hidden = self._intermediate_size, self._hidden_size
+        widths = {"gate_bias": inner, "up_bias": inner, "down_bias": hidden}
+        given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
+        kept = [bias.clone() for bias in given]
         floats = [bias.float().contiguous() for bias in kept]
         addresses = (
             (floats[0].data_ptr(), floats[1].data_ptr(), floats[2].data_ptr()) if floats else None
         )
-        self._moe.pack(self.runtime.core, index, views, addresses)
+        self._moe.pack(self.runtime.core, index, (gate, up, down), addresses)
         self._biases.append((kept[0], kept[1], kept[2]) if kept else None)
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from cpumoe import _core
@@ -31,6 +33,8 @@ class Future:
             IndexError: an expert id was out of range.
             RuntimeError: this process was forked after `submit`.
         """
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout: expected seconds, got nan")
         if timeout is not None and not self._completion.wait_for(timeout):
             raise TimeoutError(f"no result within {timeout} s")
         self._completion.wait()

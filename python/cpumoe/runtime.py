@@ -9,6 +9,9 @@ from types import TracebackType
 
 from cpumoe import _core
 
+# More is a mistake, not a machine.
+MAX_THREADS = 4096
+
 
 class Runtime:
     """A pool of threads and its scratch memory, shared by any number of `Experts`.
@@ -16,7 +19,8 @@ class Runtime:
     Threads are persistent: they poll for some microseconds after a call, then sleep, so that an
     idle runtime uses no CPU. Calls from several Python threads run one after the other. A runtime
     does not survive ``fork()``: in the child, using it raises RuntimeError (the default runtime is
-    made anew there).
+    made anew there). Scratch memory grows to what the largest call needs (for DeepSeek-V4-Flash up
+    to 400 MB in long prompts) and stays until `close`.
 
     Args:
         threads: threads that compute, the calling one included. Default: the physical cores in
@@ -26,16 +30,15 @@ class Runtime:
         pin: whether each thread other than the caller stays on one core.
 
     Raises:
-        ValueError: `threads` is not positive.
+        TypeError: `threads` is not an int.
+        ValueError: `threads` is not from 1 to 4096.
         OSError: the system has no more threads to give.
     """
 
     def __init__(self, threads: int | None = None, *, pin: bool = False) -> None:
         """Starts the threads."""
         topology = _core.topology()
-        self._threads = topology.default_threads if threads is None else threads
-        if self._threads < 1:
-            raise ValueError(f"Runtime: threads must be at least 1, got {threads}")
+        self._threads = topology.default_threads if threads is None else _checked(threads)
         if self._threads > topology.default_threads:
             warnings.warn(
                 f"Runtime: {self._threads} threads asked for, but this process has "
@@ -59,7 +62,10 @@ class Runtime:
         return self._closed
 
     def close(self) -> None:
-        """Finishes what was submitted and ends the threads. Later calls raise RuntimeError."""
+        """Finishes what was submitted, ends the threads, frees scratch memory.
+
+        Later calls raise RuntimeError.
+        """
         self._closed = True
         self.core.close()
 
@@ -80,6 +86,14 @@ class Runtime:
         """Describes threads and state."""
         state = ", closed" if self._closed else ""
         return f"Runtime(threads={self._threads}, pin={self._pin}{state})"
+
+
+def _checked(threads: object) -> int:
+    if not isinstance(threads, int) or isinstance(threads, bool):
+        raise TypeError(f"Runtime: threads must be an int, got {threads!r}")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"Runtime: threads must be from 1 to {MAX_THREADS}, got {threads}")
+    return threads
 
 
 _default: Runtime | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from cpumoe.checkpoint.shards import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.models import ModelSpec
@@ -84,7 +86,7 @@ def write_checkpoint(
 
     Names, dtypes, packing, index and config.json are the published model's, with the sizes given.
     Attention, embeddings and shared experts are left out. Memory stays at one expert. The result
-    depends on the arguments alone.
+    depends on the arguments alone. On an error, or Ctrl-C, what was written is deleted.
 
     Args:
         out: the folder; created, parents too.
@@ -97,13 +99,14 @@ def write_checkpoint(
         top_k: experts per token; default the model's, at most `experts`.
         pattern: the weights (see `random_matrix`).
         seed: of the random numbers.
-        overwrite: whether a non-empty folder may be replaced: its own checkpoint files are deleted
-            first, others stay.
+        overwrite: whether a non-empty folder's checkpoint may be replaced: config, index,
+            model.safetensors and the shards that the index lists are deleted first, others stay.
         max_shard_bytes: upper size of a shard that holds more than one tensor.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        FileExistsError: `out` is a file, or not empty and `overwrite` is false.
+        FileExistsError: `out` is a file, or not empty and `overwrite` is false, or holds
+            safetensors files that its index does not list.
         OSError: not enough free disk space.
         ValueError: a size, pattern or model that cannot be written.
     """
@@ -189,9 +192,7 @@ def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{folder}: not empty; name a new folder or allow overwriting")
-        for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json"):
-            for old in folder.glob(pattern):
-                old.unlink()
+        _delete_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if nbytes > free:
@@ -199,3 +200,25 @@ def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
             f"{folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; write fewer "
             f"layers or experts"
         )
+
+
+def _delete_checkpoint(folder: Path) -> None:
+    shards = {SINGLE_NAME, *_indexed_shards(folder / INDEX_NAME)}
+    others = sorted({path.name for path in folder.glob("*.safetensors")} - shards)
+    if others:
+        raise FileExistsError(
+            f"{folder}: {others[0]} ({len(others)} such) is not in its {INDEX_NAME}; "
+            f"move it away or name a new folder"
+        )
+    for name in (*shards, INDEX_NAME, CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _indexed_shards(index: Path) -> set[str]:
+    """The safetensors files beside an index that it lists; none where it is not readable as one."""
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+    names = {file for file in files if isinstance(file, str) and Path(file).name == file}
+    return {name for name in names if name.endswith(".safetensors")}

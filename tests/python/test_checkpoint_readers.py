@@ -1,4 +1,5 @@
 import json
+import math
 import time
 
 import pytest
@@ -106,9 +107,19 @@ def test_deepseek_v4_with_fp8_experts_is_refused_by_name(v4):
 def test_deepseek_v4_takes_its_limit_from_the_config(v4):
     edit_config(v4, swiglu_limit=7)
     assert open_checkpoint(v4).swiglu == SwiGLU(limit=7.0)
-    edit_config(v4, swiglu_limit="ten")
-    with pytest.raises(CheckpointError, match=r"swiglu_limit: expected a number, got 'ten'"):
-        open_checkpoint(v4)
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "gpt-oss-20b"])
+def test_swiglu_limit_must_be_positive_or_null(tmp_path, model):
+    write_small(tmp_path, model)
+    for value in ("ten", 0, -1, True, [7], math.inf, math.nan, 10**400):
+        edit_config(tmp_path, swiglu_limit=value)
+        message = r"config.json: swiglu_limit: expected a positive number, got "
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "swiglu_limit": None}))
+    assert open_checkpoint(tmp_path).swiglu.limit is None
 
 
 def test_gpt_oss(gpt_oss):
@@ -368,3 +379,91 @@ def test_a_full_index_opens_quickly(v4):
         reader.layers()
         reader.expert(1, 2)
     assert time.perf_counter() - start < 5
+
+
+def edit_quantization(folder, group=None, **changes):
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    quantization["config_groups"]["group_0"].update(group or {})
+    edit_config(folder, quantization_config={**quantization, **changes})
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"targets": None}, "targets: expected a list of strings, got None"),
+        ({"targets": [1]}, r"targets: expected a list of strings, got \[1\]"),
+        ({"targets": ["re:("]}, r"targets: 're:\(' is no regular expression: missing \)"),
+        ({"weights": [1]}, r"weights: expected an object, got \[1\]"),
+    ],
+)
+def test_malformed_config_groups_are_named(kimi, group, message):
+    edit_quantization(kimi, group)
+    with pytest.raises(CheckpointError, match=rf"^config.json: config_groups.group_0.{message}"):
+        open_checkpoint(kimi)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "module"),
+    [
+        ("re:.*layers\\.2\\.mlp\\.experts", "model.layers.2.mlp.experts.0.gate_proj"),
+        (KIMI_NAME, KIMI_NAME),
+    ],
+)
+def test_experts_that_ignore_names_are_unsupported(kimi, ignore, module):
+    edit_quantization(kimi, ignore=["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"])
+    assert open_checkpoint(kimi).unsupported == ()
+    edit_quantization(kimi, ignore=["lm_head", ignore])
+    reader = open_checkpoint(kimi)
+    assert reader.unsupported == (f"ignore: {ignore!r} leaves {module} unquantized",)
+    with pytest.raises(UnsupportedFormatError, match="unquantized"):
+        reader.check_layer(1)
+    for value in (7, [7], ["re:["]):
+        edit_quantization(kimi, ignore=value)
+        with pytest.raises(CheckpointError, match=r"^config.json: ignore: "):
+            open_checkpoint(kimi)
+
+
+def test_targets_are_matched_with_the_checkpoints_own_names(kimi):
+    edit_quantization(kimi, {"targets": ["re:language_model\\.model\\.layers\\..*"]})
+    with pytest.raises(CheckpointError, match="no group targets the experts"):
+        open_checkpoint(kimi)
+    rename_tensors(kimi, "model.", "language_model.model.")
+    assert_sizes(open_checkpoint(kimi))
+
+
+@pytest.mark.parametrize("count", [10**9, 2**70])
+def test_layers_come_from_the_tensors(v4, count):
+    edit_config(v4, num_hidden_layers=count)
+    start = time.perf_counter()
+    assert open_checkpoint(v4).layers() == [0, 1]
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "kimi-k2", "gpt-oss-20b"])
+def test_check_layer(tmp_path, model):
+    write_small(tmp_path, model)
+    reader = open_checkpoint(tmp_path)
+    for layer in reader.layers():
+        reader.check_layer(layer)
+    with pytest.raises(IndexError, match="layer 7 has no routed experts"):
+        reader.check_layer(7)
+    config = json.loads((tmp_path / "config.json").read_text())
+    key = "num_local_experts" if "num_local_experts" in config else "n_routed_experts"
+    for count in (4, 10**6, 2**62, 2**70):
+        edit_config(tmp_path, **{key: count})
+        reader = open_checkpoint(tmp_path)
+        name = "gate_up_proj_blocks: expected" if model == "gpt-oss-20b" else f"{count - 1}."
+        message = rf"experts\.{name}.*; config.json: {count} experts, hidden size 64, interm"
+        with pytest.raises(CheckpointError, match=message):
+            reader.check_layer(reader.layers()[0])
+
+
+def test_check_layer_sees_wrong_sizes_and_missing_shards(v4):
+    edit_config(v4, hidden_size=128)
+    with pytest.raises(CheckpointError, match=r"experts.0.w1.weight: expected .* \[96, 64\], got"):
+        open_checkpoint(v4).check_layer(0)
+    edit_config(v4, hidden_size=64)
+    reader = open_checkpoint(v4)
+    (v4 / "model.safetensors").rename(v4 / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="missing shard"):
+        reader.check_layer(0)

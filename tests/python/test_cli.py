@@ -1,10 +1,13 @@
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-from checkpoint_tools import SMALL, write_small
+from checkpoint_tools import SMALL, edit_config, write_small
 from typer.testing import CliRunner
 
 import cpumoe
@@ -375,3 +378,58 @@ def test_units():
     assert console.format_time(61) == "61.0 s"
     assert console.format_number(12345.6) == "12,346"
     assert console.format_percent(0.874) == "87 %"
+
+
+def test_too_little_memory_is_one_line(v4, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(validation, "validate", fail)
+    assert refuse("validate", v4) == "error: not enough memory\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(v4):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cpumoe", "inspect", v4, "--json"],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.stderr == ""
+    assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("count", [4, 2**70])
+def test_inspect_sees_experts_that_are_not_there(v4, count):
+    edit_config(v4, n_routed_experts=count)
+    document = read("inspect", v4)
+    assert not document["supported"]
+    assert f"layers.0.ffn.experts.{count - 1}.w1.weight: no such tensor" in document["reasons"][0]
+    assert "NO" in succeed("inspect", v4)
+
+
+def test_suggested_commands_are_quoted(tmp_path):
+    out = tmp_path / "my [red] model"
+    sizes = ("--layers", 1, "--experts", 2, "--hidden", 64, "--intermediate", 32)
+    text = succeed("synth", out, "--model", "gpt-oss-20b", *sizes)
+    assert f"cpumoe validate '{out}'" in text.replace("\n", "")
+    kept = tmp_path / "a kept one"
+    assert f"cpumoe validate '{kept}' --pattern" in succeed("demo", "--keep", kept, *TINY_DEMO)
+
+
+def test_validate_says_that_a_model_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refuse("validate", "v4-flash") == (
+        "error: v4-flash is a model, not a folder; make a checkpoint with: "
+        "cpumoe synth OUT --model v4-flash\n"
+    )
+    assert "no such checkpoint folder" in refuse("validate", "nothing")
+
+
+def test_tokens_given_twice_add_up(v4):
+    document = read("validate", v4, "--tokens", "1,2", "--tokens", 3, "--isa", "generic")
+    assert [case["tokens"] for case in document["isas"][0]["cases"]] == [1, 2, 3]

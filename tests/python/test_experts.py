@@ -346,3 +346,12 @@ def test_properties_and_repr():
     assert experts.runtime is cpumoe.default_runtime()
     assert experts.nbytes == sum(m.nbytes for m in (weights.gate, weights.up, weights.down))
     assert repr(experts) == f"Experts(mxfp4, experts=4, hidden=256, intermediate=128, isa={isa})"
+
+
+def test_lazy_negation_is_seen():
+    weights = layer("mxfp4", hidden=64, intermediate=64)
+    experts = weights.pack()
+    hidden_states, ids, topk_weights = inputs(weights, tokens=3)
+    expected = experts(-hidden_states, ids, -topk_weights)
+    lazy = experts(torch._neg_view(hidden_states), ids, torch._neg_view(topk_weights))
+    assert torch.equal(lazy, expected)

@@ -1,5 +1,8 @@
 """Arguments that are refused: each error says what, what is required and what it got."""
 
+import copy
+import dataclasses
+import pickle
 import re
 
 import pytest
@@ -355,3 +358,72 @@ def test_mask(weights, mask, kind, message):
     with refused(kind, message):
         experts.expert_mask = mask
     assert experts.expert_mask is None
+
+
+def _packed(weights, **changes):
+    """Packs expert by expert, as a reader's experts are."""
+    first = cpumoe.ExpertWeights(weights.gate[0], weights.up[0], weights.down[0])
+    options = {
+        "format": weights.fmt,
+        "num_experts": 1,
+        "hidden_size": weights.down.shape[1],
+        "intermediate_size": weights.gate.shape[1],
+    }
+    return Experts([dataclasses.replace(first, **changes)], **options)
+
+
+def test_single_experts_are_checked_like_stacks(weights):
+    gate = weights.gate[0]
+    with refused(ValueError, "expert 0: gate scales: expected [96, 2], got [1, 1]"):
+        _packed(weights, gate=QuantizedMatrix(gate.codes, gate.scales[:1, :1]))
+    with pytest.raises(TypeError, match=r"^expert 0: gate scales: expected .* got float32"):
+        _packed(weights, gate=QuantizedMatrix(gate.codes, gate.scales.float()))
+    bias = torch.zeros(1)
+    with refused(ValueError, "gate_bias: expected [96], got [1]"):
+        _packed(weights, gate_bias=bias, up_bias=bias, down_bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "message"),
+    [
+        ({"num_experts": 1 << 40}, ValueError, "num_experts must be at most 65536"),
+        ({"hidden_size": 1 << 40}, ValueError, "hidden_size must be at most"),
+        (
+            {"num_experts": 65536, "hidden_size": 1 << 21, "intermediate_size": 1 << 21},
+            MemoryError,
+            r"65536 experts of .* MiB need .* MiB of memory, which the system does not give",
+        ),
+    ],
+)
+def test_absurd_sizes_are_refused_before_memory_is_taken(sizes, kind, message):
+    options = {"num_experts": 1, "hidden_size": 64, "intermediate_size": 64} | sizes
+    with pytest.raises(kind, match=message):
+        Experts([], format="mxfp4", **options)
+
+
+@pytest.mark.parametrize("threads", [2.5, "8", True])
+def test_threads_that_are_no_number_are_refused(threads):
+    with refused(TypeError, f"Runtime: threads must be an int, got {threads!r}"):
+        Runtime(threads)
+
+
+def test_timeouts(experts, args):
+    future = experts.submit(*args)
+    with refused(ValueError, "timeout: expected seconds, got nan"):
+        future.result(timeout=float("nan"))
+    assert future.result(timeout=1e300).shape == args.hidden_states.shape
+
+
+def test_packed_experts_cannot_be_pickled(experts):
+    with pytest.raises(TypeError, match=r"^Experts cannot be pickled or copied"):
+        pickle.dumps(experts)
+    with pytest.raises(TypeError, match=r"^Experts cannot be pickled or copied"):
+        copy.deepcopy(experts)
+
+
+def test_a_mask_resized_behind_our_back_is_refused(weights, args):
+    mask = torch.zeros(weights.gate.shape[0], dtype=torch.bool)
+    experts = weights.pack(expert_mask=mask)
+    mask.resize_(1)
+    with refused(ValueError, f"expert_mask: expected [{weights.gate.shape[0]}], got [1]"):
+        experts(*args)

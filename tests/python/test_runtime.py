@@ -12,7 +12,6 @@ from moe_tools import EVERY_FORMAT, inputs, layer, output_of
 
 import cpumoe
 from cpumoe import Runtime, _core
-from cpumoe._arguments import prepare_call
 
 # A layer and a call whose work takes a few milliseconds, for scripts in processes of their own.
 SET_UP = """
@@ -78,7 +77,9 @@ def test_more_threads_than_cores_warn_once_per_runtime(weights):
 
 @pytest.mark.parametrize("threads", [0, -3])
 def test_too_few_threads(threads):
-    with pytest.raises(ValueError, match=f"^Runtime: threads must be at least 1, got {threads}$"):
+    with pytest.raises(
+        ValueError, match=f"^Runtime: threads must be from 1 to 4096, got {threads}$"
+    ):
         Runtime(threads)
 
 
@@ -205,7 +206,7 @@ def test_close_with_queued_work(weights):
 def test_the_gil_is_released_during_a_call(weights):
     """Python never takes the GIL away here: others run only when a call itself lets go of it."""
     experts = weights.pack()
-    call = prepare_call(*inputs(weights, tokens=30), None, experts.hidden_size)
+    call = experts._prepare(*inputs(weights, tokens=30))
     core, forward = experts.runtime.core, experts._moe.forward
     inside = False
     seen = threading.Event()
@@ -303,3 +304,36 @@ def test_fork():
     for line in lines[1:]:
         assert line.startswith("RuntimeError: "), lines
         assert "fork" in line
+
+
+def test_submit_does_not_wait_for_the_running_call():
+    weights = layer("mxfp4", hidden=512, intermediate=512)
+    experts = weights.pack(isa="generic")
+    long = experts.submit(*inputs(weights, tokens=2000))
+    short = inputs(weights, tokens=1)
+    time.sleep(0.05)  # the driver is at work
+    running = not long.done()
+    future = experts.submit(*short)
+    assert not (running and long.done())
+    torch.testing.assert_close(future.result(), experts(*short), rtol=0, atol=0)
+
+
+def test_results_do_not_depend_on_the_callers_floating_point_modes():
+    weights = layer("mxfp4", hidden=64, intermediate=64)
+    hidden_states, ids, topk_weights = inputs(weights, tokens=40)
+    tiny = hidden_states.float() * 1e-38  # subnormal products
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        runtime = Runtime(2)
+    experts = weights.pack(runtime=runtime)
+    expected = experts(tiny, ids, topk_weights)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("PyTorch cannot flush denormals on this CPU")
+    try:
+        results = [experts(tiny, ids, topk_weights) for _ in range(10)]
+        results.append(experts.submit(tiny, ids, topk_weights).result())
+    finally:
+        torch.set_flush_denormal(False)
+    # Compared as bits: with flushing on, equality itself would flush.
+    assert all(torch.equal(r.view(torch.int32), expected.view(torch.int32)) for r in results)
+    runtime.close()

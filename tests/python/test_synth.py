@@ -181,3 +181,54 @@ def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"needs 0.0 GB, 0.0 GB are free; write fewer layers or ex"):
         write_small(tmp_path, "kimi-k2")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_is_half_written_is_deleted(tmp_path, error):
+    def stop(done, total):
+        if done > total / 2:
+            raise error
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(error):
+        write_small(tmp_path, "kimi-k2", max_shard_bytes=20_000, overwrite=True, progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failing_last_step_deletes_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpumoe.synth._layer_pieces", lambda *_: iter(()))
+    with pytest.raises(ValueError, match="declared but not written whole"):
+        write_small(tmp_path, "kimi-k2", max_shard_bytes=20_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_spares_what_the_index_does_not_list(tmp_path):
+    write_small(tmp_path, "gpt-oss-20b", max_shard_bytes=1000)
+    before = sorted(tmp_path.iterdir())
+    other = tmp_path / "adapter.safetensors"
+    other.write_bytes(b"mine")
+    with pytest.raises(
+        FileExistsError, match=r"adapter.safetensors \(1 such\) is not in its model"
+    ):
+        write_small(tmp_path, "gpt-oss-20b", overwrite=True)
+    assert sorted(tmp_path.iterdir()) == sorted([other, *before])
+
+
+@pytest.mark.parametrize("index", ["[", "[]", '{"weight_map": {"a": ["b"]}}'])
+def test_overwriting_a_folder_with_a_damaged_index(tmp_path, index):
+    write_small(tmp_path, "gpt-oss-20b")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    write_small(tmp_path, "gpt-oss-20b", overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_overwriting_deletes_no_other_file_that_the_index_names(tmp_path):
+    out = tmp_path / "out"
+    write_small(out, "gpt-oss-20b")
+    victims = (tmp_path / "victim.safetensors", out / "notes.txt")
+    for victim in victims:
+        victim.write_text("mine")
+    files = {"a": "../victim.safetensors", "b": "notes.txt"}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    write_small(out, "gpt-oss-20b", overwrite=True)
+    assert all(victim.exists() for victim in victims)

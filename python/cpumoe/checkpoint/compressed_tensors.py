@@ -10,14 +10,14 @@ packed row is two offset-binary codes per byte, low nibble = even k. Source: com
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES, MoeConfig
-from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
@@ -28,6 +28,13 @@ _PROJECTIONS = {
     "mlp.experts.": ("gate_proj", "up_proj", "down_proj"),
     "block_sparse_moe.experts.": ("w1", "w3", "w2"),
 }
+# Of module names in targets and ignore; others are whole names, or the class of all modules.
+_REGEX = "re:"
+_CLASS = "Linear"
+_EXPERT_MODULE = re.compile(
+    r"((?:language_model\.)?(?:model\.)?layers\.[0-9]+\.(?:mlp|block_sparse_moe)\.experts\.)"
+    r"[0-9]+\.(\w+)(?=\.weight(?:_packed)?$)"
+)
 # What a group of quantization_config must say of the experts' weights.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "num_bits": (4,),
@@ -46,7 +53,7 @@ class CompressedTensorsReader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        name, unsupported = _experts_format(config.quantization)
+        name, unsupported = _experts_format(folder, config.quantization)
         if config.model_type not in PLAIN_SWIGLU_MODEL_TYPES:
             unsupported += (
                 f"the activation of model_type {config.model_type!r} is not known "
@@ -72,29 +79,59 @@ class CompressedTensorsReader(ExpertReader):
         return None
 
     @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        for name, n, k in self._named_sizes(prefix, index):
+            yield from self._projection(name, n, k)
+
+    @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        projections = next(p for e, p in _PROJECTIONS.items() if prefix.endswith(e))
         gate, up, down = (
-            self._read_projection(f"{prefix}{index}.{name}", n, k)
-            for name, (n, k) in zip(projections, self._projection_sizes(), strict=True)
+            self._read_projection(*named) for named in self._named_sizes(prefix, index)
         )
         return ExpertWeights(gate, up, down)
 
-    def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
+    def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
+        projections = next(p for e, p in _PROJECTIONS.items() if prefix.endswith(e))
+        for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
+            yield f"{prefix}{index}.{name}", n, k
+
+    def _projection(
+        self, name: str, n: int, k: int
+    ) -> tuple[ExpectedTensor, ExpectedTensor, ExpectedTensor]:
         fmt = self._weight_format
-        codes_name, scales_name = f"{name}.weight_packed", f"{name}.weight_scale"
-        codes = self.folder.tensor(codes_name, (torch.int32,), (n, k // 8))
-        scales = self.folder.tensor(scales_name, fmt.scale_dtypes, (n, k // fmt.group_size))
-        shape_name = f"{name}.weight_shape"
-        shape = self.folder.tensor(shape_name, (torch.int64, torch.int32), (2,)).tolist()
+        return (
+            (f"{name}.weight_packed", (torch.int32,), (n, k // 8)),
+            (f"{name}.weight_scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
+            (f"{name}.weight_shape", (torch.int64, torch.int32), (2,)),
+        )
+
+    def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
+        codes, scales, stored_shape = self._projection(name, n, k)
+        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
+        shape = self.folder.tensor(*stored_shape).tolist()
         if shape != [n, k]:
-            raise CheckpointError(f"{shape_name}: expected {[n, k]}, got {shape}")
-        return self._matrix(codes, scales, codes_name, scales_name)
+            raise CheckpointError(f"{stored_shape[0]}: expected {[n, k]}, got {shape}")
+        return self._matrix(*tensors, codes[0], scales[0])
 
 
-def _experts_format(quantization: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def _experts_format(
+    folder: SafetensorsFolder, quantization: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
     """Returns the experts' format name and the reasons why it is not supported."""
-    group = _experts_group(quantization)
+    groups = _config_groups(quantization)
+    ignore = _strings(quantization.get("ignore") or [], "ignore")
+    modules = _expert_modules(folder)
+    if not modules:
+        return str(quantization.get("format")), ("no routed expert's tensor has a known name",)
+    ignored = _ignored_expert(folder, modules, ignore)
+    if ignored is not None:
+        return "unquantized", (f"ignore: {ignored[0]!r} leaves {ignored[1]} unquantized",)
+    return _group_format(_experts_group(groups, modules[0]), quantization)
+
+
+def _group_format(
+    group: Mapping[str, Any], quantization: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
     weights = group.get("weights") or {}
     stored = group.get("format") or quantization.get("format")
     if stored != "pack-quantized":
@@ -111,20 +148,73 @@ def _experts_format(quantization: Mapping[str, Any]) -> tuple[str, tuple[str, ..
     return name, reasons
 
 
-def _experts_group(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+def _experts_group(groups: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[str, Any]:
     """The config group that applies to an expert's projection: by name first, then by class."""
+    for group in groups.values():
+        if any(_names(target, module) for target in group["targets"]):
+            return group
+    by_class = [group for group in groups.values() if _CLASS in group["targets"]]
+    if not by_class:
+        raise CheckpointError("config.json: config_groups: no group targets the experts")
+    return by_class[-1]
+
+
+def _expert_modules(folder: SafetensorsFolder) -> list[str]:
+    """Returns the name of one expert's projection for each layer and projection."""
+    modules: dict[tuple[str, str], str] = {}
+    for name in folder.names():
+        match = _EXPERT_MODULE.match(name)
+        if match is not None:
+            modules.setdefault((match[1], match[2]), match[0])
+    return list(modules.values())
+
+
+def _ignored_expert(
+    folder: SafetensorsFolder, modules: list[str], ignore: list[str]
+) -> tuple[str, str] | None:
+    """Returns an entry of the ignore list and an expert's projection that it names, if any."""
+    for entry in ignore:
+        for kind in ("weight", "weight_packed"):
+            tensor = f"{entry}.{kind}"
+            if tensor in folder and _EXPERT_MODULE.match(tensor):
+                return entry, entry
+        for module in modules:
+            if entry == _CLASS or _names(entry, module):
+                return entry, module
+    return None
+
+
+def _names(target: str, module: str) -> bool:
+    if target.startswith(_REGEX):
+        return re.match(target.removeprefix(_REGEX), module) is not None
+    return target == module
+
+
+def _config_groups(quantization: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
         raise CheckpointError(f"config.json: config_groups: expected objects, got {groups!r}")
-    sample = "model.layers.1.mlp.experts.0.gate_proj"
-    by_class: Mapping[str, Any] = {}
-    group: Mapping[str, Any]
-    for group in groups.values():
-        for target in group.get("targets", ()):
-            if target.startswith("re:") and re.match(target[3:], sample):
-                return group
-            if target == "Linear":
-                by_class = group
-    if not by_class:
-        raise CheckpointError("config.json: config_groups: no group targets the experts")
-    return by_class
+    for name, group in groups.items():
+        key = f"config_groups.{name}"
+        _strings(group.get("targets"), f"{key}.targets")
+        weights = group.get("weights")
+        if weights is not None and not isinstance(weights, Mapping):
+            raise CheckpointError(
+                f"config.json: {key}.weights: expected an object, got {weights!r}"
+            )
+    return groups
+
+
+def _strings(value: Any, key: str) -> list[str]:
+    """Returns a list of module names and regular expressions, checked."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"config.json: {key}: expected a list of strings, got {value!r}")
+    for item in value:
+        if item.startswith(_REGEX):
+            try:
+                re.compile(item.removeprefix(_REGEX))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise CheckpointError(
+                    f"config.json: {key}: {item!r} is no regular expression: {error}"
+                ) from error
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,16 +86,26 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
     )
 
 
-def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Returns a float of the config, `default` where it is absent.
+def positive_number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Returns a positive, finite float of the config, `default` where it is absent.
 
     Raises:
-        CheckpointError: it is not a number.
+        CheckpointError: it is something else.
     """
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"config.json: {key}: expected a number, got {value!r}")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        try:
+            result = float(value)
+        except OverflowError:  # an integer beyond the floats
+            result = math.inf
+        if math.isfinite(result) and result > 0:
+            return result
+    raise CheckpointError(f"config.json: {key}: expected a positive number, got {value!r}")
+
+
+def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
+    """Returns a clamp of the config as `positive_number` does; null is None, no clamp."""
+    return None if config.get(key, default) is None else positive_number(config, key, default)
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -8,10 +8,12 @@ published checkpoint's index and transformers 5.23 ``deepseek_v4``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from typing_extensions import override
 
-from cpumoe.checkpoint.config import MoeConfig, number
-from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.config import MoeConfig, limit
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
@@ -26,7 +28,7 @@ class DeepseekV4Reader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        swiglu = SwiGLU(limit=number(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT))
+        swiglu = SwiGLU(limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT))
         expert_dtype = _expert_dtype(folder, config)
         if expert_dtype == "fp4":
             return ExpertsInfo("mxfp4", swiglu)
@@ -50,6 +52,11 @@ class DeepseekV4Reader(ExpertReader):
         return next((name for name in names if f"{name}0.w1.weight" in self.folder), None)
 
     @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        for name, (n, k) in zip(("w1", "w3", "w2"), self._projection_sizes(), strict=True):
+            yield from self._projection(f"{prefix}{index}.{name}", n, k)
+
+    @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         gate, up, down = (
             self._read_projection(f"{prefix}{index}.{name}", n, k)
@@ -58,11 +65,16 @@ class DeepseekV4Reader(ExpertReader):
         return ExpertWeights(gate, up, down)
 
     def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
+        codes, scales = self._projection(name, n, k)
+        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
+        return self._matrix(*tensors, codes[0], scales[0])
+
+    def _projection(self, name: str, n: int, k: int) -> tuple[ExpectedTensor, ExpectedTensor]:
         fmt = self._weight_format
-        codes_name, scales_name = f"{name}.weight", f"{name}.scale"
-        codes = self.folder.tensor(codes_name, fmt.code_dtypes, (n, k // 2))
-        scales = self.folder.tensor(scales_name, fmt.scale_dtypes, (n, k // fmt.group_size))
-        return self._matrix(codes, scales, codes_name, scales_name)
+        return (
+            (f"{name}.weight", fmt.code_dtypes, (n, k // 2)),
+            (f"{name}.scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
+        )
 
 
 def _expert_dtype(folder: SafetensorsFolder, config: MoeConfig) -> str:

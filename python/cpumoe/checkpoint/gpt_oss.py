@@ -8,11 +8,13 @@ gate_up_proj are interleaved: gate 0, up 0, gate 1, up 1, ... Source: transforme
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from typing_extensions import override
 
-from cpumoe.checkpoint.config import MoeConfig, number
-from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.config import MoeConfig, limit, positive_number
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
@@ -33,8 +35,8 @@ class GptOssReader(ExpertReader):
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
         swiglu = SwiGLU(
-            alpha=number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
-            limit=number(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
+            alpha=positive_number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
+            limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
             up_offset=1.0,
         )
         return ExpertsInfo("mxfp4", swiglu)
@@ -51,6 +53,13 @@ class GptOssReader(ExpertReader):
         return name if f"{name}gate_up_proj_blocks" in self.folder else None
 
     @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        for name, n, k in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            yield from self._projection(f"{prefix}{name}", n, k)
+            yield self._bias(f"{prefix}{name}_bias", n)
+
+    @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         hidden, inner = self.hidden_size, self.intermediate_size
         gate_up = self._read_projection(f"{prefix}gate_up_proj", index, 2 * inner, hidden)
@@ -65,17 +74,24 @@ class GptOssReader(ExpertReader):
         )
 
     def _read_projection(self, name: str, index: int, n: int, k: int) -> QuantizedMatrix:
-        fmt = self._weight_format
-        experts, groups = self.num_experts, k // fmt.group_size
-        codes_name, scales_name = f"{name}_blocks", f"{name}_scales"
-        codes = self.folder.tensor(codes_name, fmt.code_dtypes, (experts, n, groups, _BLOCK_BYTES))
-        scales = self.folder.tensor(scales_name, fmt.scale_dtypes, (experts, n, groups))
+        codes, scales = self._projection(name, n, k)
         return self._matrix(
-            codes[index].view(n, k // 2),
-            scales[index],
-            f"{codes_name}[{index}]",
-            f"{scales_name}[{index}]",
+            self.folder.tensor(*codes)[index].view(n, k // 2),
+            self.folder.tensor(*scales)[index],
+            f"{codes[0]}[{index}]",
+            f"{scales[0]}[{index}]",
         )
 
     def _read_bias(self, name: str, index: int, n: int) -> torch.Tensor:
-        return self.folder.tensor(name, (torch.bfloat16,), (self.num_experts, n))[index]
+        return self.folder.tensor(*self._bias(name, n))[index]
+
+    def _projection(self, name: str, n: int, k: int) -> tuple[ExpectedTensor, ExpectedTensor]:
+        fmt = self._weight_format
+        stack = (self.num_experts, n, k // fmt.group_size)
+        return (
+            (f"{name}_blocks", fmt.code_dtypes, (*stack, _BLOCK_BYTES)),
+            (f"{name}_scales", fmt.scale_dtypes, stack),
+        )
+
+    def _bias(self, name: str, n: int) -> ExpectedTensor:
+        return name, (torch.bfloat16,), (self.num_experts, n)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -13,6 +15,11 @@ from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.swiglu import SwiGLU
+
+# A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
+ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
+
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -64,7 +71,8 @@ class ExpertReader(ABC):
     """Reads the routed experts of one kind of checkpoint.
 
     A subclass names its checkpoints in `matches`, tells format and activation in `_identify`, and
-    reads in `_layer_prefix` and `_read_expert`. `open_checkpoint` picks it from the registry.
+    reads in `_layer_prefix`, `_expert_tensors` and `_read_expert`. `open_checkpoint` picks it from
+    the registry.
 
     Attributes:
         folder: the checkpoint's tensors.
@@ -114,6 +122,10 @@ class ExpertReader(ABC):
         """Returns what precedes the names of a layer's expert tensors; None if it has none."""
 
     @abstractmethod
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        """Yields the tensors of an expert of a supported checkpoint, as the config has them."""
+
+    @abstractmethod
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         """Reads an expert of a supported checkpoint; `prefix` is `_layer_prefix`'s."""
 
@@ -131,6 +143,37 @@ class ExpertReader(ABC):
             CheckpointError: a damaged shard; a missing, wrongly typed or wrongly shaped tensor.
             ValueError: NaN scales, or the checkpoint is closed.
         """
+        prefix = self._supported_prefix(layer)
+        if not 0 <= index < self.num_experts:
+            raise IndexError(
+                f"layer {layer}: expected expert 0..{self.num_experts - 1}, got {index}"
+            )
+        return self._read_expert(prefix, index)
+
+    def check_layer(self, layer: int) -> None:
+        """Checks a layer's first and last expert against the config, from the shards' headers.
+
+        Cheap: for what must know that the config's sizes are true before it allocates for them.
+
+        Raises:
+            UnsupportedFormatError: see `unsupported`.
+            IndexError: no such layer.
+            FileNotFoundError: a shard is missing.
+            CheckpointError: a damaged shard; a missing, wrongly typed or wrongly shaped tensor.
+            ValueError: the checkpoint is closed.
+        """
+        prefix = self._supported_prefix(layer)
+        for index in (0, self.num_experts - 1):
+            try:
+                for expected in self._expert_tensors(prefix, index):
+                    self.folder.check(*expected)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; config.json: {self.num_experts} experts, hidden size "
+                    f"{self.hidden_size}, intermediate size {self.intermediate_size}"
+                ) from error
+
+    def _supported_prefix(self, layer: int) -> str:
         if self.unsupported:
             raise UnsupportedFormatError(
                 f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
@@ -140,11 +183,7 @@ class ExpertReader(ABC):
             layers = list(self._prefixes)
             has = f"layers {layers[0]}..{layers[-1]} have" if layers else "no layer has"
             raise IndexError(f"layer {layer} has no routed experts in {self.folder.path}; {has}")
-        if not 0 <= index < self.num_experts:
-            raise IndexError(
-                f"layer {layer}: expected expert 0..{self.num_experts - 1}, got {index}"
-            )
-        return self._read_expert(self._prefixes[layer], index)
+        return self._prefixes[layer]
 
     def close(self) -> None:
         """Drops the checkpoint's file handles; tensors read so far stay valid."""
@@ -169,7 +208,10 @@ class ExpertReader(ABC):
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:
-        prefixes = ((i, self._layer_prefix(i)) for i in range(self.config.num_hidden_layers))
+        # From the tensors, not by counting up to what the config claims.
+        found = {int(m[1]) for m in map(_LAYER.search, self.folder.names()) if m}
+        layers = sorted(layer for layer in found if layer < self.config.num_hidden_layers)
+        prefixes = ((layer, self._layer_prefix(layer)) for layer in layers)
         return {layer: prefix for layer, prefix in prefixes if prefix is not None}
 
     def _projection_sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

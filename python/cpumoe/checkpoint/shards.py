@@ -135,6 +135,10 @@ class SafetensorsFolder:
         """
         return self._shard(name).tensors[name]
 
+    def check(self, name: str, dtypes: Collection[torch.dtype], shape: tuple[int, ...]) -> None:
+        """Checks a tensor as `tensor` does, and raises as it does, from its shard's header."""
+        self._checked(name, dtypes, shape)
+
     def tensor(
         self, name: str, dtypes: Collection[torch.dtype], shape: tuple[int, ...]
     ) -> torch.Tensor:
@@ -151,14 +155,19 @@ class SafetensorsFolder:
                 dtype or shape differ.
             ValueError: the folder is closed.
         """
+        tensor: torch.Tensor = self._checked(name, dtypes, shape).handle.get_tensor(name)
+        return tensor
+
+    def _checked(
+        self, name: str, dtypes: Collection[torch.dtype], shape: tuple[int, ...]
+    ) -> _Shard:
         shard = self._shard(name)
         info = shard.tensors[name]
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None or dtype not in dtypes or info.shape != shape:
             expected = " or ".join(dtype_name(accepted) for accepted in dtypes)
             raise CheckpointError(f"{name}: expected {expected} {list(shape)}, got {info}")
-        tensor: torch.Tensor = shard.handle.get_tensor(name)
-        return tensor
+        return shard
 
     def _read_index(self) -> Mapping[str, str]:
         index_path = self.path / INDEX_NAME

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig
-from cpumoe.checkpoint.reader import ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.swiglu import SwiGLU
 
@@ -41,6 +41,10 @@ class UnsupportedReader(ExpertReader):
     @override
     def _layer_prefix(self, layer: int) -> str | None:
         return self._found.get(layer)
+
+    @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        raise NotImplementedError
 
     @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:

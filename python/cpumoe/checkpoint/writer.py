@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -66,10 +67,15 @@ class CheckpointWriter:
         self._done = 0
         self._place: dict[str, tuple[str, int]] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._outputs: list[Path] = []
         shards = _split(specs, max_shard_bytes)
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_shard(file if len(shards) > 1 else SINGLE_NAME, shard)
+        try:
+            for number, shard in enumerate(shards, 1):
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                self._start_shard(file if len(shards) > 1 else SINGLE_NAME, shard)
+        except BaseException:
+            self._discard()
+            raise
 
     def __enter__(self) -> CheckpointWriter:
         """Returns itself."""
@@ -81,11 +87,17 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the shards; after a success, writes index and config."""
-        for file in self._files.values():
-            file.close()
-        if kind is None:
+        """Closes the shards; after a success, writes index and config, else deletes them."""
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            for file in self._files.values():
+                file.close()
             self._finish()
+        except BaseException:
+            self._discard()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Writes rows ``row, row + 1, ...`` (along the first dimension) of a declared tensor.
@@ -123,6 +135,7 @@ class CheckpointWriter:
             offset += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self._outputs.append(self._folder / file_name)
         file = (self._folder / file_name).open("wb")
         self._files[file_name] = file
         file.write(len(text).to_bytes(8, "little") + text)
@@ -140,8 +153,20 @@ class CheckpointWriter:
                 "metadata": {"total_size": self._total},
                 "weight_map": {name: shard for name, (shard, _) in sorted(self._place.items())},
             }
-            _write_json(self._folder / INDEX_NAME, index)
-        _write_json(self._folder / CONFIG_NAME, self._config)
+            self._write_json(INDEX_NAME, index)
+        self._write_json(CONFIG_NAME, self._config)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        path = self._folder / name
+        self._outputs.append(path)
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # what its buffer held may not fit the disk
+                file.close()
+        for path in self._outputs:
+            path.unlink(missing_ok=True)
 
 
 def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
@@ -154,7 +179,3 @@ def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]
         shards[-1].append(spec)
         size += spec.nbytes
     return shards
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import time
 from contextlib import ExitStack
@@ -212,7 +213,7 @@ def _close(kept: Path | None, seconds: float) -> None:
     if kept is None:
         following = "cpumoe synth v4 --model deepseek-v4-flash --layers 1 --experts 32"
     else:
-        following = f"cpumoe validate {console.escape(str(kept))} --pattern ramp"
+        following = f"cpumoe validate {console.escape(shlex.quote(str(kept)))} --pattern ramp"
     console.show(
         "",
         f"All of it took {console.format_time(seconds)}. Next, try one of these:",

@@ -24,7 +24,9 @@ class InputError(ValueError):
 def reported(traceback: bool) -> Iterator[None]:
     """Turns bad input (ValueError, OSError) into one line on standard error and exit code 2.
 
-    Other exceptions are bugs and keep their traceback. Warnings become one line as well.
+    Too little memory counts as bad input. A reader of our output that has gone away (``| head``)
+    is no error: nothing is printed. Other exceptions are bugs and keep their traceback. Warnings
+    become one line as well.
 
     Args:
         traceback: print the traceback too.
@@ -33,10 +35,12 @@ def reported(traceback: bool) -> Iterator[None]:
         warnings.showwarning = _show_warning
         try:
             yield
-        except (ValueError, OSError) as error:
+        except BrokenPipeError:
+            raise  # Click ends the program without a word
+        except (ValueError, OSError, MemoryError) as error:
             if traceback:
                 tracebacks.print_exc()
-            print_error(str(error))
+            print_error(str(error) or "not enough memory")
             raise typer.Exit(BAD_INPUT) from None
 
 

@@ -104,7 +104,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
     sizes, damaged = _layer_bytes(reader.folder)
     layer_bytes = max((sizes.get(layer, 0) for layer in layers), default=0)
     expert_bytes = layer_bytes // reader.num_experts
-    reasons = [*reader.unsupported, *damaged]
+    reasons = [*reader.unsupported, *(damaged or _contradictions(reader))]
     if missing:
         reasons.append(f"{console.format_count(len(missing), 'shard')} missing")
     if not layers:
@@ -154,6 +154,20 @@ def _layer_bytes(folder: SafetensorsFolder) -> tuple[dict[int, int], list[str]]:
         except CheckpointError as error:
             damaged[str(error)] = None
     return sizes, list(damaged)
+
+
+def _contradictions(reader: ExpertReader) -> list[str]:
+    """The first layer's tensors, if any, that are not what config.json says."""
+    from cpumoe.checkpoint import CheckpointError
+
+    for layer in [] if reader.unsupported else reader.layers():
+        try:
+            reader.check_layer(layer)
+        except FileNotFoundError:
+            continue  # a missing shard, listed as such
+        except CheckpointError as error:
+            return [str(error)]
+    return []
 
 
 def _swiglu(swiglu: SwiGLU | None) -> dict[str, float | None] | None:

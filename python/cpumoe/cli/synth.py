@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -82,6 +83,6 @@ def command(
         if json_output:
             console.show_json({"path": str(out), "bytes": nbytes, "model": find_model(model).name})
         else:
-            name = console.escape(str(out))
-            console.show(f"wrote {console.format_bytes(nbytes)} to {name}")
-            console.show(f"next: [bold]cpumoe validate {name}[/]")
+            quoted = console.escape(shlex.quote(str(out)))
+            console.show(f"wrote {console.format_bytes(nbytes)} to {console.escape(str(out))}")
+            console.show(f"next: [bold]cpumoe validate {quoted}[/]")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --isa avx2`"
 
 _CHECKPOINT = "checkpoint"
+_TOKENS = "1,3,8,33,257"
 
 
 def command(
@@ -35,8 +38,11 @@ def command(
         typer.Option(metavar="N", help="Decoder layer.", show_default="the first with experts"),
     ] = None,
     tokens: Annotated[
-        str, typer.Option(metavar="N,...", help="Batch sizes, one table row each.")
-    ] = "1,3,8,33,257",
+        list[str] | None,
+        typer.Option(
+            metavar="N,...", help="Batch sizes, one table row each.", show_default=_TOKENS
+        ),
+    ] = None,
     isa: IsaOption = None,
     pattern: Annotated[
         str,
@@ -67,7 +73,7 @@ def command(
         from cpumoe.validation import validate
 
         isas = parse_isas(isa)
-        counts = parse_counts(tokens, "--tokens")
+        counts = parse_counts(",".join(tokens or [_TOKENS]), "--tokens")
         with console.progress_bar() as progress:
             weights = _read(model, layer, pattern, experts, seed, progress)
             report = validate(weights, counts, isas, seed=seed, threads=threads, progress=progress)
@@ -139,6 +145,7 @@ def _read(
     if pattern not in (_CHECKPOINT, *PATTERNS):
         known = ", ".join((_CHECKPOINT, *PATTERNS))
         raise InputError(f"--pattern: expected one of {known}, got {pattern!r}")
+    _require_folder(model)
     with open_checkpoint(model) as reader:
         chosen = _layer(reader, layer)
         if pattern == _CHECKPOINT:
@@ -146,6 +153,22 @@ def _read(
         return LayerWeights.from_pattern(
             reader, cast(Pattern, pattern), limit=limit, seed=seed, progress=progress
         )
+
+
+def _require_folder(model: str) -> None:
+    """Refuses a registry model's name; what is no folder otherwise, `open_checkpoint` refuses."""
+    from cpumoe.models import find_model
+
+    if Path(model).exists():
+        return
+    try:
+        find_model(model)
+    except ValueError:
+        return
+    raise InputError(
+        f"{model} is a model, not a folder; make a checkpoint with: "
+        f"cpumoe synth OUT --model {shlex.quote(model)}"
+    )
 
 
 def _layer(reader: ExpertReader, layer: int | None) -> int:
