@@ -126,7 +126,10 @@ function(cpumoe_add_isa_library target)
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
         string(TOUPPER "__${feature}__" macro)
         string(REPLACE "-" "_" macro ${macro})
-        string(APPEND feature_checks "#ifndef ${macro}\n#error \"compiled without ${feature}\"\n#endif\n")
+        string(
+            APPEND feature_checks
+            "#ifndef ${macro}\n#error \"compiled without ${feature}\"\n#endif\n"
+        )
     endforeach()
     configure_file(${arg_TABLE_TEMPLATE} ${folder}/table.cc @ONLY)
 
