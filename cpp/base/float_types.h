@@ -71,4 +71,17 @@ enum class DType : int32_t { kBf16, kFp16, kFp32 };
 
 constexpr int64_t ByteSize(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
 
+// Calls visitor(pointer) with `elements` as a pointer to its element type.
+template <class Visitor>
+void VisitElements(DType dtype, const void* elements, Visitor&& visitor) {
+  switch (dtype) {
+    case DType::kBf16:
+      return visitor(static_cast<const Bf16*>(elements));
+    case DType::kFp16:
+      return visitor(static_cast<const Fp16*>(elements));
+    case DType::kFp32:
+      return visitor(static_cast<const float*>(elements));
+  }
+}
+
 }  // namespace cpumoe

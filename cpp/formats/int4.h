@@ -21,6 +21,7 @@ struct Int4 {
   static constexpr int kGroupSize = 32;
   static constexpr float kMinMagnitude = 1.0f;
   static constexpr float kMaxMagnitude = 8.0f;
+  static constexpr float kUnit = 1.0f;
 
   static constexpr std::array<float, 16> kCodeValues = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f,
                                                         -2.0f, -1.0f, 0.0f,  1.0f,  2.0f,  3.0f,

@@ -20,6 +20,7 @@ struct Mxfp4 {
   static constexpr int kGroupSize = 32;
   static constexpr float kMinMagnitude = 0.5f;
   static constexpr float kMaxMagnitude = 6.0f;
+  static constexpr float kUnit = 0.5f;
   static constexpr std::array<float, 16> kCodeValues = {
       0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,  //
       -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};

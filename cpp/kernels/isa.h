@@ -63,6 +63,29 @@ concept VectorIsa = requires(
   { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
 };
 
+// What the int8 path needs besides: products of unsigned weight bytes with signed activation bytes.
+//
+// Isa::ByteTable   bytes of the sixteen 4-bit codes
+// Isa::Quad        four weights of every row of a tile, in the order kQuadOrder
+// Isa::QuadSum     sums of products of quads, exact up to the magnitude kQuadSumLimit
+//
+// A sum's start value is added in StartSum or in FinishSum, wherever that is cheaper.
+template <class Isa>
+concept ByteIsa =
+    VectorIsa<Isa> &&
+    requires(typename Isa::Quad quad, typename Isa::Codes codes, typename Isa::ByteTable table,
+             typename Isa::QuadSum sum, const std::array<uint8_t, 16>& bytes, const int8_t* a) {
+      { Isa::kQuadTokens } -> std::convertible_to<int>;  // MR
+      { Isa::kQuadSumLimit } -> std::convertible_to<int32_t>;
+      { Isa::MakeByteTable(bytes) } -> std::same_as<typename Isa::ByteTable>;
+      { Isa::template LookupQuad<0>(table, codes) } -> std::same_as<typename Isa::Quad>;
+      { Isa::StartSum(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;
+      {
+        Isa::DotQuad(sum, quad, a)
+      } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
+      { Isa::FinishSum(sum, int32_t{}) } -> std::same_as<typename Isa::Vec>;
+    };
+
 // How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply
 // the multiplicands exactly also has FoldScales; where it is missing, or a matrix has a scale that
 // leaves the multiplicand's range (Isa::FoldsExactly), scales are applied to the fp32 sum of each

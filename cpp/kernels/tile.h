@@ -13,6 +13,7 @@
 // There are no horizontal sums, and the scales of a group are one vector: scales[group][16].
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -28,12 +29,19 @@ constexpr int PairShift(int pair) {
   return half == 0 ? 0 : (pair % half * 2 + pair / half) * kCodeBits;
 }
 
+// The int8 path multiplies four successive k at once: quad q of a vector is k = 4q..4q+3, and lies
+// in the q-th nibbles of a lane's bytes in this order.
+inline constexpr int kQuadDepth = 4;
+inline constexpr int kQuadOrder[kQuadDepth] = {0, 2, 1, 3};
+
 // Geometry of a tile whose codes have `kCodeBits` bits and whose scales cover `kGroupSize` codes.
 template <int kCodeBits, int kGroupSize>
 struct TileGeometry {
   static constexpr int kVectorDepth = 32 / kCodeBits;    // k per vector
   static constexpr int kVectorPairs = kVectorDepth / 2;  // pairs (k, k+1) per vector
+  static constexpr int kVectorQuads = kVectorDepth / kQuadDepth;
   static constexpr int kGroupPairs = kGroupSize / 2;
+  static constexpr int kGroupQuads = kGroupSize / kQuadDepth;
   static constexpr int kGroupVectors = kGroupSize / kVectorDepth;
   static constexpr int kGroupBytes = kGroupVectors * kVectorBytes;
   static_assert(kGroupSize % kVectorDepth == 0 && kVectorDepth % 2 == 0);
@@ -42,6 +50,15 @@ struct TileGeometry {
 struct TileView {
   const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
   const std::byte* scales;  // [groups][16] of the format's scale type
+};
+
+// Two tiles that are multiplied with the same activations (perhaps the same one twice).
+struct TilePair {
+  static constexpr int kCount = 2;
+
+  std::array<TileView, kCount> tiles;
+  int64_t groups;
+  bool fold;  // all scales multiply their codes exactly in the ISA's floating point type
 };
 
 }  // namespace cpumoe

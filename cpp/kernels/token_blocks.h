@@ -13,15 +13,18 @@ namespace cpumoe {
 class TokenBlocks {
  public:
   TokenBlocks(int64_t tokens, int most)
-      : count_(CeilDiv(tokens, most)),
+      : tokens_(tokens),
+        count_(CeilDiv(tokens, most)),
         size_(count_ == 0 ? 0 : tokens / count_),
         larger_(count_ == 0 ? 0 : tokens % count_) {}
 
+  int64_t tokens() const { return tokens_; }
   int64_t count() const { return count_; }
   int64_t Begin(int64_t block) const { return block * size_ + (block < larger_ ? block : larger_); }
   int Size(int64_t block) const { return static_cast<int>(size_ + (block < larger_ ? 1 : 0)); }
 
  private:
+  int64_t tokens_;
   int64_t count_;
   int64_t size_;
   int64_t larger_;  // blocks of one token more, the first ones

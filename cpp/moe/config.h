@@ -14,12 +14,19 @@ struct SwiGlu {
   float up_offset = 0.0f;
 };
 
+// What the products are computed from.
+enum class ComputePath : int32_t {
+  kBf16,  // activations in the ISA's floating point type, bf16 or fp32; weights exact
+  kInt8,  // activations rounded to int8 per token and group, weights exact
+};
+
 struct MoeConfig {
   int64_t num_experts = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
   SwiGlu swiglu;
   bool has_bias = false;
+  ComputePath compute = ComputePath::kBf16;
   // One kernel path whatever the number of tokens: a token's result does not depend on the others.
   bool batch_invariant = false;
 };

@@ -1,10 +1,11 @@
 // One round of the forward pass: a bounded number of tokens through all of a layer's experts.
 //
 //   route     group (token, slot) pairs by expert                                     (routing.h)
-//   stage     gather each expert's tokens into blocks, converted for the multiplier   (stage-inl.h)
-//   gate, up  task = one tile of gate and of up of one expert, all its tokens; activation; stage h
+//   stage     gather each expert's tokens into blocks, converted for the multiplier  (*_path-inl.h)
+//   gate, up  task = a tile or two of gate and of up of one expert, all its tokens; activation;
+//             stage h
 //   down      task = two tiles of output rows, all experts in ascending order; weighted sum;
-//   convert
+//             convert
 //
 // A task's result depends on its own inputs only, and sums run in a fixed order: outputs are the
 // same bit for bit for any number of threads. Every task of a phase reads the same number of weight
@@ -18,19 +19,18 @@
 #include <vector>
 
 #include "base/bits.h"
-#include "kernels/tile_gemm-inl.h"
+#include "kernels/tile.h"
+#include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
 #include "moe/expert_weights.h"
 #include "packing/stage-inl.h"
 
 namespace cpumoe {
 
-// Operator is a MoeOperator: it has weights() and CodecFor().
-template <class Isa, class Operator>
+// Operator is a MoeOperator, Path a compute path (float_path-inl.h).
+template <class Isa, class Operator, class Path>
 class ForwardPass {
   using Codec = typename Operator::Codec;
-  using Tiles = TileGemm<Isa, Codec>;
-  using Activation = typename Isa::Activation;
   using Vec = typename Isa::Vec;
   using Expert = Routing::Expert;
 
@@ -47,16 +47,14 @@ class ForwardPass {
     Reserve();
     if (!routing_.experts().empty()) Stage();
     const auto experts = static_cast<int64_t>(routing_.experts().size());
-    const int64_t gate_tiles = op_.weights().layout(Projection::kGate).tiles();
-    pool_.For(experts * gate_tiles, [&](int64_t task, int thread) {
-      GateUp(routing_.experts()[task / gate_tiles], task % gate_tiles, thread);
+    const int64_t features =
+        CeilDiv(op_.weights().layout(Projection::kGate).tiles(), int64_t{Path::kFeatureTiles});
+    pool_.For(experts * features, [&](int64_t task, int thread) {
+      GateUp(routing_.experts()[task / features], task % features, thread);
     });
-    const int64_t down_tiles = op_.weights().layout(Projection::kDown).tiles();
-    pool_.For(CeilDiv(down_tiles, Tiles::kMaxTiles), [&](int64_t task, int thread) {
-      const int64_t first = task * Tiles::kMaxTiles;
-      Down(first, static_cast<int>(std::min<int64_t>(Tiles::kMaxTiles, down_tiles - first)),
-           thread);
-    });
+    const int64_t outputs =
+        CeilDiv(op_.weights().layout(Projection::kDown).tiles(), int64_t{TilePair::kCount});
+    pool_.For(outputs, [&](int64_t task, int thread) { Down(task, thread); });
   }
 
  private:
@@ -64,23 +62,21 @@ class ForwardPass {
     const auto pairs = static_cast<int64_t>(routing_.tokens().size());
     int64_t most = 0;
     for (const Expert& expert : routing_.experts()) most = std::max(most, expert.count);
-    const int64_t element = sizeof(Activation);
-    staged_ = reinterpret_cast<Activation*>(workspace_.Activations(pairs * HiddenSize() * element));
-    intermediate_ =
-        reinterpret_cast<Activation*>(workspace_.Intermediate(pairs * Intermediate() * element));
-    product_offset_ = Tiles::kPanelBytes;
-    sums_offset_ = product_offset_ + most * kTileBytes;
+    staged_ = workspace_.Activations(pairs * Path::StagedBytes(HiddenSize()));
+    intermediate_ = workspace_.Intermediate(pairs * Path::StagedBytes(Intermediate()));
+    product_offset_ = Path::kPanelBytes;
+    sums_offset_ = product_offset_ + Path::kFeatureTiles * most * kTileBytes;
     workspace_.ReserveScratch(pool_.num_threads(), sums_offset_ + tokens_ * kTileBytes);
   }
 
   TokenBlocks BlocksOf(const Expert& expert) const {
-    return TokenBlocks(expert.count, Isa::kPanelTokens);
+    return TokenBlocks(expert.count, Path::kBlockTokens);
   }
 
   void Stage() {
     if (shared_) {
       const int32_t token = 0;
-      StageBlock<Isa>(args_.dtype, Row(0), 0, &token, 1, HiddenSize(), staged_);
+      Path::StageRows(args_.dtype, Row(0), 0, &token, 1, HiddenSize(), staged_);
       return;
     }
     std::vector<Workspace::Block>& blocks = workspace_.blocks();
@@ -93,46 +89,61 @@ class ForwardPass {
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
-      StageBlock<Isa>(args_.dtype, Row(0), args_.hidden_stride, &routing_.tokens()[block.pair],
-                      block.tokens, HiddenSize(), staged_ + block.pair * HiddenSize());
+      Path::StageRows(args_.dtype, Row(0), args_.hidden_stride, &routing_.tokens()[block.pair],
+                      block.tokens, HiddenSize(), Staged(block.pair));
     });
   }
 
-  // Intermediate features [16 * tile, 16 * tile + 16) of one expert for all its tokens.
-  void GateUp(const Expert& expert, int64_t tile, int thread) const {
-    const ExpertWeights<typename Codec::Format>& weights = op_.weights();
-    const auto& layout = weights.layout(Projection::kGate);
+  // The index-th kFeatureTiles tiles of intermediate features of one expert, for all its tokens.
+  void GateUp(const Expert& expert, int64_t index, int thread) const {
     const TokenBlocks blocks = BlocksOf(expert);
-    const typename Tiles::Operands w = {.tiles = {weights.Tile(expert.id, Projection::kGate, tile),
-                                                  weights.Tile(expert.id, Projection::kUp, tile)},
-                                        .count = 2,
-                                        .groups = layout.groups(),
-                                        .fold = op_.FoldsExactly(expert.id)};
-    const Activation* a = shared_ ? staged_ : staged_ + expert.begin * HiddenSize();
+    const int64_t first = index * Path::kFeatureTiles;
+    const int64_t tiles = op_.weights().layout(Projection::kGate).tiles();
+    const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, tiles - first));
+    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of a tile's product
     float* product = Product(thread);
-    Tiles::Run(op_.codec(), w, blocks, op_.config().batch_invariant, a, Panel(thread), product);
-
-    const int64_t row = tile * kTileRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, layout.rows() - row));
-    const Vec gate_bias = BiasOf(expert, Projection::kGate, row, rows);
-    const Vec up_bias = BiasOf(expert, Projection::kUp, row, rows);
+    for (int i = 0; i < count; ++i) {
+      const TilePair w = Operands(expert, Projection::kGate, first + i, Projection::kUp, first + i);
+      const std::byte* x = shared_ ? staged_ : Staged(expert.begin);
+      Path::Multiply(op_.codec(), w, blocks, op_.config().batch_invariant, x, Panel(thread),
+                     product + i * size);
+    }
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      const int tokens = blocks.Size(b);
-      const float* gate = product + blocks.Begin(b) * 2 * kTileRows;
-      const float* up = gate + tokens * kTileRows;
-      const int64_t pair = expert.begin + blocks.Begin(b);
-      Activation* out = intermediate_ + pair * Intermediate() + row * tokens;
-      for (int t = 0; t < tokens; ++t) {
-        const Vec h =
-            Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(gate + t * kTileRows), gate_bias),
-                          Isa::Add(Isa::Load(up + t * kTileRows), up_bias));
-        StageTile<Isa>(h, t, tokens, rows, out);
-      }
+      const float* gate = product + blocks.Begin(b) * TilePair::kCount * kTileRows;
+      StageFeatures(expert, first, count, gate, size, blocks.Begin(b), blocks.Size(b));
     }
   }
 
-  // Output features of `count` tiles from `first` on, for all tokens and all their experts.
-  void Down(int64_t first, int count, int thread) const {
+  // Activates and stages `count` tiles of features of a block of tokens; gate[tile][gate,
+  // up][token] with tiles `size` apart.
+  void StageFeatures(const Expert& expert, int64_t first, int count, const float* gate,
+                     int64_t size, int64_t begin, int tokens) const {
+    const int64_t features = op_.weights().layout(Projection::kGate).rows();
+    const int64_t row = first * kTileRows;
+    const int64_t rows = std::min<int64_t>(count * kTileRows, features - row);
+    Vec gate_bias[Path::kFeatureTiles], up_bias[Path::kFeatureTiles];
+    for (int i = 0; i < count; ++i) {
+      gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
+      up_bias[i] = BiasOf(expert, Projection::kUp, first + i);
+    }
+    std::byte* block = intermediate_ + (expert.begin + begin) * Path::StagedBytes(Intermediate());
+    for (int t = 0; t < tokens; ++t) {
+      alignas(64) float h[Path::kFeatureTiles * kTileRows];
+      for (int i = 0; i < count; ++i) {
+        const float* g = gate + i * size + t * kTileRows;
+        Isa::Store(h + i * kTileRows,
+                   Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(g), gate_bias[i]),
+                                 Isa::Add(Isa::Load(g + tokens * kTileRows), up_bias[i])));
+      }
+      Path::StageFeatures(h, static_cast<int>(rows), t, tokens, Intermediate(), row, block);
+    }
+  }
+
+  // The index-th two tiles of output features, for all tokens and all their experts.
+  void Down(int64_t index, int thread) const {
+    const int64_t first = index * TilePair::kCount;
+    const int64_t tiles = op_.weights().layout(Projection::kDown).tiles();
+    const int count = static_cast<int>(std::min<int64_t>(TilePair::kCount, tiles - first));
     float* sums = Sums(thread);
     std::memset(sums, 0, tokens_ * kTileBytes);
     for (const Expert& expert : routing_.experts()) AddExpert(expert, first, count, sums, thread);
@@ -141,35 +152,27 @@ class ForwardPass {
     for (int64_t t = 0; t < tokens_; ++t) {
       std::byte* out = static_cast<std::byte*>(args_.output) +
                        ((begin_ + t) * HiddenSize() + row) * ByteSize(args_.dtype);
-      ConvertRow(args_.dtype, sums + t * Tiles::kMaxTiles * kTileRows, rows, out);
+      ConvertRow(args_.dtype, sums + t * TilePair::kCount * kTileRows, rows, out);
     }
   }
 
   // sums[token][tile][16] += weight * (down * h + bias) of one expert.
   void AddExpert(const Expert& expert, int64_t first, int count, float* sums, int thread) const {
-    const ExpertWeights<typename Codec::Format>& weights = op_.weights();
-    const auto& layout = weights.layout(Projection::kDown);
     const TokenBlocks blocks = BlocksOf(expert);
-    typename Tiles::Operands w = {.tiles = {},
-                                  .count = count,
-                                  .groups = layout.groups(),
-                                  .fold = op_.FoldsExactly(expert.id)};
-    for (int r = 0; r < count; ++r)
-      w.tiles[r] = weights.Tile(expert.id, Projection::kDown, first + r);
+    const TilePair w =
+        Operands(expert, Projection::kDown, first, Projection::kDown, first + count - 1);
     float* product = Product(thread);
-    Tiles::Run(op_.codec(), w, blocks, op_.config().batch_invariant,
-               intermediate_ + expert.begin * Intermediate(), Panel(thread), product);
-
+    Path::Multiply(op_.codec(), w, blocks, op_.config().batch_invariant,
+                   intermediate_ + expert.begin * Path::StagedBytes(Intermediate()), Panel(thread),
+                   product);
     for (int r = 0; r < count; ++r) {
-      const int64_t row = (first + r) * kTileRows;
-      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, layout.rows() - row));
-      const Vec bias = BiasOf(expert, Projection::kDown, row, rows);
+      const Vec bias = BiasOf(expert, Projection::kDown, first + r);
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int tokens = blocks.Size(b);
-        const float* in = product + (blocks.Begin(b) * count + r * tokens) * kTileRows;
+        const float* in = product + (blocks.Begin(b) * TilePair::kCount + r * tokens) * kTileRows;
         for (int t = 0; t < tokens; ++t) {
           const int64_t pair = expert.begin + blocks.Begin(b) + t;
-          float* sum = sums + (routing_.tokens()[pair] * Tiles::kMaxTiles + r) * kTileRows;
+          float* sum = sums + (routing_.tokens()[pair] * TilePair::kCount + r) * kTileRows;
           const Vec y = Isa::Add(Isa::Load(in + t * kTileRows), bias);
           Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
         }
@@ -177,11 +180,22 @@ class ForwardPass {
     }
   }
 
-  Vec BiasOf(const Expert& expert, Projection p, int64_t row, int rows) const {
+  TilePair Operands(const Expert& expert, Projection p0, int64_t tile0, Projection p1,
+                    int64_t tile1) const {
+    const auto& weights = op_.weights();
+    return {.tiles = {weights.Tile(expert.id, p0, tile0), weights.Tile(expert.id, p1, tile1)},
+            .groups = weights.layout(p0).groups(),
+            .fold = op_.FoldsExactly(expert.id)};
+  }
+
+  // Of one tile's rows; zero where the last tile has none.
+  Vec BiasOf(const Expert& expert, Projection p, int64_t tile) const {
     const float* bias = op_.weights().Bias(expert.id, p);
     if (bias == nullptr) return Isa::Zero();
+    const int64_t row = tile * kTileRows;
     float lane[kTileRows] = {};
-    std::copy_n(bias + row, rows, lane);
+    std::copy_n(bias + row, std::min<int64_t>(kTileRows, op_.weights().layout(p).rows() - row),
+                lane);
     return Isa::Load(lane);
   }
 
@@ -191,9 +205,8 @@ class ForwardPass {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.dtype);
   }
-  typename Isa::Pair* Panel(int thread) const {
-    return reinterpret_cast<typename Isa::Pair*>(workspace_.Scratch(thread));
-  }
+  std::byte* Staged(int64_t pair) const { return staged_ + pair * Path::StagedBytes(HiddenSize()); }
+  std::byte* Panel(int thread) const { return workspace_.Scratch(thread); }
   float* Product(int thread) const {
     return reinterpret_cast<float*>(workspace_.Scratch(thread) + product_offset_);
   }
@@ -202,7 +215,7 @@ class ForwardPass {
   }
 
   // fp32 sums of one token for the tiles of a task.
-  static constexpr int64_t kTileBytes = Tiles::kMaxTiles * kTileRows * sizeof(float);
+  static constexpr int64_t kTileBytes = TilePair::kCount * kTileRows * sizeof(float);
 
   const Operator& op_;
   const ForwardArgs& args_;
@@ -211,10 +224,10 @@ class ForwardPass {
   Routing& routing_;
   int64_t begin_ = 0;
   int64_t tokens_ = 0;
-  bool shared_ = false;                 // all experts read one block: the only token, once each
-  Activation* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
-  Activation* intermediate_ = nullptr;  // [pairs, intermediate_size] in the same blocks
-  int64_t product_offset_ = 0;          // in a thread's scratch: panel | product | sums
+  bool shared_ = false;                // all experts read one block: the only token, once each
+  std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
+  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in the same blocks
+  int64_t product_offset_ = 0;         // in a thread's scratch: panel | product | sums
   int64_t sums_offset_ = 0;
 };
 

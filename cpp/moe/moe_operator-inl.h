@@ -1,6 +1,6 @@
 // MoeOperator: a layer's routed experts, for any weight format and ISA.
 //
-// The base owns what all formats share: checks, packing, export, routing, the forward pass. A
+// The base owns what all formats share: checks, packing, export, routing, the compute paths. A
 // derived operator (mxfp4_moe-inl.h, ...) names its codec, which names the weight format and turns
 // a packed group into multiplicands, and no more:
 //
@@ -13,9 +13,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/check.h"
+#include "formats/integer_codes.h"
 #include "kernels/isa.h"
 #include "moe/expert_weights.h"
+#include "moe/float_path-inl.h"
 #include "moe/forward_pass-inl.h"
+#include "moe/int8_path-inl.h"
 #include "moe/moe.h"
 
 namespace cpumoe {
@@ -32,7 +36,7 @@ class MoeOperator : public Moe {
   static_assert(WeightFormat<Format>, "a codec's Format must say how a checkpoint stores weights");
   static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
 
-  explicit MoeOperator(const MoeConfig& config) : weights_(config) {}
+  explicit MoeOperator(const MoeConfig& config) : weights_(Checked(config)) {}
 
   const MoeConfig& config() const final { return weights_.config(); }
   size_t nbytes() const final { return weights_.nbytes(); }
@@ -53,17 +57,34 @@ class MoeOperator : public Moe {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
+    if constexpr (kHasInt8) {
+      if (config().compute == ComputePath::kInt8) {
+        return Forward<Int8Path<Isa, Codec>>(args, pool, workspace);
+      }
+    }
+    Forward<FloatPath<Isa, Codec>>(args, pool, workspace);
+  }
+
+ private:
+  static constexpr bool kHasInt8 = HasIntegerCodes<Format>;
+  static constexpr int64_t kMaxRoundPairs = 16384;
+
+  static const MoeConfig& Checked(const MoeConfig& config) {
+    Require(config.compute == ComputePath::kBf16 || kHasInt8, Format::kName,
+            ": there is no int8 path for this format; use compute \"bf16\"");
+    return config;
+  }
+
+  template <class Path>
+  void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const {
     // Rounds keep the staged activations within bounds however long the prompt is.
     const int64_t round =
         kMaxRoundPairs / std::clamp<int64_t>(args.routing.top_k, 1, kMaxRoundPairs);
-    ForwardPass<Isa, MoeOperator> pass(*this, args, pool, workspace);
+    ForwardPass<Isa, MoeOperator, Path> pass(*this, args, pool, workspace);
     for (int64_t begin = 0; begin < args.tokens; begin += round) {
       pass.Run(begin, std::min(begin + round, args.tokens));
     }
   }
-
- private:
-  static constexpr int64_t kMaxRoundPairs = 16384;
 
   ExpertWeights<Format> weights_;
   Codec codec_;

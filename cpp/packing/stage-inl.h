@@ -41,25 +41,18 @@ void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int 
 template <class Isa>
 void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* token, int tokens,
                 int64_t columns, typename Isa::Activation* out) {
-  switch (dtype) {
-    case DType::kBf16:
-      return StageBlock<Isa>(static_cast<const Bf16*>(x), row_stride, token, tokens, columns, out);
-    case DType::kFp16:
-      return StageBlock<Isa>(static_cast<const Fp16*>(x), row_stride, token, tokens, columns, out);
-    case DType::kFp32:
-      return StageBlock<Isa>(static_cast<const float*>(x), row_stride, token, tokens, columns, out);
-  }
+  VisitElements(dtype, x, [&](const auto* elements) {
+    StageBlock<Isa>(elements, row_stride, token, tokens, columns, out);
+  });
 }
 
-// Stores 16 successive k (a tile's rows, the next product's columns) of one token of a staged
-// block: `out` points at the block's pair of the first of them.
+// Stores `count` successive k of one token of a staged block: `out` points at the block's pair of
+// the first of them.
 template <class Isa>
-void StageTile(typename Isa::Vec values, int token, int tokens, int rows,
+void StageTile(const float* values, int token, int tokens, int count,
                typename Isa::Activation* out) {
-  float lane[kTileRows];
-  Isa::Store(lane, values);
-  for (int i = 0; i < rows; ++i) {
-    out[((i / 2) * tokens + token) * 2 + i % 2] = Isa::ToActivation(lane[i]);
+  for (int i = 0; i < count; ++i) {
+    out[((i / 2) * tokens + token) * 2 + i % 2] = Isa::ToActivation(values[i]);
   }
 }
 

@@ -27,7 +27,9 @@ from cpumoe.isa import select_isa
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
 
-COMPUTE_PATHS = ("bf16",)
+# Names of the compute paths: what products are computed from.
+COMPUTE_PATHS = ("bf16", "int8")
+_COMPUTE = {"bf16": _core.ComputePath.BF16, "int8": _core.ComputePath.INT8}
 
 
 class Experts:
@@ -84,6 +86,7 @@ class Experts:
             limit=self._swiglu.limit,
             up_offset=self._swiglu.up_offset,
             has_bias=has_bias,
+            compute=_COMPUTE[compute],
             batch_invariant=batch_invariant,
         )
         self._moe = _core.Moe(self._isa, origin, self._format.name, config)

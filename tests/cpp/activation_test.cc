@@ -24,7 +24,7 @@ class ActivationTest : public IsaTest {
  protected:
   void SetUp() override {
     IsaTest::SetUp();
-    run_.ExpectNoDots();
+    run_.ExpectNoFloatDots();
   }
 
   std::vector<float> Exp(std::vector<float> x) const {

@@ -11,7 +11,7 @@ namespace cpumoe {
 namespace {
 
 class DeterminismTest : public MoeTest {};
-CPUMOE_FOR_EACH_ISA_AND_FORMAT(DeterminismTest);
+CPUMOE_FOR_EACH_ISA_FORMAT_AND_PATH(DeterminismTest);
 
 TEST_P(DeterminismTest, AnyNumberOfThreadsAndRuns) {
   const TestLayer layer(format(), LayerSpec{.intermediate = 32, .has_bias = true});

@@ -30,7 +30,7 @@ class ExportTest : public MoeTest {
  protected:
   void SetUp() override {
     MoeTest::SetUp();
-    run_.ExpectNoDots();
+    run_.ExpectNoFloatDots();
   }
   int64_t GroupSize() const {
     return VisitFormat(format(), []<class F>(F) { return int64_t{F::kGroupSize}; });

@@ -69,6 +69,21 @@ Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
   return y;
 }
 
+// Adds what rounding to int8 does: a group's numbers become multiples of 1/127 of the greatest
+// magnitude, or zero where that is tiny.
+template <class F>
+void RoundToInt8(Intervals& x) {
+  for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
+    double greatest = 0;
+    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+      greatest = std::max(greatest, std::fabs(x[k].value) + x[k].error);
+    }
+    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+      x[k].error += greatest / 254 * (1 + 0x1p-10) + std::min(greatest, 0x1p-99);
+    }
+  }
+}
+
 // (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 whatever
 // alpha is; min and clamp have slopes of at most 1. See CheckActivation for the units of exp.
 Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
@@ -89,8 +104,8 @@ Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
 template <class F>
 class Oracle {
  public:
-  Oracle(const TestLayer& layer, const Batch& batch, int digits)
-      : layer_(layer), batch_(batch), digits_(digits), experts_(layer.config().num_experts) {}
+  Oracle(const TestLayer& layer, const Batch& batch, Rounding rounding)
+      : layer_(layer), batch_(batch), rounding_(rounding), experts_(layer.config().num_experts) {}
 
   Expectation Run() {
     Expectation all;
@@ -141,17 +156,20 @@ class Oracle {
     if (expert.empty()) {
       expert = {Decode<F>(source.gate), Decode<F>(source.up), Decode<F>(source.down)};
     }
-    const bool rounded = Digits(batch_.spec().dtype) > digits_;
+    const int digits = rounding_.int8 ? 24 : rounding_.digits;
+    const bool rounded = Digits(batch_.spec().dtype) > digits;
     Intervals x;
     for (const double value : values) {
-      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -digits_) : 0.0});
+      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -digits) : 0.0});
     }
+    if (rounding_.int8) RoundToInt8<F>(x);
     const Intervals gate = Multiply(expert[0], x, source.gate_bias);
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {
-      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], digits_));
+      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], digits));
     }
+    if (rounding_.int8) RoundToInt8<F>(h);
     return Multiply(expert[2], h, source.down_bias);
   }
 
@@ -163,16 +181,16 @@ class Oracle {
 
   const TestLayer& layer_;
   const Batch& batch_;
-  const int digits_;
+  const Rounding rounding_;
   const ReferenceMoe<F> reference_{layer_.config(), Sources(layer_)};
   std::vector<std::vector<Dense>> experts_;  // gate, up, down of those used so far
 };
 
 }  // namespace
 
-Expectation Expect(const TestLayer& layer, const Batch& batch, int activation_digits) {
+Expectation Expect(const TestLayer& layer, const Batch& batch, Rounding rounding) {
   return VisitFormat(layer.format(),
-                     [&]<class F>(F) { return Oracle<F>(layer, batch, activation_digits).Run(); });
+                     [&]<class F>(F) { return Oracle<F>(layer, batch, rounding).Run(); });
 }
 
 void ExpectClose(const Expectation& expected, const std::vector<double>& actual, int64_t hidden) {

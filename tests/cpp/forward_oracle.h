@@ -14,8 +14,13 @@ struct Expectation {
   std::vector<double> bounds;  // [tokens, hidden] of |actual - value|
 };
 
-// `activation_digits`: significant bits of the activations that the kernels multiply.
-Expectation Expect(const TestLayer& layer, const Batch& batch, int activation_digits);
+// How kernels round the activations that they multiply.
+struct Rounding {
+  int digits;  // significant bits kept
+  bool int8;   // instead, to 1/127 of the greatest of each group
+};
+
+Expectation Expect(const TestLayer& layer, const Batch& batch, Rounding rounding);
 
 // Fails with the worst element if any is out of its bound.
 void ExpectClose(const Expectation& expected, const std::vector<double>& actual, int64_t hidden);

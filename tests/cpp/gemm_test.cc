@@ -47,6 +47,20 @@ class GemmTest : public IsaFormatTest {
     });
   }
 
+  // Activations that int8 holds exactly: multiples of a power of two up to 127 times it, which
+  // every group has.
+  std::vector<float> MakeInt8Activations(int64_t count) {
+    std::uniform_int_distribution<int> value(-127, 127), exponent(-20, 20);
+    std::vector<float> a(count);
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    for (int64_t i = 0, power = 0; i < count; ++i) {
+      if (i % group == 0) power = exponent(rng_);
+      const int number = i % group == 7 ? -127 : value(rng_);
+      a[i] = std::ldexp(static_cast<float>(number), static_cast<int>(power));
+    }
+    return a;
+  }
+
   // Activations that every ISA's Activation holds exactly: bf16 numbers.
   std::vector<float> MakeActivations(int64_t count) {
     std::normal_distribution<float> normal;
@@ -116,6 +130,18 @@ TEST_P(GemmTest, AnyDepth) {
   }
 }
 
+// Rounding to int8 changes nothing here, so that the kernels' sums must be the exact ones.
+TEST_P(GemmTest, Int8) {
+  run_.ExpectNoFloatDots();
+  for (const int64_t groups : {1, 3, 63, 64, 65, 130}) {
+    const Weights w = MakeWeights(groups % 2 + 1, groups);
+    for (int64_t tokens = 1; tokens <= 2 * kernels().int8_tokens + 1; ++tokens) {
+      const std::vector<float> a = MakeInt8Activations(tokens * w.columns);
+      CheckSums(w, a, Multiply(Path::kInt8, w, a));
+    }
+  }
+}
+
 bool SameBits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, count * sizeof(float)) == 0;
 }
@@ -125,7 +151,9 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
   const int64_t most = 2 * kernels().panel_tokens + 1;
   const Weights w = MakeWeights(2, 5);
   const std::vector<float> a = MakeActivations(most * w.columns);
-  for (const Path path : PathsFor(1)) {
+  std::vector<Path> paths = PathsFor(1);
+  paths.push_back(Path::kInt8);
+  for (const Path path : paths) {
     std::vector<float> alone;  // [tokens, rows]
     for (int64_t t = 0; t < most; ++t) {
       const std::vector<float> row =

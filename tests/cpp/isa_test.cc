@@ -51,7 +51,8 @@ const kernel_probe::Api* OpenProbe(const std::string& isa) {
 }  // namespace
 
 void PrintTo(const IsaFormat& param, std::ostream* out) {
-  *out << param.isa << " " << param.format;
+  *out << param.isa << " " << param.format
+       << (param.compute == ComputePath::kInt8 ? " int8" : " bf16");
 }
 
 std::vector<std::string> IsaNames() {
@@ -68,10 +69,22 @@ std::vector<IsaFormat> IsaFormats() {
   return all;
 }
 
+std::vector<IsaFormat> IsaFormatsAndPaths() {
+  std::vector<IsaFormat> all;
+  for (IsaFormat param : IsaFormats()) {
+    for (const ComputePath compute : {ComputePath::kBf16, ComputePath::kInt8}) {
+      param.compute = compute;
+      all.push_back(param);
+    }
+  }
+  return all;
+}
+
 std::string NameOfIsa(const testing::TestParamInfo<std::string>& info) { return info.param; }
 
 std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info) {
-  return info.param.isa + "_" + info.param.format;
+  const bool int8 = info.param.compute == ComputePath::kInt8;
+  return info.param.isa + "_" + info.param.format + (int8 ? "_int8" : "");
 }
 
 std::string IsaRun::Begin(const std::string& isa) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpp/kernel_probe.h"
+#include "moe/config.h"
 #include "variant/variant_api.h"
 
 namespace cpumoe {
@@ -17,13 +18,15 @@ namespace cpumoe {
 struct IsaFormat {
   std::string isa;
   std::string format;
+  ComputePath compute = ComputePath::kBf16;
 };
 void PrintTo(const IsaFormat& param, std::ostream* out);
 
 std::vector<std::string> IsaNames();
 std::vector<IsaFormat> IsaFormats();
+std::vector<IsaFormat> IsaFormatsAndPaths();  // with every compute path
 
-// INSTANTIATE_TEST_SUITE_P's name of a parameter: avx2, avx2_mxfp4.
+// INSTANTIATE_TEST_SUITE_P's name of a parameter: avx2, avx2_mxfp4, avx2_mxfp4_int8.
 std::string NameOfIsa(const testing::TestParamInfo<std::string>& info);
 std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info);
 
@@ -34,8 +37,8 @@ class IsaRun {
   std::string Begin(const std::string& isa);
   void End() const;
 
-  // For tests that compute no dot product.
-  void ExpectNoDots() { expect_dots_ = false; }
+  // For tests that compute no dot product of floating point numbers.
+  void ExpectNoFloatDots() { expect_dots_ = false; }
 
   const VariantApi& variant() const { return *variant_; }
   const kernel_probe::Api& probe() const { return *probe_; }
@@ -70,8 +73,12 @@ class IsaTest : public IsaTestBase<std::string> {
 
 class IsaFormatTest : public IsaTestBase<IsaFormat> {
  protected:
-  void SetUp() override { Begin(GetParam().isa); }
+  void SetUp() override {
+    Begin(GetParam().isa);
+    if (compute() == ComputePath::kInt8) run_.ExpectNoFloatDots();
+  }
 
+  ComputePath compute() const { return GetParam().compute; }
   const std::string& format() const { return GetParam().format; }
   const kernel_probe::FormatEntry& kernels() const;
 };
@@ -81,5 +88,7 @@ class IsaFormatTest : public IsaTestBase<IsaFormat> {
   INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(IsaNames()), NameOfIsa)
 #define CPUMOE_FOR_EACH_ISA_AND_FORMAT(Suite) \
   INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(IsaFormats()), NameOfIsaFormat)
+#define CPUMOE_FOR_EACH_ISA_FORMAT_AND_PATH(Suite) \
+  INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(IsaFormatsAndPaths()), NameOfIsaFormat)
 
 }  // namespace cpumoe

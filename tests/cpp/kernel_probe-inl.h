@@ -11,19 +11,18 @@
 #include "base/check.h"
 #include "cpp/kernel_probe.h"
 #include "formats/weight_format.h"
-#include "kernels/tile_gemm-inl.h"
+#include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
-#include "packing/stage-inl.h"
+#include "moe/float_path-inl.h"
+#include "moe/int8_path-inl.h"
 
 namespace cpumoe::kernel_probe {
 
 template <class Isa, class Codec>
 struct Probe {
   using Format = typename Codec::Format;
-  using Tiles = TileGemm<Isa, Codec>;
   using Kernels = Gemm<Isa, Codec>;
-  using Activation = typename Isa::Activation;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
@@ -34,37 +33,46 @@ struct Probe {
                        int64_t tokens, float* c) {
     Require(path != Path::kFused || tokens <= Isa::kFusedTokens, "too many tokens: ", tokens);
     Require(path != Path::kFoldedPanel || Kernels::kFolding, "scales do not fold");
-    const int64_t columns = groups * Format::kGroupSize;
-    const TokenBlocks blocks(tokens, Isa::kPanelTokens);
+    const TilePair w = {.tiles = {tiles[0], tiles[count - 1]},
+                        .groups = groups,
+                        .fold = path == Path::kFoldedPanel};
+    if (path == Path::kInt8) {
+      Multiply<Int8Path<Isa, Codec>>(w, count, false, a, tokens, c);
+    } else {
+      Multiply<FloatPath<Isa, Codec>>(w, count, path != Path::kFused, a, tokens, c);
+    }
+  }
+
+  template <class Compute>
+  static void Multiply(const TilePair& w, int count, bool invariant, const float* a, int64_t tokens,
+                       float* c) {
+    const int64_t columns = w.groups * Format::kGroupSize;
+    const int64_t bytes = Compute::StagedBytes(columns);
+    const TokenBlocks blocks(tokens, Compute::kBlockTokens);
     // Exactly as long as needed, so that a sanitizer sees what reads beyond.
-    std::vector<Activation> staged(tokens * columns);
+    std::vector<std::byte> staged(tokens * bytes);
     std::vector<int32_t> ids(tokens);
     for (int64_t t = 0; t < tokens; ++t) ids[t] = static_cast<int32_t>(t);
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      StageBlock<Isa>(a, columns, &ids[blocks.Begin(b)], blocks.Size(b), columns,
-                      staged.data() + blocks.Begin(b) * columns);
+      Compute::StageRows(DType::kFp32, a, columns, &ids[blocks.Begin(b)], blocks.Size(b), columns,
+                         staged.data() + blocks.Begin(b) * bytes);
     }
-    typename Tiles::Operands w = {
-        .tiles = {}, .count = count, .groups = groups, .fold = path == Path::kFoldedPanel};
-    for (int r = 0; r < count; ++r) w.tiles[r] = tiles[r];
-    const AlignedBuffer panel(Tiles::kPanelBytes);
-    std::vector<float> product(tokens * count * kTileRows);
-    Tiles::Run(Codec{}, w, blocks, path != Path::kFused, staged.data(),
-               reinterpret_cast<typename Isa::Pair*>(panel.data()), product.data());
+    const AlignedBuffer panel(Compute::kPanelBytes);
+    std::vector<float> product(tokens * TilePair::kCount * kTileRows);
+    Compute::Multiply(Codec{}, w, blocks, invariant, staged.data(), panel.data(), product.data());
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      const float* in = product.data() + blocks.Begin(b) * count * kTileRows;
-      for (int r = 0; r < count; ++r) {
-        for (int64_t t = 0; t < blocks.Size(b); ++t, in += kTileRows) {
-          float* out = c + ((blocks.Begin(b) + t) * count + r) * kTileRows;
-          for (int i = 0; i < kTileRows; ++i) out[i] = in[i];
-        }
+      const int64_t size = blocks.Size(b);
+      const float* in = product.data() + blocks.Begin(b) * TilePair::kCount * kTileRows;
+      for (int64_t i = 0; i < count * size * kTileRows; ++i) {
+        const int64_t row = i / (size * kTileRows), token = i / kTileRows % size;
+        c[((blocks.Begin(b) + token) * count + row) * kTileRows + i % kTileRows] = in[i];
       }
     }
   }
 
   static FormatEntry Entry() {
-    return {InfoOf<Format>().name, Kernels::kFolding,    Isa::kFusedTokens, Isa::kPanelTokens,
-            Kernels::kPanelGroups, &Probe::FoldsExactly, &Probe::Multiply};
+    return {InfoOf<Format>().name, Kernels::kFolding, Isa::kFusedTokens,    Isa::kPanelTokens,
+            Kernels::kPanelGroups, Isa::kQuadTokens,  &Probe::FoldsExactly, &Probe::Multiply};
   }
 };
 

@@ -10,7 +10,7 @@
 
 namespace cpumoe::kernel_probe {
 
-enum class Path { kFused, kFoldedPanel, kScaledPanel };
+enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8 };
 
 struct FormatEntry {
   const char* format;
@@ -18,6 +18,7 @@ struct FormatEntry {
   int64_t fused_tokens;  // most tokens of kFused
   int64_t panel_tokens;  // MR of the panel paths
   int64_t panel_groups;  // groups of a whole panel
+  int64_t int8_tokens;   // MR of kInt8: fused up to here, panel beyond
 
   // Whether `kFoldedPanel` may be used for scales of these magnitudes.
   bool (*folds_exactly)(float least_scale, float greatest_scale);

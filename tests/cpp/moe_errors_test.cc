@@ -27,7 +27,7 @@ class MoeErrorsTest : public MoeTest {
  protected:
   void SetUp() override {
     MoeTest::SetUp();
-    run_.ExpectNoDots();
+    run_.ExpectNoFloatDots();
   }
 
   static constexpr MoeConfig kConfig = {

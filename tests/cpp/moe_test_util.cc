@@ -141,7 +141,8 @@ std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements)
   return numbers;
 }
 
-std::unique_ptr<Moe> MoeTest::Create(const MoeConfig& config) const {
+std::unique_ptr<Moe> MoeTest::Create(MoeConfig config) const {
+  config.compute = compute();
   return std::unique_ptr<Moe>(FindFormat(run_.variant(), format()).create(config));
 }
 
@@ -171,7 +172,8 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   PinnedPool pool({.threads = 2});
   Workspace workspace;
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
-  const Expectation expected = Expect(layer, batch, run_.probe().activation_digits);
+  const Rounding rounding = {run_.probe().activation_digits, compute() == ComputePath::kInt8};
+  const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
 }
 

@@ -87,8 +87,8 @@ std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements)
 
 class MoeTest : public IsaFormatTest {
  protected:
-  // The operator for `config`, without weights.
-  std::unique_ptr<Moe> Create(const MoeConfig& config) const;
+  // The operator for `config` on the test's compute path, without weights.
+  std::unique_ptr<Moe> Create(MoeConfig config) const;
   // With all experts of the layer packed.
   std::unique_ptr<Moe> Create(const TestLayer& layer) const;
 

@@ -16,6 +16,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "base/float_types.h"
 #include "kernels/isa.h"
@@ -29,6 +31,8 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr int kFusedTokens = 3;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
+  static constexpr int kQuadTokens = 4;    // 8 sums
+  static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
 
   struct Vec {
     __m256 lo, hi;  // rows 0-7 and 8-15
@@ -43,6 +47,11 @@ struct Avx2 : Fp32Multiplicands {
     __m256i lower, upper;  // bytes of the values' bf16, both halves alike
   };
   using Fold = Vec;
+  using Quad = Codes;
+  using ByteTable = __m256i;  // both halves alike
+  struct QuadSum {
+    __m256i lo, hi;  // 16 bits: of even and of odd bytes, two per row
+  };
 
   static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Vec Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -99,7 +108,41 @@ struct Avx2 : Fp32Multiplicands {
   }
   static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
 
+  static ByteTable MakeByteTable(const std::array<uint8_t, 16>& bytes) {
+    return _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes.data())));
+  }
+  template <int kQuad>
+  static Quad LookupQuad(ByteTable table, Codes codes) {
+    return {LookupQuad32<kQuad>(table, codes.lo), LookupQuad32<kQuad>(table, codes.hi)};
+  }
+  static QuadSum StartSum(int32_t /*start*/) {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+  static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
+    int32_t quad;
+    std::memcpy(&quad, a, sizeof(quad));
+    const __m256i x = _mm256_set1_epi32(quad);
+    sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, x));
+    sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, x));
+    // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
+    asm("" : "+x"(sum.lo), "+x"(sum.hi));
+    return sum;
+  }
+  static Vec FinishSum(QuadSum sum, int32_t start) {
+    return {FinishSum(sum.lo, start), FinishSum(sum.hi, start)};
+  }
+
  private:
+  template <int kQuad>
+  static __m256i LookupQuad32(ByteTable table, __m256i codes) {
+    const __m256i shifted = kQuad == 0 ? codes : _mm256_srli_epi16(codes, 4);
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(shifted, _mm256_set1_epi8(0x0f)));
+  }
+  static __m256 FinishSum(__m256i sum, int32_t start) {
+    const __m256i whole = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_set1_epi32(start)));
+  }
   // 2^n in two factors, so that results beyond either end of the exponent range come out right.
   static __m256 Ldexp(__m256 v, __m256 n) {
     const __m256i whole = _mm256_cvtps_epi32(n);

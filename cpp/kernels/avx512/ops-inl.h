@@ -10,6 +10,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "base/float_types.h"
 #include "kernels/isa.h"
@@ -24,6 +26,8 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kFusedTokens = 12;
   static constexpr int kPanelTokens = 12;
   static constexpr int kPanelPairs = 256;  // 64 KiB of fp32: half of a small L2's working set
+  static constexpr int kQuadTokens = 12;
+  static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
 
   using Vec = __m512;
   struct Pair {
@@ -36,6 +40,13 @@ struct Avx512 : Fp32Multiplicands {
     __m512 values;
   };
   using Fold = Vec;
+  using Quad = Codes;
+  struct ByteTable {
+    __m512i bytes;  // the sixteen in every 128 bits
+  };
+  struct QuadSum {
+    __m512i words;  // 16 bits: of even and of odd bytes, two per row
+  };
 
   static Vec Zero() { return _mm512_setzero_ps(); }
   static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
@@ -86,6 +97,34 @@ struct Avx512 : Fp32Multiplicands {
   }
   static Pair Multiply(Pair w, Fold f) {
     return {_mm512_mul_ps(w.even, f), _mm512_mul_ps(w.odd, f)};
+  }
+
+  static ByteTable MakeByteTable(const std::array<uint8_t, 16>& bytes) {
+    return {
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes.data())))};
+  }
+  template <int kQuad>
+  static Quad LookupQuad(ByteTable table, Codes codes) {
+    const __m512i shifted = kQuad == 0 ? codes.words : _mm512_srli_epi16(codes.words, 4);
+    return {_mm512_shuffle_epi8(table.bytes, _mm512_and_si512(shifted, _mm512_set1_epi8(0x0f)))};
+  }
+  static QuadSum StartSum(int32_t /*start*/) { return {_mm512_setzero_si512()}; }
+  static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
+    sum.words = _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w.words, BroadcastQuad(a)));
+    // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
+    asm("" : "+v"(sum.words));
+    return sum;
+  }
+  static Vec FinishSum(QuadSum sum, int32_t start) {
+    const __m512i whole = _mm512_madd_epi16(sum.words, _mm512_set1_epi16(1));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(whole, _mm512_set1_epi32(start)));
+  }
+
+ protected:
+  static __m512i BroadcastQuad(const int8_t* a) {
+    int32_t quad;
+    std::memcpy(&quad, a, sizeof(quad));
+    return _mm512_set1_epi32(quad);
   }
 };
 

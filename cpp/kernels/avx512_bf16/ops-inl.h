@@ -12,11 +12,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/avx512/ops-inl.h"
+#include "kernels/avx512_vnni/ops-inl.h"
 
 namespace cpumoe {
 
-struct Avx512Bf16 : Avx512 {
+struct Avx512Bf16 : Avx512Vnni {
   static constexpr int kPanelPairs = 512;  // 64 KiB of bf16
 
   using Activation = Bf16;

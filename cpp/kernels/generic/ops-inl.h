@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "base/float_types.h"
 #include "kernels/isa.h"
@@ -21,6 +22,8 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kFusedTokens = 2;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
+  static constexpr int kQuadTokens = 2;
+  static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
 
   struct Vec {
     float lane[kTileRows];
@@ -33,6 +36,13 @@ struct Generic : Fp32Multiplicands {
   };
   using Table16 = std::array<float, 16>;
   using Fold = Vec;
+  struct Quad {
+    uint8_t byte[kTileRows][kQuadDepth];
+  };
+  struct QuadSum {
+    int32_t lane[kTileRows];
+  };
+  using ByteTable = std::array<uint8_t, 16>;
 
   static Vec Zero() { return Broadcast(0.0f); }
   static Vec Load(const float* p) {
@@ -102,6 +112,32 @@ struct Generic : Fp32Multiplicands {
     return LoadScales(p);
   }
   static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
+
+  static ByteTable MakeByteTable(const std::array<uint8_t, 16>& bytes) { return bytes; }
+  template <int kQuad>
+  static Quad LookupQuad(const ByteTable& table, const Codes& codes) {
+    Quad quad;
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int k = 0; k < kQuadDepth; ++k) {
+        quad.byte[i][k] = table[(codes.lane[i] >> (8 * k + 4 * kQuad)) & 15];
+      }
+    }
+    return quad;
+  }
+  static QuadSum StartSum(int32_t start) {
+    QuadSum sum;
+    for (int32_t& lane : sum.lane) lane = start;
+    return sum;
+  }
+  static QuadSum DotQuad(QuadSum sum, const Quad& w, const int8_t* a) {
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int k = 0; k < kQuadDepth; ++k) sum.lane[i] += w.byte[i][k] * a[k];
+    }
+    return sum;
+  }
+  static Vec FinishSum(const QuadSum& sum, int32_t /*start*/) {
+    return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
+  }
 
  private:
   template <class LaneFunction>

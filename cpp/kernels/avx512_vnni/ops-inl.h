@@ -1,0 +1,26 @@
+// AVX512_VNNI: VPDPBUSD multiplies 64 pairs of bytes and adds them to sixteen 32-bit sums. It
+// serves the int8 path; otherwise this is AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "kernels/avx512/ops-inl.h"
+
+namespace cpumoe {
+
+struct Avx512Vnni : Avx512 {
+  static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
+
+  struct QuadSum {
+    __m512i lanes;
+  };
+
+  static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
+  static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
+    return {_mm512_dpbusd_epi32(sum.lanes, w.words, BroadcastQuad(a))};
+  }
+  static Vec FinishSum(QuadSum sum, int32_t /*start*/) { return _mm512_cvtepi32_ps(sum.lanes); }
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,223 @@
+// C = A * W^T with A in int8: the micro-kernels of the int8 path and their driver, written once in
+// an ISA's vocabulary.
+//
+//   A  a block of staged tokens: int8 quads, and per group a scale and a start value (QuadBlock)
+//   W  packed tiles of 16 rows x K (tile.h), decoded to unsigned bytes w = integer + offset
+//   C  [block][2 tiles][tokens][16] fp32
+//
+// A group's sum of integer * a is exact: its "start", minus offset times the sum of a, plus the sum
+// of w * a. It becomes fp32 once, times the token's scale, times the 16 weight scales, and adds up
+// in C. Where an ISA's sums are too narrow for a group (kQuadSumLimit), that happens in parts.
+//
+// Fused: bytes are decoded in registers, for as many tokens as registers hold. Panel: bytes are
+// decoded to memory (L1/L2) once for all blocks of tokens. Both give the same bits.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kernels/gemm-inl.h"
+#include "kernels/isa.h"
+#include "kernels/tile.h"
+#include "kernels/token_blocks.h"
+
+namespace cpumoe {
+
+// How a packed tile becomes unsigned bytes on an ISA.
+template <class C, class Isa>
+concept QuadCodec = ByteIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
+                                             const typename C::Format::Scale* scales) {
+  { C::kGreatest } -> std::convertible_to<int>;  // of the bytes
+  { C::kOffset } -> std::convertible_to<int>;    // byte - offset is the weight's integer
+  { C::kUnit } -> std::convertible_to<float>;    // integer * unit is the weight before scaling
+  { codec.template DecodeQuad<0>(codes) } -> std::same_as<typename Isa::Quad>;
+  { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;
+};
+
+inline constexpr int kMaxQuadValue = 127;  // of a staged activation's magnitude
+
+// A block of staged tokens: quads, scales and starts follow each other in memory.
+struct QuadBlock {
+  const int8_t* quads;    // [K/4][tokens][4] in the order kQuadOrder
+  const float* scales;    // [groups][tokens]: what an integer product is worth before weight scales
+  const int32_t* starts;  // [groups][tokens]
+
+  static constexpr int64_t BytesPerToken(int64_t columns, int group_size) {
+    return columns + columns / group_size * int64_t{sizeof(float) + sizeof(int32_t)};
+  }
+  static QuadBlock At(const std::byte* block, int tokens, int64_t columns, int group_size) {
+    const auto* scales = reinterpret_cast<const float*>(block + columns * tokens);
+    return {reinterpret_cast<const int8_t*>(block), scales,
+            reinterpret_cast<const int32_t*>(scales + columns / group_size * tokens)};
+  }
+};
+
+template <class Isa, class Codec>
+class QuadGemm {
+  static_assert(QuadCodec<Codec, Isa>);
+  using Format = typename Codec::Format;
+  using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
+  using Scale = typename Format::Scale;
+  using Quad = typename Isa::Quad;
+  using Vec = typename Isa::Vec;
+  static constexpr int kTiles = Isa::kTiles;
+
+  // Vectors of a group whose products one sum holds: a power of two.
+  static constexpr int kPartVectors = [] {
+    const int64_t vector = int64_t{Geometry::kVectorDepth} * Codec::kGreatest * kMaxQuadValue;
+    // A sum of 16 bits is of every other product of a quad only.
+    const int64_t lanes = Isa::kQuadSumLimit <= INT16_MAX ? 2 : 1;
+    int vectors = Geometry::kGroupVectors;
+    while (vectors * vector / lanes > Isa::kQuadSumLimit) vectors /= 2;
+    return vectors;
+  }();
+  static_assert(kPartVectors > 0);
+
+ public:
+  static_assert(kTiles <= TilePair::kCount);
+  static constexpr int kPanelGroups = 64;
+  static constexpr int64_t kPanelBytes =
+      int64_t{kPanelGroups} * Geometry::kGroupQuads * kTiles * static_cast<int64_t>(sizeof(Quad));
+
+  // c[block][tile][token][16] = A * tiles^T. `panel` is kPanelBytes of scratch; `staged` the first
+  // block's memory.
+  static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
+                  const std::byte* staged, std::byte* panel, float* c) {
+    std::memset(c, 0, sizeof(float) * blocks.tokens() * TilePair::kCount * kTileRows);
+    for (int first = 0; first < TilePair::kCount; first += kTiles) {
+      if (blocks.count() == 1) {
+        const Span all = {&w.tiles[first], nullptr, 0, w.groups};
+        kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged),
+                                   c + first * blocks.Size(0) * kTileRows);
+        continue;
+      }
+      auto* quads = reinterpret_cast<Quad*>(panel);
+      for (int64_t begin = 0; begin < w.groups; begin += kPanelGroups) {
+        const int64_t end = std::min<int64_t>(begin + kPanelGroups, w.groups);
+        const Span span = {&w.tiles[first], quads, begin, end};
+        DecodePanel(codec, span, quads);
+        for (int64_t b = 0; b < blocks.count(); ++b) {
+          const int tokens = blocks.Size(b);
+          kPanel[tokens - 1](codec, span, BlockAt(w, blocks, b, staged),
+                             c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows);
+        }
+      }
+    }
+  }
+
+ private:
+  // Groups [begin, end) of kTiles tiles; `panel` is null where they are decoded in registers.
+  struct Span {
+    const TileView* tiles;
+    const Quad* panel;  // [group][quad][tile]
+    int64_t begin, end;
+  };
+
+  static QuadBlock BlockAt(const TilePair& w, const TokenBlocks& blocks, int64_t b,
+                           const std::byte* staged) {
+    const int64_t columns = w.groups * Format::kGroupSize;
+    const int64_t bytes = QuadBlock::BytesPerToken(columns, Format::kGroupSize);
+    return QuadBlock::At(staged + blocks.Begin(b) * bytes, blocks.Size(b), columns,
+                         Format::kGroupSize);
+  }
+
+  static void DecodePanel(const Codec& codec, const Span& span, Quad* out) {
+    for (int64_t g = span.begin; g < span.end; ++g) {
+      for (int r = 0; r < kTiles; ++r) {
+        const std::byte* in = span.tiles[r].codes + g * Geometry::kGroupBytes;
+        Quad* quads = out + (g - span.begin) * Geometry::kGroupQuads * kTiles + r;
+        Unroll<Geometry::kGroupVectors>([&](auto v) {
+          const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
+          Unroll<Geometry::kVectorQuads>([&](auto q) {
+            quads[(v * Geometry::kVectorQuads + q) * kTiles] = codec.template DecodeQuad<q>(codes);
+          });
+        });
+      }
+    }
+  }
+
+  // c[tile][token][16] += the span's product.
+  template <int kTokens, bool kDecoded>
+  __attribute__((flatten)) static void Multiply(Codec codec, Span span, QuadBlock a, float* c) {
+    const int8_t* x = a.quads + span.begin * Format::kGroupSize * kTokens;
+    for (int64_t g = span.begin; g < span.end; ++g) {
+      Unroll<Geometry::kGroupVectors / kPartVectors>([&](auto part) {
+        AddPart<kTokens, kDecoded, part * kPartVectors>(codec, span, g, a, x, c);
+      });
+      x += Format::kGroupSize * kTokens;
+    }
+  }
+
+  // kPartVectors vectors of group g, from kFirst on. x is the group's quads.
+  template <int kTokens, bool kDecoded, int kFirst>
+  static inline __attribute__((always_inline)) void AddPart(const Codec& codec, const Span& span,
+                                                            int64_t g, const QuadBlock& a,
+                                                            const int8_t* x, float* c) {
+    // C stays in memory: in registers it would displace the sums.
+    asm volatile("" ::: "memory");
+    const int32_t* starts = a.starts + g * kTokens;
+    typename Isa::QuadSum sum[kTiles][kTokens];
+    Unroll<kTokens>([&](auto t) {
+      for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::StartSum(kFirst == 0 ? starts[t] : 0);
+    });
+    Unroll<kPartVectors>(
+        [&](auto v) { AddVector<kTokens, kDecoded, kFirst + v>(codec, span, g, x, sum); });
+    for (int r = 0; r < kTiles; ++r) {
+      const auto* scales = reinterpret_cast<const Scale*>(span.tiles[r].scales);
+      const Vec weight_scales = codec.GroupScales(scales + g * kTileRows);
+      Unroll<kTokens>([&](auto t) {
+        const Vec scale = Isa::Broadcast(a.scales[g * kTokens + t]);
+        const Vec value = Isa::FinishSum(sum[r][t], kFirst == 0 ? starts[t] : 0);
+        float* out = c + (r * kTokens + t) * kTileRows;
+        Isa::Store(out, Isa::Fma(Isa::Mul(value, scale), weight_scales, Isa::Load(out)));
+      });
+    }
+  }
+
+  // Adds the products of vector kVector of group g.
+  template <int kTokens, bool kDecoded, int kVector>
+  static inline __attribute__((always_inline)) void AddVector(
+      const Codec& codec, const Span& span, int64_t g, const int8_t* x,
+      typename Isa::QuadSum (&sum)[kTiles][kTokens]) {
+    [[maybe_unused]] typename Isa::Codes codes[kTiles];
+    if constexpr (!kDecoded) {
+      for (int r = 0; r < kTiles; ++r) {
+        codes[r] = Isa::LoadCodes(span.tiles[r].codes + g * Geometry::kGroupBytes +
+                                  kVector * kVectorBytes);
+      }
+    }
+    Unroll<Geometry::kVectorQuads>([&](auto q) {
+      constexpr int kQuad = kVector * Geometry::kVectorQuads + q;
+      Quad w[kTiles];
+      for (int r = 0; r < kTiles; ++r) {
+        if constexpr (kDecoded) {
+          w[r] = span.panel[((g - span.begin) * Geometry::kGroupQuads + kQuad) * kTiles + r];
+        } else {
+          w[r] = codec.template DecodeQuad<q>(codes[r]);
+        }
+      }
+      Unroll<kTokens>([&](auto t) {
+        for (int r = 0; r < kTiles; ++r) {
+          sum[r][t] = Isa::DotQuad(sum[r][t], w[r], x + (kQuad * kTokens + t) * kQuadDepth);
+        }
+      });
+    });
+  }
+
+  // Kernels by number of tokens, entry [tokens - 1].
+  using Kernel = void (*)(Codec, Span, QuadBlock, float*);
+  template <bool kDecoded, int... n>
+  static constexpr auto Table(std::integer_sequence<int, n...>) {
+    return std::array<Kernel, sizeof...(n)>{&Multiply<n + 1, kDecoded>...};
+  }
+  static constexpr auto kTokenCounts = std::make_integer_sequence<int, Isa::kQuadTokens>{};
+  static constexpr std::array<Kernel, Isa::kQuadTokens> kFused = Table<false>(kTokenCounts);
+  static constexpr std::array<Kernel, Isa::kQuadTokens> kPanel = Table<true>(kTokenCounts);
+};
+
+}  // namespace cpumoe

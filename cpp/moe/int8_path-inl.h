@@ -1,0 +1,73 @@
+// The int8 compute path: exact integer weights times activations rounded to int8, for formats whose
+// codes are integers times a unit. See float_path-inl.h for what a path is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/float_types.h"
+#include "formats/integer_codes.h"
+#include "kernels/quad_gemm-inl.h"
+#include "kernels/token_blocks.h"
+#include "packing/quantize-inl.h"
+
+namespace cpumoe {
+
+// A format's codes as bytes; what it says of scales it has from the format's own codec.
+template <class Isa, class FloatCodec>
+struct ByteCodec {
+  using Format = typename FloatCodec::Format;
+  using Integers = IntegerCodes<Format>;
+  static constexpr int kGreatest = Integers::kGreatest;
+  static constexpr int kOffset = Integers::kOffset;
+  static constexpr float kUnit = Format::kUnit;
+  typename Isa::ByteTable table = Isa::MakeByteTable(Integers::kBytes);
+
+  template <int kQuad>
+  typename Isa::Quad DecodeQuad(const typename Isa::Codes& codes) const {
+    return Isa::template LookupQuad<kQuad>(table, codes);
+  }
+  static typename Isa::Vec GroupScales(const typename Format::Scale* scales) {
+    return FloatCodec::GroupScales(scales);
+  }
+};
+
+template <class Isa, class FloatCodec>
+class Int8Path {
+  using Codec = ByteCodec<Isa, FloatCodec>;
+  using Gemm = QuadGemm<Isa, Codec>;
+  using Stage = QuadStage<Codec>;
+  static constexpr int kGroupSize = Codec::Format::kGroupSize;
+
+ public:
+  static constexpr int kBlockTokens = Isa::kQuadTokens;
+  static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once
+  static_assert(kGroupSize % kTileRows == 0);
+  static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
+
+  static int64_t StagedBytes(int64_t columns) {
+    return QuadBlock::BytesPerToken(columns, kGroupSize);
+  }
+
+  static void StageRows(DType dtype, const void* x, int64_t row_stride, const int32_t* token,
+                        int tokens, int64_t columns, std::byte* block) {
+    const Stage stage(block, tokens, columns);
+    const auto rows = [&]<class Element>(const Element* elements) {
+      for (int t = 0; t < tokens; ++t) stage.Row(elements + token[t] * row_stride, t, columns);
+    };
+    VisitElements(dtype, x, rows);
+  }
+
+  static void StageFeatures(const float* h, int /*count*/, int t, int tokens, int64_t columns,
+                            int64_t first, std::byte* block) {
+    Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
+  }
+
+  // Every token's result is the same whatever the others: `invariant` needs nothing.
+  static void Multiply(const FloatCodec&, const TilePair& w, const TokenBlocks& blocks,
+                       bool /*invariant*/, const std::byte* staged, std::byte* panel, float* c) {
+    Gemm::Run(Codec{}, w, blocks, staged, panel, c);
+  }
+};
+
+}  // namespace cpumoe
