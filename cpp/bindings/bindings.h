@@ -8,5 +8,6 @@ namespace cpumoe {
 void BindIsa(pybind11::module_& m);
 void BindRuntime(pybind11::module_& m);
 void BindExperts(pybind11::module_& m);
+void BindLimits(pybind11::module_& m);
 
 }  // namespace cpumoe

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   cpumoe::BindIsa(m);
   cpumoe::BindRuntime(m);
   cpumoe::BindExperts(m);
+  cpumoe::BindLimits(m);
 }

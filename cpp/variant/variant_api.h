@@ -17,11 +17,22 @@ struct FormatEntry {
   Moe* (*create)(const MoeConfig& config);  // the caller deletes; throws std::invalid_argument
 };
 
+// The multiply-adds of a compute path and nothing else (kernels/limits-inl.h).
+struct PeakEntry {
+  const char* compute;             // the compute path's name
+  int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
+};
+
 struct VariantApi {
   const char* isa;  // the ISA that the library was compiled for
   size_t num_formats;
   const FormatEntry* formats;
+  size_t num_peaks;
+  const PeakEntry* peaks;
+  void (*read)(const float* data, int64_t count);  // count: a multiple of kReadGranule
 };
+
+inline constexpr int64_t kReadGranule = 1024;
 
 using VariantApiFunction = const VariantApi* (*)();
 inline constexpr char kVariantApiSymbol[] = "cpumoe_variant_api";

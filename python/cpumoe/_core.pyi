@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Completion', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'Runtime', 'Topology', 'assume_features', 'cpu_features', 'formats', 'known_isas', 'open_variant', 'require_isa', 'supported_isas', 'topology']
+__all__: list[str] = ['Completion', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'Topology', 'assume_features', 'cpu_features', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'topology']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -150,6 +150,16 @@ class Moe:
     @property
     def nbytes(self) -> int:
         ...
+class ReadBuffer:
+    def __init__(self, runtime: Runtime, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def read(self, runtime: Runtime, isa: str, origin: str) -> float:
+        """
+        Reads it once on all threads and returns the seconds taken.
+        """
+    @property
+    def nbytes(self) -> int:
+        ...
 def assume_features(features: collections.abc.Set[str]) -> None:
     """
     For tests under an instruction emulator: pretend that the CPU has these features.
@@ -170,9 +180,17 @@ def open_variant(name: str, origin: str) -> str:
     """
     Opens a variant's library and returns the ISA that it says it was compiled for.
     """
+def peak_names(isa: str, origin: str) -> list[str]:
+    """
+    The compute paths whose multiply-adds a variant can run by themselves.
+    """
 def require_isa(name: str, origin: str) -> None:
     """
     Raises ValueError unless this CPU can run variant `name`.
+    """
+def run_dots(runtime: Runtime, isa: str, origin: str, compute: str, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
+    """
+    Multiplies and adds in registers on all threads; returns the multiply-accumulates done and the seconds taken.
     """
 def supported_isas() -> list[str]:
     ...

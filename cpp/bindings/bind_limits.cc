@@ -1,0 +1,139 @@
+// What the machine can do at best, on the threads that experts run on.
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/bits.h"
+#include "base/check.h"
+#include "bindings/bindings.h"
+#include "bindings/runtime.h"
+#include "dispatch/variant_loader.h"
+
+namespace py = pybind11;
+
+namespace cpumoe {
+namespace {
+
+template <class Body>
+double SecondsOf(Body&& body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Memory to read. A thread reads what it touched first (on NUMA machines its own node's memory),
+// and then what others have not come to yet.
+class ReadBuffer {
+ public:
+  ReadBuffer(Runtime& runtime, int64_t bytes) {
+    Require(bytes > 0, "bytes: must be positive, got ", bytes);
+    chunks_ = CeilDiv(bytes, kChunkBytes);
+    buffer_ = AlignedBuffer(static_cast<size_t>(chunks_ * kChunkBytes));
+    runtime.Execute([&](ThreadPool& pool, Workspace&) {
+      ForChunks(pool, [](std::byte* chunk) { std::memset(chunk, 0, kChunkBytes); });
+    });
+  }
+
+  int64_t nbytes() const { return static_cast<int64_t>(buffer_.size()); }
+
+  // Returns the seconds that reading it once takes.
+  double Read(Runtime& runtime, const std::string& isa, const std::string& origin) const {
+    const VariantApi& variant = LoadVariant(isa, origin);
+    double seconds = 0;
+    runtime.Execute([&](ThreadPool& pool, Workspace&) {
+      seconds = SecondsOf([&] {
+        ForChunks(pool, [&](const std::byte* chunk) {
+          variant.read(reinterpret_cast<const float*>(chunk), kChunkFloats);
+        });
+      });
+    });
+    return seconds;
+  }
+
+ private:
+  static constexpr int64_t kChunkBytes = int64_t{1} << 20;
+  static constexpr int64_t kChunkFloats = kChunkBytes / int64_t{sizeof(float)};
+  static_assert(kChunkFloats % kReadGranule == 0);
+
+  struct alignas(128) Share {
+    std::atomic<int64_t> next{0};  // of a thread's chunks, the first that nobody has taken
+    int64_t end = 0;
+  };
+
+  template <class Body>
+  void ForChunks(ThreadPool& pool, Body&& body) const {
+    const int threads = pool.num_threads();
+    std::vector<Share> shares(threads);
+    for (int t = 0; t < threads; ++t) {
+      shares[t].next = chunks_ * t / threads;
+      shares[t].end = chunks_ * (t + 1) / threads;
+    }
+    pool.For(threads, [&](int64_t /*task*/, int thread) {
+      for (int i = 0; i < threads; ++i) {
+        Share& share = shares[(thread + i) % threads];
+        for (int64_t chunk; (chunk = share.next.fetch_add(1)) < share.end;) {
+          body(buffer_.data() + chunk * kChunkBytes);
+        }
+      }
+    });
+  }
+
+  int64_t chunks_ = 0;
+  AlignedBuffer buffer_;
+};
+
+std::vector<std::string> PeakNames(const std::string& isa, const std::string& origin) {
+  const VariantApi& variant = LoadVariant(isa, origin);
+  std::vector<std::string> names;
+  for (size_t i = 0; i < variant.num_peaks; ++i) names.emplace_back(variant.peaks[i].compute);
+  return names;
+}
+
+// Returns the multiply-accumulates done in `tasks` tasks of `rounds` rounds, and the seconds taken.
+std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
+                                   const std::string& origin, const std::string& compute,
+                                   int64_t tasks, int64_t rounds) {
+  const VariantApi& variant = LoadVariant(isa, origin);
+  const PeakEntry* peak = nullptr;
+  for (size_t i = 0; i < variant.num_peaks; ++i) {
+    if (compute == variant.peaks[i].compute) peak = &variant.peaks[i];
+  }
+  Require(peak != nullptr, "variant ", isa, " has no compute path \"", compute, "\"");
+  std::atomic<int64_t> done{0};
+  double seconds = 0;
+  runtime.Execute([&](ThreadPool& pool, Workspace&) {
+    seconds = SecondsOf([&] {
+      pool.For(tasks, [&](int64_t /*task*/, int /*thread*/) { done += peak->run(rounds); });
+    });
+  });
+  return {done, seconds};
+}
+
+}  // namespace
+
+void BindLimits(py::module_& m) {
+  py::class_<ReadBuffer>(m, "ReadBuffer")
+      .def(py::init<Runtime&, int64_t>(), py::arg("runtime"), py::arg("bytes"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("nbytes", &ReadBuffer::nbytes)
+      .def("read", &ReadBuffer::Read, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Reads it once on all threads and returns the seconds taken.");
+  m.def("peak_names", &PeakNames, py::arg("isa"), py::arg("origin"),
+        "The compute paths whose multiply-adds a variant can run by themselves.");
+  m.def(
+      "run_dots", &RunDots, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
+      py::arg("compute"), py::arg("tasks"), py::arg("rounds"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Multiplies and adds in registers on all threads; returns the multiply-accumulates done and "
+      "the seconds taken.");
+}
+
+}  // namespace cpumoe

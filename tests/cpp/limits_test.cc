@@ -1,0 +1,39 @@
+// The loops that measure an ISA's limits do the work that they say they did.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cpp/isa_test.h"
+
+namespace cpumoe {
+namespace {
+
+class LimitsTest : public IsaTest {};
+
+TEST_P(LimitsTest, PeaksCountEveryRound) {
+  std::set<std::string> names;
+  for (size_t i = 0; i < run_.variant().num_peaks; ++i) {
+    const PeakEntry& peak = run_.variant().peaks[i];
+    EXPECT_TRUE(names.insert(peak.compute).second) << peak.compute << " is there twice";
+    const int64_t round = peak.run(1);
+    EXPECT_GT(round, 0) << peak.compute;
+    EXPECT_EQ(peak.run(0), 0) << peak.compute;
+    EXPECT_EQ(peak.run(7), 7 * round) << peak.compute;
+  }
+  EXPECT_TRUE(names.contains("bf16"));
+}
+
+TEST_P(LimitsTest, ReadStaysWithinItsData) {
+  run_.ExpectNoDots();
+  for (const int64_t count : {int64_t{0}, kReadGranule, 3 * kReadGranule}) {
+    const std::vector<float> data(count, 1.0f);  // under AddressSanitizer one more would show
+    run_.variant().read(data.data(), count);
+  }
+}
+
+CPUMOE_FOR_EACH_ISA(LimitsTest);
+
+}  // namespace
+}  // namespace cpumoe
