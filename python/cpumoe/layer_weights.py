@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
+from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
 from cpumoe.experts import Experts
-from cpumoe.formats import weight_format
+from cpumoe.formats import WeightFormat, weight_format
+from cpumoe.models import ModelSpec
 from cpumoe.runtime import Runtime
 from cpumoe.swiglu import SwiGLU
 from cpumoe.synth import Pattern, random_matrix
@@ -90,24 +93,44 @@ class LayerWeights:
         Raises:
             ValueError: an unknown pattern, or a format that is not supported.
         """
+        sizes = reader.hidden_size, reader.intermediate_size
         fmt = weight_format(reader.format)
-        hidden, inner = reader.hidden_size, reader.intermediate_size
         generator = torch.Generator().manual_seed(seed)
         count = _limited(reader.num_experts, limit)
         experts: list[ExpertWeights] = []
         for index in range(count):
             progress(f"making {pattern} experts", index, count)
-            gate, up, down = (
-                random_matrix(fmt, n, k, pattern, generator)
-                for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
-            )
-            biases = [
-                (torch.randn(n, generator=generator) * _BIAS_STD).bfloat16()
-                for n in (inner, inner, hidden)
-                if reader.has_bias
-            ]
-            experts.append(ExpertWeights(gate, up, down, *biases))
+            experts.append(_made_up(fmt, *sizes, pattern, reader.has_bias, generator))
         return cls._like(reader, experts)
+
+    @classmethod
+    def from_model(
+        cls, spec: ModelSpec, *, limit: int | None = None, format: str | None = None, seed: int = 0
+    ) -> LayerWeights:
+        """Returns made-up experts of a model's layer, each made anew whenever it is asked for.
+
+        Args:
+            spec: the model.
+            limit: number of experts; default, and at most: the model's.
+            format: weight format; default: the model's.
+            seed: of the random codes and scales.
+
+        Raises:
+            ValueError: a format that is not supported, or that the model's sizes do not fit.
+        """
+        fmt = weight_format(format or spec.weight_format)
+        fmt.check_k(spec.hidden_size, "hidden_size")
+        fmt.check_k(spec.moe_intermediate_size, "intermediate_size")
+        count = _limited(spec.num_experts, limit)
+        return cls(
+            experts=_MadeUpExperts(spec, fmt, count, seed),
+            format=fmt.name,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.moe_intermediate_size,
+            top_k=min(spec.top_k, count),
+            swiglu=spec.swiglu,
+            has_bias=spec.has_bias,
+        )
 
     @classmethod
     def _like(cls, reader: ExpertReader, experts: Sequence[ExpertWeights]) -> LayerWeights:
@@ -121,10 +144,25 @@ class LayerWeights:
             has_bias=reader.has_bias,
         )
 
-    def pack(self, isa: str, runtime: Runtime) -> Experts:
-        """Returns the experts packed for variant `isa`."""
+    def pack(
+        self,
+        isa: str,
+        runtime: Runtime,
+        *,
+        compute: str = "bf16",
+        batch_invariant: bool = False,
+        progress: Progress = silent,
+    ) -> Experts:
+        """Returns the experts packed for variant `isa`; the other arguments are `Experts`'."""
+        count = self.num_experts
+
+        def experts() -> Iterator[ExpertWeights]:
+            for index in range(count):
+                progress(f"packing for {isa}", index, count)
+                yield self.experts[index]
+
         return Experts(
-            self.experts,
+            experts(),
             format=self.format,
             num_experts=self.num_experts,
             hidden_size=self.hidden_size,
@@ -132,8 +170,55 @@ class LayerWeights:
             swiglu=self.swiglu,
             has_bias=self.has_bias,
             runtime=runtime,
+            compute=compute,
             isa=isa,
+            batch_invariant=batch_invariant,
         )
+
+
+class _MadeUpExperts(Sequence[ExpertWeights]):
+    """The experts of `LayerWeights.from_model`; one by one, for there may be gigabytes."""
+
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat, count: int, seed: int) -> None:
+        self._spec, self._format, self._count, self._seed = spec, fmt, count, seed
+
+    @override
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> ExpertWeights: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ExpertWeights]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> ExpertWeights | Sequence[ExpertWeights]:
+        chosen = range(self._count)[index]
+        if isinstance(chosen, range):
+            return [self[i] for i in chosen]
+        generator = torch.Generator().manual_seed(self._seed + chosen)
+        spec = self._spec
+        sizes = spec.hidden_size, spec.moe_intermediate_size
+        return _made_up(self._format, *sizes, "random", spec.has_bias, generator)
+
+
+def _made_up(
+    fmt: WeightFormat,
+    hidden: int,
+    inner: int,
+    pattern: Pattern,
+    has_bias: bool,
+    generator: torch.Generator,
+) -> ExpertWeights:
+    gate, up, down = (
+        random_matrix(fmt, n, k, pattern, generator)
+        for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
+    biases = [
+        (torch.randn(n, generator=generator) * _BIAS_STD).bfloat16()
+        for n in (inner, inner, hidden)
+        if has_bias
+    ]
+    return ExpertWeights(gate, up, down, *biases)
 
 
 def _limited(count: int, limit: int | None) -> int:

@@ -11,25 +11,23 @@ from checkpoint_tools import SMALL, edit_config, write_small
 from typer.testing import CliRunner
 
 import cpumoe
-from cpumoe import bandwidth, validation
-from cpumoe.cli import app, console
+from cpumoe import limits, validation
+from cpumoe.cli import app, console, demo
 from cpumoe.synth import PATTERNS
 
-COMMANDS = ("info", "inspect", "synth", "validate", "demo")
+COMMANDS = ("info", "inspect", "synth", "validate", "bench", "demo")
 TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Small buffers and no forced variant, whatever the machine and its environment are."""
-    monkeypatch.setattr(bandwidth, "_default_buffer_bytes", lambda: 1 << 20)
-    measure, throughput = bandwidth.measure_read_bandwidth, bandwidth.measure_throughput
+    monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
+    measure = limits.measure_read_bandwidth
     monkeypatch.setattr(
-        bandwidth, "measure_read_bandwidth", lambda threads=None: measure(threads, seconds=0.0)
+        limits, "measure_read_bandwidth", lambda runtime: measure(runtime, seconds=0)
     )
-    monkeypatch.setattr(
-        bandwidth, "measure_throughput", lambda *args: throughput(*args, seconds=0.0)
-    )
+    monkeypatch.setattr(demo, "_TIMED_SECONDS", 0)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
     monkeypatch.setenv("COLUMNS", "120")

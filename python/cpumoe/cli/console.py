@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,7 +17,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_out = Console(highlight=False)
+# What is not a terminal has no width of its own; tables should not be cut for lack of one.
+_PIPE_WIDTH = 120
+_out = Console(
+    highlight=False,
+    width=None if "COLUMNS" in os.environ or sys.stdout.isatty() else _PIPE_WIDTH,
+)
 _err = Console(stderr=True, highlight=False)
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -33,6 +40,11 @@ def show(*parts: RenderableType) -> None:
 def show_json(document: Mapping[str, Any]) -> None:
     """Prints the document to standard output; numbers that JSON lacks become null."""
     typer.echo(json.dumps(_jsonable(document), indent=2, allow_nan=False))
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes the document to a file; numbers that JSON lacks become null."""
+    path.write_text(json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
 
 
 def print_error(message: str) -> None:

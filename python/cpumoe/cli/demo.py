@@ -28,6 +28,7 @@ _LAYER = 0
 _VALIDATED_EXPERTS = 8
 _VALIDATED_TOKENS = (1, 8, 33)
 _TIMED_TOKENS = (1, 16, 128)
+_TIMED_SECONDS = 0.5
 
 
 def command(
@@ -138,27 +139,37 @@ def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
 
 
 def _time(layer: Experts) -> dict[str, Any]:
-    from cpumoe.bandwidth import measure_read_bandwidth, measure_throughput
+    from cpumoe.limits import measure_read_bandwidth
     from cpumoe.models import find_model
+    from cpumoe.throughput import CallTimer, make_workload, median_spread
 
     top_k = min(find_model(_MODEL).top_k, layer.num_experts)
     steps = len(_TIMED_TOKENS) + 1
+    rows = []
     with console.progress_bar() as progress:
         progress("memory bandwidth", 0, steps)
-        memory = measure_read_bandwidth(layer.runtime.threads)
-        rows = []
+        memory = measure_read_bandwidth(layer.runtime)
         for index, tokens in enumerate(_TIMED_TOKENS, 1):
             progress(f"timing {tokens} tokens", index, steps)
-            result = measure_throughput(layer, tokens, top_k)
+            work = make_workload(
+                tokens,
+                hidden_size=layer.hidden_size,
+                num_experts=layer.num_experts,
+                top_k=top_k,
+            )
+            timer = CallTimer(layer, work)
+            timer.run(0, least=2)
+            seconds, _, _ = median_spread([timer.run(_TIMED_SECONDS, least=5)])
+            weight_bytes = work.weight_bytes(layer)
             rows.append(
                 {
                     "tokens": tokens,
-                    "seconds": result.seconds,
-                    "tokens_per_second": result.tokens_per_second,
-                    "flops_per_second": result.flops_per_second,
-                    "weight_bytes": result.weight_bytes,
-                    "bytes_per_second": result.bytes_per_second,
-                    "share_of_bandwidth": result.bytes_per_second / memory.bytes_per_second,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "flops_per_second": 2 * work.macs(layer) / seconds,
+                    "weight_bytes": weight_bytes,
+                    "bytes_per_second": weight_bytes / seconds,
+                    "share_of_bandwidth": weight_bytes / seconds / memory.bytes_per_second,
                 }
             )
     return {"isa": layer.isa, "read_bandwidth": dict(vars(memory)), "throughput": rows}
@@ -204,8 +215,8 @@ def _render_speed(speed: dict[str, Any]) -> None:
         "",
         table,
         "",
-        f"[dim]Memory reads {console.format_rate(memory['bytes_per_second'])} "
-        f"({memory['method']}).\nFew tokens are bound by that, many by arithmetic.[/]",
+        f"[dim]Memory reads {console.format_rate(memory['bytes_per_second'])}.\n"
+        "Few tokens are bound by that, many by arithmetic; `cpumoe bench` shows both.[/]",
     )
 
 

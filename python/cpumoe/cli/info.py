@@ -40,7 +40,7 @@ def command(json_output: JsonOption = False, traceback: TracebackOption = False)
 def collect() -> dict[str, Any]:
     """Returns what ``info --json`` prints."""
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "cpu": _cpu(),
         "isa": _isas(),
         "formats": _formats(),
@@ -48,7 +48,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions of cpumoe, PyTorch and Python."""
     import torch
 
     from cpumoe.cli.app import package_version
@@ -65,7 +66,7 @@ def _cpu() -> dict[str, Any]:
 
     topology = _core.topology()
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "architecture": platform.machine(),
         "logical_cpus": len(topology.cpus),
         "cores": len(topology.cores),
@@ -76,7 +77,8 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Returns what the CPU calls itself, or "unknown"."""
     try:
         lines = _CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
@@ -128,30 +130,29 @@ def _formats() -> list[dict[str, Any]]:
 
 
 def _bandwidth() -> dict[str, Any]:
-    from cpumoe.bandwidth import measure_read_bandwidth
+    from cpumoe.limits import measure_read_bandwidth
+    from cpumoe.runtime import Runtime
 
-    with console.progress_bar() as progress:
+    with console.progress_bar() as progress, Runtime() as runtime:
         progress("measuring memory bandwidth", 0, 1)
-        return dict(vars(measure_read_bandwidth()))
+        return dict(vars(measure_read_bandwidth(runtime)))
 
 
 def _render(document: dict[str, Any]) -> None:
-    versions, cpu, memory = document["versions"], document["cpu"], document["read_bandwidth"]
+    used, cpu, memory = document["versions"], document["cpu"], document["read_bandwidth"]
     count = console.format_count
     quota = "none" if cpu["cpu_quota"] is None else count(cpu["cpu_quota"], "CPU")
     sockets, nodes = count(cpu["packages"], "socket"), count(len(cpu["numa_nodes"]), "NUMA node")
     pages = "huge pages" if memory["huge_pages"] else "small pages"
     buffer = f"{memory['buffer_bytes'] >> 20} MiB on {pages}"
     facts = {
-        "cpumoe": f"{versions['cpumoe']} [dim](torch {versions['torch']}, "
-        f"Python {versions['python']})[/]",
+        "cpumoe": f"{used['cpumoe']} [dim](torch {used['torch']}, Python {used['python']})[/]",
         "CPU": f"{console.escape(cpu['model'])} [dim]({cpu['architecture']})[/]",
         "cores": f"{cpu['cores']} physical, {cpu['logical_cpus']} logical; {sockets}, {nodes}; "
         f"CPU quota: {quota}",
         "threads": f"{cpu['default_threads']} by default",
         "memory read": f"[bold]{console.format_rate(memory['bytes_per_second'])}[/] "
-        f"[dim]({count(memory['threads'], 'thread')}, {buffer})"
-        f"\nthe best of three ways: {memory['method']}[/]",
+        f"[dim]({count(memory['threads'], 'thread')}, {buffer}, loads of {memory['isa']})[/]",
     }
     console.show(console.fact_table(facts))
     table = console.data_table("ISA variants", ("name", "status", "missing"), text_columns=3)

@@ -147,7 +147,7 @@ def _read(
         raise InputError(f"--pattern: expected one of {known}, got {pattern!r}")
     _require_folder(model)
     with open_checkpoint(model) as reader:
-        chosen = _layer(reader, layer)
+        chosen = choose_layer(reader, layer)
         if pattern == _CHECKPOINT:
             return LayerWeights.from_checkpoint(reader, chosen, limit=limit)
         return LayerWeights.from_pattern(
@@ -171,7 +171,13 @@ def _require_folder(model: str) -> None:
     )
 
 
-def _layer(reader: ExpertReader, layer: int | None) -> int:
+def choose_layer(reader: ExpertReader, layer: int | None) -> int:
+    """Returns the layer asked for, by default the first with experts, if its experts can be read.
+
+    Raises:
+        InputError: it has none.
+        OSError, ValueError: as `ExpertReader.expert`.
+    """
     layers = reader.layers()
     chosen = layers[0] if layer is None and layers else layer or 0
     try:

@@ -1,0 +1,291 @@
+"""``cpumoe bench``: how fast a layer runs, and how fast this machine would let it run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpumoe.cli import bench_compare, bench_plot, bench_report, console
+from cpumoe.cli.errors import InputError, reported
+from cpumoe.cli.options import ThreadsOption, TracebackOption, parse_counts, parse_isas
+from cpumoe.cli.validate import choose_layer
+
+if TYPE_CHECKING:
+    from cpumoe.benchmark import Variant
+    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.models import ModelSpec
+    from cpumoe.runtime import Runtime
+    from cpumoe.throughput import Workload
+
+EXAMPLE = (
+    "Examples: `cpumoe bench --isa all --tokens 1,64`, `cpumoe bench --json old.json`, then "
+    "`cpumoe bench --compare old.json`"
+)
+
+_MODEL = "DeepSeek-V4-Flash"
+_EXPERTS = 64
+_TOKENS = "1,4,16,64,256,1024"
+
+
+_ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME|DIR",
+        help="A model's name, for made-up weights of its sizes, or a checkpoint folder, whose "
+        "first MoE layer is used.",
+    ),
+]
+_TokensOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="N,...", help="Batch sizes, one table row each.", show_default=_TOKENS),
+]
+_RoutingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="balanced: all experts are equally likely; concentrated: all tokens of a call have "
+        "the same experts; zipf: popularity is one over rank.",
+        show_default="balanced",
+    ),
+]
+_IsaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--isa",
+        metavar="all|NAME,...",
+        help="ISA variants to run.",
+        show_default="the one in use",
+    ),
+]
+_FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Weight format of made-up weights.", show_default="the model's"
+    ),
+]
+_ComputeOption = Annotated[str, typer.Option(metavar="all|NAME,...", help="Compute paths to run.")]
+_ExpertsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Experts of the layer: more than the caches hold.",
+        show_default=f"{_EXPERTS}, or all of a checkpoint's",
+    ),
+]
+_SecondsOption = Annotated[
+    float, typer.Option(min=0, metavar="S", help="Time to spend on each table row.")
+]
+_RoundsOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Rounds in which the rows take turns.")
+]
+_BatchInvariantOption = Annotated[
+    bool, typer.Option("--batch-invariant", help="The same kernels for any number of tokens.")
+]
+_DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Weights and calls from plain arrays instead: MXFP4 codes and scales in gate.q, "
+        "gate.s, up.q, up.s, down.q, down.s (uint8, \\[experts, rows, columns/2 or /32]); for M "
+        "tokens hidden states x_M (float32), expert ids ids_M (int32, \\[calls, M, top_k]) and "
+        "weights rw_M (float32); where there is a result ref_M (float32), errors are printed.",
+    ),
+]
+_JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write everything as JSON; - for standard output."),
+]
+_PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw a roofline plot: .png, .svg or .pdf.")
+]
+_CompareOption = Annotated[
+    Path | None,
+    typer.Option(metavar="OLD.json", help="Compare with what an earlier run wrote."),
+]
+
+
+def command(
+    model: _ModelOption = _MODEL,
+    tokens: _TokensOption = None,
+    routing: _RoutingOption = None,
+    isa: _IsaOption = None,
+    format: _FormatOption = None,
+    compute: _ComputeOption = "bf16",
+    threads: ThreadsOption = None,
+    experts: _ExpertsOption = None,
+    seconds: _SecondsOption = 2.0,
+    rounds: _RoundsOption = 5,
+    batch_invariant: _BatchInvariantOption = False,
+    data: _DataOption = None,
+    json_file: _JsonOption = None,
+    plot: _PlotOption = None,
+    compare: _CompareOption = None,
+    traceback: TracebackOption = False,
+) -> None:
+    """Time an expert layer, and compare it with what this machine can do at best.
+
+    Rows take turns in several rounds; a row's time is the median of all calls. Memory read
+    bandwidth and the rate of multiply-adds in registers are measured before and after, on the same
+    threads: no call can be faster than reading its experts once, or than its multiply-adds.
+    """
+    with reported(traceback):
+        from cpumoe import benchmark
+
+        old = None if compare is None else bench_compare.read(compare)
+        _require_writable(json_file, plot)
+        if plot is not None:
+            bench_plot.require(plot)
+        variants = _variants(isa, compute)
+        counts = None if tokens is None else parse_counts(",".join(tokens), "--tokens")
+        if data is None:
+            weights = _weights(model, format, experts)
+            workloads = _workloads(weights, counts or parse_counts(_TOKENS, "--tokens"), routing)
+        else:
+            _refuse_with_data(routing=routing, format=format, experts=experts)
+            weights, workloads = _read_data(data, model, counts)
+        runtime = _runtime(threads)
+        with console.progress_bar() as progress:
+            result = benchmark.run(
+                weights,
+                workloads,
+                variants,
+                runtime,
+                seconds=seconds,
+                rounds=rounds,
+                batch_invariant=batch_invariant,
+                progress=progress,
+            )
+        settings = {
+            "model": model,
+            "data": None if data is None else str(data),
+            "format": weights.format,
+            "hidden_size": weights.hidden_size,
+            "intermediate_size": weights.intermediate_size,
+            "experts": weights.num_experts,
+            "top_k": workloads[0].top_k,
+            "routing": (routing or "balanced") if data is None else "data",
+            "batch_invariant": batch_invariant,
+            "seconds": seconds,
+        }
+        document = bench_report.document(result, settings, runtime.threads)
+        _output(document, json_file, plot, old)
+
+
+def _output(
+    document: dict[str, Any],
+    json_file: Path | None,
+    plot: Path | None,
+    old: dict[str, Any] | None,
+) -> None:
+    if json_file == Path("-"):
+        console.show_json(document)
+    else:
+        bench_report.render(document)
+        if old is not None:
+            bench_compare.render(old, document)
+        if json_file is not None:
+            console.write_json(json_file, document)
+            console.show(f"wrote {console.escape(str(json_file))}")
+    if plot is not None:
+        bench_plot.draw(plot, document)
+        if json_file != Path("-"):
+            console.show(f"wrote {console.escape(str(plot))}")
+
+
+def _variants(isa: str | None, compute: str) -> list[Variant]:
+    from cpumoe.benchmark import Variant
+    from cpumoe.experts import COMPUTE_PATHS
+    from cpumoe.isa import select_isa
+
+    isas = [select_isa(None)[0]] if isa is None else parse_isas(isa)
+    names = list(COMPUTE_PATHS) if compute == "all" else compute.split(",")
+    names = list(dict.fromkeys(name.strip() for name in names))
+    for name in names:
+        if name not in COMPUTE_PATHS:
+            known = ", ".join((*COMPUTE_PATHS, "all"))
+            raise InputError(f"--compute: expected one of {known}, got {name!r}")
+    return [Variant(isa_name, name) for isa_name in isas for name in names]
+
+
+def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:
+    from cpumoe.checkpoint import open_checkpoint
+    from cpumoe.formats import WEIGHT_FORMATS
+    from cpumoe.layer_weights import LayerWeights
+
+    if Path(model).exists():
+        with open_checkpoint(model) as reader:
+            if format not in (None, reader.format):
+                raise InputError(f"--format: {model} is {reader.format}, got {format!r}")
+            return LayerWeights.from_checkpoint(reader, choose_layer(reader, None), limit=experts)
+    spec = _spec(model)
+    chosen = format or spec.weight_format
+    if chosen not in WEIGHT_FORMATS:
+        known = ", ".join(WEIGHT_FORMATS)
+        if format is None:
+            raise InputError(
+                f"--model: {spec.name} is {chosen}, which is not supported; name one of {known} "
+                "with --format"
+            )
+        raise InputError(f"--format: expected one of {known}, got {chosen!r}")
+    return LayerWeights.from_model(spec, limit=experts or _EXPERTS, format=chosen)
+
+
+def _spec(model: str) -> ModelSpec:
+    from cpumoe.models import find_model
+
+    try:
+        return find_model(model)
+    except ValueError as error:
+        raise InputError(f"--model: {model}: no such folder, and {error}") from error
+
+
+def _workloads(weights: LayerWeights, tokens: list[int], routing: str | None) -> list[Workload]:
+    from cpumoe.throughput import ROUTINGS, make_workload
+
+    chosen = next((name for name in ROUTINGS if name == (routing or "balanced")), None)
+    if chosen is None:
+        raise InputError(f"--routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
+    return [
+        make_workload(
+            count,
+            hidden_size=weights.hidden_size,
+            num_experts=weights.num_experts,
+            top_k=weights.top_k,
+            routing=chosen,
+            seed=count,
+        )
+        for count in tokens
+    ]
+
+
+def _refuse_with_data(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name}: --data brings its own; leave one of the two out")
+
+
+def _read_data(
+    folder: Path, model: str, tokens: list[int] | None
+) -> tuple[LayerWeights, list[Workload]]:
+    from cpumoe.plain_arrays import PlainArrays
+
+    spec = _spec(model)
+    arrays = PlainArrays(folder, spec.hidden_size, spec.moe_intermediate_size)
+    return arrays.weights(), [arrays.workload(count) for count in tokens or arrays.tokens]
+
+
+def _runtime(threads: int | None) -> Runtime:
+    from cpumoe.runtime import Runtime, default_runtime
+
+    return default_runtime() if threads is None else Runtime(threads)
+
+
+def _require_writable(*paths: Path | None) -> None:
+    """Refuses files that could not be written, before minutes are spent on their content."""
+    for path in paths:
+        if path is not None and path != Path("-") and not path.parent.is_dir():
+            raise InputError(f"{path}: no such folder: {path.parent}")

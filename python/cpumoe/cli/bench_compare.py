@@ -1,0 +1,116 @@
+"""``cpumoe bench --compare``: this run against an earlier one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cpumoe.cli import console
+from cpumoe.cli.bench_report import VERSION
+from cpumoe.cli.errors import InputError
+
+_KEY = ("isa", "compute", "tokens")
+# Limits that differ by more are named: then the machine has changed, not only the program.
+_SAME_LIMIT = 0.15
+_NUMBERS = ("seconds", "low", "high")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns what an earlier ``bench --json`` wrote.
+
+    Raises:
+        OSError: no such file.
+        InputError: something else.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"--compare: {path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"--compare: {path}: not JSON ({error})") from error
+    if not _is_ours(document):
+        raise InputError(
+            f"--compare: {path}: not written by cpumoe bench --json, version {VERSION}"
+        )
+    return dict(document)
+
+
+def render(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Prints how much faster each row is that both runs have, and what else differs."""
+    before = {_key(row): row for row in old["rows"]}
+    table = console.data_table(
+        "Compared with the earlier run",
+        ("ISA", *_KEY[1:], "old ms", "new ms", "new/old speed", ""),
+        text_columns=2,
+    )
+    matched = 0
+    for row in new["rows"]:
+        match = before.get(_key(row))
+        if match is None:
+            continue
+        matched += 1
+        table.add_row(
+            row["isa"],
+            row["compute"],
+            str(row["tokens"]),
+            console.format_number(1e3 * match["seconds"]),
+            console.format_number(1e3 * row["seconds"]),
+            f"{match['seconds'] / row['seconds']:.3f}",
+            _verdict(match, row),
+        )
+    if not matched:
+        console.show("", "The earlier run has none of these rows.")
+        return
+    console.show("", table, "", "[dim]faster, slower: the runs' rounds do not overlap[/]")
+    for name, was, value in differences(old, new):
+        console.print_warning(f"the runs differ in {name}: {was} then, {value} now")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns name, old and new value of whatever makes two runs less comparable."""
+    pairs = [(name, old["settings"].get(name), now) for name, now in new["settings"].items()]
+    for name in ("cpu", "threads"):
+        pairs.append((name, old["machine"].get(name), new["machine"][name]))
+    found = [pair for pair in pairs if pair[1] != pair[2] and pair[0] not in ("seconds", "data")]
+    limits = _limits(new)
+    for name, before in _limits(old).items():
+        now = limits.get(name, before)
+        if abs(before - now) > _SAME_LIMIT * max(before, now):
+            found.append((name, f"{before:.3g}", f"{now:.3g}"))
+    return found
+
+
+def _limits(document: dict[str, Any]) -> dict[str, float]:
+    """The machine's limits by name."""
+    machine = document["machine"]
+    limits = {"memory read, GB/s": machine["read_bandwidth"]["bytes_per_second"] / 1e9}
+    for peak in machine["dot_peaks"]:
+        name = f"{peak['isa']}, {peak['compute']} in registers, GFLOP/s"
+        limits[name] = 2e-9 * peak["macs_per_second"]
+    return limits
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEY)
+
+
+def _verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if new["high"] < old["low"]:
+        return "[bold green]faster[/]"
+    if new["low"] > old["high"]:
+        return "[bold red]slower[/]"
+    return ""
+
+
+def _is_ours(document: Any) -> bool:
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        return False
+    try:
+        _limits(document)
+        values = [row[name] for row in document["rows"] for name in _NUMBERS]
+        return isinstance(document["settings"], dict) and all(
+            isinstance(value, (int, float)) for value in values
+        )
+    except (KeyError, TypeError):
+        return False

@@ -1,0 +1,97 @@
+"""``cpumoe bench --plot``: a roofline plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpumoe.cli.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+# Colours that people with any colour vision tell apart (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^v*P"
+
+
+def require(path: Path) -> None:
+    """Refuses what could not be drawn.
+
+    Raises:
+        InputError: matplotlib is missing, or the file's name says no format that it draws.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, got {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib; install it with: pip install 'cpumoe[plot]'")
+
+
+def draw(path: Path, document: dict[str, Any]) -> None:
+    """Draws each row's speed over its arithmetic intensity, below the machine's roof.
+
+    Args:
+        path: the file to write.
+        document: what `cpumoe.cli.bench_report.document` returns.
+    """
+    # Without pyplot: no window system is looked for, nothing outlives the call.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    rows, machine, settings = document["rows"], document["machine"], document["settings"]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    bandwidth = machine["read_bandwidth"]["bytes_per_second"]
+    peaks = {(p["isa"], p["compute"]): 2 * p["macs_per_second"] for p in machine["dot_peaks"]}
+    low, high = min(map(_intensity, rows)) / 1.5, max(map(_intensity, rows)) * 1.5
+    variants = dict.fromkeys((row["isa"], row["compute"]) for row in rows)
+    for variant, colour, marker in zip(variants, cycle(_COLOURS), cycle(_MARKERS), strict=False):
+        peak = peaks.get(variant, math.inf)
+        corners = sorted({low, min(max(low, peak / bandwidth), high), high})
+        roof = [min(x * bandwidth, peak) / 1e9 for x in corners]
+        axes.plot(corners, roof, linewidth=1.2, color=colour)
+        own = [row for row in rows if (row["isa"], row["compute"]) == variant]
+        _draw_points(axes, own, colour, marker, ", ".join(variant))
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=2))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
+    axes.set_xlabel("FLOP per byte of weights read")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(
+        f"{machine['cpu']}, threads: {machine['threads']}\n"
+        f"{settings['experts']} {settings['format']} experts, routing {settings['routing']}; "
+        "numbers: tokens per call; lines: the machine's limits",
+        fontsize="medium",
+    )
+    axes.grid(visible=True, which="major", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_points(
+    axes: Axes, rows: list[dict[str, Any]], colour: str, marker: str, label: str
+) -> None:
+    points = [(_intensity(row), row["flops_per_second"] / 1e9) for row in rows]
+    axes.plot(
+        *zip(*points, strict=True), linestyle="none", marker=marker, color=colour, label=label
+    )
+    for row, point in zip(rows, points, strict=True):
+        axes.annotate(
+            str(row["tokens"]),
+            point,
+            xytext=(5, -11),
+            textcoords="offset points",
+            fontsize="small",
+            color=colour,
+        )
+
+
+def _intensity(row: dict[str, Any]) -> float:
+    return 2 * float(row["macs"]) / float(row["weight_bytes"])

@@ -1,0 +1,186 @@
+"""What ``cpumoe bench`` measured, as one document and as a table.
+
+The document (``--json``), times in seconds, rates per second::
+
+    {"version": 1,
+     "settings": {"model", "data", "format", "hidden_size", "intermediate_size", "experts", "top_k",
+                  "routing", "batch_invariant", "seconds"},
+     "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"},
+                 "read_bandwidth": {"bytes_per_second", "start", "end", "isa", "buffer_bytes",
+                                    "huge_pages"},
+                 "dot_peaks": [{"isa", "compute", "macs_per_second", "start", "end"}],
+                 "steady"},
+     "rows": [{"isa", "compute", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
+               "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second", "macs",
+               "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
+               "bound": "memory" or "compute", "share_of_bound", "relative_l2"}]}
+
+``low`` and ``high`` are the least and the greatest median of a round, ``spread`` their difference
+over the median of all calls, which is ``seconds``. ``start`` and ``end`` are a limit's values
+before and after the rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cpumoe.cli import console
+from cpumoe.cli.info import cpu_model, versions
+
+if TYPE_CHECKING:
+    from cpumoe.benchmark import Limits, Result, Timing
+
+VERSION = 1
+
+
+def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Returns what ``bench --json`` writes."""
+    limits = result.limits
+    return {
+        "version": VERSION,
+        "settings": settings,
+        "machine": {
+            "cpu": cpu_model(),
+            "threads": threads,
+            "versions": versions(),
+            "read_bandwidth": {
+                "bytes_per_second": limits.read.best,
+                **vars(limits.read),
+                "isa": limits.buffer.isa,
+                "buffer_bytes": limits.buffer.buffer_bytes,
+                "huge_pages": limits.buffer.huge_pages,
+            },
+            "dot_peaks": [
+                {**vars(variant), "macs_per_second": limit.best, **vars(limit)}
+                for variant, limit in limits.dots.items()
+            ],
+            "steady": limits.steady,
+        },
+        "rows": [_row(timing, limits) for timing in result.timings],
+    }
+
+
+def _row(timing: Timing, limits: Limits) -> dict[str, Any]:
+    read, dots = timing.share_of_read(limits), timing.share_of_dots(limits)
+    return {
+        **vars(timing.variant),
+        "tokens": timing.tokens,
+        "seconds": timing.seconds,
+        "low": timing.low,
+        "high": timing.high,
+        "spread": timing.spread,
+        "rounds": timing.rounds,
+        "calls": timing.calls,
+        "tokens_per_second": timing.tokens / timing.seconds,
+        "touched_experts": timing.touched_experts,
+        "weight_bytes": timing.weight_bytes,
+        "bytes_per_second": timing.weight_bytes / timing.seconds,
+        "macs": timing.macs,
+        "flops_per_second": 2 * timing.macs / timing.seconds,
+        "share_of_read_bandwidth": read,
+        "share_of_dot_peak": dots,
+        "bound": "memory" if dots is None or read >= dots else "compute",
+        "share_of_bound": read if dots is None else max(read, dots),
+        "relative_l2": timing.relative_l2,
+    }
+
+
+def render(document: dict[str, Any]) -> None:
+    """Prints the machine's limits and the table."""
+    settings, machine, rows = document["settings"], document["machine"], document["rows"]
+    columns = _columns(rows)
+    invariant = ", batch-invariant" if settings["batch_invariant"] else ""
+    fixed = [str(rows[0][name]) for name in ("isa", "compute") if name not in columns]
+    title = ", ".join([f"{settings['experts']} {settings['format']} experts", *fixed])
+    table = console.data_table(
+        f"{title}, routing {settings['routing']}{invariant}\n"
+        f"hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "
+        f"top {settings['top_k']}",
+        list(columns.values()),
+        text_columns=2 - len(fixed),
+    )
+    before = None
+    for row in rows:
+        variant = (row["isa"], row["compute"])
+        if before not in (None, variant):
+            table.add_section()
+        table.add_row(*map(_cells(row).__getitem__, columns))
+        before = variant
+    console.show(_machine_table(machine), "", table, "", _legend(rows[0]["rounds"]))
+    if not machine["steady"]:
+        console.print_warning(
+            "the machine's limits changed during the run, other programs may have been busy; "
+            "measure again for numbers to rely on"
+        )
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Headers of the columns to show; those that are the same in all rows, or empty, are not."""
+    columns = {
+        "isa": "ISA",
+        "compute": "compute",
+        "tokens": "tokens",
+        "seconds": "ms",
+        "tokens_per_second": "tokens/s",
+        "spread": "spread",
+        "bytes_per_second": "GB/s",
+        "flops_per_second": "GFLOP/s",
+        "share_of_read_bandwidth": "memory",
+        "share_of_dot_peak": "peak",
+        "bound": "bound",
+        "relative_l2": "rel. L2",
+    }
+    for name in ("isa", "compute"):
+        if len({row[name] for row in rows}) == 1:
+            del columns[name]
+    if all(row["relative_l2"] is None for row in rows):
+        del columns["relative_l2"]
+    return columns
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    number, percent = console.format_number, console.format_percent
+    memory, peak = row["share_of_read_bandwidth"], row["share_of_dot_peak"]
+    error = row["relative_l2"]
+    return {
+        "isa": row["isa"],
+        "compute": row["compute"],
+        "tokens": str(row["tokens"]),
+        "seconds": number(1e3 * row["seconds"]),
+        "tokens_per_second": number(row["tokens_per_second"]),
+        "spread": percent(row["spread"]),
+        "bytes_per_second": number(row["bytes_per_second"] / 1e9),
+        "flops_per_second": number(row["flops_per_second"] / 1e9),
+        "share_of_read_bandwidth": percent(memory),
+        "share_of_dot_peak": "unknown" if peak is None else percent(peak),
+        "bound": f"{row['bound']} {percent(row['share_of_bound'])}",
+        "relative_l2": "" if error is None else f"{error:.1e}",
+    }
+
+
+def _machine_table(machine: dict[str, Any]) -> Any:
+    read = machine["read_bandwidth"]
+    pages = "huge pages" if read["huge_pages"] else "small pages"
+    threads = console.format_count(machine["threads"], "thread")
+    start, end = (console.format_number(read[name] / 1e9) for name in ("start", "end"))
+    facts = {
+        "CPU": f"{console.escape(machine['cpu'])}, {threads}",
+        "memory read": f"{console.format_rate(read['bytes_per_second'])} "
+        f"[dim](start {start}, end {end}; {pages})[/]",
+    }
+    for peak in machine["dot_peaks"]:
+        start, end = (console.format_number(2e-9 * peak[name]) for name in ("start", "end"))
+        best = console.format_number(2e-9 * peak["macs_per_second"])
+        name = f"{peak['isa']}, {peak['compute']}"
+        facts[name] = f"{best} GFLOP/s in registers [dim](start {start}, end {end})[/]"
+    return console.fact_table(facts)
+
+
+def _legend(rounds: int) -> str:
+    return (
+        f"[dim]ms: median of all calls of {console.format_count(rounds, 'round')}; "
+        "spread: range of the rounds' medians\n"
+        "GB/s: each expert that a call uses, read once\n"
+        "memory, peak: share of the read bandwidth, and of the multiply-adds in registers\n"
+        "bound: the greater of the two; the call cannot be faster than at 100 %[/]"
+    )

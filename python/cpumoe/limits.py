@@ -1,0 +1,157 @@
+"""What this machine can do at best: read its memory, multiply and add.
+
+No call can be faster than its weights are read and its products are summed; how close it comes to
+the slower of the two says what is left to gain. Both are measured on the threads that experts run
+on, by loops that do nothing else (``cpp/kernels/limits-inl.h``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpumoe import _core
+from cpumoe.isa import supported_isas
+from cpumoe.runtime import Runtime
+
+_MIN_BUFFER_BYTES = 256 << 20
+_MAX_BUFFER_BYTES = 1 << 30
+_BUFFER_PER_L3 = 4
+_L3_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_MEMINFO = Path("/proc/meminfo")
+_SMAPS = Path("/proc/self/smaps_rollup")
+
+# Long enough for a clock, short enough that threads end together, and of all threads long enough
+# that waking them costs nothing.
+_TASK_SECONDS = 0.25e-3
+_TASKS_PER_THREAD = 80
+_CALIBRATION_ROUNDS = 1000
+
+
+@dataclass(frozen=True)
+class ReadBandwidth:
+    """Memory read bandwidth, as measured.
+
+    Attributes:
+        bytes_per_second: the best run.
+        isa: the variant whose loads read.
+        threads: threads that read.
+        buffer_bytes: size of the buffer, several times the last-level cache.
+        huge_pages: whether the kernel backed the buffer with huge pages.
+    """
+
+    bytes_per_second: float
+    isa: str
+    threads: int
+    buffer_bytes: int
+    huge_pages: bool
+
+
+@dataclass(frozen=True)
+class DotPeak:
+    """The rate of multiply-accumulates in registers, as measured.
+
+    Attributes:
+        macs_per_second: multiply-accumulates per second, the best run.
+        isa: the variant whose instruction multiplies.
+        compute: the compute path that uses this instruction.
+        threads: threads that multiply.
+    """
+
+    macs_per_second: float
+    isa: str
+    compute: str
+    threads: int
+
+
+def measure_read_bandwidth(
+    runtime: Runtime, *, buffer_bytes: int | None = None, seconds: float = 0.5
+) -> ReadBandwidth:
+    """Measures how fast a runtime's threads together read memory.
+
+    They read one buffer, on huge pages where the kernel grants them, with the widest loads that
+    this CPU has; the best run counts.
+
+    Args:
+        runtime: the threads.
+        buffer_bytes: default: four times the last-level cache, at least 256 MiB, at most 1 GiB and
+            a quarter of the free memory.
+        seconds: time to spend on reading (three runs at least).
+    """
+    size = _default_buffer_bytes() if buffer_bytes is None else buffer_bytes
+    isa = supported_isas()[-1]
+    before = _kilobytes(_SMAPS, "AnonHugePages")
+    buffer = _core.ReadBuffer(runtime.core, size)
+    gained = (_kilobytes(_SMAPS, "AnonHugePages") - before) * 1024
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(buffer.read(runtime.core, isa, "isa"))
+    return ReadBandwidth(
+        bytes_per_second=buffer.nbytes / min(times),
+        isa=isa,
+        threads=runtime.threads,
+        buffer_bytes=buffer.nbytes,
+        huge_pages=gained >= 0.9 * buffer.nbytes,
+    )
+
+
+def measure_dot_peak(
+    runtime: Runtime, isa: str, compute: str, *, seconds: float = 0.2
+) -> DotPeak | None:
+    """Measures how many multiply-accumulates a runtime's threads together do per second.
+
+    Args:
+        runtime: the threads.
+        isa: the variant, one that this CPU supports.
+        compute: the compute path, e.g. "bf16".
+        seconds: time to spend (three runs at least).
+
+    Returns:
+        The best run, or None where the variant has no such loop for the compute path.
+
+    Raises:
+        ValueError: a variant that is unknown or that this CPU lacks.
+    """
+    if compute not in _core.peak_names(isa, "isa"):
+        return None
+
+    def run(tasks: int, rounds: int) -> tuple[int, float]:
+        return _core.run_dots(runtime.core, isa, "isa", compute, tasks, rounds)
+
+    first = min(run(1, _CALIBRATION_ROUNDS)[1] for _ in range(3))
+    rounds = max(1, round(_CALIBRATION_ROUNDS * _TASK_SECONDS / first))
+    rates: list[float] = []
+    spent = 0.0
+    while len(rates) < 3 or spent < seconds:
+        macs, taken = run(_TASKS_PER_THREAD * runtime.threads, rounds)
+        rates.append(macs / taken)
+        spent += taken
+    return DotPeak(max(rates), isa, compute, runtime.threads)
+
+
+def available_bytes() -> int:
+    """Returns the memory that new allocations may take, as the kernel estimates it; 0: unknown."""
+    return _kilobytes(_MEMINFO, "MemAvailable") * 1024
+
+
+def _default_buffer_bytes() -> int:
+    try:
+        l3 = int(_L3_SIZE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        l3 = 0
+    wanted = min(max(_BUFFER_PER_L3 * l3, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES)
+    available = available_bytes()
+    return min(wanted, available // 4) if available else wanted
+
+
+def _kilobytes(path: Path, key: str) -> int:
+    """A ``key:  123 kB`` line's number; 0 where file or line is missing."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0])
+    return 0

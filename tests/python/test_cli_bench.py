@@ -1,0 +1,269 @@
+"""``cpumoe bench`` on toy sizes: what it writes and refuses, not how fast anything is."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from checkpoint_tools import SMALL, write_small
+from typer.testing import CliRunner
+
+import cpumoe
+from cpumoe import benchmark, limits, models, reference
+from cpumoe.benchmark import Limit
+from cpumoe.cli import app, bench_compare
+from cpumoe.experts import COMPUTE_PATHS
+from cpumoe.formats import QuantizedMatrix
+
+QUICK = ("--seconds", 0, "--rounds", 2)
+HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(limits, "_TASKS_PER_THREAD", 4)
+    for name in ("measure_read_bandwidth", "measure_dot_peak"):
+        measure = getattr(limits, name)
+        monkeypatch.setattr(
+            benchmark, name, lambda *args, measure=measure: measure(*args, seconds=0)
+        )
+    # Whether the machine is quiet is not what is tested.
+    monkeypatch.setattr(Limit, "steady", True)
+    monkeypatch.delenv("CPUMOE_ISA", raising=False)
+    monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
+
+
+@pytest.fixture(scope="module")
+def v4(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("v4"), "v4-flash")
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """The registry's model, with sizes for a test."""
+    spec = models.find_model("v4-flash")
+    small = dataclasses.replace(spec, hidden_size=HIDDEN, moe_intermediate_size=INNER)
+    monkeypatch.setattr(models, "find_model", lambda _name: small)
+    return small
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["bench", *map(str, (*QUICK, *arguments))])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def measure(*arguments):
+    return json.loads(succeed(*arguments, "--json", "-"))
+
+
+def refuse(*arguments):
+    """The one line that it refuses bad input with."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_checkpoint(v4):
+    document = measure("--model", v4, "--tokens", "1,3", "--isa", "all", "--compute", "all")
+    isas = cpumoe.supported_isas()
+    rows = document["rows"]
+    expected = [(isa, path, m) for isa in isas for path in COMPUTE_PATHS for m in (1, 3)]
+    assert [(row["isa"], row["compute"], row["tokens"]) for row in rows] == expected
+    settings = document["settings"]
+    assert (settings["experts"], settings["top_k"]) == (SMALL["experts"], SMALL["top_k"])
+    assert (settings["routing"], settings["format"]) == ("balanced", "mxfp4")
+    assert {peak["isa"] for peak in document["machine"]["dot_peaks"]} == set(isas)
+    assert document["machine"]["read_bandwidth"]["bytes_per_second"] > 0
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_rows_add_up(v4):
+    document = measure("--model", v4, "--tokens", 5, "--routing", "concentrated", "--threads", 1)
+    (row,) = document["rows"]
+    machine = document["machine"]
+    assert row["low"] <= row["seconds"] <= row["high"]
+    assert row["rounds"] == 2
+    assert row["calls"] >= 2
+    assert row["touched_experts"] == SMALL["top_k"]
+    assert row["macs"] == 5 * 2 * 3 * SMALL["hidden"] * SMALL["intermediate"]
+    assert row["tokens_per_second"] == pytest.approx(5 / row["seconds"])
+    assert row["flops_per_second"] == pytest.approx(2 * row["macs"] / row["seconds"])
+    share = row["bytes_per_second"] / machine["read_bandwidth"]["bytes_per_second"]
+    assert row["share_of_read_bandwidth"] == pytest.approx(share)
+    (peak,) = machine["dot_peaks"]
+    share = row["macs"] / row["seconds"] / peak["macs_per_second"]
+    assert row["share_of_dot_peak"] == pytest.approx(share)
+    both = row["share_of_read_bandwidth"], row["share_of_dot_peak"]
+    assert row["share_of_bound"] == max(both)
+    assert row["bound"] == ("memory" if both[0] >= both[1] else "compute")
+    assert machine["threads"] == 1
+    assert row["relative_l2"] is None
+
+
+def test_table(v4):
+    text = succeed("--model", v4, "--tokens", "1,2", "--isa", "all", "--batch-invariant")
+    assert "3 mxfp4 experts, bf16" in text
+    assert "batch-invariant" in text
+    assert all(isa in text for isa in cpumoe.supported_isas())
+    alone = succeed("--model", v4, "--tokens", "1")
+    assert f"3 mxfp4 experts, {cpumoe.isa()}, bf16" in alone
+
+
+@pytest.mark.parametrize("fmt", cpumoe.WEIGHT_FORMATS)
+def test_made_up_weights(fmt, small_model):
+    document = measure("--model", "v4", "--format", fmt, "--experts", 7, "--tokens", 2)
+    settings = document["settings"]
+    assert (settings["format"], settings["experts"], settings["top_k"]) == (fmt, 7, 6)
+    assert settings["hidden_size"] == HIDDEN
+
+
+def test_a_variant_without_a_peak(v4, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_dot_peak", lambda *_args: None)
+    (row,) = measure("--model", v4, "--tokens", 1)["rows"]
+    assert (row["share_of_dot_peak"], row["bound"]) == (None, "memory")
+    assert "unknown" in succeed("--model", v4, "--tokens", 1)
+
+
+def test_compare(v4, tmp_path):
+    old = tmp_path / "old.json"
+    arguments = ("--model", v4, "--tokens", "1,2")
+    assert f"wrote {old}" in succeed(*arguments, "--json", old).replace("\n", "")
+    document = json.loads(old.read_text())
+    document["rows"][0].update(seconds=1e3, low=1e3, high=1e3)
+    document["rows"][1].update(seconds=1e-9, low=1e-9, high=1e-9)
+    old.write_text(json.dumps(document))
+    text = succeed(*arguments, "--compare", old)
+    assert text.index("faster") < text.index("slower")
+    assert "none of these rows" in succeed("--model", v4, "--tokens", 3, "--compare", old)
+    other = run("--model", v4, "--tokens", 1, "--routing", "zipf", "--compare", old)
+    assert "the runs differ in routing: balanced then, zipf now" in other.stderr
+
+
+def test_a_changed_machine_is_named():
+    machine = {
+        "cpu": "a",
+        "threads": 2,
+        "read_bandwidth": {"bytes_per_second": 3e10},
+        "dot_peaks": [{"isa": "x", "compute": "bf16", "macs_per_second": 1e11}],
+    }
+    old = {"settings": {"experts": 64, "seconds": 1}, "machine": machine}
+    new = copy.deepcopy(old)
+    new["settings"]["seconds"] = 2
+    new["machine"]["dot_peaks"][0]["macs_per_second"] = 0.9e11
+    assert bench_compare.differences(old, new) == []
+    new["machine"]["read_bandwidth"]["bytes_per_second"] = 2e10
+    new["machine"]["threads"] = 4
+    assert bench_compare.differences(old, new) == [
+        ("threads", 2, 4),
+        ("memory read, GB/s", "30", "20"),
+    ]
+
+
+def test_plot(v4, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ("--model", v4, "--tokens", "1,2", "--isa", "all", "--plot")
+    for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        path = tmp_path / f"roofline{suffix}"
+        succeed(*arguments, path)
+        assert path.read_bytes().startswith(start)
+
+
+def test_plot_without_matplotlib(v4, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "pip install 'cpumoe[plot]'" in refuse("--model", v4, "--plot", tmp_path / "a.png")
+
+
+def write_arrays(folder, tokens):
+    """Plain arrays of a small layer, with the result of the reference implementation."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    matrices = {}
+
+    def write(name, tensor):
+        tensor.contiguous().numpy().tofile(folder / name)
+
+    for name, (n, k) in shapes.items():
+        codes = torch.randint(0, 256, (EXPERTS, n, k // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(
+            118, 121, (EXPERTS, n, k // 32), dtype=torch.uint8, generator=generator
+        )
+        matrices[name] = QuantizedMatrix(codes, scales)
+        write(f"{name}.q", codes)
+        write(f"{name}.s", scales)
+    for count in tokens:
+        x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
+        ids = torch.rand(2, count, EXPERTS, generator=generator).topk(TOP_K).indices.int()
+        weights = torch.rand(count, TOP_K, generator=generator)
+        write(f"x_{count}", x.float())
+        write(f"ids_{count}", ids)
+        write(f"rw_{count}", weights)
+        exact = reference.experts_forward(x, ids[0], weights, **matrices, format="mxfp4")
+        write(f"ref_{count}", exact.float())
+
+
+def test_data(small_model, tmp_path):
+    write_arrays(tmp_path, (1, 5))
+    (tmp_path / "ref_1").unlink()
+    document = measure("--data", tmp_path)
+    settings = document["settings"]
+    assert (settings["experts"], settings["top_k"], settings["routing"]) == (EXPERTS, TOP_K, "data")
+    one, five = document["rows"]
+    assert (one["tokens"], one["relative_l2"]) == (1, None)
+    assert 0 < five["relative_l2"] < 5e-3
+    assert "rel. L2" in succeed("--data", tmp_path, "--tokens", 5)
+
+
+def test_data_refusals(small_model, tmp_path):
+    assert "no such folder of plain arrays" in refuse("--data", tmp_path / "nowhere")
+    assert "no calls" in refuse("--data", tmp_path)
+    write_arrays(tmp_path, (1,))
+    assert "--routing: --data brings its own" in refuse("--data", tmp_path, "--routing", "zipf")
+    assert "--experts: --data brings its own" in refuse("--data", tmp_path, "--experts", 2)
+    assert "ids_9: no such file" in refuse("--data", tmp_path, "--tokens", 9)
+    up = tmp_path / "up.s"
+    up.write_bytes(up.read_bytes()[:-1])
+    assert f"expected {EXPERTS * INNER * HIDDEN // 32} bytes" in refuse("--data", tmp_path)
+    (tmp_path / "down.q").unlink()
+    up.write_bytes(bytes(EXPERTS * INNER * HIDDEN // 32))
+    assert "down.q: no such file" in refuse("--data", tmp_path)
+
+
+def test_refusals(v4, tmp_path):
+    assert "unknown ISA" in refuse("--isa", "avx9000")
+    assert "--routing: expected one of balanced, concentrated, zipf" in refuse("--routing", "x")
+    assert "--tokens: expected positive integers" in refuse("--tokens", "1,x")
+    assert "--tokens: expected positive integers" in refuse("--tokens", "0")
+    assert "--compute: expected one of bf16, " in refuse("--compute", "fp64")
+    assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")
+    assert "DeepSeek-V3 is fp8_block, which is not supported" in refuse("--model", "DeepSeek-V3")
+    assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
+    assert "is mxfp4, got 'int4'" in refuse("--model", v4, "--format", "int4")
+    assert "--plot: expected a name that ends in .png" in refuse("--plot", "roofline.gif")
+    assert "no such folder" in refuse("--json", tmp_path / "nowhere" / "a.json")
+    assert "no such file" in refuse("--compare", tmp_path / "old.json")
+    old = tmp_path / "old.json"
+    for text, message in (("{", "not JSON"), ("[]", "not written by"), ("{}", "not written by")):
+        old.write_text(text)
+        assert message in refuse("--compare", old)
+
+
+def test_too_little_memory(v4, monkeypatch):
+    monkeypatch.setattr(benchmark, "available_bytes", lambda: 1000)
+    assert "ask for fewer experts or variants" in refuse("--model", v4)
+
+
+def test_the_greater_limit_counts():
+    assert Limit(1.0, 2.0).best == Limit(2.0, 1.0).best == 2

@@ -1,0 +1,53 @@
+"""The machine's limits: that they are measured, not how great they are."""
+
+import pytest
+
+import cpumoe
+from cpumoe import _core
+from cpumoe.limits import measure_dot_peak, measure_read_bandwidth
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    with cpumoe.Runtime(1) as runtime:
+        yield runtime
+
+
+def test_read_bandwidth(runtime):
+    result = measure_read_bandwidth(runtime, buffer_bytes=(1 << 20) + 1, seconds=0)
+    assert result.buffer_bytes == 2 << 20  # rounded up
+    assert result.bytes_per_second > 0
+    assert (result.isa, result.threads) == (cpumoe.supported_isas()[-1], 1)
+
+
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
+def test_dot_peak(runtime, isa):
+    names = _core.peak_names(isa, "isa")
+    assert "bf16" in names
+    for name in names:
+        peak = measure_dot_peak(runtime, isa, name, seconds=0)
+        assert peak is not None
+        assert peak.macs_per_second > 0
+        assert (peak.isa, peak.compute, peak.threads) == (isa, name, 1)
+    assert measure_dot_peak(runtime, isa, "none") is None
+
+
+def test_work_is_shared_and_counted():
+    with cpumoe.Runtime(1) as one:
+        macs, seconds = _core.run_dots(one.core, "generic", "isa", "bf16", 1, 10)
+        more, _ = _core.run_dots(one.core, "generic", "isa", "bf16", 3, 20)
+    assert more == 6 * macs > 0
+    assert seconds > 0
+
+
+def test_refusals(runtime):
+    with pytest.raises(ValueError, match="unknown ISA"):
+        measure_dot_peak(runtime, "sse9", "bf16")
+    with pytest.raises(ValueError, match='variant generic has no compute path "fp64"'):
+        _core.run_dots(runtime.core, "generic", "isa", "fp64", 1, 1)
+    with pytest.raises(ValueError, match="bytes: must be positive, got 0"):
+        _core.ReadBuffer(runtime.core, 0)
+    closed = cpumoe.Runtime(1)
+    closed.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        measure_read_bandwidth(closed, buffer_bytes=1)
