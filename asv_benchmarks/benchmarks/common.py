@@ -1,16 +1,15 @@
 """What the suites share: a layer of DeepSeek-V4-Flash's shape on disk, and calls of it."""
 
-import itertools
 from pathlib import Path
 
-import torch
-
 import cpumoe
+from cpumoe.experts import COMPUTE_PATHS
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
+from cpumoe.throughput import ROUTINGS, CallTimer, make_workload
 
 MODEL = "v4-flash"
-EXPERTS = 16  # 214 MB of weights, beyond most caches
+SIZES = {"experts": 16}  # 214 MB of weights, beyond most caches
 ISAS = cpumoe.known_isas()
 
 
@@ -26,7 +25,7 @@ class LayerSuite:
     def setup_cache(self):
         spec = find_model(MODEL)
         folder = Path("checkpoint").absolute()
-        write_checkpoint(folder, spec, layers=1, experts=EXPERTS, pattern="random", overwrite=True)
+        write_checkpoint(folder, spec, layers=1, pattern="random", overwrite=True, **SIZES)
         return str(folder)
 
 
@@ -36,31 +35,35 @@ def require(isa):
         raise NotImplementedError(f"{isa} cannot run here")
 
 
-def calls(experts, tokens, top_k):
-    """Arguments of call after call, for ever; routing differs, so that no cache helps."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = []
-    for _ in range(8):
-        scores = torch.rand(tokens, experts.num_experts, generator=generator)
-        hidden_states = torch.randn(tokens, experts.hidden_size, generator=generator).bfloat16()
-        weights = torch.rand(tokens, top_k, generator=generator)
-        rounds.append((hidden_states, scores.topk(top_k).indices, weights))
-    return itertools.cycle(rounds)
-
-
 class ForwardSuite(LayerSuite):
-    """Seconds per call, by ISA variant and number of tokens."""
+    """Seconds per call, by ISA variant, compute path, number of tokens and routing.
 
-    param_names = ("isa", "tokens")
+    The routings are those of `cpumoe bench`; routing follows routing, so that no cache helps.
+    """
+
+    param_names = ("isa", "compute", "tokens", "routing")
     rounds = 1
     repeat = (1, 10, 10.0)
     warmup_time = 0  # `setup` calls once
 
-    def setup(self, folder, isa, tokens):
+    def setup(self, folder, isa, compute, tokens, routing):
         require(isa)
-        self.experts = cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa)
-        self.calls = calls(self.experts, tokens, find_model(MODEL).top_k)
-        self.experts(*next(self.calls))
+        experts = cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa, compute=compute)
+        work = make_workload(
+            tokens,
+            hidden_size=experts.hidden_size,
+            num_experts=experts.num_experts,
+            top_k=min(find_model(MODEL).top_k, experts.num_experts),
+            routing=routing,
+        )
+        # Not `timer`: asv would take it for the clock to use.
+        self.calls = CallTimer(experts, work)
+        self.calls.call()
 
     def call(self):
-        self.experts(*next(self.calls))
+        self.calls.call()
+
+
+def forward_params(*tokens):
+    """Parameters of a `ForwardSuite` of these numbers of tokens."""
+    return (ISAS, list(COMPUTE_PATHS), list(tokens), list(ROUTINGS))

@@ -4,7 +4,7 @@ from . import common
 
 
 class Decode(common.ForwardSuite):
-    params = (common.ISAS, [1, 4, 8])
+    params = common.forward_params(1, 4, 16)
 
-    def time_call(self, folder, isa, tokens):
+    def time_call(self, folder, isa, compute, tokens, routing):
         self.call()

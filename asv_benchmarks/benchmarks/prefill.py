@@ -4,7 +4,7 @@ from . import common
 
 
 class Prefill(common.ForwardSuite):
-    params = (common.ISAS, [64, 256])
+    params = common.forward_params(64, 256)
 
-    def time_call(self, folder, isa, tokens):
+    def time_call(self, folder, isa, compute, tokens, routing):
         self.call()

@@ -162,17 +162,23 @@ def command(
         settings = {
             "model": model,
             "data": None if data is None else str(data),
-            "format": weights.format,
-            "hidden_size": weights.hidden_size,
-            "intermediate_size": weights.intermediate_size,
-            "experts": weights.num_experts,
-            "top_k": workloads[0].top_k,
+            **_sizes(weights, workloads[0]),
             "routing": (routing or "balanced") if data is None else "data",
             "batch_invariant": batch_invariant,
             "seconds": seconds,
         }
         document = bench_report.document(result, settings, runtime.threads)
         _output(document, json_file, plot, old)
+
+
+def _sizes(weights: LayerWeights, workload: Workload) -> dict[str, Any]:
+    return {
+        "format": weights.format,
+        "hidden_size": weights.hidden_size,
+        "intermediate_size": weights.intermediate_size,
+        "experts": weights.num_experts,
+        "top_k": workload.top_k,
+    }
 
 
 def _output(
