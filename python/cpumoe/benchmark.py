@@ -220,8 +220,8 @@ def _run_rounds(cases: Sequence[_Case], seconds: float, rounds: int, progress: P
         for i in range(len(cases)):
             index = (first + i) % len(cases)
             case = cases[index]
-            where = f"{case.variant.isa}, {case.timer.workload.tokens} tokens"
-            progress(f"round {number + 1} of {rounds}: {where}", done, total)
+            where = f"{case.variant.isa}, tokens: {case.timer.workload.tokens}"
+            progress(f"round {number + 1} of {rounds}, {where}", done, total)
             case.turn(seconds)
             done += expected[index]
 

@@ -153,7 +153,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "flops_per_second": number(row["flops_per_second"] / 1e9),
         "share_of_read_bandwidth": percent(memory),
         "share_of_dot_peak": "unknown" if peak is None else percent(peak),
-        "bound": f"{row['bound']} {percent(row['share_of_bound'])}",
+        "bound": row["bound"],
         "relative_l2": "" if error is None else f"{error:.1e}",
     }
 
@@ -182,5 +182,6 @@ def _legend(rounds: int) -> str:
         "spread: range of the rounds' medians\n"
         "GB/s: each expert that a call uses, read once\n"
         "memory, peak: share of the read bandwidth, and of the multiply-adds in registers\n"
-        "bound: the greater of the two; the call cannot be faster than at 100 %[/]"
+        "bound: the greater of these shares; at 100 % the call cannot be faster, more than that\n"
+        "means that caches held weights[/]"
     )

@@ -58,10 +58,13 @@ def print_warning(message: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(*, still: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function that shows (what is being done, units done, units in all).
 
     On standard error, and only if that is a terminal; the bar disappears at the end.
+
+    Args:
+        still: draw only when called, so that no thread runs beside what is being timed.
     """
     if not sys.stderr.isatty():
         yield lambda _step, _done, _total: None
@@ -81,6 +84,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left"),
         console=_err,
         transient=True,
+        auto_refresh=not still,
     ) as progress:
         task = progress.add_task("", total=None, visible=False)
         stage = ""
@@ -92,7 +96,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
                 progress.remove_task(task)
                 task = progress.add_task(step, total=total)
                 stage = step
-            progress.update(task, description=step, completed=done, total=total)
+            progress.update(task, description=step, completed=done, total=total, refresh=still)
 
         yield update
 
