@@ -2,28 +2,32 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "base/bits.h"
 #include "base/check.h"
 #include "formats/weight_format.h"
 #include "kernels/tile.h"
 #include "packing/raw_matrix.h"
+#include "packing/transpose.h"
 
 namespace cpumoe {
 
 // Moves the codes of a 32-bit word from checkpoint order (k ascending from the low bits) to a
 // lane's order, and back: odd k of the low half-word change places with even k of the high one.
-template <int kCodeBits>
-constexpr uint32_t SwapEvenOdd(uint32_t word) {
+// Words: one uint32_t, or a vector of them.
+template <int kCodeBits, class Words>
+constexpr Words SwapEvenOdd(Words words) {
   uint32_t odd = 0;  // codes of odd k in the low half-word
   for (int bit = kCodeBits; bit < 16; bit += 2 * kCodeBits) odd |= ((1u << kCodeBits) - 1) << bit;
   constexpr int kDistance = 16 - kCodeBits;
-  const uint32_t moved = (word ^ (word >> kDistance)) & odd;
-  return word ^ moved ^ (moved << kDistance);
+  const Words moved = (words ^ (words >> kDistance)) & odd;
+  return words ^ moved ^ (moved << kDistance);
 }
 
 // Least and greatest scale of a matrix; decides whether scales fold into the multiplicands exactly.
@@ -66,26 +70,18 @@ class PackedLayout {
   // place, for a scale that the format forbids.
   ScaleRange PackTile(const RawMatrix& source, int64_t tile, std::byte* packed) const {
     const TileView view = Tile(packed, tile);
-    auto* lanes = const_cast<std::byte*>(view.codes);
-    auto* scales = reinterpret_cast<Scale*>(const_cast<std::byte*>(view.scales));
+    const std::byte* codes[kTileRows];
+    const std::byte* scales[kTileRows];
     ScaleRange range;
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t row = std::min(tile * kTileRows + r, rows_ - 1);
-      PackScales(source, row, scales + r, range);
+      codes[r] = source.codes + row * source.codes_stride;
+      scales[r] = source.scales + row * source.scales_stride;
+      range.Merge(RangeOfRow(source, row));
     }
-    for (int64_t chunk = 0; chunk < Vectors(); chunk += kChunkVectors) {
-      const int64_t end = std::min(chunk + kChunkVectors, Vectors());
-      for (int r = 0; r < kTileRows; ++r) {
-        const int64_t row = std::min(tile * kTileRows + r, rows_ - 1);
-        const std::byte* in = source.codes + row * source.codes_stride;
-        for (int64_t v = chunk; v < end; ++v) {
-          uint32_t word;
-          std::memcpy(&word, in + v * 4, 4);
-          word = SwapEvenOdd<F::kCodeBits>(word);
-          std::memcpy(lanes + v * kVectorBytes + r * 4, &word, 4);
-        }
-      }
-    }
+    RowsToLanes<ScaleWord>(scales, groups_, const_cast<std::byte*>(view.scales),
+                           [](auto words) { return words; });
+    RowsToLanes<uint32_t>(codes, Vectors(), const_cast<std::byte*>(view.codes), kSwap);
     return range;
   }
 
@@ -96,50 +92,58 @@ class PackedLayout {
     const TileView view = Tile(packed, tile);
     const int64_t first = std::max(tile * kTileRows, row_begin);
     const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, rows_});
-    const int64_t group_begin = column_begin / F::kGroupSize;
+    const int64_t group = column_begin / F::kGroupSize;
     const int64_t groups = out.columns / F::kGroupSize;
+    std::byte* codes[kTileRows] = {};  // null: a row that is not wanted
+    std::byte* scales[kTileRows] = {};
     for (int64_t row = first; row < last; ++row) {
-      const int64_t r = row - tile * kTileRows;
-      std::byte* codes = out.codes + (row - row_begin) * out.codes_stride;
-      std::byte* scales = out.scales + (row - row_begin) * out.scales_stride;
-      const std::byte* in = view.codes + group_begin * Geometry::kGroupBytes + r * 4;
-      for (int64_t v = 0; v < groups * Geometry::kGroupVectors; ++v) {
-        uint32_t word;
-        std::memcpy(&word, in + v * kVectorBytes, 4);
-        word = SwapEvenOdd<F::kCodeBits>(word);
-        std::memcpy(codes + v * 4, &word, 4);
-      }
-      const auto* packed_scales = reinterpret_cast<const Scale*>(view.scales);
-      for (int64_t g = 0; g < groups; ++g) {
-        std::memcpy(scales + g * sizeof(Scale), packed_scales + (group_begin + g) * kTileRows + r,
-                    sizeof(Scale));
-      }
+      codes[row % kTileRows] = out.codes + (row - row_begin) * out.codes_stride;
+      scales[row % kTileRows] = out.scales + (row - row_begin) * out.scales_stride;
     }
+    LanesToRows<uint32_t>(view.codes + group * Geometry::kGroupBytes,
+                          groups * Geometry::kGroupVectors, codes, kSwap);
+    LanesToRows<ScaleWord>(view.scales + group * kTileRows * kScaleBytes, groups, scales,
+                           [](auto words) { return words; });
   }
 
  private:
-  static constexpr int64_t kChunkVectors = 16;  // a cache line of each row at a time
+  static constexpr int64_t kScaleBytes = sizeof(Scale);
+  using ScaleWord = std::conditional_t<kScaleBytes == 1, uint8_t,
+                                       std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
+  static_assert(sizeof(ScaleWord) == kScaleBytes);
+
+  static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }
   int64_t TileBytes() const {
-    const int64_t scales = groups_ * kTileRows * static_cast<int64_t>(sizeof(Scale));
-    return RoundUp(groups_ * Geometry::kGroupBytes + scales, kVectorBytes);
+    return RoundUp(groups_ * (Geometry::kGroupBytes + kTileRows * kScaleBytes), kVectorBytes);
   }
 
-  void PackScales(const RawMatrix& source, int64_t row, Scale* out, ScaleRange& range) const {
+  ScaleRange RangeOfRow(const RawMatrix& source, int64_t row) const {
     const std::byte* in = source.scales + row * source.scales_stride;
+    uint32_t invalid = 0;  // not a bool: only words of one size make a loop of vectors
+    uint32_t least = ~0u, greatest = 0;  // magnitudes of floats are in the order of their bits
     for (int64_t g = 0; g < groups_; ++g) {
       Scale scale;
-      std::memcpy(&scale, in + g * sizeof(Scale), sizeof(Scale));
-      if (!F::IsValidScale(scale)) {
-        throw std::invalid_argument(Message(source.name, ": scale [", row, ", ", g, "] is ",
-                                            scale.ToFloat(), "; ", F::kName,
-                                            " scales must be finite: the checkpoint is damaged"));
-      }
-      const float magnitude = scale.ToFloat() < 0 ? -scale.ToFloat() : scale.ToFloat();
-      range.least = std::min(range.least, magnitude);
-      range.greatest = std::max(range.greatest, magnitude);
-      out[g * kTileRows] = scale;
+      std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
+      const uint32_t magnitude = std::bit_cast<uint32_t>(scale.ToFloat()) & 0x7fffffffu;
+      invalid |= F::IsValidScale(scale) ? 0u : 1u;
+      least = std::min(least, magnitude);
+      greatest = std::max(greatest, magnitude);
+    }
+    if (invalid != 0) ThrowInvalidScale(source, row);
+    return {std::bit_cast<float>(least), std::bit_cast<float>(greatest)};
+  }
+
+  [[noreturn]] void ThrowInvalidScale(const RawMatrix& source, int64_t row) const {
+    const std::byte* in = source.scales + row * source.scales_stride;
+    for (int64_t g = 0;; ++g) {
+      Scale scale;
+      std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
+      if (F::IsValidScale(scale)) continue;
+      throw std::invalid_argument(Message(source.name, ": scale [", row, ", ", g, "] is ",
+                                          scale.ToFloat(), "; ", F::kName,
+                                          " scales must be finite: the checkpoint is damaged"));
     }
   }
 

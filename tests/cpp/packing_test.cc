@@ -71,7 +71,7 @@ TYPED_TEST_SUITE(PackingTest, AllFormats);
 TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
   Rng rng(1);
   for (const int64_t rows : {1, 15, 16, 17, 32, 33}) {
-    for (int64_t groups = 1; groups <= 320 / TypeParam::kGroupSize; ++groups) {
+    for (const int64_t groups : {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 64, 73}) {
       const int64_t columns = groups * TypeParam::kGroupSize;
       const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
       const PackedLayout<TypeParam> layout(rows, columns);
@@ -87,7 +87,7 @@ TYPED_TEST(PackingTest, Layout) {
   using F = TypeParam;
   using Scale = typename F::Scale;
   Rng rng(2);
-  const int64_t rows = 21, columns = 3 * F::kGroupSize;
+  const int64_t rows = 21, columns = 73 * F::kGroupSize;
   const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
   const RawMatrix view = source.View();
   const PackedLayout<F> layout(rows, columns);

@@ -1,0 +1,128 @@
+// A tile's 16 rows of words to lanes and back, by transposition of small blocks in vector registers
+// of 16 bytes, which every CPU has.
+//
+// The vectors are the compiler's (GCC and Clang), so that one source serves all ISAs: interleaving
+// is punpck on x86 and zip on aarch64.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kernels/tile.h"
+
+namespace cpumoe {
+
+template <class Word>
+struct BlockOf {
+  static constexpr int kWords = 16 / sizeof(Word);  // rows, and columns, of a block
+  using Vector __attribute__((vector_size(16))) = Word;
+};
+
+// Words a0 b0 a1 b1 ... of both vectors' halves that begin at kFirst.
+template <class Word, int kFirst, size_t... kIndex>
+typename BlockOf<Word>::Vector Interleave(typename BlockOf<Word>::Vector a,
+                                          typename BlockOf<Word>::Vector b,
+                                          std::index_sequence<kIndex...>) {
+  constexpr int kWords = BlockOf<Word>::kWords;
+  return __builtin_shufflevector(
+      a, b, (kFirst + static_cast<int>(kIndex) / 2 + static_cast<int>(kIndex) % 2 * kWords)...);
+}
+
+// Transposes the block of kWords x kWords words whose row i is load(i), a Vector; hands the rows of
+// the result to store(i, Vector).
+template <class Word, class Load, class Store>
+inline void TransposeBlock(Load&& load, Store&& store) {
+  using Block = BlockOf<Word>;
+  constexpr int kWords = Block::kWords, kHalf = kWords / 2;
+  constexpr auto kIndices = std::make_index_sequence<kWords>{};
+  typename Block::Vector rows[kWords], next[kWords];
+  for (int i = 0; i < kWords; ++i) rows[i] = load(i);
+  // Seen as one sequence of words, each round halves the distance between the words of a column.
+  for (int round = 1; round < kWords; round *= 2) {
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = Interleave<Word, 0>(rows[i], rows[i + kHalf], kIndices);
+      next[2 * i + 1] = Interleave<Word, kHalf>(rows[i], rows[i + kHalf], kIndices);
+    }
+    for (int i = 0; i < kWords; ++i) rows[i] = next[i];
+  }
+  for (int i = 0; i < kWords; ++i) store(i, rows[i]);
+}
+
+template <class Vector>
+Vector LoadVector(const std::byte* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+// 16 rows of `count` words become out[count][16]. `map` is applied to every word, to vectors of
+// them where it can be.
+template <class Word, class Map>
+void RowsToLanes(const std::byte* const (&rows)[kTileRows], int64_t count, std::byte* out,
+                 Map map) {
+  using Block = BlockOf<Word>;
+  constexpr int kLine = 64 / sizeof(Word);  // words of a cache line: all are used while it is there
+  constexpr int kLaneBytes = kTileRows * sizeof(Word);
+  for (int64_t line = 0; line < count; line += kLine) {
+    const int64_t end = std::min(line + kLine, count);
+    for (int r = 0; r < kTileRows; r += Block::kWords) {
+      for (int64_t w = line; w + Block::kWords <= end; w += Block::kWords) {
+        std::byte* to = out + w * kLaneBytes + r * sizeof(Word);
+        TransposeBlock<Word>(
+            [&](int i) {
+              const std::byte* from = rows[r + i] + w * sizeof(Word);
+              return map(LoadVector<typename Block::Vector>(from));
+            },
+            [&](int i, auto vector) { std::memcpy(to + i * kLaneBytes, &vector, sizeof(vector)); });
+      }
+    }
+  }
+  for (int64_t w = count - count % Block::kWords; w < count; ++w) {
+    for (int r = 0; r < kTileRows; ++r) {
+      Word word;
+      std::memcpy(&word, rows[r] + w * sizeof(Word), sizeof(Word));
+      word = map(word);
+      std::memcpy(out + w * kLaneBytes + r * sizeof(Word), &word, sizeof(Word));
+    }
+  }
+}
+
+// The reverse: in[count][16] becomes rows of `count` words; rows that are null are left out.
+template <class Word, class Map>
+void LanesToRows(const std::byte* in, int64_t count, std::byte* const (&rows)[kTileRows], Map map) {
+  using Block = BlockOf<Word>;
+  constexpr int kLine = 64 / sizeof(Word);
+  constexpr int kLaneBytes = kTileRows * sizeof(Word);
+  for (int64_t line = 0; line < count; line += kLine) {
+    const int64_t words = std::min<int64_t>(kLine, count - line);
+    const std::byte* from = in + line * kLaneBytes;
+    alignas(64) Word lines[kTileRows][kLine];
+    for (int r = 0; r < kTileRows; r += Block::kWords) {
+      int64_t w = 0;
+      for (; w + Block::kWords <= words; w += Block::kWords) {
+        TransposeBlock<Word>(
+            [&](int i) {
+              const std::byte* lane = from + (w + i) * kLaneBytes + r * sizeof(Word);
+              return map(LoadVector<typename Block::Vector>(lane));
+            },
+            [&](int i, auto vector) { std::memcpy(&lines[r + i][w], &vector, sizeof(vector)); });
+      }
+      for (; w < words; ++w) {
+        for (int i = 0; i < Block::kWords; ++i) {
+          Word word;
+          std::memcpy(&word, from + w * kLaneBytes + (r + i) * sizeof(Word), sizeof(Word));
+          lines[r + i][w] = map(word);
+        }
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      if (rows[r] == nullptr) continue;
+      std::memcpy(rows[r] + line * sizeof(Word), lines[r], words * sizeof(Word));
+    }
+  }
+}
+
+}  // namespace cpumoe
