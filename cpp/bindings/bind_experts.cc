@@ -6,11 +6,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/runtime.h"
 #include "dispatch/variant_loader.h"
 #include "moe/moe.h"
+#include "moe/pack_experts.h"
 
 namespace py = pybind11;
 
@@ -70,17 +73,22 @@ std::shared_ptr<Moe> Create(const std::string& isa, const std::string& origin,
   return std::shared_ptr<Moe>(FindFormat(LoadVariant(isa, origin), format).create(config));
 }
 
-void Pack(Moe& self, Runtime& runtime, int64_t expert, const std::array<MatrixArgs, 3>& matrices,
-          const std::optional<std::array<uintptr_t, 3>>& biases) {
-  ExpertSource source = {.gate = matrices[0].View<const std::byte>(),
-                         .up = matrices[1].View<const std::byte>(),
-                         .down = matrices[2].View<const std::byte>()};
-  if (biases) {
+// An expert's gate, up and down, and the addresses of its three biases where it has them.
+using ExpertArgs = std::pair<std::array<MatrixArgs, 3>, std::optional<std::array<uintptr_t, 3>>>;
+
+void Pack(Moe& self, Runtime& runtime, int64_t first, const std::vector<ExpertArgs>& experts) {
+  std::vector<ExpertSource> sources;
+  for (const auto& [matrices, biases] : experts) {
+    ExpertSource& source = sources.emplace_back();
+    source.gate = matrices[0].View<const std::byte>();
+    source.up = matrices[1].View<const std::byte>();
+    source.down = matrices[2].View<const std::byte>();
+    if (!biases) continue;
     source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
     source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
     source.down_bias = reinterpret_cast<const float*>((*biases)[2]);
   }
-  runtime.Execute([&](ThreadPool& pool, Workspace&) { self.Pack(expert, source, pool); });
+  runtime.Execute([&](ThreadPool& pool, Workspace&) { PackExperts(self, first, sources, pool); });
 }
 
 void Unpack(const Moe& self, Runtime& runtime, int64_t expert,
@@ -154,8 +162,8 @@ void BindExperts(py::module_& m) {
       .def(py::init(&Create), py::arg("isa"), py::arg("origin"), py::arg("format"),
            py::arg("config"))
       .def_property_readonly("nbytes", &Moe::nbytes)
-      .def("pack", &Pack, py::arg("runtime"), py::arg("expert"), py::arg("matrices"),
-           py::arg("biases"), py::call_guard<py::gil_scoped_release>())
+      .def("pack", &Pack, py::arg("runtime"), py::arg("first"), py::arg("experts"),
+           py::call_guard<py::gil_scoped_release>())
       .def("unpack", &Unpack, py::arg("runtime"), py::arg("expert"), py::arg("matrices"),
            py::arg("intermediate_begin"), py::call_guard<py::gil_scoped_release>())
       .def("forward", &Forward, py::arg("runtime"), py::arg("tensors"),

@@ -127,14 +127,24 @@ class ExpertWeights {
             "] weights, got [", m.rows, ", ", m.columns, "]");
   }
 
+  // A task is a run of a matrix's tiles, half a huge page: threads that write neighbouring tiles
+  // for the first time would each clear the same page.
   template <class Body>
   void ForEachTile(ThreadPool& pool, Body&& body) const {
-    const int64_t gate_up = gate_up_.tiles();
-    pool.For(2 * gate_up + down_.tiles(), [&](int64_t task, int thread) {
-      if (task < gate_up) return body(Projection::kGate, task, thread);
-      if (task < 2 * gate_up) return body(Projection::kUp, task - gate_up, thread);
-      body(Projection::kDown, task - 2 * gate_up, thread);
+    const int64_t gate_up = Runs(gate_up_);
+    pool.For(2 * gate_up + Runs(down_), [&](int64_t task, int thread) {
+      const auto p = static_cast<Projection>(std::min<int64_t>(task / gate_up, 2));
+      const int64_t tiles = layout(p).tiles(), run = RunTiles(layout(p));
+      const int64_t begin = (task - static_cast<int64_t>(p) * gate_up) * run;
+      for (int64_t t = begin; t < std::min(begin + run, tiles); ++t) body(p, t, thread);
     });
+  }
+  static int64_t RunTiles(const PackedLayout<F>& layout) {
+    constexpr auto kRunBytes = static_cast<int64_t>(AlignedBuffer::kHugePage / 2);
+    return std::max<int64_t>(kRunBytes * layout.tiles() / layout.bytes(), 1);
+  }
+  static int64_t Runs(const PackedLayout<F>& layout) {
+    return CeilDiv(layout.tiles(), RunTiles(layout));
   }
 
   static AlignedBuffer Allocate(int64_t experts, int64_t expert_bytes) {

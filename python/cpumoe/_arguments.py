@@ -122,7 +122,7 @@ def normalized(
     row.check_k(columns, f"{name}: K")
     expected = (*codes.shape[:-1], columns // row.group_size)
     require_shape(tuple(scales.shape), expected, f"{name} scales")
-    return QuantizedMatrix(codes, scales)
+    return QuantizedMatrix(codes, scales, name=matrices.name)
 
 
 def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> None:

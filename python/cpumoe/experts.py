@@ -13,12 +13,10 @@ from cpumoe._arguments import (
     Call,
     MatrixStack,
     check_mask,
-    checked_biases,
     matrix_view,
-    normalized,
     prepare_call,
-    require_shape,
 )
+from cpumoe._packing import checked_stack, pack_experts
 from cpumoe._progress import track
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.formats import QuantizedMatrix, weight_format
@@ -90,11 +88,16 @@ class Experts:
             batch_invariant=batch_invariant,
         )
         self._moe = _core.Moe(self._isa, origin, self._format.name, config)
-        self._biases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = []
         self._mask: torch.Tensor | None = None
         self.expert_mask = expert_mask
-        for index, weights in enumerate(experts):
-            self._pack(index, weights)
+        self._biases = pack_experts(
+            self._moe,
+            experts,
+            row=self._format,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            runtime=self.runtime,
+        )
         if len(self._biases) != num_experts:
             raise ValueError(f"expected {num_experts} experts, got {len(self._biases)}")
 
@@ -139,7 +142,8 @@ class Experts:
             )
             reader.check_layer(layer)  # before memory is asked for
             return cls(
-                (reader.expert(layer, i) for i in indices),
+                # Packing looks at all scales.
+                (reader.expert(layer, i, check_scales=False) for i in indices),
                 format=reader.format,
                 num_experts=reader.num_experts,
                 hidden_size=reader.hidden_size,
@@ -199,29 +203,17 @@ class Experts:
             ValueError: shapes that do not fit together, scales that are NaN, tensors that are not
                 on the CPU or not contiguous along their last dimension.
         """
-        row = weight_format(format)
-        stacks = [
-            normalized(row, matrices, name, stacked=True)
-            for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
-        ]
-        experts, intermediate, hidden = stacks[0].shape
-        require_shape(stacks[1].shape, (experts, intermediate, hidden), "up")
-        require_shape(stacks[2].shape, (experts, hidden, intermediate), "down")
-        widths = {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
-        biases = checked_biases((gate_bias, up_bias, down_bias), widths, experts)
+        biases = (gate_bias, up_bias, down_bias)
+        stack = checked_stack(weight_format(format), gate, up, down, biases)
+        experts, hidden, intermediate = stack.sizes
         return cls(
-            (
-                ExpertWeights(
-                    stacks[0][i], stacks[1][i], stacks[2][i], *(bias[i] for bias in biases)
-                )
-                for i in range(experts)
-            ),
+            stack,
             format=format,
             num_experts=experts,
             hidden_size=hidden,
             intermediate_size=intermediate,
             swiglu=swiglu,
-            has_bias=bool(biases),
+            has_bias=bool(stack.biases),
             runtime=runtime,
             compute=compute,
             expert_mask=expert_mask,
@@ -378,26 +370,6 @@ class Experts:
             self._num_experts,
             self._hidden_size,
         )
-
-    def _pack(self, index: int, weights: ExpertWeights) -> None:
-        gate, up, down = (
-            matrix_view(normalized(self._format, matrix, name, stacked=False), name)
-            for matrix, name in (
-                (weights.gate, f"expert {index}: gate"),
-                (weights.up, f"expert {index}: up"),
-                (weights.down, f"expert {index}: down"),
-            )
-        )
-        inner, hidden = self._intermediate_size, self._hidden_size
-        widths = {"gate_bias": inner, "up_bias": inner, "down_bias": hidden}
-        given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
-        kept = [bias.clone() for bias in given]
-        floats = [bias.float().contiguous() for bias in kept]
-        addresses = (
-            (floats[0].data_ptr(), floats[1].data_ptr(), floats[2].data_ptr()) if floats else None
-        )
-        self._moe.pack(self.runtime.core, index, (gate, up, down), addresses)
-        self._biases.append((kept[0], kept[1], kept[2]) if kept else None)
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:
         row = self._format

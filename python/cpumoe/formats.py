@@ -15,7 +15,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,10 +37,12 @@ class QuantizedMatrix:
         codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k. Rows may be
             strided; the last dimension is contiguous.
         scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4).
+        name: what errors call the scales, e.g. their tensor's name in a checkpoint; may be empty.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    name: str = field(default="", kw_only=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 #include "cpp/all_formats.h"
 #include "cpp/moe_test_util.h"
+#include "moe/pack_experts.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
@@ -45,12 +47,15 @@ class ExportTest : public MoeTest {
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(ExportTest);
 
+// More threads than experts share each expert, fewer take one each.
 TEST_P(ExportTest, EveryExpertBitForBit) {
   const TestLayer layer = MakeLayer(5 * GroupSize());
   const MoeConfig& config = layer.config();
-  const auto moe = Create(layer);
+  const std::vector<ExpertSource> sources = {layer.Source(0), layer.Source(1), layer.Source(2)};
   for (const int threads : {1, 2, 5}) {
     PinnedPool pool({.threads = threads});
+    const auto moe = Create(config);
+    PackExperts(*moe, 0, sources, pool);
     for (int64_t e = 0; e < config.num_experts; ++e) {
       Copy copy(format(), config.intermediate_size, config.hidden_size);
       moe->Unpack(e, copy.Views(), pool);

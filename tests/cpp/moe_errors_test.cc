@@ -8,6 +8,7 @@
 
 #include "cpp/all_formats.h"
 #include "cpp/moe_test_util.h"
+#include "moe/pack_experts.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
@@ -112,6 +113,40 @@ TEST_P(MoeErrorsTest, InvalidScale) {
             "expert 1 is routed to but has no weights: pack it first");
   moe->Pack(1, layer.Source(1), pool);
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
+}
+
+// Of several experts at once, the damaged one alone is sure to be without weights.
+TEST_P(MoeErrorsTest, InvalidScaleAmongSeveralExperts) {
+  const TestLayer layer(format(), LayerSpec{});
+  TestMatrix damaged = layer.Matrix(2, 0);
+  VisitFormat(format(), [&]<class F>(F) {
+    std::memset(damaged.MutableView().scales, 0xff, sizeof(typename F::Scale));
+  });
+  std::vector<ExpertSource> sources;
+  for (int64_t e = 0; e < 4; ++e) sources.push_back(layer.Source(e));
+  sources[2].gate = damaged.View();
+  for (const int threads : {1, 3, 8}) {
+    PinnedPool pool({.threads = threads});
+    const auto moe = Create(layer);
+    const auto pack = [&] { PackExperts(*moe, 0, sources, pool); };
+    const std::string message = MessageOf<std::invalid_argument>(pack);
+    EXPECT_TRUE(message.starts_with("test.weight: scale [0, 0] is ")) << message;
+    Batch batch(layer.config(), BatchSpec{.tokens = 1, .top_k = 1});
+    batch.ids = {2};
+    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
+              "expert 2 is routed to but has no weights: pack it first");
+  }
+}
+
+TEST_P(MoeErrorsTest, MoreExpertsThanTheLayerHas) {
+  const TestLayer layer(format(), LayerSpec{});
+  const std::vector<ExpertSource> sources(2, layer.Source(0));
+  for (const int threads : {1, 2, 3}) {
+    PinnedPool pool({.threads = threads});
+    const auto moe = Create(layer.config());
+    EXPECT_EQ(MessageOf<std::out_of_range>([&] { PackExperts(*moe, 3, sources, pool); }),
+              "expert 4 is not one of the layer's 4");
+  }
 }
 
 TEST_P(MoeErrorsTest, UnpackedExperts) {

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpumoe.checkpoint import ExpertReader
+from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
 
@@ -42,3 +44,17 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def assert_sizes(reader: ExpertReader) -> None:
+    """The reader has the sizes of `SMALL`, and its first expert too."""
+    assert reader.num_experts == SMALL["experts"]
+    assert reader.hidden_size == SMALL["hidden"]
+    assert reader.intermediate_size == SMALL["intermediate"]
+    assert reader.top_k == SMALL["top_k"]
+    assert reader.unsupported == ()
+    weights = reader.expert(reader.layers()[0], 0)
+    assert weights.gate.shape == weights.up.shape == (96, 64)
+    assert weights.down.shape == (64, 96)
+    bits = WEIGHT_FORMATS[reader.format].bits_per_weight
+    assert weights.nbytes == 3 * 64 * 96 * bits / 8

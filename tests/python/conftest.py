@@ -2,7 +2,9 @@
 
 import os
 
+import pytest
 import torch
+from checkpoint_tools import write_small
 
 from cpumoe import _core
 
@@ -16,3 +18,18 @@ EMULATED_FEATURES = {"avx512bf16"}
 
 if os.environ.get("CPUMOE_TEST_EMULATOR") == "1":
     _core.assume_features(EMULATED_FEATURES)
+
+
+@pytest.fixture
+def v4(tmp_path):
+    return write_small(tmp_path, "v4-flash")
+
+
+@pytest.fixture
+def kimi(tmp_path):
+    return write_small(tmp_path, "kimi-k2")
+
+
+@pytest.fixture
+def gpt_oss(tmp_path):
+    return write_small(tmp_path, "gpt-oss-20b")

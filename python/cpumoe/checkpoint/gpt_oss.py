@@ -65,8 +65,8 @@ class GptOssReader(ExpertReader):
         gate_up = self._read_projection(f"{prefix}gate_up_proj", index, 2 * inner, hidden)
         gate_up_bias = self._read_bias(f"{prefix}gate_up_proj_bias", index, 2 * inner)
         return ExpertWeights(
-            gate=QuantizedMatrix(gate_up.codes[0::2], gate_up.scales[0::2]),
-            up=QuantizedMatrix(gate_up.codes[1::2], gate_up.scales[1::2]),
+            gate=_every_second_row(gate_up, 0),
+            up=_every_second_row(gate_up, 1),
             down=self._read_projection(f"{prefix}down_proj", index, hidden, inner),
             gate_bias=gate_up_bias[0::2].contiguous(),
             up_bias=gate_up_bias[1::2].contiguous(),
@@ -95,3 +95,8 @@ class GptOssReader(ExpertReader):
 
     def _bias(self, name: str, n: int) -> ExpectedTensor:
         return name, (torch.bfloat16,), (self.num_experts, n)
+
+
+def _every_second_row(matrix: QuantizedMatrix, first: int) -> QuantizedMatrix:
+    name = f"{matrix.name}[{first}::2]"
+    return QuantizedMatrix(matrix.codes[first::2], matrix.scales[first::2], name=name)

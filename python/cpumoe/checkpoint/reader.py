@@ -133,8 +133,14 @@ class ExpertReader(ABC):
         """Returns the layers that have routed experts, ascending."""
         return list(self._prefixes)
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
-        """Returns expert `index` of `layer` as views of the mapped file, scales checked.
+    def expert(self, layer: int, index: int, *, check_scales: bool = True) -> ExpertWeights:
+        """Returns expert `index` of `layer` as views of the mapped file.
+
+        Args:
+            layer: index of the decoder layer.
+            index: of the expert.
+            check_scales: whether to refuse NaN scales, which reads all of them; False for those who
+                check them anyway, as packing does.
 
         Raises:
             UnsupportedFormatError: see `unsupported`.
@@ -148,7 +154,11 @@ class ExpertReader(ABC):
             raise IndexError(
                 f"layer {layer}: expected expert 0..{self.num_experts - 1}, got {index}"
             )
-        return self._read_expert(prefix, index)
+        weights = self._read_expert(prefix, index)
+        if check_scales:
+            for matrix in (weights.gate, weights.up, weights.down):
+                self._weight_format.check_scales(matrix.scales, matrix.name)
+        return weights
 
     def check_layer(self, layer: int) -> None:
         """Checks a layer's first and last expert against the config, from the shards' headers.
@@ -226,8 +236,10 @@ class ExpertReader(ABC):
         codes_name: str,
         scales_name: str,
     ) -> QuantizedMatrix:
-        """Normalizes and checks one matrix (or stack)."""
+        """Normalizes one matrix."""
         fmt = self._weight_format
-        normalized = fmt.normalize_scales(scales, scales_name)
-        fmt.check_scales(normalized, scales_name)
-        return QuantizedMatrix(fmt.normalize_codes(codes, codes_name), normalized)
+        return QuantizedMatrix(
+            fmt.normalize_codes(codes, codes_name),
+            fmt.normalize_scales(scales, scales_name),
+            name=scales_name,
+        )

@@ -1,0 +1,30 @@
+// Packs several experts at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "moe/moe.h"
+#include "threading/thread_pool.h"
+
+namespace cpumoe {
+
+// Packs sources[i] as expert first + i; on an error some of them are left without weights.
+//
+// A thread packs whole experts, as long as there are enough for all: threads then meet once per
+// call, and do not clear the same huge page, which the kernel would do for each of them.
+inline void PackExperts(Moe& moe, int64_t first, std::span<const ExpertSource> sources,
+                        ThreadPool& pool) {
+  const auto count = static_cast<int64_t>(sources.size());
+  if (count < pool.num_threads()) {
+    for (int64_t i = 0; i < count; ++i) moe.Pack(first + i, sources[i], pool);
+    return;
+  }
+  pool.For(count, [&](int64_t i, int) {
+    SerialPool serial;
+    moe.Pack(first + i, sources[i], serial);
+  });
+}
+
+}  // namespace cpumoe

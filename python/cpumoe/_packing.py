@@ -1,0 +1,105 @@
+"""From tensors, in memory or in a mapped file, to packed weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cpumoe import _core
+from cpumoe._arguments import MatrixStack, checked_biases, matrix_view, normalized, require_shape
+from cpumoe.checkpoint import ExpertWeights
+from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.runtime import Runtime
+
+# An expert's gate, up and down biases as they were given.
+Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Each thread packs whole experts: a batch lasts long enough for the threads to meet seldom, and is
+# short enough for a progress bar.
+_BATCH_PER_THREAD = 8
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """All experts of a layer as stacks ``[experts, N, K]``, checked; iterates over the experts."""
+
+    gate: QuantizedMatrix
+    up: QuantizedMatrix
+    down: QuantizedMatrix
+    biases: tuple[torch.Tensor, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Experts, hidden size and intermediate size."""
+        experts, intermediate, hidden = self.gate.shape
+        return experts, hidden, intermediate
+
+    def __iter__(self) -> Iterator[ExpertWeights]:
+        """Yields expert after expert as views."""
+        for i in range(self.gate.shape[0]):
+            biases = (bias[i] for bias in self.biases)
+            yield ExpertWeights(self.gate[i], self.up[i], self.down[i], *biases)
+
+
+def checked_stack(
+    row: WeightFormat,
+    gate: MatrixStack,
+    up: MatrixStack,
+    down: MatrixStack,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> ExpertStack:
+    """Checks what `Experts.from_tensors` is given."""
+    stacks = [
+        normalized(row, matrices, name, stacked=True)
+        for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
+    ]
+    experts, intermediate, hidden = stacks[0].shape
+    require_shape(stacks[1].shape, (experts, intermediate, hidden), "up")
+    require_shape(stacks[2].shape, (experts, hidden, intermediate), "down")
+    given = checked_biases(biases, _bias_widths(intermediate, hidden), experts)
+    return ExpertStack(stacks[0], stacks[1], stacks[2], tuple(given))
+
+
+def pack_experts(
+    moe: _core.Moe,
+    experts: Iterable[ExpertWeights],
+    *,
+    row: WeightFormat,
+    hidden_size: int,
+    intermediate_size: int,
+    runtime: Runtime,
+) -> list[Biases | None]:
+    """Packs expert 0, 1, ...; returns a copy of their biases as they were given."""
+    kept: list[Biases | None] = []
+    widths = _bias_widths(intermediate_size, hidden_size)
+    numbered = enumerate(experts)
+    while batch := list(itertools.islice(numbered, _BATCH_PER_THREAD * runtime.threads)):
+        first = batch[0][0]
+        arguments = []
+        floats: list[list[torch.Tensor]] = []  # keeps what the addresses point to
+        for index, weights in batch:
+            given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
+            floats.append([bias.float().contiguous() for bias in given])
+            addresses = [bias.data_ptr() for bias in floats[-1]] or None
+            arguments.append((_views(row, index, weights), addresses))
+            own = [bias.clone() for bias in given]
+            kept.append((own[0], own[1], own[2]) if own else None)
+        moe.pack(runtime.core, first, arguments)
+    return kept
+
+
+def _views(row: WeightFormat, index: int, weights: ExpertWeights) -> list[_core.Matrix]:
+    """The addresses of an expert's gate, up and down, checked."""
+    views = []
+    for projection in ("gate", "up", "down"):
+        name = f"expert {index}: {projection}"
+        matrix = normalized(row, getattr(weights, projection), name, stacked=False)
+        views.append(matrix_view(matrix, matrix.name or name))
+    return views
+
+
+def _bias_widths(intermediate: int, hidden: int) -> dict[str, int]:
+    return {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
