@@ -115,9 +115,7 @@ def test_packing_names_the_tensor_with_a_nan_scale(v4):
     scales[17, 2] = 255
     edit_tensors(v4, {name: scales.view(torch.float8_e8m0fnu)})
     cpumoe.Experts.from_checkpoint(v4, layer=0)
-    message = (
-        rf"^{name}: scale \[17, 2\] is nan; mxfp4 scales must be finite: the check"
-    )
+    message = rf"^{name}: scale \[17, 2\] is nan; mxfp4 scales must be finite: the check"
     with pytest.raises(ValueError, match=message):
         cpumoe.Experts.from_checkpoint(v4, layer=1)
 

@@ -148,7 +148,7 @@ def command(
             _refuse_with_data(routing=routing, format=format, experts=experts)
             weights, workloads = _read_data(data, model, counts)
         runtime = _runtime(threads)
-        with console.progress_bar(still=True) as progress:
+        with progress_bar(still=True) as progress:
             result = benchmark.run(
                 weights,
                 workloads,

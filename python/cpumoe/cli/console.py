@@ -1,4 +1,4 @@
-"""Everything that is printed: tables and text, JSON, progress bars, errors; and numbers' looks."""
+"""Everything that is printed: tables and text, JSON, errors; and numbers' looks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,50 +54,6 @@ def print_error(message: str) -> None:
 def print_warning(message: str) -> None:
     """Prints ``warning: message`` to standard error, on one line."""
     _print_line("warning: ", "yellow", message)
-
-
-@contextmanager
-def progress_bar(*, still: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function that shows (what is being done, units done, units in all).
-
-    On standard error, and only if that is a terminal; the bar disappears at the end.
-
-    Args:
-        still: draw only when called, so that no thread runs beside what is being timed.
-    """
-    if not sys.stderr.isatty():
-        yield lambda _step, _done, _total: None
-        return
-    # Imported here because most runs of the command line, and its help, show no bar.
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=_err,
-        transient=True,
-        auto_refresh=not still,
-    ) as progress:
-        task = progress.add_task("", total=None, visible=False)
-        stage = ""
-
-        def update(step: str, done: int, total: int) -> None:
-            nonlocal task, stage
-            # A new total is a new stage: the estimate starts afresh.
-            if done == 0 or not stage:
-                progress.remove_task(task)
-                task = progress.add_task(step, total=total)
-                stage = step
-            progress.update(task, description=step, completed=done, total=total, refresh=still)
-
-        yield update
 
 
 def escape(text: str) -> str:

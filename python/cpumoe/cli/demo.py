@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import VALIDATION_FAILED, reported
 from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption, parse_isas
@@ -97,7 +98,7 @@ def _synthesize(
     from cpumoe.synth import write_checkpoint
 
     start = time.perf_counter()
-    with console.progress_bar() as progress:
+    with progress_bar() as progress:
         write_checkpoint(
             folder,
             find_model(_MODEL),
@@ -133,7 +134,7 @@ def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
     from cpumoe.layer_weights import LayerWeights
     from cpumoe.validation import validate
 
-    with open_checkpoint(folder) as reader, console.progress_bar() as progress:
+    with open_checkpoint(folder) as reader, progress_bar() as progress:
         weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
         return validate(weights, _VALIDATED_TOKENS, isas, threads=threads, progress=progress)
 
@@ -146,7 +147,7 @@ def _time(layer: Experts) -> dict[str, Any]:
     top_k = min(find_model(_MODEL).top_k, layer.num_experts)
     steps = len(_TIMED_TOKENS) + 1
     rows = []
-    with console.progress_bar() as progress:
+    with progress_bar() as progress:
         progress("memory bandwidth", 0, steps)
         memory = measure_read_bandwidth(layer.runtime)
         for index, tokens in enumerate(_TIMED_TOKENS, 1):

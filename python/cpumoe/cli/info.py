@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import BAD_INPUT, reported
 from cpumoe.cli.options import JsonOption, TracebackOption
@@ -133,7 +134,7 @@ def _bandwidth() -> dict[str, Any]:
     from cpumoe.limits import measure_read_bandwidth
     from cpumoe.runtime import Runtime
 
-    with console.progress_bar() as progress, Runtime() as runtime:
+    with progress_bar() as progress, Runtime() as runtime:
         progress("measuring memory bandwidth", 0, 1)
         return dict(vars(measure_read_bandwidth(runtime)))
 

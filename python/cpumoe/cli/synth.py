@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
+from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import reported
 from cpumoe.cli.options import JsonOption, TracebackOption
@@ -63,7 +64,7 @@ def command(
         from cpumoe.models import find_model
         from cpumoe.synth import Pattern, write_checkpoint
 
-        with console.progress_bar() as progress:
+        with progress_bar() as progress:
             write_checkpoint(
                 out,
                 find_model(model),

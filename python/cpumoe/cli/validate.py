@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
 from cpumoe.cli.options import (
@@ -74,7 +75,7 @@ def command(
 
         isas = parse_isas(isa)
         counts = parse_counts(",".join(tokens or [_TOKENS]), "--tokens")
-        with console.progress_bar() as progress:
+        with progress_bar() as progress:
             weights = _read(model, layer, pattern, experts, seed, progress)
             report = validate(weights, counts, isas, seed=seed, threads=threads, progress=progress)
         if json_output:
