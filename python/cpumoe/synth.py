@@ -187,22 +187,26 @@ def _sizes(
 
 
 def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
+    replaced: list[Path] = []
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: expected a folder to write to, got a file")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{folder}: not empty; name a new folder or allow overwriting")
-        _delete_checkpoint(folder)
+        replaced = _checkpoint_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + sum(path.lstat().st_size for path in replaced)
     if nbytes > free:
         raise OSError(
             f"{folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; write fewer "
             f"layers or experts"
         )
+    for path in replaced:
+        path.unlink()
 
 
-def _delete_checkpoint(folder: Path) -> None:
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a folder's checkpoint, all of which may be deleted."""
     shards = {SINGLE_NAME, *_indexed_shards(folder / INDEX_NAME)}
     others = sorted({path.name for path in folder.glob("*.safetensors")} - shards)
     if others:
@@ -210,8 +214,8 @@ def _delete_checkpoint(folder: Path) -> None:
             f"{folder}: {others[0]} ({len(others)} such) is not in its {INDEX_NAME}; "
             f"move it away or name a new folder"
         )
-    for name in (*shards, INDEX_NAME, CONFIG_NAME):
-        (folder / name).unlink(missing_ok=True)
+    files = (folder / name for name in sorted({*shards, INDEX_NAME, CONFIG_NAME}))
+    return [path for path in files if path.is_symlink() or path.is_file()]
 
 
 def _indexed_shards(index: Path) -> set[str]:

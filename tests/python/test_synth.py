@@ -183,6 +183,18 @@ def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
         write_small(tmp_path, "kimi-k2")
 
 
+def test_overwriting_counts_the_space_that_it_frees_and_deletes_nothing_too_early(
+    tmp_path, monkeypatch
+):
+    write_small(tmp_path, "kimi-k2")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError, match="write fewer layers or experts"):
+        write_small(tmp_path, "kimi-k2", overwrite=True, experts=16)
+    assert sorted(tmp_path.iterdir()) == before
+    write_small(tmp_path, "kimi-k2", overwrite=True)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_is_half_written_is_deleted(tmp_path, error):
     def stop(done, total):
