@@ -1,4 +1,6 @@
-"""From a checkpoint's mapped pages to packed weights, and the cost of a call that does little."""
+"""From a checkpoint's mapped pages, or tensors, to packed weights; a call that does little."""
+
+import threading
 
 import torch
 
@@ -10,21 +12,80 @@ from . import common
 class Load(common.LayerSuite):
     """The checkpoint was just written, or read by an earlier sample: its pages are in memory."""
 
-    params = common.ISAS
-    param_names = ("isa",)
+    params = (common.ISAS, ("checkpoint", "tensors"))
+    param_names = ("isa", "source")
     number = 1
 
-    def setup(self, folder, isa):
+    def setup(self, folder, isa, source):
         common.require(isa)
         cpumoe.default_runtime()
+        self.arguments = {"path": folder, "layer": 0}
+        self.method = cpumoe.Experts.from_checkpoint
+        if source == "tensors":
+            self.arguments = stacks(folder)
+            self.method = cpumoe.Experts.from_tensors
 
-    def time_pack_layer(self, folder, isa):
-        cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa)
+    def load(self, isa):
+        return self.method(**self.arguments, isa=isa)
 
-    def track_packed_bytes(self, folder, isa):
-        return cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa).nbytes
+    def time_pack_layer(self, folder, isa, source):
+        self.load(isa)
+
+    def track_packed_bytes(self, folder, isa, source):
+        return self.load(isa).nbytes
 
     track_packed_bytes.unit = "bytes"
+
+    def track_peak_memory(self, folder, isa, source):
+        """Anonymous memory at its peak, over the packed bytes; 1 is the least."""
+        self.load(isa)
+        before = anonymous_bytes()
+        with PeakMemory() as peak:
+            experts = self.load(isa)
+        return (peak.bytes - before) / experts.nbytes
+
+    track_peak_memory.unit = "copies"
+
+
+def stacks(folder):
+    """The arguments of from_tensors for the checkpoint's layer."""
+    with cpumoe.open_checkpoint(folder) as reader:
+        experts = [reader.expert(0, i) for i in range(reader.num_experts)]
+        swiglu = reader.swiglu
+    stacked = {}
+    for name in ("gate", "up", "down"):
+        matrices = [getattr(weights, name) for weights in experts]
+        stacked[name] = (
+            torch.stack([matrix.codes for matrix in matrices]),
+            torch.stack([matrix.scales for matrix in matrices]),
+        )
+    return {**stacked, "format": "mxfp4", "swiglu": swiglu}
+
+
+def anonymous_bytes():
+    """Without the mapped pages of files, which the system can drop."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+
+class PeakMemory:
+    """Samples the anonymous memory while it is open."""
+
+    def __enter__(self):
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, anonymous_bytes())
+
+    def _watch(self):
+        while not self._stop.wait(0.001):
+            self.bytes = max(self.bytes, anonymous_bytes())
 
 
 class CallOverhead:
