@@ -78,6 +78,7 @@ using ExpertArgs = std::pair<std::array<MatrixArgs, 3>, std::optional<std::array
 
 void Pack(Moe& self, Runtime& runtime, int64_t first, const std::vector<ExpertArgs>& experts) {
   std::vector<ExpertSource> sources;
+  sources.reserve(experts.size());
   for (const auto& [matrices, biases] : experts) {
     ExpertSource& source = sources.emplace_back();
     source.gate = matrices[0].View<const std::byte>();

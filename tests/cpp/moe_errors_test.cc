@@ -122,8 +122,7 @@ TEST_P(MoeErrorsTest, InvalidScaleAmongSeveralExperts) {
   VisitFormat(format(), [&]<class F>(F) {
     std::memset(damaged.MutableView().scales, 0xff, sizeof(typename F::Scale));
   });
-  std::vector<ExpertSource> sources;
-  for (int64_t e = 0; e < 4; ++e) sources.push_back(layer.Source(e));
+  std::vector<ExpertSource> sources(4, layer.Source(0));
   sources[2].gate = damaged.View();
   for (const int threads : {1, 3, 8}) {
     PinnedPool pool({.threads = threads});
