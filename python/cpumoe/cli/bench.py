@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpumoe._progress import progress_bar
 from cpumoe.cli import bench_compare, bench_plot, bench_report, console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import ThreadsOption, TracebackOption, parse_counts, parse_isas
