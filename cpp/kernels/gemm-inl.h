@@ -1,6 +1,7 @@
 // C = A * W^T for a few tiles of W: the micro-kernels, written once in an ISA's vocabulary.
 //
-//   A  tokens x K, staged: [K/2][tokens][2] of Isa::Activation (a pair is one broadcast)
+//   A  tokens x K, staged: [K/2][tokens][2] of Isa::Activation (a pair is one broadcast; a panel
+//      unit may want another step than 2)
 //   W  packed tiles of 16 rows x K (tile.h)
 //   C  [tiles][tokens][16] fp32
 //
@@ -128,6 +129,20 @@ struct Gemm {
       panel += Geometry::kGroupPairs * kTiles;
       a += Geometry::kGroupPairs * kTokens * 2;
       AddScaled(codec, tiles, g, part, c);
+    }
+  }
+
+  // C += part * the scales of group g, for products that a panel unit left in memory.
+  template <int kTiles>
+  static void AddScaled(Codec codec, const TileView* tiles, int64_t g, int tokens,
+                        const float* part, float* c) {
+    for (int r = 0; r < kTiles; ++r) {
+      const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
+      for (int64_t i = 0; i < int64_t{tokens} * kTileRows; i += kTileRows) {
+        Isa::Store(c + i, Isa::Fma(Isa::Load(part + i), scales, Isa::Load(c + i)));
+      }
+      part += tokens * kTileRows;
+      c += tokens * kTileRows;
     }
   }
 

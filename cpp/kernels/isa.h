@@ -21,11 +21,15 @@ namespace cpumoe {
 // activation of zero is NaN.
 struct Fp32Multiplicands {
   using Activation = float;
+  static constexpr int kPanelStep = 2;
   static Activation ToActivation(float x) { return x; }
   static bool FoldsExactly(float /*least*/, float greatest) {
     return greatest <= std::numeric_limits<float>::max();
   }
 };
+
+// Which kernels a block of tokens is staged for.
+enum class StagedForm { kFused, kPanel };
 
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
@@ -42,6 +46,8 @@ concept VectorIsa = requires(
   { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
   { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
   { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
+  { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
+  { Isa::kCrossover } -> std::convertible_to<int>;    // most tokens that fused is faster for
   { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
   { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
   { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
@@ -62,6 +68,26 @@ concept VectorIsa = requires(
   { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
   { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
 };
+
+// Where an ISA has something better for panels than vector instructions: an object of it lives as
+// long as a task multiplies panels.
+//
+//   unit.Multiply(panel, a, tokens, pairs, c)
+//     c[kTiles][tokens][16] += a[2 * pairs / kPanelStep][tokens][kPanelStep] * panel[pairs][kTiles]
+template <class Isa>
+concept HasPanelUnit = requires { typename Isa::PanelUnit; };
+
+struct NoPanelUnit {};
+template <class Isa>
+struct PanelUnitTraits {
+  using Type = NoPanelUnit;
+};
+template <HasPanelUnit Isa>
+struct PanelUnitTraits<Isa> {
+  using Type = typename Isa::PanelUnit;
+};
+template <class Isa>
+using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 
 // What the int8 path needs besides: products of unsigned weight bytes with signed activation bytes.
 //

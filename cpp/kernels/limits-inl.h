@@ -4,7 +4,11 @@
 //   Dots   for ever  sum[i] = sum[i] * x + y                 fp32 activations
 //                    sum[i] = Dot(sum[i], w, a)              others: the ISA's dot product
 //          with as many chains i as the panel kernel has sums, so that both hide the same latency;
-//          sums and factors stay in registers, the loop neither loads nor stores.
+//          sums and factors stay in registers, the loop neither loads nor stores. A panel unit has
+//          a loop of its own.
+//   QuadDots  the same for the int8 path; here a chain loads its factor, as the kernels do, because
+//          where product and addition are two instructions, an invariant product would leave the
+//          loop.
 //   Read   sum[s] += data[s][i]  for a few streams s: prefetchers stop at the end of a 4 KiB page,
 //          and other streams go on while one starts afresh (13 % more from an Ice Lake's memory).
 #pragma once
@@ -20,7 +24,7 @@
 
 namespace cpumoe {
 
-template <VectorIsa Isa>
+template <ByteIsa Isa>
 struct Limits {
   using Vec = typename Isa::Vec;
   using Activation = typename Isa::Activation;
@@ -33,6 +37,51 @@ struct Limits {
 
   // Returns the multiply-accumulates done.
   static int64_t Dots(int64_t rounds) {
+    if constexpr (HasPanelUnit<Isa>) {
+      return Isa::PanelUnit::Dots(rounds);
+    } else {
+      return VectorDots(rounds);
+    }
+  }
+
+  static int64_t QuadDots(int64_t rounds) {
+    constexpr int kQuadChains = Isa::kTiles * Isa::kQuadTokens;
+    int32_t start[kQuadChains] = {};
+    int8_t a[kQuadChains * kQuadDepth] = {};
+    std::byte codes[kVectorBytes] = {};
+    Escape(start);
+    Escape(a);
+    Escape(codes);
+    const auto w = Isa::template LookupQuad<0>(Isa::MakeByteTable({}), Isa::LoadCodes(codes));
+    typename Isa::QuadSum sum[kQuadChains];
+    Unroll<kQuadChains>([&](auto i) { sum[i] = Isa::StartSum(start[i]); });
+    for (int64_t r = 0; r < rounds; ++r) {
+      Escape(a);
+      Unroll<kQuadChains>([&](auto i) { sum[i] = Isa::DotQuad(sum[i], w, a + i * kQuadDepth); });
+    }
+    alignas(64) float memory[kQuadChains * kTileRows];
+    Unroll<kQuadChains>(
+        [&](auto i) { Isa::Store(memory + i * kTileRows, Isa::FinishSum(sum[i], start[i])); });
+    Escape(memory);
+    return rounds * kQuadChains * kTileRows * kQuadDepth;
+  }
+
+  // Reads `count` floats, a multiple of kReadFloats, none of them subnormal, as kStreams streams.
+  static void Read(const float* data, int64_t count) {
+    Vec sum[kStreams];
+    Unroll<kStreams>([&](auto s) { sum[s] = Isa::Zero(); });
+    const int64_t length = count / kStreams;
+    for (int64_t i = 0; i < length; i += kTileRows) {
+      Unroll<kStreams>(
+          [&](auto s) { sum[s] = Isa::Add(sum[s], Isa::Load(data + s * length + i)); });
+    }
+    alignas(64) float result[kStreams * kTileRows];
+    Unroll<kStreams>([&](auto s) { Isa::Store(result + s * kTileRows, sum[s]); });
+    Escape(result);
+  }
+
+ private:
+  static int64_t VectorDots(int64_t rounds) {
     // Different and unknown to the compiler, or it would compute one chain for all of them.
     alignas(64) float memory[kChains * kTileRows];
     for (int i = 0; i < kChains * kTileRows; ++i) memory[i] = static_cast<float>(i);
@@ -60,21 +109,6 @@ struct Limits {
     return rounds * kRoundDots;
   }
 
-  // Reads `count` floats, a multiple of kReadFloats, none of them subnormal, as kStreams streams.
-  static void Read(const float* data, int64_t count) {
-    Vec sum[kStreams];
-    Unroll<kStreams>([&](auto s) { sum[s] = Isa::Zero(); });
-    const int64_t length = count / kStreams;
-    for (int64_t i = 0; i < length; i += kTileRows) {
-      Unroll<kStreams>(
-          [&](auto s) { sum[s] = Isa::Add(sum[s], Isa::Load(data + s * length + i)); });
-    }
-    alignas(64) float result[kStreams * kTileRows];
-    Unroll<kStreams>([&](auto s) { Isa::Store(result + s * kTileRows, sum[s]); });
-    Escape(result);
-  }
-
- private:
   // Tells the compiler that the array is read and written where it cannot see.
   template <class T, size_t kSize>
   static void Escape(T (&array)[kSize]) {

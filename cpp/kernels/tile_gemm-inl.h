@@ -1,5 +1,5 @@
-// The driver of gemm-inl.h: all tokens of one expert times two tiles, by the fused or the panel
-// kernels.
+// The driver of the floating point path: all tokens of one expert times two tiles, by the fused or
+// the panel kernels (gemm-inl.h), or by a unit of the ISA's own.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@ namespace cpumoe {
 template <class Isa, class Codec>
 class TileGemm {
   using Kernels = Gemm<Isa, Codec>;
+  using Format = typename Codec::Format;
   using Geometry = typename Kernels::Geometry;
   using Pair = typename Isa::Pair;
   using Activation = typename Isa::Activation;
@@ -25,14 +26,20 @@ class TileGemm {
   static constexpr int64_t kPanelBytes =
       int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 
-  // c[block][tile][token][16] = A * tiles^T; a[block][K/2][token][2]. `panel` is kPanelBytes of
-  // scratch. With `invariant`, the panel kernels run whatever the number of tokens.
-  static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks, bool invariant,
+  // The kernels for an expert's tokens, `fused_tokens` of which are still multiplied by the fused
+  // one.
+  static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
+    return blocks.tokens() <= std::min(fused_tokens, Isa::kFusedTokens) ? StagedForm::kFused
+                                                                        : StagedForm::kPanel;
+  }
+
+  // c[block][tile][token][16] = A * tiles^T, where A is staged for `form`. `panel` is kPanelBytes
+  // of scratch.
+  static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks, StagedForm form,
                   const Activation* a, Pair* panel, float* c) {
-    const bool fused = blocks.count() == 1 && blocks.Size(0) <= Isa::kFusedTokens && !invariant;
     for (int first = 0; first < TilePair::kCount; first += Isa::kTiles) {
-      if (fused) {
-        const int tokens = blocks.Size(0);
+      if (form == StagedForm::kFused) {
+        const int tokens = static_cast<int>(blocks.tokens());
         kFused[tokens - 1](codec, &w.tiles[first], a, w.groups, c + first * tokens * kTileRows);
         continue;
       }
@@ -68,31 +75,64 @@ class TileGemm {
     return std::array<ScaledPanelKernel, sizeof...(n)>{
         &Kernels::template ScaledPanel<n + 1, kTiles>...};
   }
-  static constexpr auto kPanelCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
   static constexpr std::array<FusedKernel, Isa::kFusedTokens> kFused =
       FusedTable(std::make_integer_sequence<int, Isa::kFusedTokens>{});
+
+  // Groups [begin, end) of kTiles tiles, decoded.
+  struct Span {
+    const TileView* tiles;
+    const Pair* panel;
+    int64_t begin, end;
+  };
 
   template <bool kFold>
   static void RunPanel(const Codec& codec, const TilePair& w, int first, const TokenBlocks& blocks,
                        const Activation* a, Pair* panel, float* c) {
-    const TileView* views = &w.tiles[first];
+    [[maybe_unused]] PanelUnitOf<Isa> unit;
+    const int64_t columns = w.groups * Format::kGroupSize;
     for (int64_t begin = 0; begin < w.groups; begin += Kernels::kPanelGroups) {
       const int64_t end = std::min<int64_t>(begin + Kernels::kPanelGroups, w.groups);
-      Kernels::template DecodePanel<kTiles, kFold>(codec, views, begin, end, panel);
+      const Span span = {&w.tiles[first], panel, begin, end};
+      Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, panel);
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int tokens = blocks.Size(b);
+        const Activation* in = a + blocks.Begin(b) * columns + begin * Format::kGroupSize * tokens;
         float* out = c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows;
-        const int64_t depth = w.groups * Geometry::kGroupPairs;
-        const Activation* in =
-            a + (blocks.Begin(b) * depth + begin * Geometry::kGroupPairs * tokens) * 2;
         if (begin == 0) std::memset(out, 0, sizeof(float) * kTiles * tokens * kTileRows);
-        if constexpr (kFold) {
-          static constexpr auto kPanel = PanelTable(kPanelCounts);
-          kPanel[tokens - 1](panel, in, (end - begin) * Geometry::kGroupPairs, out);
+        if constexpr (HasPanelUnit<Isa>) {
+          MultiplyByUnit<kFold>(unit, codec, span, in, tokens, out);
         } else {
-          static constexpr auto kScaledPanel = ScaledPanelTable(kPanelCounts);
-          kScaledPanel[tokens - 1](codec, views, begin, end, panel, in, out);
+          MultiplyByVectors<kFold>(codec, span, in, tokens, out);
         }
+      }
+    }
+  }
+
+  template <bool kFold>
+  static void MultiplyByVectors(const Codec& codec, const Span& s, const Activation* a, int tokens,
+                                float* c) {
+    constexpr auto kCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
+    if constexpr (kFold) {
+      static constexpr auto kPanel = PanelTable(kCounts);
+      kPanel[tokens - 1](s.panel, a, (s.end - s.begin) * Geometry::kGroupPairs, c);
+    } else {
+      static constexpr auto kScaledPanel = ScaledPanelTable(kCounts);
+      kScaledPanel[tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, a, c);
+    }
+  }
+
+  template <bool kFold>
+  static void MultiplyByUnit(PanelUnitOf<Isa>& unit, const Codec& codec, const Span& s,
+                             const Activation* a, int tokens, float* c) {
+    if constexpr (kFold) {
+      unit.Multiply(s.panel, a, tokens, (s.end - s.begin) * Geometry::kGroupPairs, c);
+    } else {
+      for (int64_t g = s.begin; g < s.end; ++g) {
+        alignas(64) float part[kTiles * Isa::kPanelTokens * kTileRows] = {};
+        const int64_t pair = (g - s.begin) * Geometry::kGroupPairs;
+        unit.Multiply(s.panel + pair * kTiles, a + pair * 2 * tokens, tokens, Geometry::kGroupPairs,
+                      part);
+        Kernels::template AddScaled<kTiles>(codec, s.tiles, g, tokens, part, c);
       }
     }
   }

@@ -29,6 +29,8 @@ struct MoeConfig {
   ComputePath compute = ComputePath::kBf16;
   // One kernel path whatever the number of tokens: a token's result does not depend on the others.
   bool batch_invariant = false;
+  // Most tokens of an expert that the few-token kernels take; negative: the ISA's crossover.
+  int fused_tokens = -1;
 };
 
 }  // namespace cpumoe

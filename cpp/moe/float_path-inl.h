@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "base/float_types.h"
 #include "kernels/tile_gemm-inl.h"
@@ -28,23 +29,44 @@ class FloatPath {
     return columns * static_cast<int64_t>(sizeof(Activation));
   }
 
+  static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
+    return Gemm::FormFor(blocks, fused_tokens);
+  }
+
   // Gathers rows token[0..tokens) of x [*, columns], row_stride elements apart.
-  static void StageRows(DType dtype, const void* x, int64_t row_stride, const int32_t* token,
-                        int tokens, int64_t columns, std::byte* block) {
-    StageBlock<Isa>(dtype, x, row_stride, token, tokens, columns,
-                    reinterpret_cast<Activation*>(block));
+  static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
+                        const int32_t* token, int tokens, int64_t columns, std::byte* block) {
+    WithStep(form, [&](auto step) {
+      StageBlock<Isa, step>(dtype, x, row_stride, token, tokens, columns,
+                            reinterpret_cast<Activation*>(block));
+    });
   }
 
   // Features [first, first + count) of token t of a block.
-  static void StageFeatures(const float* h, int count, int t, int tokens, int64_t /*columns*/,
-                            int64_t first, std::byte* block) {
-    StageTile<Isa>(h, t, tokens, count, reinterpret_cast<Activation*>(block) + first * tokens);
+  static void StageFeatures(StagedForm form, const float* h, int64_t first, int count, int t,
+                            int tokens, int64_t /*columns*/, std::byte* block) {
+    WithStep(form, [&](auto step) {
+      cpumoe::StageFeatures<Isa, step>(h, first, count, t, tokens,
+                                       reinterpret_cast<Activation*>(block));
+    });
   }
 
   static void Multiply(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
-                       bool invariant, const std::byte* staged, std::byte* panel, float* c) {
-    Gemm::Run(codec, w, blocks, invariant, reinterpret_cast<const Activation*>(staged),
+                       StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
+    Gemm::Run(codec, w, blocks, form, reinterpret_cast<const Activation*>(staged),
               reinterpret_cast<typename Isa::Pair*>(panel), c);
+  }
+
+ private:
+  static constexpr int kFusedStep = 2;
+
+  template <class Body>
+  static void WithStep(StagedForm form, Body&& body) {
+    if (Isa::kPanelStep != kFusedStep && form == StagedForm::kPanel) {
+      body(std::integral_constant<int, Isa::kPanelStep>{});
+    } else {
+      body(std::integral_constant<int, kFusedStep>{});
+    }
   }
 };
 

@@ -73,10 +73,15 @@ class ForwardPass {
     return TokenBlocks(expert.count, Path::kBlockTokens);
   }
 
+  StagedForm FormOf(const Expert& expert) const {
+    return Path::FormFor(BlocksOf(expert), op_.FusedTokens());
+  }
+
   void Stage() {
     if (shared_) {
       const int32_t token = 0;
-      Path::StageRows(args_.dtype, Row(0), 0, &token, 1, HiddenSize(), staged_);
+      Path::StageRows(FormOf(routing_.experts()[0]), args_.dtype, Row(0), 0, &token, 1,
+                      HiddenSize(), staged_);
       return;
     }
     std::vector<Workspace::Block>& blocks = workspace_.blocks();
@@ -84,13 +89,14 @@ class ForwardPass {
     for (const Expert& expert : routing_.experts()) {
       const TokenBlocks of = BlocksOf(expert);
       for (int64_t b = 0; b < of.count(); ++b) {
-        blocks.push_back({expert.begin + of.Begin(b), of.Size(b)});
+        blocks.push_back({expert.begin + of.Begin(b), of.Size(b), FormOf(expert)});
       }
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
-      Path::StageRows(args_.dtype, Row(0), args_.hidden_stride, &routing_.tokens()[block.pair],
-                      block.tokens, HiddenSize(), Staged(block.pair));
+      Path::StageRows(block.form, args_.dtype, Row(0), args_.hidden_stride,
+                      &routing_.tokens()[block.pair], block.tokens, HiddenSize(),
+                      Staged(block.pair));
     });
   }
 
@@ -105,8 +111,7 @@ class ForwardPass {
     for (int i = 0; i < count; ++i) {
       const TilePair w = Operands(expert, Projection::kGate, first + i, Projection::kUp, first + i);
       const std::byte* x = shared_ ? staged_ : Staged(expert.begin);
-      Path::Multiply(op_.codec(), w, blocks, op_.config().batch_invariant, x, Panel(thread),
-                     product + i * size);
+      Path::Multiply(op_.codec(), w, blocks, FormOf(expert), x, Panel(thread), product + i * size);
     }
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const float* gate = product + blocks.Begin(b) * TilePair::kCount * kTileRows;
@@ -135,7 +140,8 @@ class ForwardPass {
                    Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(g), gate_bias[i]),
                                  Isa::Add(Isa::Load(g + tokens * kTileRows), up_bias[i])));
       }
-      Path::StageFeatures(h, static_cast<int>(rows), t, tokens, Intermediate(), row, block);
+      Path::StageFeatures(FormOf(expert), h, row, static_cast<int>(rows), t, tokens, Intermediate(),
+                          block);
     }
   }
 
@@ -162,7 +168,7 @@ class ForwardPass {
     const TilePair w =
         Operands(expert, Projection::kDown, first, Projection::kDown, first + count - 1);
     float* product = Product(thread);
-    Path::Multiply(op_.codec(), w, blocks, op_.config().batch_invariant,
+    Path::Multiply(op_.codec(), w, blocks, FormOf(expert),
                    intermediate_ + expert.begin * Path::StagedBytes(Intermediate()), Panel(thread),
                    product);
     for (int r = 0; r < count; ++r) {

@@ -49,23 +49,25 @@ class Int8Path {
     return QuadBlock::BytesPerToken(columns, kGroupSize);
   }
 
-  static void StageRows(DType dtype, const void* x, int64_t row_stride, const int32_t* token,
-                        int tokens, int64_t columns, std::byte* block) {
+  // Both forms are staged alike and give the same bits; the number of blocks decides.
+  static StagedForm FormFor(const TokenBlocks&, int /*fused_tokens*/) { return StagedForm::kPanel; }
+
+  static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
+                        const int32_t* token, int tokens, int64_t columns, std::byte* block) {
     const Stage stage(block, tokens, columns);
-    const auto rows = [&]<class Element>(const Element* elements) {
+    VisitElements(dtype, x, [&](const auto* elements) {
       for (int t = 0; t < tokens; ++t) stage.Row(elements + token[t] * row_stride, t, columns);
-    };
-    VisitElements(dtype, x, rows);
+    });
   }
 
-  static void StageFeatures(const float* h, int /*count*/, int t, int tokens, int64_t columns,
-                            int64_t first, std::byte* block) {
+  // Features [first, first + count), a group, of token t of a block.
+  static void StageFeatures(StagedForm, const float* h, int64_t first, int /*count*/, int t,
+                            int tokens, int64_t columns, std::byte* block) {
     Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
   }
 
-  // Every token's result is the same whatever the others: `invariant` needs nothing.
-  static void Multiply(const FloatCodec&, const TilePair& w, const TokenBlocks& blocks,
-                       bool /*invariant*/, const std::byte* staged, std::byte* panel, float* c) {
+  static void Multiply(const FloatCodec&, const TilePair& w, const TokenBlocks& blocks, StagedForm,
+                       const std::byte* staged, std::byte* panel, float* c) {
     Gemm::Run(Codec{}, w, blocks, staged, panel, c);
   }
 };

@@ -43,6 +43,12 @@ class MoeOperator : public Moe {
   const ExpertWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
+  // Most tokens of an expert for the fused kernels.
+  int FusedTokens() const {
+    if (config().batch_invariant) return 0;
+    return config().fused_tokens < 0 ? Isa::kCrossover : config().fused_tokens;
+  }
+
   // Whether all of an expert's scales multiply its codes without rounding.
   bool FoldsExactly(int64_t expert) const {
     const ScaleRange& scales = weights_.scales(expert);

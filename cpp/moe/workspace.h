@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "kernels/isa.h"
 #include "moe/routing.h"
 
 namespace cpumoe {
@@ -29,6 +30,7 @@ class Workspace {
   struct Block {
     int64_t pair;
     int tokens;
+    StagedForm form;
   };
   std::vector<Block>& blocks() { return blocks_; }
 

@@ -1,7 +1,8 @@
 // Staged activations: a block of tokens laid out as the micro-kernels read it.
 //
-//   [K/2][tokens][2] of Isa::Activation: a token's pair (k, k+1) is one broadcast, and the pairs of
-//   all tokens of the block for one k follow each other in memory.
+//   [K/kStep][tokens][kStep] of Isa::Activation, kStep = 2: a token's pair (k, k+1) is one
+//   broadcast, and the pairs of all tokens of the block for one k follow each other in memory. An
+//   ISA's panel unit may have a kStep of its own.
 #pragma once
 
 #include <cstddef>
@@ -24,35 +25,39 @@ typename Isa::Activation ToActivation(Element value) {
   }
 }
 
+// Where element k of token t lies in a block of `tokens`.
+template <int kStep>
+int64_t StagedIndex(int64_t k, int t, int tokens) {
+  return (k / kStep * tokens + t) * kStep + k % kStep;
+}
+
 // Gathers rows token[0..tokens) of x [*, columns] (row_stride elements apart) into `out`.
-template <class Isa, class Element>
+template <class Isa, int kStep, class Element>
 void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int tokens,
                 int64_t columns, typename Isa::Activation* out) {
   for (int t = 0; t < tokens; ++t) {
     const Element* row = x + token[t] * row_stride;
-    for (int64_t p = 0; p < columns / 2; ++p) {
-      typename Isa::Activation* pair = out + (p * tokens + t) * 2;
-      pair[0] = ToActivation<Isa>(row[2 * p]);
-      pair[1] = ToActivation<Isa>(row[2 * p + 1]);
+    for (int64_t k = 0; k < columns; k += kStep) {
+      typename Isa::Activation* step = out + StagedIndex<kStep>(k, t, tokens);
+      for (int i = 0; i < kStep; ++i) step[i] = ToActivation<Isa>(row[k + i]);
     }
   }
 }
 
-template <class Isa>
+template <class Isa, int kStep>
 void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* token, int tokens,
                 int64_t columns, typename Isa::Activation* out) {
   VisitElements(dtype, x, [&](const auto* elements) {
-    StageBlock<Isa>(elements, row_stride, token, tokens, columns, out);
+    StageBlock<Isa, kStep>(elements, row_stride, token, tokens, columns, out);
   });
 }
 
-// Stores `count` successive k of one token of a staged block: `out` points at the block's pair of
-// the first of them.
-template <class Isa>
-void StageTile(const float* values, int token, int tokens, int count,
-               typename Isa::Activation* out) {
+// Stores `count` successive k of token t, from k = first on.
+template <class Isa, int kStep>
+void StageFeatures(const float* values, int64_t first, int count, int t, int tokens,
+                   typename Isa::Activation* out) {
   for (int i = 0; i < count; ++i) {
-    out[((i / 2) * tokens + token) * 2 + i % 2] = Isa::ToActivation(values[i]);
+    out[StagedIndex<kStep>(first + i, t, tokens)] = Isa::ToActivation(values[i]);
   }
 }
 

@@ -37,15 +37,16 @@ struct Probe {
                         .groups = groups,
                         .fold = path == Path::kFoldedPanel};
     if (path == Path::kInt8) {
-      Multiply<Int8Path<Isa, Codec>>(w, count, false, a, tokens, c);
+      Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
     } else {
-      Multiply<FloatPath<Isa, Codec>>(w, count, path != Path::kFused, a, tokens, c);
+      const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
+      Multiply<FloatPath<Isa, Codec>>(w, count, form, a, tokens, c);
     }
   }
 
   template <class Compute>
-  static void Multiply(const TilePair& w, int count, bool invariant, const float* a, int64_t tokens,
-                       float* c) {
+  static void Multiply(const TilePair& w, int count, StagedForm form, const float* a,
+                       int64_t tokens, float* c) {
     const int64_t columns = w.groups * Format::kGroupSize;
     const int64_t bytes = Compute::StagedBytes(columns);
     const TokenBlocks blocks(tokens, Compute::kBlockTokens);
@@ -54,12 +55,12 @@ struct Probe {
     std::vector<int32_t> ids(tokens);
     for (int64_t t = 0; t < tokens; ++t) ids[t] = static_cast<int32_t>(t);
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      Compute::StageRows(DType::kFp32, a, columns, &ids[blocks.Begin(b)], blocks.Size(b), columns,
-                         staged.data() + blocks.Begin(b) * bytes);
+      Compute::StageRows(form, DType::kFp32, a, columns, &ids[blocks.Begin(b)], blocks.Size(b),
+                         columns, staged.data() + blocks.Begin(b) * bytes);
     }
     const AlignedBuffer panel(Compute::kPanelBytes);
     std::vector<float> product(tokens * TilePair::kCount * kTileRows);
-    Compute::Multiply(Codec{}, w, blocks, invariant, staged.data(), panel.data(), product.data());
+    Compute::Multiply(Codec{}, w, blocks, form, staged.data(), panel.data(), product.data());
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int64_t size = blocks.Size(b);
       const float* in = product.data() + blocks.Begin(b) * TilePair::kCount * kTileRows;

@@ -29,6 +29,7 @@ struct Avx2 : Fp32Multiplicands {
   // activation; fused 3 sums, because decoding needs the other registers.
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 3;
+  static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
   static constexpr int kQuadTokens = 4;    // 8 sums

@@ -24,6 +24,7 @@ struct Avx512 : Fp32Multiplicands {
   // activation, and in the fused kernel codes and table.
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
+  static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 12;
   static constexpr int kPanelPairs = 256;  // 64 KiB of fp32: half of a small L2's working set
   static constexpr int kQuadTokens = 12;

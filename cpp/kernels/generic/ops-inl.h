@@ -20,6 +20,7 @@ namespace cpumoe {
 struct Generic : Fp32Multiplicands {
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 2;
+  static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
   static constexpr int kQuadTokens = 2;
