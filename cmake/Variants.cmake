@@ -9,6 +9,7 @@ cpumoe_isa(avx2 ARCHITECTURES x86_64 PARENT generic FEATURES avx2 fma f16c)
 cpumoe_isa(avx512 ARCHITECTURES x86_64 PARENT avx2 FEATURES avx512f avx512bw avx512dq avx512vl)
 cpumoe_isa(avx512_vnni ARCHITECTURES x86_64 PARENT avx512 FEATURES avx512vnni)
 cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512_vnni FEATURES avx512bf16)
+cpumoe_isa(amx ARCHITECTURES x86_64 PARENT avx512_bf16 FEATURES amx-tile amx-bf16 amx-int8)
 
 # Weight formats: cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h.
 cpumoe_format(mxfp4)

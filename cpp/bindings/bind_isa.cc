@@ -26,6 +26,11 @@ void BindIsa(py::module_& m) {
       .def_readonly("name", &IsaRow::name)
       .def_readonly("built", &IsaRow::built)
       .def_readonly("features", &IsaRow::features);
+  py::class_<TileStep>(m, "TileStep")
+      .def_readonly("name", &TileStep::name)
+      .def_readonly("question", &TileStep::question)
+      .def_readonly("passed", &TileStep::passed)
+      .def_readonly("found", &TileStep::found);
   py::class_<FormatInfo>(m, "FormatInfo")
       .def_readonly("name", &FormatInfo::name)
       .def_readonly("code_bits", &FormatInfo::code_bits)
@@ -35,6 +40,8 @@ void BindIsa(py::module_& m) {
   m.def("known_isas", &KnownIsas, "All ISA variants, from the most general to the most special.");
   m.def("cpu_features", &DetectFeatures,
         "The CPU features that ISA variants ask for and that are here.");
+  m.def("tile_steps", &DetectTileSteps,
+        "What had to hold for AMX, in order, and whether it does; None: not asked.");
   m.def("supported_isas", [] { return SupportedIsas(DetectFeatures()); });
   m.def(
       "require_isa",

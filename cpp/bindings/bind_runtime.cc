@@ -10,6 +10,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/runtime.h"
+#include "dispatch/cpu_features.h"
 #include "threading/topology.h"
 
 namespace py = pybind11;
@@ -55,6 +56,7 @@ void BindRuntime(py::module_& m) {
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](int threads, bool pin, std::vector<int> cpus) {
+             DetectFeatures();  // before there are threads
              return std::make_shared<Runtime>(
                  PinnedPool::Options{.threads = threads, .pin = pin, .cpus = std::move(cpus)});
            }),

@@ -11,6 +11,27 @@ namespace {
 std::mutex assumed_mutex;
 FeatureSet assumed_features;
 
+// XCR0's bits of the registers that a feature's instructions use (SDM volume 1, section 13.1).
+uint64_t StateOf(const std::string& feature) {
+  constexpr uint64_t kXmm = 1 << 1, kYmm = 1 << 2, kMasksAndZmm = 7 << 5;
+  if (NeedsTiles(feature)) return kTileState;
+  return kXmm | kYmm | (feature.starts_with("avx512") ? kMasksAndZmm : 0);
+}
+
+struct Detected {
+  std::vector<TileStep> tile_steps;
+  FeatureSet features;
+};
+
+const Detected& Detect() {
+  static const Detected detected = [] {
+    const MachineAnswers machine = AskMachine();
+    const std::vector<TileStep> steps = TakeTileSteps(machine);
+    return Detected{steps, UsableFeatures(machine, steps)};
+  }();
+  return detected;
+}
+
 std::string Join(const std::vector<std::string>& words) {
   std::string text;
   for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
@@ -28,21 +49,25 @@ const std::vector<IsaRow>& KnownIsas() {
   return isas;
 }
 
+FeatureSet UsableFeatures(const MachineAnswers& machine, const std::vector<TileStep>& steps) {
+  FeatureSet usable;
+  const uint64_t saved = machine.xcr0.value_or(0);
+  for (const std::string& feature : machine.advertised) {
+    const uint64_t state = StateOf(feature);
+    if ((saved & state) != state || (NeedsTiles(feature) && !TileStateUsable(steps))) continue;
+    usable.insert(feature);
+  }
+  return usable;
+}
+
 FeatureSet DetectFeatures() {
-  FeatureSet found;
-  // The builtin wants a literal, hence a test generated per feature. It knows what the operating
-  // system saves (XCR0), not only what CPUID advertises.
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#define CPUMOE_FEATURE_ROW(feature) \
-  if (__builtin_cpu_supports(feature)) found.insert(feature);
-#include "feature_table.inc"
-#undef CPUMOE_FEATURE_ROW
-#endif
+  FeatureSet found = Detect().features;
   const std::lock_guard lock(assumed_mutex);
   found.insert(assumed_features.begin(), assumed_features.end());
   return found;
 }
+
+const std::vector<TileStep>& DetectTileSteps() { return Detect().tile_steps; }
 
 void AssumeFeatures(const FeatureSet& features) {
   const std::lock_guard lock(assumed_mutex);

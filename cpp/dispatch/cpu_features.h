@@ -2,13 +2,13 @@
 // cmake/Variants.cmake.
 #pragma once
 
-#include <set>
 #include <string>
 #include <vector>
 
-namespace cpumoe {
+#include "dispatch/amx_support.h"
+#include "dispatch/machine.h"
 
-using FeatureSet = std::set<std::string>;
+namespace cpumoe {
 
 struct IsaRow {
   std::string name;
@@ -19,8 +19,16 @@ struct IsaRow {
 // All known ISAs, from the most general to the most special.
 const std::vector<IsaRow>& KnownIsas();
 
-// The features that the tables mention and that this CPU and operating system provide.
+// The advertised features whose registers the operating system saves; those that need
+// tiles also need every one of `steps` to have passed.
+FeatureSet UsableFeatures(const MachineAnswers& machine, const std::vector<TileStep>& steps);
+
+// UsableFeatures of this machine, which is asked once. To be called before worker threads start:
+// asking it replaces the SIGILL action for a moment.
 FeatureSet DetectFeatures();
+
+// How this machine answered.
+const std::vector<TileStep>& DetectTileSteps();
 
 // Makes DetectFeatures report `features` too. For tests that run a variant under an instruction
 // emulator; without one, a variant that the CPU lacks ends the process with SIGILL.

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Completion', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'Topology', 'assume_features', 'cpu_features', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'topology']
+__all__: list[str] = ['Completion', 'ComputePath', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -17,6 +17,19 @@ class IsaRow:
         ...
     @property
     def name(self) -> str:
+        ...
+class TileStep:
+    @property
+    def found(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def passed(self) -> bool | None:
+        ...
+    @property
+    def question(self) -> str:
         ...
 class FormatInfo:
     @property
@@ -194,6 +207,10 @@ def run_dots(runtime: Runtime, isa: str, origin: str, compute: str, tasks: typin
     """
 def supported_isas() -> list[str]:
     ...
+def tile_steps() -> list[TileStep]:
+    """
+    What had to hold for AMX, in order, and whether it does; None: not asked.
+    """
 def topology() -> Topology:
     """
     The CPUs that this process may use.

@@ -45,6 +45,12 @@ const std::vector<Machine>& Machines() {
       {"IceLake", ice_lake, {"generic", "avx2", "avx512"}},
       {"CooperLake", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
       {"Zen4", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
+      {"SapphireRapids",
+       With(zen4, {"amx-tile", "amx-bf16", "amx-int8"}),
+       {"generic", "avx2", "avx512", "avx512_bf16", "amx"}},
+      {"AmxWithoutInt8",
+       With(zen4, {"amx-tile", "amx-bf16"}),
+       {"generic", "avx2", "avx512", "avx512_bf16"}},
       {"Avx512WithoutAvx2", Without(zen4, "avx2"), {"generic"}},
       {"Bf16WithoutVnni", Without(zen4, "avx512vnni"), {"generic", "avx2", "avx512"}},
   };
@@ -102,6 +108,9 @@ TEST(RequireIsaTest, NamesTheMissingFeatures) {
   EXPECT_EQ(MessageOf("avx512_bf16", skylake),
             "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512vnni, avx512bf16; it supports generic, "
             "avx2, avx512");
+  EXPECT_EQ(MessageOf("amx", With(skylake, {"avx512vnni", "avx512bf16"})),
+            "CPUMOE_ISA=amx: this CPU lacks amx-tile, amx-bf16, amx-int8; it supports generic, "
+            "avx2, avx512, avx512_bf16");
   EXPECT_EQ(MessageOf("avx2", {"fma"}),
             "CPUMOE_ISA=avx2: this CPU lacks avx2, f16c; it supports generic");
 }
@@ -109,11 +118,11 @@ TEST(RequireIsaTest, NamesTheMissingFeatures) {
 TEST(RequireIsaTest, NamesTheKnownIsas) {
   if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
   EXPECT_EQ(MessageOf("sse9", kHaswell),
-            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_bf16; this CPU "
-            "supports generic, avx2");
+            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_bf16, amx; "
+            "this CPU supports generic, avx2");
   EXPECT_EQ(MessageOf("", {}),
-            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_bf16; this CPU "
-            "supports generic");
+            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_bf16, amx; "
+            "this CPU supports generic");
 }
 
 TEST(RequireIsaTest, SaysWhatWasNotBuilt) {

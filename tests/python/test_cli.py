@@ -11,7 +11,7 @@ from checkpoint_tools import SMALL, edit_config, write_small
 from typer.testing import CliRunner
 
 import cpumoe
-from cpumoe import limits, validation
+from cpumoe import _core, limits, validation
 from cpumoe.cli import app, console, demo
 from cpumoe.synth import PATTERNS
 
@@ -99,8 +99,15 @@ def test_info():
     assert document["versions"]["torch"] == torch.__version__
     assert document["cpu"]["cores"] >= document["cpu"]["default_threads"] >= 1
     assert document["read_bandwidth"]["bytes_per_second"] > 0
+    steps = {row["step"]: row["passed"] for row in document["amx"]}
+    assert list(steps) == ["cpuid", "osxsave", "xcr0", "palette", "permission", "trial"]
+    if "amx-tile" in _core.cpu_features():
+        assert all(steps.values()) or "CPUMOE_TEST_EMULATOR" in os.environ
+    else:
+        assert not all(steps.values())
     text = succeed("info")
     assert all(isa in text for isa in cpumoe.known_isas())
+    assert all(row["question"] in text and row["found"] in text for row in document["amx"])
 
 
 @pytest.mark.parametrize("isa", [*cpumoe.supported_isas()])

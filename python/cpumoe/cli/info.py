@@ -19,6 +19,7 @@ EXAMPLE = "Example: `cpumoe info --json`"
 _CPUINFO = Path("/proc/cpuinfo")
 # Where /proc/cpuinfo names the CPU on x86-64, and on other architectures.
 _MODEL_KEYS = ("model name", "Model", "cpu model", "Hardware")
+_ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not asked[/]"}
 
 
 def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
@@ -44,6 +45,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "cpu": _cpu(),
         "isa": _isas(),
+        "amx": _amx(),
         "formats": _formats(),
         "read_bandwidth": _bandwidth(),
     }
@@ -116,6 +118,16 @@ def _isas() -> dict[str, Any]:
     return {"in_use": in_use, "reason": reason, "error": error, "variants": variants}
 
 
+def _amx() -> list[dict[str, Any]]:
+    """What tile registers need: asked step by step, since CPUID alone does not tell."""
+    from cpumoe import _core
+
+    return [
+        {"step": s.name, "question": s.question, "passed": s.passed, "found": s.found}
+        for s in _core.tile_steps()
+    ]
+
+
 def _formats() -> list[dict[str, Any]]:
     from cpumoe.formats import WEIGHT_FORMATS, dtype_name
 
@@ -157,15 +169,19 @@ def _render(document: dict[str, Any]) -> None:
     }
     console.show(console.fact_table(facts))
     table = console.data_table("ISA variants", ("name", "status", "missing"), text_columns=3)
+    table.columns[-1].no_wrap = False
     for row in document["isa"]["variants"]:
         table.add_row(row["name"], _status(row, document["isa"]), " ".join(row["missing"]))
+    amx = console.data_table("AMX", ("what it needs", "here", "found"), text_columns=3)
+    for row in document["amx"]:
+        amx.add_row(row["question"], _ANSWERS[row["passed"]], console.escape(row["found"]))
     formats = console.data_table(
         "Weight formats", ("name", "scale", "group", "bits/weight"), text_columns=2
     )
     for row in document["formats"]:
         bits = f"{row['bits_per_weight']:g}"
         formats.add_row(row["name"], row["scale"], str(row["group_size"]), bits)
-    console.show("", table, "", formats)
+    console.show("", table, "", amx, "", formats)
 
 
 def _status(row: dict[str, Any], isa: dict[str, Any]) -> str:
