@@ -9,7 +9,6 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 
-#include <sys/mman.h>
 #include <ucontext.h>
 #include <xmmintrin.h>
 
@@ -23,28 +22,10 @@
 #include "../emulator/avx512_bf16.h"
 #include "../emulator/bf16_test_forms.h"
 #include "../emulator/bf16_test_model.h"
+#include "../emulator/test_memory.h"
 
 namespace cpumoe::emulator {
 namespace {
-
-// Two pages below 4 GiB, for 32-bit addresses; the second cannot be accessed.
-class Arena {
- public:
-  static constexpr size_t kPage = 4096;
-  Arena() {
-    void* pages = mmap(nullptr, 2 * kPage, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
-    begin_ = static_cast<uint8_t*>(pages);
-    mprotect(begin_ + kPage, kPage, PROT_NONE);
-  }
-  ~Arena() { munmap(begin_, 2 * kPage); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  uint8_t* end() { return begin_ + kPage; }
-
- private:
-  uint8_t* begin_;
-};
 
 void Run(const Form& form, const RegisterFile& in, RegisterFile* out, const uint8_t* operand) {
   uint64_t base = reinterpret_cast<uint64_t>(operand) - static_cast<uint64_t>(form.displacement);
@@ -86,15 +67,6 @@ const Form& FindForm(const std::string& name) {
     if (name == form.name) return form;
   }
   throw std::invalid_argument(name);
-}
-
-// Runs the bytes of one instruction, then returns. They live in a page of their own.
-void Execute(const std::vector<uint8_t>& bytes) {
-  void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  std::memcpy(page, bytes.data(), bytes.size());
-  static_cast<uint8_t*>(page)[bytes.size()] = 0xC3;  // ret
-  mprotect(page, 4096, PROT_READ | PROT_EXEC);
-  reinterpret_cast<void (*)()>(page)();
 }
 
 class EmulatorTest : public testing::Test {

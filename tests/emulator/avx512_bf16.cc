@@ -22,7 +22,7 @@ constexpr uint8_t kPrefixF2 = 3;
 constexpr uint32_t kMxcsr = 0x9FC0;
 
 bool Identify(const DecodedInstruction& decoded, Instruction* instruction) {
-  if (decoded.map != kMap0F38 || decoded.w) return false;
+  if (decoded.is_vex || decoded.map != kMap0F38 || decoded.w) return false;
   if (decoded.opcode == 0x52 && decoded.prefix == kPrefixF3) {
     *instruction = Instruction::kVdpbf16ps;
   } else if (decoded.opcode == 0x72 && decoded.prefix == kPrefixF3) {

@@ -1,7 +1,8 @@
 // The SIGILL handler. See emulator.h.
 //
 // Everything that runs in the handler is async-signal-safe: no allocation, no lock, no system call
-// but arch_prctl (for FS and GS operands) and sigaction (for a fatal SIGILL).
+// but arch_prctl (for FS and GS operands), sigaction (for a fatal SIGILL) and what it takes to die
+// of a fault of shape.
 #include "emulator.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -9,6 +10,7 @@
 #include <atomic>
 #include <mutex>
 
+#include "amx_tiles.h"
 #include "avx512_bf16.h"
 #include "signal_frame.h"
 #include "x86_decode.h"
@@ -16,8 +18,9 @@
 namespace cpumoe::emulator {
 namespace {
 
-std::atomic<uint64_t> counts[kNumInstructions];
-std::atomic<uint64_t> traps;
+// They only grow; a reset remembers where they stood.
+std::atomic<uint64_t> counts[kNumInstructions], counts_at_reset[kNumInstructions];
+std::atomic<uint64_t> traps, traps_at_reset;
 
 std::mutex mutex;
 std::atomic<bool> installed;
@@ -42,7 +45,7 @@ bool EmulateRun(void* context) {
   DecodedInstruction decoded;
   Instruction executed;
   while (Decode(reinterpret_cast<const uint8_t*>(frame.rip()), &decoded) &&
-         EmulateAvx512Bf16(decoded, &frame, &executed)) {
+         (EmulateAvx512Bf16(decoded, &frame, &executed) || EmulateAmx(decoded, frame, &executed))) {
     frame.set_rip(frame.rip() + decoded.length);
     counts[static_cast<int>(executed)].fetch_add(1, std::memory_order_relaxed);
     emulated = true;
@@ -106,15 +109,24 @@ void Uninstall() {
   if (current.sa_sigaction == HandleSigill) sigaction(SIGILL, chained.load(), nullptr);
 }
 
-uint64_t Count(Instruction instruction) {
+uint64_t TotalCount(Instruction instruction) {
   return counts[static_cast<int>(instruction)].load(std::memory_order_relaxed);
 }
 
-uint64_t Traps() { return traps.load(std::memory_order_relaxed); }
+uint64_t Count(Instruction instruction) {
+  return TotalCount(instruction) -
+         counts_at_reset[static_cast<int>(instruction)].load(std::memory_order_relaxed);
+}
+
+uint64_t Traps() {
+  return traps.load(std::memory_order_relaxed) - traps_at_reset.load(std::memory_order_relaxed);
+}
 
 void ResetCounts() {
-  for (std::atomic<uint64_t>& count : counts) count.store(0, std::memory_order_relaxed);
-  traps.store(0, std::memory_order_relaxed);
+  for (int i = 0; i < kNumInstructions; ++i) {
+    counts_at_reset[i].store(counts[i].load(std::memory_order_relaxed), std::memory_order_relaxed);
+  }
+  traps_at_reset.store(traps.load(std::memory_order_relaxed), std::memory_order_relaxed);
 }
 
 bool ReplaceChainedAction(const struct sigaction* action, struct sigaction* old_action) {
@@ -135,6 +147,7 @@ bool Supported() { return false; }
 void Install() {}
 void Uninstall() {}
 uint64_t Count(Instruction) { return 0; }
+uint64_t TotalCount(Instruction) { return 0; }
 uint64_t Traps() { return 0; }
 void ResetCounts() {}
 bool ReplaceChainedAction(const struct sigaction*, struct sigaction*) { return false; }

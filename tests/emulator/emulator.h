@@ -1,10 +1,14 @@
 // Emulator of x86 instructions that this CPU lacks, for tests only.
 //
 // The compiled code of an ISA variant runs unchanged: an instruction that the CPU does not know
-// raises SIGILL, and the handler executes it on the registers saved in the signal frame. So a
-// machine with AVX-512 tests the `avx512_bf16` variant whether or not it has AVX512_BF16. Where the
-// CPU knows the instructions, nothing traps and nothing is counted. CPUID is not emulated: whoever
-// selects the variant has to override its CPU detection.
+// raises SIGILL, and the handler executes it on the registers saved in the signal frame, or on tile
+// registers of its own. So a machine with AVX-512 tests the variants for AVX512_BF16 and AMX
+// whether or not it has them. Where the CPU knows the instructions, nothing traps and nothing is
+// counted. CPUID and the permission to use tile data are not emulated: whoever selects the variant
+// has to override its CPU detection.
+//
+// A tile instruction that a CPU would refuse for the shape of its tiles ends the process with a
+// message that says why.
 //
 // Reference: Intel 64 and IA-32 Architectures Software Developer's Manual (SDM).
 #pragma once
@@ -12,10 +16,9 @@
 #include <csignal>
 #include <cstdint>
 
-namespace cpumoe::emulator {
+#include "instructions.h"
 
-enum class Instruction { kVdpbf16ps, kVcvtneps2bf16, kVcvtne2ps2bf16 };
-inline constexpr int kNumInstructions = 3;
+namespace cpumoe::emulator {
 
 // True if this CPU has what the emulator stands on: AVX-512F, with its state enabled by the system.
 bool Supported();
@@ -32,6 +35,9 @@ void Uninstall();
 uint64_t Count(Instruction instruction);
 uint64_t Traps();
 void ResetCounts();
+
+// The same since the program's start.
+uint64_t TotalCount(Instruction instruction);
 
 // For whoever intercepts sigaction(): while the handler is installed, a new SIGILL action goes
 // behind it instead of on top. Returns false, and does nothing, if the handler is not installed.

@@ -37,8 +37,8 @@ class ByteReader {
   const uint8_t* next_;
 };
 
-// Reads legacy prefixes and returns the byte that follows. The ones that EVEX forbids (66, F2, F3,
-// LOCK, REX) are returned too, and then match nothing.
+// Reads legacy prefixes and returns the byte that follows. The ones that VEX and EVEX forbid (66,
+// F2, F3, LOCK, REX) are returned too, and then match nothing.
 uint8_t ReadLegacyPrefixes(ByteReader* reader, MemoryOperand* memory) {
   while (reader->length() < kMaxLength) {
     const uint8_t byte = reader->Byte();
@@ -90,12 +90,34 @@ bool ReadEvexPayload(ByteReader* reader, DecodedInstruction* instruction,
   return true;
 }
 
+// Reads the two bytes after C4:
+//   P0 = R' X' B' m m m m m     P1 = W v v v v L p p
+// where R, X, B and vvvv are stored inverted.
+bool ReadVexPayload(ByteReader* reader, DecodedInstruction* instruction,
+                    RegisterExtension* extension) {
+  const uint8_t p0 = reader->Byte();
+  const uint8_t p1 = reader->Byte();
+  *extension = {.reg = (p0 & 0x80) != 0 ? 0 : 8,
+                .index = (p0 & 0x40) != 0 ? 0 : 8,
+                .base = (p0 & 0x20) != 0 ? 0 : 8,
+                .reg_high = 0,
+                .rm_high = 0};
+  instruction->is_vex = true;
+  instruction->map = p0 & 31;
+  instruction->w = (p1 & 0x80) != 0;
+  instruction->vvvv = ~p1 >> 3 & 15;
+  instruction->vector_length = p1 >> 2 & 1;
+  instruction->prefix = p1 & 3;
+  return instruction->map == 2;  // in other maps an instruction may end before ModRM
+}
+
 void ReadMemoryOperand(ByteReader* reader, int mod, int rm, const RegisterExtension& extension,
                        MemoryOperand* memory) {
   bool displacement32 = mod == 2;
   memory->base = rm | extension.base;
   if (rm == 4) {
     const uint8_t sib = reader->Byte();
+    memory->has_sib = true;
     const int index = (sib >> 3 & 7) | extension.index;
     memory->scale = 1 << (sib >> 6);
     if (index != 4) memory->index = index;
@@ -151,12 +173,26 @@ bool Decode(const uint8_t* code, DecodedInstruction* instruction) {
   ByteReader reader(code);
   *instruction = DecodedInstruction();
   RegisterExtension extension;
-  if (ReadLegacyPrefixes(&reader, &instruction->memory) != 0x62) return false;
-  if (!ReadEvexPayload(&reader, instruction, &extension)) return false;
+  switch (ReadLegacyPrefixes(&reader, &instruction->memory)) {
+    case 0x62:
+      if (!ReadEvexPayload(&reader, instruction, &extension)) return false;
+      break;
+    case 0xC4:
+      if (!ReadVexPayload(&reader, instruction, &extension)) return false;
+      break;
+    default:
+      return false;
+  }
   instruction->opcode = reader.Byte();
   ReadModRm(&reader, extension, instruction);
   instruction->length = static_cast<uint8_t>(reader.length());
   return reader.length() <= kMaxLength;
+}
+
+int64_t ScaledIndex(const MemoryOperand& memory, const mcontext_t& registers) {
+  if (memory.index == kNoRegister) return 0;
+  return static_cast<int64_t>(GeneralRegister(registers, memory.index) *
+                              static_cast<uint64_t>(memory.scale));
 }
 
 uint64_t EffectiveAddress(const MemoryOperand& memory, int displacement_unit, uint64_t next_rip,
@@ -168,9 +204,7 @@ uint64_t EffectiveAddress(const MemoryOperand& memory, int displacement_unit, ui
   } else if (memory.base != kNoRegister) {
     address += GeneralRegister(registers, memory.base);
   }
-  if (memory.index != kNoRegister) {
-    address += GeneralRegister(registers, memory.index) * static_cast<uint64_t>(memory.scale);
-  }
+  address += static_cast<uint64_t>(ScaledIndex(memory, registers));
   if (memory.address32) address &= 0xFFFFFFFF;
   return address + SegmentBase(memory.segment);
 }

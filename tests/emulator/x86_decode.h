@@ -1,5 +1,6 @@
-// Decodes EVEX instructions: prefixes, ModRM, SIB, displacement (SDM volume 2, sections 2.1
-// and 2.7), and computes the address of a memory operand from the registers of a signal frame.
+// Decodes EVEX instructions, and VEX ones of map 0F38: prefixes, ModRM, SIB, displacement (SDM
+// volume 2, sections 2.1, 2.3 and 2.7), and computes the address of a memory operand from the
+// registers of a signal frame.
 //
 // Knows the encoding and no instruction: which opcodes exist, and the scale N of a compressed
 // displacement, are the business of the files that emulate them.
@@ -25,13 +26,15 @@ struct MemoryOperand {
   int32_t displacement = 0;
   bool displacement_is_byte = false;  // EVEX: in units of N bytes
   bool address32 = false;             // the address is truncated to 32 bits
+  bool has_sib = false;
   Segment segment = Segment::kFlat;
 };
 
 struct DecodedInstruction {
-  uint8_t length = 0;  // bytes, without any immediate
-  uint8_t map = 0;     // 1: 0F, 2: 0F38, 3: 0F3A
-  uint8_t prefix = 0;  // 0: none, 1: 66, 2: F3, 3: F2
+  bool is_vex = false;  // else EVEX
+  uint8_t length = 0;   // bytes, without any immediate
+  uint8_t map = 0;      // 1: 0F, 2: 0F38, 3: 0F3A
+  uint8_t prefix = 0;   // 0: none, 1: 66, 2: F3, 3: F2
   uint8_t opcode = 0;
   uint8_t vector_length = 0;  // 0: 128, 1: 256, 2: 512 bits, 3: reserved
   uint8_t mask = 0;           // k0..k7
@@ -46,13 +49,16 @@ struct DecodedInstruction {
 };
 
 // Reads the instruction at `code`, not a byte beyond what its encoding demands. False if it is not
-// a well-formed EVEX instruction.
+// well-formed or of another encoding.
 bool Decode(const uint8_t* code, DecodedInstruction* instruction);
 
 // Address of an operand for a thread stopped in `registers`, which must be the calling thread (FS
 // and GS bases are its own). `displacement_unit` is the N of disp8*N.
 uint64_t EffectiveAddress(const MemoryOperand& memory, int displacement_unit, uint64_t next_rip,
                           const mcontext_t& registers);
+
+// The index register times the scale: the stride of a tile in memory. 0 without an index.
+int64_t ScaledIndex(const MemoryOperand& memory, const mcontext_t& registers);
 
 }  // namespace cpumoe::emulator
 

@@ -1,0 +1,49 @@
+// The instructions that the emulator executes.
+#pragma once
+
+#include <iterator>
+
+namespace cpumoe::emulator {
+
+enum class Instruction {
+  kVdpbf16ps,
+  kVcvtneps2bf16,
+  kVcvtne2ps2bf16,
+  kLdtilecfg,
+  kSttilecfg,
+  kTilerelease,
+  kTilezero,
+  kTileloadd,
+  kTileloaddt1,
+  kTilestored,
+  kTdpbf16ps,
+  kTdpbssd,
+  kTdpbsud,
+  kTdpbusd,
+  kTdpbuud,
+};
+
+struct InstructionInfo {
+  const char* name;
+  const char* feature;  // as the compiler calls it
+  bool is_dot;          // computes dot products
+};
+
+inline constexpr InstructionInfo kInstructions[] = {
+    {"vdpbf16ps", "avx512bf16", true},       {"vcvtneps2bf16", "avx512bf16", false},
+    {"vcvtne2ps2bf16", "avx512bf16", false}, {"ldtilecfg", "amx-tile", false},
+    {"sttilecfg", "amx-tile", false},        {"tilerelease", "amx-tile", false},
+    {"tilezero", "amx-tile", false},         {"tileloadd", "amx-tile", false},
+    {"tileloaddt1", "amx-tile", false},      {"tilestored", "amx-tile", false},
+    {"tdpbf16ps", "amx-bf16", true},         {"tdpbssd", "amx-int8", true},
+    {"tdpbsud", "amx-int8", true},           {"tdpbusd", "amx-int8", true},
+    {"tdpbuud", "amx-int8", true},
+};
+inline constexpr int kNumInstructions = static_cast<int>(std::size(kInstructions));
+static_assert(kNumInstructions == static_cast<int>(Instruction::kTdpbuud) + 1);
+
+constexpr const InstructionInfo& Info(Instruction instruction) {
+  return kInstructions[static_cast<int>(instruction)];
+}
+
+}  // namespace cpumoe::emulator
