@@ -109,6 +109,7 @@ class GemmTest : public IsaFormatTest {
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(GemmTest);
 
 TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
+  run_.ExpectBestDots();
   for (const int64_t tiles : {1, 2}) {
     const Weights w = MakeWeights(tiles, 3);
     for (int64_t tokens = 1; tokens <= 2 * kernels().panel_tokens + 1; ++tokens) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpp/kernel_probe.h"
+#include "dispatch/cpu_features.h"
 #include "moe/config.h"
 #include "variant/variant_api.h"
 
@@ -38,14 +39,19 @@ class IsaRun {
   void End() const;
 
   // For tests that compute no dot product of floating point numbers.
-  void ExpectNoFloatDots() { expect_dots_ = false; }
+  void ExpectNoFloatDots() { dots_ = Dots::kNone; }
+  // For tests with so many tokens that the ISA uses the best it has.
+  void ExpectBestDots() { dots_ = Dots::kManyTokens; }
 
   const VariantApi& variant() const { return *variant_; }
   const kernel_probe::Api& probe() const { return *probe_; }
 
  private:
-  bool emulated_ = false;
-  bool expect_dots_ = true;
+  enum class Dots { kNone, kSome, kManyTokens };
+
+  FeatureSet features_;  // that the ISA needs
+  FeatureSet emulated_;  // those of them that this CPU lacks
+  Dots dots_ = Dots::kSome;
   const VariantApi* variant_ = nullptr;
   const kernel_probe::Api* probe_ = nullptr;
 };

@@ -79,7 +79,7 @@ bool Identify(const DecodedInstruction& decoded, Instruction* instruction) {
 // Encodings of these opcodes that raise #UD on a CPU that has them, too; and tiles at 32-bit
 // addresses, which nobody uses.
 bool IsRefused(const DecodedInstruction& decoded, Instruction instruction) {
-  if (Info(instruction).is_dot) {
+  if (instruction >= Instruction::kTdpbf16ps) {
     return decoded.reg >= kTiles || decoded.rm >= kTiles || decoded.vvvv >= kTiles;
   }
   if (decoded.vvvv != 0) return true;

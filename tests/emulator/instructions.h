@@ -16,7 +16,7 @@ enum class Instruction {
   kTileloadd,
   kTileloaddt1,
   kTilestored,
-  kTdpbf16ps,
+  kTdpbf16ps,  // from here on products of tiles
   kTdpbssd,
   kTdpbsud,
   kTdpbusd,
@@ -26,7 +26,8 @@ enum class Instruction {
 struct InstructionInfo {
   const char* name;
   const char* feature;  // as the compiler calls it
-  bool is_dot;          // computes dot products
+  // Variants for the feature multiply by it: that it was counted proves that their code ran.
+  bool is_evidence;
 };
 
 inline constexpr InstructionInfo kInstructions[] = {
@@ -35,9 +36,9 @@ inline constexpr InstructionInfo kInstructions[] = {
     {"sttilecfg", "amx-tile", false},        {"tilerelease", "amx-tile", false},
     {"tilezero", "amx-tile", false},         {"tileloadd", "amx-tile", false},
     {"tileloaddt1", "amx-tile", false},      {"tilestored", "amx-tile", false},
-    {"tdpbf16ps", "amx-bf16", true},         {"tdpbssd", "amx-int8", true},
-    {"tdpbsud", "amx-int8", true},           {"tdpbusd", "amx-int8", true},
-    {"tdpbuud", "amx-int8", true},
+    {"tdpbf16ps", "amx-bf16", false},        {"tdpbssd", "amx-int8", false},
+    {"tdpbsud", "amx-int8", false},          {"tdpbusd", "amx-int8", false},
+    {"tdpbuud", "amx-int8", false},
 };
 inline constexpr int kNumInstructions = static_cast<int>(std::size(kInstructions));
 static_assert(kNumInstructions == static_cast<int>(Instruction::kTdpbuud) + 1);

@@ -8,9 +8,9 @@
 #include <dlfcn.h>
 
 #include <csignal>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "emulator.h"
 
@@ -33,9 +33,20 @@ extern "C" {
   return next(signal, action, old_action);
 }
 
-// For ctypes: emulator::Count of the instruction with this number.
-[[gnu::visibility("default")]] uint64_t cpumoe_emulator_count(int instruction) {
-  return cpumoe::emulator::Count(static_cast<cpumoe::emulator::Instruction>(instruction));
+// For ctypes: what has been emulated so far, as JSON, valid until the next call.
+[[gnu::visibility("default")]] const char* cpumoe_emulator_report() {
+  static std::string report;
+  report.clear();
+  for (int i = 0; i < cpumoe::emulator::kNumInstructions; ++i) {
+    const auto instruction = static_cast<cpumoe::emulator::Instruction>(i);
+    const cpumoe::emulator::InstructionInfo& info = Info(instruction);
+    report += std::string(i == 0 ? "[" : ", ") + "{\"name\": \"" + info.name +
+              "\", \"feature\": \"" + info.feature +
+              "\", \"is_evidence\": " + (info.is_evidence ? "true" : "false") +
+              ", \"count\": " + std::to_string(TotalCount(instruction)) + "}";
+  }
+  report += "]";
+  return report.c_str();
 }
 
 }  // extern "C"

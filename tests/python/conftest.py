@@ -1,5 +1,7 @@
 """Set-up of all tests."""
 
+import ctypes
+import json
 import os
 
 import pytest
@@ -14,9 +16,10 @@ torch.set_num_threads(1)
 
 # What tests/emulator emulates. Under it, variants that need no more than this run on any CPU that
 # has the rest; this must happen before test modules ask which variants are supported.
-EMULATED_FEATURES = {"avx512bf16"}
+EMULATED_FEATURES = {"avx512bf16", "amx-tile", "amx-bf16", "amx-int8"}
+UNDER_EMULATOR = os.environ.get("CPUMOE_TEST_EMULATOR") == "1"
 
-if os.environ.get("CPUMOE_TEST_EMULATOR") == "1":
+if UNDER_EMULATOR:
     _core.assume_features(EMULATED_FEATURES)
 
 
@@ -33,3 +36,18 @@ def kimi(tmp_path):
 @pytest.fixture
 def gpt_oss(tmp_path):
     return write_small(tmp_path, "gpt-oss-20b")
+
+
+def emulated_instructions():
+    """Rows of tests/emulator/instructions.h, with counts; the emulator must be preloaded."""
+    report = ctypes.CDLL(None).cpumoe_emulator_report
+    report.restype = ctypes.c_char_p
+    return json.loads(report())
+
+
+def pytest_terminal_summary(terminalreporter):
+    if UNDER_EMULATOR:
+        counts = [
+            f"{row['name']} {row['count']}" for row in emulated_instructions() if row["count"]
+        ]
+        terminalreporter.write_line(f"emulated: {', '.join(counts) or 'nothing'}")

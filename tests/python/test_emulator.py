@@ -12,18 +12,17 @@ from conftest import EMULATED_FEATURES
 from moe_tools import output_of
 
 import cpumoe
+from cpumoe import _core
 
 LIBRARY = os.environ.get("CPUMOE_EMULATOR_LIBRARY", "")
-VDPBF16PS = 0  # cpumoe::emulator::Instruction
 
 RUN_TESTS = """
-import ctypes, json, os, sys
+import json, sys
 import pytest
 status = pytest.main(sys.argv[1:])
-library = ctypes.CDLL(os.environ["CPUMOE_EMULATOR_LIBRARY"])
-library.cpumoe_emulator_count.restype = ctypes.c_uint64
+from conftest import emulated_instructions
 print()
-print(json.dumps([int(status), library.cpumoe_emulator_count(int({vdpbf16ps}))]))
+print(json.dumps([int(status), emulated_instructions()]))
 """
 
 
@@ -48,9 +47,19 @@ def test_numerics_under_the_emulator():
         }
         chosen = f"{isa} and (error_bound and deepseek_v4 or any_size)"
         numerics = str(Path(__file__).with_name("test_experts.py"))
-        script = RUN_TESTS.format(vdpbf16ps=VDPBF16PS)
         arguments = ("-q", "-p", "no:cacheprovider", "-k", chosen, numerics)
-        output = output_of(script, *arguments, env=env, timeout=600)
-        status, count = json.loads(output.splitlines()[-1])
+        output = output_of(RUN_TESTS, *arguments, env=env, timeout=600)
+        status, instructions = json.loads(output.splitlines()[-1])
         assert status == pytest.ExitCode.OK, output
-        assert count > 0, f"{isa}: no instruction was emulated\n{output}"
+        check_counts(isa, instructions)
+
+
+def check_counts(isa, instructions):
+    """That the variant's best dot product was used, and nothing that the variant may not use."""
+    assert {row["feature"] for row in instructions} == EMULATED_FEATURES
+    needed = next(row.features for row in _core.known_isas() if row.name == isa)
+    evidence = [row for row in instructions if row["is_evidence"] and row["feature"] in needed]
+    if evidence[-1]["feature"] in cpumoe.missing_features(isa):
+        assert evidence[-1]["count"] > 0, f"{isa}: {evidence[-1]['name']} was not emulated"
+    beyond = [row for row in instructions if row["count"] and row["feature"] not in needed]
+    assert not beyond, f"{isa}: uses what it may not: {beyond}"
