@@ -45,7 +45,7 @@ extern "C" {
               "\", \"is_evidence\": " + (info.is_evidence ? "true" : "false") +
               ", \"count\": " + std::to_string(TotalCount(instruction)) + "}";
   }
-  report += "]";
+  report += ']';
   return report.c_str();
 }
 
