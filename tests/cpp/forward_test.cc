@@ -36,7 +36,7 @@ TEST_P(ForwardTest, DeepProducts) {
 }
 
 TEST_P(ForwardTest, AnyNumberOfTokens) {
-  run_.ExpectBestDots();
+  if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
   for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 25, 40}) {
     for (const bool batch_invariant : {false, true}) {
       CheckForward(LayerSpec{.intermediate = 32, .batch_invariant = batch_invariant},

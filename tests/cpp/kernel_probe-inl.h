@@ -72,8 +72,9 @@ struct Probe {
   }
 
   static FormatEntry Entry() {
-    return {InfoOf<Format>().name, Kernels::kFolding, Isa::kFusedTokens,    Isa::kPanelTokens,
-            Kernels::kPanelGroups, Isa::kQuadTokens,  &Probe::FoldsExactly, &Probe::Multiply};
+    return {InfoOf<Format>().name, Kernels::kFolding,     Isa::kFusedTokens,
+            Isa::kPanelTokens,     Kernels::kPanelGroups, HasPanelUnit<Isa>,
+            Isa::kQuadTokens,      &Probe::FoldsExactly,  &Probe::Multiply};
   }
 };
 

@@ -18,6 +18,7 @@ struct FormatEntry {
   int64_t fused_tokens;  // most tokens of kFused
   int64_t panel_tokens;  // MR of the panel paths
   int64_t panel_groups;  // groups of a whole panel
+  bool panel_unit;       // panels are multiplied by a unit that sums in an order of its own
   int64_t int8_tokens;   // MR of kInt8: fused up to here, panel beyond
 
   // Whether `kFoldedPanel` may be used for scales of these magnitudes.
