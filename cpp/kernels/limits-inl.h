@@ -13,6 +13,7 @@
 //          and other streams go on while one starts afresh (13 % more from an Ice Lake's memory).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <concepts>
 #include <cstddef>
@@ -45,7 +46,8 @@ struct Limits {
   }
 
   static int64_t QuadDots(int64_t rounds) {
-    constexpr int kQuadChains = Isa::kTiles * Isa::kQuadTokens;
+    // Enough for two units of five cycles' latency; with more, GCC 12 spills.
+    constexpr int kQuadChains = std::min(Isa::kTiles * Isa::kQuadTokens, 12);
     int32_t start[kQuadChains] = {};
     int8_t a[kQuadChains * kQuadDepth] = {};
     std::byte codes[kVectorBytes] = {};

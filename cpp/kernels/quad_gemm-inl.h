@@ -187,8 +187,10 @@ class QuadGemm {
     [[maybe_unused]] typename Isa::Codes codes[kTiles];
     if constexpr (!kDecoded) {
       for (int r = 0; r < kTiles; ++r) {
-        codes[r] = Isa::LoadCodes(span.tiles[r].codes + g * Geometry::kGroupBytes +
-                                  kVector * kVectorBytes);
+        const std::byte* at =
+            span.tiles[r].codes + g * Geometry::kGroupBytes + kVector * kVectorBytes;
+        Prefetch(at);
+        codes[r] = Isa::LoadCodes(at);
       }
     }
     Unroll<Geometry::kVectorQuads>([&](auto q) {

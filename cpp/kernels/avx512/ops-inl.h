@@ -26,7 +26,7 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kFusedTokens = 12;
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 12;
-  static constexpr int kPanelPairs = 256;  // 64 KiB of fp32: half of a small L2's working set
+  static constexpr int kPanelPairs = 64;  // 16 KiB of fp32: half of L1
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
 

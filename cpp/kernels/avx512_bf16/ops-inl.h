@@ -17,7 +17,7 @@
 namespace cpumoe {
 
 struct Avx512Bf16 : Avx512Vnni {
-  static constexpr int kPanelPairs = 512;  // 64 KiB of bf16
+  static constexpr int kPanelPairs = 128;  // 16 KiB of bf16: half of L1
 
   using Activation = Bf16;
   struct Pair {

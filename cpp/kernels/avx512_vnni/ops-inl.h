@@ -18,7 +18,9 @@ struct Avx512Vnni : Avx512 {
 
   static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
-    return {_mm512_dpbusd_epi32(sum.lanes, w.words, BroadcastQuad(a))};
+    sum.lanes = _mm512_dpbusd_epi32(sum.lanes, w.words, BroadcastQuad(a));
+    asm("" : "+v"(sum.lanes));
+    return sum;
   }
   static Vec FinishSum(QuadSum sum, int32_t /*start*/) { return _mm512_cvtepi32_ps(sum.lanes); }
 };
