@@ -19,14 +19,13 @@ from cpumoe._arguments import (
 from cpumoe._packing import checked_stack, pack_experts
 from cpumoe._progress import track
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
+from cpumoe.compute import COMPUTE_PATHS, check_compute
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.future import Future
 from cpumoe.isa import select_isa
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
 
-# Names of the compute paths: what products are computed from.
-COMPUTE_PATHS = ("bf16", "int8")
 _COMPUTE = {"bf16": _core.ComputePath.BF16, "int8": _core.ComputePath.INT8}
 
 
@@ -39,9 +38,19 @@ class Experts:
         ``E(x) = W_down h + b_down``,  ``h = swiglu(W_gate x + b_gate, W_up x + b_up)``
 
     (biases where the model has them; the formula of swiglu is `SwiGLU`'s). Router, shared experts
-    and any scaling of the weights are the host's. Products are accumulated in fp32. Activations are
-    bf16 where the CPU multiplies bf16 (variant avx512_bf16) and fp32 elsewhere. The result does not
-    depend on the number of threads.
+    and any scaling of the weights are the host's. The result does not depend on the number of
+    threads. Weights are always exact; what they are multiplied with is the compute path's choice:
+
+    - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variant
+      avx512_bf16) and in fp32 elsewhere; products are accumulated in fp32. Expect an error of
+      1.7e-3 with bf16 output (relative, 2-norm, random normal data), most of it the output's own
+      rounding.
+    - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
+      format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
+      sum of products is an exact integer; groups are accumulated in fp32. Faster for many tokens;
+      expect an error of 1.2e-2. A token's result is the same bit for bit whatever the others in
+      the batch. A group of x or h that holds an infinity or NaN is NaN as a whole; one with A <
+      2^-100 counts as zero.
 
     Make one with `from_checkpoint` or `from_tensors`.
     """
@@ -62,11 +71,11 @@ class Experts:
         isa: str | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`."""
-        if compute not in COMPUTE_PATHS:
-            raise ValueError(
-                f"compute: expected one of {', '.join(COMPUTE_PATHS)}, got {compute!r}"
-            )
+        """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
+
+        Arguments are theirs: `compute` is "bf16" or "int8", see the class.
+        """
+        check_compute(compute)
         self._format = weight_format(format)
         name, origin = select_isa(isa)
         self._isa = _core.open_variant(name, origin)
@@ -121,11 +130,13 @@ class Experts:
                 `open_checkpoint`, which saves reading the index again for each layer.
             layer: index of the decoder layer.
             runtime: threads to run on; default: the process's shared runtime.
-            compute: how products are computed: "bf16".
+            compute: what weights are multiplied with: "bf16", exact to about 1.7e-3, or "int8",
+                faster for many tokens, to about 1.2e-2; see the class.
             expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
             isa: the variant to use; default: `cpumoe.isa()`.
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
-                result does not depend on the others in the batch. Slower for few tokens.
+                result does not depend on the others in the batch. Slower for few tokens. Compute
+                path "int8" is so anyway.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:
@@ -193,7 +204,7 @@ class Experts:
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
             runtime: see `from_checkpoint`, as for the remaining arguments.
-            compute: see `from_checkpoint`.
+            compute: "bf16" or "int8", see the class.
             expert_mask: see `from_checkpoint`.
             isa: see `from_checkpoint`.
             batch_invariant: see `from_checkpoint`.
@@ -294,7 +305,7 @@ class Experts:
 
     @property
     def compute(self) -> str:
-        """Name of the compute path, "bf16"."""
+        """Name of the compute path, "bf16" or "int8"; see the class."""
         return self._compute
 
     @property
@@ -353,10 +364,11 @@ class Experts:
         )
 
     def __repr__(self) -> str:
-        """Describes format, sizes and variant."""
+        """Describes format, sizes, variant and, unless it is the default, compute path."""
+        path = "" if self.compute == COMPUTE_PATHS[0] else f", compute={self.compute}"
         return (
             f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
-            f"intermediate={self.intermediate_size}, isa={self.isa})"
+            f"intermediate={self.intermediate_size}, isa={self.isa}{path})"
         )
 
     def _prepare(

@@ -345,7 +345,11 @@ def test_properties_and_repr():
     assert experts.expert_mask is None
     assert experts.runtime is cpumoe.default_runtime()
     assert experts.nbytes == sum(m.nbytes for m in (weights.gate, weights.up, weights.down))
-    assert repr(experts) == f"Experts(mxfp4, experts=4, hidden=256, intermediate=128, isa={isa})"
+    described = f"Experts(mxfp4, experts=4, hidden=256, intermediate=128, isa={isa}"
+    assert repr(experts) == described + ")"
+    rounded = weights.pack(isa=isa, compute="int8")
+    assert rounded.compute == "int8"
+    assert repr(rounded) == described + ", compute=int8)"
 
 
 def test_lazy_negation_is_seen():

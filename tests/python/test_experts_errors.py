@@ -188,8 +188,8 @@ def test_unknown_names(weights):
         f"weight format 'fp3' is not supported; supported: {', '.join(cpumoe.WEIGHT_FORMATS)}",
     ):
         Experts.from_tensors(**{**weights.tensors, "format": "fp3"})
-    with refused(ValueError, "compute: expected one of bf16, got 'fp64'"):
-        weights.pack(compute="fp64")
+    with refused(ValueError, "compute: expected one of bf16, int8, got 'fp7'"):
+        weights.pack(compute="fp7")
 
 
 def damaged(weights, name, codes=None, scales=None):
