@@ -1,20 +1,26 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.reference import (
     dequantize,
+    dequantize_activations,
     error_bound,
     experts_forward,
     experts_forward_with_bound,
+    experts_forward_with_bounds,
+    quantize_activations,
 )
 from cpumoe.swiglu import SwiGLU
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
+COMPUTES = pytest.mark.parametrize("compute", COMPUTE_PATHS)
 SWIGLUS = (SwiGLU(), SwiGLU(limit=10.0), SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0))
 
 
@@ -39,16 +45,27 @@ class Problem:
         return self.x, self.ids, self.weights, self.gate, self.up, self.down
 
 
-def kernel(problem, *, swiglu=SwiGLU(), output_dtype=torch.bfloat16, down=None):  # noqa: B008
-    """An independent kernel: bf16 x and h, float32 sums; token by token."""
-    x, ids, weights, gate, up, _ = problem.arguments
-    down = down or problem.down
+def int8_rounded(x):
+    """The values of x after rounding to int8, in numpy's float32, without a fused product."""
+    groups = x.float().numpy().reshape(-1, 32)
+    greatest = np.abs(groups).max(-1, keepdims=True)
+    codes = np.rint(groups * (np.float32(127) / greatest))
+    return torch.from_numpy((codes * (greatest / np.float32(127))).reshape(x.shape))
+
+
+ROUNDED = {"bf16": lambda x: x.bfloat16().float(), "int8": int8_rounded}
+
+
+def kernel(problem, *, compute="bf16", swiglu=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
+    """An independent kernel: rounded x and h, float32 sums; token by token."""
+    x, ids, weights, gate, up, down = problem.arguments
+    rounded = ROUNDED[compute]
     dense = [problem.fmt.dequantize(m.codes, m.scales) for m in (gate, up, down)]
     y = torch.zeros(x.shape)
     for token in range(len(x)):
         for slot, expert in enumerate(ids[token].tolist()):
-            g, u = (w[expert] @ x[token].bfloat16().float() for w in dense[:2])
-            h = swiglu(g, u).bfloat16().float()
+            g, u = (w[expert] @ rounded(x[token]) for w in dense[:2])
+            h = rounded(swiglu(g, u))
             y[token] += weights[token, slot] * (dense[2][expert] @ h)
     return y.to(output_dtype)
 
@@ -137,6 +154,11 @@ def test_arguments_that_do_not_belong_together_are_refused():
         experts_forward(*p.arguments)
     with pytest.raises(ValueError, match=r"topk_ids, topk_weights: expected \[7, top_k\] each"):
         experts_forward(p.x, p.ids[:3], p.weights, p.gate, p.up, p.down, format="mxfp4")
+    with pytest.raises(ValueError, match="compute: expected one of bf16, int8, got 'fp7'"):
+        error_bound(*p.arguments, format="mxfp4", compute="fp7")
+    wide = torch.zeros(4, 48, 48)
+    with pytest.raises(ValueError, match="activations: expected a multiple of 32 columns, got 48"):
+        error_bound(p.x[:, :48], p.ids, p.weights, wide, wide, wide, compute="int8")
     with pytest.raises(ValueError, match=r"experts.\d: expected gate and up \[I, H\] and down"):
         experts_forward(p.x, p.ids, p.weights, p.gate, p.up, p.gate, format="mxfp4")
     with pytest.raises(ValueError, match=r"expected as many experts each, got \[4, 4, 2\]"):
@@ -152,7 +174,47 @@ def test_dequantize_checks_its_tensors():
         dequantize(codes, scales, "mxfp4")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quantized_activations_are_the_nearest(fused, dtype):
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, scales = quantize_activations(x, fused=fused)
+    assert (codes.dtype, codes.shape) == (torch.int8, x.shape)
+    assert (scales.dtype, scales.shape) == (torch.float32, (50, 3))
+    groups = x.double().reshape(50, 3, 32)
+    greatest = groups.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(scales.double(), greatest[..., 0] / 127, rtol=2**-24, atol=0)
+    assert (codes.reshape(50, 3, 32).abs().amax(-1) == 127).all()
+    error = (dequantize_activations(codes, scales).reshape(50, 3, 32) - groups).abs()
+    assert (error <= greatest / 254 * (1 + 2**-15)).all()
+
+
+def test_ways_to_multiply_differ_in_ties_only():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (codes, scales), (fused, same) = (quantize_activations(x, fused=f) for f in (False, True))
+    assert torch.equal(scales, same)
+    differ = codes != fused
+    assert differ.any()
+    greatest = (
+        x.reshape(200, 2, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(x.shape)
+    )
+    assert torch.equal(x[differ].abs(), greatest[differ] / 2)
+
+
+def test_groups_without_a_scale():
+    x = torch.full((6, 32), 127.0)
+    x[0] = 0
+    x[1] = 2.0**-101
+    x[2, 5], x[3, 6], x[4, 7] = math.nan, math.inf, -math.inf
+    codes, scales = quantize_activations(x)
+    assert not codes[:5].any()
+    assert not scales[:2].any()
+    assert scales[2:5].isnan().all()
+    assert torch.equal(dequantize_activations(codes, scales)[5], x[5].double())
+
+
 @FORMATS
+@COMPUTES
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -163,36 +225,38 @@ def test_dequantize_checks_its_tensors():
     out_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_a_correct_kernel_stays_within_the_bound(
-    fmt, seed, groups, inner, swiglu, x_dtype, out_dtype
+    fmt, compute, seed, groups, inner, swiglu, x_dtype, out_dtype
 ):
     p = Problem(fmt, hidden=32 * groups, inner=32 * inner, seed=seed)
     p.x = torch.randn(7, 32 * groups, generator=torch.Generator().manual_seed(seed)).to(x_dtype)
     expected, bound = experts_forward_with_bound(
-        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype
+        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype, compute=compute
     )
-    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype).double()
+    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype, compute=compute).double()
     assert ((got - expected).abs() <= bound).all()
 
 
 @FORMATS
+@COMPUTES
 @pytest.mark.parametrize("value", [0.02, 0.3])
-def test_coherent_roundings_stay_within_the_bound(fmt, value):
+def test_coherent_roundings_stay_within_the_bound(fmt, compute, value):
     """Constant weights: every h is the same number, rounded the same way."""
     p = Problem(fmt, hidden=128, inner=512)
     for name, n, k in (("gate", 512, 128), ("up", 512, 128), ("down", 128, 512)):
         setattr(p, name, QuantizedMatrix(*fmt.quantize(torch.full((4, n, k), value))))
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
-    assert ((kernel(p).double() - expected).abs() <= bound).all()
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
+    assert ((kernel(p, compute=compute).double() - expected).abs() <= bound).all()
 
 
 @FORMATS
+@COMPUTES
 @pytest.mark.parametrize("exponent", [-30, 20])
-def test_the_bound_follows_the_size_of_the_weights(fmt, exponent):
+def test_the_bound_follows_the_size_of_the_weights(fmt, compute, exponent):
     p = Problem(fmt)
     codes, scales = fmt.quantize(torch.randn(4, 64, 96) * 2.0**exponent)
     p.down = QuantizedMatrix(codes, scales)
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
-    assert ((kernel(p).double() - expected).abs() <= bound).all()
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
+    assert ((kernel(p, compute=compute).double() - expected).abs() <= bound).all()
     assert bound.max() < 0.1 * expected.abs().max()
 
 
@@ -206,12 +270,27 @@ def test_the_bound_is_a_few_bf16_roundings(fmt, hidden):
 
 
 @FORMATS
+def test_the_int8_bound_is_little_more_than_the_error(fmt):
+    p = Problem(fmt, hidden=256, inner=512)
+    expected, bounds = experts_forward_with_bounds(*p.arguments, format=fmt, computes=COMPUTE_PATHS)
+    assert list(bounds) == list(COMPUTE_PATHS)
+    for compute, bound in bounds.items():
+        alone = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
+        assert torch.equal(alone[0], expected)
+        assert torch.equal(alone[1], bound)
+    error = (kernel(p, compute="int8").double() - expected).norm()
+    assert 0.008 * expected.norm() < error < 0.013 * expected.norm()
+    assert bounds["int8"].norm() < 2.5 * error
+
+
+@FORMATS
+@COMPUTES
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 @pytest.mark.parametrize("fault", ["swapped nibbles", "scale off by one"])
-def test_a_wrong_byte_exceeds_the_bound(fmt, projection, fault):
+def test_a_wrong_byte_exceeds_the_bound(fmt, compute, projection, fault):
     """One byte's nibbles swapped, or one group's scale doubled, in one matrix of every expert."""
     p = Problem(fmt)
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt)
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
     right = getattr(p, projection)
     codes, scales = right.codes.clone(), right.scales.clone()
     if fault == "swapped nibbles":
@@ -225,5 +304,5 @@ def test_a_wrong_byte_exceeds_the_bound(fmt, projection, fault):
     else:
         scales[:, 0, 0] *= 2
     setattr(p, projection, QuantizedMatrix(codes, scales))
-    error = (kernel(p).double() - expected).abs()
+    error = (kernel(p, compute=compute).double() - expected).abs()
     assert (error > bound).any(), (error / bound).max()

@@ -1,0 +1,287 @@
+"""Bounds on the error of a right kernel, from the roundings that it really does.
+
+With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`` taken along k:
+  1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2); |g| + 3 |w.x|_2 bounds the partial sums, L
+     that n rounding errors of random sign add up to sqrt(n) of them (Higham & Mary 2019).
+  2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
+     (|s''| <= a/2) + the error of exp. Clamps do not lengthen an error.
+  3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1.
+  4. sum over experts with |w_e|, + the output's unit roundoff times its size.
+
+Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
+(h to bf16, random signs), + |y(bf16 x, bf16 h) - y(x, h)|, which is what the roundings do where
+they are coherent, as for constant weights.
+
+Path "int8" rounds x and h as `quantize_activations` does, written Q: off by at most half a
+code's worth, A/254 with A the group's max |x|, so that output errors are about 1 %. But the
+rounding of x is known exactly (up to ties, for which both ways are tried), so that steps 1 and
+2 begin at Q(x), and step 3 has the error |y(Q(x), Q(h)) - y(x, h)| itself; all that is not
+known is that the kernel's h is off by dh. Hence step 3 also has |Wd| |Q(h + dh) - Q(h)|, with
+dA = max |dh| of the group: h 127/A moves by at most t = 127 (|dh| + |h| dA/A) / (A - dA) + 2^-15
+(float32 roundings), the code by floor(t + 1/2 + h's distance from its code), the code's worth
+by dA/127. Never more than both distances from h, A/254 + dh and the known one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import Unpack
+
+from cpumoe._reference_layer import DenseExpert, ExpertMatrices, LayerOptions, ReferenceLayer
+from cpumoe.activations import (
+    GREATEST_CODE,
+    LEAST_MAGNITUDE,
+    dequantize_activations,
+    quantize_activations,
+)
+from cpumoe.compute import check_compute
+from cpumoe.formats import weight_format
+from cpumoe.swiglu import SwiGLU
+
+_U32 = 2.0**-24  # unit roundoff of float32
+_UBF16 = 2.0**-8  # unit roundoff of bfloat16: 8 bits of precision
+_UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32: _U32}
+# Deviations that a sum of n independent rounding errors stays within, in units of its 2-norm
+# (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
+_LAMBDA = 5.0
+# Products and inputs below the normal range may be flushed to zero.
+_TINY = 2.0**-125
+# Relative error allowed to a vector exp and the division of the sigmoid.
+_ACTIVATION_EPS = 2.0**-20
+# Activations that share an int8 scale where no weight format says it.
+_GROUP_SIZE = 32
+
+
+def experts_forward_with_bound(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+    *,
+    compute: str = "bf16",
+    output_dtype: torch.dtype = torch.bfloat16,
+    **options: Unpack[LayerOptions],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the float64 output and a bound on a kernel's error, both ``[tokens, hidden]``.
+
+    The module says how it is derived.
+
+    Args:
+        hidden_states: as `experts_forward`'s, like all that is not named here.
+        topk_ids: see there.
+        topk_weights: see there.
+        gate: see there.
+        up: see there.
+        down: see there.
+        compute: the kernel's compute path, "bf16" or "int8".
+        output_dtype: the kernel's (bfloat16, float16 or float32).
+        options: see `LayerOptions`.
+
+    Raises:
+        IndexError: as `experts_forward`.
+        ValueError: as `experts_forward`; an unknown compute path; sizes that are no multiple of the
+            group size (int8).
+    """
+    output, bounds = experts_forward_with_bounds(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        gate,
+        up,
+        down,
+        computes=(compute,),
+        output_dtype=output_dtype,
+        **options,
+    )
+    return output, bounds[compute]
+
+
+def experts_forward_with_bounds(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+    *,
+    computes: Sequence[str],
+    output_dtype: torch.dtype = torch.bfloat16,
+    **options: Unpack[LayerOptions],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Returns what `experts_forward_with_bound` does for several compute paths, bounds by path."""
+    for compute in computes:
+        check_compute(compute)
+    layer = ReferenceLayer(gate, up, down, **options)
+    group_size = _GROUP_SIZE if layer.format is None else weight_format(layer.format).group_size
+    output = torch.zeros(hidden_states.shape, dtype=torch.float64)
+    bounds = {compute: torch.zeros_like(output) for compute in computes}
+    for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
+        exact = _Exact.of(hidden_states[routed.tokens], routed.expert, layer.swiglu)
+        scale = routed.weights.double()[:, None]
+        output.index_add_(0, routed.tokens, exact.y * scale)
+        for compute, bound in bounds.items():
+            if compute == "bf16":
+                dy = _bf16_bound(exact, routed.expert, layer.swiglu)
+            else:
+                dy = _int8_bound(exact, routed.expert, layer.swiglu, group_size)
+            # The product with the routing weight and the sum over experts round in float32.
+            bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * exact.y.abs()) * scale.abs())
+    limits = torch.finfo(output_dtype)
+    subnormal = limits.smallest_normal * limits.eps / 2  # half the spacing near zero
+    for bound in bounds.values():
+        bound += _UNIT_ROUNDOFF[output_dtype] * (output.abs() + bound) + subnormal
+    return output, bounds
+
+
+def error_bound(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+    *,
+    compute: str = "bf16",
+    output_dtype: torch.dtype = torch.bfloat16,
+    **options: Unpack[LayerOptions],
+) -> torch.Tensor:
+    """Returns the bound of `experts_forward_with_bound` alone, float64 ``[tokens, hidden]``."""
+    matrices = (gate, up, down)
+    return experts_forward_with_bound(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        *matrices,
+        compute=compute,
+        output_dtype=output_dtype,
+        **options,
+    )[1]
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """One expert's results for its tokens, float64 but for x."""
+
+    x: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    h: torch.Tensor
+    y: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, w: DenseExpert, swiglu: SwiGLU) -> _Exact:
+        gate, up = w.gate_up(x.double())
+        h = swiglu(gate, up)
+        return cls(x, gate, up, h, w.output(h))
+
+
+def _bf16_bound(exact: _Exact, w: DenseExpert, swiglu: SwiGLU) -> torch.Tensor:
+    """The bound of steps 1 to 3, before the routing weight."""
+    x = exact.x.bfloat16().double()
+    if torch.equal(x, exact.x.double()):
+        gate, up, h = exact.gate, exact.up, exact.h
+    else:
+        gate, up = w.gate_up(x)
+        h = swiglu(gate, up)
+    d_h = _intermediate_error(x, gate, up, h, w, swiglu)
+    rounded = h.bfloat16().double()
+    y = w.output(rounded)
+    random = min(_LAMBDA, math.sqrt(h.shape[-1])) * _UBF16 * _positive_product(h, w.down, 2)
+    propagated = _positive_product(d_h, w.down, 1)
+    accumulated = _accumulation_error(rounded, w.down, y, w.down_bias)
+    return (y - exact.y).abs() + random + propagated + accumulated
+
+
+def _int8_bound(exact: _Exact, w: DenseExpert, swiglu: SwiGLU, group_size: int) -> torch.Tensor:
+    """The bound of steps 1 to 3, before the routing weight; the greater of both ways of ties."""
+    ways = [quantize_activations(exact.x, group_size=group_size, fused=f) for f in (False, True)]
+    x = torch.cat([dequantize_activations(*way) for way in ways])
+    gate, up = w.gate_up(x)
+    h = swiglu(gate, up)
+    d_h = _intermediate_error(x, gate, up, h, w, swiglu)
+    codes, scales = quantize_activations(h.float(), group_size=group_size)
+    rounded = dequantize_activations(codes, scales)
+    y = w.output(rounded)
+    moved = _positive_product(_rounding_change(h, d_h, codes, scales), w.down, 1)
+    accumulated = _accumulation_error(rounded, w.down, y, w.down_bias)
+    bound = (y - torch.cat([exact.y] * len(ways))).abs() + moved + accumulated
+    return torch.stack(bound.chunk(len(ways))).amax(0)
+
+
+def _rounding_change(
+    h: torch.Tensor, d_h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """How far a quantized h may be from that of codes and scales, where h itself is off by d_h."""
+    h, d_h, codes = (t.double().reshape(*scales.shape, -1) for t in (h, d_h, codes))
+    greatest, change = h.abs().amax(-1, keepdim=True), d_h.amax(-1, keepdim=True)
+    known = (codes * scales.double().unsqueeze(-1) - h).abs()
+    worst = known + d_h + (greatest + change) * (1.001 / 254) + LEAST_MAGNITUDE
+    least = greatest - change
+    shift = GREATEST_CODE * (d_h + h.abs() / greatest * change) / least + 2.0**-15
+    distance = (h * (GREATEST_CODE / greatest) - codes).abs()
+    steps = (distance + shift + 0.5).floor()
+    worth = (greatest + change) / GREATEST_CODE
+    moved = steps * worth + codes.abs() * (change + 4 * _U32 * greatest) / GREATEST_CODE
+    # Elsewhere the group might count as zero, or its greatest magnitude is hardly known.
+    steady = (least > greatest / 2) & (least >= LEAST_MAGNITUDE)
+    return torch.where(steady, torch.minimum(moved, worst), worst).flatten(-2)
+
+
+def _positive_product(x: torch.Tensor, weight: torch.Tensor, power: int) -> torch.Tensor:
+    """``(sum_k (|w| |x|)^power)^(1/power)``, ``[tokens, N]``.
+
+    In float32, which is twice as fast and precise enough for a bound; normalized, so that scales
+    far from one neither overflow nor vanish.
+    """
+    x_max, w_max = (t.abs().amax().clamp_min(_TINY) for t in (x, weight))
+    x_power = (x / x_max).float().abs().pow(power)
+    w_power = (weight / w_max).float().abs().pow(power)
+    total: torch.Tensor = (x_power @ w_power.T).double()
+    return total.pow(1 / power) * (x_max * w_max * 1.001)
+
+
+def _accumulation_error(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    k = x.shape[-1]
+    size = y.abs() + 3 * _positive_product(x, weight, 2)
+    if bias is not None:
+        size = size + 2 * bias.abs()
+    flushed = _TINY * (1 + x.abs().sum(-1, keepdim=True))
+    relative = min(_LAMBDA, math.sqrt(k)) * math.sqrt(k) * _U32
+    return size * relative + flushed
+
+
+def _intermediate_error(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    w: DenseExpert,
+    swiglu: SwiGLU,
+) -> torch.Tensor:
+    """The error of h in float32, of what x as given makes of it."""
+    d_gate = _accumulation_error(x, w.gate, gate, w.gate_bias)
+    d_up = _accumulation_error(x, w.up, up, w.up_bias)
+    activation = _activation_error(gate, up, d_gate, d_up, swiglu)
+    return activation + _ACTIVATION_EPS * h.abs() + _TINY
+
+
+def _activation_error(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    d_gate: torch.Tensor,
+    d_up: torch.Tensor,
+    swiglu: SwiGLU,
+) -> torch.Tensor:
+    gate, up = swiglu.clamp(gate, up)
+    sigmoid = torch.sigmoid(swiglu.alpha * gate)
+    slope = sigmoid * (1 + swiglu.alpha * gate * (1 - sigmoid))
+    d_swish = slope.abs() * d_gate + swiglu.alpha / 4 * d_gate.square()
+    return ((up + swiglu.up_offset).abs() + d_up) * d_swish + (gate * sigmoid).abs() * d_up
