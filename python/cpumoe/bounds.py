@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from typing_extensions import Unpack
@@ -122,16 +121,13 @@ def experts_forward_with_bounds(
     output = torch.zeros(hidden_states.shape, dtype=torch.float64)
     bounds = {compute: torch.zeros_like(output) for compute in computes}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
-        exact = _Exact.of(hidden_states[routed.tokens], routed.expert, layer.swiglu)
+        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu)
         scale = routed.weights.double()[:, None]
-        output.index_add_(0, routed.tokens, exact.y * scale)
+        output.index_add_(0, routed.tokens, expert.y * scale)
         for compute, bound in bounds.items():
-            if compute == "bf16":
-                dy = _bf16_bound(exact, routed.expert, layer.swiglu)
-            else:
-                dy = _int8_bound(exact, routed.expert, layer.swiglu, group_size)
+            dy = _bf16_bound(expert) if compute == "bf16" else _int8_bound(expert, group_size)
             # The product with the routing weight and the sum over experts round in float32.
-            bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * exact.y.abs()) * scale.abs())
+            bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)
     subnormal = limits.smallest_normal * limits.eps / 2  # half the spacing near zero
     for bound in bounds.values():
@@ -164,53 +160,65 @@ def error_bound(
     )[1]
 
 
-@dataclass(frozen=True)
-class _Exact:
-    """One expert's results for its tokens, float64 but for x."""
+class _Magnitudes:
+    """A matrix' magnitudes, normalized so that scales far from one neither overflow nor vanish.
 
-    x: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
-    h: torch.Tensor
-    y: torch.Tensor
+    In float32, which is twice as fast and precise enough for a bound.
+    """
 
-    @classmethod
-    def of(cls, x: torch.Tensor, w: DenseExpert, swiglu: SwiGLU) -> _Exact:
-        gate, up = w.gate_up(x.double())
-        h = swiglu(gate, up)
-        return cls(x, gate, up, h, w.output(h))
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._greatest = weight.abs().amax().clamp_min(_TINY)
+        first = (weight / self._greatest).float().abs()
+        self._powers = {1: first, 2: first.square()}
+
+    def product(self, x: torch.Tensor, power: int) -> torch.Tensor:
+        """``(sum_k (|w| |x|)^power)^(1/power)``, ``[tokens, N]``; power is 1 or 2."""
+        greatest = x.abs().amax().clamp_min(_TINY)
+        x_power = (x / greatest).float().abs().pow(power)
+        total: torch.Tensor = (x_power @ self._powers[power].T).double()
+        return total.pow(1 / power) * (greatest * self._greatest * 1.001)
 
 
-def _bf16_bound(exact: _Exact, w: DenseExpert, swiglu: SwiGLU) -> torch.Tensor:
+class _Expert:
+    """An expert's float64 results for its tokens x, and what bounds on all paths need."""
+
+    def __init__(self, x: torch.Tensor, dense: DenseExpert, swiglu: SwiGLU) -> None:
+        self.x, self.dense, self.swiglu = x, dense, swiglu
+        self.gate, self.up, self.down = (_Magnitudes(w) for w in (dense.gate, dense.up, dense.down))
+        self.y = dense.output(swiglu(*dense.gate_up(x.double())))
+
+    def intermediate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns h of a rounded x, and what float32 arithmetic may be off by from it."""
+        gate, up = self.dense.gate_up(x)
+        h = self.swiglu(gate, up)
+        d_gate = _accumulation_error(x, self.gate, gate, self.dense.gate_bias)
+        d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
+        activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
+        return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
+
+    def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
+        y = self.dense.output(h)
+        return y, _accumulation_error(h, self.down, y, self.dense.down_bias)
+
+
+def _bf16_bound(expert: _Expert) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight."""
-    x = exact.x.bfloat16().double()
-    if torch.equal(x, exact.x.double()):
-        gate, up, h = exact.gate, exact.up, exact.h
-    else:
-        gate, up = w.gate_up(x)
-        h = swiglu(gate, up)
-    d_h = _intermediate_error(x, gate, up, h, w, swiglu)
-    rounded = h.bfloat16().double()
-    y = w.output(rounded)
-    random = min(_LAMBDA, math.sqrt(h.shape[-1])) * _UBF16 * _positive_product(h, w.down, 2)
-    propagated = _positive_product(d_h, w.down, 1)
-    accumulated = _accumulation_error(rounded, w.down, y, w.down_bias)
-    return (y - exact.y).abs() + random + propagated + accumulated
+    h, d_h = expert.intermediate(expert.x.bfloat16().double())
+    y, accumulated = expert.output(h.bfloat16().double())
+    random = min(_LAMBDA, math.sqrt(h.shape[-1])) * _UBF16 * expert.down.product(h, 2)
+    propagated = expert.down.product(d_h, 1)
+    return (y - expert.y).abs() + random + propagated + accumulated
 
 
-def _int8_bound(exact: _Exact, w: DenseExpert, swiglu: SwiGLU, group_size: int) -> torch.Tensor:
+def _int8_bound(expert: _Expert, group_size: int) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight; the greater of both ways of ties."""
-    ways = [quantize_activations(exact.x, group_size=group_size, fused=f) for f in (False, True)]
-    x = torch.cat([dequantize_activations(*way) for way in ways])
-    gate, up = w.gate_up(x)
-    h = swiglu(gate, up)
-    d_h = _intermediate_error(x, gate, up, h, w, swiglu)
+    ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
+    h, d_h = expert.intermediate(torch.cat([dequantize_activations(*way) for way in ways]))
     codes, scales = quantize_activations(h.float(), group_size=group_size)
-    rounded = dequantize_activations(codes, scales)
-    y = w.output(rounded)
-    moved = _positive_product(_rounding_change(h, d_h, codes, scales), w.down, 1)
-    accumulated = _accumulation_error(rounded, w.down, y, w.down_bias)
-    bound = (y - torch.cat([exact.y] * len(ways))).abs() + moved + accumulated
+    y, accumulated = expert.output(dequantize_activations(codes, scales))
+    moved = expert.down.product(_rounding_change(h, d_h, codes, scales), 1)
+    bound = (y - torch.cat([expert.y] * len(ways))).abs() + moved + accumulated
     return torch.stack(bound.chunk(len(ways))).amax(0)
 
 
@@ -233,44 +241,16 @@ def _rounding_change(
     return torch.where(steady, torch.minimum(moved, worst), worst).flatten(-2)
 
 
-def _positive_product(x: torch.Tensor, weight: torch.Tensor, power: int) -> torch.Tensor:
-    """``(sum_k (|w| |x|)^power)^(1/power)``, ``[tokens, N]``.
-
-    In float32, which is twice as fast and precise enough for a bound; normalized, so that scales
-    far from one neither overflow nor vanish.
-    """
-    x_max, w_max = (t.abs().amax().clamp_min(_TINY) for t in (x, weight))
-    x_power = (x / x_max).float().abs().pow(power)
-    w_power = (weight / w_max).float().abs().pow(power)
-    total: torch.Tensor = (x_power @ w_power.T).double()
-    return total.pow(1 / power) * (x_max * w_max * 1.001)
-
-
 def _accumulation_error(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight: _Magnitudes, y: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     k = x.shape[-1]
-    size = y.abs() + 3 * _positive_product(x, weight, 2)
+    size = y.abs() + 3 * weight.product(x, 2)
     if bias is not None:
         size = size + 2 * bias.abs()
     flushed = _TINY * (1 + x.abs().sum(-1, keepdim=True))
     relative = min(_LAMBDA, math.sqrt(k)) * math.sqrt(k) * _U32
     return size * relative + flushed
-
-
-def _intermediate_error(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    h: torch.Tensor,
-    w: DenseExpert,
-    swiglu: SwiGLU,
-) -> torch.Tensor:
-    """The error of h in float32, of what x as given makes of it."""
-    d_gate = _accumulation_error(x, w.gate, gate, w.gate_bias)
-    d_up = _accumulation_error(x, w.up, up, w.up_bias)
-    activation = _activation_error(gate, up, d_gate, d_up, swiglu)
-    return activation + _ACTIVATION_EPS * h.abs() + _TINY
 
 
 def _activation_error(
