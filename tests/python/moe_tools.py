@@ -13,6 +13,7 @@ import torch
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU, _core
+from cpumoe.compute import COMPUTE_PATHS
 
 PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)
@@ -46,6 +47,7 @@ EVERY_ISA = pytest.mark.parametrize("isa", [_row(isa) for isa in cpumoe.known_is
 EVERY_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"), [_row(isa, fmt) for isa in cpumoe.known_isas() for fmt in formats(isa)]
 )
+EVERY_COMPUTE = pytest.mark.parametrize("compute", COMPUTE_PATHS)
 EVERY_FORMAT = pytest.mark.parametrize("fmt", formats(cpumoe.supported_isas()[-1]))
 
 
@@ -147,11 +149,20 @@ def inputs(
 
 
 def check(
-    actual: torch.Tensor, layer: Layer, args: Inputs, mask: torch.Tensor | None = None
+    actual: torch.Tensor,
+    layer: Layer,
+    args: Inputs,
+    mask: torch.Tensor | None = None,
+    *,
+    compute: str = "bf16",
 ) -> None:
     """Compares an output with the reference, each element against its own error bound."""
     expected, bound = cpumoe.reference.experts_forward_with_bound(
-        *args, **layer.tensors, expert_mask=mask, output_dtype=args.hidden_states.dtype
+        *args,
+        **layer.tensors,
+        expert_mask=mask,
+        output_dtype=args.hidden_states.dtype,
+        compute=compute,
     )
     limits = torch.finfo(actual.dtype)  # fp16 overflows to infinity
     overflown = (expected.abs() + bound > limits.max) & (actual == expected.sign() * torch.inf)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from moe_tools import DEEPSEEK_V4, GPT_OSS, PLAIN, Inputs, check, formats, layer
 
 import cpumoe
+from cpumoe.compute import COMPUTE_PATHS
 
 ISAS = cpumoe.supported_isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,21 +48,24 @@ def random_call(weights, *, tokens, top_k, dtype, id_dtype, size, seed):
     return Inputs(hidden_states.to(dtype), ids.to(id_dtype), scores)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=200)
 @given(
     isa=st.sampled_from(ISAS),
     shape=LAYERS,
     call=CALLS,
     masked=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
     batch_invariant=st.booleans(),
+    compute=st.sampled_from(COMPUTE_PATHS),
 )
-def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant):
+def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant, compute):
     weights = layer(**shape)
     mask = None if masked is None else torch.tensor(masked[: weights.num_experts])
-    experts = weights.pack(isa=isa, batch_invariant=batch_invariant, expert_mask=mask)
+    experts = weights.pack(
+        isa=isa, batch_invariant=batch_invariant, expert_mask=mask, compute=compute
+    )
     args = random_call(weights, **call)
     y = experts(*args)
-    check(y, weights, args, mask)
+    check(y, weights, args, mask, compute=compute)
     assert torch.equal(experts.submit(*args).result(), y)
 
 
