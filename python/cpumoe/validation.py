@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from cpumoe.checkpoint import ExpertWeights
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.layer_weights import LayerWeights, Progress, silent
-from cpumoe.reference import experts_forward_with_bound
+from cpumoe.reference import experts_forward_with_bounds
 from cpumoe.runtime import Runtime, default_runtime
 
 # Results must not differ by a bit between these numbers of threads.
@@ -34,7 +34,7 @@ class Case:
         topk_weights: float32 ``[tokens, top_k]``, positive, each row's sum is 1.
         checked: int64, the tokens that the reference computed.
         expected: float64 ``[checked, hidden]``.
-        bound: float64 ``[checked, hidden]``, of a right kernel's error.
+        bounds: by compute path, float64 ``[checked, hidden]``, of a right kernel's error.
     """
 
     hidden_states: torch.Tensor
@@ -42,7 +42,7 @@ class Case:
     topk_weights: torch.Tensor
     checked: torch.Tensor
     expected: torch.Tensor
-    bound: torch.Tensor
+    bounds: Mapping[str, torch.Tensor]
 
     @property
     def tokens(self) -> int:
@@ -67,7 +67,7 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How one variant did on one batch.
+    """How one variant did on one batch, on one compute path.
 
     Attributes:
         tokens: tokens of the batch.
@@ -95,11 +95,12 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class IsaResult:
-    """How one variant did.
+    """How one variant did on one compute path.
 
     Attributes:
         isa: the variant asked for.
         ran: the variant that ran.
+        compute: the compute path.
         seconds: time for packing and all runs.
         inexact_exports: experts whose export differs from the checkpoint's bytes.
         cases: one per batch size.
@@ -107,6 +108,7 @@ class IsaResult:
 
     isa: str
     ran: str
+    compute: str
     seconds: float
     inexact_exports: tuple[int, ...]
     cases: tuple[CaseResult, ...]
@@ -124,7 +126,7 @@ class Report:
 
     Attributes:
         reference_seconds: time that the reference took.
-        isas: one result per variant.
+        isas: one result per variant and compute path.
     """
 
     reference_seconds: float
@@ -140,17 +142,19 @@ def validate(
     weights: LayerWeights,
     tokens: Sequence[int],
     isas: Sequence[str],
+    computes: Sequence[str] = ("bf16",),
     *,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Runs `validate_isa` for each variant against one reference.
+    """Runs `validate_isa` for each variant and compute path against one reference.
 
     Args:
         weights: the layer.
         tokens: batch sizes.
         isas: names of the variants.
+        computes: names of the compute paths.
         seed: of hidden states and routing.
         threads: as `validate_isa`'s.
         progress: told what is being done.
@@ -159,10 +163,12 @@ def validate(
         ValueError: as `make_cases` and `validate_isa`.
     """
     start = time.perf_counter()
-    cases = make_cases(weights, tokens, seed=seed, progress=progress)
+    cases = make_cases(weights, tokens, computes, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
     results = [
-        validate_isa(weights, cases, isa, threads=threads, progress=progress) for isa in isas
+        validate_isa(weights, cases, isa, compute, threads=threads, progress=progress)
+        for isa in isas
+        for compute in computes
     ]
     return Report(seconds, tuple(results))
 
@@ -170,11 +176,14 @@ def validate(
 def make_cases(
     weights: LayerWeights,
     tokens: Sequence[int],
+    computes: Sequence[str] = ("bf16",),
     *,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Case]:
     """Draws a batch for each number of tokens and computes the reference for all of them at once.
+
+    It has a bound for each of the compute paths.
 
     The reference is float64 and dequantizes each expert once. Of a batch of more than
     `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
@@ -193,7 +202,7 @@ def make_cases(
     )
     used = len(set(topk_ids.flatten().tolist()))
     experts = weights.experts
-    expected, bound = experts_forward_with_bound(
+    expected, bounds = experts_forward_with_bounds(
         hidden_states,
         topk_ids,
         topk_weights,
@@ -205,18 +214,22 @@ def make_cases(
         gate_bias=[expert.gate_bias for expert in experts],
         up_bias=[expert.up_bias for expert in experts],
         down_bias=[expert.down_bias for expert in experts],
+        computes=computes,
     )
     sizes = [len(rows) for rows in checked]
-    parts = zip(
-        batches, checked, torch.split(expected, sizes), torch.split(bound, sizes), strict=True
-    )
-    return [Case(*batch, rows, want, limit) for batch, rows, want, limit in parts]
+    wanted = torch.split(expected, sizes)
+    limits = {compute: torch.split(bound, sizes) for compute, bound in bounds.items()}
+    return [
+        Case(*batch, rows, want, {compute: limit[i] for compute, limit in limits.items()})
+        for i, (batch, rows, want) in enumerate(zip(batches, checked, wanted, strict=True))
+    ]
 
 
 def validate_isa(
     weights: LayerWeights,
     cases: Sequence[Case],
     isa: str,
+    compute: str = "bf16",
     *,
     threads: int | None = None,
     progress: Progress = silent,
@@ -225,8 +238,9 @@ def validate_isa(
 
     Args:
         weights: the layer.
-        cases: from `make_cases`.
+        cases: from `make_cases`, with this compute path's bounds.
         isa: the variant.
+        compute: the compute path.
         threads: threads of the run that is compared with the reference; default: the runtime's.
         progress: told about each batch, in tokens.
 
@@ -243,13 +257,13 @@ def validate_isa(
         nonlocal done
         outputs: list[torch.Tensor] = []
         for case in cases:
-            progress(f"{isa}: {case.tokens} tokens", done, total)
+            progress(f"{isa}, {compute}: {case.tokens} tokens", done, total)
             outputs.append(case.run(experts))
             done += case.tokens
         return outputs
 
     with _quiet_runtime(main) if threads is None else Runtime(main) as runtime:
-        experts = weights.pack(isa, runtime)
+        experts = weights.pack(isa, runtime, compute=compute)
         ran = experts.isa
         outputs = run(experts)
         repeats = [run(experts)]
@@ -259,10 +273,10 @@ def validate_isa(
             experts.runtime = runtime
             repeats.append(run(experts))
     results = tuple(
-        _compare(case, output, [repeat[i] for repeat in repeats])
+        _compare(case, compute, output, [repeat[i] for repeat in repeats])
         for i, (case, output) in enumerate(zip(cases, outputs, strict=True))
     )
-    return IsaResult(isa, ran, time.perf_counter() - start, inexact, results)
+    return IsaResult(isa, ran, compute, time.perf_counter() - start, inexact, results)
 
 
 class _Announced(Sequence[QuantizedMatrix]):
@@ -327,17 +341,20 @@ def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _compare(case: Case, output: torch.Tensor, repeats: Sequence[torch.Tensor]) -> CaseResult:
+def _compare(
+    case: Case, compute: str, output: torch.Tensor, repeats: Sequence[torch.Tensor]
+) -> CaseResult:
+    bound = case.bounds[compute]
     actual = output[case.checked].double()
     error = (actual - case.expected).abs()
-    ratio = (error / case.bound).nan_to_num(nan=math.inf, posinf=math.inf)
+    ratio = (error / bound).nan_to_num(nan=math.inf, posinf=math.inf)
     row, column = divmod(int(ratio.argmax()), ratio.shape[1])
     worst = WorstElement(
         int(case.checked[row]),
         column,
         float(case.expected[row, column]),
         float(actual[row, column]),
-        float(case.bound[row, column]),
+        float(bound[row, column]),
     )
     return CaseResult(
         tokens=case.tokens,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import cpumoe
 from cpumoe import _core, limits, validation
 from cpumoe.cli import app, console, demo
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.synth import PATTERNS
 
 COMMANDS = ("info", "inspect", "synth", "validate", "bench", "demo")
@@ -216,6 +217,35 @@ def test_validate(model, tmp_path):
             assert case["relative_l2"] < 5e-3
 
 
+def test_validate_chooses_compute_paths(v4):
+    def ran(*arguments):
+        document = read("validate", v4, "--tokens", "3,40", "--isa", "generic", *arguments)
+        assert document["passed"]
+        return {result["compute"]: result["cases"] for result in document["isas"]}
+
+    assert list(ran()) == ["bf16"]
+    assert list(ran("--compute", "int8")) == ["int8"]
+    assert list(ran("--compute", "int8, bf16")) == ["int8", "bf16"]
+    both = ran("--compute", "all")
+    assert list(both) == list(COMPUTE_PATHS)
+    for few, many in zip(both["bf16"], both["int8"], strict=True):
+        assert few["relative_l2"] < 5e-3 < many["relative_l2"] < 2e-2
+        assert many["worst"]["bound"] > few["worst"]["bound"]
+    text = succeed("validate", v4, "--tokens", "3", "--isa", "generic", "--compute", "all")
+    assert "passed on generic bf16, generic int8" in text
+    assert "--compute: expected one of all, bf16, int8, got 'fp7'" in refuse(
+        "validate", v4, "--compute", "int8,fp7"
+    )
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "kimi-k2"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_validate_int8_patterns(model, pattern, tmp_path):
+    folder = write_small(tmp_path / "model", model)
+    options = ("--compute", "int8", "--pattern", pattern, "--tokens", "1,17")
+    assert read("validate", folder, *options)["passed"]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_validate_patterns(pattern, tmp_path):
     for model in ("v4-flash", "gpt-oss-20b", "kimi-k2"):
@@ -338,7 +368,9 @@ def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     document = read("demo", *TINY_DEMO)
     assert document["passed"]
-    assert [r["ran"] for r in document["validation"]["isas"]] == cpumoe.supported_isas()
+    assert [(r["ran"], r["compute"]) for r in document["validation"]["isas"]] == [
+        (isa, compute) for isa in cpumoe.supported_isas() for compute in COMPUTE_PATHS
+    ]
     assert document["speed"]["isa"] == cpumoe.isa()
     for row in document["speed"]["throughput"]:
         assert row["tokens_per_second"] > 0

@@ -16,6 +16,7 @@ from cpumoe.cli import console
 from cpumoe.cli.errors import VALIDATION_FAILED, reported
 from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption, parse_isas
 from cpumoe.cli.validate import render, report_document
+from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
     from cpumoe.experts import Experts
@@ -56,7 +57,7 @@ def command(
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Make a small DeepSeek-V4-Flash layer, check it on every ISA variant and time it.
+    """Make a small DeepSeek-V4-Flash layer, check it on all ISA variants and paths, and time it.
 
     Needs no arguments, less than a minute, and a few hundred MB of disk and memory. Exit code 1 if
     a variant computes something wrong.
@@ -71,7 +72,7 @@ def command(
         loaded, layer = _load(folder, threads)
         say(f"packed them for {layer.isa}: {_speed(loaded)}")
         checked = min(experts, _VALIDATED_EXPERTS)
-        say(f"checking {checked} of them on {', '.join(isas)}", "")
+        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(COMPUTE_PATHS)}", "")
         report = _validate(folder, isas, threads)
         if not json_output:
             render(report)
@@ -136,7 +137,9 @@ def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
 
     with open_checkpoint(folder) as reader, progress_bar() as progress:
         weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
-        return validate(weights, _VALIDATED_TOKENS, isas, threads=threads, progress=progress)
+        return validate(
+            weights, _VALIDATED_TOKENS, isas, COMPUTE_PATHS, threads=threads, progress=progress
+        )
 
 
 def _time(layer: Experts) -> dict[str, Any]:

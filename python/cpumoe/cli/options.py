@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cpumoe.compute import COMPUTE_PATHS
+
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document to standard output, nothing else.")
 ]
@@ -32,6 +34,30 @@ IsaOption = Annotated[
         show_default="CPUMOE_ISA if set, else all supported",
     ),
 ]
+ComputeOption = Annotated[
+    str,
+    typer.Option(
+        "--compute",
+        metavar="all|NAME,...",
+        help="Compute paths to run: bf16, what experts do unless asked, or int8.",
+    ),
+]
+
+
+def parse_computes(text: str) -> list[str]:
+    """Returns the compute paths that `--compute` names, checked.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if text == "all":
+        return list(COMPUTE_PATHS)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in COMPUTE_PATHS:
+            known = ", ".join(("all", *COMPUTE_PATHS))
+            raise ValueError(f"--compute: expected one of {known}, got {name!r}")
+    return names
 
 
 def parse_isas(text: str | None) -> list[str]:
