@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import cpumoe
-from cpumoe.experts import COMPUTE_PATHS
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
 from cpumoe.throughput import ROUTINGS, CallTimer, make_workload

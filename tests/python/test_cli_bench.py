@@ -13,7 +13,7 @@ import cpumoe
 from cpumoe import benchmark, limits, models, reference
 from cpumoe.benchmark import Limit
 from cpumoe.cli import app, bench_compare
-from cpumoe.experts import COMPUTE_PATHS
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import QuantizedMatrix
 
 QUICK = ("--seconds", 0, "--rounds", 2)

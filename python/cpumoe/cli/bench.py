@@ -205,7 +205,7 @@ def _output(
 
 def _variants(isa: str | None, compute: str) -> list[Variant]:
     from cpumoe.benchmark import Variant
-    from cpumoe.experts import COMPUTE_PATHS
+    from cpumoe.compute import COMPUTE_PATHS
     from cpumoe.isa import select_isa
 
     isas = [select_isa(None)[0]] if isa is None else parse_isas(isa)
