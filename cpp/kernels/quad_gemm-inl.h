@@ -146,6 +146,12 @@ class QuadGemm {
   __attribute__((flatten)) static void Multiply(Codec codec, Span span, QuadBlock a, float* c) {
     const int8_t* x = a.quads + span.begin * Format::kGroupSize * kTokens;
     for (int64_t g = span.begin; g < span.end; ++g) {
+      if constexpr (!kDecoded) {
+        for (int i = 0; i < kTiles * Geometry::kGroupVectors; ++i) {
+          const TileView& tile = span.tiles[i % kTiles];
+          Prefetch(tile.codes + g * Geometry::kGroupBytes + i / kTiles * kVectorBytes);
+        }
+      }
       Unroll<Geometry::kGroupVectors / kPartVectors>([&](auto part) {
         AddPart<kTokens, kDecoded, part * kPartVectors>(codec, span, g, a, x, c);
       });
@@ -187,10 +193,8 @@ class QuadGemm {
     [[maybe_unused]] typename Isa::Codes codes[kTiles];
     if constexpr (!kDecoded) {
       for (int r = 0; r < kTiles; ++r) {
-        const std::byte* at =
-            span.tiles[r].codes + g * Geometry::kGroupBytes + kVector * kVectorBytes;
-        Prefetch(at);
-        codes[r] = Isa::LoadCodes(at);
+        codes[r] = Isa::LoadCodes(span.tiles[r].codes + g * Geometry::kGroupBytes +
+                                  kVector * kVectorBytes);
       }
     }
     Unroll<Geometry::kVectorQuads>([&](auto q) {
