@@ -129,7 +129,7 @@ void BindExperts(py::module_& m) {
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        float alpha, std::optional<float> limit, float up_offset, bool has_bias,
-                       ComputePath compute, bool batch_invariant) {
+                       ComputePath compute, bool batch_invariant, int fused_tokens) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
@@ -137,11 +137,13 @@ void BindExperts(py::module_& m) {
                               .swiglu = {alpha, limit.value_or(infinity), up_offset},
                               .has_bias = has_bias,
                               .compute = compute,
-                              .batch_invariant = batch_invariant};
+                              .batch_invariant = batch_invariant,
+                              .fused_tokens = fused_tokens};
            }),
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
-           py::arg("has_bias"), py::arg("compute"), py::arg("batch_invariant"));
+           py::arg("has_bias"), py::arg("compute"), py::arg("batch_invariant"),
+           py::arg("fused_tokens"));
 
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init<std::string, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>(),

@@ -23,6 +23,12 @@ struct PeakEntry {
   int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
 };
 
+// Numbers of an expert's tokens that the few-token kernels of a variant take.
+struct FusedTokens {
+  int crossover;  // up to which they are used
+  int most;       // that there are kernels for
+};
+
 struct VariantApi {
   const char* isa;  // the ISA that the library was compiled for
   size_t num_formats;
@@ -30,6 +36,7 @@ struct VariantApi {
   size_t num_peaks;
   const PeakEntry* peaks;
   void (*read)(const float* data, int64_t count);  // count: a multiple of kReadGranule
+  FusedTokens fused_tokens;
 };
 
 inline constexpr int64_t kReadGranule = 1024;

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Completion', 'ComputePath', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
+__all__: list[str] = ['Completion', 'ComputePath', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'FusedTokens', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'formats', 'fused_tokens', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -43,6 +43,13 @@ class FormatInfo:
         ...
     @property
     def scale_bytes(self) -> int:
+        ...
+class FusedTokens:
+    @property
+    def crossover(self) -> int:
+        ...
+    @property
+    def most(self) -> int:
         ...
 class CpuLocation:
     @property
@@ -186,7 +193,7 @@ class ComputePath:
     def value(self) -> int:
         ...
 class MoeConfig:
-    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, compute: ComputePath, batch_invariant: bool) -> None:
+    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, compute: ComputePath, batch_invariant: bool, fused_tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 class Matrix:
     def __init__(self, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -229,6 +236,10 @@ def cpu_features() -> set[str]:
 def formats(isa: str, origin: str) -> list[FormatInfo]:
     """
     The weight formats of a variant.
+    """
+def fused_tokens(isa: str, origin: str) -> FusedTokens:
+    """
+    Up to how many tokens of an expert a variant uses its few-token kernels, and could.
     """
 def known_isas() -> list[IsaRow]:
     """

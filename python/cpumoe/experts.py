@@ -26,6 +26,7 @@ from cpumoe.isa import select_isa
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
 
+_ISAS_CROSSOVER = -1
 _COMPUTE = {"bf16": _core.ComputePath.BF16, "int8": _core.ComputePath.INT8}
 
 
@@ -70,12 +71,17 @@ class Experts:
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
+        fused_tokens: int | None = None,
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
         Arguments are theirs: `compute` is "bf16" or "int8", see the class.
         """
         check_compute(compute)
+        if fused_tokens is not None and fused_tokens < 0:
+            raise ValueError(
+                f"fused_tokens: expected 0 or more, or None for the variant's, got {fused_tokens}"
+            )
         self._format = weight_format(format)
         name, origin = select_isa(isa)
         self._isa = _core.open_variant(name, origin)
@@ -95,6 +101,7 @@ class Experts:
             has_bias=has_bias,
             compute=_COMPUTE[compute],
             batch_invariant=batch_invariant,
+            fused_tokens=_ISAS_CROSSOVER if fused_tokens is None else fused_tokens,
         )
         self._moe = _core.Moe(self._isa, origin, self._format.name, config)
         self._mask: torch.Tensor | None = None
@@ -121,6 +128,7 @@ class Experts:
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
+        fused_tokens: int | None = None,
         progress: bool | None = None,
     ) -> Experts:
         """Packs a layer's experts straight from a checkpoint's mapped files.
@@ -137,6 +145,10 @@ class Experts:
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
                 result does not depend on the others in the batch. Slower for few tokens. Compute
                 path "int8" is so anyway.
+            fused_tokens: a tuning knob: up to how many tokens of one expert the few-token kernels
+                take (at most as many as they are built for), the many-token kernels the rest.
+                Default: the variant's constant, which ``cpumoe bench --tune`` compares with this
+                machine's. Without effect on "int8" and where `batch_invariant` is set.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:
@@ -166,6 +178,7 @@ class Experts:
                 expert_mask=expert_mask,
                 isa=isa,
                 batch_invariant=batch_invariant,
+                fused_tokens=fused_tokens,
             )
         finally:
             if reader is not path:
@@ -188,6 +201,7 @@ class Experts:
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
+        fused_tokens: int | None = None,
     ) -> Experts:
         """Packs experts from tensors in memory; the tensors are not needed afterwards.
 
@@ -208,6 +222,7 @@ class Experts:
             expert_mask: see `from_checkpoint`.
             isa: see `from_checkpoint`.
             batch_invariant: see `from_checkpoint`.
+            fused_tokens: see `from_checkpoint`.
 
         Raises:
             TypeError: a dtype that the format does not have.
@@ -230,6 +245,7 @@ class Experts:
             expert_mask=expert_mask,
             isa=isa,
             batch_invariant=batch_invariant,
+            fused_tokens=fused_tokens,
         )
 
     def __call__(

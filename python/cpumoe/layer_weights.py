@@ -151,6 +151,7 @@ class LayerWeights:
         *,
         compute: str = "bf16",
         batch_invariant: bool = False,
+        fused_tokens: int | None = None,
         progress: Progress = silent,
     ) -> Experts:
         """Returns the experts packed for variant `isa`; the other arguments are `Experts`'."""
@@ -173,6 +174,7 @@ class LayerWeights:
             compute=compute,
             isa=isa,
             batch_invariant=batch_invariant,
+            fused_tokens=fused_tokens,
         )
 
 

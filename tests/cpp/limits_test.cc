@@ -33,6 +33,12 @@ TEST_P(LimitsTest, ReadStaysWithinItsData) {
   }
 }
 
+TEST_P(LimitsTest, FusedTokensAreInOrder) {
+  run_.ExpectNoFloatDots();
+  EXPECT_GE(run_.variant().fused_tokens.crossover, 0);
+  EXPECT_LE(run_.variant().fused_tokens.crossover, run_.variant().fused_tokens.most);
+}
+
 CPUMOE_FOR_EACH_ISA(LimitsTest);
 
 }  // namespace

@@ -17,7 +17,7 @@ from moe_tools import (
 )
 
 import cpumoe
-from cpumoe import Experts, QuantizedMatrix, Runtime
+from cpumoe import Experts, QuantizedMatrix, Runtime, _core
 from cpumoe.compute import COMPUTE_PATHS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
@@ -282,6 +282,19 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch(isa, fmt):
     check(whole, weights, args)
     for rows in (slice(0, 1), slice(11, 14), slice(20, 50)):
         assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+
+
+@EVERY_VARIANT
+def test_fused_tokens_choose_the_kernels(isa, fmt):
+    weights = layer(fmt)
+    args = inputs(weights, tokens=6)
+    outputs = {}
+    own = _core.fused_tokens(isa, "tests").crossover
+    for fused_tokens in (None, own, 0, 1000):
+        outputs[fused_tokens] = weights.pack(isa=isa, fused_tokens=fused_tokens)(*args)
+        check(outputs[fused_tokens], weights, args)
+    assert torch.equal(outputs[None], outputs[own])
+    assert torch.equal(outputs[0], weights.pack(isa=isa, batch_invariant=True)(*args))
 
 
 @EVERY_VARIANT

@@ -192,6 +192,11 @@ def test_unknown_names(weights):
         weights.pack(compute="fp7")
 
 
+def test_negative_fused_tokens(weights):
+    with refused(ValueError, "fused_tokens: expected 0 or more, or None for the variant's, got -1"):
+        weights.pack(fused_tokens=-1)
+
+
 def damaged(weights, name, codes=None, scales=None):
     matrix = getattr(weights, name)
     codes = matrix.codes if codes is None else codes(matrix.codes)
