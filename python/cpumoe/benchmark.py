@@ -190,7 +190,7 @@ def run(
     Raises:
         ValueError: too little memory, or what the engine does not accept.
     """
-    _require_memory(weights, len(variants))
+    require_memory(weights, len(variants))
     cases = []
     for variant in variants:
         experts = weights.pack(
@@ -241,11 +241,12 @@ def _measure_limits(
     return read, dots
 
 
-def _require_memory(weights: LayerWeights, copies: int) -> None:
+def require_memory(weights: LayerWeights, copies: int) -> None:
+    """Raises ValueError if so many packed copies of a layer do not fit the free memory."""
     expert = weights.experts[0].nbytes
     needed, available = copies * weights.num_experts * expert, available_bytes()
     if available and needed > available:
         raise ValueError(
-            f"{weights.num_experts} experts for {copies} variants take {needed / 1e9:.1f} GB of "
+            f"{weights.num_experts} experts, packed {copies} times, take {needed / 1e9:.1f} GB of "
             f"memory, {available / 1e9:.1f} GB are available; ask for fewer experts or variants"
         )

@@ -10,11 +10,12 @@ from checkpoint_tools import SMALL, write_small
 from typer.testing import CliRunner
 
 import cpumoe
-from cpumoe import benchmark, limits, models, reference
+from cpumoe import _core, benchmark, limits, models, reference
 from cpumoe.benchmark import Limit
 from cpumoe.cli import app, bench_compare
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import QuantizedMatrix
+from cpumoe.tuning import Comparison, Crossover, Form
 
 QUICK = ("--seconds", 0, "--rounds", 2)
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2
@@ -170,6 +171,52 @@ def test_a_changed_machine_is_named():
         ("threads", 2, 4),
         ("memory read, GB/s", "30", "20"),
     ]
+
+
+def test_tune(v4, tmp_path):
+    arguments = ("--tune", "--model", v4, "--isa", "all")
+    document = measure(*arguments)
+    assert document["settings"]["experts"] == SMALL["experts"]
+    crossovers = {row["isa"]: row for row in document["crossovers"]}
+    assert list(crossovers) == cpumoe.supported_isas()
+    for isa, found in crossovers.items():
+        constants = _core.fused_tokens(isa, "tests")
+        assert (found["compiled_in"], found["most"]) == (constants.crossover, constants.most)
+        assert 0 <= found["best"] <= found["most"]
+        rows = found["rows"]
+        assert [row["tokens"] for row in rows] == list(range(1, min(12, found["most"]) + 1))
+        for row in rows:
+            assert row["fused"]["low"] <= row["fused"]["seconds"] <= row["fused"]["high"]
+            ratio = row["fused"]["seconds"] / row["panel"]["seconds"]
+            assert row["ratio"] == pytest.approx(ratio)
+    path = tmp_path / "tune.json"
+    text = succeed(*arguments, "--json", path)
+    assert all(f"{isa}: few-token" in text for isa in crossovers)
+    assert text.count("best crossover: ") == len(crossovers)
+    assert json.loads(path.read_text()).keys() == document.keys()
+    assert "not written by" in refuse("--compare", path)
+
+
+def test_tune_refusals(v4, monkeypatch):
+    assert "--tokens: --tune has no use for it" in refuse("--tune", "--tokens", 1)
+    assert "--routing: --tune has no use for it" in refuse("--tune", "--routing", "zipf")
+    assert "--tune expects bf16, got 'int8'" in refuse("--tune", "--model", v4, "--compute", "all")
+    monkeypatch.setattr(benchmark, "available_bytes", lambda: 1000)
+    assert "ask for fewer experts" in refuse("--tune", "--model", v4)
+
+
+def comparison(tokens, fused, panel):
+    return Comparison(tokens, Form(fused, fused, fused), Form(panel, 0.9 * panel, 1.1 * panel))
+
+
+def test_the_best_crossover_loses_least():
+    ratios = {0: [1.5, 2.0], 1: [0.5, 1.1], 3: [0.5, 1.01, 0.8, 1.2], 2: [0.9, 0.9]}
+    for best, fused in ratios.items():
+        rows = [comparison(n, ms, 1.0) for n, ms in enumerate(fused, 1)]
+        assert Crossover("avx2", 2, 4, rows).best == best
+    assert comparison(1, 0.8, 1.0).faster == "fused"
+    assert comparison(1, 0.95, 1.0).faster is None
+    assert comparison(1, 1.2, 1.0).faster == "panel"
 
 
 def test_plot(v4, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpumoe._progress import progress_bar
-from cpumoe.cli import bench_compare, bench_plot, bench_report, console
+from cpumoe.cli import bench_compare, bench_plot, bench_report, bench_tune, console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import ThreadsOption, TracebackOption, parse_counts, parse_isas
 from cpumoe.cli.validate import choose_layer
@@ -86,6 +86,14 @@ _RoundsOption = Annotated[
 _BatchInvariantOption = Annotated[
     bool, typer.Option("--batch-invariant", help="The same kernels for any number of tokens.")
 ]
+_TuneOption = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Instead time the few-token and the many-token kernels for each number of tokens per "
+        "expert, and say up to which the former are faster.",
+    ),
+]
 _DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -121,6 +129,7 @@ def command(
     seconds: _SecondsOption = 2.0,
     rounds: _RoundsOption = 5,
     batch_invariant: _BatchInvariantOption = False,
+    tune: _TuneOption = False,
     data: _DataOption = None,
     json_file: _JsonOption = None,
     plot: _PlotOption = None,
@@ -141,12 +150,18 @@ def command(
         if plot is not None:
             bench_plot.require(plot)
         variants = _variants(isa, compute)
+        if tune:
+            unused = {"tokens": tokens, "routing": routing, "data": data, "plot": plot}
+            _refuse("--tune has no use for it", **unused, compare=compare)
+            weights, runtime = _weights(model, format, experts), _runtime(threads)
+            bench_tune.run(model, weights, variants, runtime, seconds, rounds, json_file)
+            return
         counts = None if tokens is None else parse_counts(",".join(tokens), "--tokens")
         if data is None:
             weights = _weights(model, format, experts)
-            workloads = _workloads(weights, counts or parse_counts(_TOKENS, "--tokens"), routing)
+            workloads = _workloads(weights, counts, routing)
         else:
-            _refuse_with_data(routing=routing, format=format, experts=experts)
+            _refuse("--data brings its own", routing=routing, format=format, experts=experts)
             weights, workloads = _read_data(data, model, counts)
         runtime = _runtime(threads)
         with progress_bar(still=True) as progress:
@@ -163,23 +178,13 @@ def command(
         settings = {
             "model": model,
             "data": None if data is None else str(data),
-            **_sizes(weights, workloads[0]),
+            **bench_report.sizes(weights, workloads[0].top_k),
             "routing": (routing or "balanced") if data is None else "data",
             "batch_invariant": batch_invariant,
             "seconds": seconds,
         }
         document = bench_report.document(result, settings, runtime.threads)
         _output(document, json_file, plot, old)
-
-
-def _sizes(weights: LayerWeights, workload: Workload) -> dict[str, Any]:
-    return {
-        "format": weights.format,
-        "hidden_size": weights.hidden_size,
-        "intermediate_size": weights.intermediate_size,
-        "experts": weights.num_experts,
-        "top_k": workload.top_k,
-    }
 
 
 def _output(
@@ -250,7 +255,9 @@ def _spec(model: str) -> ModelSpec:
         raise InputError(f"--model: {model}: no such folder, and {error}") from error
 
 
-def _workloads(weights: LayerWeights, tokens: list[int], routing: str | None) -> list[Workload]:
+def _workloads(
+    weights: LayerWeights, tokens: list[int] | None, routing: str | None
+) -> list[Workload]:
     from cpumoe.throughput import ROUTINGS, make_workload
 
     chosen = next((name for name in ROUTINGS if name == (routing or "balanced")), None)
@@ -265,14 +272,14 @@ def _workloads(weights: LayerWeights, tokens: list[int], routing: str | None) ->
             routing=chosen,
             seed=count,
         )
-        for count in tokens
+        for count in tokens or parse_counts(_TOKENS, "--tokens")
     ]
 
 
-def _refuse_with_data(**options: object) -> None:
+def _refuse(why: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
-            raise InputError(f"--{name}: --data brings its own; leave one of the two out")
+            raise InputError(f"--{name}: {why}; leave one of the two out")
 
 
 def _read_data(

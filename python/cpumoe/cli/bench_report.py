@@ -29,6 +29,7 @@ from cpumoe.cli.info import cpu_model, versions
 
 if TYPE_CHECKING:
     from cpumoe.benchmark import Limits, Result, Timing
+    from cpumoe.layer_weights import LayerWeights
 
 VERSION = 1
 
@@ -57,6 +58,17 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
             "steady": limits.steady,
         },
         "rows": [_row(timing, limits) for timing in result.timings],
+    }
+
+
+def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:
+    """Returns the settings that say what layer was measured."""
+    return {
+        "format": weights.format,
+        "hidden_size": weights.hidden_size,
+        "intermediate_size": weights.intermediate_size,
+        "experts": weights.num_experts,
+        "top_k": top_k,
     }
 
 

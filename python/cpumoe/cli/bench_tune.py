@@ -1,0 +1,141 @@
+"""``cpumoe bench --tune``: up to how many tokens of an expert the few-token kernels are faster.
+
+The document (``--json``), times in seconds::
+
+    {"version": 1,
+     "settings": {"model", "format", "hidden_size", "intermediate_size", "experts", "top_k",
+                  "seconds", "rounds"},
+     "machine": {"cpu", "threads", "versions"},
+     "crossovers": [{"isa", "compute", "compiled_in", "best", "most",
+                     "rows": [{"tokens", "ratio", "faster": "fused", "panel" or null,
+                               "fused": {"seconds", "low", "high"}, "panel": {the same}}]}]}
+
+``compiled_in`` is the variant's constant, ``most`` the greatest that it could have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpumoe._progress import progress_bar
+from cpumoe.cli import bench_report, console
+from cpumoe.cli.errors import InputError
+from cpumoe.cli.info import cpu_model, versions
+
+if TYPE_CHECKING:
+    from cpumoe.benchmark import Variant
+    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.runtime import Runtime
+    from cpumoe.tuning import Crossover
+
+VERSION = 1
+_COMPUTE = "bf16"
+
+
+def run(
+    model: str,
+    weights: LayerWeights,
+    variants: Sequence[Variant],
+    runtime: Runtime,
+    seconds: float,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Measures the variants one after the other, and prints or writes the result.
+
+    Raises:
+        InputError: a compute path that does not choose by the number of tokens.
+        ValueError: see `cpumoe.tuning.measure_crossover`.
+    """
+    from cpumoe.tuning import measure_crossover
+
+    for variant in variants:
+        if variant.compute != _COMPUTE:
+            raise InputError(
+                f"--compute: --tune expects {_COMPUTE}, got {variant.compute!r}, which has the "
+                "same kernels for any number of tokens"
+            )
+    with progress_bar(still=True) as progress:
+        found = [
+            measure_crossover(
+                weights, variant.isa, runtime, seconds=seconds, rounds=rounds, progress=progress
+            )
+            for variant in variants
+        ]
+    document = {
+        "version": VERSION,
+        "settings": {
+            "model": model,
+            **bench_report.sizes(weights, weights.top_k),
+            "seconds": seconds,
+            "rounds": rounds,
+        },
+        "machine": {"cpu": cpu_model(), "threads": runtime.threads, "versions": versions()},
+        "crossovers": [_describe(crossover) for crossover in found],
+    }
+    if json_file == Path("-"):
+        console.show_json(document)
+        return
+    _render(document)
+    if json_file is not None:
+        console.write_json(json_file, document)
+        console.show(f"wrote {console.escape(str(json_file))}")
+
+
+def _describe(crossover: Crossover) -> dict[str, Any]:
+    return {
+        "isa": crossover.isa,
+        "compute": _COMPUTE,
+        "compiled_in": crossover.compiled,
+        "best": crossover.best,
+        "most": crossover.most,
+        "rows": [
+            {
+                "tokens": row.tokens,
+                "ratio": row.ratio,
+                "faster": row.faster,
+                "fused": vars(row.fused),
+                "panel": vars(row.panel),
+            }
+            for row in crossover.rows
+        ],
+    }
+
+
+def _render(document: dict[str, Any]) -> None:
+    settings, machine = document["settings"], document["machine"]
+    threads = console.format_count(machine["threads"], "thread")
+    console.show(
+        f"{console.escape(machine['cpu'])}, {threads}\n{settings['experts']} {settings['format']} "
+        f"experts, hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "
+        f"top {settings['top_k']}"
+    )
+    for crossover in document["crossovers"]:
+        table = console.data_table(
+            f"{crossover['isa']}: few-token (fused) and many-token (panel) kernels",
+            ("tokens per expert", "ms fused", "ms panel", "fused/panel", "faster"),
+            text_columns=0,
+        )
+        for row in crossover["rows"]:
+            table.add_row(
+                str(row["tokens"]),
+                console.format_number(1e3 * row["fused"]["seconds"]),
+                console.format_number(1e3 * row["panel"]["seconds"]),
+                f"{row['ratio']:.3f}",
+                row["faster"] or "",
+            )
+        console.show("", table, "", _verdict(crossover))
+    console.show(
+        "",
+        f"[dim]ms: median of all calls of {console.format_count(settings['rounds'], 'round')}; "
+        "all tokens of a call go to the same experts, those of\nthe next call to others; faster: "
+        "where the rounds of the two do not overlap[/]",
+    )
+
+
+def _verdict(crossover: dict[str, Any]) -> str:
+    best, compiled = crossover["best"], crossover["compiled_in"]
+    end = " (more cannot be fused)" if best == crossover["most"] else ""
+    return f"best crossover: {best}{end}; compiled in: {compiled}"

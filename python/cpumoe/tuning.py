@@ -1,0 +1,159 @@
+"""Measures up to how many tokens of an expert the few-token kernels of a variant are the faster.
+
+Few tokens are multiplied while the weights are decoded in registers (fused), many by way of a
+decoded panel. A variant has a constant that chooses; here both forms are timed for every number of
+tokens, in turns, because a machine's speed changes while one measures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpumoe import _core
+from cpumoe.benchmark import require_memory
+from cpumoe.layer_weights import LayerWeights, Progress, silent
+from cpumoe.runtime import Runtime
+from cpumoe.throughput import CallTimer, make_workload, median_spread
+
+MOST_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Form:
+    """The calls of one form.
+
+    Attributes:
+        seconds: the median call.
+        low: the least median of a round.
+        high: the greatest median of a round.
+    """
+
+    seconds: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both forms with the same calls, all of whose tokens go to the same experts.
+
+    Attributes:
+        tokens: tokens of each expert.
+        fused: the few-token kernels.
+        panel: the many-token kernels.
+    """
+
+    tokens: int
+    fused: Form
+    panel: Form
+
+    @property
+    def ratio(self) -> float:
+        """Time of the fused form over that of the panel form."""
+        return self.fused.seconds / self.panel.seconds
+
+    @property
+    def faster(self) -> str | None:
+        """Name of the faster form; None: their rounds overlap."""
+        if self.fused.high < self.panel.low:
+            return "fused"
+        return "panel" if self.panel.high < self.fused.low else None
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """One variant's comparisons, by number of tokens from 1 on.
+
+    Attributes:
+        isa: the variant.
+        compiled: up to how many tokens it takes the fused form.
+        most: up to how many it could.
+        rows: the comparisons.
+    """
+
+    isa: str
+    compiled: int
+    most: int
+    rows: Sequence[Comparison]
+
+    @property
+    def best(self) -> int:
+        """The crossover with which the least time is lost, in ratios and over all rows."""
+        gains = itertools.accumulate((math.log(row.ratio) for row in self.rows), initial=0.0)
+        return min(enumerate(gains), key=lambda item: item[1])[0]
+
+
+def measure_crossover(
+    weights: LayerWeights,
+    isa: str,
+    runtime: Runtime,
+    *,
+    seconds: float = 2.0,
+    rounds: int = 5,
+    progress: Progress = silent,
+) -> Crossover:
+    """Times both forms of a variant for 1 to `MOST_TOKENS` tokens, or as many as it can fuse.
+
+    The tokens of a call go to the same experts, those of successive calls to others, so that caches
+    do not hold what is read next.
+
+    Args:
+        weights: the layer.
+        isa: the variant.
+        runtime: the threads.
+        seconds: time to spend on each number of tokens.
+        rounds: rounds to divide it into; each calls both forms once at least.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: too little memory, or a variant that this CPU lacks.
+    """
+    limits = _core.fused_tokens(isa, "isa")
+    require_memory(weights, copies=2)
+    counts = range(1, min(MOST_TOKENS, limits.most) + 1)
+    fused, panel = (
+        weights.pack(isa, runtime, fused_tokens=tokens, progress=progress)
+        for tokens in (limits.most, 0)
+    )
+    cases = []
+    for tokens in counts:
+        work = make_workload(
+            tokens,
+            hidden_size=weights.hidden_size,
+            num_experts=weights.num_experts,
+            top_k=weights.top_k,
+            routing="concentrated",
+            seed=tokens,
+        )
+        cases.append(_Case(CallTimer(fused, work), CallTimer(panel, work)))
+    for case in cases:
+        case.warm_up()
+    for number in range(rounds):
+        for index, case in enumerate(cases):
+            done = number * len(cases) + index
+            progress(f"{isa}, tokens: {case.tokens}", done, rounds * len(cases))
+            case.turn(seconds / rounds)
+    return Crossover(isa, limits.crossover, limits.most, [case.result() for case in cases])
+
+
+class _Case:
+    def __init__(self, fused: CallTimer, panel: CallTimer) -> None:
+        self.tokens = fused.workload.tokens
+        self._timers = (fused, panel)
+        self._rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
+
+    def warm_up(self) -> None:
+        for timer in self._timers:
+            timer.call()
+
+    def turn(self, seconds: float) -> None:
+        order = (0, 1) if len(self._rounds[0]) % 2 == 0 else (1, 0)
+        for form in order:
+            self._rounds[form].append(self._timers[form].run(seconds / 2))
+
+    def result(self) -> Comparison:
+        fused, panel = (Form(*median_spread(rounds)) for rounds in self._rounds)
+        return Comparison(self.tokens, fused, panel)
