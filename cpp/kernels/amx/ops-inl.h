@@ -1,10 +1,12 @@
 // AMX: tile registers multiply the panels (panel_unit.h); everything else, few tokens above all, is
 // AVX512_BF16.
 //
+// The int8 path has no tiles: it is AVX512_VNNI's.
+//
 // Crossover, by count, for 32 rows x 32 k (two tiles, one group) and T tokens, not measured: the
-// fused kernel needs 32 T VDPBF16PS, a cycle each, beside some 60 for decoding. The panel costs
-// about 130 instructions of decoding, folding and storing, and 2 products of at most 16 cycles for
-// up to 16 tokens. They meet between 3 and 5 tokens.
+// fused kernel needs 32 T VDPBF16PS, a cycle each, beside some 30 for decoding. The panel costs 66
+// for decoding (panel_unit.h), and for up to 16 tokens 32 for two products, or some 45 for loading
+// their operands from L2. They meet between 2 and 4 tokens. `cpumoe bench --tune` measures it.
 #pragma once
 
 #include "kernels/amx/panel_unit.h"
@@ -13,7 +15,7 @@
 namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
-  static constexpr int kCrossover = 4;
+  static constexpr int kCrossover = 3;
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 

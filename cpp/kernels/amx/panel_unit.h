@@ -8,11 +8,21 @@
 //   tmm2  C of tokens 16-31, tile 0
 //   tmm3  C of tokens 16-31, tile 1
 //
-// A step of 32 k is four loads and four products: 64 lines of 64 bytes, 32 cycles from L1 at two
-// lines a cycle, beside 4 x 16 cycles of products. So the products are the bound, and the loads
-// hide behind them even if half the lines come from L2. A panel of W is B as it is: 16 pairs of k
-// are 16 rows of 64 bytes, kTiles * 64 apart. A is staged in steps of 32 k: a token's 64 bytes are
-// one row.
+// A panel of W is B as it is: 16 pairs of k are 16 rows of 64 bytes, kTiles * 64 apart. A is staged
+// in steps of 32 k: a token's 64 bytes are one row.
+//
+// The share of the tiles' peak that this can reach, by counting cycles, not measured. For 32 rows x
+// 32 k and 32 b tokens:
+//
+//   64 b  products: four of 16 cycles
+//    3 b  C from and to memory, once per panel of 32 steps: 64 lines, 32 + 64 cycles
+//   66    decoding, once for all tokens: 208 instructions (mxfp4, scales folded), of which 66
+//         (VPERMW, VPTESTMW, VPMOVZXBD) share one port
+//
+// which is 64 b / (67 b + 66): 48 % for 32 tokens, 72 % for 96, 90 % for 512. The loads, 64 lines a
+// step, hide behind the products if they come from L1 (32 cycles). But a panel is 64 KiB and so is
+// A of 32 tokens: if all lines come from L2 at 48 bytes a cycle they take 85 cycles, and the shares
+// are 42 %, 58 % and 69 %. Hence kPanelPairs is the first thing to measure on such a CPU.
 //
 // TDPBF16PS adds the products of even and of odd k in a chain each, then both to C; denormals count
 // as zero, whatever MXCSR says.
