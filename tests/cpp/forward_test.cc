@@ -45,6 +45,25 @@ TEST_P(ForwardTest, AnyNumberOfTokens) {
   }
 }
 
+// Tokens of each expert around the heights of one and of two tile registers.
+TEST_P(ForwardTest, TokensAroundTileHeights) {
+  if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
+  const LayerSpec layer = {.experts = 2, .hidden = 96, .intermediate = 32};
+  for (const int64_t tokens : {15, 16, 17, 31, 32, 33, 48, 64, 65}) {
+    CheckForward(layer, BatchSpec{.tokens = tokens, .top_k = layer.experts});
+  }
+}
+
+// Whichever kernels take an expert's tokens, also where there are no fused ones for as many.
+TEST_P(ForwardTest, AnyCrossover) {
+  for (const int fused_tokens : {0, 1, 3, 1000}) {
+    for (const int64_t tokens : {1, 2, 4, 14}) {
+      const TestLayer layer(format(), LayerSpec{.experts = 2, .fused_tokens = fused_tokens});
+      CheckForward(*Create(layer), layer, Batch(layer.config(), BatchSpec{.tokens = tokens}));
+    }
+  }
+}
+
 TEST_P(ForwardTest, AnyTopK) {
   for (const int64_t experts : {1, 5}) {
     for (int64_t top_k = 0; top_k <= experts; ++top_k) {

@@ -49,7 +49,8 @@ TestLayer::TestLayer(const std::string& format, const LayerSpec& spec, uint64_t 
               .intermediate_size = spec.intermediate,
               .swiglu = spec.swiglu,
               .has_bias = spec.has_bias,
-              .batch_invariant = spec.batch_invariant} {
+              .batch_invariant = spec.batch_invariant,
+              .fused_tokens = spec.fused_tokens} {
   Rng rng(seed);
   const auto gate_up = [&] {
     return TestMatrix::Random(format, spec.intermediate, spec.hidden, rng, spec.gate_up_scales);

@@ -27,6 +27,7 @@ struct LayerSpec {
   SwiGlu swiglu = kPlain;
   bool has_bias = false;
   bool batch_invariant = false;
+  int fused_tokens = -1;
   Magnitudes gate_up_scales = kModerate;
   Magnitudes down_scales = kModerate;
 };
