@@ -27,8 +27,9 @@ def why_unsupported(isa: str) -> str | None:
     """Why a variant cannot run here, or None."""
     if isa in cpumoe.supported_isas():
         return None
-    missing = cpumoe.missing_features(isa)
-    return f"{isa}: this CPU lacks {', '.join(missing)}" if missing else f"{isa}: not installed"
+    if not any(row.built for row in _core.known_isas() if row.name == isa):
+        return f"{isa}: not installed"
+    return f"{isa}: this CPU lacks {', '.join(cpumoe.missing_features(isa))}"
 
 
 def _row(*values: str) -> Any:

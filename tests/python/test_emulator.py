@@ -14,6 +14,7 @@ from moe_tools import output_of
 import cpumoe
 from cpumoe import _core
 
+TILE_INSTRUCTIONS = ("ldtilecfg", "tileloadd", "tilestored", "tilerelease")
 LIBRARY = os.environ.get("CPUMOE_EMULATOR_LIBRARY", "")
 
 RUN_TESTS = """
@@ -27,31 +28,26 @@ print(json.dumps([int(status), emulated_instructions()]))
 
 
 def emulated_isas() -> list[str]:
-    """Variants that lack here nothing but what the emulator supplies."""
-    missing = {isa: set(cpumoe.missing_features(isa)) for isa in cpumoe.known_isas()}
+    """Installed variants that lack here nothing but what the emulator supplies."""
+    built = [row.name for row in _core.known_isas() if row.built]
+    missing = {isa: set(cpumoe.missing_features(isa)) for isa in built}
     return [isa for isa, lacks in missing.items() if lacks and lacks <= EMULATED_FEATURES]
 
 
+# No parameters where this CPU has all that the emulator supplies, or lacks more: pytest skips then.
+@pytest.mark.parametrize("fmt", cpumoe.WEIGHT_FORMATS)
+@pytest.mark.parametrize("isa", emulated_isas())
 @pytest.mark.skipif(not LIBRARY, reason="CPUMOE_EMULATOR_LIBRARY does not name the emulator")
 @pytest.mark.skipif("CPUMOE_TEST_EMULATOR" in os.environ, reason="runs under the emulator already")
-def test_numerics_under_the_emulator():
-    isas = emulated_isas()
-    if not isas:
-        pytest.skip("this CPU has all that the emulator supplies, or lacks more")
-    for isa in isas:
-        env = {
-            **os.environ,
-            "CPUMOE_TEST_EMULATOR": "1",
-            "CPUMOE_ISA": isa,
-            "LD_PRELOAD": LIBRARY,
-        }
-        chosen = f"{isa} and (error_bound and deepseek_v4 or any_size)"
-        numerics = str(Path(__file__).with_name("test_experts.py"))
-        arguments = ("-q", "-p", "no:cacheprovider", "-k", chosen, numerics)
-        output = output_of(RUN_TESTS, *arguments, env=env, timeout=600)
-        status, instructions = json.loads(output.splitlines()[-1])
-        assert status == pytest.ExitCode.OK, output
-        check_counts(isa, instructions)
+def test_numerics_under_the_emulator(isa, fmt):
+    env = {**os.environ, "CPUMOE_TEST_EMULATOR": "1", "CPUMOE_ISA": isa, "LD_PRELOAD": LIBRARY}
+    chosen = f"{isa}-{fmt} and (error_bound and deepseek_v4 or any_size)"
+    numerics = str(Path(__file__).with_name("test_experts.py"))
+    arguments = ("-q", "-p", "no:cacheprovider", "-k", chosen, numerics)
+    output = output_of(RUN_TESTS, *arguments, env=env, timeout=600)
+    status, instructions = json.loads(output.splitlines()[-1])
+    assert status == pytest.ExitCode.OK, output
+    check_counts(isa, instructions)
 
 
 def check_counts(isa, instructions):
@@ -59,7 +55,12 @@ def check_counts(isa, instructions):
     assert {row["feature"] for row in instructions} == EMULATED_FEATURES
     needed = next(row.features for row in _core.known_isas() if row.name == isa)
     evidence = [row for row in instructions if row["is_evidence"] and row["feature"] in needed]
-    if evidence[-1]["feature"] in cpumoe.missing_features(isa):
-        assert evidence[-1]["count"] > 0, f"{isa}: {evidence[-1]['name']} was not emulated"
+    expected = {evidence[-1]["name"]: evidence[-1]["feature"]}
+    if "amx-tile" in needed:
+        expected |= dict.fromkeys(TILE_INSTRUCTIONS, "amx-tile")
+    counts = {row["name"]: row["count"] for row in instructions}
+    for name, feature in expected.items():
+        if feature in cpumoe.missing_features(isa):
+            assert counts[name] > 0, f"{isa}: {name} was not emulated"
     beyond = [row for row in instructions if row["count"] and row["feature"] not in needed]
     assert not beyond, f"{isa}: uses what it may not: {beyond}"
