@@ -1,7 +1,6 @@
 // The panel GEMM on AMX's tile registers: TDPBF16PS.
 //
-//   C [tokens][16] fp32, per tile of W   +=   A [tokens][32 k] bf16   x   B [16 pairs of k][16
-//   rows][2]
+//   C [tokens][16] fp32, per tile of W  +=  A [tokens][32 k] bf16  x  B [16 pairs of k][16 rows][2]
 //
 //   tmm0  C of tokens 0-15,  tile 0      tmm4  A of tokens 0-15        tmm6  B of tile 0
 //   tmm1  C of tokens 0-15,  tile 1      tmm5  A of tokens 16-31       tmm7  B of tile 1
@@ -15,14 +14,14 @@
 // 32 k and 32 b tokens:
 //
 //   64 b  products: four of 16 cycles
-//    3 b  C from and to memory, once per panel of 32 steps: 64 lines, 32 + 64 cycles
+//    6 b  C from and to memory, once per panel of 16 steps: 64 lines, 32 + 64 cycles
 //   66    decoding, once for all tokens: 208 instructions (mxfp4, scales folded), of which 66
 //         (VPERMW, VPTESTMW, VPMOVZXBD) share one port
 //
-// which is 64 b / (67 b + 66): 48 % for 32 tokens, 72 % for 96, 90 % for 512. The loads, 64 lines a
-// step, hide behind the products if they come from L1 (32 cycles). But a panel is 64 KiB and so is
-// A of 32 tokens: if all lines come from L2 at 48 bytes a cycle they take 85 cycles, and the shares
-// are 42 %, 58 % and 69 %. Hence kPanelPairs is the first thing to measure on such a CPU.
+// which is 64 b / (70 b + 66): 47 % for 32 tokens, 70 % for 96, 86 % for 512. The loads, 64 lines a
+// step, hide behind the products: B, a panel of 32 KiB, comes from an L1 of 48 (16 cycles), A from
+// L2 (43 cycles at 48 bytes a cycle). With twice the panel B would come from L2 as well, 85 cycles
+// in all. kPanelPairs is the first thing to measure on such a CPU.
 //
 // TDPBF16PS adds the products of even and of odd k in a chain each, then both to C; denormals count
 // as zero, whatever MXCSR says.
