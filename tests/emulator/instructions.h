@@ -36,7 +36,7 @@ inline constexpr InstructionInfo kInstructions[] = {
     {"sttilecfg", "amx-tile", false},        {"tilerelease", "amx-tile", false},
     {"tilezero", "amx-tile", false},         {"tileloadd", "amx-tile", false},
     {"tileloaddt1", "amx-tile", false},      {"tilestored", "amx-tile", false},
-    {"tdpbf16ps", "amx-bf16", true},        {"tdpbssd", "amx-int8", false},
+    {"tdpbf16ps", "amx-bf16", true},         {"tdpbssd", "amx-int8", false},
     {"tdpbsud", "amx-int8", false},          {"tdpbusd", "amx-int8", false},
     {"tdpbuud", "amx-int8", false},
 };
