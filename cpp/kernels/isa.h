@@ -103,6 +103,7 @@ concept ByteIsa =
              typename Isa::QuadSum sum, const std::array<uint8_t, 16>& bytes, const int8_t* a) {
       { Isa::kQuadTokens } -> std::convertible_to<int>;  // MR
       { Isa::kQuadSumLimit } -> std::convertible_to<int32_t>;
+      { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
       { Isa::MakeByteTable(bytes) } -> std::same_as<typename Isa::ByteTable>;
       { Isa::template LookupQuad<0>(table, codes) } -> std::same_as<typename Isa::Quad>;
       { Isa::StartSum(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;

@@ -6,9 +6,8 @@
 //          with as many chains i as the panel kernel has sums, so that both hide the same latency;
 //          sums and factors stay in registers, the loop neither loads nor stores. A panel unit has
 //          a loop of its own.
-//   QuadDots  the same for the int8 path; here a chain loads its factor, as the kernels do, because
-//          where product and addition are two instructions, an invariant product would leave the
-//          loop.
+//   QuadDots  the same for the int8 path; where product and addition are two instructions, a chain
+//          loads its factor, because an invariant product would leave the loop.
 //   Read   sum[s] += data[s][i]  for a few streams s: prefetchers stop at the end of a 4 KiB page,
 //          and other streams go on while one starts afresh (13 % more from an Ice Lake's memory).
 #pragma once
@@ -58,8 +57,10 @@ struct Limits {
     typename Isa::QuadSum sum[kQuadChains];
     Unroll<kQuadChains>([&](auto i) { sum[i] = Isa::StartSum(start[i]); });
     for (int64_t r = 0; r < rounds; ++r) {
-      Escape(a);
-      Unroll<kQuadChains>([&](auto i) { sum[i] = Isa::DotQuad(sum[i], w, a + i * kQuadDepth); });
+      if constexpr (!Isa::kQuadDotIsOneInstruction) Escape(a);
+      Unroll<kQuadChains>([&](auto i) {
+        sum[i] = Isa::DotQuad(sum[i], w, Isa::kQuadDotIsOneInstruction ? a : a + i * kQuadDepth);
+      });
     }
     alignas(64) float memory[kQuadChains * kTileRows];
     Unroll<kQuadChains>(

@@ -34,6 +34,7 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
   static constexpr int kQuadTokens = 4;    // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
+  static constexpr bool kQuadDotIsOneInstruction = false;
 
   struct Vec {
     __m256 lo, hi;  // rows 0-7 and 8-15

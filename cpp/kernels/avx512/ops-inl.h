@@ -29,6 +29,7 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kPanelPairs = 64;  // 16 KiB of fp32: half of L1
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
+  static constexpr bool kQuadDotIsOneInstruction = false;
 
   using Vec = __m512;
   struct Pair {

@@ -11,6 +11,7 @@ namespace cpumoe {
 
 struct Avx512Vnni : Avx512 {
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
+  static constexpr bool kQuadDotIsOneInstruction = true;
 
   struct QuadSum {
     __m512i lanes;

@@ -25,6 +25,7 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kPanelPairs = 256;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
+  static constexpr bool kQuadDotIsOneInstruction = false;
 
   struct Vec {
     float lane[kTileRows];
