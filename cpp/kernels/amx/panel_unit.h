@@ -15,7 +15,7 @@
 //
 //   64 b  products: four of 16 cycles
 //    6 b  C from and to memory, once per panel of 16 steps: 64 lines, 32 + 64 cycles
-//   66    decoding, once for all tokens: 205 instructions (mxfp4, scales folded), of which 66
+//   66    decoding, once for all tokens: 205 instructions (4-bit codes, scales folded), of which 66
 //         (VPERMW, VPTESTMW, VPMOVZXBD) share one port
 //
 // which is 64 b / (70 b + 66): 47 % for 32 tokens, 70 % for 96, 86 % for 512. The loads, 64 lines a
