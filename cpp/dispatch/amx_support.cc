@@ -35,7 +35,7 @@ std::vector<TileStep> TakeTileSteps(const MachineAnswers& machine) {
       {"cpuid", "CPUID advertises it", machine.advertised.contains("amx-tile"), ""},
       {"osxsave", "OSXSAVE is set", machine.xcr0.has_value(), ""},
       {"xcr0", "XCR0 has bits 17 and 18", (xcr0 & kTileState) == kTileState,
-       Message("XCR0 is 0x", std::hex, xcr0)},
+       machine.xcr0 ? Message("XCR0 is 0x", std::hex, xcr0) : ""},
       {"palette", "palette 1 is large enough", IsLargeEnough(machine.palette),
        Describe(machine.palette)},
       {"permission", "the kernel permits it", {}, ""},

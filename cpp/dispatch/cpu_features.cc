@@ -1,5 +1,6 @@
 #include "dispatch/cpu_features.h"
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 
@@ -36,6 +37,19 @@ std::string Join(const std::vector<std::string>& words) {
   std::string text;
   for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
   return text;
+}
+
+// Why tile registers are out of reach of a CPU that has them; empty for other reasons.
+std::string WhyNoTiles(const std::vector<std::string>& missing) {
+  const std::vector<TileStep>& steps = DetectTileSteps();
+  const bool wanted = std::any_of(missing.begin(), missing.end(), NeedsTiles);
+  if (!wanted || !steps.front().passed.value_or(false)) return "";
+  for (const TileStep& step : steps) {
+    if (step.passed.value_or(false)) continue;
+    return " (CPUID advertises AMX, but it does not hold that " + step.question +
+           (step.found.empty() ? ")" : ": " + step.found + ")");
+  }
+  return "";
 }
 
 }  // namespace
@@ -99,7 +113,7 @@ const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu,
             works);
     const std::vector<std::string> missing = MissingFeatures(isa, cpu);
     Require(missing.empty(), origin, "=", name, ": this CPU lacks ", Join(missing),
-            "; it supports ", works);
+            WhyNoTiles(missing), "; it supports ", works);
     return isa;
   }
   std::vector<std::string> known;

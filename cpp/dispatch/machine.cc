@@ -74,10 +74,22 @@ bool ExecuteTile() {
   action.sa_handler = HandleTrialSigill;
   sigemptyset(&action.sa_mask);
   sigaction(SIGILL, &action, &action_before_trial);
+  // A thread that blocks the signal would be killed by it.
+  sigset_t sigill, mask_before;
+  sigemptyset(&sigill);
+  sigaddset(&sigill, SIGILL);
+  pthread_sigmask(SIG_UNBLOCK, &sigill, &mask_before);
+  volatile bool configured = false;
   const bool executes = sigsetjmp(trial_failed, 1) == 0;
   if (executes) {
-    asm volatile("ldtilecfg (%0)\n\ttilezero %%tmm0\n\ttilerelease" : : "r"(config) : "memory");
+    asm volatile("ldtilecfg (%0)" : : "r"(config) : "memory");
+    configured = true;
+    asm volatile("tilezero %%tmm0\n\ttilerelease" : : : "memory");
+  } else if (configured) {
+    configured = false;  // this may trap, too
+    asm volatile("tilerelease" : : : "memory");
   }
+  pthread_sigmask(SIG_SETMASK, &mask_before, nullptr);
   sigaction(SIGILL, &action_before_trial, nullptr);
   return executes;
 }

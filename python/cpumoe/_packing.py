@@ -19,7 +19,7 @@ Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Each thread packs whole experts: a batch lasts long enough for the threads to meet seldom, and is
 # short enough for a progress bar.
-_BATCH_PER_THREAD = 8
+BATCH_PER_THREAD = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def pack_experts(
     kept: list[Biases | None] = []
     widths = _bias_widths(intermediate_size, hidden_size)
     numbered = enumerate(experts)
-    while batch := list(itertools.islice(numbered, _BATCH_PER_THREAD * runtime.threads)):
+    while batch := list(itertools.islice(numbered, BATCH_PER_THREAD * runtime.threads)):
         first = batch[0][0]
         arguments = []
         floats: list[list[torch.Tensor]] = []  # keeps what the addresses point to

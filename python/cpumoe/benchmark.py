@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cpumoe._packing import BATCH_PER_THREAD
 from cpumoe.layer_weights import LayerWeights, Progress, silent
 from cpumoe.limits import (
     ReadBandwidth,
@@ -190,7 +191,7 @@ def run(
     Raises:
         ValueError: too little memory, or what the engine does not accept.
     """
-    require_memory(weights, len(variants))
+    require_memory(weights, len(variants), runtime.threads)
     cases = []
     for variant in variants:
         experts = weights.pack(
@@ -218,7 +219,8 @@ def _run_rounds(cases: Sequence[_Case], seconds: float, rounds: int, progress: P
     for number in range(rounds):
         first = number * len(cases) // rounds
         for i in range(len(cases)):
-            index = (first + i) % len(cases)
+            # Backwards every other time, so that no case always follows the same one.
+            index = (first + (i if number % 2 == 0 else -i)) % len(cases)
             case = cases[index]
             where = f"{case.variant.isa}, tokens: {case.timer.workload.tokens}"
             progress(f"round {number + 1} of {rounds}, {where}", done, total)
@@ -241,10 +243,12 @@ def _measure_limits(
     return read, dots
 
 
-def require_memory(weights: LayerWeights, copies: int) -> None:
+def require_memory(weights: LayerWeights, copies: int, threads: int) -> None:
     """Raises ValueError if so many packed copies of a layer do not fit the free memory."""
     expert = weights.experts[0].nbytes
-    needed, available = copies * weights.num_experts * expert, available_bytes()
+    unpacked = min(weights.num_experts, BATCH_PER_THREAD * threads)
+    needed = (copies * weights.num_experts + unpacked) * expert
+    available = available_bytes()
     if available and needed > available:
         raise ValueError(
             f"{weights.num_experts} experts, packed {copies} times, take {needed / 1e9:.1f} GB of "

@@ -42,10 +42,10 @@ class Experts:
     and any scaling of the weights are the host's. The result does not depend on the number of
     threads. Weights are always exact; what they are multiplied with is the compute path's choice:
 
-    - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variant
-      avx512_bf16) and in fp32 elsewhere; products are accumulated in fp32. Expect an error of
-      1.7e-3 with bf16 output (relative, 2-norm, random normal data), most of it the output's own
-      rounding.
+    - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
+      avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
+      of 1.7e-3 with bf16 output (relative, 2-norm, random normal data), most of it the output's
+      own rounding.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
       sum of products is an exact integer; groups are accumulated in fp32. Faster for many tokens;

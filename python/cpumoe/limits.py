@@ -15,9 +15,9 @@ from cpumoe.isa import supported_isas
 from cpumoe.runtime import Runtime
 
 _MIN_BUFFER_BYTES = 256 << 20
-_MAX_BUFFER_BYTES = 1 << 30
+_MAX_BUFFER_BYTES = 8 << 30
 _BUFFER_PER_L3 = 4
-_L3_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_CPUS = Path("/sys/devices/system/cpu")
 _MEMINFO = Path("/proc/meminfo")
 _SMAPS = Path("/proc/self/smaps_rollup")
 
@@ -135,13 +135,21 @@ def available_bytes() -> int:
 
 
 def _default_buffer_bytes() -> int:
-    try:
-        l3 = int(_L3_SIZE.read_text().strip().removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        l3 = 0
-    wanted = min(max(_BUFFER_PER_L3 * l3, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES)
+    wanted = min(max(_BUFFER_PER_L3 * _l3_bytes(), _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES)
     available = available_bytes()
     return min(wanted, available // 4) if available else wanted
+
+
+def _l3_bytes() -> int:
+    """All last-level caches together (a CPU may have one per few cores); 0 where unknown."""
+    sizes: dict[str, int] = {}
+    for cache in _CPUS.glob("cpu[0-9]*/cache/index3"):
+        try:
+            size = (cache / "size").read_text().strip().removesuffix("K")
+            sizes[(cache / "shared_cpu_list").read_text()] = int(size) * 1024
+        except (OSError, ValueError):
+            continue
+    return sum(sizes.values())
 
 
 def _kilobytes(path: Path, key: str) -> int:

@@ -42,15 +42,15 @@ const std::vector<Machine>& Machines() {
       {"HaswellWithoutFma", Without(kHaswell, "fma"), {"generic"}},
       {"KnightsLanding", With(kHaswell, {"avx512f"}), {"generic", "avx2"}},
       {"SkylakeX", skylake, {"generic", "avx2", "avx512"}},
-      {"IceLake", ice_lake, {"generic", "avx2", "avx512"}},
-      {"CooperLake", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
-      {"Zen4", zen4, {"generic", "avx2", "avx512", "avx512_bf16"}},
+      {"IceLake", ice_lake, {"generic", "avx2", "avx512", "avx512_vnni"}},
+      {"CooperLake", zen4, {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
+      {"Zen4", zen4, {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
       {"SapphireRapids",
        With(zen4, {"amx-tile", "amx-bf16", "amx-int8"}),
-       {"generic", "avx2", "avx512", "avx512_bf16", "amx"}},
+       {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"}},
       {"AmxWithoutInt8",
        With(zen4, {"amx-tile", "amx-bf16"}),
-       {"generic", "avx2", "avx512", "avx512_bf16"}},
+       {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
       {"Avx512WithoutAvx2", Without(zen4, "avx2"), {"generic"}},
       {"Bf16WithoutVnni", Without(zen4, "avx512vnni"), {"generic", "avx2", "avx512"}},
   };
@@ -104,13 +104,14 @@ TEST(RequireIsaTest, NamesTheMissingFeatures) {
   if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
   const FeatureSet skylake = With(kHaswell, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
   EXPECT_EQ(MessageOf("avx512_bf16", With(skylake, {"avx512vnni"})),
-            "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512bf16; it supports generic, avx2, avx512");
+            "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512bf16; it supports generic, avx2, avx512, "
+            "avx512_vnni");
   EXPECT_EQ(MessageOf("avx512_bf16", skylake),
             "CPUMOE_ISA=avx512_bf16: this CPU lacks avx512vnni, avx512bf16; it supports generic, "
             "avx2, avx512");
   EXPECT_EQ(MessageOf("amx", With(skylake, {"avx512vnni", "avx512bf16"})),
             "CPUMOE_ISA=amx: this CPU lacks amx-tile, amx-bf16, amx-int8; it supports generic, "
-            "avx2, avx512, avx512_bf16");
+            "avx2, avx512, avx512_vnni, avx512_bf16");
   EXPECT_EQ(MessageOf("avx2", {"fma"}),
             "CPUMOE_ISA=avx2: this CPU lacks avx2, f16c; it supports generic");
 }
@@ -118,10 +119,12 @@ TEST(RequireIsaTest, NamesTheMissingFeatures) {
 TEST(RequireIsaTest, NamesTheKnownIsas) {
   if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
   EXPECT_EQ(MessageOf("sse9", kHaswell),
-            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_bf16, amx; "
+            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_vnni, "
+            "avx512_bf16, amx; "
             "this CPU supports generic, avx2");
   EXPECT_EQ(MessageOf("", {}),
-            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_bf16, amx; "
+            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_vnni, "
+            "avx512_bf16, amx; "
             "this CPU supports generic");
 }
 

@@ -1,10 +1,12 @@
 // The GEMM kernels of every ISA x format against sums in double precision.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "cpp/all_formats.h"
@@ -30,10 +32,15 @@ struct Weights {
 
 class GemmTest : public IsaFormatTest {
  protected:
-  Weights MakeWeights(int64_t tiles, int64_t groups) {
+  // Random codes, or all bytes the same.
+  Weights MakeWeights(int64_t tiles, int64_t groups, std::optional<std::byte> codes = {}) {
     return VisitFormat(format(), [&]<class F>(F) {
       const int64_t rows = tiles * kTileRows, columns = groups * F::kGroupSize;
-      const auto matrix = TestMatrix::Random(format(), rows, columns, rng_);
+      auto matrix = TestMatrix::Random(format(), rows, columns, rng_);
+      if (codes) {
+        const MutableRawMatrix view = matrix.MutableView();
+        std::fill_n(view.codes, rows * view.codes_stride, *codes);
+      }
       const PackedLayout<F> layout(rows, columns);
       Weights w{columns, std::vector<std::byte>(layout.bytes()), {}, {}};
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -139,6 +146,20 @@ TEST_P(GemmTest, Int8) {
     for (int64_t tokens = 1; tokens <= 2 * kernels().int8_tokens + 1; ++tokens) {
       const std::vector<float> a = MakeInt8Activations(tokens * w.columns);
       CheckSums(w, a, Multiply(Path::kInt8, w, a));
+    }
+  }
+}
+
+// The greatest sums there are: narrow ones must not overflow.
+TEST_P(GemmTest, Int8Extremes) {
+  run_.ExpectNoFloatDots();
+  for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
+    const Weights w = MakeWeights(2, 2, codes);
+    for (const float a : {127.0f, -127.0f}) {
+      for (const int64_t tokens : {int64_t{1}, kernels().int8_tokens + 1}) {
+        const std::vector<float> x(tokens * w.columns, a);
+        CheckSums(w, x, Multiply(Path::kInt8, w, x));
+      }
     }
   }
 }

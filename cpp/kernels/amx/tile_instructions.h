@@ -3,7 +3,7 @@
 // Not the compiler's intrinsics: GCC 12's _tile_loadconfig and _tile_loadd do not tell the compiler
 // that they read memory, so that it drops or moves the stores to it just before. Here whatever
 // reads or writes memory says so. A tile's number is part of the instruction, hence a template
-// parameter.
+// parameter. The set is complete: what the kernels do not use, the emulator's tests do.
 #pragma once
 
 #include <cstdint>

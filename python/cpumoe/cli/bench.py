@@ -153,6 +153,8 @@ def command(
         if tune:
             unused = {"tokens": tokens, "routing": routing, "data": data, "plot": plot}
             _refuse("--tune has no use for it", **unused, compare=compare)
+            if batch_invariant:
+                raise InputError("--batch-invariant: --tune has no use for it")
             weights, runtime = _weights(model, format, experts), _runtime(threads)
             bench_tune.run(model, weights, variants, runtime, seconds, rounds, json_file)
             return
