@@ -123,6 +123,7 @@ class Experts:
         path: str | PathLike[str] | ExpertReader,
         layer: int,
         *,
+        swiglu: SwiGLU | None = None,
         runtime: Runtime | None = None,
         compute: str = "bf16",
         expert_mask: torch.Tensor | None = None,
@@ -137,6 +138,7 @@ class Experts:
             path: the checkpoint's folder (config.json and safetensors shards), or a reader from
                 `open_checkpoint`, which saves reading the index again for each layer.
             layer: index of the decoder layer.
+            swiglu: the activation; default: what the checkpoint's config.json says.
             runtime: threads to run on; default: the process's shared runtime.
             compute: what weights are multiplied with: "bf16", exact to about 1.7e-3, or "int8",
                 faster for many tokens, to about 1.2e-2; see the class.
@@ -171,7 +173,7 @@ class Experts:
                 num_experts=reader.num_experts,
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,
-                swiglu=reader.swiglu,
+                swiglu=swiglu or reader.swiglu,
                 has_bias=reader.has_bias,
                 runtime=runtime,
                 compute=compute,

@@ -130,6 +130,8 @@ class StopStrings:
 
     def feed(self, piece: str) -> str:
         """Takes the next piece of text; returns what of the text so far has become certain."""
+        if self.found:
+            return ""
         text = self._held + piece
         hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if hits:
@@ -140,10 +142,11 @@ class StopStrings:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def flush(self) -> str:
-        """Returns what was held back: the text has ended."""
+    def flush(self, piece: str = "") -> str:
+        """Takes the last piece of text; returns all that is left."""
+        text = self.feed(piece)
         held, self._held = self._held, ""
-        return held
+        return text + held
 
 
 def _overlap(text: str, stop: str) -> int:

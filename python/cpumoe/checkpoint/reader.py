@@ -160,6 +160,14 @@ class ExpertReader(ABC):
                 self._weight_format.check_scales(matrix.scales, matrix.name)
         return weights
 
+    def check_supported(self) -> None:
+        """Raises UnsupportedFormatError where `unsupported` has reasons."""
+        if self.unsupported:
+            raise UnsupportedFormatError(
+                f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
+                f"Supported formats: {', '.join(WEIGHT_FORMATS)}"
+            )
+
     def check_layer(self, layer: int) -> None:
         """Checks a layer's first and last expert against the config, from the shards' headers.
 
@@ -184,11 +192,7 @@ class ExpertReader(ABC):
                 ) from error
 
     def _supported_prefix(self, layer: int) -> str:
-        if self.unsupported:
-            raise UnsupportedFormatError(
-                f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
-                f"Supported formats: {', '.join(WEIGHT_FORMATS)}"
-            )
+        self.check_supported()
         if layer not in self._prefixes:
             layers = list(self._prefixes)
             has = f"layers {layers[0]}..{layers[-1]} have" if layers else "no layer has"

@@ -1,0 +1,1 @@
+"""Hosts: one package per model runtime, imported by nobody but the command line and the user."""

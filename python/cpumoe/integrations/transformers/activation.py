@@ -1,0 +1,60 @@
+"""Which SwiGLU an experts module of transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+
+from cpumoe.swiglu import SwiGLU
+
+# Beyond every limit in use (7, 10), and around zero, where gates differ most.
+_PROBES = torch.cat((torch.linspace(-48, 48, 97), torch.linspace(-1, 1, 21)))
+
+
+class _Gate(Protocol):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+
+def module_swiglu(module: nn.Module) -> SwiGLU:
+    """Returns the activation of an experts module, recognised by what it computes.
+
+    The module's `_apply_gate` (transformers 5.23, ``integrations/moe.py``) is evaluated on a grid
+    of gate and up values and compared with each SwiGLU that the module's `alpha` and `limit` allow.
+    So an unknown model that gates like a known one needs no code here, and one that does not is
+    never guessed at.
+
+    Raises:
+        ValueError: none fits; names the module's class.
+    """
+    name = type(module).__name__
+    if not getattr(module, "has_gate", True):
+        raise ValueError(f"{name}: experts without a gate projection are not supported")
+    # The host may be inside a block that makes new tensors on the meta device.
+    with torch.device("cpu"), torch.no_grad():
+        gate, up = (grid.flatten() for grid in torch.meshgrid(_PROBES, _PROBES, indexing="ij"))
+        # One feature: [gate; up] and interleaved columns are the same.
+        gate_up = torch.stack((gate, up), -1)
+        actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0]
+        for candidate in _candidates(module):
+            if torch.allclose(actual, candidate(gate, up), rtol=1e-4, atol=1e-5):
+                return candidate
+    raise ValueError(
+        f"{name}._apply_gate is no activation that cpumoe computes: expected silu(gate) * up, "
+        f"with a limit, or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
+    )
+
+
+def _candidates(module: nn.Module) -> Iterator[SwiGLU]:
+    alpha, limit = (_number(getattr(module, name, None)) for name in ("alpha", "limit"))
+    yield SwiGLU()
+    for some_limit in {limit, None}:
+        for some_alpha in {alpha or 1.0, 1.0}:
+            for offset in (0.0, 1.0):
+                yield SwiGLU(alpha=some_alpha, limit=some_limit, up_offset=offset)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and value > 0 else None

@@ -1,0 +1,130 @@
+"""``experts_implementation="cpumoe"``: experts whose dense weights are in memory already.
+
+A model that the host dequantized holds, in bf16, values that are exactly E2M1 times a power of two.
+They are packed as MXFP4 again, bit for bit the checkpoint's arithmetic, on the first call. Weights
+that are not exactly so are refused: rounding them would be another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
+from cpumoe.experts import Experts
+from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.options import current_options
+
+_FORMAT = weight_format("mxfp4")
+# By module: what its parameters were when they were packed, and the experts.
+_packed: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Experts]] = WeakKeyDictionary()
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Computes an experts module of transformers; the signature is the host's.
+
+    Args:
+        module: has `gate_up_proj` and `down_proj`, and biases where `has_bias`.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index: ``[tokens, top_k]``.
+        top_k_weights: ``[tokens, top_k]``.
+
+    Returns:
+        ``[tokens, hidden]`` in hidden_states' dtype. Records no gradient.
+
+    Raises:
+        UnsupportedFormatError: the weights are not exactly MXFP4.
+        RuntimeError: the module is in training mode.
+        ValueError: it computes something else than cpumoe does, or is not on the CPU.
+    """
+    if module.training:
+        raise RuntimeError("cpumoe's experts record no gradient and cannot train: use model.eval()")
+    experts = _experts_of(module)
+    return experts(hidden_states.detach(), top_k_index, top_k_weights.detach())
+
+
+def _experts_of(module: Any) -> Experts:
+    state = tuple((p.data_ptr(), p._version) for p in module.parameters())
+    known = _packed.get(module)
+    if known is None or known[0] != state:
+        known = _packed[module] = (state, _pack(module))
+    return known[1]
+
+
+def _pack(module: Any) -> Experts:
+    name = type(module).__name__
+    if module.gate_up_proj.device.type != "cpu":
+        raise ValueError(f"{name}: expected weights on the CPU, got {module.gate_up_proj.device}")
+    if module.has_post_expert_norm:
+        raise ValueError(f"{name}: experts with a norm of their own are not supported")
+    hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
+    if module.is_transposed:
+        hidden, inner = inner, hidden
+    _FORMAT.check_k(hidden, "hidden_size")
+    _FORMAT.check_k(inner, "intermediate_size")
+    options = current_options()
+    return Experts(
+        _encoded(module),
+        format=_FORMAT.name,
+        num_experts=module.num_experts,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        swiglu=module_swiglu(module),
+        has_bias=module.has_bias,
+        runtime=options.runtime,
+        compute=options.compute,
+        isa=options.isa,
+        batch_invariant=options.batch_invariant,
+    )
+
+
+@torch.no_grad()
+def _encoded(module: Any) -> Iterator[ExpertWeights]:
+    name = type(module).__name__
+    for index in range(module.num_experts):
+        gate_up, down = module.gate_up_proj[index], module.down_proj[index]
+        if module.is_transposed:
+            gate_up, down = gate_up.T, down.T
+        gate, up = _halves(module, gate_up)
+        biases: tuple[torch.Tensor, ...] = ()
+        if module.has_bias:
+            biases = (
+                *_halves(module, module.gate_up_proj_bias[index]),
+                module.down_proj_bias[index],
+            )
+        subject = f"{name}: expert {index}"
+        yield ExpertWeights(
+            _exact(gate, f"{subject}, gate"),
+            _exact(up, f"{subject}, up"),
+            _exact(down, f"{subject}, down"),
+            *(bias.contiguous() for bias in biases),
+        )
+
+
+def _halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if module.is_concatenated:
+        gate, up = gate_up.chunk(2)
+        return gate, up
+    return gate_up[::2], gate_up[1::2]
+
+
+def _exact(weights: torch.Tensor, subject: str) -> QuantizedMatrix:
+    """Encodes ``[N, K]``; every value must be one that the format has."""
+    weights = weights.float().contiguous()
+    matrix = QuantizedMatrix(*_FORMAT.quantize(weights), name=subject)
+    if not torch.equal(_FORMAT.dequantize(matrix.codes, matrix.scales), weights):
+        raise UnsupportedFormatError(
+            f"{subject}: these weights are not exactly {_FORMAT.name}, and cpumoe rounds none; "
+            f"load a quantized checkpoint with cpumoe.integrations.transformers.from_pretrained"
+        )
+    return matrix

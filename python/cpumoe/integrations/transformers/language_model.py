@@ -1,0 +1,265 @@
+"""A model with its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from typing_extensions import override
+
+from cpumoe.generation import (
+    FinishReason,
+    Generation,
+    Message,
+    Sampling,
+    StopStrings,
+)
+from cpumoe.integrations.transformers.detokenizer import Detokenizer
+from cpumoe.integrations.transformers.experts_module import CpuExperts
+from cpumoe.integrations.transformers.loading import from_pretrained
+from cpumoe.integrations.transformers.options import ExpertsOptions
+
+
+class LanguageModel:
+    """A causal language model that continues text; implements `cpumoe.generation.TextModel`.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        """Takes a loaded model, its tokenizer, and the name that clients call it by."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self._name = name
+        self._experts = [m for m in model.modules() if isinstance(m, CpuExperts)]
+        self._end_tokens = _token_ids(model.generation_config.eos_token_id)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        options: ExpertsOptions | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        host_experts: bool = False,
+        **kwargs: Any,
+    ) -> LanguageModel:
+        """Loads a model and its tokenizer.
+
+        Args:
+            path: a checkpoint folder, or a name on the hub.
+            name: what clients call it; default: the path's last part.
+            options: how experts are made, see `from_pretrained`.
+            dtype: of everything but the experts, bfloat16 or float32.
+            host_experts: let transformers dequantize and compute the experts as well, for
+                comparison. Four times the memory, and slow.
+            **kwargs: for transformers.
+
+        Raises:
+            FileNotFoundError, CheckpointError, UnsupportedFormatError, ValueError: see
+            `from_pretrained`; OSError: no tokenizer.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=kwargs.get("trust_remote_code")
+        )
+        if host_experts:
+            # Unscaled tensors stay bf16 whatever the host is asked for.
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
+            model = model.to(dtype)
+        else:
+            model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
+        return cls(model, tokenizer, name or Path(path).resolve().name)
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self._name
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and continuation together."""
+        return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+
+    @property
+    def experts_seconds(self) -> float:
+        """Wall time spent in cpumoe's experts so far."""
+        return sum(module.seconds for module in self._experts)
+
+    @property
+    def experts_calls(self) -> int:
+        """Layer calls of cpumoe's experts so far."""
+        return sum(module.calls for module in self._experts)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a prompt, with what the tokenizer puts before it."""
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the tokens of a conversation, up to where the assistant speaks.
+
+        Raises:
+            ValueError: no chat template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{self.name} has no chat template: it completes text, but cannot chat"
+            )
+        try:
+            tokens = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return [int(token) for token in tokens]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generation:
+        """Continues a prompt; see `cpumoe.generation.TextModel.generate`."""
+        room = self.context_length - len(prompt)
+        if not prompt:
+            raise ValueError("prompt: expected at least one token, got none")
+        if room < 1:
+            raise ValueError(
+                f"prompt: expected fewer tokens than the context of {self.context_length}, "
+                f"got {len(prompt)}"
+            )
+        limit = min(room, sampling.max_new_tokens or room)
+        text = _GrowingText(self.tokenizer, sampling.stop, self._end_tokens, on_text)
+        ids = torch.tensor([list(prompt)])
+        experts_before, start = self.experts_seconds, time.perf_counter()
+        with torch.random.fork_rng(devices=[], enabled=sampling.seed is not None):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+            with torch.inference_mode():
+                self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=limit,
+                    streamer=text,
+                    stopping_criteria=StoppingCriteriaList([_StopWhen(text, cancelled)]),
+                    pad_token_id=next(iter(self._end_tokens), 0),
+                    **_sampling_arguments(sampling),
+                )
+        end = time.perf_counter()
+        text.finish()
+        first = text.first_token_at or end
+        return Generation(
+            text=text.text,
+            finish_reason=text.finish_reason,
+            prompt_tokens=len(prompt),
+            completion_tokens=text.tokens,
+            prefill_seconds=first - start,
+            decode_seconds=end - first,
+            experts_seconds=self.experts_seconds - experts_before,
+        )
+
+
+class _GrowingText(BaseStreamer):
+    """Takes tokens from the host's generation loop and makes text of them."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        end_tokens: frozenset[int],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+        self._end_tokens = end_tokens
+        self._on_text = on_text
+        self._pieces: list[str] = []
+        self._prompt_seen = False
+        self.tokens = 0
+        self.first_token_at: float | None = None
+        self.finish_reason: FinishReason = "length"
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    @override
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # the host puts the prompt first
+            self._prompt_seen = True
+            return
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        token = int(value.flatten()[0])
+        self.tokens += 1
+        if token in self._end_tokens:
+            self.finish_reason = "stop"
+            return
+        self._add(self._stop.feed(self._detokenizer.feed(token)))
+        if self._stop.found:
+            self.finish_reason = "stop"
+
+    @override
+    def end(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        """Adds what was held back."""
+        self._add(self._stop.flush(self._detokenizer.flush()))
+        if self._stop.found:
+            self.finish_reason = "stop"
+
+    def _add(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            if self._on_text is not None:
+                self._on_text(piece)
+
+
+class _StopWhen:
+    """The host's stopping criterion: a stop string came, or the caller has gone."""
+
+    def __init__(self, text: _GrowingText, cancelled: Callable[[], bool] | None) -> None:
+        self._text = text
+        self._cancelled = cancelled
+
+    def __call__(self, ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
+        stop = self._text.finish_reason == "stop"
+        if not stop and self._cancelled is not None and self._cancelled():
+            self._text.finish_reason = "cancelled"
+            stop = True
+        return torch.full((ids.shape[0],), stop)
+
+
+def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
+    """What the host's `generate` calls them; what is left out is its generation config's."""
+    arguments: dict[str, Any] = {}
+    if sampling.temperature is not None:
+        arguments["do_sample"] = sampling.temperature > 0
+        # The host refuses a temperature of 0, and warns of any without sampling.
+        arguments["temperature"] = sampling.temperature or None
+    if sampling.top_p is not None:
+        arguments["top_p"] = sampling.top_p
+    if arguments.get("do_sample") is False:
+        arguments |= {"top_p": None, "top_k": None}
+    return arguments
+
+
+def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -1,0 +1,149 @@
+"""Quantizers that leave a checkpoint's routed experts to cpumoe.
+
+transformers asks a quantizer before it reads weights, while the model is on the meta device, and
+after. Each class here is the host's own quantizer of a method with one step added on both sides:
+before, experts modules are swapped for modules without parameters, so that their tensors match
+nothing and are never read; after, cpumoe packs them from the mapped files.
+
+Under ``cpumoe-<method>`` they are registered beside the host's. `enable` also puts them in the
+place of the host's, where a model without routed experts must load as if they were not there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from typing_extensions import override
+
+from cpumoe.checkpoint import ExpertReader, open_checkpoint
+from cpumoe.integrations.transformers.experts_module import CpuExperts
+from cpumoe.integrations.transformers.options import current_options
+from cpumoe.integrations.transformers.routers import use_fp32_routers
+from cpumoe.integrations.transformers.swap import (
+    EXPERT_KEYS,
+    experts_modules,
+    pack_all,
+    swap_experts,
+)
+
+_PREFIX = "cpumoe-"
+
+
+class ExpertsToCpumoe(HfQuantizer):
+    """What the quantizers have in common; put before the host's class."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        """As the host's."""
+        super().__init__(quantization_config, **kwargs)
+        self._options = current_options()
+        self._reader: ExpertReader | None = None
+        self._swapped: list[CpuExperts] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToCpumoe:
+        """Itself: the host copies its weight converters, which refer to us, for each tensor."""
+        return self
+
+    @override
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if checkpoint_files and any(experts_modules(model)):
+            self._reader = open_checkpoint(Path(checkpoint_files[0]).parent)
+            self._swapped = swap_experts(model, self._reader)
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
+            # What else is quantized becomes dense: a CPU multiplies nothing else.
+            self.quantization_config.dequantize = True
+        super()._process_model_before_weight_loading(
+            model, checkpoint_files=checkpoint_files, **kwargs
+        )
+
+    @override
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if self._reader is None:
+            return
+        if self._options.fp32_router:
+            use_fp32_routers(model)
+        with self._reader:
+            pack_all(self._swapped, self._reader, self._options)
+        # The host drops the quantizer of a model that it has dequantized, but it is what keeps
+        # save_pretrained from writing a checkpoint that lacks the experts.
+        model.hf_quantizer = self
+
+    @override
+    def is_serializable(self) -> bool:
+        """Not where the experts are elsewhere than in the model."""
+        return not self._swapped and bool(super().is_serializable())
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: cpumoe records no gradients."""
+        return not self._swapped and bool(super().is_trainable)
+
+
+class Fp8Quantizer(ExpertsToCpumoe, FineGrainedFP8HfQuantizer):
+    """DeepSeek-V4: MXFP4 experts to cpumoe; FP8 weights become dense."""
+
+    @override
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.cuda.is_available():
+            # The host's would do the same, and warn that it was not asked.
+            self.quantization_config.dequantize = True
+        super().validate_environment(*args, **kwargs)
+
+
+class Mxfp4Quantizer(ExpertsToCpumoe, Mxfp4HfQuantizer):
+    """gpt-oss: only the experts are quantized."""
+
+    @override
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.quantization_config.dequantize = True
+        super().validate_environment(*args, **kwargs)
+
+
+class CompressedTensorsQuantizer(ExpertsToCpumoe, CompressedTensorsHfQuantizer):
+    """Kimi: INT4 experts to cpumoe; what else is quantized becomes dense."""
+
+
+QUANTIZERS: dict[str, type[ExpertsToCpumoe]] = {
+    "fp8": Fp8Quantizer,
+    "mxfp4": Mxfp4Quantizer,
+    "compressed-tensors": CompressedTensorsQuantizer,
+}
+HOST_QUANTIZERS = {method: AUTO_QUANTIZER_MAPPING[method] for method in QUANTIZERS}
+
+
+def our_method(method: str) -> str:
+    """Returns the name under which our quantizer of a method is registered."""
+    return _PREFIX + method
+
+
+def _register(method: str, quantizer: type[ExpertsToCpumoe]) -> None:
+    name = our_method(method)
+    host_config: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        host_config.__init__(self, *args, **kwargs)
+        self.quant_method = name
+
+    # The host's quantization config, under our name.
+    config = type(f"Cpumoe{host_config.__name__}", (host_config,), {"__init__": init})
+    register_quantization_config(name)(config)
+    register_quantizer(name)(quantizer)
+
+
+for _method, _quantizer in QUANTIZERS.items():
+    _register(_method, _quantizer)

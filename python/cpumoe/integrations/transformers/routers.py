@@ -1,0 +1,31 @@
+"""DeepSeek-V4's routers in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_ROUTERS = frozenset({"DeepseekV4TopKRouter", "DeepseekV4HashRouter"})
+
+
+def use_fp32_routers(model: nn.Module) -> int:
+    """Makes DeepSeek-V4's routers compute in fp32; returns how many there are.
+
+    The reference implementation does; transformers 5.23 runs them in the model's dtype. The class
+    and its code stay the host's: weights become fp32, and so do the hidden states on their way in.
+    Models of other families are left alone.
+    """
+    routers = [module for module in model.modules() if type(module).__name__ in _ROUTERS]
+    for router in routers:
+        router.float()
+        router.register_forward_pre_hook(_as_fp32)
+    return len(routers)
+
+
+def _as_fp32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )

@@ -1,0 +1,70 @@
+"""Putting cpumoe's experts where a model's own would be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from cpumoe._progress import track
+from cpumoe.checkpoint import ExpertReader
+from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.experts_module import CpuExperts
+from cpumoe.integrations.transformers.options import ExpertsOptions
+
+# Set by transformers' `use_experts_implementation` on every experts module that it knows.
+_MARKS = ("has_gate", "is_transposed", "is_concatenated")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Matches the renamed keys of routed experts, and no `.shared_experts.`.
+EXPERT_KEYS = r"\.experts\."
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of the model's routed experts."""
+    for name, module in model.named_modules():
+        if all(hasattr(module, mark) for mark in _MARKS):
+            yield name, module
+
+
+def swap_experts(model: nn.Module, reader: ExpertReader) -> list[CpuExperts]:
+    """Replaces every routed-experts module by one without parameters, and returns those.
+
+    The model may be on the meta device: no weight is read. All checks that need none are made.
+
+    Raises:
+        UnsupportedFormatError: the checkpoint's experts are in a format that cpumoe does not know.
+        CheckpointError, IndexError, FileNotFoundError: see `ExpertReader.check_layer`.
+        ValueError: experts that compute something else than cpumoe does, or sizes that differ.
+    """
+    reader.check_supported()
+    swapped = []
+    for name, module in list(experts_modules(model)):
+        replacement = _replacement(name, module, reader)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+        swapped.append(replacement)
+    return swapped
+
+
+def pack_all(modules: list[CpuExperts], reader: ExpertReader, options: ExpertsOptions) -> None:
+    """Packs the experts of all layers from the checkpoint; see `ExpertsOptions`."""
+    for module in track(modules, "packing experts", enabled=options.progress):
+        module.pack(reader, options)
+
+
+def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExperts:
+    kind = type(module).__name__
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(f"{kind}: experts with a norm of their own are not supported")
+    match = _LAYER.search(name)
+    if match is None:
+        raise ValueError(f"{name}: expected a module of a decoder layer, as in 'layers.3.mlp'")
+    layer = int(match[1])
+    num_experts = module.num_experts
+    if num_experts != reader.num_experts:
+        raise ValueError(
+            f"{name}: the model has {num_experts} experts, the checkpoint {reader.num_experts}"
+        )
+    reader.check_layer(layer)
+    return CpuExperts(layer, reader.num_experts, module_swiglu(module))

@@ -1,0 +1,223 @@
+"""Small random models of each family, saved in the family's native checkpoint format."""
+
+from pathlib import Path
+
+import torch
+from checkpoint_tools import edit_config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+
+from cpumoe.formats import weight_format
+
+EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 128
+_FP8_BLOCK = 128
+
+
+def deepseek_v4(folder, *, hidden=HIDDEN, inner=INNER, experts=EXPERTS):
+    """MXFP4 experts, FP8 dense weights in blocks, hash and top-k routing, all attention kinds."""
+    config = DeepseekV4Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        moe_intermediate_size=inner,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        q_lora_rank=32,
+        partial_rotary_factor=0.5,
+        num_local_experts=experts,
+        n_routed_experts=experts,
+        num_experts_per_tok=TOP_K,
+        layer_types=["sliding_attention"]
+        + 2 * ["compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        mlp_layer_types=["hash_moe"] + 4 * ["moe"],
+        hc_mult=4,
+        hc_sinkhorn_iters=3,
+        sliding_window=16,
+        o_groups=2,
+        o_lora_rank=16,
+        index_n_heads=32,
+        index_head_dim=32,
+        index_topk=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = _random(DeepseekV4ForCausalLM, config)
+    for module in model.modules():
+        if hasattr(module, "tid2eid"):
+            keys = torch.rand(VOCABULARY, experts, generator=torch.Generator().manual_seed(5))
+            module.tid2eid.copy_(keys.topk(TOP_K).indices)
+    tensors = {n.removeprefix("model."): t for n, t in _saved(model, folder).items()}
+    mxfp4 = weight_format("mxfp4")
+    for name in [n for n in tensors if n.endswith(".weight")]:
+        stem = name.removesuffix(".weight")
+        if ".ffn.experts." in name:
+            codes, scales = mxfp4.quantize(tensors[name].float())
+            tensors[name] = codes.view(torch.int8)
+            tensors[f"{stem}.scale"] = scales.view(torch.float8_e8m0fnu)
+        elif _is_fp8(name):
+            tensors[name], tensors[f"{stem}.scale"] = fp8_blocks(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(
+        folder,
+        expert_dtype="fp4",
+        quantization_config={
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [_FP8_BLOCK, _FP8_BLOCK],
+        },
+    )
+    return folder
+
+
+def gpt_oss(folder):
+    """MXFP4 experts with biases, gate and up rows interleaved; the rest bf16."""
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        sliding_window=16,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tensors = _saved(_random(GptOssForCausalLM, config), folder)
+    mxfp4 = weight_format("mxfp4")
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        # [experts, in, out] in memory, [experts, out, in] in the checkpoint
+        weights = tensors.pop(name).transpose(1, 2).float().contiguous()
+        codes, scales = mxfp4.quantize(weights)
+        tensors[f"{name}_blocks"] = codes.view(*scales.shape, 16)
+        tensors[f"{name}_scales"] = scales
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(
+        folder,
+        quantization_config={
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    )
+    return folder
+
+
+def kimi(folder, *, model_type="kimi_k2"):
+    """INT4 routed experts in compressed-tensors' pack-quantized format, a dense layer before."""
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * INNER,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_shared_experts=1,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.827,
+        norm_topk_prob=True,
+        kv_lora_rank=32,
+        q_lora_rank=48,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tensors = _saved(_random(DeepseekV3ForCausalLM, config), folder)
+    int4 = weight_format("int4")
+    for name in [n for n in tensors if ".mlp.experts." in n]:
+        weight = tensors.pop(name).float()
+        codes, scales = int4.quantize(weight)
+        tensors[f"{name}_packed"] = codes.view(torch.int32)
+        tensors[f"{name}_scale"] = scales
+        tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+    }
+    edit_config(
+        folder,
+        model_type=model_type,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": [
+                "lm_head",
+                "re:.*self_attn.*",
+                "re:.*shared_experts.*",
+                "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+            ],
+        },
+    )
+    return folder
+
+
+FAMILIES = {"deepseek_v4": deepseek_v4, "gpt_oss": gpt_oss, "kimi": kimi}
+
+
+def fp8_blocks(weight):
+    """float8_e4m3fn ``[N, K]`` and float8_e8m0fnu ``[ceil(N/128), ceil(K/128)]``."""
+    n, k = weight.shape
+    grid = [range(0, size, _FP8_BLOCK) for size in (n, k)]
+    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(*map(len, grid))
+    for i, row in enumerate(grid[0]):
+        for j, column in enumerate(grid[1]):
+            block = slice(row, row + _FP8_BLOCK), slice(column, column + _FP8_BLOCK)
+            values = weight[block].float()
+            scales[i, j] = 2.0 ** torch.ceil(torch.log2(values.abs().max() / 448))
+            codes[block] = (values / scales[i, j]).to(torch.float8_e4m3fn)
+    return codes, scales.to(torch.float8_e8m0fnu)
+
+
+def _is_fp8(name):
+    dense = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "indexer.wq_b")
+    return any(f"{part}." in name for part in dense) or ".shared_experts." in name
+
+
+def _random(model_class, config):
+    torch.manual_seed(3)
+    # Small random weights give logits near zero, whose order is decided by rounding.
+    config.initializer_range = 0.2
+    return model_class(config).to(torch.bfloat16).eval()
+
+
+def _saved(model, folder: Path):
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
