@@ -157,6 +157,8 @@ def kimi(folder, *, model_type="kimi_k2"):
     for name in [n for n in tensors if ".mlp.experts." in n]:
         weight = tensors.pop(name).float()
         codes, scales = int4.quantize(weight)
+        # Four bits of significand: code * scale is exact in bf16, which the host rounds it to.
+        scales = (scales.view(torch.int16) & ~0xF).view(torch.bfloat16)
         tensors[f"{name}_packed"] = codes.view(torch.int32)
         tensors[f"{name}_scale"] = scales
         tensors[f"{name}_shape"] = torch.tensor(weight.shape)

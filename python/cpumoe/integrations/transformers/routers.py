@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ def use_fp32_routers(model: nn.Module) -> int:
     return len(routers)
 
 
-def _as_fp32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_fp32(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if cast("torch.Tensor", router.weight).dtype != torch.float32:  # model.to(dtype) came between
+        router.float()
     return tuple(
         arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
         for arg in args

@@ -1,0 +1,282 @@
+"""Models of transformers with cpumoe's experts, against the host's own dequantized ones."""
+
+import json
+import sys
+
+import pytest
+import tiny_models
+import torch
+from checkpoint_tools import edit_config, edit_tensors
+from moe_tools import output_of
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import cpumoe
+from cpumoe.integrations.transformers import (
+    CpuExperts,
+    ExpertsOptions,
+    disable,
+    enable,
+    from_pretrained,
+    use_fp32_routers,
+)
+
+TOKENS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(1))
+# The variants whose activations stay fp32; the others round them to bf16 by design.
+FP32_ISAS = [isa for isa in cpumoe.supported_isas() if "bf16" not in isa and isa != "amx"]
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.FAMILIES))
+def family(request, tmp_path_factory):
+    return request.param, write(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def write(family, folder):
+    if family == "kimi":  # under its own name the host knows no such model
+        return tiny_models.kimi(folder, model_type="deepseek_v3")
+    return tiny_models.FAMILIES[family](folder)
+
+
+def host(family, folder, dtype):
+    """The model as transformers computes it, all weights dense."""
+    extra = {}
+    if family == "kimi":
+        extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **extra)
+    use_fp32_routers(model)
+    return model.to(dtype).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def greedy(model):
+    never = torch.tensor([-1])  # 32 tokens whatever they are
+    return model.generate(TOKENS[:1], max_new_tokens=32, do_sample=False, eos_token_id=never)
+
+
+def distance(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+def typical_distance(actual, expected):
+    """Of most tokens. Rounding sends a few to other experts, whose output is another."""
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def experts_of(model):
+    return [module for module in model.modules() if isinstance(module, CpuExperts)]
+
+
+@pytest.mark.parametrize("isa", FP32_ISAS)
+def test_fp32_logits_and_greedy_tokens_are_the_hosts(family, isa):
+    expected = host(*family, torch.float32)
+    actual = from_pretrained(family[1], dtype=torch.float32, options=ExpertsOptions(isa=isa))
+    assert len(experts_of(actual)) >= 2
+    assert all(module.experts.isa == isa for module in experts_of(actual))
+    assert distance(logits(actual), logits(expected)) < 1e-5
+    assert torch.equal(greedy(actual), greedy(expected))
+
+
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
+def test_bf16_logits_are_as_near_to_fp32s_as_the_hosts(family, isa):
+    truth = logits(host(*family, torch.float32))
+    hosts = typical_distance(logits(host(*family, torch.bfloat16)).float(), truth)
+    model = from_pretrained(family[1], options=ExpertsOptions(isa=isa))
+    assert model.dtype == torch.bfloat16
+    assert typical_distance(logits(model).float(), truth) < 1.25 * hosts < 0.1
+
+
+def test_int8_is_an_option(family):
+    exact = logits(from_pretrained(family[1], dtype=torch.float32))
+    model = from_pretrained(family[1], dtype=torch.float32, options=ExpertsOptions(compute="int8"))
+    assert all(module.experts.compute == "int8" for module in experts_of(model))
+    assert 1e-4 < typical_distance(logits(model), exact) < 0.1
+
+
+def test_activation_is_the_modules(family):
+    expected = {
+        "deepseek_v4": cpumoe.SwiGLU(limit=10.0),
+        "gpt_oss": cpumoe.SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0),
+        "kimi": cpumoe.SwiGLU(),
+    }[family[0]]
+    model = from_pretrained(family[1])
+    assert {module.experts.swiglu for module in experts_of(model)} == {expected}
+
+
+def test_experts_have_no_parameters(family):
+    model = from_pretrained(family[1])
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_enable_reaches_the_hosts_own_loader(family):
+    runtime = cpumoe.Runtime(1)
+    enable(ExpertsOptions(runtime=runtime))
+    try:
+        ours = AutoModelForCausalLM.from_pretrained(family[1])
+    finally:
+        disable()
+    assert all(module.experts.runtime is runtime for module in experts_of(ours))
+    assert torch.equal(logits(ours), logits(from_pretrained(family[1])))
+    assert experts_of(AutoModelForCausalLM.from_pretrained(family[1])) == []
+
+
+def test_enable_leaves_other_models_alone(tmp_path):
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_config(tmp_path, quantization_config=quantization)
+    weights = {n: p for n, p in model.named_parameters() if "proj.weight" in n}
+    changes = {}
+    for name, weight in weights.items():
+        codes, scales = tiny_models.fp8_blocks(weight.detach())
+        changes |= {name: codes, f"{name}_scale_inv": scales.float()}
+    edit_tensors(tmp_path, changes)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    enable()
+    try:
+        actual = AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        disable()
+    for name in weights:
+        assert torch.equal(actual.get_parameter(name), expected.get_parameter(name))
+
+
+def test_kimi_loads_under_its_own_name(tmp_path):
+    model = from_pretrained(tiny_models.kimi(tmp_path))
+    assert model.config.model_type == "kimi_k2"
+    assert len(experts_of(model)) == tiny_models.LAYERS - 1  # the first is dense
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+def test_deepseek_v4_routers_are_fp32_unless_told_otherwise(tmp_path, fp32):
+    folder = tiny_models.deepseek_v4(tmp_path)
+    model = from_pretrained(folder, options=ExpertsOptions(fp32_router=fp32))
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.dtype == (torch.float32 if fp32 else torch.bfloat16)
+        _, weights, _ = layer.mlp.gate(*router_arguments(layer.mlp))
+        assert weights.dtype == (torch.float32 if fp32 else torch.bfloat16)
+
+
+def router_arguments(block):
+    x = torch.ones(1, 2, tiny_models.HIDDEN, dtype=torch.bfloat16)
+    return (x, torch.tensor([[3, 4]])) if block.is_hash else (x,)
+
+
+def test_loading_again_gives_the_same(family):
+    first, second = (logits(from_pretrained(family[1])) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_saving_is_refused(family, tmp_path):
+    with pytest.raises(ValueError, match="not serializable"):
+        from_pretrained(family[1]).save_pretrained(tmp_path / "copy")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_training_is_refused(family):
+    model = from_pretrained(family[1]).train()
+    with pytest.raises(RuntimeError, match=r"cannot train: call model\.eval"):
+        model(TOKENS)
+
+
+def test_unsupported_formats_are_refused_before_loading(tmp_path):
+    folder = tiny_models.deepseek_v4(tmp_path)
+    edit_config(folder, expert_dtype="fp8")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match=r"fp8.*Supported formats: mxfp4"):
+        from_pretrained(folder)
+    enable()
+    try:
+        with pytest.raises(cpumoe.UnsupportedFormatError, match="Supported formats"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    finally:
+        disable()
+
+
+def test_unquantized_models_are_refused(tmp_path):
+    folder = write("kimi", tmp_path)
+    edit_config(folder, quantization_config=None)
+    with pytest.raises(cpumoe.UnsupportedFormatError):
+        from_pretrained(folder)
+
+
+def test_a_model_without_experts_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 64}))
+    tensors = {"model.embed_tokens.weight": torch.zeros(4, 64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(cpumoe.CheckpointError, match="not a Mixture-of-Experts model"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or torch\.float32"):
+        from_pretrained(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("options", [{"compute": "int3"}, {"isa": "avx3"}])
+def test_mistaken_options_are_refused_at_once(options):
+    with pytest.raises(ValueError, match=r"int3|avx3"):
+        ExpertsOptions(**options)
+
+
+def test_damage_is_reported_by_name(tmp_path):
+    folder = tiny_models.deepseek_v4(tmp_path)
+    edit_tensors(folder, {"layers.3.ffn.experts.0.w2.scale": None})
+    with pytest.raises(cpumoe.CheckpointError, match=r"layers\.3\.ffn\.experts\.0\.w2\.scale"):
+        from_pretrained(folder)
+
+
+PEAK_OF_LOADING = """
+import json, sys, threading, time
+import torch
+from cpumoe.integrations.transformers import CpuExperts, from_pretrained
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+from_pretrained(sys.argv[1])  # what every load needs once
+before = peak = anonymous_bytes()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous_bytes())
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = from_pretrained(sys.argv[2])
+done.set()
+watcher.join()
+packed = sum(m.experts.nbytes for m in model.modules() if isinstance(m, CpuExperts))
+rest = sum(p.nbytes for p in model.parameters())
+print(json.dumps([peak - before, packed, rest]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_loading_never_allocates_dense_experts(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    tiny_models.deepseek_v4(small)
+    tiny_models.deepseek_v4(large, hidden=512, inner=512, experts=32)
+    peak, packed, rest = json.loads(output_of(PEAK_OF_LOADING, str(small), str(large)))
+    dense = packed * 16 / 4.25
+    assert packed > 60e6
+    assert peak < 1.1 * packed + 2 * rest + 16e6 < 0.6 * dense
