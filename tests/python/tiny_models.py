@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from checkpoint_tools import edit_config
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -12,11 +13,12 @@ from transformers import (
     DeepseekV4ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from cpumoe.formats import weight_format
 
-EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 128
+EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 288
 _FP8_BLOCK = 128
 
 
@@ -191,6 +193,33 @@ def kimi(folder, *, model_type="kimi_k2"):
 
 
 FAMILIES = {"deepseek_v4": deepseek_v4, "gpt_oss": gpt_oss, "kimi": kimi}
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(folder, chat_template=CHAT_TEMPLATE):
+    """One token per byte, after the special ones."""
+    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=special[3:],
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return fast
 
 
 def fp8_blocks(weight):

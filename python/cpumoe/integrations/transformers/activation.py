@@ -10,7 +10,7 @@ from torch import nn
 
 from cpumoe.swiglu import SwiGLU
 
-# Beyond every limit in use (7, 10), and around zero, where gates differ most.
+# Around zero, where gates differ most, and far enough for a limit to show.
 _PROBES = torch.cat((torch.linspace(-48, 48, 97), torch.linspace(-1, 1, 21)))
 
 
@@ -34,7 +34,8 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
         raise ValueError(f"{name}: experts without a gate projection are not supported")
     # The host may be inside a block that makes new tensors on the meta device.
     with torch.device("cpu"), torch.no_grad():
-        gate, up = (grid.flatten() for grid in torch.meshgrid(_PROBES, _PROBES, indexing="ij"))
+        probes = torch.cat((_PROBES, (_limit(module) or 0) * torch.tensor([-2.0, 2.0])))
+        gate, up = (grid.flatten() for grid in torch.meshgrid(probes, probes, indexing="ij"))
         # One feature: [gate; up] and interleaved columns are the same.
         gate_up = torch.stack((gate, up), -1)
         actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0]
@@ -48,13 +49,17 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
 
 
 def _candidates(module: nn.Module) -> Iterator[SwiGLU]:
-    alpha, limit = (_number(getattr(module, name, None)) for name in ("alpha", "limit"))
+    alpha = _positive(getattr(module, "alpha", None))
     yield SwiGLU()
-    for some_limit in {limit, None}:
+    for limit in {_limit(module), None}:
         for some_alpha in {alpha or 1.0, 1.0}:
             for offset in (0.0, 1.0):
-                yield SwiGLU(alpha=some_alpha, limit=some_limit, up_offset=offset)
+                yield SwiGLU(alpha=some_alpha, limit=limit, up_offset=offset)
 
 
-def _number(value: object) -> float | None:
+def _limit(module: nn.Module) -> float | None:
+    return _positive(getattr(module, "limit", None))
+
+
+def _positive(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and value > 0 else None

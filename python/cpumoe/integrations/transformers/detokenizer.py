@@ -6,8 +6,10 @@ from typing import Any
 
 # What a tokenizer shows for bytes that are no whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# A character of UTF-8 takes up to four byte tokens; more replacement characters are really there.
-_LONGEST_CHARACTER = 4
+# Tokens to wait for the end of a character, and those that it may still lie in: it has four bytes
+# at most.
+_PATIENCE = 8
+_KEPT = 3
 
 
 class Detokenizer:
@@ -21,25 +23,31 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """Uses a transformers tokenizer; special tokens are left out."""
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._shown: list[int] = []
         self._new: list[int] = []
 
     def feed(self, token: int) -> str:
         """Takes the next token; returns the text that is whole because of it, maybe none."""
+        if token in self._special:
+            return ""
         self._new.append(token)
-        return self._take(len(self._new) >= _LONGEST_CHARACTER)
+        if not self._decode(self._shown + self._new).endswith(_INCOMPLETE):
+            return self._take(len(self._new))
+        # Bytes that are no text: show them as what they are.
+        return self._take(len(self._new) - _KEPT) if len(self._new) >= _PATIENCE else ""
 
     def flush(self) -> str:
         """Returns what is left, whole or not."""
-        return self._take(True)
+        return self._take(len(self._new))
 
-    def _take(self, even_incomplete: bool) -> str:
-        before = self._decode(self._shown)
-        after = self._decode(self._shown + self._new)
-        if after.endswith(_INCOMPLETE) and not even_incomplete:
+    def _take(self, count: int) -> str:
+        taken, self._new = self._new[:count], self._new[count:]
+        if not taken:
             return ""
-        self._shown, self._new = self._new or self._shown, []
-        return after[len(before) :]
+        text = self._decode(self._shown + taken)[len(self._decode(self._shown)) :]
+        self._shown = taken
+        return text
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaLi
 from transformers.generation.streamers import BaseStreamer
 from typing_extensions import override
 
+from cpumoe import embedded
 from cpumoe.generation import (
     FinishReason,
     Generation,
@@ -45,7 +46,7 @@ class LanguageModel:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         name: str | None = None,
         options: ExpertsOptions | None = None,
@@ -56,7 +57,8 @@ class LanguageModel:
         """Loads a model and its tokenizer.
 
         Args:
-            path: a checkpoint folder, or a name on the hub.
+            path: a checkpoint folder, or a name on the hub; None: the small model that comes with
+                cpumoe.
             name: what clients call it; default: the path's last part.
             options: how experts are made, see `from_pretrained`.
             dtype: of everything but the experts, bfloat16 or float32.
@@ -68,6 +70,8 @@ class LanguageModel:
             FileNotFoundError, CheckpointError, UnsupportedFormatError, ValueError: see
             `from_pretrained`; OSError: no tokenizer.
         """
+        if path is None:
+            path, name = embedded.model_path(), name or embedded.MODEL_NAME
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=kwargs.get("trust_remote_code")
         )

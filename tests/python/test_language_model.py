@@ -1,0 +1,187 @@
+"""Text in, text out, with a tokenizer of one token per byte."""
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpumoe.generation import Sampling
+from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.integrations.transformers.detokenizer import Detokenizer
+
+GREEDY = Sampling(max_new_tokens=24, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tiny_models.gpt_oss(tmp_path_factory.mktemp("tiny"))
+    tiny_models.byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LanguageModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_models.byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def greedy_tokens(model, prompt, count):
+    never = torch.tensor([-1])
+    ids = model.model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=never
+    )
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_prompts_become_tokens(model, folder):
+    assert model.tokenizer.decode(model.encode("Hé?")) == "Hé?"
+    assert len(model.encode("Hé?")) == 4
+    assert model.name == folder.name
+    assert model.context_length == 512
+    assert LanguageModel.from_pretrained(folder, name="other").name == "other"
+
+
+def test_chats_become_tokens(model):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    text = model.tokenizer.decode(model.encode_chat(messages))
+    assert text == "<|system|>s<|user|>hi<|assistant|>"
+
+
+def test_a_template_may_refuse_messages(model):
+    with pytest.raises(ValueError, match="refuses these messages: unknown role tool"):
+        model.encode_chat([{"role": "tool", "content": "x"}])
+
+
+def test_a_model_without_chat_template_says_so(model, tokenizer):
+    plain = LanguageModel(model.model, tokenizer, "plain")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="plain has no chat template"):
+        plain.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_greedy_text_is_the_hosts(model):
+    prompt = model.encode("In the beginning")
+    pieces = []
+    result = model.generate(prompt, GREEDY, on_text=pieces.append)
+    tokens = greedy_tokens(model, prompt, 24)
+    end = tokens.index(2) if 2 in tokens else None
+    assert result.text == model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    assert "".join(pieces) == result.text
+    assert result.prompt_tokens == len(prompt)
+    assert result.completion_tokens == (24 if end is None else end + 1)
+    assert result.finish_reason == ("length" if end is None else "stop")
+    assert result.prefill_seconds > 0
+    assert result.decode_seconds > 0
+    assert 0 < result.experts_seconds < result.prefill_seconds + result.decode_seconds
+
+
+def test_an_end_token_ends_the_text(model):
+    prompt = model.encode("In the beginning")
+    tokens = greedy_tokens(model, prompt, 24)
+    end = tokens[9]
+    first = tokens.index(end)
+    configured = model.model.generation_config.eos_token_id
+    model.model.generation_config.eos_token_id = [2, end]
+    try:
+        ending = LanguageModel(model.model, model.tokenizer, "ending")
+        result = ending.generate(prompt, GREEDY)
+    finally:
+        model.model.generation_config.eos_token_id = configured
+    assert result.finish_reason == "stop"
+    assert result.completion_tokens == first + 1
+    assert result.text == model.tokenizer.decode(tokens[:first], skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_the_text_and_is_not_shown(model):
+    prompt = model.encode("In the beginning")
+    whole = model.generate(prompt, GREEDY).text
+    stop = whole[5:8]
+    pieces = []
+    result = model.generate(
+        prompt, Sampling(24, temperature=0, stop=("never found", stop)), on_text=pieces.append
+    )
+    assert result.text == whole[: whole.index(stop)]
+    assert "".join(pieces) == result.text
+    assert result.finish_reason == "stop"
+    assert result.completion_tokens < 24
+
+
+def test_what_might_have_been_a_stop_string_is_shown_in_the_end(model):
+    prompt = model.encode("In the beginning")
+    whole = model.generate(prompt, GREEDY).text
+    stop = whole[-2:] + "and more"
+    assert model.generate(prompt, Sampling(24, temperature=0, stop=(stop,))).text == whole
+
+
+def test_a_seed_repeats_the_text_and_leaves_torchs_generator_alone(model):
+    prompt = model.encode("Once")
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    texts = [model.generate(prompt, Sampling(24, temperature=1, seed=s)).text for s in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_small_nucleus_is_greedy(model):
+    prompt = model.encode("Once")
+    nucleus = model.generate(prompt, Sampling(24, temperature=1, top_p=1e-6, seed=1)).text
+    assert nucleus == model.generate(prompt, GREEDY).text
+
+
+def test_cancelling(model):
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) == 3
+
+    result = model.generate(model.encode("Once"), GREEDY, cancelled=cancelled)
+    assert result.finish_reason == "cancelled"
+    assert result.completion_tokens == 3
+
+
+def test_an_error_of_the_listener_reaches_the_caller(model):
+    def refuse(piece):
+        raise BrokenPipeError(piece)
+
+    with pytest.raises(BrokenPipeError):
+        model.generate(model.encode("Once"), GREEDY, on_text=refuse)
+    assert model.generate(model.encode("Once"), GREEDY).text  # and the model works on
+
+
+def test_the_context_is_the_limit(model):
+    prompt = model.encode("x" * 508)
+    result = model.generate(prompt, Sampling(temperature=0))
+    assert result.completion_tokens <= 4
+    with pytest.raises(ValueError, match="fewer tokens than the context of 512, got 512"):
+        model.generate(model.encode("x" * 512), GREEDY)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate([], GREEDY)
+
+
+@given(st.text(min_size=1, max_size=40))
+@settings(deadline=None)
+def test_detokenized_pieces_add_up(tokenizer, text):
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.feed(token) for token in tokenizer(text)["input_ids"]]
+    pieces.append(detokenizer.flush())
+    assert "".join(pieces) == text
+    # No piece ends inside a character.
+    assert all("\N{REPLACEMENT CHARACTER}" not in p for p in pieces) or "\ufffd" in text
+
+
+@given(st.lists(st.integers(0, 261), max_size=30))
+@settings(deadline=None)
+def test_detokenized_bytes_that_are_no_text_add_up_too(tokenizer, tokens):
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.feed(token) for token in tokens]
+    text = "".join([*pieces, detokenizer.flush()])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    # Where bytes are no text, how many replacement characters stand for them is a matter of taste.
+    assert text.replace("\ufffd", "") == whole.replace("\ufffd", "")

@@ -1,0 +1,200 @@
+"""Recognising activations, the module in a model, and experts in memory."""
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+import cpumoe
+from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
+from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.swap import swap_experts
+
+
+def experts_module(module_class, **changes):
+    config = GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2
+    )
+    config.moe_intermediate_size = 96
+    config.swiglu_alpha, config.swiglu_limit = 1.702, 7.0
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config._experts_implementation = "eager"
+    return module_class(config).eval()
+
+
+def quantized_in_place(module):
+    """Gives the module random weights that MXFP4 has exactly."""
+    fmt = cpumoe.weight_format("mxfp4")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * 0.2
+            if not name.endswith("bias"):
+                rows = values.transpose(1, 2) if module.is_transposed else values
+                rows = fmt.dequantize(*fmt.quantize(rows.contiguous()))
+                values = rows.transpose(1, 2) if module.is_transposed else rows
+            parameter.copy_(values)
+    return module
+
+
+def routing(tokens=5, experts=4):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(tokens, 64, generator=generator)
+    ids = torch.rand(tokens, experts, generator=generator).topk(2).indices
+    return x, ids, torch.rand(tokens, 2, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("module_class", "changes", "expected"),
+    [
+        (DeepseekV3Experts, {}, cpumoe.SwiGLU()),
+        (DeepseekV4Experts, {"swiglu_limit": 10.0}, cpumoe.SwiGLU(limit=10.0)),
+        (DeepseekV4Experts, {"swiglu_limit": 3.5}, cpumoe.SwiGLU(limit=3.5)),
+        (GptOssExperts, {}, cpumoe.SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)),
+        (
+            GptOssExperts,
+            {"swiglu_alpha": 1.0, "swiglu_limit": 5.0},
+            cpumoe.SwiGLU(alpha=1.0, limit=5.0, up_offset=1.0),
+        ),
+    ],
+)
+def test_activations_are_recognised_by_what_they_compute(module_class, changes, expected):
+    module = experts_module(module_class, **changes)
+    assert module_swiglu(module) == expected
+    with torch.device("meta"):  # where the host builds models
+        assert module_swiglu(experts_module(module_class, **changes)) == expected
+
+
+def test_an_unknown_activation_is_refused_by_name():
+    class OddExperts(DeepseekV3Experts):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.tanh(gate) * up
+
+    with pytest.raises(ValueError, match=r"OddExperts\._apply_gate is no activation"):
+        module_swiglu(experts_module(OddExperts))
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
+def test_another_act_fn_is_refused(hidden_act):
+    with pytest.raises(ValueError, match=r"DeepseekV3Experts\._apply_gate"):
+        module_swiglu(experts_module(DeepseekV3Experts, hidden_act=hidden_act))
+
+
+def test_experts_without_a_gate_are_refused():
+    module = experts_module(DeepseekV3Experts)
+    module.has_gate = False
+    with pytest.raises(ValueError, match="without a gate"):
+        module_swiglu(module)
+
+
+def test_a_limit_beyond_the_usual_ones_is_seen():
+    module = experts_module(DeepseekV4Experts, swiglu_limit=100.0)
+    assert module_swiglu(module) == cpumoe.SwiGLU(limit=100.0)
+
+
+class Block(torch.nn.Module):
+    """The least that has a name as in a model."""
+
+    def __init__(self, experts):
+        super().__init__()
+        layers = torch.nn.ModuleList([torch.nn.Module()])
+        layers[0].experts = experts
+        self.layers = layers
+
+
+def test_swapping_checks_the_number_of_experts(tmp_path):
+    module = experts_module(DeepseekV4Experts, swiglu_limit=10.0)
+    with (
+        cpumoe.open_checkpoint(tiny_models.deepseek_v4(tmp_path)) as reader,
+        pytest.raises(ValueError, match=r"layers\.0\.experts: the model has 4 experts.* 8"),
+    ):
+        swap_experts(Block(module), reader)
+
+
+def test_swapping_refuses_a_norm_after_experts(tmp_path):
+    module = experts_module(DeepseekV4Experts, swiglu_limit=10.0, num_local_experts=8)
+    module.has_post_expert_norm = True
+    with (
+        cpumoe.open_checkpoint(tiny_models.deepseek_v4(tmp_path)) as reader,
+        pytest.raises(ValueError, match="norm of their own"),
+    ):
+        swap_experts(Block(module), reader)
+
+
+def test_module_without_weights_says_so():
+    module = CpuExperts(3, 4, cpumoe.SwiGLU()).eval()
+    assert "not packed" in repr(module)
+    with pytest.raises(RuntimeError, match="layer 3: the experts have no weights"):
+        module(*routing())
+
+
+def test_module_takes_any_leading_dimensions_and_the_hosts_sentinel(tmp_path):
+    model = from_pretrained(tiny_models.deepseek_v4(tmp_path), dtype=torch.float32)
+    module = model.model.layers[1].mlp.experts
+    x, ids, weights = routing(6, tiny_models.EXPERTS)
+    expected = module(x, ids, weights)
+    assert torch.equal(module(x.view(2, 3, 64), ids, weights).view(6, 64), expected)
+    assert module.calls == 2
+    assert module.seconds > 0
+    nobody = torch.full_like(ids, tiny_models.EXPERTS)
+    assert not module(x, nobody, weights).any()
+    x.requires_grad_()
+    assert not module(x, ids, weights).requires_grad
+
+
+@pytest.mark.parametrize("module_class", [DeepseekV3Experts, DeepseekV4Experts, GptOssExperts])
+def test_experts_in_memory(module_class):
+    module = quantized_in_place(experts_module(module_class))
+    arguments = routing()
+    with torch.no_grad():
+        expected = module(*arguments)
+        module.config._experts_implementation = "cpumoe"
+        actual = module(*arguments)
+    # The best variant may round activations to bf16; see test_transformers_loading for fp32.
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    assert not torch.equal(actual, expected)
+
+
+def test_experts_in_memory_follow_changed_weights():
+    module = quantized_in_place(experts_module(DeepseekV3Experts))
+    module.config._experts_implementation = "cpumoe"
+    arguments = routing()
+    with torch.no_grad():
+        first = module(*arguments)
+        module.down_proj.mul_(2)
+        torch.testing.assert_close(module(*arguments), 2 * first)
+
+
+def test_weights_in_memory_are_not_rounded():
+    module = experts_module(DeepseekV3Experts)
+    torch.nn.init.normal_(module.gate_up_proj)
+    torch.nn.init.zeros_(module.down_proj)
+    module.config._experts_implementation = "cpumoe"
+    with pytest.raises(cpumoe.UnsupportedFormatError, match=r"expert 0, gate: .*not exactly mxfp4"):
+        module(*routing())
+
+
+def test_training_experts_in_memory_is_refused():
+    module = quantized_in_place(experts_module(DeepseekV3Experts)).train()
+    module.config._experts_implementation = "cpumoe"
+    with pytest.raises(RuntimeError, match="cannot train"):
+        module(*routing())
+
+
+def test_a_whole_model_in_memory(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    tokens = torch.arange(3, 23)[None]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.set_experts_implementation("cpumoe")
+        actual = model(tokens).logits
+        same = from_pretrained(folder, dtype=torch.float32, options=ExpertsOptions())(tokens).logits
+    assert torch.equal(actual, same)
+    if "bf16" not in cpumoe.isa() and cpumoe.isa() != "amx":
+        assert float((actual - expected).norm() / expected.norm()) < 1e-5
