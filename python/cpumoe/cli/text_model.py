@@ -1,0 +1,162 @@
+"""The model that a command generates text with, and the options that choose it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpumoe.cli.errors import InputError
+from cpumoe.compute import COMPUTE_PATHS
+
+if TYPE_CHECKING:
+    from cpumoe.generation import Sampling, TextModel
+
+DTYPES = ("bfloat16", "float32")
+_HOST_PACKAGES = ("transformers", "accelerate")
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint's folder.",
+        show_default="the small model that comes with cpumoe",
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="|".join(DTYPES), help="Of what is not an expert: attention, norms, …"
+    ),
+]
+# Unlike what compares variants, generation has one of each.
+OneIsaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--isa",
+        metavar="NAME",
+        help="ISA variant to run.",
+        show_default="CPUMOE_ISA if set, else the best",
+    ),
+]
+OneComputeOption = Annotated[
+    str,
+    typer.Option("--compute", metavar="|".join(COMPUTE_PATHS), help="How experts are multiplied."),
+]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        min=1,
+        metavar="N",
+        help="New tokens at most.",
+        show_default="what the context has room for",
+    ),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        help="Divides the logits; 0: the best token.",
+        show_default="the model's",
+    ),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Choose from the best tokens that together have this probability.",
+        show_default="the model's",
+    ),
+]
+SeedOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Of the random choice.", show_default="random")
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="Ends the text; may be given several times."),
+]
+
+DEFAULT_DTYPE = DTYPES[0]
+DEFAULT_COMPUTE = COMPUTE_PATHS[0]
+
+
+def load_text_model(
+    model: str | None,
+    *,
+    threads: int | None = None,
+    compute: str = DEFAULT_COMPUTE,
+    isa: str | None = None,
+    dtype: str = DEFAULT_DTYPE,
+) -> TextModel:
+    """Loads a model, with a progress bar on a terminal.
+
+    Args:
+        model: a checkpoint's folder; None: the small model that comes with cpumoe.
+        threads: to compute with; None: the physical cores.
+        compute: one of `COMPUTE_PATHS`.
+        isa: the variant; None: what `cpumoe.isa` says.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        InputError: an unknown dtype, or transformers is not installed.
+        ValueError: an unknown compute path or variant, or an unsupported checkpoint.
+        OSError: one that cannot be read.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
+    except ImportError as error:
+        if error.name not in _HOST_PACKAGES:
+            raise
+        raise InputError(str(error)) from None
+    import torch
+
+    from cpumoe.runtime import Runtime
+
+    options = ExpertsOptions(
+        runtime=None if threads is None else Runtime(threads), compute=compute, isa=isa
+    )
+    path = embedded_model() if model is None else model
+    return LanguageModel.from_pretrained(path, options=options, dtype=getattr(torch, dtype))
+
+
+def embedded_model() -> str:
+    """Returns the folder of the small model that comes with cpumoe.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    raise InputError("no model comes with this installation: name a checkpoint's folder")
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Refuses to go on without an optional package.
+
+    Raises:
+        InputError: it is missing; says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f'{purpose} needs {package}, which is not installed: pip install "cpumoe[{extra}]"'
+        )
+
+
+def make_sampling(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    stop: list[str] | None,
+    seed: int | None,
+) -> Sampling:
+    """Returns what the sampling options ask for.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    from cpumoe.generation import Sampling
+
+    return Sampling(max_tokens, temperature, top_p, tuple(stop or ()), seed)
