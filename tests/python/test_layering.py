@@ -1,7 +1,8 @@
 """The direction of dependencies, read from the sources: `#include "..."` and `import` lines.
 
 base <- {threading, formats} <- kernels <- packing <- moe <- variant
-base, threading, config, variant API <- dispatch <- bindings <- python <- integrations
+base, threading, config, variant API <- dispatch <- bindings <- python <- {integrations, serving}
+{integrations, serving} <- cli
 """
 
 import ast
@@ -242,19 +243,25 @@ def imports(name, text):
 def layer_of(name):
     """The core, or one of the packages on top of it."""
     parts = Path(name).with_suffix("").parts
-    if parts[1:2] in (("cli",), ("integrations",)):
+    if parts[1] in MAY_NOT_IMPORT:
         return parts[1]
     return "cli" if parts[1:] == ("__main__",) else "core"
 
 
+HOSTS = ("transformers", "vllm", "sglang")
+SERVERS = ("fastapi", "starlette", "uvicorn", "pydantic", "openai")
+MAY_NOT_IMPORT = {
+    "core": ("cpumoe.cli", "cpumoe.integrations", "cpumoe.serving", "typer", *HOSTS, *SERVERS),
+    "integrations": ("cpumoe.cli", "cpumoe.serving", *SERVERS),
+    "serving": ("cpumoe.cli", "cpumoe.integrations", "typer", "openai", *HOSTS),
+    "cli": (),
+}
+
+
 def import_violations(files):
-    outer = {"core": ("cli", "integrations"), "integrations": ("cli",), "cli": ()}
-    hosts = ("typer", "transformers", "vllm", "sglang")
     found = []
     for name, text in files.items():
-        forbidden = [f"cpumoe.{package}" for package in outer[layer_of(name)]]
-        if layer_of(name) == "core":
-            forbidden += hosts
+        forbidden = MAY_NOT_IMPORT[layer_of(name)]
         for target in imports(name, text):
             if any(target == f or target.startswith(f + ".") for f in forbidden):
                 found.append(f"{name}: imports {target}")
@@ -276,6 +283,7 @@ def test_python_imports():
         "from . import cli",
         "from .cli.app import main",
         "def f():\n    import transformers.models",
+        "def f():\n    from fastapi import FastAPI",
     ],
 )
 def test_python_violations_are_caught(line):
@@ -285,3 +293,5 @@ def test_python_violations_are_caught(line):
     )
     bad = {"cpumoe/integrations/vllm.py": "import vllm\nfrom ..cli import app"}
     assert import_violations(bad) == ["cpumoe/integrations/vllm.py: imports cpumoe.cli.app"]
+    bad = {"cpumoe/serving/app.py": "import fastapi\ndef f():\n    from transformers import x"}
+    assert import_violations(bad) == ["cpumoe/serving/app.py: imports transformers.x"]

@@ -1,0 +1,79 @@
+"""The application: paths, who may use them, and the worker's life."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI, Request, Response
+
+from cpumoe.generation import TextModel
+from cpumoe.serving import openai_api, sglang_api
+from cpumoe.serving.errors import ApiError, install_handlers, json_response
+from cpumoe.serving.service import Service
+from cpumoe.serving.settings import Settings
+from cpumoe.serving.worker import Worker
+
+
+def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
+    """Returns an ASGI application that serves a model.
+
+    The model is called by one thread of the application's own, which lives from the application's
+    start-up to its shutdown. `app.state.service` is the `Service`.
+    """
+    settings = settings or Settings()
+    worker = Worker(model, queue=settings.queue, max_tokens=settings.max_tokens)
+    service = Service(
+        settings.served_model_name or model.name,
+        model.context_length,
+        int(time.time()),
+        settings,
+        worker,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            worker.close()
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(
+        title="cpumoe", openapi_url=None, lifespan=lifespan, redirect_slashes=False, debug=False
+    )
+    app.state.service = service
+    install_handlers(app)
+    allowed = [Depends(_KeyCheck(settings.api_key))] if settings.api_key else []
+    app.include_router(openai_api.make_router(service), dependencies=allowed)
+    app.include_router(sglang_api.make_router(service), dependencies=allowed)
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = worker.accepting and worker.alive
+        status = "ready" if ready else "stopping"
+        return json_response({"status": status}, 200 if ready else 503)
+
+    return app
+
+
+class _KeyCheck:
+    """Lets a request pass that presents the key as OpenAI's clients do."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = b"Bearer " + key.encode()
+
+    async def __call__(self, request: Request) -> None:
+        # Header bytes as they came: they need not be text.
+        presented = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(presented, self._expected):
+            problem = "is wrong" if presented else "is missing: send 'Authorization: Bearer KEY'"
+            raise ApiError(
+                401,
+                f"the API key {problem}",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )

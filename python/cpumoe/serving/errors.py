@@ -1,0 +1,154 @@
+"""What clients are told when a request fails, always in OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("cpumoe.serving")
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+
+
+class ApiError(Exception):
+    """An answer other than success.
+
+    Attributes:
+        status: HTTP's.
+        message: for people.
+        type: OpenAI's class of errors.
+        param: the request's field that is at fault.
+        code: for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = _INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Makes the error; see the class."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """Returns the answer's body."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Returns the error for a request that makes no sense or that we cannot honour."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(retry_after: int, waiting: int) -> ApiError:
+    """Returns the error for a full queue."""
+    return ApiError(
+        503,
+        f"the server is busy and {waiting} requests wait already: try again later",
+        type=_SERVER,
+        code="overloaded",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def stopping() -> ApiError:
+    """Returns the error for requests that the server's end cuts off."""
+    return ApiError(
+        503,
+        "the server is stopping",
+        type=_SERVER,
+        code="stopping",
+        headers={"Retry-After": "5"},
+    )
+
+
+def internal() -> ApiError:
+    """Returns the error for our own mistakes; the log says more."""
+    return ApiError(
+        500,
+        "the server failed to answer; its log says why",
+        type=_SERVER,
+        code="internal_error",
+    )
+
+
+def gone() -> ApiError:
+    """Returns what ends a request whose client has disconnected; nobody will read it."""
+    return ApiError(499, "the client has disconnected", code="client_closed_request")
+
+
+def refusal(error: ValidationError) -> ApiError:
+    """Returns the error for a body that is no JSON or has other fields than expected."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return invalid(first["msg"], code="invalid_json")
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    problem = first.get("ctx", {}).get("error") or first["msg"]
+    return invalid(f"{param}: {problem}" if param else str(problem), param=param or None)
+
+
+def encode_json(document: Mapping[str, Any]) -> bytes:
+    """Returns the document as UTF-8; half of a surrogate pair stays an escape sequence."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def json_response(
+    document: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns an answer that is one JSON document."""
+    return Response(
+        encode_json(document), status, headers=dict(headers or {}), media_type="application/json"
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Makes every error of the application, the framework's included, an `ApiError`'s answer."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        if not isinstance(error, ApiError):
+            # The framework logs it, with its traceback, after this answer.
+            error = internal()
+        return json_response(error.document(), error.status, error.headers)
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        messages = {
+            404: f"no such path: {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        status = error.status_code
+        message = messages.get(status) or error.detail or HTTPStatus(status).phrase
+        known = ApiError(status, message, code=codes.get(status), headers=error.headers)
+        return await answer(request, known)
+
+    app.add_exception_handler(ApiError, answer)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(Exception, answer)

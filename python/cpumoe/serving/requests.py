@@ -1,0 +1,156 @@
+"""Reading a request: its body, its fields, and what of them cannot be honoured."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
+
+from cpumoe.generation import Sampling
+from cpumoe.serving.errors import ApiError, gone, invalid, refusal
+
+_BODY_SECONDS = 60
+_MOST_STOPS = 4
+# No vocabulary has as many; which tokens there are is the model's to say.
+_TOKENS = 2**31
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A JSON object whose values are not converted; fields without a name stay in `model_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+async def read_body(request: Request, model: type[_Body], max_bytes: int) -> _Body:
+    """Returns a request's body as a model.
+
+    Raises:
+        ApiError: it is too large, too slow, no JSON, or not what the model expects.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        # Browsers ask before they send this type to another site, so no web page that its user
+        # visits can make a server on the same computer work.
+        raise ApiError(415, f"Content-Type: expected application/json, got {media_type!r}")
+    try:
+        body = await asyncio.wait_for(_read(request, max_bytes), _BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the request's body took more than {_BODY_SECONDS} s") from None
+    except ClientDisconnect:
+        raise gone() from None
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise refusal(error) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            message = f"the request's body is larger than {max_bytes} bytes"
+            raise ApiError(413, message, code="request_too_large")
+    return bytes(body)
+
+
+def refuse_unsupported(
+    extra: Mapping[str, Any] | None,
+    neutral: Mapping[str, Collection[Any]],
+    ignored: Collection[str],
+) -> None:
+    """Refuses fields that ask for what we do not do.
+
+    Args:
+        extra: the request's fields that are not read.
+        neutral: fields that we know but cannot honour, and their values that ask for nothing.
+        ignored: fields that may say anything, because they do not change the answer.
+
+    Raises:
+        ApiError: names the field.
+    """
+    for name, value in (extra or {}).items():
+        if value is None or name in ignored:
+            continue
+        if name not in neutral:
+            raise invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
+        if value not in neutral[name]:
+            raise invalid(
+                f"{name}: this server does not support it; leave it out",
+                name,
+                "unsupported_parameter",
+            )
+
+
+def make_sampling(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    stop: tuple[str, ...] | None,
+    seed: int | None,
+) -> Sampling:
+    """Returns the sampling that a request asks for.
+
+    Raises:
+        ApiError: a value out of its range.
+    """
+    try:
+        return Sampling(max_new_tokens, temperature, top_p, stop or (), seed)
+    except ValueError as error:
+        raise invalid(str(error), str(error).split(":")[0]) from None
+
+
+def _stop_strings(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return None
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("expected a string or a list of strings")
+    if len(stops) > _MOST_STOPS:
+        raise ValueError(f"expected at most {_MOST_STOPS} strings, got {len(stops)}")
+    return tuple(stops)
+
+
+def _prompt(value: Any) -> Any:
+    # One prompt in a list is common, and is one prompt.
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("expected a string or a list of token ids")
+    kinds = set(map(type, value))
+    if kinds & {str, list}:
+        raise ValueError("several prompts in one request are not supported: send one each")
+    if kinds - {int} or min(value, default=0) < 0 or max(value, default=0) >= _TOKENS:
+        raise ValueError("expected a string or a list of token ids, integers of 0 or more")
+    return value
+
+
+def _message_text(value: Any) -> Any:
+    """A message's content; the texts of its parts are joined by line ends."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("expected a string or a list of text parts")
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text":
+            raise ValueError(f"part {index}: only parts of type 'text' are supported, got {kind!r}")
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"part {index}: text: expected a string")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+StopStringsField = Annotated[Any, BeforeValidator(_stop_strings)]
+Prompt = str | list[int]
+PromptField = Annotated[Any, BeforeValidator(_prompt)]
+MessageText = Annotated[str, BeforeValidator(_message_text)]

@@ -1,0 +1,153 @@
+"""Runs an application until a signal ends it, without cutting answers off if it can be helped."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvicorn.config
+from fastapi import FastAPI
+
+from cpumoe.serving.service import Service
+from cpumoe.serving.settings import DEFAULT_GRACE_SECONDS
+
+# For clients that read the end of their answer slowly, after the model has stopped.
+_SEND_SECONDS = 5
+_BACKLOG = 128
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens at an address; port 0: any that is free.
+
+    Raises:
+        OSError: names the address.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen at {host} port {port}: {reason}") from error
+    # Connections inherit it; asyncio does not set it on those of a ready-made socket. Without it
+    # the end of an answer waits 40 ms for the client to acknowledge its beginning.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    grace_seconds: float = DEFAULT_GRACE_SECONDS,
+    access_log: bool = True,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves an application of `create_app` until SIGINT or SIGTERM.
+
+    The first signal refuses new requests, gives the running generation `grace_seconds` to finish,
+    and returns. A second one ends the process at once.
+
+    Args:
+        app: what to serve.
+        listener: where, as `open_socket` returns it; closed at the end.
+        grace_seconds: until the running generation is cancelled.
+        access_log: write a line per request to standard output.
+        on_ready: called when requests are being answered.
+    """
+    service: Service = app.state.service
+    Server(make_config(app, access_log), service, grace_seconds, on_ready).run([listener])
+    if service.worker.alive:
+        # It still reads a long prompt, which nothing can interrupt; the interpreter's own end
+        # would pull the libraries from under it.
+        _exit(0)
+
+
+def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
+    """Returns Uvicorn's configuration for an application."""
+    return uvicorn.Config(
+        app,
+        # Chosen here, so that the server behaves the same whatever else is installed.
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        access_log=access_log,
+        log_config=_log_config(),
+        timeout_graceful_shutdown=_SEND_SECONDS,
+        server_header=False,
+    )
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, with its signals turned into a return."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        grace_seconds: float,
+        on_ready: Callable[[], None],
+    ) -> None:
+        """Prepares a server; see `serve` for the arguments."""
+        super().__init__(config)
+        self._service = service
+        self._grace_seconds = grace_seconds
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the application and opens it to clients."""
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def main_loop(self) -> None:
+        """Serves until a signal, and then what is running."""
+        await super().main_loop()
+        # The sockets are still open: whoever comes now is told that the server is stopping.
+        await self._service.worker.drain(self._grace_seconds)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handles signals inside the block, and does not raise them again after it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Asks for the end, or at the second time forces it."""
+        if self.should_exit:
+            _exit(128 + sig)
+        self.should_exit = True
+
+
+def _exit(status: int) -> None:
+    """Ends the process whatever its threads do."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _log_config() -> dict[str, Any]:
+    """Uvicorn's, with our errors beside its own, and without what it says at start and end."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["loggers"]["uvicorn.error"]["level"] = "WARNING"
+    config["loggers"]["cpumoe.serving"] = {"handlers": ["default"], "propagate": False}
+    return config

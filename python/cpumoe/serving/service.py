@@ -1,0 +1,27 @@
+"""What the paths of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpumoe.serving.settings import Settings
+from cpumoe.serving.worker import Worker
+
+
+@dataclass(frozen=True)
+class Service:
+    """A served model.
+
+    Attributes:
+        name: what clients call the model.
+        context_length: tokens of prompt and answer together.
+        created: when it came into service, in seconds since 1970.
+        settings: the operator's.
+        worker: runs the model.
+    """
+
+    name: str
+    context_length: int
+    created: int
+    settings: Settings
+    worker: Worker

@@ -1,0 +1,225 @@
+"""What a server refuses, and how it says so."""
+
+import http.client
+import json
+
+import openai
+import pytest
+from fake_model import FakeModel
+from serving_tools import Server, error_of
+
+from cpumoe.serving.settings import Settings
+
+HELLO = [{"role": "user", "content": "hello"}]
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _still_serves(server):
+    yield
+    assert server.http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"null", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000, b'{"prompt": "\\ud800"}'],
+    ids=lambda body: repr(body[:8]),
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/generate"])
+def test_bodies_that_are_no_request(server, path, body):
+    status, error = server.refuse(path, body)
+    assert status == 400
+    assert error["type"] == "invalid_request_error"
+
+
+def test_errors_reach_openais_client_as_its_exceptions(server):
+    with server.client() as client:
+        with pytest.raises(openai.NotFoundError, match=r"'other'.*'fake'") as caught:
+            client.chat.completions.create(model="other", messages=HELLO)
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+        with pytest.raises(openai.BadRequestError, match="temperature") as caught:
+            client.chat.completions.create(model="fake", messages=HELLO, temperature=-1)
+        assert caught.value.param == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 0.5),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_object"}),
+        ("audio", {"voice": "x"}),
+        ("reasoning_effort", "high"),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "end"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(server, field, value):
+    status, error = server.refuse(CHAT, {"messages": HELLO, field: value})
+    assert (status, error["param"], error["code"]) == (400, field, "unsupported_parameter")
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"max_tokens": 10**400}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokenz": 5}, "max_tokenz"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+        ({"messages": [{**HELLO[0], "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    ],
+)
+def test_bad_values_are_named(server, extra, param):
+    status, error = server.refuse(CHAT, json.dumps({"messages": HELLO, **extra}))
+    assert status == 400, error
+    assert error["param"].startswith(param)
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    "prompt", [["a", "b"], [[1], [2]], [1, "a"], [-1], [2**31], [1.5], [True], 5, {}, None, [], ""]
+)
+def test_bad_prompts(server, prompt):
+    status, error = server.refuse(COMPLETIONS, {"prompt": prompt})
+    assert (status, error["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "a", "input_ids": [1]}, "text"),
+        ({"text": [1, 2]}, "text"),
+        ({"text": ["a", "b"]}, "text"),
+        ({"input_ids": [[1], [2]]}, "input_ids"),
+        ({"text": "a", "return_logprob": True}, "return_logprob"),
+        ({"text": "a", "sampling_params": {"top_k": 5}}, "top_k"),
+        ({"text": "a", "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"text": "a", "sampling_params": [{}]}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 1000}}, "max_new_tokens"),
+    ],
+)
+def test_sglang_refusals(server, body, param):
+    status, error = server.refuse("/generate", body)
+    assert (status, error["param"]) == (400, param)
+
+
+def test_context_length(server):
+    status, error = server.refuse(COMPLETIONS, {"prompt": "x" * 1_000_000})
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert "1000 " in error["message"]
+    assert "1000000" in error["message"]
+    status, error = server.refuse(COMPLETIONS, {"prompt": "x" * 600, "max_tokens": 401})
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "1001" in error["message"]
+    assert "max_tokens=401" in error["message"]
+
+
+def test_operators_limit_of_tokens():
+    with Server(FakeModel(end=10**6), max_tokens=7) as server, server.client() as client:
+        for asked in (3, 7, 8, 10**6):
+            reply = client.completions.create(model="fake", prompt="x", max_tokens=asked)
+            assert reply.usage.completion_tokens == min(asked, 7)
+            assert reply.choices[0].finish_reason == "length"
+
+
+def test_paths_and_methods(server):
+    for path in ("/", "/v1", "/v1/chat/completions/", "/docs", "/openapi.json", "/v1/embeddings"):
+        reply = server.http.get(path)
+        assert (reply.status_code, error_of(reply)["code"]) == (404, "not_found")
+    for path in (CHAT, COMPLETIONS, "/generate"):
+        reply = server.http.get(path)
+        assert (reply.status_code, error_of(reply)["code"]) == (405, "method_not_allowed")
+        assert reply.headers["allow"] == "POST"
+
+
+def test_only_json_is_read(server):
+    """Else a web page could make its visitor's browser send requests to a local server."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        status, error = server.refuse(COMPLETIONS, "{}", headers={"Content-Type": kind})
+        assert status == 415
+        assert "application/json" in error["message"]
+
+
+def test_size_of_a_body():
+    with Server(max_request_bytes=1000) as server:
+        body = json.dumps({"prompt": "x" * 2000})
+        status, error = server.refuse(COMPLETIONS, body)
+        assert (status, error["code"]) == (413, "request_too_large")
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        chunks = (b" " * 100 for _ in range(20))
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", COMPLETIONS, chunks, headers, encode_chunked=True)
+        assert connection.getresponse().status == 413
+        connection.close()
+        assert server.http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
+
+
+def test_api_key():
+    with Server(api_key="sésame") as server:
+        for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": b"Bearer \xff"}):
+            for path in (CHAT, COMPLETIONS, "/generate"):
+                status, error = server.refuse(path, b"{", headers=headers)
+                assert (status, error["code"]) == (401, "invalid_api_key")
+            assert server.http.get("/v1/models", headers=headers).status_code == 401
+            assert server.http.get("/health", headers=headers).status_code == 200
+        with server.client(api_key="x") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        key = {"Authorization": "Bearer sésame".encode()}
+        assert server.http.get("/v1/models", headers=key).status_code == 200
+
+
+def test_our_own_mistakes_are_logged_not_told(caplog):
+    model = FakeModel()
+    with Server(model) as server:
+        model.fails_at = 1
+        for stream in (True, False):
+            status, error = server.refuse(COMPLETIONS, {"prompt": "x", "stream": stream})
+            assert (status, error["code"]) == (500, "internal_error")
+            assert "secret" not in error["message"]
+        model.fails_at, model.delay = 3, 0.02
+        body = {"prompt": "x", "stream": True}
+        text = server.http.post(COMPLETIONS, json=body).text
+        *_, last, done, end = text.split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert (done, end) == ("data: [DONE]", "")
+        model.fails_at = None
+        assert server.http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
+
+
+def test_settings_are_checked():
+    for wrong in ({"queue": -1}, {"max_tokens": 0}, {"api_key": ""}, {"served_model_name": " "}):
+        with pytest.raises(ValueError, match=r"expected .* got"):
+            Settings(**wrong)
+    assert "secret" not in repr(Settings(api_key="secret"))

@@ -1,0 +1,157 @@
+"""Requests that wait, clients that go away, and what is slow on either side."""
+
+import json
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from fake_model import FakeModel
+from serving_tools import Server, error_of, wait_for
+
+# Slow enough that nothing ends by itself, and prompt to notice that nobody waits.
+SLOW = {"end": 10**6, "delay": 0.01}
+# A test fails by waiting this long, not by being slow.
+SOON = 3.0
+
+
+def post(body, path="/v1/completions"):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+def reset(connection):
+    """Ends a connection as the end of a client's process does, with data still unread."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.fixture
+def slow():
+    with Server(FakeModel(**SLOW), queue=2) as server:
+        yield server
+
+
+def assert_serves(server):
+    reply = server.http.post("/v1/completions", json={"prompt": "next", "max_tokens": 2})
+    assert reply.json()["choices"][0]["text"] == " 1 2"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("leave", [socket.socket.close, reset])
+def test_a_client_that_disconnects_ends_its_generation(slow, stream, leave):
+    connection = slow.raw(post({"prompt": "x", "max_tokens": 900, "stream": stream}))
+    assert slow.model.started.wait(SOON)
+    if stream:
+        assert b"200 OK" in connection.recv(1000)
+    leave(connection)
+    wait_for(lambda: slow.model.cancellations == 1, SOON)
+    assert_serves(slow)
+
+
+def test_openais_client_that_closes_a_stream(slow):
+    with slow.client() as client:
+        stream = client.completions.create(model="fake", prompt="x", max_tokens=900, stream=True)
+        assert next(stream).choices[0].text == " 1"
+        stream.close()
+        wait_for(lambda: slow.model.cancellations == 1, SOON)
+        assert_serves(slow)
+
+
+def test_a_waiting_client_that_disconnects_gives_up_its_place(slow):
+    worker = slow.app.state.service.worker
+    running = slow.raw(post({"prompt": "running", "max_tokens": 900}))
+    assert slow.model.started.wait(SOON)
+    waiting = [slow.raw(post({"prompt": f"waiting {n}"})) for n in range(2)]
+    wait_for(lambda: worker.waiting == 2, SOON)
+    waiting[0].close()
+    wait_for(lambda: worker.waiting == 1, SOON)
+    running.close()
+    assert b"200 OK" in waiting[1].recv(1000)
+    waiting[1].close()
+    assert slow.model.prompts == ["running", "waiting 1"]
+
+
+def test_a_full_queue_refuses(slow):
+    connections = [slow.raw(post({"prompt": "x", "max_tokens": 900})) for _ in range(3)]
+    wait_for(lambda: slow.app.state.service.worker.waiting == 2, SOON)
+    for stream in (True, False):
+        reply = slow.http.post("/v1/completions", json={"prompt": "x", "stream": stream})
+        assert (reply.status_code, error_of(reply)["code"]) == (503, "overloaded")
+        assert int(reply.headers["retry-after"]) >= 1
+    assert slow.http.get("/health").status_code == 200
+    with slow.client() as client, pytest.raises(openai.InternalServerError, match="busy"):
+        client.completions.create(model="fake", prompt="x")
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: slow.app.state.service.worker.idle, SOON)
+    assert_serves(slow)
+
+
+def test_without_a_queue_one_after_the_other_is_served():
+    """The place of a finished request is free before its client knows that it has finished."""
+    with Server(queue=0) as server:
+        for _ in range(50):
+            assert_serves(server)
+
+
+def test_a_slow_prompt_does_not_block_the_others():
+    model = FakeModel()
+    encode = model.encode
+    reading = threading.Event()
+
+    def slow_encode(text):
+        reading.set()
+        time.sleep(1 if len(text) > 1000 else 0)
+        return encode(text)
+
+    model.encode = slow_encode
+    with Server(model) as server, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.refuse, "/v1/completions", {"prompt": "x" * 1_000_000})
+        assert reading.wait(SOON)
+        start = time.monotonic()
+        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/v1/models").status_code == 200
+        assert time.monotonic() - start < 0.9
+        assert long.result()[1]["code"] == "context_length_exceeded"
+
+
+def test_a_client_that_does_not_read_blocks_nobody():
+    model = FakeModel(end=10**6)
+    model.context_length = 300_000
+    with Server(model) as server:
+        # Cumulative texts of 10 000 tokens would be hundreds of megabytes.
+        body = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 10_000}}
+        stalled = server.raw(post(body, "/generate"))
+        assert model.started.wait(SOON)
+        wait_for(lambda: server.app.state.service.worker.idle, 10)
+        assert_serves(server)
+        # It gets all of it once it does read.
+        received = b""
+        while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            received += (new := stalled.recv(1 << 20))
+            assert new
+        stalled.close()
+        assert b" 9999 10000" in received
+
+
+def test_partial_requests_cost_nothing():
+    with Server() as server:
+        whole = post({"prompt": "x"})
+        partial = [server.raw(whole[:cut]) for cut in (0, 5, 40, len(whole) - 1) for _ in range(25)]
+        assert_serves(server)
+        for connection in partial:
+            connection.close()
+        assert_serves(server)
+
+
+def test_huge_headers_are_refused():
+    with Server() as server:
+        connection = server.raw(b"GET /health HTTP/1.1\r\nX: " + b"x" * (1 << 17))
+        assert b" 400 " in connection.recv(1000)
+        connection.close()
+        assert_serves(server)
