@@ -1,0 +1,122 @@
+"""``cpumoe serve``: a model behind OpenAI's and SGLang's HTTP protocols."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import reported
+from cpumoe.cli.options import ThreadsOption, TracebackOption
+from cpumoe.cli.text_model import (
+    DEFAULT_COMPUTE,
+    DEFAULT_DTYPE,
+    DtypeOption,
+    ModelArgument,
+    OneComputeOption,
+    OneIsaOption,
+    load_text_model,
+    require_package,
+)
+from cpumoe.serving.settings import (
+    DEFAULT_GRACE_SECONDS,
+    DEFAULT_MAX_REQUEST_BYTES,
+    DEFAULT_QUEUE,
+    Settings,
+)
+
+EXAMPLE = "Example: `cpumoe serve --port 8000`"
+
+
+def command(
+    model: ModelArgument = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")
+    ] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What clients call it.", show_default="the model's name"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="CPUMOE_API_KEY",
+            show_envvar=True,
+            help="What clients must present; the variable hides it from `ps`.",
+            show_default="none is asked for",
+        ),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests that may wait while one runs.")
+    ] = DEFAULT_QUEUE,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="New tokens per request, at most.",
+            show_default="what the context has room for",
+        ),
+    ] = None,
+    max_request_bytes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Size of a request, at most.")
+    ] = DEFAULT_MAX_REQUEST_BYTES,
+    grace: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="For the running answer to finish, once told to stop."
+        ),
+    ] = DEFAULT_GRACE_SECONDS,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no line per request.")
+    ] = False,
+    threads: ThreadsOption = None,
+    compute: OneComputeOption = DEFAULT_COMPUTE,
+    isa: OneIsaOption = None,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    traceback: TracebackOption = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API and SGLang's /generate.
+
+    Requests are answered one at a time; others wait. SIGINT or SIGTERM lets the running answer
+    finish, a second one does not.
+    """
+    with reported(traceback):
+        for package in ("fastapi", "uvicorn"):
+            require_package(package, "serve", "the server")
+        from cpumoe.serving.app import create_app
+        from cpumoe.serving.server import open_socket, serve
+
+        settings = Settings(served_model_name, api_key, queue, max_tokens, max_request_bytes)
+        # Before the model, which may take minutes to load: an address in use should not.
+        with open_socket(host, port) as listener:
+            if api_key is None and not _is_loopback(listener.getsockname()[0]):
+                console.print_warning(
+                    f"{host} can be reached from other computers, and anybody may use the model: "
+                    "set --api-key"
+                )
+            app = create_app(
+                load_text_model(model, threads=threads, compute=compute, isa=isa, dtype=dtype),
+                settings,
+            )
+            name = app.state.service.name
+            url = _url(host, listener.getsockname()[1])
+            serve(
+                app,
+                listener,
+                grace_seconds=grace,
+                access_log=not quiet,
+                on_ready=lambda: typer.echo(f"serving {name} at {url} (Ctrl-C stops it)"),
+            )
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
