@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from cpumoe.cli import bench, demo, info, inspect_model, serve, synth, validate
+from cpumoe.cli import (
+    bench,
+    demo,
+    evaluate,
+    generate,
+    info,
+    inspect_model,
+    serve,
+    synth,
+    validate,
+)
 
 app = typer.Typer(
     name="cpumoe",
@@ -27,6 +37,8 @@ app.command("inspect", epilog=inspect_model.EXAMPLE)(inspect_model.command)
 app.command("synth", epilog=synth.EXAMPLE)(synth.command)
 app.command("validate", epilog=validate.EXAMPLE)(validate.command)
 app.command("bench", epilog=bench.EXAMPLE)(bench.command)
+app.command("generate", epilog=generate.EXAMPLE)(generate.command)
+app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.command)
 app.command("serve", epilog=serve.EXAMPLE)(serve.command)
 app.command("demo", epilog=demo.EXAMPLE)(demo.command)
 

@@ -36,6 +36,11 @@ def show(*parts: RenderableType) -> None:
         _out.print(part)
 
 
+def show_aside(text: str) -> None:
+    """Prints a remark to standard error, so that standard output holds the result alone."""
+    _err.print(Text(text, "dim"), soft_wrap=True)
+
+
 def show_json(document: Mapping[str, Any]) -> None:
     """Prints the document to standard output; numbers that JSON lacks become null."""
     typer.echo(json.dumps(_jsonable(document), indent=2, allow_nan=False))

@@ -11,7 +11,8 @@ from cpumoe.cli.errors import InputError
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
-    from cpumoe.generation import Sampling, TextModel
+    from cpumoe.generation import Sampling
+    from cpumoe.integrations.transformers import LanguageModel
 
 DTYPES = ("bfloat16", "float32")
 _HOST_PACKAGES = ("transformers", "accelerate")
@@ -90,7 +91,8 @@ def load_text_model(
     compute: str = DEFAULT_COMPUTE,
     isa: str | None = None,
     dtype: str = DEFAULT_DTYPE,
-) -> TextModel:
+    host_experts: bool = False,
+) -> LanguageModel:
     """Loads a model, with a progress bar on a terminal.
 
     Args:
@@ -99,6 +101,7 @@ def load_text_model(
         compute: one of `COMPUTE_PATHS`.
         isa: the variant; None: what `cpumoe.isa` says.
         dtype: one of `DTYPES`.
+        host_experts: let the host compute the experts, from dequantized weights.
 
     Raises:
         InputError: an unknown dtype, or transformers is not installed.
@@ -117,20 +120,14 @@ def load_text_model(
 
     from cpumoe.runtime import Runtime
 
+    if threads is not None:
+        torch.set_num_threads(threads)  # the host's part
     options = ExpertsOptions(
         runtime=None if threads is None else Runtime(threads), compute=compute, isa=isa
     )
-    path = embedded_model() if model is None else model
-    return LanguageModel.from_pretrained(path, options=options, dtype=getattr(torch, dtype))
-
-
-def embedded_model() -> str:
-    """Returns the folder of the small model that comes with cpumoe.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    raise InputError("no model comes with this installation: name a checkpoint's folder")
+    return LanguageModel.from_pretrained(
+        model, options=options, dtype=getattr(torch, dtype), host_experts=host_experts
+    )
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 from typing_extensions import override
 
 from cpumoe import embedded
@@ -25,6 +28,7 @@ from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.loading import from_pretrained
 from cpumoe.integrations.transformers.options import ExpertsOptions
+from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 
 class LanguageModel:
@@ -60,7 +64,8 @@ class LanguageModel:
             path: a checkpoint folder, or a name on the hub; None: the small model that comes with
                 cpumoe.
             name: what clients call it; default: the path's last part.
-            options: how experts are made, see `from_pretrained`.
+            options: how experts are made, see `from_pretrained`. Its router and progress hold for
+                `host_experts` too.
             dtype: of everything but the experts, bfloat16 or float32.
             host_experts: let transformers dequantize and compute the experts as well, for
                 comparison. Four times the memory, and slow.
@@ -72,15 +77,19 @@ class LanguageModel:
         """
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
+        options = options or ExpertsOptions()
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=kwargs.get("trust_remote_code")
         )
-        if host_experts:
-            # Unscaled tensors stay bf16 whatever the host is asked for.
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
-            model = model.to(dtype)
-        else:
-            model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
+        with _host_progress(options.progress):
+            if host_experts:
+                # Unscaled tensors stay bf16 whatever the host is asked for.
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
+                if options.fp32_router:
+                    use_fp32_routers(model)
+                model = model.to(dtype)
+            else:
+                model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
         return cls(model, tokenizer, name or Path(path).resolve().name)
 
     @property
@@ -247,6 +256,20 @@ class _StopWhen:
             self._text.finish_reason = "cancelled"
             stop = True
         return torch.full((ids.shape[0],), stop)
+
+
+@contextmanager
+def _host_progress(enabled: bool | None) -> Iterator[None]:
+    """Keeps the host's bars out of files and pipes."""
+    wanted = sys.stderr.isatty() if enabled is None else enabled
+    if wanted or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:

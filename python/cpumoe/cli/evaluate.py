@@ -1,0 +1,191 @@
+"""``cpumoe eval``: how well a model predicts a text, by who computes its experts and how."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpumoe._progress import progress_bar
+from cpumoe.cli import console
+from cpumoe.cli.errors import InputError, reported
+from cpumoe.cli.options import (
+    ComputeOption,
+    JsonOption,
+    ThreadsOption,
+    TracebackOption,
+    parse_computes,
+)
+from cpumoe.cli.text_model import DEFAULT_DTYPE, DtypeOption, ModelArgument, load_text_model
+from cpumoe.compute import COMPUTE_PATHS
+
+if TYPE_CHECKING:
+    from cpumoe.integrations.transformers import LanguageModel, Perplexity
+
+EXAMPLE = "Example: `cpumoe eval --isa all --compute all --experts all`"
+
+_CPUMOE, _HOST, _ALL = "cpumoe", "host", "all"
+_DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Who computes the experts, and how."""
+
+    experts: str
+    isa: str | None = None
+    compute: str | None = None
+
+
+def command(
+    model: ModelArgument = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text.",
+            show_default="text that the model which comes with cpumoe was not trained on",
+        ),
+    ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar=f"{_CPUMOE}|{_HOST}|{_ALL}",
+            help="Who computes experts; host: transformers, from dequantized weights.",
+        ),
+    ] = _CPUMOE,
+    isa: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|NAME,...",
+            help="ISA variants to run.",
+            show_default="CPUMOE_ISA if set, else the best",
+        ),
+    ] = None,
+    compute: ComputeOption = COMPUTE_PATHS[0],
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens that are read together.",
+            show_default=f"the model's context, at most {_DEFAULT_WINDOW}",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="New tokens per window; fewer give each more context, and take longer.",
+            show_default="the window",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=2, metavar="N", help="Read only so many.", show_default="all"
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure a model's perplexity of a text: lower is better, and equal is the same model.
+
+    Use it to see what a compute path costs in quality, on text of your own. With --experts all, the
+    last row is transformers' own computation from dequantized weights.
+    """
+    with reported(traceback):
+        ways = _ways(experts, isa, compute)
+        content = _read(model, text)
+        rows: list[tuple[_Way, Perplexity]] = []
+        for way in ways:
+            loaded = load_text_model(
+                model,
+                threads=threads,
+                compute=way.compute or COMPUTE_PATHS[0],
+                isa=way.isa,
+                dtype=dtype,
+                host_experts=way.experts == _HOST,
+            )
+            tokens = loaded.encode(content)[:max_tokens]
+            rows.append((way, _measure(loaded, tokens, window, stride)))
+            name = loaded.name
+            del loaded  # two models may not fit
+        if json_output:
+            results = [{**asdict(way), **asdict(result)} for way, result in rows]
+            console.show_json({"model": name, "dtype": dtype, "results": results})
+        else:
+            _render(name, rows)
+
+
+def _ways(experts: str, isa: str | None, compute: str) -> list[_Way]:
+    from cpumoe.cli.options import parse_isas
+    from cpumoe.isa import isa as best_isa
+
+    if experts not in (_CPUMOE, _HOST, _ALL):
+        raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
+    ways = []
+    if experts != _HOST:
+        isas = [best_isa()] if isa is None else parse_isas(isa)
+        ways += [_Way(_CPUMOE, name, path) for path in parse_computes(compute) for name in isas]
+    if experts != _CPUMOE:
+        ways.append(_Way(_HOST))
+    return ways
+
+
+def _read(model: str | None, text: Path | None) -> str:
+    if text is None:
+        if model is not None:
+            raise InputError("--text: a model of your own needs a text to read")
+        from cpumoe import embedded
+
+        text = embedded.held_out_path()
+    return text.read_text("utf-8")
+
+
+def _measure(
+    model: LanguageModel, tokens: list[int], window: int | None, stride: int | None
+) -> Perplexity:
+    from cpumoe.integrations.transformers import perplexity
+
+    window = window or min(model.context_length, _DEFAULT_WINDOW)
+    if window > model.context_length:
+        raise InputError(
+            f"--window: expected at most the model's context of {model.context_length}, "
+            f"got {window}"
+        )
+    with progress_bar() as progress:
+        return perplexity(
+            model.model,
+            tokens,
+            window=window,
+            stride=stride,
+            progress=lambda done, total: progress("reading", done, total),
+        )
+
+
+def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
+    baseline = rows[-1][1].perplexity
+    columns: tuple[Any, ...] = ("experts", "isa", "compute", "perplexity", "tokens/s")
+    compared = len(rows) > 1
+    if compared:
+        columns += ("against the last",)
+    title = f"{name}, {console.format_count(rows[0][1].scored_tokens, 'token')}"
+    table = console.data_table(title, columns, text_columns=3)
+    for way, result in rows:
+        cells = [
+            way.experts,
+            way.isa or "",
+            way.compute or "",
+            f"{result.perplexity:.4f}",
+            console.format_number(result.tokens_per_second),
+        ]
+        if compared:
+            cells.append(f"{100 * (result.perplexity / baseline - 1):+.3f} %")
+        table.add_row(*cells)
+    console.show(table)

@@ -1,0 +1,134 @@
+"""``cpumoe generate``: continues a text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import InputError, reported
+from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption
+from cpumoe.cli.text_model import (
+    DEFAULT_COMPUTE,
+    DEFAULT_DTYPE,
+    DtypeOption,
+    MaxTokensOption,
+    ModelArgument,
+    OneComputeOption,
+    OneIsaOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopPOption,
+    load_text_model,
+    make_sampling,
+)
+
+if TYPE_CHECKING:
+    from cpumoe.generation import Generation, TextModel
+
+EXAMPLE = 'Example: `cpumoe generate -p "In the beginning"`'
+
+_STANDARD_INPUT = "-"
+DEFAULT_MAX_TOKENS = 256
+
+
+def command(
+    model: ModelArgument = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-file", metavar="FILE", help="The prompt's file; - reads from a pipe."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Answer the prompt, in the model's chat format."),
+    ] = False,
+    max_tokens: MaxTokensOption = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    stop: StopOption = None,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    compute: OneComputeOption = DEFAULT_COMPUTE,
+    isa: OneIsaOption = None,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Continue a text, token by token, and show how fast.
+
+    The text goes to standard output as it comes, speed to standard error. "Experts" is the share of
+    the time that cpumoe computes in; the rest is the host's.
+    """
+    with reported(traceback):
+        text = _prompt(prompt, prompt_file)
+        sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
+        loaded = load_text_model(model, threads=threads, compute=compute, isa=isa, dtype=dtype)
+        tokens = encode(loaded, text, chat)
+        if json_output:
+            result = loaded.generate(tokens, sampling)
+            console.show_json({"model": loaded.name, "prompt": text, **document(result)})
+            return
+        if not chat:
+            write(text)
+        result = loaded.generate(tokens, sampling, on_text=write)
+        write("\n")
+        console.show_aside(speed_line(result))
+
+
+def encode(model: TextModel, text: str, chat: bool) -> list[int]:
+    """Returns a prompt's tokens, as a text to continue or as a question to answer."""
+    return model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
+
+
+def write(text: str) -> None:
+    """Writes a piece of generated text, as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def speed_line(result: Generation) -> str:
+    """Returns both phases' speed in tokens/s, and the experts' share of the time."""
+    speeds = document(result)
+    seconds = result.prefill_seconds + result.decode_seconds
+    parts = [
+        _speed("prefill", result.prompt_tokens, speeds["prefill_tokens_per_second"]),
+        _speed("decode", result.completion_tokens, speeds["decode_tokens_per_second"]),
+        f"experts {console.format_percent(result.experts_seconds / seconds)} of the time",
+    ]
+    return "; ".join(parts)
+
+
+def document(result: Generation) -> dict[str, object]:
+    """Returns what ``--json`` prints of a generation."""
+    decoded = result.completion_tokens - 1  # the first token is prefill's
+    return {
+        **asdict(result),
+        "prefill_tokens_per_second": result.prompt_tokens / result.prefill_seconds,
+        "decode_tokens_per_second": decoded / result.decode_seconds if decoded > 0 else None,
+    }
+
+
+def _speed(phase: str, tokens: int, rate: object) -> str:
+    count = f"{phase} {console.format_count(tokens, 'token')}"
+    return f"{count}, {console.format_number(rate)} tokens/s" if isinstance(rate, float) else count
+
+
+def _prompt(text: str | None, file: str | None) -> str:
+    if (text is None) == (file is None):
+        raise InputError("expected either --prompt TEXT or --prompt-file FILE")
+    if text is None:
+        assert file is not None
+        text = sys.stdin.read() if file == _STANDARD_INPUT else Path(file).read_text("utf-8")
+    if not text:
+        raise InputError("--prompt: expected some text, got none")
+    return text

@@ -1,0 +1,127 @@
+"""``cpumoe generate`` and ``cpumoe eval`` on tiny models."""
+
+import json
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from cpumoe.cli import app
+
+GREEDY = ("--temperature", "0", "--max-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_models.deepseek_v4(tmp_path_factory.mktemp("tiny"))
+    tiny_models.byte_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("In the beginning was the word. " * 8)
+    return str(path)
+
+
+def run(*args, code=0, stdin=None):
+    result = CliRunner().invoke(app, list(args), input=stdin)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_generate_streams_the_text_and_reports_speed_beside_it(model):
+    result = run("generate", model, "-p", "Once", *GREEDY)
+    document = json.loads(run("generate", model, "-p", "Once", *GREEDY, "--json").stdout)
+    assert result.stdout == f"Once{document['text']}\n"
+    for word in ("prefill 4 tokens", "decode 12 tokens", "tokens/s", "experts", "of the time"):
+        assert word in result.stderr
+    assert document["prompt"] == "Once"
+    assert document["finish_reason"] == "length"
+    assert document["completion_tokens"] == 12
+    assert document["decode_tokens_per_second"] > 0
+
+
+def test_generate_reads_the_prompt_from_a_pipe_or_file(model, tmp_path):
+    expected = run("generate", model, "-p", "Once", *GREEDY).stdout
+    assert run("generate", model, "--prompt-file", "-", *GREEDY, stdin="Once").stdout == expected
+    (tmp_path / "prompt").write_text("Once")
+    file = str(tmp_path / "prompt")
+    assert run("generate", model, "--prompt-file", file, *GREEDY).stdout == expected
+
+
+def test_generate_answers_in_the_chat_format(model):
+    result = run("generate", model, "-p", "Hi", "--chat", *GREEDY, "--json")
+    assert json.loads(result.stdout)["prompt_tokens"] == 4  # <|user|>Hi<|assistant|>
+    assert not run("generate", model, "-p", "Hi", "--chat", *GREEDY).stdout.startswith("Hi")
+
+
+def test_generate_with_a_seed_repeats_itself(model):
+    outputs = {
+        run("generate", model, "-p", "Once", "--seed", seed, "--temperature", "1").stdout
+        for seed in ("3", "3")
+    }
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected either --prompt TEXT or --prompt-file FILE"),
+        (["-p", "a", "--prompt-file", "b"], "expected either"),
+        (["-p", ""], "expected some text"),
+        (["-p", "a", "--temperature", "-1"], "temperature: expected 0 to 100, got -1.0"),
+        (["-p", "a", "--top-p", "0"], "top_p: expected above 0"),
+        (["-p", "a", "--dtype", "float8"], "--dtype: expected one of bfloat16, float32"),
+        (["-p", "a", "--isa", "avx3"], "unknown"),
+        (["-p", "a", "--compute", "int3"], "int3"),
+        (["-p", "a" * 600], "fewer tokens than the context of 512, got 600"),
+        (["--prompt-file", "/does/not/exist"], "/does/not/exist"),
+    ],
+)
+def test_generate_explains_mistakes(model, arguments, message):
+    result = run("generate", model, *arguments, code=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_names_a_missing_folder():
+    assert "/no/such/model" in run("generate", "/no/such/model", "-p", "a", code=2).stderr
+
+
+def test_eval_compares_ways_to_compute_experts(model, text):
+    result = run(
+        *("eval", model, "--text", text, "--dtype", "float32", "--json"),
+        *("--experts", "all", "--compute", "all", "--isa", "generic"),
+    )
+    bf16, int8, host = json.loads(result.stdout)["results"]
+    assert (bf16["experts"], bf16["isa"], bf16["compute"]) == ("cpumoe", "generic", "bf16")
+    assert (int8["compute"], host["experts"], host["isa"]) == ("int8", "host", None)
+    assert bf16["perplexity"] == pytest.approx(host["perplexity"], rel=1e-5)
+    assert int8["perplexity"] != bf16["perplexity"]
+    assert bf16["scored_tokens"] == int8["scored_tokens"] == host["scored_tokens"] == 247
+
+
+def test_eval_prints_a_table(model, text):
+    output = run("eval", model, "--text", text, "--max-tokens", "40").stdout
+    assert "39 tokens" in output
+    assert "perplexity" in output
+    assert "against" not in output
+    assert "against the last" in run("eval", model, "--text", text, "--compute", "all").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--text: a model of your own needs a text"),
+        (["--text", "/does/not/exist"], "/does/not/exist"),
+        (["--text", "TEXT", "--experts", "gpu"], "--experts: expected cpumoe, host or all"),
+        (["--text", "TEXT", "--window", "513"], "--window: expected at most the model's context"),
+        (["--text", "TEXT", "--window", "8", "--stride", "9"], "stride"),
+        (["--text", "TEXT", "--compute", "int3"], "--compute"),
+    ],
+)
+def test_eval_explains_mistakes(model, text, arguments, message):
+    arguments = [text if argument == "TEXT" else argument for argument in arguments]
+    assert message in run("eval", model, *arguments, code=2).stderr
