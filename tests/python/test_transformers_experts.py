@@ -139,8 +139,8 @@ def test_module_takes_any_leading_dimensions_and_the_hosts_sentinel(tmp_path):
     x, ids, weights = routing(6, tiny_models.EXPERTS)
     expected = module(x, ids, weights)
     assert torch.equal(module(x.view(2, 3, 64), ids, weights).view(6, 64), expected)
-    assert module.calls == 2
-    assert module.seconds > 0
+    assert module.spent.calls == 2
+    assert module.spent.seconds > 0
     nobody = torch.full_like(ids, tiny_models.EXPERTS)
     assert not module(x, nobody, weights).any()
     x.requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,14 +15,27 @@ from cpumoe.integrations.transformers.options import ExpertsOptions
 from cpumoe.swiglu import SwiGLU
 
 
+@dataclass
+class Spent:
+    """What a module's calls took so far.
+
+    Attributes:
+        calls: of `CpuExperts.forward`.
+        seconds: wall time in them.
+    """
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
 class CpuExperts(nn.Module):
     """Routed experts of one layer, computed by `cpumoe.Experts`; has no parameters.
 
     Attributes:
+        layer: index of the decoder layer.
         num_experts: routed experts of the layer.
         experts: the packed experts; None until `pack`.
-        seconds: wall time spent in `forward` so far.
-        calls: calls of `forward` so far.
+        spent: time spent in it.
     """
 
     def __init__(self, layer: int, num_experts: int, swiglu: SwiGLU) -> None:
@@ -31,8 +45,8 @@ class CpuExperts(nn.Module):
         self.num_experts = num_experts
         self.swiglu = swiglu
         self.experts: Experts | None = None
-        self.seconds = 0.0
-        self.calls = 0
+        # An object of its own: setting a module's attribute takes microseconds.
+        self.spent = Spent()
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
         """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`."""
@@ -69,16 +83,21 @@ class CpuExperts(nn.Module):
         """
         start = time.perf_counter()
         experts = self._ready()
-        device, shape = hidden_states.device, hidden_states.shape
-        flat = hidden_states.detach().reshape(-1, shape[-1])
-        if device.type == "cpu":
-            output = experts(flat, top_k_index, top_k_weights.detach())
+        shape = hidden_states.shape
+        arguments = [
+            hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1]),
+            top_k_index,
+            top_k_weights,
+        ]
+        if torch.is_grad_enabled():
+            arguments = [tensor.detach() for tensor in arguments]
+        if hidden_states.is_cpu:
+            output = experts(*arguments)
         else:
-            arguments = (tensor.detach().cpu() for tensor in (flat, top_k_index, top_k_weights))
-            output = experts(*arguments).to(device)
-        self.calls += 1
-        self.seconds += time.perf_counter() - start
-        return output.view(shape)
+            output = experts(*(tensor.cpu() for tensor in arguments)).to(hidden_states.device)
+        self.spent.calls += 1
+        self.spent.seconds += time.perf_counter() - start
+        return output if len(shape) == 2 else output.view(shape)
 
     def _ready(self) -> Experts:
         if self.experts is None:

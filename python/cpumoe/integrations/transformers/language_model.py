@@ -105,12 +105,12 @@ class LanguageModel:
     @property
     def experts_seconds(self) -> float:
         """Wall time spent in cpumoe's experts so far."""
-        return sum(module.seconds for module in self._experts)
+        return sum(module.spent.seconds for module in self._experts)
 
     @property
     def experts_calls(self) -> int:
         """Layer calls of cpumoe's experts so far."""
-        return sum(module.calls for module in self._experts)
+        return sum(module.spent.calls for module in self._experts)
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a prompt, with what the tokenizer puts before it."""
