@@ -117,9 +117,10 @@ class TextModel(Protocol):
 
 
 class StopStrings:
-    """Cuts a growing text at the first of some strings.
+    """Cuts a growing text at the first of some strings that is complete.
 
-    Text that may be the beginning of a stop string is held back until it is certain.
+    Of several that end together the longest counts, so the pieces that the text comes in make no
+    difference. Text that may be the beginning of a stop string is held back until it is certain.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -133,11 +134,12 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + piece
-        hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if hits:
+        hits = [(text.find(stop), stop) for stop in self._stop]
+        ends = [(at + len(stop), at) for at, stop in hits if at >= 0]
+        if ends:
             self.found = True
             self._held = ""
-            return text[: min(hits)]
+            return text[: min(ends)[1]]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
