@@ -58,7 +58,8 @@ class FakeModel:
             return self._count(prompt, sampling, on_text or (lambda _: None), cancelled)
 
     def _count(self, prompt, sampling, on_text, cancelled):
-        assert 0 < len(prompt) < self.context_length
+        if not 0 < len(prompt) < self.context_length:
+            raise ValueError(f"prompt: expected fewer than {self.context_length} tokens")
         cut = StopStrings(sampling.stop)
         text, reason, token = "", "length", 0
 
@@ -91,10 +92,10 @@ class FakeModel:
 def main():
     """``cpumoe`` with a fake model, as a process: python fake_model.py DELAY END ARGUMENTS."""
     from cpumoe import cli
-    from cpumoe.cli import serve
+    from cpumoe.cli import chat, serve
 
     model = FakeModel(delay=float(sys.argv[1]), end=int(sys.argv[2]))
-    for command in (serve,):
+    for command in (chat, serve):
         command.load_text_model = lambda *_, **__: model
     sys.argv[:3] = ["cpumoe"]
     cli.main()

@@ -11,6 +11,7 @@ import typer
 
 from cpumoe.cli import (
     bench,
+    chat,
     demo,
     evaluate,
     generate,
@@ -39,6 +40,7 @@ app.command("validate", epilog=validate.EXAMPLE)(validate.command)
 app.command("bench", epilog=bench.EXAMPLE)(bench.command)
 app.command("generate", epilog=generate.EXAMPLE)(generate.command)
 app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.command)
+app.command("chat", epilog=chat.EXAMPLE)(chat.command)
 app.command("serve", epilog=serve.EXAMPLE)(serve.command)
 app.command("demo", epilog=demo.EXAMPLE)(demo.command)
 

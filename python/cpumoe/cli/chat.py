@@ -1,0 +1,174 @@
+"""``cpumoe chat``: a conversation in the terminal, or from a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpumoe.cli import console
+from cpumoe.cli.errors import InputError, reported
+from cpumoe.cli.options import ThreadsOption, TracebackOption
+from cpumoe.cli.text_model import (
+    DEFAULT_COMPUTE,
+    DEFAULT_DTYPE,
+    DtypeOption,
+    MaxTokensOption,
+    OneComputeOption,
+    OneIsaOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopPOption,
+    load_text_model,
+    make_sampling,
+    require_package,
+)
+
+if TYPE_CHECKING:
+    from cpumoe.cli.chat_backends import Answer, ChatBackend
+
+EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
+NOT_ANSWERED = 1
+
+# What could move a terminal's cursor or change its colours.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def command(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|URL",
+            help="A checkpoint's folder, or a server with OpenAI's API.",
+            show_default="the small model that comes with cpumoe",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system message.", show_default="none")
+    ] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", envvar="OPENAI_API_KEY", help="For a server.", show_default="none"
+        ),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which of a server's models.", show_default="its first"),
+    ] = None,
+    threads: ThreadsOption = None,
+    compute: OneComputeOption = DEFAULT_COMPUTE,
+    isa: OneIsaOption = None,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    traceback: TracebackOption = False,
+) -> None:
+    """Chat with a model, in this process or behind a URL.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. From a pipe, each line is a
+    question; exit code 1 if one was not answered.
+    """
+    with reported(traceback):
+        from cpumoe.cli.chat_backends import ChatError, LocalBackend, ServerBackend
+        from cpumoe.cli.chat_session import Session
+
+        sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
+        backend: ChatBackend
+        if target is not None and target.startswith(("http://", "https://")):
+            require_package("openai", "chat", "chatting with a server")
+            try:
+                backend = ServerBackend(target, api_key, model_name)
+            except ChatError as error:
+                raise InputError(str(error)) from error
+        else:
+            backend = LocalBackend(
+                load_text_model(target, threads=threads, compute=compute, isa=isa, dtype=dtype)
+            )
+        terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        screen = _Terminal() if terminal else _Plain()
+        session = Session(backend, screen, sampling, system)
+        if terminal:
+            screen.note(f"{backend.name}; /help lists commands, Ctrl-D leaves")
+        for line in _typed_lines() if terminal else _piped_lines():
+            if not session.enter(line):
+                break
+        if session.failures and not terminal:
+            raise typer.Exit(NOT_ANSWERED)
+
+
+class _Plain:
+    """Answers to standard output, and nothing else there."""
+
+    def text(self, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def end_answer(self, answer: Answer | None) -> None:
+        self.text("\n" if answer is not None else "")
+
+    def note(self, message: str) -> None:
+        typer.echo(message, err=True)
+
+    def error(self, message: str) -> None:
+        console.print_error(message)
+
+
+class _Terminal(_Plain):
+    """For people: each answer is followed by its speed."""
+
+    def text(self, piece: str) -> None:
+        super().text(_CONTROLS.sub("", piece))
+
+    def end_answer(self, answer: Answer | None) -> None:
+        self.text("\n")
+        if answer is not None:
+            self.note(_describe(answer))
+
+    def note(self, message: str) -> None:
+        console.show_aside(_CONTROLS.sub("", message))
+
+
+def _describe(answer: Answer) -> str:
+    parts = []
+    if answer.finish_reason != "stop":
+        reasons = {"cancelled": "stopped", "length": "cut off: no room for more tokens"}
+        parts.append(reasons.get(answer.finish_reason, answer.finish_reason))
+    if answer.tokens is not None:
+        parts.append(console.format_count(answer.tokens, "token"))
+    if answer.tokens_per_second is not None:
+        parts.append(f"{console.format_number(answer.tokens_per_second)} tokens/s")
+    if answer.first_seconds:
+        parts.append(f"first after {console.format_time(answer.first_seconds)}")
+    return ", ".join(parts)
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, with line editing; Ctrl-C drops a line."""
+    # Makes `input` edit lines and remember them, where Python has it. They are not kept in a file.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            typer.echo()
+        except EOFError:
+            typer.echo()
+            return
+
+
+def _piped_lines() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    yield from sys.stdin
