@@ -57,6 +57,13 @@ def test_generate_answers_in_the_chat_format(model):
     assert not run("generate", model, "-p", "Hi", "--chat", *GREEDY).stdout.startswith("Hi")
 
 
+def test_generate_takes_a_chat_template_from_a_file(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    arguments = ("--chat", "--chat-template", str(template), *GREEDY, "--json")
+    assert json.loads(run("generate", model, "-p", "Hi", *arguments).stdout)["prompt_tokens"] == 3
+
+
 def test_generate_with_a_seed_repeats_itself(model):
     outputs = {
         run("generate", model, "-p", "Once", "--seed", seed, "--temperature", "1").stdout

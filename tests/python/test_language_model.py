@@ -60,7 +60,7 @@ def test_a_template_may_refuse_messages(model):
 def test_a_model_without_chat_template_says_so(model, tokenizer):
     plain = LanguageModel(model.model, tokenizer, "plain")
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="plain has no chat template"):
+    with pytest.raises(ValueError, match="plain has no chat template: it completes"):
         plain.encode_chat([{"role": "user", "content": "hi"}])
 
 

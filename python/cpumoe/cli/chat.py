@@ -17,6 +17,7 @@ from cpumoe.cli.options import ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
     DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    ChatTemplateOption,
     DtypeOption,
     MaxTokensOption,
     OneComputeOption,
@@ -71,6 +72,7 @@ def command(
     compute: OneComputeOption = DEFAULT_COMPUTE,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    chat_template: ChatTemplateOption = None,
     traceback: TracebackOption = False,
 ) -> None:
     """Chat with a model, in this process or behind a URL.
@@ -92,7 +94,14 @@ def command(
                 raise InputError(str(error)) from error
         else:
             backend = LocalBackend(
-                load_text_model(target, threads=threads, compute=compute, isa=isa, dtype=dtype)
+                load_text_model(
+                    target,
+                    threads=threads,
+                    compute=compute,
+                    isa=isa,
+                    dtype=dtype,
+                    chat_template=chat_template,
+                )
             )
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         screen = _Terminal() if terminal else _Plain()

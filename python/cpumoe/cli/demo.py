@@ -1,4 +1,4 @@
-"""``cpumoe demo``: the whole way from a checkpoint to checked results and their speed."""
+"""``cpumoe demo``: from a checkpoint to checked results, their speed, and a model that writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpumoe._progress import progress_bar
-from cpumoe.cli import console
-from cpumoe.cli.errors import VALIDATION_FAILED, reported
+from cpumoe.cli import console, generate
+from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
 from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption, parse_isas
+from cpumoe.cli.text_model import load_text_model
 from cpumoe.cli.validate import render, report_document
 from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.generation import Sampling
 
 if TYPE_CHECKING:
     from cpumoe.experts import Experts
@@ -31,6 +33,8 @@ _VALIDATED_EXPERTS = 8
 _VALIDATED_TOKENS = (1, 8, 33)
 _TIMED_TOKENS = (1, 16, 128)
 _TIMED_SECONDS = 0.5
+_PROMPT = "And it came to pass"
+_TEXT_TOKENS = 100
 
 
 def command(
@@ -59,8 +63,9 @@ def command(
 ) -> None:
     """Make a small DeepSeek-V4-Flash layer, check it on all ISA variants and paths, and time it.
 
-    Needs no arguments, less than a minute, and a few hundred MB of disk and memory. Exit code 1 if
-    a variant computes something wrong.
+    Then the small model that comes with cpumoe writes a few lines, with transformers as its host.
+    Needs no arguments, about a minute, and a few hundred MB of disk and memory. Exit code 1 if a
+    variant computes something wrong.
     """
     with reported(traceback), ExitStack() as stack:
         start = time.perf_counter()
@@ -77,8 +82,11 @@ def command(
         if not json_output:
             render(report)
         speed = _time(layer)
+        if not json_output:
+            _render_speed(speed)
+        text = _write(threads, show=not json_output)
         _finish(
-            {"model": _MODEL, "synth": written, "load": loaded, "speed": speed},
+            {"model": _MODEL, "synth": written, "load": loaded, "speed": speed, "text": text},
             report,
             time.perf_counter() - start,
             keep,
@@ -179,6 +187,29 @@ def _time(layer: Experts) -> dict[str, Any]:
     return {"isa": layer.isa, "read_bandwidth": dict(vars(memory)), "throughput": rows}
 
 
+def _write(threads: int | None, *, show: bool) -> dict[str, Any] | None:
+    """Lets the embedded model write, where its host is installed; returns what and how fast."""
+    try:
+        model = load_text_model(None, threads=threads)
+    except InputError as error:
+        if show:
+            console.show("", f"[dim]No model writes here: {console.escape(str(error))}[/]")
+        return None
+    sampling = Sampling(max_new_tokens=_TEXT_TOKENS, temperature=0.8, top_p=0.9, seed=0)
+    if show:
+        console.show(
+            "", f"[bold]{model.name}[/], a model of DeepSeek-V4's architecture, writes:", ""
+        )
+        generate.write(_PROMPT)
+    result = model.generate(
+        model.encode(_PROMPT), sampling, on_text=generate.write if show else None
+    )
+    if show:
+        generate.write("\n")
+        console.show("", f"[dim]{generate.speed_line(result)}[/]")
+    return {"model": model.name, "prompt": _PROMPT, **generate.document(result)}
+
+
 def _speed(step: dict[str, Any]) -> str:
     rate = console.format_rate(step["bytes"] / step["seconds"])
     return (
@@ -195,7 +226,6 @@ def _finish(
             {**document, "validation": validation, "passed": report.passed, "seconds": seconds}
         )
     else:
-        _render_speed(document["speed"])
         _close(keep, seconds)
 
 
@@ -232,7 +262,7 @@ def _close(kept: Path | None, seconds: float) -> None:
     console.show(
         "",
         f"All of it took {console.format_time(seconds)}. Next, try one of these:",
+        "  [bold]cpumoe chat[/]",
         f"  [bold]{following}[/]",
-        "  [bold]cpumoe inspect deepseek-v4-flash[/]",
         "  [bold]cpumoe info[/]",
     )

@@ -15,6 +15,7 @@ from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
     DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    ChatTemplateOption,
     DtypeOption,
     MaxTokensOption,
     ModelArgument,
@@ -61,6 +62,7 @@ def command(
     compute: OneComputeOption = DEFAULT_COMPUTE,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    chat_template: ChatTemplateOption = None,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -72,7 +74,14 @@ def command(
     with reported(traceback):
         text = _prompt(prompt, prompt_file)
         sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
-        loaded = load_text_model(model, threads=threads, compute=compute, isa=isa, dtype=dtype)
+        loaded = load_text_model(
+            model,
+            threads=threads,
+            compute=compute,
+            isa=isa,
+            dtype=dtype,
+            chat_template=chat_template,
+        )
         tokens = encode(loaded, text, chat)
         if json_output:
             result = loaded.generate(tokens, sampling)

@@ -13,6 +13,7 @@ from cpumoe.cli.options import ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
     DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    ChatTemplateOption,
     DtypeOption,
     ModelArgument,
     OneComputeOption,
@@ -78,6 +79,7 @@ def command(
     compute: OneComputeOption = DEFAULT_COMPUTE,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    chat_template: ChatTemplateOption = None,
     traceback: TracebackOption = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API and SGLang's /generate.
@@ -100,7 +102,14 @@ def command(
                     "set --api-key"
                 )
             app = create_app(
-                load_text_model(model, threads=threads, compute=compute, isa=isa, dtype=dtype),
+                load_text_model(
+                    model,
+                    threads=threads,
+                    compute=compute,
+                    isa=isa,
+                    dtype=dtype,
+                    chat_template=chat_template,
+                ),
                 settings,
             )
             name = app.state.service.name

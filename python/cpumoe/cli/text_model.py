@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,6 +81,16 @@ StopOption = Annotated[
     typer.Option("--stop", metavar="TEXT", help="Ends the text; may be given several times."),
 ]
 
+ChatTemplateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template of the model's chat format.",
+        show_default="the model's own",
+    ),
+]
+
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_COMPUTE = COMPUTE_PATHS[0]
 
@@ -91,6 +102,7 @@ def load_text_model(
     compute: str = DEFAULT_COMPUTE,
     isa: str | None = None,
     dtype: str = DEFAULT_DTYPE,
+    chat_template: Path | None = None,
     host_experts: bool = False,
 ) -> LanguageModel:
     """Loads a model, with a progress bar on a terminal.
@@ -101,6 +113,7 @@ def load_text_model(
         compute: one of `COMPUTE_PATHS`.
         isa: the variant; None: what `cpumoe.isa` says.
         dtype: one of `DTYPES`.
+        chat_template: a file with a Jinja template, for models that come without.
         host_experts: let the host compute the experts, from dequantized weights.
 
     Raises:
@@ -126,7 +139,11 @@ def load_text_model(
         runtime=None if threads is None else Runtime(threads), compute=compute, isa=isa
     )
     return LanguageModel.from_pretrained(
-        model, options=options, dtype=getattr(torch, dtype), host_experts=host_experts
+        model,
+        options=options,
+        dtype=getattr(torch, dtype),
+        chat_template=None if chat_template is None else chat_template.read_text("utf-8"),
+        host_experts=host_experts,
     )
 
 

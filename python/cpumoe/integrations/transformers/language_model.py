@@ -55,6 +55,7 @@ class LanguageModel:
         name: str | None = None,
         options: ExpertsOptions | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        chat_template: str | None = None,
         host_experts: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
@@ -67,6 +68,7 @@ class LanguageModel:
             options: how experts are made, see `from_pretrained`. Its router and progress hold for
                 `host_experts` too.
             dtype: of everything but the experts, bfloat16 or float32.
+            chat_template: a Jinja template in the place of the tokenizer's own.
             host_experts: let transformers dequantize and compute the experts as well, for
                 comparison. Four times the memory, and slow.
             **kwargs: for transformers.
@@ -81,6 +83,8 @@ class LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=kwargs.get("trust_remote_code")
         )
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         with _host_progress(options.progress):
             if host_experts:
                 # Unscaled tensors stay bf16 whatever the host is asked for.
@@ -126,7 +130,8 @@ class LanguageModel:
 
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"{self.name} has no chat template: it completes text, but cannot chat"
+                f"{self.name} has no chat template: it completes text, but cannot chat without one "
+                f"(--chat-template FILE)"
             )
         try:
             tokens = self.tokenizer.apply_chat_template(
