@@ -101,7 +101,7 @@ class Timing:
     calls: int
     touched_experts: float
     weight_bytes: float
-    macs: int
+    macs: float
     relative_l2: float | None = None
 
     @property

@@ -25,7 +25,7 @@ class Workload:
 
     Attributes:
         hidden_states: ``[tokens, hidden]`` bf16.
-        topk_ids: ``[calls, tokens, top_k]`` int32.
+        topk_ids: ``[calls, tokens, top_k]`` int32; -1: skipped.
         topk_weights: ``[tokens, top_k]`` fp32.
         reference: fp32 ``[tokens, hidden]``, the exact result of call 0, if it is known.
     """
@@ -48,15 +48,15 @@ class Workload:
     @property
     def touched_experts(self) -> float:
         """Experts that a call reads, on average over the calls."""
-        return statistics.fmean(len(ids.unique()) for ids in self.topk_ids)
+        return statistics.fmean(len(ids[ids >= 0].unique()) for ids in self.topk_ids)
 
     def weight_bytes(self, experts: Experts) -> float:
         """Bytes of the experts that a call reads, each once, on average over the calls."""
         return experts.nbytes / experts.num_experts * self.touched_experts
 
-    def macs(self, experts: Experts) -> int:
-        """Multiply-accumulates of a call's matrix products."""
-        pairs = self.topk_weights.numel()
+    def macs(self, experts: Experts) -> float:
+        """Multiply-accumulates of a call's matrix products, on average over the calls."""
+        pairs = int((self.topk_ids >= 0).sum()) / len(self.topk_ids)
         return pairs * 3 * experts.hidden_size * experts.intermediate_size
 
 

@@ -146,6 +146,7 @@ def test_compare(v4, tmp_path):
     document["rows"][0].update(seconds=1e3, low=1e3, high=1e3)
     document["rows"][1].update(seconds=1e-9, low=1e-9, high=1e-9)
     old.write_text(json.dumps(document))
+    assert "name a file for --json" in refuse(*arguments, "--compare", old, "--json", "-")
     text = succeed(*arguments, "--compare", old)
     assert text.index("faster") < text.index("slower")
     assert "none of these rows" in succeed("--model", v4, "--tokens", 3, "--compare", old)

@@ -1,5 +1,7 @@
 """Workloads and the arithmetic of timing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoint_tools import SMALL, write_small
@@ -11,6 +13,7 @@ from cpumoe.throughput import (
     NUM_ROUTINGS,
     ROUTINGS,
     CallTimer,
+    Workload,
     make_workload,
     median_spread,
     relative_l2,
@@ -116,3 +119,11 @@ def test_made_up_experts_are_the_same_each_time():
         weights.experts[2]
     with pytest.raises(ValueError, match="fp8_block"):
         LayerWeights.from_model(find_model("DeepSeek-V3"), limit=1)
+
+
+def test_skipped_ids_are_neither_read_nor_multiplied():
+    experts = SimpleNamespace(hidden_size=64, intermediate_size=32)
+    ids = torch.tensor([[[0, -1], [-1, -1]], [[2, 3], [3, -1]]], dtype=torch.int32)
+    work = Workload(torch.zeros(2, 64).bfloat16(), ids, torch.ones(2, 2))
+    assert work.touched_experts == (1 + 2) / 2
+    assert work.macs(experts) == (1 + 3) / 2 * 3 * 64 * 32

@@ -1,7 +1,9 @@
 """Models of transformers with cpumoe's experts, against the host's own dequantized ones."""
 
 import json
+import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import tiny_models
@@ -280,3 +282,9 @@ def test_loading_never_allocates_dense_experts(tmp_path):
     dense = packed * 16 / 4.25
     assert packed > 60e6
     assert peak < 1.1 * packed + 2 * rest + 16e6 < 0.6 * dense
+
+
+def test_the_hosts_own_commands_run_with_cpumoe():
+    command = [sys.executable, "-m", "cpumoe.integrations.transformers", "version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == metadata.version("transformers")

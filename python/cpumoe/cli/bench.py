@@ -145,6 +145,8 @@ def command(
     with reported(traceback):
         from cpumoe import benchmark
 
+        if compare is not None and json_file == Path("-"):
+            raise InputError("--compare prints a table: name a file for --json")
         old = None if compare is None else bench_compare.read(compare)
         _require_writable(json_file, plot)
         if plot is not None:

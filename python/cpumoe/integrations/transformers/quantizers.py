@@ -99,7 +99,7 @@ class Fp8Quantizer(ExpertsToCpumoe, FineGrainedFP8HfQuantizer):
 
     @override
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not torch.cuda.is_available():
+        if self.pre_quantized and not torch.accelerator.is_available():
             # The host's would do the same, and warn that it was not asked.
             self.quantization_config.dequantize = True
         super().validate_environment(*args, **kwargs)
@@ -110,7 +110,8 @@ class Mxfp4Quantizer(ExpertsToCpumoe, Mxfp4HfQuantizer):
 
     @override
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        self.quantization_config.dequantize = True
+        if self.pre_quantized:
+            self.quantization_config.dequantize = True
         super().validate_environment(*args, **kwargs)
 
 

@@ -1,0 +1,100 @@
+"""Where the time of decoding goes: cpumoe's kernels, cpumoe's overhead, the host.
+
+``python tools/decode_profile.py [MODEL] --tokens 64`` decodes greedily, one token at a time. For
+each layer call it separates
+
+- kernels: the C++ engine's call, from its first instruction to its last;
+- Python: the rest of `CpuExperts.forward` (checks, addresses, the output's allocation);
+- dispatch: what the engine's call takes when every expert is masked, so that nothing is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from cpumoe.generation import Sampling
+from cpumoe.integrations.transformers import CpuExperts, LanguageModel
+
+
+class TimedEngine:
+    """Stands before a layer's engine and notes the seconds of each call."""
+
+    def __init__(self, engine: Any) -> None:
+        """Stands before `engine`."""
+        self._engine = engine
+        self.seconds: list[float] = []
+
+    def forward(self, runtime: Any, tensors: Any) -> None:
+        """Makes the engine's call."""
+        start = time.perf_counter()
+        self._engine.forward(runtime, tensors)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
+    """Returns milliseconds per token and microseconds per layer call, as medians."""
+    modules = [module for module in model.model.modules() if isinstance(module, CpuExperts)]
+    ids = model.encode(prompt)
+    model.generate(ids, Sampling(2, temperature=0))
+    engines, python = [], []
+    for module in modules:
+        experts: Any = module.experts
+        engine = experts._moe = TimedEngine(experts._moe)
+        module.register_forward_hook(_note_python(module, engine, python))
+        engines.append(engine)
+    result = model.generate(ids, Sampling(tokens, temperature=0))
+    kernels = [second for engine in engines for second in engine.seconds[1:]]  # not prefill
+    return {
+        "tokens": result.completion_tokens,
+        "layers": len(modules),
+        "ms_per_token": 1e3 * result.decode_seconds / max(1, result.completion_tokens - 1),
+        "kernels_us_per_call": 1e6 * statistics.median(kernels),
+        "python_us_per_call": 1e6 * statistics.median(python[len(modules) :]),
+        "dispatch_us_per_call": 1e6 * _dispatch(modules[0]),
+        "experts_share": result.experts_seconds / (result.prefill_seconds + result.decode_seconds),
+    }
+
+
+def _note_python(module: CpuExperts, engine: TimedEngine, python: list[float]) -> Any:
+    seen = module.spent.seconds
+
+    def hook(*_: Any) -> None:
+        nonlocal seen
+        python.append(module.spent.seconds - seen - engine.seconds[-1])
+        seen = module.spent.seconds
+
+    return hook
+
+
+def _dispatch(module: CpuExperts, repeats: int = 2000) -> float:
+    """Seconds of an engine's call at one token that computes nothing."""
+    experts: Any = module.experts
+    experts.expert_mask = torch.ones(experts.num_experts, dtype=torch.bool)
+    x = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)
+    ids, weights = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6)
+    experts._moe.seconds.clear()
+    with torch.inference_mode():
+        for _ in range(repeats):
+            module(x, ids, weights)
+    return statistics.median(experts._moe.seconds)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a checkpoint folder; default: the embedded model")
+    parser.add_argument("--prompt", default="In the beginning", help="what to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode")
+    arguments = parser.parse_args()
+    model = LanguageModel.from_pretrained(arguments.model)
+    print(json.dumps(profile(model, arguments.prompt, arguments.tokens), indent=2))
+
+
+if __name__ == "__main__":
+    main()
