@@ -1,11 +1,16 @@
-// The driver of the floating point path: all tokens of one expert times two tiles, by the fused or
-// the panel kernels (gemm-inl.h), or by a unit of the ISA's own.
+// The driver of the floating point path: all tokens of one expert times a few pairs of tiles, by
+// the fused or the panel kernels (gemm-inl.h), or by a unit of the ISA's own.
+//
+// Many tokens' activations exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB), and a kernel wants
+// four bytes of them per cycle, more than a core gets from L3. So the pairs take turns at each KC
+// columns: what the first has fetched of the activations, the others find in L2.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <utility>
 
 #include "kernels/gemm-inl.h"
@@ -33,24 +38,21 @@ class TileGemm {
                                                                         : StagedForm::kPanel;
   }
 
-  // c[block][tile][token][16] = A * tiles^T, where A is staged for `form`. `panel` is kPanelBytes
-  // of scratch.
-  static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks, StagedForm form,
-                  const Activation* a, Pair* panel, float* c) {
-    for (int first = 0; first < TilePair::kCount; first += Isa::kTiles) {
-      if (form == StagedForm::kFused) {
-        const int tokens = static_cast<int>(blocks.tokens());
-        kFused[tokens - 1](codec, &w.tiles[first], a, w.groups, c + first * tokens * kTileRows);
-        continue;
-      }
-      if constexpr (Kernels::kFolding) {
-        if (w.fold) {
-          RunPanel<true>(codec, w, first, blocks, a, panel, c);
-          continue;
-        }
-      }
-      RunPanel<false>(codec, w, first, blocks, a, panel, c);
+  // c[pair][block][tile][token][16] = A * tiles^T for pairs `w` of one matrix or of two of the same
+  // expert; A is staged for `form`, `panel` is kPanelBytes of scratch.
+  static void Run(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
+                  StagedForm form, const Activation* a, Pair* panel, float* c) {
+    if (form == StagedForm::kFused) {
+      RunFused(codec, w, static_cast<int>(blocks.tokens()), a, c);
+      return;
     }
+    if constexpr (Kernels::kFolding) {
+      if (w[0].fold) {
+        RunPanels<true>(codec, w, blocks, a, panel, c);
+        return;
+      }
+    }
+    RunPanels<false>(codec, w, blocks, a, panel, c);
   }
 
  private:
@@ -85,25 +87,49 @@ class TileGemm {
     int64_t begin, end;
   };
 
+  static void RunFused(const Codec& codec, std::span<const TilePair> w, int tokens,
+                       const Activation* a, float* c) {
+    for (const TilePair& pair : w) {
+      for (int first = 0; first < TilePair::kCount; first += kTiles) {
+        kFused[tokens - 1](codec, &pair.tiles[first], a, pair.groups, c);
+        c += kTiles * tokens * kTileRows;
+      }
+    }
+  }
+
   template <bool kFold>
-  static void RunPanel(const Codec& codec, const TilePair& w, int first, const TokenBlocks& blocks,
-                       const Activation* a, Pair* panel, float* c) {
+  static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
+                        const Activation* a, Pair* panel, float* c) {
     [[maybe_unused]] PanelUnitOf<Isa> unit;
-    const int64_t columns = w.groups * Format::kGroupSize;
-    for (int64_t begin = 0; begin < w.groups; begin += Kernels::kPanelGroups) {
-      const int64_t end = std::min<int64_t>(begin + Kernels::kPanelGroups, w.groups);
-      const Span span = {&w.tiles[first], panel, begin, end};
-      Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, panel);
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const int tokens = blocks.Size(b);
-        const Activation* in = a + blocks.Begin(b) * columns + begin * Format::kGroupSize * tokens;
-        float* out = c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows;
-        if (begin == 0) std::memset(out, 0, sizeof(float) * kTiles * tokens * kTileRows);
-        if constexpr (HasPanelUnit<Isa>) {
-          MultiplyByUnit<kFold>(unit, codec, span, in, tokens, out);
-        } else {
-          MultiplyByVectors<kFold>(codec, span, in, tokens, out);
+    const int64_t groups = w[0].groups;
+    std::memset(c, 0, sizeof(float) * w.size() * blocks.tokens() * TilePair::kCount * kTileRows);
+    for (int64_t begin = 0; begin < groups; begin += Kernels::kPanelGroups) {
+      const int64_t end = std::min<int64_t>(begin + Kernels::kPanelGroups, groups);
+      float* product = c;
+      for (const TilePair& pair : w) {
+        for (int first = 0; first < TilePair::kCount; first += kTiles) {
+          const Span span = {&pair.tiles[first], panel, begin, end};
+          Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, panel);
+          MultiplyBlocks<kFold>(unit, codec, span, groups, first, blocks, a, product);
         }
+        product += blocks.tokens() * TilePair::kCount * kTileRows;
+      }
+    }
+  }
+
+  // Adds a span's product of all blocks to one pair's c[block][tile][token][16].
+  template <bool kFold>
+  static void MultiplyBlocks([[maybe_unused]] PanelUnitOf<Isa>& unit, const Codec& codec,
+                             const Span& span, int64_t groups, int first, const TokenBlocks& blocks,
+                             const Activation* a, float* c) {
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      const int tokens = blocks.Size(b);
+      const int64_t column = blocks.Begin(b) * groups + span.begin * tokens;
+      float* out = c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows;
+      if constexpr (HasPanelUnit<Isa>) {
+        MultiplyByUnit<kFold>(unit, codec, span, a + column * Format::kGroupSize, tokens, out);
+      } else {
+        MultiplyByVectors<kFold>(codec, span, a + column * Format::kGroupSize, tokens, out);
       }
     }
   }

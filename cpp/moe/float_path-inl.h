@@ -1,11 +1,12 @@
 // The default compute path: exact weights times activations of the ISA's floating point type.
 //
 // A path is what the forward pass needs to multiply with one kind of activation: how tokens and
-// intermediate features are staged, and the product of staged blocks with two tiles.
+// intermediate features are staged, and the product of staged blocks with pairs of tiles.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "base/float_types.h"
@@ -55,7 +56,7 @@ class FloatPath {
     });
   }
 
-  static void Multiply(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
+  static void Multiply(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                        StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
     Gemm::Run(codec, w, blocks, form, reinterpret_cast<const Activation*>(staged),
               reinterpret_cast<typename Isa::Pair*>(panel), c);

@@ -2,20 +2,22 @@
 //
 //   route     group (token, slot) pairs by expert                                     (routing.h)
 //   stage     gather each expert's tokens into blocks, converted for the multiplier  (*_path-inl.h)
-//   gate, up  task = a tile or two of gate and of up of one expert, all its tokens; activation;
+//   gate, up  task = a few tiles of gate and of up of one expert, all its tokens; activation;
 //             stage h
-//   down      task = two tiles of output rows, all experts in ascending order; weighted sum;
+//   down      task = a few tiles of output rows, all experts in ascending order; weighted sum;
 //             convert
 //
-// A task's result depends on its own inputs only, and sums run in a fixed order: outputs are the
-// same bit for bit for any number of threads. Every task of a phase reads the same number of weight
-// bytes.
+// A tile's result depends on its own inputs only, and sums run in a fixed order: outputs are the
+// same bit for bit for any number of threads and of tiles per task. Every task of a phase reads the
+// same number of weight bytes.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "base/bits.h"
@@ -44,29 +46,49 @@ class ForwardPass {
     tokens_ = end - begin;
     routing_.Build(args_.routing, begin, end, op_.weights().has_weights());
     shared_ = tokens_ == 1 && routing_.tokens().size() == routing_.experts().size();
-    Reserve();
-    if (!routing_.experts().empty()) Stage();
     const auto experts = static_cast<int64_t>(routing_.experts().size());
-    const int64_t features =
-        CeilDiv(op_.weights().layout(Projection::kGate).tiles(), int64_t{Path::kFeatureTiles});
-    pool_.For(experts * features, [&](int64_t task, int thread) {
-      GateUp(routing_.experts()[task / features], task % features, thread);
+    const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
+    const int64_t outputs = CeilDiv(DownTiles(), int64_t{TilePair::kCount});
+    features_per_task_ = PerTask(experts * features);
+    outputs_per_task_ = PerTask(outputs);
+    Reserve();
+    if (experts > 0) Stage();
+    const int64_t tasks = CeilDiv(features, features_per_task_);  // of an expert
+    pool_.For(experts * tasks, [&](int64_t task, int thread) {
+      GateUp(routing_.experts()[task / tasks], task % tasks, thread);
     });
-    const int64_t outputs =
-        CeilDiv(op_.weights().layout(Projection::kDown).tiles(), int64_t{TilePair::kCount});
-    pool_.For(outputs, [&](int64_t task, int thread) { Down(task, thread); });
+    pool_.For(CeilDiv(outputs, outputs_per_task_),
+              [&](int64_t task, int thread) { Down(task, thread); });
   }
 
  private:
-  void Reserve() {
-    const auto pairs = static_cast<int64_t>(routing_.tokens().size());
+  static constexpr int64_t kMostPerTask = 4;
+  static constexpr int64_t kTasksPerThread = 4;
+
+  // How many of `count` pieces of work a task takes: several share what a core fetches of the
+  // activations, as long as there are enough tasks to go around. One where activations are few.
+  int64_t PerTask(int64_t count) const {
+    if (MostTokens() <= op_.FusedTokens()) return 1;
+    int64_t most = kMostPerTask;
+    while (most > 1 && count < most * kTasksPerThread * pool_.num_threads()) most /= 2;
+    return most;
+  }
+
+  int64_t MostTokens() const {
     int64_t most = 0;
     for (const Expert& expert : routing_.experts()) most = std::max(most, expert.count);
+    return most;
+  }
+
+  void Reserve() {
+    const auto pairs = static_cast<int64_t>(routing_.tokens().size());
     staged_ = workspace_.Activations(pairs * Path::StagedBytes(HiddenSize()));
     intermediate_ = workspace_.Intermediate(pairs * Path::StagedBytes(Intermediate()));
+    const int64_t products = std::max(Path::kFeatureTiles * features_per_task_, outputs_per_task_);
     product_offset_ = Path::kPanelBytes;
-    sums_offset_ = product_offset_ + Path::kFeatureTiles * most * kTileBytes;
-    workspace_.ReserveScratch(pool_.num_threads(), sums_offset_ + tokens_ * kTileBytes);
+    sums_offset_ = product_offset_ + products * MostTokens() * kPairBytes;
+    workspace_.ReserveScratch(pool_.num_threads(),
+                              sums_offset_ + tokens_ * outputs_per_task_ * kPairBytes);
   }
 
   TokenBlocks BlocksOf(const Expert& expert) const {
@@ -100,22 +122,27 @@ class ForwardPass {
     });
   }
 
-  // The index-th kFeatureTiles tiles of intermediate features of one expert, for all its tokens.
+  // The index-th features_per_task_ times kFeatureTiles tiles of intermediate features of one
+  // expert, for all its tokens.
   void GateUp(const Expert& expert, int64_t index, int thread) const {
     const TokenBlocks blocks = BlocksOf(expert);
-    const int64_t first = index * Path::kFeatureTiles;
-    const int64_t tiles = op_.weights().layout(Projection::kGate).tiles();
-    const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, tiles - first));
-    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of a tile's product
-    float* product = Product(thread);
-    for (int i = 0; i < count; ++i) {
-      const TilePair w = Operands(expert, Projection::kGate, first + i, Projection::kUp, first + i);
-      const std::byte* x = shared_ ? staged_ : Staged(expert.begin);
-      Path::Multiply(op_.codec(), w, blocks, FormOf(expert), x, Panel(thread), product + i * size);
+    const int64_t begin = index * features_per_task_ * Path::kFeatureTiles;
+    const int64_t end = std::min(begin + features_per_task_ * Path::kFeatureTiles, GateTiles());
+    std::array<TilePair, kMostPerTask * Path::kFeatureTiles> w;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
     }
-    for (int64_t b = 0; b < blocks.count(); ++b) {
-      const float* gate = product + blocks.Begin(b) * TilePair::kCount * kTileRows;
-      StageFeatures(expert, first, count, gate, size, blocks.Begin(b), blocks.Size(b));
+    float* product = Product(thread);
+    Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
+                   shared_ ? staged_ : Staged(expert.begin), Panel(thread), product);
+    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of a pair's product
+    for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
+      const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
+      for (int64_t b = 0; b < blocks.count(); ++b) {
+        const float* gate =
+            product + (tile - begin) * size + blocks.Begin(b) * TilePair::kCount * kTileRows;
+        StageFeatures(expert, tile, count, gate, size, blocks.Begin(b), blocks.Size(b));
+      }
     }
   }
 
@@ -145,43 +172,59 @@ class ForwardPass {
     }
   }
 
-  // The index-th two tiles of output features, for all tokens and all their experts.
+  // The index-th outputs_per_task_ pairs of tiles of output features, for all tokens and all their
+  // experts.
   void Down(int64_t index, int thread) const {
-    const int64_t first = index * TilePair::kCount;
-    const int64_t tiles = op_.weights().layout(Projection::kDown).tiles();
-    const int count = static_cast<int>(std::min<int64_t>(TilePair::kCount, tiles - first));
+    const int64_t width = outputs_per_task_ * TilePair::kCount;
+    const int64_t begin = index * width;
+    const int64_t end = std::min(begin + width, DownTiles());
     float* sums = Sums(thread);
-    std::memset(sums, 0, tokens_ * kTileBytes);
-    for (const Expert& expert : routing_.experts()) AddExpert(expert, first, count, sums, thread);
-    const int64_t row = first * kTileRows;
-    const int64_t rows = std::min<int64_t>(count * kTileRows, HiddenSize() - row);
+    std::memset(sums, 0, tokens_ * outputs_per_task_ * kPairBytes);
+    for (const Expert& expert : routing_.experts()) AddExpert(expert, begin, end, sums, thread);
+    const int64_t row = begin * kTileRows;
+    const int64_t rows = std::min(end * kTileRows, HiddenSize()) - row;
     for (int64_t t = 0; t < tokens_; ++t) {
       std::byte* out = static_cast<std::byte*>(args_.output) +
                        ((begin_ + t) * HiddenSize() + row) * ByteSize(args_.dtype);
-      ConvertRow(args_.dtype, sums + t * TilePair::kCount * kTileRows, rows, out);
+      ConvertRow(args_.dtype, sums + t * width * kTileRows, rows, out);
     }
   }
 
-  // sums[token][tile][16] += weight * (down * h + bias) of one expert.
-  void AddExpert(const Expert& expert, int64_t first, int count, float* sums, int thread) const {
+  // sums[token][tile][16] += weight * (down * h + bias) of one expert, tiles [begin, end).
+  void AddExpert(const Expert& expert, int64_t begin, int64_t end, float* sums, int thread) const {
     const TokenBlocks blocks = BlocksOf(expert);
-    const TilePair w =
-        Operands(expert, Projection::kDown, first, Projection::kDown, first + count - 1);
+    std::array<TilePair, kMostPerTask> w;
+    for (int64_t tile = begin; tile < end; tile += TilePair::kCount) {
+      w[(tile - begin) / TilePair::kCount] =
+          Operands(expert, Projection::kDown, tile, Projection::kDown, std::min(tile + 1, end - 1));
+    }
     float* product = Product(thread);
-    Path::Multiply(op_.codec(), w, blocks, FormOf(expert),
-                   intermediate_ + expert.begin * Path::StagedBytes(Intermediate()), Panel(thread),
-                   product);
-    for (int r = 0; r < count; ++r) {
-      const Vec bias = BiasOf(expert, Projection::kDown, first + r);
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const int tokens = blocks.Size(b);
-        const float* in = product + (blocks.Begin(b) * TilePair::kCount + r * tokens) * kTileRows;
-        for (int t = 0; t < tokens; ++t) {
-          const int64_t pair = expert.begin + blocks.Begin(b) + t;
-          float* sum = sums + (routing_.tokens()[pair] * TilePair::kCount + r) * kTileRows;
-          const Vec y = Isa::Add(Isa::Load(in + t * kTileRows), bias);
-          Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
-        }
+    Path::Multiply(op_.codec(),
+                   std::span(w.data(), CeilDiv(end - begin, int64_t{TilePair::kCount})), blocks,
+                   FormOf(expert), intermediate_ + expert.begin * Path::StagedBytes(Intermediate()),
+                   Panel(thread), product);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t pair = (tile - begin) / TilePair::kCount;
+      AddTile(expert, tile, (tile - begin) % TilePair::kCount,
+              product + pair * blocks.tokens() * TilePair::kCount * kTileRows,
+              sums + (tile - begin) * kTileRows);
+    }
+  }
+
+  // The same of one tile, which is the r-th of the pair that `product` belongs to.
+  void AddTile(const Expert& expert, int64_t tile, int64_t r, const float* product,
+               float* sums) const {
+    const TokenBlocks blocks = BlocksOf(expert);
+    const Vec bias = BiasOf(expert, Projection::kDown, tile);
+    const int64_t stride = outputs_per_task_ * TilePair::kCount * kTileRows;
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      const int tokens = blocks.Size(b);
+      const float* in = product + (blocks.Begin(b) * TilePair::kCount + r * tokens) * kTileRows;
+      for (int t = 0; t < tokens; ++t) {
+        const int64_t pair = expert.begin + blocks.Begin(b) + t;
+        float* sum = sums + routing_.tokens()[pair] * stride;
+        const Vec y = Isa::Add(Isa::Load(in + t * kTileRows), bias);
+        Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
       }
     }
   }
@@ -205,6 +248,8 @@ class ForwardPass {
     return Isa::Load(lane);
   }
 
+  int64_t GateTiles() const { return op_.weights().layout(Projection::kGate).tiles(); }
+  int64_t DownTiles() const { return op_.weights().layout(Projection::kDown).tiles(); }
   int64_t HiddenSize() const { return op_.config().hidden_size; }
   int64_t Intermediate() const { return op_.config().intermediate_size; }
   const std::byte* Row(int64_t token) const {
@@ -220,8 +265,8 @@ class ForwardPass {
     return reinterpret_cast<float*>(workspace_.Scratch(thread) + sums_offset_);
   }
 
-  // fp32 sums of one token for the tiles of a task.
-  static constexpr int64_t kTileBytes = TilePair::kCount * kTileRows * sizeof(float);
+  // fp32 sums of one token for a pair of tiles.
+  static constexpr int64_t kPairBytes = TilePair::kCount * kTileRows * sizeof(float);
 
   const Operator& op_;
   const ForwardArgs& args_;
@@ -233,6 +278,8 @@ class ForwardPass {
   bool shared_ = false;                // all experts read one block: the only token, once each
   std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
   std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in the same blocks
+  int64_t features_per_task_ = 1;      // in units of kFeatureTiles tiles
+  int64_t outputs_per_task_ = 1;       // in pairs of tiles
   int64_t product_offset_ = 0;         // in a thread's scratch: panel | product | sums
   int64_t sums_offset_ = 0;
 };

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "base/float_types.h"
 #include "formats/integer_codes.h"
@@ -66,9 +67,13 @@ class Int8Path {
     Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
   }
 
-  static void Multiply(const FloatCodec&, const TilePair& w, const TokenBlocks& blocks, StagedForm,
-                       const std::byte* staged, std::byte* panel, float* c) {
-    Gemm::Run(Codec{}, w, blocks, staged, panel, c);
+  // Activations of one byte fit the L2 cache for as many tokens as matter: pair by pair.
+  static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
+                       StagedForm, const std::byte* staged, std::byte* panel, float* c) {
+    for (const TilePair& pair : w) {
+      Gemm::Run(Codec{}, pair, blocks, staged, panel, c);
+      c += blocks.tokens() * TilePair::kCount * kTileRows;
+    }
   }
 };
 

@@ -35,6 +35,14 @@ TEST_P(ForwardTest, DeepProducts) {
   }
 }
 
+// Enough tiles that a task takes several, and a number that leaves the last task with fewer.
+TEST_P(ForwardTest, SeveralTilesPerTask) {
+  for (const int64_t tokens : {1, 30}) {
+    CheckForward(LayerSpec{.experts = 2, .hidden = 1056, .intermediate = 352, .has_bias = true},
+                 BatchSpec{.tokens = tokens});
+  }
+}
+
 TEST_P(ForwardTest, AnyNumberOfTokens) {
   if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
   for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 25, 40}) {

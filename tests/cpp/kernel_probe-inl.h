@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 #include <type_traits>
+#include <span>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -60,7 +61,8 @@ struct Probe {
     }
     const AlignedBuffer panel(Compute::kPanelBytes);
     std::vector<float> product(tokens * TilePair::kCount * kTileRows);
-    Compute::Multiply(Codec{}, w, blocks, form, staged.data(), panel.data(), product.data());
+    Compute::Multiply(Codec{}, std::span(&w, 1), blocks, form, staged.data(), panel.data(),
+                      product.data());
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int64_t size = blocks.Size(b);
       const float* in = product.data() + blocks.Begin(b) * TilePair::kCount * kTileRows;
