@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -282,9 +283,11 @@ class Screen:
         self.shown = ""
         os.write(self._master, text.encode())
 
-    def wait(self, text):
+    def wait(self, *texts):
+        """Waits until the texts are shown, in this order."""
         end = time.monotonic() + 20
-        while text not in self.shown:
+        pattern = re.compile(".*".join(map(re.escape, texts)), re.DOTALL)
+        while not pattern.search(self.shown):
             assert time.monotonic() < end, self.shown
             if select.select([self._master], [], [], 0.1)[0]:
                 self.shown += os.read(self._master, 4096).decode()
@@ -301,14 +304,15 @@ def test_on_a_terminal():
             screen.type("hello\n")
             screen.wait(" 3")
             screen.type("\x03")
-            screen.wait("stopped")
-            screen.wait("> ")
+            screen.wait("stopped", "> ")
             screen.type("/stats\n")
-            screen.wait("2 messages; 1 answers")
-            screen.type("half a line\x03")
+            screen.wait("2 messages; 1 answers", "> ")
+            screen.type("half a line")
+            screen.wait("half a line")
+            screen.type("\x03")
             screen.wait("> ")
             screen.type("/save /nowhere/x\n")
-            screen.wait("error: ")
+            screen.wait("error: ", "> ")
             screen.type("\x04")
             assert screen.process.wait(10) == 0
 

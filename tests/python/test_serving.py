@@ -151,9 +151,7 @@ def test_what_asks_for_nothing_is_accepted(client):
         tools=[],
         response_format={"type": "text"},
         user="me",
-        metadata={"a": "b"},
-        store=False,
-        extra_body={"tool_choice": "none", "best_of": None},
+        extra_body={"store": False, "metadata": {"a": "b"}, "tool_choice": "none", "best_of": None},
     )
 
 

@@ -16,6 +16,7 @@ from serving_tools import wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, serve, text_model
+from cpumoe.serving.server import open_socket
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
 COMPLETIONS = "/v1/completions"
@@ -169,8 +170,8 @@ def no_model(monkeypatch):
 
 @pytest.mark.usefixtures("no_model")
 def test_mistakes_are_one_line():
-    with serving("--quiet") as process:
-        port = process.url.rsplit(":")[-1]
+    with open_socket("127.0.0.1", 0) as listener:
+        port = str(listener.getsockname()[1])
         assert f"127.0.0.1 port {port}: Address already in use" in refuse("--port", port)
     assert "no.such.host port 1: " in refuse("--host", "no.such.host", "--port", "1")
     assert "api key: expected" in refuse("--api-key", " ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -47,7 +47,7 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
-    allowed = [Depends(_KeyCheck(settings.api_key))] if settings.api_key else []
+    allowed = [Depends(_key_check(settings.api_key))] if settings.api_key else []
     app.include_router(openai_api.make_router(service), dependencies=allowed)
     app.include_router(sglang_api.make_router(service), dependencies=allowed)
 
@@ -60,16 +60,14 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-class _KeyCheck:
-    """Lets a request pass that presents the key as OpenAI's clients do."""
+def _key_check(key: str) -> Callable[[Request], Awaitable[None]]:
+    """Returns what lets a request pass that presents the key as OpenAI's clients do."""
+    expected = b"Bearer " + key.encode()
 
-    def __init__(self, key: str) -> None:
-        self._expected = b"Bearer " + key.encode()
-
-    async def __call__(self, request: Request) -> None:
+    async def check(request: Request) -> None:
         # Header bytes as they came: they need not be text.
         presented = request.headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(presented, self._expected):
+        if not hmac.compare_digest(presented, expected):
             problem = "is wrong" if presented else "is missing: send 'Authorization: Bearer KEY'"
             raise ApiError(
                 401,
@@ -77,3 +75,5 @@ class _KeyCheck:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    return check
