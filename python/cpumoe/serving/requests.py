@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -79,12 +80,11 @@ def refuse_unsupported(
             continue
         if name not in neutral:
             raise invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
-        if value not in neutral[name]:
-            raise invalid(
-                f"{name}: this server does not support it; leave it out",
-                name,
-                "unsupported_parameter",
-            )
+        accepted = neutral[name]
+        if value not in accepted:
+            only = " or ".join(json.dumps(neutral_value) for neutral_value in accepted)
+            problem = f"this server supports only {only}" if only else "not supported"
+            raise invalid(f"{name}: {problem}; leave it out", name, "unsupported_parameter")
 
 
 def make_sampling(
