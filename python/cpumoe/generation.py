@@ -112,7 +112,7 @@ class TextModel(Protocol):
             cancelled: asked after each token; True ends the generation.
 
         Raises:
-            ValueError: an empty or too long prompt.
+            ValueError: an empty or too long prompt, or tokens that the model does not have.
         """
 
 

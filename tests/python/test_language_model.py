@@ -165,6 +165,12 @@ def test_the_context_is_the_limit(model):
         model.generate([], GREEDY)
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_that_the_model_does_not_have_are_refused(model, token):
+    with pytest.raises(ValueError, match="expected tokens from 0 to"):
+        model.generate([1, token], GREEDY)
+
+
 @given(st.text(min_size=1, max_size=40))
 @settings(deadline=None)
 def test_detokenized_pieces_add_up(tokenizer, text):

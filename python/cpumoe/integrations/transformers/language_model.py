@@ -160,6 +160,9 @@ class LanguageModel:
                 f"prompt: expected fewer tokens than the context of {self.context_length}, "
                 f"got {len(prompt)}"
             )
+        tokens = self.model.get_input_embeddings().num_embeddings
+        if min(prompt) < 0 or max(prompt) >= tokens:
+            raise ValueError(f"prompt: expected tokens from 0 to {tokens - 1}, got others")
         limit = min(room, sampling.max_new_tokens or room)
         text = _GrowingText(self.tokenizer, sampling.stop, self._end_tokens, on_text)
         ids = torch.tensor([list(prompt)])
