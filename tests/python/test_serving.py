@@ -186,7 +186,9 @@ def test_health(server):
     assert server.http.get("/health").json() == {"status": "ready"}
 
 
-@pytest.mark.parametrize("prompt", [{"text": "ab"}, {"input_ids": [97, 98]}])
+@pytest.mark.parametrize(
+    "prompt", [{"text": "ab", "stream": None}, {"text": None, "input_ids": [97, 98]}]
+)
 def test_sglang(server, prompt):
     sampling = {"temperature": 0, "max_new_tokens": 3, "sampling_seed": 1, "top_k": -1}
     body = {**prompt, "sampling_params": sampling, "rid": "mine", "return_logprob": False}
@@ -202,6 +204,11 @@ def test_sglang(server, prompt):
         "prompt_tokens": 2,
         "completion_tokens": 3,
     }
+
+
+def test_sglang_has_defaults(server):
+    for body in ({"text": "a"}, {"text": "a", "sampling_params": None}):
+        assert server.http.post("/generate", json=body).json()["text"] == FIVE
 
 
 def test_sglang_streams_all_of_the_text_each_time(server):

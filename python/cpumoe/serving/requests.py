@@ -132,6 +132,10 @@ def _prompt(value: Any) -> Any:
     return value
 
 
+def _optional_prompt(value: Any) -> Any:
+    return None if value is None else _prompt(value)
+
+
 def _message_text(value: Any) -> Any:
     """A message's content; the texts of its parts are joined by line ends."""
     if isinstance(value, str):
@@ -153,4 +157,5 @@ def _message_text(value: Any) -> Any:
 StopStringsField = Annotated[Any, BeforeValidator(_stop_strings)]
 Prompt = str | list[int]
 PromptField = Annotated[Any, BeforeValidator(_prompt)]
+OptionalPromptField = Annotated[Any, BeforeValidator(_optional_prompt)]
 MessageText = Annotated[str, BeforeValidator(_message_text)]

@@ -15,7 +15,7 @@ from cpumoe.serving.answer import Answer, Document
 from cpumoe.serving.errors import invalid
 from cpumoe.serving.job import Job
 from cpumoe.serving.requests import (
-    PromptField,
+    OptionalPromptField,
     StopStringsField,
     StrictModel,
     make_sampling,
@@ -44,7 +44,7 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
 }
 _SAMPLING_NEUTRAL: dict[str, Sequence[Any]] = {
     "n": (1,),
-    "top_k": (-1,),
+    "top_k": (-1, 1 << 30),
     "min_p": (0,),
     "min_new_tokens": (0,),
     "frequency_penalty": (0,),
@@ -76,10 +76,10 @@ class _SamplingParams(StrictModel):
 class GenerateBody(StrictModel):
     """The body of /generate."""
 
-    text: PromptField = None
-    input_ids: PromptField = None
-    sampling_params: _SamplingParams = Field(default_factory=_SamplingParams)
-    stream: bool = False
+    text: OptionalPromptField = None
+    input_ids: OptionalPromptField = None
+    sampling_params: _SamplingParams | None = None
+    stream: bool | None = None
     rid: str | None = None
 
 
@@ -128,14 +128,16 @@ def make_router(service: Service) -> APIRouter:
     async def generate(request: Request) -> Response:
         body = await read_body(request, GenerateBody, service.settings.max_request_bytes)
         refuse_unsupported(body.model_extra, _NEUTRAL, _IGNORED)
-        refuse_unsupported(body.sampling_params.model_extra, _SAMPLING_NEUTRAL, ())
+        if body.sampling_params is not None:
+            refuse_unsupported(body.sampling_params.model_extra, _SAMPLING_NEUTRAL, ())
         return Answer(service.worker, _job(body), _Shape(body.rid or uuid.uuid4().hex))
 
     return router
 
 
 def _job(body: GenerateBody) -> Job:
-    text, tokens, asked = body.text, body.input_ids, body.sampling_params
+    text, tokens = body.text, body.input_ids
+    asked = body.sampling_params or _SamplingParams()
     if (text is None) == (tokens is None):
         raise invalid("expected either text or input_ids", "text")
     if isinstance(tokens, str) or isinstance(text, list):
@@ -150,7 +152,7 @@ def _job(body: GenerateBody) -> Job:
     return Job(
         lambda model: model.encode(text) if tokens is None else tokens,
         sampling,
-        streams=body.stream,
+        streams=bool(body.stream),
         prompt_param="text" if tokens is None else "input_ids",
         limit_param="max_new_tokens",
     )
