@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <type_traits>
-#include <span>
 #include <vector>
 
 #include "base/aligned_buffer.h"
