@@ -20,23 +20,31 @@ from cpumoe.formats import weight_format
 
 EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 288
 _FP8_BLOCK = 128
+# What the families' configs call the same.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def deepseek_v4(folder, *, hidden=HIDDEN, inner=INNER, experts=EXPERTS):
     """MXFP4 experts, FP8 dense weights in blocks, hash and top-k routing, all attention kinds."""
     config = DeepseekV4Config(
-        vocab_size=VOCABULARY,
+        **_COMMON,
         hidden_size=hidden,
         moe_intermediate_size=inner,
         num_hidden_layers=5,
-        num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
         q_lora_rank=32,
         partial_rotary_factor=0.5,
         num_local_experts=experts,
         n_routed_experts=experts,
-        num_experts_per_tok=TOP_K,
         layer_types=["sliding_attention"]
         + 2 * ["compressed_sparse_attention", "heavily_compressed_attention"],
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
@@ -49,10 +57,6 @@ def deepseek_v4(folder, *, hidden=HIDDEN, inner=INNER, experts=EXPERTS):
         index_n_heads=32,
         index_head_dim=32,
         index_topk=4,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     model = _random(DeepseekV4ForCausalLM, config)
     for module in model.modules():
@@ -87,20 +91,14 @@ def deepseek_v4(folder, *, hidden=HIDDEN, inner=INNER, experts=EXPERTS):
 def gpt_oss(folder):
     """MXFP4 experts with biases, gate and up rows interleaved; the rest bf16."""
     config = GptOssConfig(
-        vocab_size=VOCABULARY,
+        **_COMMON,
         hidden_size=HIDDEN,
         intermediate_size=INNER,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
         sliding_window=16,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     tensors = _saved(_random(GptOssForCausalLM, config), folder)
     mxfp4 = weight_format("mxfp4")
@@ -111,34 +109,28 @@ def gpt_oss(folder):
         tensors[f"{name}_blocks"] = codes.view(*scales.shape, 16)
         tensors[f"{name}_scales"] = scales
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(
-        folder,
-        quantization_config={
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
-    )
+    dense = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": dense}
+    edit_config(folder, quantization_config=quantization)
     return folder
 
 
 def kimi(folder, *, model_type="kimi_k2"):
     """INT4 routed experts in compressed-tensors' pack-quantized format, a dense layer before."""
     config = DeepseekV3Config(
-        vocab_size=VOCABULARY,
+        **_COMMON,
         hidden_size=HIDDEN,
         intermediate_size=2 * INNER,
         moe_intermediate_size=INNER,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=4,
         n_shared_experts=1,
         n_routed_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
         first_k_dense_replace=1,
         n_group=1,
         topk_group=1,
@@ -149,10 +141,6 @@ def kimi(folder, *, model_type="kimi_k2"):
         qk_rope_head_dim=16,
         qk_nope_head_dim=16,
         v_head_dim=16,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     tensors = _saved(_random(DeepseekV3ForCausalLM, config), folder)
     int4 = weight_format("int4")
