@@ -12,6 +12,9 @@ import pytest
 from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
+from cpumoe.serving import requests
+from cpumoe.serving import server as server_module
+
 # Slow enough that nothing ends by itself, and prompt to notice that nobody waits.
 SLOW = {"end": 10**6, "delay": 0.01}
 # A test fails by waiting this long, not by being slow.
@@ -146,6 +149,28 @@ def test_partial_requests_cost_nothing():
         assert_serves(server)
         for connection in partial:
             connection.close()
+        assert_serves(server)
+
+
+def test_requests_that_take_too_long_to_come_are_ended(monkeypatch):
+    monkeypatch.setattr(requests, "_BODY_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.3)
+    whole = post({"prompt": "x"})
+    with Server() as server:
+        for connection in (server.raw(b""), server.raw(whole[:40])):
+            assert connection.recv(1000) == b""
+            connection.close()
+        body = server.raw(whole[:-1])
+        assert b" 408 " in body.recv(1000)
+        body.close()
+        # A connection that is used again, and whose first request is long past.
+        again = server.raw(whole)
+        assert b" 200 " in again.recv(1000)
+        time.sleep(0.5)
+        again.sendall(whole[:40])
+        while received := again.recv(1000):
+            assert b"HTTP/1.1" not in received
+        again.close()
         assert_serves(server)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import uvicorn
 import uvicorn.config
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from cpumoe.serving.service import Service
 from cpumoe.serving.settings import DEFAULT_GRACE_SECONDS
@@ -23,6 +25,7 @@ from cpumoe.serving.settings import DEFAULT_GRACE_SECONDS
 # For clients that read the end of their answer slowly, after the model has stopped.
 _SEND_SECONDS = 5
 _BACKLOG = 128
+_HEAD_SECONDS = 30
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -78,7 +81,7 @@ def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         # Chosen here, so that the server behaves the same whatever else is installed.
-        http="h11",
+        http=_Protocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -87,6 +90,36 @@ def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
         timeout_graceful_shutdown=_SEND_SECONDS,
         server_header=False,
     )
+
+
+class _Protocol(H11Protocol):
+    """Uvicorn's HTTP, less connections that do not finish a request's head in time."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        request: RequestResponseCycle | None = self.cycle
+        if (request and not request.response_complete) or self.transport.is_closing():
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class Server(uvicorn.Server):
