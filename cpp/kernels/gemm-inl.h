@@ -60,29 +60,14 @@ struct Gemm {
   template <int kTokens, int kTiles>
   static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
+    // A sum is a chain of dependent instructions: with few of them, two groups are summed at once.
+    constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
     for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
-    for (int64_t g = 0; g < groups; ++g) {
-      KeepInMemory();
-      Vec part[kTiles][kTokens];
-      Clear(part);
-      for (int v = 0; v < Geometry::kGroupVectors; ++v) {
-        typename Isa::Codes codes[kTiles];
-        for (int r = 0; r < kTiles; ++r) {
-          const std::byte* at = tiles[r].codes + g * Geometry::kGroupBytes + v * kVectorBytes;
-          Prefetch(at);
-          codes[r] = Isa::LoadCodes(at);
-        }
-        Unroll<Geometry::kVectorPairs>([&](auto p) {
-          Pair w[kTiles];
-          for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[r]);
-          for (int t = 0; t < kTokens; ++t) {
-            for (int r = 0; r < kTiles; ++r) part[r][t] = Isa::Dot(part[r][t], w[r], a + 2 * t);
-          }
-          a += 2 * kTokens;
-        });
-      }
-      AddScaled(codec, tiles, g, part, c);
+    int64_t g = 0;
+    for (; g + kAtOnce <= groups; g += kAtOnce) {
+      FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
     }
+    if (g < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, g, a, c);
   }
 
   // Decodes groups [begin, end) of the tiles into panel[pair][tile].
@@ -158,6 +143,39 @@ struct Gemm {
   // C stays in memory between groups: in registers it would displace the group's sums, and
   // compilers spill those instead.
   static void KeepInMemory() { asm volatile("" ::: "memory"); }
+
+  // C += A * groups [g, g + kGroups) of the tiles.
+  template <int kGroups, int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void FusedGroups(const Codec& codec,
+                                                                const TileView* tiles, int64_t g,
+                                                                const Activation* a, float* c) {
+    KeepInMemory();
+    a += g * Format::kGroupSize * kTokens;
+    Vec part[kGroups][kTiles][kTokens];
+    for (auto& group : part) Clear(group);
+    for (int v = 0; v < Geometry::kGroupVectors; ++v) {
+      typename Isa::Codes codes[kGroups][kTiles];
+      for (int i = 0; i < kGroups * kTiles; ++i) {
+        const std::byte* at =
+            tiles[i % kTiles].codes + (g + i / kTiles) * Geometry::kGroupBytes + v * kVectorBytes;
+        Prefetch(at);
+        codes[i / kTiles][i % kTiles] = Isa::LoadCodes(at);
+      }
+      Unroll<Geometry::kVectorPairs>([&](auto p) {
+        for (int i = 0; i < kGroups; ++i) {
+          const Activation* x = a + i * Format::kGroupSize * kTokens;
+          Pair w[kTiles];
+          for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[i][r]);
+          for (int t = 0; t < kTokens; ++t) {
+            for (int r = 0; r < kTiles; ++r)
+              part[i][r][t] = Isa::Dot(part[i][r][t], w[r], x + 2 * t);
+          }
+        }
+        a += 2 * kTokens;
+      });
+    }
+    for (int i = 0; i < kGroups; ++i) AddScaled(codec, tiles, g + i, part[i], c);
+  }
 
   template <int kTokens, int kTiles>
   static void Clear(Vec (&part)[kTiles][kTokens]) {
