@@ -68,14 +68,12 @@ def prepare_call(
                 f"topk_weights: expected float32, bfloat16 or float16, got {describe(topk_weights)}"
             )
         topk_weights = topk_weights.float()
-    hidden_states = hidden_states.resolve_neg()  # a view's lazy minus sign is not in its memory
-    if hidden_states.stride(1) != 1:
-        hidden_states = hidden_states.contiguous()
-    topk_ids = topk_ids.resolve_neg().contiguous()
-    topk_weights = topk_weights.resolve_neg().contiguous()
+    if hidden_states.stride(1) != 1 or hidden_states.is_neg():
+        hidden_states = _in_memory(hidden_states)
+    topk_ids, topk_weights = _in_memory(topk_ids), _in_memory(topk_weights)
     if mask is not None:
         check_mask(mask, num_experts)  # again: it is the caller's, who may have resized it
-    output = torch.empty(tokens, hidden_size, dtype=hidden_states.dtype)
+    output = hidden_states.new_empty((tokens, hidden_size))
     tensors = _core.ForwardTensors(
         hidden_states.data_ptr(),
         hidden_states.stride(0),
@@ -89,6 +87,13 @@ def prepare_call(
         output.data_ptr(),
     )
     return Call(tensors, output, (hidden_states, topk_ids, topk_weights, mask))
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a contiguous one; a view's lazy minus sign is not in its memory."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg().contiguous()
 
 
 def check_mask(mask: torch.Tensor, num_experts: int) -> None:
