@@ -10,8 +10,10 @@ import tiny_models
 import torch
 from checkpoint_tools import edit_config, edit_tensors
 from moe_tools import output_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
     Qwen2Config,
@@ -27,6 +29,7 @@ from cpumoe.integrations.transformers import (
     from_pretrained,
     use_fp32_routers,
 )
+from cpumoe.integrations.transformers.loading import from_pretrained_by_host
 
 TOKENS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(1))
 # The variants whose activations stay fp32; the others round them to bf16 by design.
@@ -51,7 +54,8 @@ def host(family, folder, dtype):
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **extra)
     use_fp32_routers(model)
-    return model.to(dtype).eval()
+    # To bf16 there is nothing to do, and `to` would round the rotary frequencies.
+    return model.float() if dtype == torch.float32 else model
 
 
 def logits(model):
@@ -167,6 +171,79 @@ def test_kimi_loads_under_its_own_name(tmp_path):
     assert torch.isfinite(logits(model)).all()
 
 
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_host_computes_the_same_from_its_own_dense_experts(family, tmp_path):
+    folder = tiny_models.FAMILIES[family](tmp_path)  # each under its own name
+    theirs = from_pretrained_by_host(folder, dtype=torch.float32)
+    assert experts_of(theirs) == []
+    options = ExpertsOptions(isa=FP32_ISAS[0])
+    ours = from_pretrained(folder, dtype=torch.float32, options=options)
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_the_hosts_bf16_model_keeps_what_it_has_in_fp32(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    expected = from_pretrained(folder).model.rotary_emb.inv_freq
+    actual = from_pretrained_by_host(folder).model.rotary_emb.inv_freq
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
+def test_models_without_a_head(tmp_path):
+    folder = tiny_models.kimi(tmp_path)
+    with torch.no_grad():
+        expected = from_pretrained(folder).model(TOKENS).last_hidden_state
+        actual = from_pretrained(folder, model_class=AutoModel)(TOKENS).last_hidden_state
+    assert torch.equal(actual, expected)
+
+
+def test_a_config_may_be_given_and_stays_as_it_is(family):
+    config = AutoConfig.from_pretrained(family[1])
+    before = config.to_dict()
+    first, second = (logits(from_pretrained(family[1], config=config)) for _ in range(2))
+    assert config.to_dict() == before
+    assert torch.equal(first, second)
+
+
+def test_loading_may_be_reported_on(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    model, report = from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert model.dtype == torch.float32
+    assert not report["missing_keys"]
+
+
+def test_the_checkpoint_may_be_a_folder_of_many_files(family, tmp_path):
+    split_into_shards(family[1], tmp_path, 3)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(from_pretrained(family[1])))
+
+
+def split_into_shards(source, target, count):
+    tensors = load_file(source / "model.safetensors")
+    shards = {}
+    for index in range(count):
+        file = f"model-{index + 1:05}-of-{count:05}.safetensors"
+        names = sorted(tensors)[index::count]
+        save_file({name: tensors[name] for name in names}, target / file, {"format": "pt"})
+        shards |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": shards}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+
+
+def test_revisions_and_tokens_reach_the_config_too(family, monkeypatch):
+    seen = {}
+    load = AutoConfig.from_pretrained
+
+    def note(path, **kwargs):
+        seen.update(kwargs)
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", note)
+    origin = {"revision": "abc", "local_files_only": True}
+    from_pretrained(family[1], low_cpu_mem_usage=True, **origin)
+    assert seen == origin
+
+
 @pytest.mark.parametrize("fp32", [True, False])
 def test_deepseek_v4_routers_are_fp32_unless_told_otherwise(tmp_path, fp32):
     folder = tiny_models.deepseek_v4(tmp_path)
@@ -231,6 +308,23 @@ def test_a_model_without_experts_is_refused(tmp_path):
 def test_other_dtypes_are_refused(tmp_path, dtype):
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or torch\.float32"):
         from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_the_old_name_of_dtype_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="torch_dtype: this argument is called dtype"):
+        from_pretrained(tmp_path, torch_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./none", "no such", "../a/b"])
+def test_a_missing_folder_is_named(path):
+    with pytest.raises(FileNotFoundError, match=f"{path}: no such checkpoint folder"):
+        from_pretrained(path)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(NotADirectoryError, match="expected a checkpoint folder, got a file"):
+        from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("options", [{"compute": "int3"}, {"isa": "avx3"}])

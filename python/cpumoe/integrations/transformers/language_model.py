@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers import AutoTokenizer, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 from typing_extensions import override
@@ -26,9 +26,13 @@ from cpumoe.generation import (
 )
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.experts_module import CpuExperts
-from cpumoe.integrations.transformers.loading import from_pretrained
+from cpumoe.integrations.transformers.loading import (
+    check_path,
+    from_pretrained,
+    from_pretrained_by_host,
+    origin,
+)
 from cpumoe.integrations.transformers.options import ExpertsOptions
-from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 
 class LanguageModel:
@@ -80,18 +84,15 @@ class LanguageModel:
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
         options = options or ExpertsOptions()
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=kwargs.get("trust_remote_code")
-        )
+        check_path(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **origin(kwargs))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         with _host_progress(options.progress):
             if host_experts:
-                # Unscaled tensors stay bf16 whatever the host is asked for.
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
-                if options.fp32_router:
-                    use_fp32_routers(model)
-                model = model.to(dtype)
+                model = from_pretrained_by_host(
+                    path, fp32_router=options.fp32_router, dtype=dtype, **kwargs
+                )
             else:
                 model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
         return cls(model, tokenizer, name or Path(path).resolve().name)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -20,14 +34,35 @@ from cpumoe.integrations.transformers.options import (
     set_default_options,
 )
 from cpumoe.integrations.transformers.quantizers import HOST_QUANTIZERS, QUANTIZERS, our_method
+from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 IMPLEMENTATION = "cpumoe"
+# What may be a name on the hub, "gpt2" or "openai/gpt-oss-20b".
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Arguments that say where a checkpoint is: config and tokenizer must come from there as well.
+_ORIGIN = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 class KimiK2Config(DeepseekV3Config):
     """Kimi-K2 is DeepSeek-V3's architecture under another name, which transformers lacks."""
 
     model_type = "kimi_k2"
+
+
+class KimiK2Model(DeepseekV3Model):
+    """The model of `KimiK2Config`, without a head."""
+
+    config_class = KimiK2Config
 
 
 class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
@@ -37,7 +72,14 @@ class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
 
 
 AutoConfig.register(KimiK2Config.model_type, KimiK2Config, exist_ok=True)
+AutoModel.register(KimiK2Config, KimiK2Model, exist_ok=True)
 AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
+# How the host makes its stacked experts of a checkpoint's: without it they would stay random.
+register_checkpoint_conversion_mapping(
+    KimiK2Config.model_type,
+    get_checkpoint_conversion_mapping(DeepseekV3Config.model_type),
+    overwrite=True,
+)
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
@@ -65,26 +107,58 @@ def from_pretrained(
         The model, in evaluation mode. Its experts record no gradients, and it cannot be saved.
 
     Raises:
-        FileNotFoundError: no such folder or file.
+        FileNotFoundError, NotADirectoryError: no such folder, or a file.
+        OSError: a name that the hub does not have.
         CheckpointError: a damaged checkpoint, or not an MoE model.
         UnsupportedFormatError: experts in a format that cpumoe does not know.
         ValueError: experts that compute something else than cpumoe does.
     """
+    if "torch_dtype" in kwargs:  # the host would let our dtype win, without a word
+        raise ValueError("torch_dtype: this argument is called dtype")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16 or torch.float32, got {dtype}")
-    _check_folder(path)
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-        path, trust_remote_code=kwargs.get("trust_remote_code")
-    )
+    _check_folder(path, kwargs.get("subfolder"))
+    config = _config(path, kwargs)
     _use_our_quantizer(config, path)
     with loading_with(options or ExpertsOptions()):
-        model = model_class.from_pretrained(path, config=config, dtype=torch.bfloat16, **kwargs)
+        loaded = model_class.from_pretrained(path, config=config, dtype=torch.bfloat16, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
     if not any(isinstance(module, CpuExperts) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__}: transformers has no experts module in it that cpumoe knows"
         )
-    # The host's loader keeps unquantized tensors in the checkpoint's bf16 whatever it is asked for.
-    return model.to(dtype) if dtype == torch.float32 else model
+    _widen(model, dtype)
+    return loaded
+
+
+def from_pretrained_by_host(
+    path: str | os.PathLike[str],
+    *,
+    fp32_router: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **kwargs: Any,
+) -> Any:
+    """Loads a causal language model that the host dequantizes and computes whole, to compare with.
+
+    Args:
+        path: a checkpoint folder, or a name on the hub.
+        fp32_router: see `ExpertsOptions`.
+        dtype: bfloat16 or float32.
+        **kwargs: for the host.
+    """
+    check_path(path)
+    config = _config(path, kwargs)
+    owner, quantization = _quantization(config)
+    if quantization is not None:
+        # Else the host keeps compressed-tensors compressed, and computes MXFP4 where it can.
+        owner.quantization_config = {**quantization, "dequantize": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.bfloat16, **kwargs
+    )
+    if fp32_router:
+        use_fp32_routers(model)
+    _widen(model, dtype)
+    return model
 
 
 def enable(options: ExpertsOptions | None = None) -> None:
@@ -110,23 +184,63 @@ def disable() -> None:
     AUTO_QUANTIZER_MAPPING.update(HOST_QUANTIZERS)
 
 
-def _check_folder(path: str | os.PathLike[str]) -> None:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no folder and cannot be a name on the hub.
+
+    Raises:
+        FileNotFoundError: so it is; the host would complain of the name.
+        NotADirectoryError: a file.
+    """
+    if Path(path).is_file():
+        raise NotADirectoryError(f"{path}: expected a checkpoint folder, got a file")
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(os.fspath(path)):
+        raise FileNotFoundError(f"{path}: no such checkpoint folder")
+
+
+def origin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of `from_pretrained`'s arguments that say where the checkpoint is."""
+    return {name: kwargs[name] for name in _ORIGIN if name in kwargs}
+
+
+def _check_folder(path: str | os.PathLike[str], subfolder: str | None) -> None:
     """Refuses what cannot be loaded before the host begins; a name on the hub is checked later."""
+    check_path(path)
     if not Path(path).exists():
         return
-    with open_checkpoint(path) as reader:
+    with open_checkpoint(Path(path, subfolder or "")) as reader:
         reader.check_supported()
 
 
-def _use_our_quantizer(config: Any, path: str | os.PathLike[str]) -> None:
+def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+    """Takes the config out of the arguments, as a copy that may be changed, or loads it."""
+    config = kwargs.pop("config", None)
+    if config is None:
+        return AutoConfig.from_pretrained(path, **origin(kwargs))
+    return copy.deepcopy(config)
+
+
+def _quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Returns what checkpoints say of their quantization, after the config that says it."""
     owner = config
     if getattr(owner, "quantization_config", None) is None:
         owner = config.get_text_config(decoder=True)
     quantization = getattr(owner, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if not isinstance(quantization, dict) or method not in QUANTIZERS:
+    return owner, quantization if isinstance(quantization, dict) else None
+
+
+def _use_our_quantizer(config: Any, path: str | os.PathLike[str]) -> None:
+    owner, quantization = _quantization(config)
+    method = None if quantization is None else quantization.get("quant_method")
+    if quantization is None or method not in QUANTIZERS:
         raise UnsupportedFormatError(
             f"{path}: quantization method {method!r} is not supported; supported: "
             f"{', '.join(QUANTIZERS)}"
         )
     owner.quantization_config = {**quantization, "quant_method": our_method(method)}
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    # The host's loader keeps unquantized tensors in the checkpoint's bf16 whatever it is asked for.
+    # Only that way: the other would round what the host keeps in fp32, rotary frequencies first.
+    if dtype == torch.float32:
+        model.to(dtype)
