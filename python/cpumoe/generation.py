@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 Message = Mapping[str, str]
 FinishReason = Literal["stop", "length", "cancelled"]
+# Below, decoding is greedy: logits divided by less might overflow.
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: at most this many tokens, at least 1; None: what the context has room for.
-        temperature: divides the logits; 0 is greedy decoding.
+        temperature: divides the logits; 0 (and less than `LEAST_TEMPERATURE`) is greedy decoding.
         top_p: nucleus: the most probable tokens that together have this probability, in (0, 1].
         stop: strings that end the text and are not part of it.
         seed: of the random choice; the same seed, prompt and threads give the same text.
@@ -81,7 +83,11 @@ class TextModel(Protocol):
         """Tokens of prompt and continuation together."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a prompt."""
+        """Returns the tokens of a prompt.
+
+        Raises:
+            ValueError: text that is none, such as half a surrogate pair.
+        """
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the assistant speaks.
@@ -90,7 +96,8 @@ class TextModel(Protocol):
             messages: each with "role" ("system", "user", "assistant") and "content".
 
         Raises:
-            ValueError: the model has no chat template, or its template refuses the messages.
+            ValueError: the model has no chat template, or its template refuses the messages; text
+                as in `encode`.
         """
 
     def generate(

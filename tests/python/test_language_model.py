@@ -52,6 +52,13 @@ def test_chats_become_tokens(model):
     assert text == "<|system|>s<|user|>hi<|assistant|>"
 
 
+def test_half_a_surrogate_pair_is_refused(model):
+    with pytest.raises(ValueError, match=r"text: expected Unicode characters, got '\\udcff', half"):
+        model.encode("a\udcff")
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        model.encode_chat([{"role": "user", "content": "\ud800"}])
+
+
 def test_a_template_may_refuse_messages(model):
     with pytest.raises(ValueError, match="refuses these messages: unknown role tool"):
         model.encode_chat([{"role": "tool", "content": "x"}])
@@ -132,6 +139,13 @@ def test_a_small_nucleus_is_greedy(model):
     prompt = model.encode("Once")
     nucleus = model.generate(prompt, Sampling(24, temperature=1, top_p=1e-6, seed=1)).text
     assert nucleus == model.generate(prompt, GREEDY).text
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6, 1e-5])
+def test_the_lowest_temperatures_are_greedy(model, temperature):
+    prompt = model.encode("Once")
+    text = model.generate(prompt, Sampling(24, temperature=temperature, seed=1)).text
+    assert text == model.generate(prompt, GREEDY).text
 
 
 def test_cancelling(model):

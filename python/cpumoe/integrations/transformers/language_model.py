@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from cpumoe import embedded
 from cpumoe.generation import (
+    LEAST_TEMPERATURE,
     FinishReason,
     Generation,
     Message,
@@ -118,16 +119,24 @@ class LanguageModel:
         return sum(module.spent.calls for module in self._experts)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a prompt, with what the tokenizer puts before it."""
+        """Returns the tokens of a prompt, with what the tokenizer puts before it.
+
+        Raises:
+            ValueError: half a surrogate pair in it, which no encoding has.
+        """
+        _check_text(text)
         return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the assistant speaks.
 
         Raises:
-            ValueError: no chat template, or it refuses the messages.
+            ValueError: no chat template, or it refuses the messages; text as in `encode`.
         """
         from jinja2 import TemplateError
+
+        for message in messages:
+            _check_text("".join(message.values()))
 
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -281,13 +290,25 @@ def _host_progress(enabled: bool | None) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def _check_text(text: str) -> None:
+    """Tokenizers refuse such text with a TypeError that does not say what is wrong."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text: expected Unicode characters, got {text[error.start]!a}, half a surrogate pair; "
+            f"was it UTF-8?"
+        ) from None
+
+
 def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
     """What the host's `generate` calls them; what is left out is its generation config's."""
     arguments: dict[str, Any] = {}
     if sampling.temperature is not None:
-        arguments["do_sample"] = sampling.temperature > 0
+        sample = sampling.temperature >= LEAST_TEMPERATURE
+        arguments["do_sample"] = sample
         # The host refuses a temperature of 0, and warns of any without sampling.
-        arguments["temperature"] = sampling.temperature or None
+        arguments["temperature"] = sampling.temperature if sample else None
     if sampling.top_p is not None:
         arguments["top_p"] = sampling.top_p
     if arguments.get("do_sample") is False:
