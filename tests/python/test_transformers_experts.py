@@ -79,6 +79,25 @@ def test_an_unknown_activation_is_refused_by_name():
         module_swiglu(experts_module(OddExperts))
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda gate, up: torch.nn.functional.silu(gate).clamp(max=10) * up.clamp(-10, 10),
+        lambda gate, up: torch.nn.functional.silu(gate.clamp(max=300)) * up,
+        lambda gate, up: torch.nn.functional.silu(gate) * up.clamp(-300_000, 300_000),
+        lambda gate, up: gate * torch.sigmoid(1.0001 * gate) * up,
+    ],
+    ids=["limit after silu", "limit far out", "limit very far out", "slightly other alpha"],
+)
+def test_an_activation_that_is_nearly_known_is_refused(gate):
+    class NearExperts(DeepseekV4Experts):
+        def _apply_gate(self, gate_up):
+            return gate(*gate_up.chunk(2, dim=-1))
+
+    with pytest.raises(ValueError, match=r"NearExperts\._apply_gate"):
+        module_swiglu(experts_module(NearExperts, swiglu_limit=10.0))
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
 def test_another_act_fn_is_refused(hidden_act):
     with pytest.raises(ValueError, match=r"DeepseekV3Experts\._apply_gate"):

@@ -10,8 +10,10 @@ from torch import nn
 
 from cpumoe.swiglu import SwiGLU
 
-# Around zero, where gates differ most, and far enough for a limit to show.
-_PROBES = torch.cat((torch.linspace(-48, 48, 97), torch.linspace(-1, 1, 21)))
+# Around zero, where gates differ most, and far enough for a limit to show that the module has under
+# another name.
+_FAR = torch.logspace(2, 6, 9)
+_PROBES = torch.cat((torch.linspace(-48, 48, 97), torch.linspace(-1, 1, 21), _FAR, -_FAR))
 
 
 class _Gate(Protocol):
@@ -34,13 +36,13 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
         raise ValueError(f"{name}: experts without a gate projection are not supported")
     # The host may be inside a block that makes new tensors on the meta device.
     with torch.device("cpu"), torch.no_grad():
-        probes = torch.cat((_PROBES, (_limit(module) or 0) * torch.tensor([-2.0, 2.0])))
+        probes = torch.cat((_PROBES, (_limit(module) or 0) * torch.tensor([-2.0, 2.0]))).float()
         gate, up = (grid.flatten() for grid in torch.meshgrid(probes, probes, indexing="ij"))
         # One feature: [gate; up] and interleaved columns are the same.
         gate_up = torch.stack((gate, up), -1)
         actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0]
         for candidate in _candidates(module):
-            if torch.allclose(actual, candidate(gate, up), rtol=1e-4, atol=1e-5):
+            if torch.allclose(actual, candidate(gate, up), rtol=1e-5, atol=1e-6):
                 return candidate
     raise ValueError(
         f"{name}._apply_gate is no activation that cpumoe computes: expected silu(gate) * up, "
