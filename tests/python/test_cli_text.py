@@ -1,6 +1,8 @@
 """``cpumoe generate`` and ``cpumoe eval`` on tiny models."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny_models
@@ -94,7 +96,48 @@ def test_generate_explains_mistakes(model, arguments, message):
 
 
 def test_generate_names_a_missing_folder():
-    assert "/no/such/model" in run("generate", "/no/such/model", "-p", "a", code=2).stderr
+    result = run("generate", "/no/such/model", "-p", "a", code=2)
+    assert "/no/such/model: no such checkpoint folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("generate",), "--prompt-file"),
+        (("eval",), "--text"),
+        (("generate", "-p", "a", "--chat"), "--chat-template"),
+    ],
+)
+def test_files_that_are_no_utf8_are_named(model, tmp_path, command, option):
+    path = tmp_path / "latin-1"
+    path.write_bytes("café".encode("latin-1"))
+    name, *arguments = command
+    result = run(name, model, *arguments, option, str(path), code=2)
+    assert f"{option}: {path}: expected UTF-8 text" in result.stderr
+
+
+@pytest.mark.parametrize("package", ["transformers", "accelerate", "compressed-tensors"])
+def test_a_missing_package_is_one_line(package):
+    code = f"""
+import sys
+from importlib import metadata
+
+found = metadata.version
+
+def version(name):
+    if name == {package!r}:
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.version = version
+sys.argv = ["cpumoe", "generate", "-p", "a"]
+from cpumoe.cli import app
+app()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f"needs the package {package}: pip install" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_eval_compares_ways_to_compute_experts(model, text):

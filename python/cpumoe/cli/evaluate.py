@@ -18,7 +18,13 @@ from cpumoe.cli.options import (
     TracebackOption,
     parse_computes,
 )
-from cpumoe.cli.text_model import DEFAULT_DTYPE, DtypeOption, ModelArgument, load_text_model
+from cpumoe.cli.text_model import (
+    DEFAULT_DTYPE,
+    DtypeOption,
+    ModelArgument,
+    load_text_model,
+    read_text,
+)
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
@@ -145,7 +151,7 @@ def _read(model: str | None, text: Path | None) -> str:
         from cpumoe import embedded
 
         text = embedded.held_out_path()
-    return text.read_text("utf-8")
+    return read_text(text, "--text")
 
 
 def _measure(

@@ -27,6 +27,7 @@ from cpumoe.cli.text_model import (
     TopPOption,
     load_text_model,
     make_sampling,
+    read_text,
 )
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def _prompt(text: str | None, file: str | None) -> str:
         raise InputError("expected either --prompt TEXT or --prompt-file FILE")
     if text is None:
         assert file is not None
-        text = sys.stdin.read() if file == _STANDARD_INPUT else Path(file).read_text("utf-8")
+        from_pipe = file == _STANDARD_INPUT
+        text = sys.stdin.read() if from_pipe else read_text(Path(file), "--prompt-file")
     if not text:
         raise InputError("--prompt: expected some text, got none")
     return text

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cpumoe.integrations.transformers import LanguageModel
 
 DTYPES = ("bfloat16", "float32")
-_HOST_PACKAGES = ("transformers", "accelerate")
+_HOST_PACKAGES = ("transformers", "accelerate", "compressed-tensors")
 
 ModelArgument = Annotated[
     str | None,
@@ -123,6 +123,7 @@ def load_text_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    template = None if chat_template is None else read_text(chat_template, "--chat-template")
     try:
         from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
     except ImportError as error:
@@ -142,9 +143,21 @@ def load_text_model(
         model,
         options=options,
         dtype=getattr(torch, dtype),
-        chat_template=None if chat_template is None else chat_template.read_text("utf-8"),
+        chat_template=template,
         host_experts=host_experts,
     )
+
+
+def read_text(path: Path, option: str) -> str:
+    """Returns the content of an option's UTF-8 file.
+
+    Raises:
+        InputError: it is no UTF-8; an OSError names the file itself.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option}: {path}: expected UTF-8 text: {error}") from None
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

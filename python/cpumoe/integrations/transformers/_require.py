@@ -5,6 +5,7 @@ from importlib import metadata
 # Internals of the host are used (quantizers, experts modules), which change between minor versions.
 _OLDEST = (5, 23)
 _NEWEST = (5, 24)
+_PACKAGES = ("transformers", "accelerate", "compressed-tensors")
 _INSTALL = 'pip install "cpumoe[transformers]"'
 
 
@@ -12,11 +13,10 @@ def require_transformers() -> None:
     """Checks that the extra's packages are there, before a deep import fails on one.
 
     Raises:
-        ImportError: transformers or accelerate is missing, or transformers is another version.
+        ImportError: one is missing, or transformers is another version; its name is the package's.
     """
     try:
-        version = metadata.version("transformers")
-        metadata.version("accelerate")
+        version = {package: metadata.version(package) for package in _PACKAGES}["transformers"]
     except metadata.PackageNotFoundError as error:
         raise ImportError(
             f"running models needs the package {error.name}: {_INSTALL}", name=error.name
