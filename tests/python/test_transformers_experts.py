@@ -189,6 +189,16 @@ def test_experts_in_memory_follow_changed_weights():
         torch.testing.assert_close(module(*arguments), 2 * first)
 
 
+def test_experts_in_memory_may_be_made_in_inference_mode():
+    arguments = routing()
+    expected = quantized_in_place(experts_module(DeepseekV3Experts))
+    expected.config._experts_implementation = "cpumoe"
+    with torch.inference_mode():
+        module = quantized_in_place(experts_module(DeepseekV3Experts))
+        module.config._experts_implementation = "cpumoe"
+        assert torch.equal(module(*arguments), expected(*arguments))
+
+
 def test_weights_in_memory_are_not_rounded():
     module = experts_module(DeepseekV3Experts)
     torch.nn.init.normal_(module.gate_up_proj)

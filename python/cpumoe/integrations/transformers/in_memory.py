@@ -54,7 +54,10 @@ def experts_forward(
 
 
 def _experts_of(module: Any) -> Experts:
-    state = tuple((p.data_ptr(), p._version) for p in module.parameters())
+    # A model loaded in inference mode has no versions: there, changes in place go unnoticed.
+    state = tuple(
+        (p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()
+    )
     known = _packed.get(module)
     if known is None or known[0] != state:
         known = _packed[module] = (state, _pack(module))
