@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.quantizers import quantizer_mxfp4
 
 import cpumoe
 from cpumoe.integrations.transformers import (
@@ -302,6 +303,20 @@ def test_a_model_without_experts_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(cpumoe.CheckpointError, match="not a Mixture-of-Experts model"):
         from_pretrained(tmp_path)
+
+
+def test_a_class_without_experts_is_refused(tmp_path):
+    folder = tiny_models.kimi(tmp_path)
+    config = AutoConfig.from_pretrained(folder, first_k_dense_replace=tiny_models.LAYERS)
+    with pytest.raises(ValueError, match="KimiK2ForCausalLM: transformers has no experts module"):
+        from_pretrained(folder, config=config)
+
+
+def test_the_host_does_not_warn_of_what_it_does_not_do(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(quantizer_mxfp4.logger, "warning_once", said.append)
+    from_pretrained(tiny_models.gpt_oss(tmp_path))
+    assert said == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -26,7 +26,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from cpumoe.checkpoint import UnsupportedFormatError, open_checkpoint
-from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.in_memory import experts_forward
 from cpumoe.integrations.transformers.options import (
     ExpertsOptions,
@@ -111,7 +110,7 @@ def from_pretrained(
         OSError: a name that the hub does not have.
         CheckpointError: a damaged checkpoint, or not an MoE model.
         UnsupportedFormatError: experts in a format that cpumoe does not know.
-        ValueError: experts that compute something else than cpumoe does.
+        ValueError: experts that compute something else than cpumoe does, or none in the model.
     """
     if "torch_dtype" in kwargs:  # the host would let our dtype win, without a word
         raise ValueError("torch_dtype: this argument is called dtype")
@@ -122,12 +121,8 @@ def from_pretrained(
     _use_our_quantizer(config, path)
     with loading_with(options or ExpertsOptions()):
         loaded = model_class.from_pretrained(path, config=config, dtype=torch.bfloat16, **kwargs)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
-    if not any(isinstance(module, CpuExperts) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__}: transformers has no experts module in it that cpumoe knows"
-        )
-    _widen(model, dtype)
+    # With output_loading_info=True a report comes with the model.
+    _widen(loaded[0] if isinstance(loaded, tuple) else loaded, dtype)
     return loaded
 
 

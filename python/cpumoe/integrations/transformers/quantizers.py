@@ -56,9 +56,8 @@ class ExpertsToCpumoe(HfQuantizer):
         return self
 
     @override
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
         if checkpoint_files and any(experts_modules(model)):
             self._reader = open_checkpoint(Path(checkpoint_files[0]).parent)
             self._swapped = swap_experts(model, self._reader)
@@ -66,9 +65,13 @@ class ExpertsToCpumoe(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
             # What else is quantized becomes dense: a CPU multiplies nothing else.
             self.quantization_config.dequantize = True
-        super()._process_model_before_weight_loading(
-            model, checkpoint_files=checkpoint_files, **kwargs
-        )
+        elif str(self.quantization_config.quant_method).startswith(_PREFIX):
+            # Asked for by name, unlike after `enable`. All of it would be read to no purpose.
+            raise ValueError(
+                f"{type(model).__name__}: transformers has no experts module in it that cpumoe "
+                f"knows"
+            )
+        super()._process_model_before_weight_loading(model, **kwargs)
 
     @override
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -113,6 +116,13 @@ class Mxfp4Quantizer(ExpertsToCpumoe, Mxfp4HfQuantizer):
         if self.pre_quantized:
             self.quantization_config.dequantize = True
         super().validate_environment(*args, **kwargs)
+
+    @override
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not torch.accelerator.is_available():
+            # The host's would warn that it dequantizes experts which it has no longer.
+            kwargs["use_kernels"] = True
+        super()._process_model_before_weight_loading(model, **kwargs)
 
 
 class CompressedTensorsQuantizer(ExpertsToCpumoe, CompressedTensorsHfQuantizer):
