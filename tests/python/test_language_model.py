@@ -135,6 +135,14 @@ def test_a_seed_repeats_the_text_and_leaves_torchs_generator_alone(model):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_temperature_may_be_an_integer(model):
+    texts = [
+        model.generate(model.encode("Once"), Sampling(8, temperature=t, seed=1)).text
+        for t in (2, 2.0)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_a_small_nucleus_is_greedy(model):
     prompt = model.encode("Once")
     nucleus = model.generate(prompt, Sampling(24, temperature=1, top_p=1e-6, seed=1)).text

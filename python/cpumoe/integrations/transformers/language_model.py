@@ -307,8 +307,8 @@ def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
     if sampling.temperature is not None:
         sample = sampling.temperature >= LEAST_TEMPERATURE
         arguments["do_sample"] = sample
-        # The host refuses a temperature of 0, and warns of any without sampling.
-        arguments["temperature"] = sampling.temperature if sample else None
+        # The host refuses a temperature of 0 or of type int, and warns of any without sampling.
+        arguments["temperature"] = float(sampling.temperature) if sample else None
     if sampling.top_p is not None:
         arguments["top_p"] = sampling.top_p
     if arguments.get("do_sample") is False:
