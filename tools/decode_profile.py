@@ -49,6 +49,8 @@ def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
         module.register_forward_hook(_note_python(module, engine, python))
         engines.append(engine)
     result = model.generate(ids, Sampling(tokens, temperature=0))
+    if result.completion_tokens < 2:
+        raise SystemExit("nothing decoded: the first token is prefill's; see --tokens, --prompt")
     kernels = [second for engine in engines for second in engine.seconds[1:]]  # not prefill
     return {
         "tokens": result.completion_tokens,
