@@ -84,7 +84,7 @@ def _dispatch(module: CpuExperts, repeats: int = 2000) -> float:
     with torch.inference_mode():
         for _ in range(repeats):
             module(x, ids, weights)
-    return statistics.median(experts._moe.seconds)
+    return float(statistics.median(experts._moe.seconds))
 
 
 def main() -> None:

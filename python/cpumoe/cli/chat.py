@@ -26,6 +26,7 @@ from cpumoe.cli.text_model import (
     StopOption,
     TemperatureOption,
     TopPOption,
+    TrustRemoteCodeOption,
     load_text_model,
     make_sampling,
     require_package,
@@ -73,6 +74,7 @@ def command(
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Chat with a model, in this process or behind a URL.
@@ -101,6 +103,7 @@ def command(
                     isa=isa,
                     dtype=dtype,
                     chat_template=chat_template,
+                    trust_remote_code=trust_remote_code,
                 )
             )
         terminal = sys.stdin.isatty() and sys.stdout.isatty()

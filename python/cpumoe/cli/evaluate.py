@@ -22,6 +22,7 @@ from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
     DtypeOption,
     ModelArgument,
+    TrustRemoteCodeOption,
     load_text_model,
     read_text,
 )
@@ -97,6 +98,7 @@ def command(
     ] = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    trust_remote_code: TrustRemoteCodeOption = False,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -116,6 +118,7 @@ def command(
                 compute=way.compute or COMPUTE_PATHS[0],
                 isa=way.isa,
                 dtype=dtype,
+                trust_remote_code=trust_remote_code,
                 host_experts=way.experts == _HOST,
             )
             tokens = loaded.encode(content)[:max_tokens]

@@ -25,6 +25,7 @@ from cpumoe.cli.text_model import (
     StopOption,
     TemperatureOption,
     TopPOption,
+    TrustRemoteCodeOption,
     load_text_model,
     make_sampling,
     read_text,
@@ -64,6 +65,7 @@ def command(
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -82,6 +84,7 @@ def command(
             isa=isa,
             dtype=dtype,
             chat_template=chat_template,
+            trust_remote_code=trust_remote_code,
         )
         tokens = encode(loaded, text, chat)
         if json_output:

@@ -18,6 +18,7 @@ from cpumoe.cli.text_model import (
     ModelArgument,
     OneComputeOption,
     OneIsaOption,
+    TrustRemoteCodeOption,
     load_text_model,
     require_package,
 )
@@ -80,6 +81,7 @@ def command(
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API and SGLang's /generate.
@@ -109,6 +111,7 @@ def command(
                     isa=isa,
                     dtype=dtype,
                     chat_template=chat_template,
+                    trust_remote_code=trust_remote_code,
                 ),
                 settings,
             )

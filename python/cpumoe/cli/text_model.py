@@ -90,6 +90,13 @@ ChatTemplateOption = Annotated[
         show_default="the model's own",
     ),
 ]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the checkpoint's own Python code, which some tokenizers are.",
+    ),
+]
 
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_COMPUTE = COMPUTE_PATHS[0]
@@ -103,6 +110,7 @@ def load_text_model(
     isa: str | None = None,
     dtype: str = DEFAULT_DTYPE,
     chat_template: Path | None = None,
+    trust_remote_code: bool = False,
     host_experts: bool = False,
 ) -> LanguageModel:
     """Loads a model, with a progress bar on a terminal.
@@ -114,6 +122,7 @@ def load_text_model(
         isa: the variant; None: what `cpumoe.isa` says.
         dtype: one of `DTYPES`.
         chat_template: a file with a Jinja template, for models that come without.
+        trust_remote_code: run Python code that lies in the checkpoint.
         host_experts: let the host compute the experts, from dequantized weights.
 
     Raises:
@@ -145,6 +154,7 @@ def load_text_model(
         dtype=getattr(torch, dtype),
         chat_template=template,
         host_experts=host_experts,
+        trust_remote_code=trust_remote_code,
     )
 
 

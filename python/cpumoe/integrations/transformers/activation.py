@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol, cast
 
@@ -51,7 +52,7 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
 
 
 def _candidates(module: nn.Module) -> Iterator[SwiGLU]:
-    alpha = _positive(getattr(module, "alpha", None))
+    alpha = _attribute(module, "alpha", "swiglu_alpha")
     yield SwiGLU()
     for limit in {_limit(module), None}:
         for some_alpha in {alpha or 1.0, 1.0}:
@@ -60,8 +61,11 @@ def _candidates(module: nn.Module) -> Iterator[SwiGLU]:
 
 
 def _limit(module: nn.Module) -> float | None:
-    return _positive(getattr(module, "limit", None))
+    return _attribute(module, "limit", "swiglu_limit")
 
 
-def _positive(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and value > 0 else None
+def _attribute(module: nn.Module, *names: str) -> float | None:
+    """The first of the attributes that is a positive finite number."""
+    values = (getattr(module, name, None) for name in names)
+    numbers = (float(value) for value in values if isinstance(value, (int, float)))
+    return next((number for number in numbers if 0 < number < math.inf), None)
