@@ -16,7 +16,10 @@ from cpumoe.cli import app, console, demo
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.synth import PATTERNS
 
-COMMANDS = ("info", "inspect", "synth", "validate", "bench", "chat", "serve", "demo")
+COMMANDS = (
+    *("info", "inspect", "synth", "validate", "bench"),
+    *("generate", "eval", "chat", "serve", "demo"),
+)
 TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
 
 

@@ -1,0 +1,67 @@
+"""The embedded model end to end: through cpumoe, as the default of the commands."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cpumoe
+from cpumoe import embedded
+from cpumoe.cli import app
+from cpumoe.generation import Sampling
+from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perplexity
+
+TOKENS = 1024  # of held-out text: a fifth of it
+
+
+@pytest.fixture(scope="module")
+def host():
+    return measured(LanguageModel.from_pretrained(host_experts=True))
+
+
+def measured(model):
+    tokens = model.encode(embedded.held_out_path().read_text("utf-8"))[:TOKENS]
+    return perplexity(model.model, tokens, window=512).perplexity
+
+
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
+def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
+    model = LanguageModel.from_pretrained(options=ExpertsOptions(isa=isa))
+    assert measured(model) == pytest.approx(host, rel=1e-3)
+    assert host < 40
+
+
+def test_fp32_perplexity_is_the_hosts():
+    ours, hosts = (
+        measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=by_host))
+        for by_host in (False, True)
+    )
+    assert ours == pytest.approx(hosts, rel=1e-3)
+
+
+def test_int8_costs_little(host):
+    model = LanguageModel.from_pretrained(options=ExpertsOptions(compute="int8"))
+    assert measured(model) == pytest.approx(host, rel=1e-2)
+
+
+def test_it_writes_words_and_answers_end():
+    model = LanguageModel.from_pretrained()
+    assert model.name == embedded.MODEL_NAME
+    text = model.generate(model.encode("And it came to pass"), Sampling(60, temperature=0)).text
+    assert len(text.split()) > 20
+    question = model.encode_chat([{"role": "user", "content": "Tell me of Moses."}])
+    answers = [model.generate(question, Sampling(200, seed=seed)) for seed in range(3)]
+    assert all(answer.text.strip() for answer in answers)
+    # What is drawn depends on the variant's rounding, but most answers end.
+    assert "stop" in {answer.finish_reason for answer in answers}
+
+
+def test_it_is_the_commands_default():
+    arguments = ["generate", "-p", "In the beginning", "--max-tokens", "8", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == embedded.MODEL_NAME
+    result = CliRunner().invoke(app, ["eval", "--max-tokens", "64", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["results"][0]["scored_tokens"] == 63
