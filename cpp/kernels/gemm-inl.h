@@ -16,6 +16,7 @@
 // Every form adds a token's products in the same order whatever the number of tokens and tiles.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -26,14 +27,60 @@
 
 namespace cpumoe {
 
-// Fetches what a kernel that streams weights will read some 100 instructions later; hardware
-// prefetchers stop at the end of every 4 KiB. Measured on Ice Lake: 15 to 30 % more tokens per
-// second at 1 to 16 tokens than without, 1 to 4 KiB ahead.
 // Must be inlined: GCC 12 takes a function that only prefetches for one without effect, and drops
 // calls of it.
-inline __attribute__((always_inline)) void Prefetch(const std::byte* now) {
-  __builtin_prefetch(now + 2048);
-}
+inline __attribute__((always_inline)) void Prefetch(const std::byte* at) { __builtin_prefetch(at); }
+
+// Streams tiles: fetches their codes and scales some groups before they are read, because hardware
+// prefetchers stop at the end of every 4 KiB and do not know which tile comes next. Without that a
+// core waits for memory a quarter of the time (docs/performance.md).
+template <class Geometry, class Scale>
+struct Stream {
+  // Calls body(g) for the groups [begin, end) of kTiles tiles of `groups`, kStep at a time.
+  template <int kTiles, int kStep = 1, class Body>
+  static inline __attribute__((always_inline)) void ForGroups(const TileView* tiles, int64_t begin,
+                                                              int64_t end, int64_t groups,
+                                                              Body&& body) {
+    // From here on the next tiles' first groups are fetched.
+    const int64_t last = tiles[0].next == nullptr ? end : std::clamp(groups - kAhead, begin, end);
+    int64_t g = begin;
+    for (; g + kStep <= last; g += kStep) {
+      for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].codes, g + kAhead);
+      FetchScales<kTiles, kStep>(tiles, g, groups);
+      body(g);
+    }
+    for (; g + kStep <= end; g += kStep) {
+      for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].next, g + kAhead - groups);
+      FetchScales<kTiles, kStep>(tiles, g, groups);
+      body(g);
+    }
+  }
+
+ private:
+  static constexpr int64_t kAhead = 1536 / Geometry::kGroupBytes;
+  static constexpr int64_t kScalesAhead = 16;
+  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of a group
+  static constexpr int64_t kScaleGroups = 64 / kScaleBytes;                   // of a cache line
+
+  template <int kGroups>
+  static inline __attribute__((always_inline)) void FetchCodes(const std::byte* codes, int64_t g) {
+    for (int v = 0; v < kGroups * Geometry::kGroupVectors; ++v) {
+      Prefetch(codes + g * Geometry::kGroupBytes + v * kVectorBytes);
+    }
+  }
+
+  template <int kTiles, int kStep>
+  static inline __attribute__((always_inline)) void FetchScales(const TileView* tiles, int64_t g,
+                                                                int64_t groups) {
+    if (g % kScaleGroups >= kStep) return;
+    for (int r = 0; r < kTiles; ++r) {
+      const bool own = g + kScalesAhead < groups || tiles[r].next == nullptr;
+      const std::byte* scales = own ? tiles[r].scales
+                                    : tiles[r].next + groups * (Geometry::kGroupBytes - kScaleBytes);
+      Prefetch(scales + (g + kScalesAhead) * kScaleBytes);
+    }
+  }
+};
 
 // Calls body(std::integral_constant<int, i>) for i in [0, kCount), unrolled.
 template <int kCount, class Body>
@@ -53,6 +100,8 @@ struct Gemm {
   using Pair = typename Isa::Pair;
   using Vec = typename Isa::Vec;
 
+  using Tiles = Stream<Geometry, Scale>;
+
   static constexpr bool kFolding = FoldingCodec<Codec, Isa>;
   static constexpr int kPanelGroups = Isa::kPanelPairs / Geometry::kGroupPairs;
   static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0);
@@ -62,41 +111,55 @@ struct Gemm {
   }
 
   template <int kTokens, int kTiles>
-  static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
+  __attribute__((flatten)) static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
     // A sum is a chain of dependent instructions: with few of them, two groups are summed at once.
     constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
     for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
-    int64_t g = 0;
-    for (; g + kAtOnce <= groups; g += kAtOnce) {
-      FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
-    }
-    if (g < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, g, a, c);
+    const int64_t whole = groups / kAtOnce * kAtOnce;
+    Tiles::template ForGroups<kTiles, kAtOnce>(
+        tiles, 0, whole, groups, [&](int64_t g) __attribute__((always_inline)) {
+          FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
+        });
+    if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
   }
 
-  // Decodes groups [begin, end) of the tiles into panel[pair][tile].
+  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile].
   template <int kTiles, bool kFold>
-  static void DecodePanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
-                          Pair* panel) {
-    for (int64_t g = begin; g < end; ++g) {
-      for (int r = 0; r < kTiles; ++r) {
-        Pair* out = panel + (g - begin) * Geometry::kGroupPairs * kTiles + r;
-        const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
-        [[maybe_unused]] const auto fold = [&] {
-          if constexpr (kFold)
-            return codec.FoldScales(ScalesOf(tiles[r], g));
-          else
-            return 0;
-        }();
-        Unroll<Geometry::kGroupVectors>([&](auto v) {
-          const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
-          Unroll<Geometry::kVectorPairs>([&](auto p) {
-            Pair w = codec.template Decode<p>(codes);
-            if constexpr (kFold) w = Isa::Multiply(w, fold);
-            out[(v * Geometry::kVectorPairs + p) * kTiles] = w;
-          });
+  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles, int64_t begin, int64_t end,
+                          int64_t groups, Pair* panel) {
+    Tiles::template ForGroups<kTiles>(
+        tiles, begin, end, groups, [&](int64_t g) __attribute__((always_inline)) {
+          DecodeGroup<kTiles, kFold>(codec, tiles, g,
+                                     [panel](int r, int p) { return panel + p * kTiles + r; });
+          panel += Geometry::kGroupPairs * kTiles;
         });
-      }
+  }
+
+  // Group g of them; pair p of tile r goes to place(r, p).
+  template <int kTiles, bool kFold, class Place>
+  static inline __attribute__((always_inline)) void DecodeGroup(const Codec& codec,
+                                                                const TileView* tiles, int64_t g,
+                                                                Place place) {
+    for (int r = 0; r < kTiles; ++r) {
+      const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
+      [[maybe_unused]] const auto fold = [&] {
+        if constexpr (kFold)
+          return codec.FoldScales(ScalesOf(tiles[r], g));
+        else
+          return 0;
+      }();
+      Unroll<Geometry::kGroupVectors>([&](auto v) {
+        const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
+        Unroll<Geometry::kVectorPairs>([&](auto p) {
+          Pair* out = place(r, v * Geometry::kVectorPairs + p);
+          if constexpr (kFold) {
+            *out = codec.template DecodeFolded<p>(codes, fold);
+          } else {
+            *out = codec.template Decode<p>(codes);
+          }
+        });
+      });
     }
   }
 
@@ -162,7 +225,6 @@ struct Gemm {
       for (int r = 0; r < kTiles; ++r) {
         const std::byte* at = tiles[r].codes + g * Geometry::kGroupBytes + v * kVectorBytes;
         for (int i = 0; i < kGroups; ++i) {
-          Prefetch(at);
           codes[i][r] = Isa::LoadCodes(at);
           at += Geometry::kGroupBytes;
         }

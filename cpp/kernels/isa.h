@@ -22,6 +22,7 @@ namespace cpumoe {
 struct Fp32Multiplicands {
   using Activation = float;
   static constexpr int kPanelStep = 2;
+  static constexpr float kFoldUnit = 1.0f;
   static Activation ToActivation(float x) { return x; }
   static bool FoldsExactly(float /*least*/, float greatest) {
     return greatest <= std::numeric_limits<float>::max();
@@ -36,12 +37,14 @@ enum class StagedForm { kFused, kPanel };
 // Isa::Pair        multiplicands: weights (k, k+1) of every row of a tile
 // Isa::Codes       one packed vector of a tile
 // Isa::Table16     values of the sixteen 4-bit codes, exact in bf16
-// Isa::Fold        a group's scales in the form that multiplies a Pair exactly
+// Isa::Fold        a group's scales in the form that multiplies a Pair exactly, if it comes from a
+//                  table whose values are kFoldUnit times the codes'
 template <class Isa>
 concept VectorIsa = requires(
     typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
     typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
-    const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold) {
+    const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold,
+    typename Isa::Activation* staged) {
   { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
   { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
   { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
@@ -64,16 +67,22 @@ concept VectorIsa = requires(
   { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
   { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
   { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
+  { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
   { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
   { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
   { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
+  Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
 };
 
 // Where an ISA has something better for panels than vector instructions: an object of it lives as
-// long as a task multiplies panels.
+// long as a task multiplies panels, and keeps a block's sums C [n][tokens][16] for n = kTiles tiles
+// and up to kWideTokens tokens, or for n = 1 and up to kPanelTokens.
 //
-//   unit.Multiply(panel, a, tokens, pairs, c)
-//     c[kTiles][tokens][16] += a[2 * pairs / kPanelStep][tokens][kPanelStep] * panel[pairs][kTiles]
+//   unit.Begin<n>(tokens)    C = 0
+//   unit.Step<n>(panel, distance, a)
+//                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
+//                            of tiles are `distance` apart
+//   unit.End<n>(c)           c = C
 template <class Isa>
 concept HasPanelUnit = requires { typename Isa::PanelUnit; };
 
@@ -114,9 +123,9 @@ concept ByteIsa =
     };
 
 // How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply
-// the multiplicands exactly also has FoldScales; where it is missing, or a matrix has a scale that
-// leaves the multiplicand's range (Isa::FoldsExactly), scales are applied to the fp32 sum of each
-// group.
+// the multiplicands exactly also has FoldScales and DecodeFolded; where they are missing, or a
+// matrix has a scale that leaves the multiplicand's range (Isa::FoldsExactly), scales are applied
+// to the fp32 sum of each group.
 template <class C, class Isa>
 concept TileCodec = VectorIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
                                                const typename C::Format::Scale* scales) {
@@ -126,8 +135,16 @@ concept TileCodec = VectorIsa<Isa> && requires(const C codec, typename Isa::Code
 
 template <class C, class Isa>
 concept FoldingCodec =
-    TileCodec<C, Isa> && requires(const C codec, const typename C::Format::Scale* scales) {
+    TileCodec<C, Isa> && requires(const C codec, typename Isa::Codes codes, typename Isa::Fold fold,
+                                  const typename C::Format::Scale* scales) {
       { codec.FoldScales(scales) } -> std::same_as<typename Isa::Fold>;
+      { codec.template DecodeFolded<0>(codes, fold) } -> std::same_as<typename Isa::Pair>;
     };
+
+// The values of a table that is to be folded, none of them minus zero.
+constexpr std::array<float, 16> TimesFoldUnit(std::array<float, 16> values, float unit) {
+  for (float& value : values) value = value * unit + 0.0f;
+  return values;
+}
 
 }  // namespace cpumoe

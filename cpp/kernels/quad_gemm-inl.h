@@ -91,7 +91,7 @@ class QuadGemm {
     std::memset(c, 0, sizeof(float) * blocks.tokens() * TilePair::kCount * kTileRows);
     for (int first = 0; first < TilePair::kCount; first += kTiles) {
       if (blocks.count() == 1) {
-        const Span all = {&w.tiles[first], nullptr, 0, w.groups};
+        const Span all = {&w.tiles[first], nullptr, 0, w.groups, w.groups};
         kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged),
                                    c + first * blocks.Size(0) * kTileRows);
         continue;
@@ -99,7 +99,7 @@ class QuadGemm {
       auto* quads = reinterpret_cast<Quad*>(panel);
       for (int64_t begin = 0; begin < w.groups; begin += kPanelGroups) {
         const int64_t end = std::min<int64_t>(begin + kPanelGroups, w.groups);
-        const Span span = {&w.tiles[first], quads, begin, end};
+        const Span span = {&w.tiles[first], quads, begin, end, w.groups};
         DecodePanel(codec, span, quads);
         for (int64_t b = 0; b < blocks.count(); ++b) {
           const int tokens = blocks.Size(b);
@@ -111,12 +111,14 @@ class QuadGemm {
   }
 
  private:
-  // Groups [begin, end) of kTiles tiles; `panel` is null where they are decoded in registers.
+  // Groups [begin, end) of the `groups` of kTiles tiles; `panel` is null where they are decoded in
+  // registers.
   struct Span {
     const TileView* tiles;
     const Quad* panel;  // [group][quad][tile]
-    int64_t begin, end;
+    int64_t begin, end, groups;
   };
+  using Tiles = Stream<Geometry, Scale>;
 
   static QuadBlock BlockAt(const TilePair& w, const TokenBlocks& blocks, int64_t b,
                            const std::byte* staged) {
@@ -126,36 +128,38 @@ class QuadGemm {
                          Format::kGroupSize);
   }
 
-  static void DecodePanel(const Codec& codec, const Span& span, Quad* out) {
-    for (int64_t g = span.begin; g < span.end; ++g) {
-      for (int r = 0; r < kTiles; ++r) {
-        const std::byte* in = span.tiles[r].codes + g * Geometry::kGroupBytes;
-        Quad* quads = out + (g - span.begin) * Geometry::kGroupQuads * kTiles + r;
-        Unroll<Geometry::kGroupVectors>([&](auto v) {
-          const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
-          Unroll<Geometry::kVectorQuads>([&](auto q) {
-            quads[(v * Geometry::kVectorQuads + q) * kTiles] = codec.template DecodeQuad<q>(codes);
-          });
+  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const Span& span, Quad* out) {
+    Tiles::template ForGroups<kTiles>(
+        span.tiles, span.begin, span.end, span.groups,
+        [&](int64_t g) __attribute__((always_inline)) {
+          for (int r = 0; r < kTiles; ++r) {
+            const std::byte* in = span.tiles[r].codes + g * Geometry::kGroupBytes;
+            Quad* quads = out + (g - span.begin) * Geometry::kGroupQuads * kTiles + r;
+            Unroll<Geometry::kGroupVectors>([&](auto v) {
+              const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
+              Unroll<Geometry::kVectorQuads>([&](auto q) {
+                quads[(v * Geometry::kVectorQuads + q) * kTiles] =
+                    codec.template DecodeQuad<q>(codes);
+              });
+            });
+          }
         });
-      }
-    }
   }
 
   // c[tile][token][16] += the span's product.
   template <int kTokens, bool kDecoded>
   __attribute__((flatten)) static void Multiply(Codec codec, Span span, QuadBlock a, float* c) {
     const int8_t* x = a.quads + span.begin * Format::kGroupSize * kTokens;
-    for (int64_t g = span.begin; g < span.end; ++g) {
-      if constexpr (!kDecoded) {
-        for (int i = 0; i < kTiles * Geometry::kGroupVectors; ++i) {
-          const TileView& tile = span.tiles[i % kTiles];
-          Prefetch(tile.codes + g * Geometry::kGroupBytes + i / kTiles * kVectorBytes);
-        }
-      }
+    const auto multiply = [&](int64_t g) __attribute__((always_inline)) {
       Unroll<Geometry::kGroupVectors / kPartVectors>([&](auto part) {
         AddPart<kTokens, kDecoded, part * kPartVectors>(codec, span, g, a, x, c);
       });
       x += Format::kGroupSize * kTokens;
+    };
+    if constexpr (kDecoded) {
+      for (int64_t g = span.begin; g < span.end; ++g) multiply(g);
+    } else {
+      Tiles::template ForGroups<kTiles>(span.tiles, span.begin, span.end, span.groups, multiply);
     }
   }
 

@@ -16,6 +16,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace cpumoe {
 
@@ -50,6 +51,9 @@ struct TileGeometry {
 struct TileView {
   const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
   const std::byte* scales;  // [groups][16] of the format's scale type
+
+  // Codes of the tile, of the same geometry, that will be read after this one; null if not known.
+  const std::byte* next = nullptr;
 };
 
 // Two tiles that are multiplied with the same activations (perhaps the same one twice).
@@ -60,5 +64,17 @@ struct TilePair {
   int64_t groups;
   bool fold;  // all scales multiply their codes exactly in the ISA's floating point type
 };
+
+// Tells the tiles of `w`, of which `at_once` are read side by side, which one follows.
+inline void LinkTiles(std::span<TilePair> w, int at_once) {
+  TileView* previous[TilePair::kCount] = {};
+  for (TilePair& pair : w) {
+    for (int r = 0; r < TilePair::kCount; ++r) {
+      TileView*& before = previous[r % at_once];
+      if (before != nullptr) before->next = pair.tiles[r].codes;
+      before = &pair.tiles[r];
+    }
+  }
+}
 
 }  // namespace cpumoe

@@ -4,6 +4,8 @@
 // Many tokens' activations exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB), and a kernel wants
 // four bytes of them per cycle, more than a core gets from L3. So the pairs take turns at each KC
 // columns: what the first has fetched of the activations, the others find in L2.
+//
+// A unit of the ISA's own multiplies a group's panel while vector instructions decode the next ones.
 #pragma once
 
 #include <algorithm>
@@ -48,11 +50,11 @@ class TileGemm {
     }
     if constexpr (Kernels::kFolding) {
       if (w[0].fold) {
-        RunPanels<true>(codec, w, blocks, a, panel, c);
+        RunMany<true>(codec, w, blocks, a, panel, c);
         return;
       }
     }
-    RunPanels<false>(codec, w, blocks, a, panel, c);
+    RunMany<false>(codec, w, blocks, a, panel, c);
   }
 
  private:
@@ -80,11 +82,11 @@ class TileGemm {
   static constexpr std::array<FusedKernel, Isa::kFusedTokens> kFused =
       FusedTable(std::make_integer_sequence<int, Isa::kFusedTokens>{});
 
-  // Groups [begin, end) of kTiles tiles, decoded.
+  // Groups [begin, end) of the `groups` of kTiles tiles, and where they are decoded.
   struct Span {
     const TileView* tiles;
-    const Pair* panel;
-    int64_t begin, end;
+    Pair* panel;
+    int64_t begin, end, groups;
   };
 
   static void RunFused(const Codec& codec, std::span<const TilePair> w, int tokens,
@@ -98,9 +100,18 @@ class TileGemm {
   }
 
   template <bool kFold>
+  static void RunMany(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
+                      const Activation* a, Pair* panel, float* c) {
+    if constexpr (HasPanelUnit<Isa>) {
+      RunUnit<kFold>(codec, w, blocks, a, panel, c);
+    } else {
+      RunPanels<kFold>(codec, w, blocks, a, panel, c);
+    }
+  }
+
+  template <bool kFold>
   static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                         const Activation* a, Pair* panel, float* c) {
-    [[maybe_unused]] PanelUnitOf<Isa> unit;
     const int64_t groups = w[0].groups;
     std::memset(c, 0, sizeof(float) * w.size() * blocks.tokens() * TilePair::kCount * kTileRows);
     for (int64_t begin = 0; begin < groups; begin += Kernels::kPanelGroups) {
@@ -108,58 +119,120 @@ class TileGemm {
       float* product = c;
       for (const TilePair& pair : w) {
         for (int first = 0; first < TilePair::kCount; first += kTiles) {
-          const Span span = {&pair.tiles[first], panel, begin, end};
-          Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, panel);
-          MultiplyBlocks<kFold>(unit, codec, span, groups, first, blocks, a, product);
+          const Span span = {&pair.tiles[first], panel, begin, end, groups};
+          Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, groups,
+                                                       panel);
+          for (int64_t b = 0; b < blocks.count(); ++b) {
+            MultiplyByVectors<kFold>(codec, span, BlockOf(span, first, blocks, b, a, product));
+          }
         }
         product += blocks.tokens() * TilePair::kCount * kTileRows;
       }
     }
   }
 
-  // Adds a span's product of all blocks to one pair's c[block][tile][token][16].
-  template <bool kFold>
-  static void MultiplyBlocks([[maybe_unused]] PanelUnitOf<Isa>& unit, const Codec& codec,
-                             const Span& span, int64_t groups, int first, const TokenBlocks& blocks,
-                             const Activation* a, float* c) {
-    for (int64_t b = 0; b < blocks.count(); ++b) {
-      const int tokens = blocks.Size(b);
-      const int64_t column = blocks.Begin(b) * groups + span.begin * tokens;
-      float* out = c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows;
-      if constexpr (HasPanelUnit<Isa>) {
-        MultiplyByUnit<kFold>(unit, codec, span, a + column * Format::kGroupSize, tokens, out);
-      } else {
-        MultiplyByVectors<kFold>(codec, span, a + column * Format::kGroupSize, tokens, out);
-      }
-    }
+  // A block of tokens, from a span's first column on, and its product with the span's tiles.
+  struct Block {
+    int tokens;
+    const Activation* a;
+    float* c;  // [tile][token][16]
+  };
+
+  static Block BlockOf(const Span& s, int first, const TokenBlocks& blocks, int64_t b,
+                       const Activation* a, float* c) {
+    const int tokens = blocks.Size(b);
+    const int64_t column = blocks.Begin(b) * s.groups + s.begin * tokens;
+    return {tokens, a + column * Format::kGroupSize,
+            c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows};
   }
 
   template <bool kFold>
-  static void MultiplyByVectors(const Codec& codec, const Span& s, const Activation* a, int tokens,
-                                float* c) {
+  static void MultiplyByVectors(const Codec& codec, const Span& s, const Block& block) {
     constexpr auto kCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
     if constexpr (kFold) {
       static constexpr auto kPanel = PanelTable(kCounts);
-      kPanel[tokens - 1](s.panel, a, (s.end - s.begin) * Geometry::kGroupPairs, c);
+      kPanel[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs,
+                               block.c);
     } else {
       static constexpr auto kScaledPanel = ScaledPanelTable(kCounts);
-      kScaledPanel[tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, a, c);
+      kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, block.c);
     }
   }
 
+  // Every block streams the tiles' whole depth through the unit, as many tiles at a time as it has
+  // sums for. A tile is in the nearest caches when the second block decodes it again, which costs
+  // less than writing a panel and reading it back does, because it happens beside the products.
   template <bool kFold>
-  static void MultiplyByUnit(PanelUnitOf<Isa>& unit, const Codec& codec, const Span& s,
-                             const Activation* a, int tokens, float* c) {
-    if constexpr (kFold) {
-      unit.Multiply(s.panel, a, tokens, (s.end - s.begin) * Geometry::kGroupPairs, c);
-    } else {
-      for (int64_t g = s.begin; g < s.end; ++g) {
-        alignas(64) float part[kTiles * Isa::kPanelTokens * kTileRows] = {};
-        const int64_t pair = (g - s.begin) * Geometry::kGroupPairs;
-        unit.Multiply(s.panel + pair * kTiles, a + pair * 2 * tokens, tokens, Geometry::kGroupPairs,
-                      part);
-        Kernels::template AddScaled<kTiles>(codec, s.tiles, g, tokens, part, c);
+  static void RunUnit(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
+                      const Activation* a, Pair* panel, float* c) {
+    PanelUnitOf<Isa> unit;
+    const bool wide = blocks.Size(0) <= PanelUnitOf<Isa>::kWideTokens;
+    for (const TilePair& pair : w) {
+      for (int first = 0; first < TilePair::kCount; first += wide ? kTiles : 1) {
+        const Span span = {&pair.tiles[first], panel, 0, pair.groups, pair.groups};
+        for (int64_t b = 0; b < blocks.count(); ++b) {
+          const Block block = BlockOf(span, first, blocks, b, a, c);
+          if (wide) {
+            StreamToUnit<kFold, kTiles>(unit, codec, span, block);
+          } else {
+            StreamToUnit<kFold, 1>(unit, codec, span, block);
+          }
+        }
       }
+      c += blocks.tokens() * TilePair::kCount * kTileRows;
+    }
+  }
+
+  // The unit multiplies a group kLag groups after vector instructions have decoded it into a ring
+  // of kRing, which stays in L1: time for the stores to arrive.
+  template <bool kFold, int kAtOnce>
+  __attribute__((flatten)) static void StreamToUnit(PanelUnitOf<Isa>& unit, const Codec& codec, const Span& s,
+                           const Block& block) {
+    constexpr int64_t kLag = 2, kRing = 4;
+    constexpr int64_t kSlot = int64_t{Geometry::kGroupPairs} * kAtOnce;
+    static_assert(kRing <= Kernels::kPanelGroups);
+    if constexpr (kFold) {
+      unit.template Begin<kAtOnce>(block.tokens);
+    } else {
+      std::memset(block.c, 0, sizeof(float) * kAtOnce * block.tokens * kTileRows);
+    }
+    // Copies, which tile instructions cannot change as far as the compiler knows.
+    const Codec decoder = codec;
+    std::array<TileView, kAtOnce> tiles;
+    std::copy_n(s.tiles, kAtOnce, tiles.begin());
+    const auto multiply = [&unit, &codec, &s, block, panel = s.panel](int64_t g)
+                              __attribute__((always_inline)) {
+      const Pair* slot = panel + g % kRing * kSlot;
+      const Activation* a = block.a + g * Format::kGroupSize * block.tokens;
+      if constexpr (kFold) {
+        StepGroup<kAtOnce>(unit, slot, a, block.tokens);
+      } else {
+        alignas(64) float part[kTiles * PanelUnitOf<Isa>::kWideTokens * kTileRows];
+        unit.template Begin<kAtOnce>(block.tokens);
+        StepGroup<kAtOnce>(unit, slot, a, block.tokens);
+        unit.template End<kAtOnce>(part);
+        Kernels::template AddScaled<kAtOnce>(codec, s.tiles, g, block.tokens, part, block.c);
+      }
+    };
+    Kernels::Tiles::template ForGroups<kAtOnce>(
+        tiles.data(), 0, s.groups, s.groups,
+        [&, panel = s.panel](int64_t g) __attribute__((always_inline)) {
+          Pair* slot = panel + g % kRing * kSlot;
+          Kernels::template DecodeGroup<kAtOnce, kFold>(
+              decoder, tiles.data(), g,
+              [slot](int r, int p) { return slot + r * Geometry::kGroupPairs + p; });
+          if (g >= kLag) multiply(g - kLag);
+        });
+    for (int64_t g = std::max<int64_t>(s.groups - kLag, 0); g < s.groups; ++g) multiply(g);
+    if constexpr (kFold) unit.template End<kAtOnce>(block.c);
+  }
+
+  template <int kAtOnce>
+  static inline __attribute__((always_inline)) void StepGroup(PanelUnitOf<Isa>& unit,
+                                                              const Pair* panel,
+                                                              const Activation* a, int tokens) {
+    for (int k = 0; k < Format::kGroupSize; k += Isa::kPanelStep) {
+      unit.template Step<kAtOnce>(panel + k / 2, Geometry::kGroupPairs, a + int64_t{k} * tokens);
     }
   }
 };

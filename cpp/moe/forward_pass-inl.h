@@ -49,8 +49,8 @@ class ForwardPass {
     const auto experts = static_cast<int64_t>(routing_.experts().size());
     const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
     const int64_t outputs = CeilDiv(DownTiles(), int64_t{TilePair::kCount});
-    features_per_task_ = PerTask(experts * features);
-    outputs_per_task_ = PerTask(outputs);
+    features_per_task_ = PerTask(experts * features, 4);
+    outputs_per_task_ = PerTask(outputs, kMostPerTask);
     Reserve();
     if (experts > 0) Stage();
     const int64_t tasks = CeilDiv(features, features_per_task_);  // of an expert
@@ -62,15 +62,16 @@ class ForwardPass {
   }
 
  private:
-  static constexpr int64_t kMostPerTask = 4;
-  static constexpr int64_t kTasksPerThread = 4;
+  static constexpr int64_t kMostPerTask = 16;
 
-  // How many of `count` pieces of work a task takes: several share what a core fetches of the
-  // activations, as long as there are enough tasks to go around. One where activations are few.
-  int64_t PerTask(int64_t count) const {
-    if (MostTokens() <= op_.FusedTokens()) return 1;
-    int64_t most = kMostPerTask;
-    while (most > 1 && count < most * kTasksPerThread * pool_.num_threads()) most /= 2;
+  // How many of `count` pieces of work a task takes, as long as there are enough tasks to go
+  // around. With few tokens, weights stream without a gap from one piece to the next; with many,
+  // pieces share what a core fetches of the activations: the more, the farther that has come.
+  int64_t PerTask(int64_t count, int64_t most_of_many) const {
+    const bool few = MostTokens() <= Path::kBlockTokens;
+    const int64_t tasks = pool_.num_threads() * (few ? 32 : 4);
+    int64_t most = few ? 8 : most_of_many;
+    while (most > 1 && count < most * tasks) most /= 2;
     return most;
   }
 
@@ -132,6 +133,7 @@ class ForwardPass {
     for (int64_t tile = begin; tile < end; ++tile) {
       w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
     }
+    LinkTiles(std::span(w.data(), end - begin), Isa::kTiles);
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
                    shared_ ? staged_ : Staged(expert.begin), Panel(thread), product);
@@ -180,7 +182,8 @@ class ForwardPass {
     const int64_t end = std::min(begin + width, DownTiles());
     float* sums = Sums(thread);
     std::memset(sums, 0, tokens_ * outputs_per_task_ * kPairBytes);
-    for (const Expert& expert : routing_.experts()) AddExpert(expert, begin, end, sums, thread);
+    const auto experts = static_cast<int64_t>(routing_.experts().size());
+    for (int64_t e = 0; e < experts; ++e) AddExpert(e, begin, end, sums, thread);
     const int64_t row = begin * kTileRows;
     const int64_t rows = std::min(end * kTileRows, HiddenSize()) - row;
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -190,19 +193,26 @@ class ForwardPass {
     }
   }
 
-  // sums[token][tile][16] += weight * (down * h + bias) of one expert, tiles [begin, end).
-  void AddExpert(const Expert& expert, int64_t begin, int64_t end, float* sums, int thread) const {
+  // sums[token][tile][16] += weight * (down * h + bias) of the index-th expert, tiles [begin, end).
+  void AddExpert(int64_t index, int64_t begin, int64_t end, float* sums, int thread) const {
+    const std::span<const Expert> experts = routing_.experts();
+    const Expert& expert = experts[index];
     const TokenBlocks blocks = BlocksOf(expert);
-    std::array<TilePair, kMostPerTask> w;
+    std::array<TilePair, kMostPerTask + 1> w;
+    const auto pair_at = [&](const Expert& of, int64_t tile) {
+      return Operands(of, Projection::kDown, tile, Projection::kDown, std::min(tile + 1, end - 1));
+    };
+    int64_t count = 0;
     for (int64_t tile = begin; tile < end; tile += TilePair::kCount) {
-      w[(tile - begin) / TilePair::kCount] =
-          Operands(expert, Projection::kDown, tile, Projection::kDown, std::min(tile + 1, end - 1));
+      w[count++] = pair_at(expert, tile);
     }
+    const bool last = index + 1 == static_cast<int64_t>(experts.size());
+    if (!last) w[count] = pair_at(experts[index + 1], begin);
+    LinkTiles(std::span(w.data(), count + (last ? 0 : 1)), Isa::kTiles);
     float* product = Product(thread);
-    Path::Multiply(op_.codec(),
-                   std::span(w.data(), CeilDiv(end - begin, int64_t{TilePair::kCount})), blocks,
-                   FormOf(expert), intermediate_ + expert.begin * Path::StagedBytes(Intermediate()),
-                   Panel(thread), product);
+    Path::Multiply(op_.codec(), std::span(w.data(), count), blocks, FormOf(expert),
+                   intermediate_ + expert.begin * Path::StagedBytes(Intermediate()), Panel(thread),
+                   product);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t pair = (tile - begin) / TilePair::kCount;
       AddTile(expert, tile, (tile - begin) % TilePair::kCount,

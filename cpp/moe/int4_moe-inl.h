@@ -22,6 +22,12 @@ struct Int4Codec {
   static auto FoldScales(const Scale* group) -> decltype(Isa::LoadFold(group)) {
     return Isa::LoadFold(group);
   }
+  template <int kPair>
+  auto DecodeFolded(const typename Isa::Codes& packed, typename Isa::Fold fold) const ->
+      typename Isa::Pair {
+    static_assert(Isa::kFoldUnit == 1.0f);
+    return Isa::Multiply(Decode<kPair>(packed), fold);
+  }
 };
 
 template <class Isa>

@@ -10,6 +10,8 @@ template <class Isa>
 struct Mxfp4Codec {
   using Format = Mxfp4;
   typename Isa::Table16 e2m1 = Isa::MakeTable(Mxfp4::kCodeValues);
+  typename Isa::Table16 foldable =
+      Isa::MakeTable(TimesFoldUnit(Mxfp4::kCodeValues, Isa::kFoldUnit));
 
   template <int kPair>
   typename Isa::Pair Decode(const typename Isa::Codes& codes) const {
@@ -18,6 +20,10 @@ struct Mxfp4Codec {
   static typename Isa::Vec GroupScales(const E8M0* scales) { return Isa::LoadScales(scales); }
   // A power of two is exact in every multiplicand type.
   static typename Isa::Fold FoldScales(const E8M0* scales) { return Isa::LoadFold(scales); }
+  template <int kPair>
+  typename Isa::Pair DecodeFolded(const typename Isa::Codes& codes, typename Isa::Fold fold) const {
+    return Isa::Multiply(Isa::template Lookup<kPair>(foldable, codes), fold);
+  }
 };
 
 template <class Isa>

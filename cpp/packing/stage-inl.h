@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "base/float_types.h"
@@ -52,12 +53,18 @@ void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* t
   });
 }
 
-// Stores `count` successive k of token t, from k = first on.
+// Stores `count` successive k of token t, at most a tile's rows, from k = first on; both are even.
 template <class Isa, int kStep>
 void StageFeatures(const float* values, int64_t first, int count, int t, int tokens,
                    typename Isa::Activation* out) {
-  for (int i = 0; i < count; ++i) {
-    out[StagedIndex<kStep>(first + i, t, tokens)] = Isa::ToActivation(values[i]);
+  typename Isa::Activation row[kTileRows];
+  Isa::StoreActivations(row, Isa::Load(values));
+  if (kStep % kTileRows == 0 && count == kTileRows && first % kTileRows == 0) {
+    std::memcpy(out + StagedIndex<kStep>(first, t, tokens), row, sizeof(row));
+    return;
+  }
+  for (int i = 0; i < count; i += 2) {
+    std::memcpy(out + StagedIndex<kStep>(first + i, t, tokens), row + i, 2 * sizeof(row[0]));
   }
 }
 

@@ -15,7 +15,7 @@
 namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
-  static constexpr int kCrossover = 3;
+  static constexpr int kCrossover = 0;
   static constexpr int kPanelPairs = 256;  // 32 KiB of bf16, two thirds of L1 (panel_unit.h)
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;

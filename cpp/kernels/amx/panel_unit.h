@@ -27,6 +27,8 @@
 // as zero, whatever MXCSR says.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/amx/tile_instructions.h"
@@ -38,7 +40,8 @@ namespace cpumoe::amx {
 // thread that waits has no tile state to save.
 class PanelUnit {
  public:
-  static constexpr int kTokens = 2 * kMaxRows;
+  static constexpr int kWideTokens = 2 * kMaxRows;
+  static constexpr int kTokens = 4 * kMaxRows;
   static constexpr int kStepPairs = 16;
 
   PanelUnit() = default;
@@ -48,85 +51,136 @@ class PanelUnit {
     if (tokens_ != 0) Release();
   }
 
-  // c[2][tokens][16] += a[pairs / 16][tokens][32] * panel[pairs][2]; pairs is a multiple of 16.
-  template <class Pair, class Activation>
-  void Multiply(const Pair* panel, const Activation* a, int tokens, int64_t pairs, float* c) {
+  // C [kTiles][tokens][16] = 0: two tiles and up to kWideTokens, or one and up to kTokens.
+  template <int kTiles>
+  void Begin(int tokens) {
+    Shape(kTiles, tokens);
+    Zero<0>();
+    Zero<1>();
+    if (kTiles * tokens <= 2 * kMaxRows) return;
+    Zero<2>();
+    Zero<3>();
+  }
+
+  // C += a[tokens][32] * panel[kTiles][16], tiles `distance` pairs apart.
+  template <int kTiles, class Pair, class Activation>
+  inline __attribute__((always_inline)) void Step(const Pair* panel, int64_t distance,
+                                                    const Activation* a) {
     static_assert(sizeof(Pair) == kMaxRowBytes && sizeof(Activation) == 2);
-    Shape(tokens);
-    if (tokens > kMaxRows) {
-      Multiply<true>(panel, a, tokens, pairs / kStepPairs, c);
+    const auto* rows = reinterpret_cast<const std::byte*>(a);
+    if constexpr (kTiles == 2) {
+      StepWide(reinterpret_cast<const std::byte*>(panel),
+               reinterpret_cast<const std::byte*>(panel + distance), rows);
     } else {
-      Multiply<false>(panel, a, tokens, pairs / kStepPairs, c);
+      StepTall(reinterpret_cast<const std::byte*>(panel), rows);
+    }
+  }
+
+  // c = C.
+  template <int kTiles>
+  void End(float* c) const {
+    constexpr int64_t kUpper = kMaxRows * kTileRows;
+    if constexpr (kTiles == 2) {
+      float* second = c + int64_t{tokens_} * kTileRows;
+      Store<0>(c, kRow);
+      Store<1>(second, kRow);
+      if (last_ == 0) return;
+      Store<2>(c + kUpper, kRow);
+      Store<3>(second + kUpper, kRow);
+    } else {
+      Store<0>(c, kRow);
+      if (last_ >= 1) Store<1>(c + kUpper, kRow);
+      if (last_ >= 2) Store<2>(c + 2 * kUpper, kRow);
+      if (last_ >= 3) Store<3>(c + 3 * kUpper, kRow);
     }
   }
 
   // Products of full tiles and nothing else; returns their multiply-accumulates.
   static int64_t Dots(int64_t rounds) {
     PanelUnit unit;
-    unit.Shape(kTokens);
+    unit.Shape(2, kWideTokens);
     for (int64_t round = 0; round < rounds; ++round) {
       DotBf16<0, 4, 6>();
       DotBf16<1, 4, 7>();
       DotBf16<2, 5, 6>();
       DotBf16<3, 5, 7>();
     }
-    return rounds * kTokens * 2 * kTileRows * 2 * kStepPairs;
+    return rounds * kWideTokens * 2 * kTileRows * 2 * kStepPairs;
   }
 
  private:
   static constexpr int64_t kRow = kMaxRowBytes;
+  static constexpr int64_t kRows = kMaxRows * kRow;
 
-  void Shape(int tokens) {
-    if (tokens == tokens_) return;
+  void Shape(int tiles, int tokens) {
+    if (tiles == tiles_ && tokens == tokens_) return;
+    tiles_ = tiles;
     tokens_ = tokens;
-    const int lower = tokens < kMaxRows ? tokens : kMaxRows;
+    last_ = (tokens - 1) / kMaxRows;
     TileConfig config;
     const auto set = [&config](int tile, int rows) {
       config.rows[tile] = static_cast<uint8_t>(rows);
-      config.row_bytes[tile] = static_cast<uint16_t>(rows == 0 ? 0 : kMaxRowBytes);
+      config.row_bytes[tile] = static_cast<uint16_t>(kMaxRowBytes);
     };
-    for (const int tile : {0, 1, 4}) set(tile, lower);
-    for (const int tile : {2, 3, 5}) set(tile, tokens - lower);
-    for (const int tile : {6, 7}) set(tile, kStepPairs);
+    // Up to 16 tokens each; the last ones may be fewer.
+    const auto rows_of = [tokens](int part) {
+      return std::clamp(tokens - part * kMaxRows, 1, kMaxRows);
+    };
+    for (int c = 0; c < 4; ++c) set(c, rows_of(tiles == 2 ? c / 2 : c));
+    set(4, kMaxRows);
+    set(5, rows_of(last_));
+    if (last_ == 0) set(4, tokens);
+    for (const int b : {6, 7}) set(b, kStepPairs);
     LoadConfig(config);
   }
 
-  // kBoth: there are more than 16 tokens.
-  template <bool kBoth>
-  static void Multiply(const void* panel, const void* a, int tokens, int64_t steps, float* c) {
-    float* c1 = c + int64_t{tokens} * kTileRows;
-    constexpr int64_t kUpper = kMaxRows * kTileRows;
-    Load<0>(c, kRow);
-    Load<1>(c1, kRow);
-    if constexpr (kBoth) {
-      Load<2>(c + kUpper, kRow);
-      Load<3>(c1 + kUpper, kRow);
+  void StepWide(const std::byte* w0, const std::byte* w1, const std::byte* x) const {
+    Load<4>(x, kRow);
+    Load<6>(w0, kRow);
+    DotBf16<0, 4, 6>();
+    Load<7>(w1, kRow);
+    DotBf16<1, 4, 7>();
+    if (last_ == 0) return;
+    Load<5>(x + kRows, kRow);
+    DotBf16<2, 5, 6>();
+    DotBf16<3, 5, 7>();
+  }
+
+  void StepTall(const std::byte* w, const std::byte* x) const {
+    Load<6>(w, kRow);
+    switch (last_) {
+      case 3:
+        Full<2>(x);
+        [[fallthrough]];
+      case 2:
+        Full<1>(x);
+        [[fallthrough]];
+      case 1:
+        Full<0>(x);
     }
-    const auto* w = static_cast<const char*>(panel);
-    const auto* x = static_cast<const char*>(a);
-    for (int64_t step = 0; step < steps; ++step) {
-      Load<4>(x, kRow);
-      Load<6>(w, 2 * kRow);
-      DotBf16<0, 4, 6>();
-      Load<7>(w + kRow, 2 * kRow);
-      DotBf16<1, 4, 7>();
-      if constexpr (kBoth) {
-        Load<5>(x + kMaxRows * kRow, kRow);
-        DotBf16<2, 5, 6>();
-        DotBf16<3, 5, 7>();
-      }
-      w += 2 * kStepPairs * kRow;
-      x += tokens * kRow;
-    }
-    Store<0>(c, kRow);
-    Store<1>(c1, kRow);
-    if constexpr (kBoth) {
-      Store<2>(c + kUpper, kRow);
-      Store<3>(c1 + kUpper, kRow);
+    Load<5>(x + last_ * kRows, kRow);
+    switch (last_) {
+      case 0:
+        return DotBf16<0, 5, 6>();
+      case 1:
+        return DotBf16<1, 5, 6>();
+      case 2:
+        return DotBf16<2, 5, 6>();
+      case 3:
+        return DotBf16<3, 5, 6>();
     }
   }
 
+  // Tokens 16 * kPart to 16 * kPart + 15 of more.
+  template <int kPart>
+  static void Full(const std::byte* x) {
+    Load<4>(x + kPart * kRows, kRow);
+    DotBf16<kPart, 4, 6>();
+  }
+
+  int tiles_ = 0;
   int tokens_ = 0;  // that the tiles are shaped for; 0: not configured
+  int last_ = 0;    // 16 tokens each before the last ones
 };
 
 }  // namespace cpumoe::amx

@@ -53,6 +53,7 @@ struct Avx512 : Fp32Multiplicands {
   static Vec Zero() { return _mm512_setzero_ps(); }
   static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
   static void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static void StoreActivations(Activation* p, Vec v) { Store(p, v); }
   static Vec Broadcast(float x) { return _mm512_set1_ps(x); }
   static Vec Add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec Mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -26,8 +26,11 @@ struct Avx512Bf16 : Avx512Vnni {
   struct Table16 {
     __m512i values;
   };
+  // A table to be folded holds values 2^120 times as large, so that scales only ever subtract from
+  // exponents: subtraction can stop at zero, which has to stay zero, and addition cannot.
+  static constexpr float kFoldUnit = 0x1p120f;
   struct Fold {
-    __m512i exponents;  // scale exponent in the bf16 exponent's place, in both halves of lane r
+    __m512i exponents;  // 120 minus the scale's, in the bf16 exponent's place, in both half-words
   };
 
   static Table16 MakeTable(const std::array<float, 16>& values) {
@@ -38,7 +41,9 @@ struct Avx512Bf16 : Avx512Vnni {
   template <int kPair>
   static Pair Lookup(Table16 table, Codes codes) {
     constexpr int kShift = PairShift<4>(kPair);
-    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.words, kShift), table.values)};
+    const __m512i index = kShift < 8 ? _mm512_srli_epi16(codes.words, kShift)
+                                     : UpperBytes(_mm512_srli_epi16(codes.words, kShift - 8));
+    return {_mm512_permutexvar_epi16(index, table.values)};
   }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
@@ -47,24 +52,34 @@ struct Avx512Bf16 : Avx512Vnni {
     return _mm512_dpbf16_ps(sum, (__m512bh)w.words, (__m512bh)_mm512_set1_epi32(pair));
   }
 
-  // A power of two folds into bf16 by adding exponents; other scales need more bits than bf16 has.
+  // A power of two folds into bf16's exponent; other scales need more bits than bf16 has.
   static Fold LoadFold(const E8M0* p) {
     const __m512i bytes =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i exponents = _mm512_slli_epi32(_mm512_sub_epi32(bytes, _mm512_set1_epi32(127)), 7);
-    const __m512i low = _mm512_and_si512(exponents, _mm512_set1_epi32(0xffff));
-    return {_mm512_or_si512(low, _mm512_slli_epi32(exponents, 16))};
+    const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(127 + 120), bytes);
+    return {_mm512_or_si512(_mm512_slli_epi32(less, 7), _mm512_slli_epi32(less, 16 + 7))};
   }
-  static Pair Multiply(Pair w, Fold f) {
-    const __mmask32 nonzero = _mm512_test_epi16_mask(w.words, _mm512_set1_epi16(0x7fff));
-    return {_mm512_mask_add_epi16(w.words, nonzero, w.words, f.exponents)};
-  }
-  // Whether all products of magnitude `least` to `greatest` are normal bf16 numbers.
+  static Pair Multiply(Pair w, Fold f) { return {_mm512_subs_epu16(w.words, f.exponents)}; }
+  // Whether all products of magnitude `least` to `greatest` are normal bf16 numbers that come from
+  // scales of at most kFoldUnit.
   static bool FoldsExactly(float least, float greatest) {
-    return least >= 0x1p-126f && greatest <= 0x1.fep127f;
+    return least >= 0x1p-126f && greatest <= kFoldUnit;
   }
 
   static Activation ToActivation(float x) { return Bf16::FromFloat(x); }
+  static void StoreActivations(Activation* p, Vec v) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &rounded, sizeof(rounded));
+  }
+
+ private:
+  // Words shifted right by 8. A shuffle, because shifts and half of VPERMW compete for one of
+  // Intel's two ports.
+  static __m512i UpperBytes(__m512i words) {
+    return _mm512_shuffle_epi8(
+        words, _mm512_broadcast_i32x4(
+                   _mm_setr_epi8(1, -1, 3, -1, 5, -1, 7, -1, 9, -1, 11, -1, 13, -1, 15, -1)));
+  }
 };
 
 }  // namespace cpumoe

@@ -53,6 +53,7 @@ struct Generic : Fp32Multiplicands {
     return v;
   }
   static void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+  static void StoreActivations(Activation* p, Vec v) { Store(p, v); }
   static Vec Broadcast(float x) {
     return Map([x](int) { return x; });
   }
