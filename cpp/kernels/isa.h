@@ -83,8 +83,12 @@ concept VectorIsa = requires(
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
+// Isa::kQuadCrossover is how many tokens' bytes are multiplied faster than the unit multiplies them.
 template <class Isa>
-concept HasPanelUnit = requires { typename Isa::PanelUnit; };
+concept HasPanelUnit = requires {
+  typename Isa::PanelUnit;
+  { Isa::kQuadCrossover } -> std::convertible_to<int>;
+};
 
 struct NoPanelUnit {};
 template <class Isa>

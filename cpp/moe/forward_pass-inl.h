@@ -97,7 +97,7 @@ class ForwardPass {
   }
 
   StagedForm FormOf(const Expert& expert) const {
-    return Path::FormFor(BlocksOf(expert), op_.FusedTokens());
+    return Path::FormFor(BlocksOf(expert), op_.template FusedTokens<Path>());
   }
 
   void Stage() {

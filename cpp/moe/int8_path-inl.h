@@ -41,6 +41,7 @@ class Int8Path {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
+  static constexpr int kCrossover = 0;  // the number of blocks decides
   static constexpr int kBlockTokens = Isa::kQuadTokens;
   static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once
   static_assert(kGroupSize % kTileRows == 0);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "base/check.h"
 #include "formats/integer_codes.h"
@@ -20,6 +21,7 @@
 #include "moe/float_path-inl.h"
 #include "moe/forward_pass-inl.h"
 #include "moe/int8_path-inl.h"
+#include "moe/mixed_path-inl.h"
 #include "moe/moe.h"
 
 namespace cpumoe {
@@ -43,10 +45,11 @@ class MoeOperator : public Moe {
   const ExpertWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
-  // Most tokens of an expert for the fused kernels.
+  // Most tokens of an expert for a path's fused kernels.
+  template <class Path>
   int FusedTokens() const {
     if (config().batch_invariant) return 0;
-    return config().fused_tokens < 0 ? Isa::kCrossover : config().fused_tokens;
+    return config().fused_tokens < 0 ? Path::kCrossover : config().fused_tokens;
   }
 
   // Whether all of an expert's scales multiply its codes without rounding.
@@ -65,7 +68,8 @@ class MoeOperator : public Moe {
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
     if constexpr (kHasInt8) {
       if (config().compute == ComputePath::kInt8) {
-        return Forward<Int8Path<Isa, Codec>>(args, pool, workspace);
+        using Path = std::conditional_t<HasPanelUnit<Isa>, MixedPath<Isa, Codec>, Int8Path<Isa, Codec>>;
+        return Forward<Path>(args, pool, workspace);
       }
     }
     Forward<FloatPath<Isa, Codec>>(args, pool, workspace);

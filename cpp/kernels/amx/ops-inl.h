@@ -20,6 +20,8 @@ struct Amx : Avx512Bf16 {
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 
+  static constexpr int kQuadCrossover = 6;  // most tokens whose bytes are faster than bf16 in tiles
+
   using PanelUnit = amx::PanelUnit;
   static_assert(kTiles == 2);
 };
