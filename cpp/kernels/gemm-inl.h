@@ -85,7 +85,7 @@ struct Stream {
 // Calls body(std::integral_constant<int, i>) for i in [0, kCount), unrolled.
 template <int kCount, class Body>
 inline __attribute__((always_inline)) void Unroll(Body&& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
     (body(std::integral_constant<int, i>{}), ...);
   }(std::make_integer_sequence<int, kCount>{});
 }
@@ -111,7 +111,7 @@ struct Gemm {
   }
 
   template <int kTokens, int kTiles>
-  __attribute__((flatten)) static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
+  static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
     // A sum is a chain of dependent instructions: with few of them, two groups are summed at once.
     constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;

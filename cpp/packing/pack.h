@@ -49,8 +49,12 @@ class PackedLayout {
   using Geometry = TileGeometry<F::kCodeBits, F::kGroupSize>;
   using Scale = typename F::Scale;
 
-  PackedLayout(int64_t rows, int64_t columns)
-      : rows_(rows), columns_(columns), groups_(columns / F::kGroupSize) {
+  // `interleaved` matrices of this shape take turns, a tile of each.
+  PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
+      : rows_(rows),
+        columns_(columns),
+        groups_(columns / F::kGroupSize),
+        distance_(interleaved * TileBytes()) {
     Require(columns % F::kGroupSize == 0, F::kName, ": columns must be a multiple of ",
             F::kGroupSize, ", got ", columns);
   }
@@ -59,10 +63,14 @@ class PackedLayout {
   int64_t columns() const { return columns_; }
   int64_t groups() const { return groups_; }
   int64_t tiles() const { return CeilDiv(rows_, kTileRows); }
+  // Of one matrix.
   int64_t bytes() const { return tiles() * TileBytes(); }
+  int64_t TileBytes() const {
+    return RoundUp(groups_ * (Geometry::kGroupBytes + kTileRows * kScaleBytes), kVectorBytes);
+  }
 
   TileView Tile(const std::byte* packed, int64_t tile) const {
-    const std::byte* codes = packed + tile * TileBytes();
+    const std::byte* codes = packed + tile * distance_;
     return {codes, codes + groups_ * Geometry::kGroupBytes};
   }
 
@@ -115,9 +123,6 @@ class PackedLayout {
   static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }
-  int64_t TileBytes() const {
-    return RoundUp(groups_ * (Geometry::kGroupBytes + kTileRows * kScaleBytes), kVectorBytes);
-  }
 
   ScaleRange RangeOfRow(const RawMatrix& source, int64_t row) const {
     const std::byte* in = source.scales + row * source.scales_stride;
@@ -150,6 +155,7 @@ class PackedLayout {
   int64_t rows_;
   int64_t columns_;
   int64_t groups_;
+  int64_t distance_;  // of a matrix' successive tiles, in bytes
 };
 
 }  // namespace cpumoe
