@@ -83,11 +83,13 @@ concept VectorIsa = requires(
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
-// Isa::kQuadCrossover is how many tokens' bytes are multiplied faster than the unit multiplies them.
+// Isa::kQuadCrossover and kPlanesCrossover are up to how many tokens' bytes, in one plane or in three,
+// are multiplied faster than the unit multiplies them.
 template <class Isa>
 concept HasPanelUnit = requires {
   typename Isa::PanelUnit;
   { Isa::kQuadCrossover } -> std::convertible_to<int>;
+  { Isa::kPlanesCrossover } -> std::convertible_to<int>;
 };
 
 struct NoPanelUnit {};

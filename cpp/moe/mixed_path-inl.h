@@ -1,9 +1,9 @@
-// The int8 compute path where an ISA multiplies floating point panels in a unit of its own: bytes for
-// few tokens, the unit for many.
+// A compute path of two: one for few tokens of an expert, another for many.
 //
-// Such a unit (AMX's tiles) multiplies a panel of bf16 faster than bytes could be multiplied whose
-// sums need scaling per group: their products would have to leave the tiles after every 32 columns
-// (docs/performance.md). So with many tokens nothing is gained by rounding, and nothing is rounded.
+// Where an ISA multiplies floating point panels in a unit of its own (AMX's tiles), both compute paths
+// are of this kind. With many tokens the unit multiplies bf16, faster than bytes could be multiplied:
+// sums of bytes need scaling per group, so that products would have to leave the tiles after every
+// 32 columns (docs/performance.md). So nothing is gained by rounding, and nothing is rounded.
 #pragma once
 
 #include <algorithm>
@@ -11,27 +11,25 @@
 #include <cstdint>
 #include <span>
 
-#include "moe/float_path-inl.h"
-#include "moe/int8_path-inl.h"
+#include "base/float_types.h"
+#include "kernels/isa.h"
+#include "kernels/token_blocks.h"
 
 namespace cpumoe {
 
-template <class Isa, class Codec>
+// Few for up to kMostOfFew tokens, a block of either path.
+template <class Codec, class Few, class Many, int kMostOfFew>
 class MixedPath {
-  using Bytes = Int8Path<Isa, Codec>;
-  using Floats = FloatPath<Isa, Codec>;
-
  public:
-  static constexpr int kCrossover = Isa::kQuadCrossover;
-  static constexpr int kBlockTokens = Floats::kBlockTokens;
-  static_assert(kCrossover <= Bytes::kBlockTokens && kCrossover <= kBlockTokens,
-                "few tokens are one block");
-  static constexpr int kFeatureTiles = Bytes::kFeatureTiles;
-  static_assert(kFeatureTiles % Floats::kFeatureTiles == 0);
-  static constexpr int64_t kPanelBytes = std::max(Bytes::kPanelBytes, Floats::kPanelBytes);
+  static constexpr int kCrossover = kMostOfFew;
+  static constexpr int kBlockTokens = Many::kBlockTokens;
+  static_assert(kCrossover <= Few::kBlockTokens && kCrossover <= kBlockTokens);
+  static constexpr int kFeatureTiles = Few::kFeatureTiles;
+  static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
+  static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
 
   static int64_t StagedBytes(int64_t columns) {
-    return std::max(Bytes::StagedBytes(columns), Floats::StagedBytes(columns));
+    return std::max(Few::StagedBytes(columns), Many::StagedBytes(columns));
   }
 
   static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
@@ -69,9 +67,9 @@ class MixedPath {
   template <class Body>
   static void Visit(StagedForm form, Body&& body) {
     if (form == StagedForm::kFused) {
-      body(Bytes{});
+      body(Few{});
     } else {
-      body(Floats{});
+      body(Many{});
     }
   }
 };

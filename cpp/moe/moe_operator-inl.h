@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "base/check.h"
 #include "formats/integer_codes.h"
@@ -23,6 +22,7 @@
 #include "moe/int8_path-inl.h"
 #include "moe/mixed_path-inl.h"
 #include "moe/moe.h"
+#include "moe/planes_path-inl.h"
 
 namespace cpumoe {
 
@@ -66,13 +66,24 @@ class MoeOperator : public Moe {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    if constexpr (kHasInt8) {
+    using Floats = FloatPath<Isa, Codec>;
+    if constexpr (kHasInt8 && HasPanelUnit<Isa>) {
+      using Bytes = Int8Path<Isa, Codec>;
+      using Planes = PlanesPath<Isa, Codec>;
       if (config().compute == ComputePath::kInt8) {
-        using Path = std::conditional_t<HasPanelUnit<Isa>, MixedPath<Isa, Codec>, Int8Path<Isa, Codec>>;
-        return Forward<Path>(args, pool, workspace);
+        Forward<MixedPath<Codec, Bytes, Floats, Isa::kQuadCrossover>>(args, pool, workspace);
+      } else {
+        Forward<MixedPath<Codec, Planes, Floats, Isa::kPlanesCrossover>>(args, pool, workspace);
       }
+    } else if constexpr (kHasInt8) {
+      if (config().compute == ComputePath::kInt8) {
+        Forward<Int8Path<Isa, Codec>>(args, pool, workspace);
+      } else {
+        Forward<Floats>(args, pool, workspace);
+      }
+    } else {
+      Forward<Floats>(args, pool, workspace);
     }
-    Forward<FloatPath<Isa, Codec>>(args, pool, workspace);
   }
 
  private:

@@ -20,7 +20,9 @@ struct Amx : Avx512Bf16 {
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 
-  static constexpr int kQuadCrossover = 6;  // most tokens whose bytes are faster than bf16 in tiles
+  // Most tokens whose bytes, one plane of them or three, are faster than bf16 in tiles.
+  static constexpr int kQuadCrossover = 6;
+  static constexpr int kPlanesCrossover = 1;
 
   using PanelUnit = amx::PanelUnit;
   static_assert(kTiles == 2);
