@@ -83,13 +83,12 @@ concept VectorIsa = requires(
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
-// Isa::kQuadCrossover and kPlanesCrossover are up to how many tokens' bytes, in one plane or in three,
-// are multiplied faster than the unit multiplies them.
+// Fewer tokens are multiplied as bytes: up to kCrossover exactly, in three planes (planes_path-inl.h),
+// up to kQuadCrossover by the int8 path.
 template <class Isa>
 concept HasPanelUnit = requires {
   typename Isa::PanelUnit;
   { Isa::kQuadCrossover } -> std::convertible_to<int>;
-  { Isa::kPlanesCrossover } -> std::convertible_to<int>;
 };
 
 struct NoPanelUnit {};

@@ -31,7 +31,7 @@ class FloatPath {
   static constexpr int kFeatureTiles = 1;  // tiles of intermediate features staged at once
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
-  static int64_t StagedBytes(int64_t columns) {
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
     return columns * static_cast<int64_t>(sizeof(Activation));
   }
 

@@ -83,8 +83,8 @@ class ForwardPass {
 
   void Reserve() {
     const auto pairs = static_cast<int64_t>(routing_.tokens().size());
-    staged_ = workspace_.Activations(pairs * Path::StagedBytes(HiddenSize()));
-    intermediate_ = workspace_.Intermediate(pairs * Path::StagedBytes(Intermediate()));
+    staged_ = workspace_.Activations(pairs * MostStagedBytes(HiddenSize()));
+    intermediate_ = workspace_.Intermediate(pairs * MostStagedBytes(Intermediate()));
     const int64_t products = std::max(Path::kFeatureTiles * features_per_task_, outputs_per_task_);
     product_offset_ = Path::kPanelBytes;
     sums_offset_ = product_offset_ + products * MostTokens() * kPairBytes;
@@ -112,14 +112,15 @@ class ForwardPass {
     for (const Expert& expert : routing_.experts()) {
       const TokenBlocks of = BlocksOf(expert);
       for (int64_t b = 0; b < of.count(); ++b) {
-        blocks.push_back({expert.begin + of.Begin(b), of.Size(b), FormOf(expert)});
+        blocks.push_back({expert.begin + of.Begin(b), of.Size(b), FormOf(expert),
+                          BlockAt(staged_, expert, of.Begin(b), HiddenSize())});
       }
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
       Path::StageRows(block.form, args_.dtype, Row(0), args_.hidden_stride,
                       &routing_.tokens()[block.pair], block.tokens, HiddenSize(),
-                      Staged(block.pair));
+                      block.staged);
     });
   }
 
@@ -136,7 +137,8 @@ class ForwardPass {
     LinkTiles(std::span(w.data(), end - begin), Isa::kTiles);
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
-                   shared_ ? staged_ : Staged(expert.begin), Panel(thread), product);
+                   shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
+                   product);
     const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of a pair's product
     for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
       const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
@@ -160,7 +162,7 @@ class ForwardPass {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
       up_bias[i] = BiasOf(expert, Projection::kUp, first + i);
     }
-    std::byte* block = intermediate_ + (expert.begin + begin) * Path::StagedBytes(Intermediate());
+    std::byte* block = BlockAt(intermediate_, expert, begin, Intermediate());
     for (int t = 0; t < tokens; ++t) {
       alignas(64) float h[Path::kFeatureTiles * kTileRows];
       for (int i = 0; i < count; ++i) {
@@ -211,8 +213,7 @@ class ForwardPass {
     LinkTiles(std::span(w.data(), count + (last ? 0 : 1)), Isa::kTiles);
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), count), blocks, FormOf(expert),
-                   intermediate_ + expert.begin * Path::StagedBytes(Intermediate()), Panel(thread),
-                   product);
+                   BlockAt(intermediate_, expert, 0, Intermediate()), Panel(thread), product);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t pair = (tile - begin) / TilePair::kCount;
       AddTile(expert, tile, (tile - begin) % TilePair::kCount,
@@ -266,7 +267,17 @@ class ForwardPass {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.dtype);
   }
-  std::byte* Staged(int64_t pair) const { return staged_ + pair * Path::StagedBytes(HiddenSize()); }
+  // Where the block of an expert's tokens from `begin` on is staged. Experts have room for either
+  // form; an expert's blocks follow each other.
+  std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t begin,
+                     int64_t columns) const {
+    return staged + expert.begin * MostStagedBytes(columns) +
+           begin * Path::StagedBytes(FormOf(expert), columns);
+  }
+  static int64_t MostStagedBytes(int64_t columns) {
+    return std::max(Path::StagedBytes(StagedForm::kFused, columns),
+                    Path::StagedBytes(StagedForm::kPanel, columns));
+  }
   std::byte* Panel(int thread) const { return workspace_.Scratch(thread); }
   float* Product(int thread) const {
     return reinterpret_cast<float*>(workspace_.Scratch(thread) + product_offset_);

@@ -47,7 +47,7 @@ class Int8Path {
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
-  static int64_t StagedBytes(int64_t columns) {
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
     return QuadBlock::BytesPerToken(columns, kGroupSize);
   }
 

@@ -17,24 +17,26 @@
 
 namespace cpumoe {
 
-// Few for up to kMostOfFew tokens, a block of either path.
-template <class Codec, class Few, class Many, int kMostOfFew>
+// Few for up to kFewTokens tokens, a block of either path.
+template <class Codec, class Few, class Many, int kFewTokens>
 class MixedPath {
  public:
-  static constexpr int kCrossover = kMostOfFew;
+  static constexpr int kCrossover = kFewTokens;
   static constexpr int kBlockTokens = Many::kBlockTokens;
   static_assert(kCrossover <= Few::kBlockTokens && kCrossover <= kBlockTokens);
   static constexpr int kFeatureTiles = Few::kFeatureTiles;
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
   static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
 
-  static int64_t StagedBytes(int64_t columns) {
-    return std::max(Few::StagedBytes(columns), Many::StagedBytes(columns));
+  static int64_t StagedBytes(StagedForm form, int64_t columns) {
+    return form == StagedForm::kFused ? Few::StagedBytes(form, columns)
+                                      : Many::StagedBytes(form, columns);
   }
 
   static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
-    return blocks.tokens() <= std::min(fused_tokens, kCrossover) ? StagedForm::kFused
-                                                                 : StagedForm::kPanel;
+    return blocks.tokens() <= std::min({fused_tokens, Few::kBlockTokens, kBlockTokens})
+               ? StagedForm::kFused
+               : StagedForm::kPanel;
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,

@@ -73,7 +73,7 @@ class MoeOperator : public Moe {
       if (config().compute == ComputePath::kInt8) {
         Forward<MixedPath<Codec, Bytes, Floats, Isa::kQuadCrossover>>(args, pool, workspace);
       } else {
-        Forward<MixedPath<Codec, Planes, Floats, Isa::kPlanesCrossover>>(args, pool, workspace);
+        Forward<MixedPath<Codec, Planes, Floats, Isa::kCrossover>>(args, pool, workspace);
       }
     } else if constexpr (kHasInt8) {
       if (config().compute == ComputePath::kInt8) {

@@ -28,7 +28,7 @@ class PlanesPath {
   static constexpr int kFeatureTiles = kGroupSize / kTileRows;
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
-  static int64_t StagedBytes(int64_t columns) {
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
     return kPlanes * QuadBlock::BytesPerToken(columns, kGroupSize);
   }
 

@@ -26,11 +26,12 @@ class Workspace {
 
   Routing& routing() { return routing_; }
 
-  // A block of one expert's tokens: `tokens` pairs from `pair` on.
+  // A block of one expert's tokens: `tokens` pairs from `pair` on, and where they are staged.
   struct Block {
     int64_t pair;
     int tokens;
     StagedForm form;
+    std::byte* staged;
   };
   std::vector<Block>& blocks() { return blocks_; }
 

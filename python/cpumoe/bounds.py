@@ -19,7 +19,9 @@ rounding of x is known exactly (up to ties, for which both ways are tried), so t
 known is that the kernel's h is off by dh. Hence step 3 also has |Wd| |Q(h + dh) - Q(h)|, with
 dA = max |dh| of the group: h 127/A moves by at most t = 127 (|dh| + |h| dA/A) / (A - dA) + 2^-15
 (float32 roundings), the code by floor(t + 1/2 + h's distance from its code), the code's worth
-by dA/127. Never more than both distances from h, A/254 + dh and the known one.
+by dA/127. Never more than both distances from h, A/254 + dh and the known one. An expert with many
+tokens may be computed without rounding where the CPU multiplies bf16 faster: hence never less than
+path "bf16"'s bound.
 """
 
 from __future__ import annotations
@@ -125,7 +127,9 @@ def experts_forward_with_bounds(
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for compute, bound in bounds.items():
-            dy = _bf16_bound(expert) if compute == "bf16" else _int8_bound(expert, group_size)
+            dy = _bf16_bound(expert)
+            if compute == "int8":
+                dy = torch.maximum(dy, _int8_bound(expert, group_size))
             # The product with the routing weight and the sum over experts round in float32.
             bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)

@@ -44,14 +44,16 @@ class Experts:
 
     - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
       avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
-      of 1.7e-3 with bf16 output (relative, 2-norm, random normal data), most of it the output's
-      own rounding.
+      of 1.7e-3 to 2.4e-3 with bf16 output (relative, 2-norm, random normal data), most of it the
+      output's own rounding. Variant amx keeps an expert's only token exact instead, to 2^-24 of
+      each group's greatest magnitude, as three bytes; groups below 2^-100 count as zero there.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
-      sum of products is an exact integer; groups are accumulated in fp32. Faster for many tokens;
-      expect an error of 1.2e-2. A token's result is the same bit for bit whatever the others in
-      the batch. A group of x or h that holds an infinity or NaN is NaN as a whole; one with A <
-      2^-100 counts as zero.
+      sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error
+      of 1.2e-2. A token's result is the same bit for bit whatever the others in the batch. A group
+      of x or h that holds an infinity or NaN is NaN as a whole; one with A < 2^-100 counts as zero.
+      Variant amx does so up to six tokens of an expert; more are multiplied as by "bf16", which is
+      faster there, and only `batch_invariant` makes results independent of the batch.
 
     Make one with `from_checkpoint` or `from_tensors`.
     """
@@ -146,11 +148,12 @@ class Experts:
             isa: the variant to use; default: `cpumoe.isa()`.
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
                 result does not depend on the others in the batch. Slower for few tokens. Compute
-                path "int8" is so anyway.
+                path "int8" is so anyway, but for variant amx.
             fused_tokens: a tuning knob: up to how many tokens of one expert the few-token kernels
                 take (at most as many as they are built for), the many-token kernels the rest.
                 Default: the variant's constant, which ``cpumoe bench --tune`` compares with this
-                machine's. Without effect on "int8" and where `batch_invariant` is set.
+                machine's. Without effect where `batch_invariant` is set, and on "int8" but for
+                variant amx.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:

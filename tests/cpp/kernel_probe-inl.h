@@ -49,7 +49,7 @@ struct Probe {
   static void Multiply(const TilePair& w, int count, StagedForm form, const float* a,
                        int64_t tokens, float* c) {
     const int64_t columns = w.groups * Format::kGroupSize;
-    const int64_t bytes = Compute::StagedBytes(columns);
+    const int64_t bytes = Compute::StagedBytes(form, columns);
     const TokenBlocks blocks(tokens, Compute::kBlockTokens);
     // Exactly as long as needed, so that a sanitizer sees what reads beyond.
     std::vector<std::byte> staged(tokens * bytes);

@@ -1,12 +1,15 @@
-// AMX: tile registers multiply the panels (panel_unit.h); everything else, few tokens above all, is
-// AVX512_BF16.
+// AMX: tile registers multiply panels (panel_unit.h). An expert's few tokens are multiplied as bytes,
+// by AVX512_VNNI: on Intel's CPUs VDPBF16PS takes two cycles of both ports, four times VPDPBUSD.
 //
-// The int8 path has no tiles: it is AVX512_VNNI's.
+// Crossovers, measured on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows x 32 k in L2:
 //
-// Crossover, by count, for 32 rows x 32 k (two tiles, one group) and T tokens, not measured: the
-// fused kernel needs 32 T VDPBF16PS, a cycle each, beside some 30 for decoding. The panel costs 66
-// for decoding (panel_unit.h), and for up to 16 tokens 32 for two products, or some 45 for loading
-// their operands. They meet between 2 and 4 tokens. `cpumoe bench --tune` measures it.
+//   tokens                        1    2    3    6   12   16   32   64
+//   bytes, three planes          36   55   78
+//   bytes (int8)                 25   30   36   55  100
+//   VDPBF16PS                    62   95
+//   tiles                        51   51   51   55   56   60   70  130
+//
+// One core's share of the memory read such a piece, 272 bytes, in 66 cycles.
 #pragma once
 
 #include "kernels/amx/panel_unit.h"
@@ -15,14 +18,12 @@
 namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
-  static constexpr int kCrossover = 0;
-  static constexpr int kPanelPairs = 256;  // 32 KiB of bf16, two thirds of L1 (panel_unit.h)
+  static constexpr int kFusedTokens = 4;    // times three planes: a block of bytes
+  static constexpr int kCrossover = 1;      // in planes
+  static constexpr int kQuadCrossover = 6;  // by the int8 path
+  static constexpr int kPanelPairs = 64;    // four groups, which the unit lags behind: 8 KiB
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
-
-  // Most tokens whose bytes, one plane of them or three, are faster than bf16 in tiles.
-  static constexpr int kQuadCrossover = 6;
-  static constexpr int kPlanesCrossover = 1;
 
   using PanelUnit = amx::PanelUnit;
   static_assert(kTiles == 2);
