@@ -75,8 +75,8 @@ struct Stream {
     if (g % kScaleGroups >= kStep) return;
     for (int r = 0; r < kTiles; ++r) {
       const bool own = g + kScalesAhead < groups || tiles[r].next == nullptr;
-      const std::byte* scales = own ? tiles[r].scales
-                                    : tiles[r].next + groups * (Geometry::kGroupBytes - kScaleBytes);
+      const std::byte* scales =
+          own ? tiles[r].scales : tiles[r].next + groups * (Geometry::kGroupBytes - kScaleBytes);
       Prefetch(scales + (g + kScalesAhead) * kScaleBytes);
     }
   }
@@ -126,8 +126,9 @@ struct Gemm {
 
   // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile].
   template <int kTiles, bool kFold>
-  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles, int64_t begin, int64_t end,
-                          int64_t groups, Pair* panel) {
+  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles,
+                                                   int64_t begin, int64_t end, int64_t groups,
+                                                   Pair* panel) {
     Tiles::template ForGroups<kTiles>(
         tiles, begin, end, groups, [&](int64_t g) __attribute__((always_inline)) {
           DecodeGroup<kTiles, kFold>(codec, tiles, g,

@@ -40,39 +40,39 @@ enum class StagedForm { kFused, kPanel };
 // Isa::Fold        a group's scales in the form that multiplies a Pair exactly, if it comes from a
 //                  table whose values are kFoldUnit times the codes'
 template <class Isa>
-concept VectorIsa = requires(
-    typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
-    typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
-    const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold,
-    typename Isa::Activation* staged) {
-  { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
-  { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
-  { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
-  { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
-  { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
-  { Isa::kCrossover } -> std::convertible_to<int>;    // most tokens that fused is faster for
-  { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
-  { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
-  { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Add(v, v) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
-  { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;     // NaN in the second operand is kept
-  { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
-  { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
-  Isa::Store(out, v);
-  { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
-  { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
-  { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
-  { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
-  { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
-  { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
-  { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
-  { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
-  Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
-};
+concept VectorIsa =
+    requires(typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
+             typename Isa::Table16 table, const std::array<float, 16>& values,
+             const std::byte* bytes, const float* in, float* out, const typename Isa::Activation* a,
+             typename Isa::Fold fold, typename Isa::Activation* staged) {
+      { Isa::kTiles } -> std::convertible_to<int>;  // NR / 16: tiles that a micro-kernel computes
+      { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
+      { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
+      { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
+      { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
+      { Isa::kCrossover } -> std::convertible_to<int>;    // most tokens that fused is faster for
+      { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
+      { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
+      { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
+      { Isa::Add(v, v) } -> std::same_as<typename Isa::Vec>;
+      { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
+      { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
+      { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
+      { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;  // NaN in the second operand is kept
+      { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
+      { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
+      { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
+      Isa::Store(out, v);
+      { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
+      { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
+      { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
+      { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
+      { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
+      { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
+      { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
+      { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
+      Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
+    };
 
 // Where an ISA has something better for panels than vector instructions: an object of it lives as
 // long as a task multiplies panels, and keeps a block's sums C [n][tokens][16] for n = kTiles tiles
@@ -83,8 +83,8 @@ concept VectorIsa = requires(
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
-// Fewer tokens are multiplied as bytes: up to kCrossover exactly, in three planes (planes_path-inl.h),
-// up to kQuadCrossover by the int8 path.
+// Fewer tokens are multiplied as bytes: up to kCrossover exactly, in three planes
+// (planes_path-inl.h), up to kQuadCrossover by the int8 path.
 template <class Isa>
 concept HasPanelUnit = requires {
   typename Isa::PanelUnit;

@@ -128,7 +128,8 @@ class QuadGemm {
                          Format::kGroupSize);
   }
 
-  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const Span& span, Quad* out) {
+  __attribute__((flatten)) static void DecodePanel(const Codec& codec, const Span& span,
+                                                   Quad* out) {
     Tiles::template ForGroups<kTiles>(
         span.tiles, span.begin, span.end, span.groups,
         [&](int64_t g) __attribute__((always_inline)) {

@@ -5,7 +5,8 @@
 // four bytes of them per cycle, more than a core gets from L3. So the pairs take turns at each KC
 // columns: what the first has fetched of the activations, the others find in L2.
 //
-// A unit of the ISA's own multiplies a group's panel while vector instructions decode the next ones.
+// A unit of the ISA's own multiplies a group's panel while vector instructions decode the next
+// ones.
 #pragma once
 
 #include <algorithm>
@@ -186,8 +187,8 @@ class TileGemm {
   // The unit multiplies a group kLag groups after vector instructions have decoded it into a ring
   // of kRing, which stays in L1: time for the stores to arrive.
   template <bool kFold, int kAtOnce>
-  __attribute__((flatten)) static void StreamToUnit(PanelUnitOf<Isa>& unit, const Codec& codec, const Span& s,
-                           const Block& block) {
+  __attribute__((flatten)) static void StreamToUnit(PanelUnitOf<Isa>& unit, const Codec& codec,
+                                                    const Span& s, const Block& block) {
     constexpr int64_t kLag = 2, kRing = 4;
     constexpr int64_t kSlot = int64_t{Geometry::kGroupPairs} * kAtOnce;
     static_assert(kRing <= Kernels::kPanelGroups);
@@ -200,8 +201,8 @@ class TileGemm {
     const Codec decoder = codec;
     std::array<TileView, kAtOnce> tiles;
     std::copy_n(s.tiles, kAtOnce, tiles.begin());
-    const auto multiply = [&unit, &codec, &s, block, panel = s.panel](int64_t g)
-                              __attribute__((always_inline)) {
+    const auto multiply = [&unit, &codec, &s, block,
+                           panel = s.panel](int64_t g) __attribute__((always_inline)) {
       const Pair* slot = panel + g % kRing * kSlot;
       const Activation* a = block.a + g * Format::kGroupSize * block.tokens;
       if constexpr (kFold) {

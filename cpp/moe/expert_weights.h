@@ -173,7 +173,8 @@ class ExpertWeights {
   PackedLayout<F> gate_up_;
   PackedLayout<F> down_;
   // [experts], tiles of gate and up in turn, which are read together, then those of down. One after
-  // the other, both would be at the same place of their pages, and memory and caches slower by a tenth.
+  // the other, both would be at the same place of their pages, and memory and caches slower by a
+  // tenth.
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [experts][gate | up | down], empty without biases
   std::vector<ScaleRange> scales_;  // of all three matrices of an expert

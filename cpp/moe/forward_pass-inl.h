@@ -119,8 +119,7 @@ class ForwardPass {
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
       Path::StageRows(block.form, args_.dtype, Row(0), args_.hidden_stride,
-                      &routing_.tokens()[block.pair], block.tokens, HiddenSize(),
-                      block.staged);
+                      &routing_.tokens()[block.pair], block.tokens, HiddenSize(), block.staged);
     });
   }
 

@@ -1,9 +1,10 @@
 // A compute path of two: one for few tokens of an expert, another for many.
 //
-// Where an ISA multiplies floating point panels in a unit of its own (AMX's tiles), both compute paths
-// are of this kind. With many tokens the unit multiplies bf16, faster than bytes could be multiplied:
-// sums of bytes need scaling per group, so that products would have to leave the tiles after every
-// 32 columns (docs/performance.md). So nothing is gained by rounding, and nothing is rounded.
+// Where an ISA multiplies floating point panels in a unit of its own (AMX's tiles), both compute
+// paths are of this kind. With many tokens the unit multiplies bf16, faster than bytes could be
+// multiplied: sums of bytes need scaling per group, so that products would have to leave the tiles
+// after every 32 columns (docs/performance.md). So nothing is gained by rounding, and nothing is
+// rounded.
 #pragma once
 
 #include <algorithm>
@@ -60,9 +61,8 @@ class MixedPath {
 
   static void Multiply(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                        StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
-    Visit(form, [&](auto path) {
-      decltype(path)::Multiply(codec, w, blocks, form, staged, panel, c);
-    });
+    Visit(form,
+          [&](auto path) { decltype(path)::Multiply(codec, w, blocks, form, staged, panel, c); });
   }
 
  private:

@@ -1,5 +1,6 @@
-// AMX: tile registers multiply panels (panel_unit.h). An expert's few tokens are multiplied as bytes,
-// by AVX512_VNNI: on Intel's CPUs VDPBF16PS takes two cycles of both ports, four times VPDPBUSD.
+// AMX: tile registers multiply panels (panel_unit.h). An expert's few tokens are multiplied as
+// bytes, by AVX512_VNNI: on Intel's CPUs VDPBF16PS takes two cycles of both ports, four times
+// VPDPBUSD.
 //
 // Crossovers, measured on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows x 32 k in L2:
 //

@@ -2,26 +2,31 @@
 //
 //   C [tokens][16] fp32, per tile of W  +=  A [tokens][32 k] bf16  x  B [16 pairs of k][16 rows][2]
 //
-//   tmm0  C of tokens 0-15,  tile 0      tmm4  A of tokens 0-15        tmm6  B of tile 0
-//   tmm1  C of tokens 0-15,  tile 1      tmm5  A of tokens 16-31       tmm7  B of tile 1
-//   tmm2  C of tokens 16-31, tile 0
-//   tmm3  C of tokens 16-31, tile 1
+//         wide: two tiles of W, up to 32 tokens     tall: one tile, up to 64 tokens
+//   tmm0  C of tokens 0-15,  tile 0                 C of tokens 0-15
+//   tmm1  C of tokens 0-15,  tile 1                 C of tokens 16-31
+//   tmm2  C of tokens 16-31, tile 0                 C of tokens 32-47
+//   tmm3  C of tokens 16-31, tile 1                 C of tokens 48-63
+//   tmm4  A of tokens 0-15                          A of 16 tokens but the last ones
+//   tmm5  A of tokens 16-31                         A of the last up to 16 tokens
+//   tmm6  B of tile 0                               B
+//   tmm7  B of tile 1
 //
-// A panel of W is B as it is: 16 pairs of k are 16 rows of 64 bytes, kTiles * 64 apart. A is staged
-// in steps of 32 k: a token's 64 bytes are one row.
+// A panel of W is B as it is: 16 pairs of k are 16 rows of 64 bytes. A is staged in steps of 32 k:
+// a token's 64 bytes are one row. C stays in its registers over the whole of K.
 //
-// The share of the tiles' peak that this can reach, by counting cycles, not measured. For 32 rows x
-// 32 k and 32 b tokens:
+// Cycles of a Granite Rapids core at 4.1 GHz, for 16 rows x 32 k:
 //
-//   64 b  products: four of 16 cycles
-//    6 b  C from and to memory, once per panel of 16 steps: 64 lines, 32 + 64 cycles
-//   66    decoding, once for all tokens: 205 instructions (4-bit codes, scales folded), of which 66
-//         (VPERMW, VPTESTMW, VPMOVZXBD) share one port
+//   17.5  a product of 16 tokens; 11 for up to 8 tokens; 18 with a B of its own
+//    9    loading 16 lines from L1, 12 from L2
+//   17    storing C; 57 where a product into a cleared C has to be waited for
+//   47    decoding: 36 instructions on port 0 (VPERMW needs it besides port 5), 16 stores
 //
-// which is 64 b / (70 b + 66): 47 % for 32 tokens, 70 % for 96, 86 % for 512. The loads, 64 lines a
-// step, hide behind the products: B, a panel of 32 KiB, comes from an L1 of 48 (16 cycles), A from
-// L2 (43 cycles at 48 bytes a cycle). With twice the panel B would come from L2 as well, 85 cycles
-// in all. kPanelPairs is the first thing to measure on such a CPU.
+// Decoding and products overlap where their operands are in L1, and then bound each other: 51
+// cycles for up to 8 tokens, 60 for 16, 70 for 32 (of 35 for the products), 130 for 64 (of 70),
+// whose A come from L2. What was tried and was slower with 96 tokens: a panel of 16 or 32 KiB,
+// decoded once for all blocks of 32 tokens (240 against 200 cycles), because C goes to memory and
+// back for every panel (180 cycles) and A pushes the panel out of L1.
 //
 // TDPBF16PS adds the products of even and of odd k in a chain each, then both to C; denormals count
 // as zero, whatever MXCSR says.
@@ -65,7 +70,7 @@ class PanelUnit {
   // C += a[tokens][32] * panel[kTiles][16], tiles `distance` pairs apart.
   template <int kTiles, class Pair, class Activation>
   inline __attribute__((always_inline)) void Step(const Pair* panel, int64_t distance,
-                                                    const Activation* a) {
+                                                  const Activation* a) {
     static_assert(sizeof(Pair) == kMaxRowBytes && sizeof(Activation) == 2);
     const auto* rows = reinterpret_cast<const std::byte*>(a);
     if constexpr (kTiles == 2) {

@@ -2,7 +2,7 @@
 //
 // A packed vector is 32 half-words of four codes. VPERMW looks the lowest code of each up in a
 // table of 32 bf16 (the sixteen values twice, so that bit 4 of an index does not matter): 64 packed
-// bytes become 128 multiplicands in four permutes and three shifts.
+// bytes become 128 multiplicands in four permutes, one shift and two shuffles.
 //
 // VDPBF16PS treats denormal inputs as zero and ignores MXCSR, hence FoldsExactly.
 #pragma once
