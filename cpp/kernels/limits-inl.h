@@ -44,6 +44,15 @@ struct Limits {
     }
   }
 
+  // The int8 path's: with many tokens a panel unit's are its products, too (moe/mixed_path-inl.h).
+  static int64_t Int8Dots(int64_t rounds) {
+    if constexpr (HasPanelUnit<Isa>) {
+      return Isa::PanelUnit::Dots(rounds);
+    } else {
+      return QuadDots(rounds);
+    }
+  }
+
   static int64_t QuadDots(int64_t rounds) {
     // Enough for two units of five cycles' latency; with more, GCC 12 spills.
     constexpr int kQuadChains = std::min(Isa::kTiles * Isa::kQuadTokens, 12);

@@ -41,6 +41,14 @@ class TileGemm {
                                                                         : StagedForm::kPanel;
   }
 
+  // Tiles of a pair that are read side by side.
+  static int TilesAtOnce([[maybe_unused]] const TokenBlocks& blocks) {
+    if constexpr (HasPanelUnit<Isa>) {
+      if (blocks.tokens() > PanelUnitOf<Isa>::kWideTokens) return 1;
+    }
+    return kTiles;
+  }
+
   // c[pair][block][tile][token][16] = A * tiles^T for pairs `w` of one matrix or of two of the same
   // expert; A is staged for `form`, `panel` is kPanelBytes of scratch.
   static void Run(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
@@ -167,13 +175,13 @@ class TileGemm {
   static void RunUnit(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                       const Activation* a, Pair* panel, float* c) {
     PanelUnitOf<Isa> unit;
-    const bool wide = blocks.Size(0) <= PanelUnitOf<Isa>::kWideTokens;
+    const int at_once = TilesAtOnce(blocks);
     for (const TilePair& pair : w) {
-      for (int first = 0; first < TilePair::kCount; first += wide ? kTiles : 1) {
+      for (int first = 0; first < TilePair::kCount; first += at_once) {
         const Span span = {&pair.tiles[first], panel, 0, pair.groups, pair.groups};
         for (int64_t b = 0; b < blocks.count(); ++b) {
           const Block block = BlockOf(span, first, blocks, b, a, c);
-          if (wide) {
+          if (at_once == kTiles) {
             StreamToUnit<kFold, kTiles>(unit, codec, span, block);
           } else {
             StreamToUnit<kFold, 1>(unit, codec, span, block);

@@ -35,6 +35,9 @@ class FloatPath {
     return columns * static_cast<int64_t>(sizeof(Activation));
   }
 
+  // Tiles of a pair that are read side by side.
+  static int TilesAtOnce(const TokenBlocks& blocks) { return Gemm::TilesAtOnce(blocks); }
+
   static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
     return Gemm::FormFor(blocks, fused_tokens);
   }

@@ -20,6 +20,7 @@
 #include <span>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "base/bits.h"
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
@@ -133,7 +134,7 @@ class ForwardPass {
     for (int64_t tile = begin; tile < end; ++tile) {
       w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
     }
-    LinkTiles(std::span(w.data(), end - begin), Isa::kTiles);
+    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(blocks));
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
                    shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
@@ -209,7 +210,7 @@ class ForwardPass {
     }
     const bool last = index + 1 == static_cast<int64_t>(experts.size());
     if (!last) w[count] = pair_at(experts[index + 1], begin);
-    LinkTiles(std::span(w.data(), count + (last ? 0 : 1)), Isa::kTiles);
+    LinkTiles(std::span(w.data(), count + (last ? 0 : 1)), Path::TilesAtOnce(blocks));
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), count), blocks, FormOf(expert),
                    BlockAt(intermediate_, expert, 0, Intermediate()), Panel(thread), product);
@@ -274,8 +275,9 @@ class ForwardPass {
            begin * Path::StagedBytes(FormOf(expert), columns);
   }
   static int64_t MostStagedBytes(int64_t columns) {
-    return std::max(Path::StagedBytes(StagedForm::kFused, columns),
-                    Path::StagedBytes(StagedForm::kPanel, columns));
+    return RoundUp(std::max(Path::StagedBytes(StagedForm::kFused, columns),
+                            Path::StagedBytes(StagedForm::kPanel, columns)),
+                   int64_t{AlignedBuffer::kCacheLine});
   }
   std::byte* Panel(int thread) const { return workspace_.Scratch(thread); }
   float* Product(int thread) const {

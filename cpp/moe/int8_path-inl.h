@@ -47,6 +47,8 @@ class Int8Path {
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
+  static int TilesAtOnce(const TokenBlocks&) { return Isa::kTiles; }
+
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return QuadBlock::BytesPerToken(columns, kGroupSize);
   }

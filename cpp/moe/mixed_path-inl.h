@@ -29,6 +29,9 @@ class MixedPath {
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
   static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
 
+  // Of few tokens either path reads as many.
+  static int TilesAtOnce(const TokenBlocks& blocks) { return Many::TilesAtOnce(blocks); }
+
   static int64_t StagedBytes(StagedForm form, int64_t columns) {
     return form == StagedForm::kFused ? Few::StagedBytes(form, columns)
                                       : Many::StagedBytes(form, columns);

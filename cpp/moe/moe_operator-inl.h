@@ -4,7 +4,8 @@
 // derived operator (mxfp4_moe-inl.h, ...) names its codec, which names the weight format and turns
 // a packed group into multiplicands, and no more:
 //
-//   template <class Isa> struct MyCodec { using Format = ...; Decode, GroupScales, FoldScales };
+//   template <class Isa> struct MyCodec { using Format = ...; Decode, GroupScales, FoldScales,
+//                                            DecodeFolded };
 //   template <class Isa> struct OperatorTraits<MyMoe<Isa>> { using Codec = MyCodec<Isa>; };
 //   template <class Isa> class MyMoe final : public MoeOperator<MyMoe<Isa>, Isa> { ... };
 #pragma once

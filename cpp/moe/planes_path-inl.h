@@ -29,6 +29,8 @@ class PlanesPath {
   static constexpr int kFeatureTiles = kGroupSize / kTileRows;
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
+  static int TilesAtOnce(const TokenBlocks&) { return Isa::kTiles; }
+
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return kPlanes * QuadBlock::BytesPerToken(columns, kGroupSize);
   }

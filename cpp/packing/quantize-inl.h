@@ -59,8 +59,9 @@ class QuadStage {
     Store(rounded, scale, t, group);
   }
 
-  // One group of the tokens from `t` on, each of which holds what the ones before leave. Infinities
-  // stay infinite: they are one, times an infinite scale.
+  // One group of the tokens from `t` on, each of which holds what the ones before leave. An
+  // infinity is one times an infinite scale; with two of them, or a NaN, the group is NaN as a
+  // whole.
   void GroupInPlanes(const float* x, int t, int64_t group) const {
     int32_t rounded[kGroupSize] = {};
     float rest[kGroupSize];
@@ -68,8 +69,13 @@ class QuadStage {
     const float greatest = Greatest(x);
     float scale = greatest / kMaxQuadValue;
     if (!IsFinite(greatest)) {
-      for (int i = 0; i < kGroupSize; ++i) rounded[i] = std::isinf(x[i]) ? (x[i] < 0 ? -1 : 1) : 0;
-      Store(rounded, greatest, t, group);
+      int infinities = 0;
+      for (int i = 0; i < kGroupSize; ++i) {
+        rounded[i] = std::isinf(x[i]) ? (x[i] < 0 ? -1 : 1) : 0;
+        infinities += rounded[i] != 0 ? 1 : 0;
+      }
+      Store(rounded, infinities == 1 ? greatest : std::numeric_limits<float>::quiet_NaN(), t,
+            group);
       std::fill_n(rounded, kGroupSize, 0);
       for (int p = 1; p < kPlanes; ++p) Store(rounded, 0.0f, t + p, group);
       return;

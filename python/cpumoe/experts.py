@@ -53,7 +53,7 @@ class Experts:
       of 1.2e-2. A token's result is the same bit for bit whatever the others in the batch. A group
       of x or h that holds an infinity or NaN is NaN as a whole; one with A < 2^-100 counts as zero.
       Variant amx does so up to six tokens of an expert; more are multiplied as by "bf16", which is
-      faster there, and only `batch_invariant` makes results independent of the batch.
+      faster there; `batch_invariant` makes results independent of the batch, all as by "bf16".
 
     Make one with `from_checkpoint` or `from_tensors`.
     """

@@ -37,10 +37,15 @@ TEST_P(ForwardTest, DeepProducts) {
 
 // Enough tiles that a task takes several, and a number that leaves the last task with fewer.
 TEST_P(ForwardTest, SeveralTilesPerTask) {
-  for (const int64_t tokens : {1, 14}) {
+  for (const int64_t tokens : {1, 14, 70}) {  // few, many; many for AMX as well
     CheckForward(LayerSpec{.experts = 2, .hidden = 544, .intermediate = 288, .has_bias = true},
-                 BatchSpec{.tokens = tokens});
+                 BatchSpec{.tokens = tokens, .top_k = 2});
   }
+  // With few tokens tasks are shared out more finely.
+  CheckForward(LayerSpec{.experts = 2, .hidden = 64, .intermediate = 1056, .has_bias = true},
+               BatchSpec{.tokens = 3, .top_k = 2});
+  CheckForward(LayerSpec{.experts = 1, .hidden = 4128, .intermediate = 32, .has_bias = true},
+               BatchSpec{.tokens = 2, .top_k = 1});
 }
 
 TEST_P(ForwardTest, AnyNumberOfTokens) {

@@ -27,7 +27,7 @@ struct Amx : Avx512Bf16 {
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 
   using PanelUnit = amx::PanelUnit;
-  static_assert(kTiles == 2);
+  static_assert(kTiles == 2 && kFusedTokens * 3 <= kQuadTokens);
 };
 
 }  // namespace cpumoe
