@@ -57,8 +57,8 @@ struct Stream {
   }
 
  private:
-  static constexpr int64_t kAhead = 1536 / Geometry::kGroupBytes;
-  static constexpr int64_t kScalesAhead = 16;
+  static constexpr int64_t kAhead = 2048 / Geometry::kGroupBytes;
+  static constexpr int64_t kScalesAhead = 24;
   static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of a group
   static constexpr int64_t kScaleGroups = 64 / kScaleBytes;                   // of a cache line
 
