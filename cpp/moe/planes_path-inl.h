@@ -2,7 +2,7 @@
 // one instruction multiplies bytes, this decodes and multiplies with less work than bf16 needs.
 //
 // A group of activations is written as three planes of int8, x = s q0 + s/254 q1 + s/254^2 q2,
-// which leaves at most 2^-24 of the group's greatest magnitude: what adding in fp32 loses as well.
+// which leaves about 2^-24 of the group's greatest magnitude: what adding in fp32 loses as well.
 // A plane is to the int8 path's kernels a token of its own; the planes' products add up to the
 // token's.
 #pragma once
