@@ -272,11 +272,30 @@ struct Gemm {
   static inline __attribute__((always_inline)) void AddPair(const Pair* panel, const Activation* a,
                                                             int64_t p,
                                                             Vec (&sum)[kTiles][kTokens]) {
-    Pair w[kTiles];
-    for (int r = 0; r < kTiles; ++r) w[r] = panel[p * kTiles + r];
+    panel += p * kTiles;
+    a += p * kTokens * 2;
+    if constexpr (Isa::kSplitsPairs) {
+      AddHalf<kTokens, kTiles>([panel](int r) { return panel[r].even; }, a, sum);
+      KeepInMemory();
+      AddHalf<kTokens, kTiles>([panel](int r) { return panel[r].odd; }, a + 1, sum);
+    } else {
+      Pair w[kTiles];
+      for (int r = 0; r < kTiles; ++r) w[r] = panel[r];
+      for (int t = 0; t < kTokens; ++t) {
+        for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::Dot(sum[r][t], w[r], a + t * 2);
+      }
+    }
+  }
+
+  // The even or the odd weights of a pair, half(tile).
+  template <int kTokens, int kTiles, class Half>
+  static inline __attribute__((always_inline)) void AddHalf(Half half, const Activation* a,
+                                                            Vec (&sum)[kTiles][kTokens]) {
+    Vec w[kTiles];
+    for (int r = 0; r < kTiles; ++r) w[r] = half(r);
     for (int t = 0; t < kTokens; ++t) {
-      for (int r = 0; r < kTiles; ++r)
-        sum[r][t] = Isa::Dot(sum[r][t], w[r], a + (p * kTokens + t) * 2);
+      const Vec x = Isa::Broadcast(a[t * 2]);
+      for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::Fma(w[r], x, sum[r][t]);
     }
   }
 };

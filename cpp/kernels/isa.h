@@ -23,6 +23,7 @@ struct Fp32Multiplicands {
   using Activation = float;
   static constexpr int kPanelStep = 2;
   static constexpr float kFoldUnit = 1.0f;
+  static constexpr bool kSplitsPairs = false;
   static Activation ToActivation(float x) { return x; }
   static bool FoldsExactly(float /*least*/, float greatest) {
     return greatest <= std::numeric_limits<float>::max();
@@ -50,7 +51,10 @@ concept VectorIsa =
       { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
       { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
       { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
-      { Isa::kCrossover } -> std::convertible_to<int>;    // most tokens that fused is faster for
+      {
+        Isa::kSplitsPairs
+      } -> std::convertible_to<bool>;                   // panel kernels load half a Pair at a time
+      { Isa::kCrossover } -> std::convertible_to<int>;  // most tokens that fused is faster for
       { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
       { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
       { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;

@@ -25,8 +25,10 @@
 namespace cpumoe {
 
 struct Avx2 : Fp32Multiplicands {
-  // Register budget (16), two registers per Vec: panel 6 sums, a multiplicand and a broadcast
-  // activation; fused 3 sums, because decoding needs the other registers.
+  // Register budget (16), two registers per Vec: panel 6 sums, half a Pair and a broadcast
+  // activation (with a whole Pair a sum is spilled, and waits for itself in memory); fused 3 sums,
+  // because decoding needs the other registers.
+  static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 3;
   static constexpr int kCrossover = kFusedTokens;
