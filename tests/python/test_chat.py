@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -273,11 +274,19 @@ class Screen:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            # Makes the terminal the process's own, so that Ctrl-C reaches it.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._own_terminal,
         )
         os.close(slave)
         self.shown = ""
+
+    @staticmethod
+    def _own_terminal():
+        """Makes the terminal the process's own, so that Ctrl-C reaches it, and is heard there.
+
+        A shell that runs the tests in the background has them ignore it.
+        """
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def type(self, text):
         self.shown = ""
