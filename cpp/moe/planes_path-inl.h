@@ -7,7 +7,6 @@
 // token's.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>

@@ -118,7 +118,8 @@ def test_v4_shape_relative_error(isa, fmt):
     )
     args = inputs(weights, tokens=5)
     expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
-    for compute, greatest in (("bf16", 2.5e-3), ("int8", 1.25e-2)):
+    rounds_to_bf16 = isa in ("avx512_bf16", "amx")
+    for compute, greatest in (("bf16", 2.5e-3 if rounds_to_bf16 else 2e-3), ("int8", 1.25e-2)):
         error = weights.pack(isa=isa, compute=compute)(*args).double() - expected
         assert float(error.norm() / expected.norm()) < greatest
 
