@@ -36,9 +36,9 @@ void BindIsa(py::module_& m) {
       .def_readonly("code_bits", &FormatInfo::code_bits)
       .def_readonly("group_size", &FormatInfo::group_size)
       .def_readonly("scale_bytes", &FormatInfo::scale_bytes);
-  py::class_<FusedTokens>(m, "FusedTokens")
-      .def_readonly("crossover", &FusedTokens::crossover)
-      .def_readonly("most", &FusedTokens::most);
+  py::class_<FewTokens>(m, "FewTokens")
+      .def_readonly("crossover", &FewTokens::crossover)
+      .def_readonly("most", &FewTokens::most);
 
   m.def("known_isas", &KnownIsas, "All ISA variants, from the most general to the most special.");
   m.def("cpu_features", &DetectFeatures,
@@ -62,9 +62,9 @@ void BindIsa(py::module_& m) {
       "Opens a variant's library and returns the ISA that it says it was compiled for.");
   m.def("formats", &Formats, py::arg("isa"), py::arg("origin"), "The weight formats of a variant.");
   m.def(
-      "fused_tokens",
+      "few_tokens",
       [](const std::string& isa, const std::string& origin) {
-        return LoadVariant(isa, origin).fused_tokens;
+        return LoadVariant(isa, origin).few_tokens;
       },
       py::arg("isa"), py::arg("origin"),
       "Up to how many tokens of an expert a variant uses its few-token kernels, and could.");

@@ -30,8 +30,10 @@ struct Fp32Multiplicands {
   }
 };
 
-// Which kernels a block of tokens is staged for.
-enum class StagedForm { kFused, kPanel };
+// Which kernels a block of tokens is staged for: of bytes, or of floating point numbers.
+enum class StagedForm { kBytes, kFused, kPanel };
+inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kFused,
+                                              StagedForm::kPanel};
 
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
@@ -87,8 +89,7 @@ concept VectorIsa =
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
-// Fewer tokens are multiplied as bytes: up to kCrossover exactly, in three planes
-// (planes_path-inl.h), up to kQuadCrossover by the int8 path.
+// The int8 path multiplies bytes for up to kQuadCrossover tokens of an expert only.
 template <class Isa>
 concept HasPanelUnit = requires {
   typename Isa::PanelUnit;
@@ -107,18 +108,21 @@ struct PanelUnitTraits<Isa> {
 template <class Isa>
 using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 
-// What the int8 path needs besides: products of unsigned weight bytes with signed activation bytes.
+// What the paths of bytes need besides: products of unsigned weight bytes with signed activation
+// bytes.
 //
 // Isa::ByteTable   bytes of the sixteen 4-bit codes
 // Isa::Quad        four weights of every row of a tile, in the order kQuadOrder
 // Isa::QuadSum     sums of products of quads, exact up to the magnitude kQuadSumLimit
 //
-// A sum's start value is added in StartSum or in FinishSum, wherever that is cheaper.
+// A sum's start value is added in StartSum or in FinishSum and FinishPlanes, wherever that is
+// cheaper.
 template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
     requires(typename Isa::Quad quad, typename Isa::Codes codes, typename Isa::ByteTable table,
-             typename Isa::QuadSum sum, const std::array<uint8_t, 16>& bytes, const int8_t* a) {
+             typename Isa::QuadSum sum, const typename Isa::QuadSum (&planes)[3],
+             const std::array<uint8_t, 16>& bytes, const int8_t* a) {
       { Isa::kQuadTokens } -> std::convertible_to<int>;  // MR
       { Isa::kQuadSumLimit } -> std::convertible_to<int32_t>;
       { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
@@ -129,6 +133,10 @@ concept ByteIsa =
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
       { Isa::FinishSum(sum, int32_t{}) } -> std::same_as<typename Isa::Vec>;
+      { Isa::kPlaneTokens } -> std::convertible_to<int>;  // most that planes are fastest for
+      {
+        Isa::template FinishPlanes<7>(planes, int32_t{})
+      } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + planes[2]
     };
 
 // How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply

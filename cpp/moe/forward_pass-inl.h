@@ -50,8 +50,8 @@ class ForwardPass {
     const auto experts = static_cast<int64_t>(routing_.experts().size());
     const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
     const int64_t outputs = CeilDiv(DownTiles(), int64_t{TilePair::kCount});
-    features_per_task_ = PerTask(experts * features, 4);
-    outputs_per_task_ = PerTask(outputs, kMostPerTask);
+    features_per_task_ = PerTask(experts * features, 32, 4);
+    outputs_per_task_ = PerTask(outputs, 8, kMostPerTask);
     Reserve();
     if (experts > 0) Stage();
     const int64_t tasks = CeilDiv(features, features_per_task_);  // of an expert
@@ -66,11 +66,12 @@ class ForwardPass {
   static constexpr int64_t kMostPerTask = 16;
 
   // How many of `count` pieces of work a task takes, as long as there are enough tasks to go
-  // around. With few tokens, weights stream without a gap from one piece to the next; with many,
-  // pieces share what a core fetches of the activations: the more, the farther that has come.
-  int64_t PerTask(int64_t count, int64_t most_of_many) const {
+  // around: tasks_of_few per thread with few tokens, where weights stream without a gap from one
+  // piece to the next, and 4 with many, where pieces share what a core fetches of the activations:
+  // the more, the farther that has come.
+  int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
     const bool few = MostTokens() <= Path::kBlockTokens;
-    const int64_t tasks = pool_.num_threads() * (few ? 32 : 4);
+    const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     int64_t most = few ? 8 : most_of_many;
     while (most > 1 && count < most * tasks) most /= 2;
     return most;
@@ -267,7 +268,7 @@ class ForwardPass {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.dtype);
   }
-  // Where the block of an expert's tokens from `begin` on is staged. Experts have room for either
+  // Where the block of an expert's tokens from `begin` on is staged. Experts have room for any
   // form; an expert's blocks follow each other.
   std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t begin,
                      int64_t columns) const {
@@ -275,9 +276,11 @@ class ForwardPass {
            begin * Path::StagedBytes(FormOf(expert), columns);
   }
   static int64_t MostStagedBytes(int64_t columns) {
-    return RoundUp(std::max(Path::StagedBytes(StagedForm::kFused, columns),
-                            Path::StagedBytes(StagedForm::kPanel, columns)),
-                   int64_t{AlignedBuffer::kCacheLine});
+    int64_t most = 0;
+    for (const StagedForm form : kStagedForms) {
+      most = std::max(most, Path::StagedBytes(form, columns));
+    }
+    return RoundUp(most, int64_t{AlignedBuffer::kCacheLine});
   }
   std::byte* Panel(int thread) const { return workspace_.Scratch(thread); }
   float* Product(int thread) const {

@@ -7,31 +7,12 @@
 #include <span>
 
 #include "base/float_types.h"
-#include "formats/integer_codes.h"
 #include "kernels/quad_gemm-inl.h"
 #include "kernels/token_blocks.h"
+#include "moe/byte_codec-inl.h"
 #include "packing/quantize-inl.h"
 
 namespace cpumoe {
-
-// A format's codes as bytes; what it says of scales it has from the format's own codec.
-template <class Isa, class FloatCodec>
-struct ByteCodec {
-  using Format = typename FloatCodec::Format;
-  using Integers = IntegerCodes<Format>;
-  static constexpr int kGreatest = Integers::kGreatest;
-  static constexpr int kOffset = Integers::kOffset;
-  static constexpr float kUnit = Format::kUnit;
-  typename Isa::ByteTable table = Isa::MakeByteTable(Integers::kBytes);
-
-  template <int kQuad>
-  typename Isa::Quad DecodeQuad(const typename Isa::Codes& codes) const {
-    return Isa::template LookupQuad<kQuad>(table, codes);
-  }
-  static typename Isa::Vec GroupScales(const typename Format::Scale* scales) {
-    return FloatCodec::GroupScales(scales);
-  }
-};
 
 template <class Isa, class FloatCodec>
 class Int8Path {

@@ -1,10 +1,12 @@
-// A compute path of two: one for few tokens of an expert, another for many.
+// A compute path of two: one that multiplies bytes for few tokens of an expert, and one that
+// multiplies floating point numbers for many.
 //
-// Where an ISA multiplies floating point panels in a unit of its own (AMX's tiles), both compute
-// paths are of this kind. With many tokens the unit multiplies bf16, faster than bytes could be
-// multiplied: sums of bytes need scaling per group, so that products would have to leave the tiles
-// after every 32 columns (docs/performance.md). So nothing is gained by rounding, and nothing is
-// rounded.
+// The default path is of this kind, because codes become bytes with less work than they become
+// floating point numbers (planes_path-inl.h), and so is the int8 path where an ISA multiplies
+// floating point panels in a unit of its own (AMX's tiles). With many tokens the unit multiplies
+// bf16, faster than bytes could be multiplied: sums of bytes need scaling per group, so that
+// products would have to leave the tiles after every 32 columns (docs/performance.md). So nothing
+// is gained by rounding, and nothing is rounded.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +20,12 @@
 
 namespace cpumoe {
 
-// Few for up to kFewTokens tokens, a block of either path.
+// Few for up to kFewTokens tokens.
 template <class Codec, class Few, class Many, int kFewTokens>
 class MixedPath {
  public:
-  static constexpr int kCrossover = kFewTokens;
+  static constexpr int kCrossover = std::max(kFewTokens, Many::kCrossover);
   static constexpr int kBlockTokens = Many::kBlockTokens;
-  static_assert(kCrossover <= Few::kBlockTokens && kCrossover <= kBlockTokens);
   static constexpr int kFeatureTiles = Few::kFeatureTiles;
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
   static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
@@ -33,14 +34,14 @@ class MixedPath {
   static int TilesAtOnce(const TokenBlocks& blocks) { return Many::TilesAtOnce(blocks); }
 
   static int64_t StagedBytes(StagedForm form, int64_t columns) {
-    return form == StagedForm::kFused ? Few::StagedBytes(form, columns)
+    return form == StagedForm::kBytes ? Few::StagedBytes(form, columns)
                                       : Many::StagedBytes(form, columns);
   }
 
   static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
-    return blocks.tokens() <= std::min({fused_tokens, Few::kBlockTokens, kBlockTokens})
-               ? StagedForm::kFused
-               : StagedForm::kPanel;
+    return blocks.tokens() <= std::min(fused_tokens, kFewTokens)
+               ? StagedForm::kBytes
+               : Many::FormFor(blocks, fused_tokens);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
@@ -71,7 +72,7 @@ class MixedPath {
  private:
   template <class Body>
   static void Visit(StagedForm form, Body&& body) {
-    if (form == StagedForm::kFused) {
+    if (form == StagedForm::kBytes) {
       body(Few{});
     } else {
       body(Many{});

@@ -17,13 +17,10 @@
 #include "base/check.h"
 #include "formats/integer_codes.h"
 #include "kernels/isa.h"
+#include "moe/compute_paths-inl.h"
 #include "moe/expert_weights.h"
-#include "moe/float_path-inl.h"
 #include "moe/forward_pass-inl.h"
-#include "moe/int8_path-inl.h"
-#include "moe/mixed_path-inl.h"
 #include "moe/moe.h"
-#include "moe/planes_path-inl.h"
 
 namespace cpumoe {
 
@@ -67,28 +64,18 @@ class MoeOperator : public Moe {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    using Floats = FloatPath<Isa, Codec>;
-    if constexpr (kHasInt8 && HasPanelUnit<Isa>) {
-      using Bytes = Int8Path<Isa, Codec>;
-      using Planes = PlanesPath<Isa, Codec>;
+    if constexpr (kHasInt8) {
       if (config().compute == ComputePath::kInt8) {
-        Forward<MixedPath<Codec, Bytes, Floats, Isa::kQuadCrossover>>(args, pool, workspace);
-      } else {
-        Forward<MixedPath<Codec, Planes, Floats, Isa::kCrossover>>(args, pool, workspace);
+        Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);
+        return;
       }
-    } else if constexpr (kHasInt8) {
-      if (config().compute == ComputePath::kInt8) {
-        Forward<Int8Path<Isa, Codec>>(args, pool, workspace);
-      } else {
-        Forward<Floats>(args, pool, workspace);
-      }
-    } else {
-      Forward<Floats>(args, pool, workspace);
     }
+    Forward<DefaultPathOf<Isa, Codec>>(args, pool, workspace);
   }
 
  private:
   static constexpr bool kHasInt8 = HasIntegerCodes<Format>;
+
   static constexpr int64_t kMaxRoundPairs = 16384;
 
   static const MoeConfig& Checked(const MoeConfig& config) {

@@ -23,8 +23,8 @@ struct PeakEntry {
   int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
 };
 
-// Numbers of an expert's tokens that the few-token kernels of a variant take.
-struct FusedTokens {
+// Numbers of an expert's tokens that the few-token kernels of a variant take (compute "bf16").
+struct FewTokens {
   int crossover;  // up to which they are used
   int most;       // that there are kernels for
 };
@@ -36,7 +36,7 @@ struct VariantApi {
   size_t num_peaks;
   const PeakEntry* peaks;
   void (*read)(const float* data, int64_t count);  // count: a multiple of kReadGranule
-  FusedTokens fused_tokens;
+  FewTokens few_tokens;
 };
 
 inline constexpr int64_t kReadGranule = 1024;

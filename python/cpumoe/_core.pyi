@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Completion', 'ComputePath', 'CpuLocation', 'DType', 'FormatInfo', 'ForwardTensors', 'FusedTokens', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'formats', 'fused_tokens', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
+__all__: list[str] = ['Completion', 'ComputePath', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -44,7 +44,7 @@ class FormatInfo:
     @property
     def scale_bytes(self) -> int:
         ...
-class FusedTokens:
+class FewTokens:
     @property
     def crossover(self) -> int:
         ...
@@ -233,13 +233,13 @@ def cpu_features() -> set[str]:
     """
     The CPU features that ISA variants ask for and that are here.
     """
+def few_tokens(isa: str, origin: str) -> FewTokens:
+    """
+    Up to how many tokens of an expert a variant uses its few-token kernels, and could.
+    """
 def formats(isa: str, origin: str) -> list[FormatInfo]:
     """
     The weight formats of a variant.
-    """
-def fused_tokens(isa: str, origin: str) -> FusedTokens:
-    """
-    Up to how many tokens of an expert a variant uses its few-token kernels, and could.
     """
 def known_isas() -> list[IsaRow]:
     """

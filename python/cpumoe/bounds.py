@@ -3,6 +3,8 @@
 With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`` taken along k:
   1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2); |g| + 3 |w.x|_2 bounds the partial sums, L
      that n rounding errors of random sign add up to sqrt(n) of them (Higham & Mary 2019).
+     + L 2^-21 |w.A|_2, A the max |x| of a weight's group: kernels for few tokens may hold x as
+     integers of 21 bits per group.
   2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
      (|s''| <= a/2) + the error of exp. Clamps do not lengthen an error.
   3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1.
@@ -49,6 +51,8 @@ _UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32
 # Deviations that a sum of n independent rounding errors stays within, in units of its 2-norm
 # (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
 _LAMBDA = 5.0
+# Of a group's greatest magnitude: how far an activation may be off that is held as an integer.
+_UINTEGER = 2.0**-21
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
 # Relative error allowed to a vector exp and the division of the sigmoid.
@@ -123,13 +127,13 @@ def experts_forward_with_bounds(
     output = torch.zeros(hidden_states.shape, dtype=torch.float64)
     bounds = {compute: torch.zeros_like(output) for compute in computes}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
-        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu)
+        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, group_size)
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for compute, bound in bounds.items():
             dy = _bf16_bound(expert)
             if compute == "int8":
-                dy = torch.maximum(dy, _int8_bound(expert, group_size))
+                dy = torch.maximum(dy, _int8_bound(expert))
             # The product with the routing weight and the sum over experts round in float32.
             bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)
@@ -186,8 +190,10 @@ class _Magnitudes:
 class _Expert:
     """An expert's float64 results for its tokens x, and what bounds on all paths need."""
 
-    def __init__(self, x: torch.Tensor, dense: DenseExpert, swiglu: SwiGLU) -> None:
-        self.x, self.dense, self.swiglu = x, dense, swiglu
+    def __init__(
+        self, x: torch.Tensor, dense: DenseExpert, swiglu: SwiGLU, group_size: int
+    ) -> None:
+        self.x, self.dense, self.swiglu, self.group_size = x, dense, swiglu, group_size
         self.gate, self.up, self.down = (_Magnitudes(w) for w in (dense.gate, dense.up, dense.down))
         self.y = dense.output(swiglu(*dense.gate_up(x.double())))
 
@@ -195,15 +201,20 @@ class _Expert:
         """Returns h of a rounded x, and what float32 arithmetic may be off by from it."""
         gate, up = self.dense.gate_up(x)
         h = self.swiglu(gate, up)
-        d_gate = _accumulation_error(x, self.gate, gate, self.dense.gate_bias)
-        d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
+        d_gate = self._sum_error(x, self.gate, gate, self.dense.gate_bias)
+        d_up = self._sum_error(x, self.up, up, self.dense.up_bias)
         activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
         return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
 
     def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
         y = self.dense.output(h)
-        return y, _accumulation_error(h, self.down, y, self.dense.down_bias)
+        return y, self._sum_error(h, self.down, y, self.dense.down_bias)
+
+    def _sum_error(
+        self, x: torch.Tensor, weight: _Magnitudes, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _accumulation_error(x, weight, y, bias) + _integer_error(x, weight, self.group_size)
 
 
 def _bf16_bound(expert: _Expert) -> torch.Tensor:
@@ -215,8 +226,9 @@ def _bf16_bound(expert: _Expert) -> torch.Tensor:
     return (y - expert.y).abs() + random + propagated + accumulated
 
 
-def _int8_bound(expert: _Expert, group_size: int) -> torch.Tensor:
+def _int8_bound(expert: _Expert) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight; the greater of both ways of ties."""
+    group_size = expert.group_size
     ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
     h, d_h = expert.intermediate(torch.cat([dequantize_activations(*way) for way in ways]))
     codes, scales = quantize_activations(h.float(), group_size=group_size)
@@ -255,6 +267,14 @@ def _accumulation_error(
     flushed = _TINY * (1 + x.abs().sum(-1, keepdim=True))
     relative = min(_LAMBDA, math.sqrt(k)) * math.sqrt(k) * _U32
     return size * relative + flushed
+
+
+def _integer_error(x: torch.Tensor, weight: _Magnitudes, group_size: int) -> torch.Tensor:
+    if x.shape[-1] % group_size:
+        return torch.zeros((), dtype=torch.float64)  # no kernel takes such a width
+    groups = x.abs().reshape(*x.shape[:-1], -1, group_size)
+    greatest = groups.amax(-1, keepdim=True).expand_as(groups).flatten(-2)
+    return min(_LAMBDA, math.sqrt(x.shape[-1])) * _UINTEGER * weight.product(greatest, 2)
 
 
 def _activation_error(

@@ -111,7 +111,7 @@ def measure_crossover(
     Raises:
         ValueError: too little memory, or a variant that this CPU lacks.
     """
-    limits = _core.fused_tokens(isa, "isa")
+    limits = _core.few_tokens(isa, "isa")
     require_memory(weights, copies=2, threads=runtime.threads)
     counts = range(1, min(MOST_TOKENS, limits.most) + 1)
     fused, panel = (

@@ -22,11 +22,6 @@ constexpr double kOverflow = 0x1.ffffffp127;  // from here on a result rounds to
 
 class ActivationTest : public IsaTest {
  protected:
-  void SetUp() override {
-    IsaTest::SetUp();
-    run_.ExpectNoFloatDots();
-  }
-
   std::vector<float> Exp(std::vector<float> x) const {
     const size_t count = x.size();
     x.resize(RoundUp(static_cast<int64_t>(count), kTileRows));

@@ -91,10 +91,10 @@ class DecodeTest : public IsaFormatTest {
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(DecodeTest);
 
 TEST_P(DecodeTest, Fused) { CheckAllScales(Path::kFused, kernels().fused_tokens); }
+TEST_P(DecodeTest, Planes) { CheckAllScales(Path::kPlanes, kernels().plane_tokens); }
 TEST_P(DecodeTest, ScaledPanel) { CheckAllScales(Path::kScaledPanel, 32); }
 TEST_P(DecodeTest, FoldedPanel) {
   if (!kernels().folds) {
-    run_.ExpectNoFloatDots();
     GTEST_SKIP() << "scales of " << format() << " do not fold into this ISA's multiplicands";
   }
   CheckAllScales(Path::kFoldedPanel, 32);
@@ -102,7 +102,6 @@ TEST_P(DecodeTest, FoldedPanel) {
 
 // Scales whose products leave the multiplicands' range must not fold.
 TEST_P(DecodeTest, OverflowDoesNotFold) {
-  run_.ExpectNoFloatDots();
   EXPECT_FALSE(kernels().folds_exactly(1.0f, 0x1.8p127f));
   EXPECT_EQ(kernels().folds_exactly(0x1p-20f, 0x1p20f), kernels().folds);
 }

@@ -30,10 +30,6 @@ struct Copy {
 
 class ExportTest : public MoeTest {
  protected:
-  void SetUp() override {
-    MoeTest::SetUp();
-    run_.ExpectNoFloatDots();
-  }
   int64_t GroupSize() const {
     return VisitFormat(format(), []<class F>(F) { return int64_t{F::kGroupSize}; });
   }

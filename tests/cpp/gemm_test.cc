@@ -86,7 +86,7 @@ class GemmTest : public IsaFormatTest {
   }
 
   std::vector<Path> PathsFor(int64_t tokens) const {
-    std::vector<Path> paths = {Path::kScaledPanel};
+    std::vector<Path> paths = {Path::kScaledPanel, Path::kPlanes};
     if (kernels().folds) paths.push_back(Path::kFoldedPanel);
     if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
     return paths;
@@ -140,7 +140,6 @@ TEST_P(GemmTest, AnyDepth) {
 
 // Rounding to int8 changes nothing here, so that the kernels' sums must be the exact ones.
 TEST_P(GemmTest, Int8) {
-  run_.ExpectNoFloatDots();
   for (const int64_t groups : {1, 3, 63, 64, 65, 130}) {
     const Weights w = MakeWeights(groups % 2 + 1, groups);
     for (int64_t tokens = 1; tokens <= 2 * kernels().int8_tokens + 1; ++tokens) {
@@ -152,7 +151,6 @@ TEST_P(GemmTest, Int8) {
 
 // The greatest sums there are: narrow ones must not overflow.
 TEST_P(GemmTest, Int8Extremes) {
-  run_.ExpectNoFloatDots();
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
     const Weights w = MakeWeights(2, 2, codes);
     for (const float a : {127.0f, -127.0f}) {
@@ -161,6 +159,46 @@ TEST_P(GemmTest, Int8Extremes) {
         CheckSums(w, x, Multiply(Path::kInt8, w, x));
       }
     }
+  }
+}
+
+// Groups of the greatest and of the most different digits: integers of 21 bits are exact.
+TEST_P(GemmTest, PlanesExtremes) {
+  constexpr int32_t kGreatest = (1 << 20) - 1;
+  constexpr int32_t kAllDigitsGreatest = (63 << 14) + (63 << 7) + 63;
+  for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
+    const Weights w = MakeWeights(2, 2, codes);
+    for (const int32_t integer : {kGreatest, -kGreatest, kAllDigitsGreatest, -kAllDigitsGreatest}) {
+      for (const int exponent : {-60, 0, 60}) {
+        std::vector<float> a(3 * w.columns, std::ldexp(static_cast<float>(integer), exponent));
+        a[w.columns / 4] = std::ldexp(1.0f, exponent);  // beside the greatest, in one group
+        CheckSums(w, a, Multiply(Path::kPlanes, w, a));
+      }
+    }
+  }
+}
+
+// Lone infinities keep their sign, NaN and several infinities in a group become NaN, and neither
+// changes another group's or token's sums.
+TEST_P(GemmTest, PlanesNotFinite) {
+  const Weights w = MakeWeights(1, 3, std::byte{0x22});  // none of them zero
+  const std::vector<float> ones(2 * w.columns, 1.0f);
+  for (const float special : {INFINITY, -INFINITY, NAN}) {
+    std::vector<float> a = ones;
+    a[w.columns / 2] = special;
+    std::vector<float> c = Multiply(Path::kPlanes, w, a);
+    for (int64_t row = 0; row < kTileRows; ++row) {
+      if (std::isnan(special)) {
+        EXPECT_TRUE(std::isnan(c[row])) << c[row];
+      } else {
+        const auto weight = static_cast<float>(w.values[row * w.columns + w.columns / 2]);
+        EXPECT_EQ(c[row], special * weight);
+      }
+      EXPECT_TRUE(std::isfinite(c[kTileRows + row]));
+    }
+    a[w.columns / 2 + 1] = special;
+    c = Multiply(Path::kPlanes, w, a);
+    EXPECT_TRUE(std::isnan(c[0])) << c[0];
   }
 }
 
@@ -182,7 +220,9 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
           Multiply(path, w, {a.begin() + t * w.columns, a.begin() + (t + 1) * w.columns});
       alone.insert(alone.end(), row.begin(), row.end());
     }
-    const int64_t limit = path == Path::kFused ? kernels().fused_tokens : most;
+    const int64_t limit = path == Path::kFused    ? kernels().fused_tokens
+                          : path == Path::kPlanes ? kernels().plane_tokens
+                                                  : most;
     for (int64_t tokens = 1; tokens <= limit; ++tokens) {
       const std::vector<float> some(a.begin(), a.begin() + tokens * w.columns);
       EXPECT_TRUE(SameBits(Multiply(path, w, some).data(), alone.data(), tokens * w.rows()))
@@ -199,7 +239,6 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
 
 // Vector instructions sum the fused form and the scaled panel in the same order, to the same bits.
 TEST_P(GemmTest, FusedEqualsScaledPanel) {
-  run_.ExpectNoFloatDots();
   if (kernels().panel_unit) GTEST_SKIP() << "a unit of " << GetParam().isa << " multiplies panels";
   const Weights w = MakeWeights(2, kernels().panel_groups + 1);
   for (int64_t tokens = 1; tokens <= kernels().fused_tokens; ++tokens) {

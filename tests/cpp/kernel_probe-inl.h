@@ -15,8 +15,7 @@
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
-#include "moe/float_path-inl.h"
-#include "moe/int8_path-inl.h"
+#include "moe/compute_paths-inl.h"
 
 namespace cpumoe::kernel_probe {
 
@@ -24,6 +23,10 @@ template <class Isa, class Codec>
 struct Probe {
   using Format = typename Codec::Format;
   using Kernels = Gemm<Isa, Codec>;
+  using Floats = FloatPath<Isa, Codec>;
+  // More than the operator would let it have, to see that any number is right.
+  static constexpr int kPlaneTokens = 2 * Isa::kPanelTokens + 1;
+  using Planes = MixedPath<Codec, PlanesPath<Isa, Codec, kPlaneTokens>, Floats, kPlaneTokens>;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
@@ -39,9 +42,12 @@ struct Probe {
                         .fold = path == Path::kFoldedPanel};
     if (path == Path::kInt8) {
       Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
+    } else if (path == Path::kPlanes) {
+      Require(tokens <= kPlaneTokens, "too many tokens: ", tokens);
+      Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
     } else {
       const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
-      Multiply<FloatPath<Isa, Codec>>(w, count, form, a, tokens, c);
+      Multiply<Floats>(w, count, form, a, tokens, c);
     }
   }
 
@@ -74,9 +80,9 @@ struct Probe {
   }
 
   static FormatEntry Entry() {
-    return {InfoOf<Format>().name, Kernels::kFolding,     Isa::kFusedTokens,
-            Isa::kPanelTokens,     Kernels::kPanelGroups, HasPanelUnit<Isa>,
-            Isa::kQuadTokens,      &Probe::FoldsExactly,  &Probe::Multiply};
+    return {InfoOf<Format>().name, Kernels::kFolding, Isa::kFusedTokens, Isa::kPanelTokens,
+            Kernels::kPanelGroups, HasPanelUnit<Isa>, Isa::kQuadTokens,  kPlaneTokens,
+            &Probe::FoldsExactly,  &Probe::Multiply};
   }
 };
 

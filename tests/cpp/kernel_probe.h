@@ -10,7 +10,7 @@
 
 namespace cpumoe::kernel_probe {
 
-enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8 };
+enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kPlanes };
 
 struct FormatEntry {
   const char* format;
@@ -20,6 +20,7 @@ struct FormatEntry {
   int64_t panel_groups;  // groups of a whole panel
   bool panel_unit;       // panels are multiplied by a unit that sums in an order of its own
   int64_t int8_tokens;   // MR of kInt8: fused up to here, panel beyond
+  int64_t plane_tokens;  // most tokens of kPlanes
 
   // Whether `kFoldedPanel` may be used for scales of these magnitudes.
   bool (*folds_exactly)(float least_scale, float greatest_scale);

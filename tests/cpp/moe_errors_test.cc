@@ -26,11 +26,6 @@ std::string MessageOf(Body&& body) {
 
 class MoeErrorsTest : public MoeTest {
  protected:
-  void SetUp() override {
-    MoeTest::SetUp();
-    run_.ExpectNoFloatDots();
-  }
-
   static constexpr MoeConfig kConfig = {
       .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .swiglu = {}};
 

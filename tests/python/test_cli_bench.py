@@ -181,7 +181,7 @@ def test_tune(v4, tmp_path):
     crossovers = {row["isa"]: row for row in document["crossovers"]}
     assert list(crossovers) == cpumoe.supported_isas()
     for isa, found in crossovers.items():
-        constants = _core.fused_tokens(isa, "tests")
+        constants = _core.few_tokens(isa, "tests")
         assert (found["compiled_in"], found["most"]) == (constants.crossover, constants.most)
         assert 0 <= found["best"] <= found["most"]
         rows = found["rows"]

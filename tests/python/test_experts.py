@@ -125,14 +125,12 @@ def test_v4_shape_relative_error(isa, fmt):
 
 
 @EVERY_VARIANT
-def test_a_lone_token_is_as_exact_as_fp32(isa, fmt):
-    if isa == "avx512_bf16":
-        pytest.skip("avx512_bf16 rounds activations to bf16")
+def test_a_lone_tokens_activations_have_21_bits_or_more(isa, fmt):
     weights = layer(fmt, experts=2, hidden=1024, intermediate=512, std=0.02)
     args = inputs(weights, tokens=1, dtype=torch.float32)
     expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
     error = weights.pack(isa=isa)(*args).double() - expected
-    assert float(error.norm() / expected.norm()) < 1e-6
+    assert float(error.norm() / expected.norm()) < 4e-6
 
 
 @EVERY_VARIANT
@@ -301,7 +299,7 @@ def test_fused_tokens_choose_the_kernels(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=6)
     outputs = {}
-    own = _core.fused_tokens(isa, "tests").crossover
+    own = _core.few_tokens(isa, "tests").crossover
     for fused_tokens in (None, own, 0, 1000):
         outputs[fused_tokens] = weights.pack(isa=isa, fused_tokens=fused_tokens)(*args)
         check(outputs[fused_tokens], weights, args)

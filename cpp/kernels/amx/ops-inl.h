@@ -5,7 +5,7 @@
 // Crossovers, measured on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows x 32 k in L2:
 //
 //   tokens                        1    2    3    6   12   16   32   64
-//   bytes, three planes          36   55   78
+//   bytes, three planes          33   56   75  138  260
 //   bytes (int8)                 25   30   36   55  100
 //   VDPBF16PS                    62   95
 //   tiles                        51   51   51   55   56   60   70  130
@@ -19,15 +19,17 @@
 namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
-  static constexpr int kFusedTokens = 4;    // times three planes: a block of bytes
-  static constexpr int kCrossover = 1;      // in planes
-  static constexpr int kQuadCrossover = 6;  // by the int8 path
-  static constexpr int kPanelPairs = 64;    // four groups, which the unit lags behind: 8 KiB
+  static constexpr int kPlaneTokens = 1;
+  static constexpr int kFusedTokens = 4;
+  static constexpr int kCrossover = 0;  // VDPBF16PS is never the fastest
+  static constexpr int kQuadCrossover =
+      6;                                  // most tokens of the int8 path that bytes are faster for
+  static constexpr int kPanelPairs = 64;  // four groups, which the unit lags behind: 8 KiB
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 
   using PanelUnit = amx::PanelUnit;
-  static_assert(kTiles == 2 && kFusedTokens * 3 <= kQuadTokens);
+  static_assert(kTiles == 2);
 };
 
 }  // namespace cpumoe

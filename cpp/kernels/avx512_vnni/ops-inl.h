@@ -1,5 +1,5 @@
 // AVX512_VNNI: VPDPBUSD multiplies 64 pairs of bytes and adds them to sixteen 32-bit sums. It
-// serves the int8 path; otherwise this is AVX-512.
+// serves the paths of bytes; otherwise this is AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 namespace cpumoe {
 
 struct Avx512Vnni : Avx512 {
+  static constexpr int kPlaneTokens = 16;  // as fast a token as fp32, and decoding costs a third
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
 
@@ -24,6 +25,11 @@ struct Avx512Vnni : Avx512 {
     return sum;
   }
   static Vec FinishSum(QuadSum sum, int32_t /*start*/) { return _mm512_cvtepi32_ps(sum.lanes); }
+  template <int kShift>
+  static Vec FinishPlanes(const QuadSum (&sums)[3], int32_t /*start*/) {
+    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums[0].lanes, kShift), sums[1].lanes);
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, kShift), sums[2].lanes));
+  }
 };
 
 }  // namespace cpumoe

@@ -23,6 +23,7 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
+  static constexpr int kPlaneTokens = 0;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -140,6 +141,13 @@ struct Generic : Fp32Multiplicands {
   }
   static Vec FinishSum(const QuadSum& sum, int32_t /*start*/) {
     return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
+  }
+  template <int kShift>
+  static Vec FinishPlanes(const QuadSum (&sums)[3], int32_t /*start*/) {
+    return Map([&](int i) {
+      const int32_t upper = sums[0].lane[i] * (1 << kShift) + sums[1].lane[i];
+      return static_cast<float>(upper * (1 << kShift) + sums[2].lane[i]);
+    });
   }
 
  private:

@@ -1,0 +1,36 @@
+// Which compute paths an ISA takes for a format (float_path-inl.h says what a path is).
+#pragma once
+
+#include <type_traits>
+
+#include "formats/integer_codes.h"
+#include "kernels/isa.h"
+#include "moe/float_path-inl.h"
+#include "moe/int8_path-inl.h"
+#include "moe/mixed_path-inl.h"
+#include "moe/planes_path-inl.h"
+
+namespace cpumoe {
+
+// compute "bf16": planes of bytes for few tokens where codes are integers and the ISA gains by it.
+template <class Isa, class Codec>
+using DefaultPathOf =
+    std::conditional_t<HasIntegerCodes<typename Codec::Format> && (Isa::kPlaneTokens > 0),
+                       MixedPath<Codec, PlanesPath<Isa, Codec, Isa::kPlaneTokens>,
+                                 FloatPath<Isa, Codec>, Isa::kPlaneTokens>,
+                       FloatPath<Isa, Codec>>;
+
+template <class Isa, class Codec>
+struct Int8PathTraits {
+  using Type = Int8Path<Isa, Codec>;
+};
+template <HasPanelUnit Isa, class Codec>
+struct Int8PathTraits<Isa, Codec> {
+  using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadCrossover>;
+};
+
+// compute "int8", for formats that have integer codes.
+template <class Isa, class Codec>
+using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
+
+}  // namespace cpumoe
