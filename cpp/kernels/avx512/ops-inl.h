@@ -21,7 +21,9 @@ namespace cpumoe {
 
 struct Avx512 : Fp32Multiplicands {
   // Register budget (32): 12 tokens x 2 tiles of sums; the rest holds multiplicands, a broadcast
-  // activation, and in the fused kernel codes and table.
+  // activation, and in the fused kernel codes and table. With whole pairs GCC 12 copies a register
+  // per token.
+  static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
   static constexpr int kCrossover = kFusedTokens;
