@@ -1,4 +1,6 @@
-// Waiting for another thread: poll for a short time, then park.
+// Waiting for another thread: poll for a short time, then park. Between polls it yields only where
+// threads outnumber the CPUs: Linux (6.18) takes a time slice from a thread that yields, so that
+// next to a busy process calls take a fifth longer.
 #pragma once
 
 #include <sched.h>
@@ -43,13 +45,12 @@ class AdaptiveWait {
  private:
   static constexpr int kMaxMisses = 4;
   static constexpr int kPollsPerClockRead = 16;
-  static constexpr std::chrono::microseconds kSelfish{5};
 
   template <class Ready>
   bool Poll(Ready ready, Clock::time_point start) const {
     const Clock::time_point deadline = start + budget_ / (1 << misses_);
-    for (Clock::time_point now = start; now < deadline; now = Clock::now()) {
-      if (crowded_ || now - start > kSelfish) sched_yield();
+    while (Clock::now() < deadline) {
+      if (crowded_) sched_yield();
       for (int i = 0; i < kPollsPerClockRead; ++i) {
         if (ready()) return true;
         CpuRelax();
