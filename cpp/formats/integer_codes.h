@@ -1,4 +1,4 @@
-// Formats whose sixteen codes are integers times one unit: what the int8 path multiplies.
+// Formats whose sixteen codes are integers times one unit: what the paths of bytes multiply.
 #pragma once
 
 #include <array>

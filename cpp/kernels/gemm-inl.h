@@ -36,7 +36,8 @@ inline __attribute__((always_inline)) void Prefetch(const std::byte* at) { __bui
 // core waits for memory a quarter of the time (docs/performance.md).
 template <class Geometry, class Scale>
 struct Stream {
-  // Calls body(g) for the groups [begin, end) of kTiles tiles of `groups`, kStep at a time.
+  // Calls body(g) for the groups [begin, end) of kTiles tiles of `groups`, kStep at a time. Of all
+  // the tiles or of none it is known which follows (LinkTiles for as many).
   template <int kTiles, int kStep = 1, class Body>
   static inline __attribute__((always_inline)) void ForGroups(const TileView* tiles, int64_t begin,
                                                               int64_t end, int64_t groups,

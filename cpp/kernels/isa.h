@@ -30,7 +30,8 @@ struct Fp32Multiplicands {
   }
 };
 
-// Which kernels a block of tokens is staged for: of bytes, or of floating point numbers.
+// Which kernels a block of tokens is staged for: the bytes of a mixed path, or floating point
+// numbers.
 enum class StagedForm { kBytes, kFused, kPanel };
 inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kFused,
                                               StagedForm::kPanel};

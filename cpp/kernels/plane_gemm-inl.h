@@ -1,4 +1,4 @@
-// C = A * W^T for a few tokens, exactly but in bytes: the micro-kernel of the planes path.
+// C = A * W^T for a few tokens, in bytes but with 21 bits: the micro-kernel of the planes path.
 //
 // An instruction multiplies four times as many bytes as fp32, and a 4-bit code becomes a byte with
 // less work than any floating point number. So a group of activations is written as integers of 21
@@ -8,8 +8,8 @@
 //   x = scale (q0 128^2 + q1 128 + q2)              weight = w - offset, 0 <= w < 128
 //   sum weight x = scale (S0 128^2 + S1 128 + S2 + start),  Si = sum w qi
 //
-// Everything is an exact integer of 32 bits up to there, and the Si of a whole group fit 16 bits:
-// ISAs without VPDPBUSD sum products of VPMADDUBSW as they come.
+// Everything is an exact integer of 32 bits up to there, and the Si of a whole group's every other
+// product fit 16 bits: ISAs without VPDPBUSD sum products of VPMADDUBSW as they come.
 //
 // A group is decoded once for all tokens; then a token at a time is multiplied.
 #pragma once
@@ -38,9 +38,20 @@ struct PlaneGroup {
   int32_t start;  // minus the bytes' offset times the sum of the integers
 };
 
+// Whether a group's sums fit: those of a digit 16 bits, in which an ISA may sum every other
+// product, and all of them 32 bits, of which a 64th is left for the lower digits.
+template <class Codec>
+constexpr bool PlanesFit() {
+  constexpr int64_t kGroupSize = Codec::Format::kGroupSize;
+  constexpr int64_t kDigitSum = kGroupSize * Codec::kGreatest * kMaxDigit;
+  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << kPlaneBits;
+  return kDigitSum / 2 <= INT16_MAX &&
+         (kDigitSum << (kPlanes - 1) * kDigitBits) + kStart <= int64_t{INT32_MAX} / 64 * 63;
+}
+
 template <class Isa, class Codec>
 class PlaneGemm {
-  static_assert(QuadCodec<Codec, Isa>);
+  static_assert(QuadCodec<Codec, Isa> && PlanesFit<Codec>());
   using Format = typename Codec::Format;
   using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
   using Scale = typename Format::Scale;
@@ -48,15 +59,6 @@ class PlaneGemm {
   using Vec = typename Isa::Vec;
   using Tiles = Stream<Geometry, Scale>;
   static constexpr int kTiles = Isa::kTiles;
-
-  static constexpr int64_t kMaxDigitSum =
-      int64_t{Format::kGroupSize} * Codec::kGreatest * kMaxDigit;
-  // Sums of 16 bits are of every other product only; those of 32 leave a 64th of their range for
-  // the lower digits.
-  static_assert(kMaxDigitSum / 2 <= INT16_MAX);
-  static_assert((kMaxDigitSum << (kPlanes - 1) * kDigitBits) +
-                    (int64_t{Format::kGroupSize} * Codec::kOffset << kPlaneBits) <=
-                int64_t{INT32_MAX} * 63 / 64);
 
  public:
   using Group = PlaneGroup<Format::kGroupSize>;

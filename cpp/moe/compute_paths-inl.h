@@ -1,8 +1,6 @@
 // Which compute paths an ISA takes for a format (float_path-inl.h says what a path is).
 #pragma once
 
-#include <type_traits>
-
 #include "formats/integer_codes.h"
 #include "kernels/isa.h"
 #include "moe/float_path-inl.h"
@@ -12,13 +10,21 @@
 
 namespace cpumoe {
 
+template <class Isa, class Codec>
+struct DefaultPathTraits {
+  using Type = FloatPath<Isa, Codec>;
+};
+template <class Isa, class Codec>
+  requires(HasIntegerCodes<typename Codec::Format> && Isa::kPlaneTokens > 0 &&
+           PlanesFit<ByteCodec<Isa, Codec>>())
+struct DefaultPathTraits<Isa, Codec> {
+  using Type = MixedPath<Codec, PlanesPath<Isa, Codec, Isa::kPlaneTokens>, FloatPath<Isa, Codec>,
+                         Isa::kPlaneTokens>;
+};
+
 // compute "bf16": planes of bytes for few tokens where codes are integers and the ISA gains by it.
 template <class Isa, class Codec>
-using DefaultPathOf =
-    std::conditional_t<HasIntegerCodes<typename Codec::Format> && (Isa::kPlaneTokens > 0),
-                       MixedPath<Codec, PlanesPath<Isa, Codec, Isa::kPlaneTokens>,
-                                 FloatPath<Isa, Codec>, Isa::kPlaneTokens>,
-                       FloatPath<Isa, Codec>>;
+using DefaultPathOf = typename DefaultPathTraits<Isa, Codec>::Type;
 
 template <class Isa, class Codec>
 struct Int8PathTraits {

@@ -1,4 +1,5 @@
-// The default compute path: exact weights times activations of the ISA's floating point type.
+// The floating point compute path: exact weights times activations of the ISA's floating point
+// type.
 //
 // A path is what the forward pass needs to multiply with one kind of activation: how tokens and
 // intermediate features are staged, and the product of staged blocks with pairs of tiles.
@@ -36,7 +37,9 @@ class FloatPath {
   }
 
   // Tiles of a pair that are read side by side.
-  static int TilesAtOnce(const TokenBlocks& blocks) { return Gemm::TilesAtOnce(blocks); }
+  static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
+    return Gemm::TilesAtOnce(blocks);
+  }
 
   static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
     return Gemm::FormFor(blocks, fused_tokens);

@@ -70,7 +70,7 @@ class ForwardPass {
   // piece to the next, and 4 with many, where pieces share what a core fetches of the activations:
   // the more, the farther that has come.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few = MostTokens() <= Path::kBlockTokens;
+    const bool few = MostTokens() <= std::max(Path::kBlockTokens, Path::kCrossover);
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     int64_t most = few ? 8 : most_of_many;
     while (most > 1 && count < most * tasks) most /= 2;
@@ -135,7 +135,7 @@ class ForwardPass {
     for (int64_t tile = begin; tile < end; ++tile) {
       w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
     }
-    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(blocks));
+    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(FormOf(expert), blocks));
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
                    shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
@@ -211,7 +211,8 @@ class ForwardPass {
     }
     const bool last = index + 1 == static_cast<int64_t>(experts.size());
     if (!last) w[count] = pair_at(experts[index + 1], begin);
-    LinkTiles(std::span(w.data(), count + (last ? 0 : 1)), Path::TilesAtOnce(blocks));
+    LinkTiles(std::span(w.data(), count + (last ? 0 : 1)),
+              Path::TilesAtOnce(FormOf(expert), blocks));
     float* product = Product(thread);
     Path::Multiply(op_.codec(), std::span(w.data(), count), blocks, FormOf(expert),
                    BlockAt(intermediate_, expert, 0, Intermediate()), Panel(thread), product);

@@ -28,13 +28,14 @@ class Int8Path {
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
-  static int TilesAtOnce(const TokenBlocks&) { return Isa::kTiles; }
+  static int TilesAtOnce(StagedForm, const TokenBlocks&) { return Isa::kTiles; }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return QuadBlock::BytesPerToken(columns, kGroupSize);
   }
 
-  // Both forms are staged alike and give the same bits; the number of blocks decides.
+  // Kernels of few and of many tokens take the same form and give the same bits; the number of
+  // blocks decides.
   static StagedForm FormFor(const TokenBlocks&, int /*fused_tokens*/) { return StagedForm::kPanel; }
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,

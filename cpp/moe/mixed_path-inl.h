@@ -1,12 +1,12 @@
 // A compute path of two: one that multiplies bytes for few tokens of an expert, and one that
 // multiplies floating point numbers for many.
 //
-// The default path is of this kind, because codes become bytes with less work than they become
-// floating point numbers (planes_path-inl.h), and so is the int8 path where an ISA multiplies
-// floating point panels in a unit of its own (AMX's tiles). With many tokens the unit multiplies
-// bf16, faster than bytes could be multiplied: sums of bytes need scaling per group, so that
-// products would have to leave the tiles after every 32 columns (docs/performance.md). So nothing
-// is gained by rounding, and nothing is rounded.
+// On most ISAs the default path is of this kind, because codes become bytes with less work than
+// they become floating point numbers (planes_path-inl.h), and so is the int8 path where an ISA
+// multiplies floating point panels in a unit of its own (AMX's tiles). With many tokens the unit
+// multiplies bf16, faster than bytes could be multiplied: sums of bytes need scaling per group, so
+// that products would have to leave the tiles after every 32 columns (docs/performance.md). So
+// nothing is gained by rounding, and nothing is rounded.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,10 @@ class MixedPath {
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
   static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
 
-  // Of few tokens either path reads as many.
-  static int TilesAtOnce(const TokenBlocks& blocks) { return Many::TilesAtOnce(blocks); }
+  static int TilesAtOnce(StagedForm form, const TokenBlocks& blocks) {
+    return form == StagedForm::kBytes ? Few::TilesAtOnce(form, blocks)
+                                      : Many::TilesAtOnce(form, blocks);
+  }
 
   static int64_t StagedBytes(StagedForm form, int64_t columns) {
     return form == StagedForm::kBytes ? Few::StagedBytes(form, columns)

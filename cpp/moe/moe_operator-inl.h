@@ -43,7 +43,7 @@ class MoeOperator : public Moe {
   const ExpertWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
-  // Most tokens of an expert for a path's fused kernels.
+  // Most tokens of an expert for a path's few-token kernels.
   template <class Path>
   int FusedTokens() const {
     if (config().batch_invariant) return 0;

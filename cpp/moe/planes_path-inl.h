@@ -30,7 +30,7 @@ class PlanesPath {
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = 0;
 
-  static int TilesAtOnce(const TokenBlocks&) { return TilePair::kCount; }
+  static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return columns / kGroupSize * static_cast<int64_t>(sizeof(Group));

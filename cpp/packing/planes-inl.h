@@ -1,8 +1,8 @@
 // Staged activations of the planes path: a token's groups follow each other (PlaneGroup).
 //
 // A group is rounded to multiples of 2^(e-20), where 2^e is the least power of two above all of its
-// magnitudes. So a bf16 number is exact unless the group's greatest is 2^13 times as large, and
-// none is off by more than 2^-21 of that.
+// magnitudes. So a bf16 number is exact unless the group's greatest is over 2^12 times as large,
+// and none is off by more than 2^-20 of that.
 #pragma once
 
 #include <bit>
@@ -48,8 +48,8 @@ class PlaneStage {
   }
 
  private:
-  // Below this such a unit's inverse would overflow; the group counts as zero.
-  static constexpr float kLeast = 0x1p-100f;
+  // Below this the scale, which is 2^-20 of it, might be subnormal; the group counts as zero.
+  static constexpr float kLeast = 0x1p-106f;
 
   static void WriteNotFinite(const float* x, Group& out) {
     int32_t integers[kGroupSize];

@@ -1,6 +1,6 @@
 // Waiting for another thread: poll for a short time, then park. Between polls it yields only where
 // threads outnumber the CPUs: Linux (6.18) takes a time slice from a thread that yields, so that
-// next to a busy process calls take a fifth longer.
+// next to a busy process calls take a fifth to a third longer.
 #pragma once
 
 #include <sched.h>

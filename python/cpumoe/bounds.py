@@ -3,11 +3,11 @@
 With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`` taken along k:
   1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2); |g| + 3 |w.x|_2 bounds the partial sums, L
      that n rounding errors of random sign add up to sqrt(n) of them (Higham & Mary 2019).
-     + L 2^-21 |w.A|_2, A the max |x| of a weight's group: kernels for few tokens may hold x as
-     integers of 21 bits per group.
+     Kernels for few tokens may hold x as integers of 21 bits per group, written I: + |W(I(x) - x)|.
   2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
      (|s''| <= a/2) + the error of exp. Clamps do not lengthen an error.
-  3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1.
+  3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1, + |Wd| 2^-20 A for
+     I(h), A a group's max |h|.
   4. sum over experts with |w_e|, + the output's unit roundoff times its size.
 
 Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
@@ -51,8 +51,9 @@ _UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32
 # Deviations that a sum of n independent rounding errors stays within, in units of its 2-norm
 # (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
 _LAMBDA = 5.0
-# Of a group's greatest magnitude: how far an activation may be off that is held as an integer.
-_UINTEGER = 2.0**-21
+# Activations as integers: bits of their magnitude, and below which a group counts as zero.
+_INTEGER_BITS = 20
+_LEAST_INTEGERS = 2.0**-106
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
 # Relative error allowed to a vector exp and the division of the sigmoid.
@@ -201,20 +202,19 @@ class _Expert:
         """Returns h of a rounded x, and what float32 arithmetic may be off by from it."""
         gate, up = self.dense.gate_up(x)
         h = self.swiglu(gate, up)
-        d_gate = self._sum_error(x, self.gate, gate, self.dense.gate_bias)
-        d_up = self._sum_error(x, self.up, up, self.dense.up_bias)
+        rounding = _in_integers(x, self.group_size) - x
+        d_gate = _accumulation_error(x, self.gate, gate, self.dense.gate_bias)
+        d_gate = d_gate + (rounding @ self.dense.gate.double().T).abs()
+        d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
+        d_up = d_up + (rounding @ self.dense.up.double().T).abs()
         activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
         return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
 
     def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
         y = self.dense.output(h)
-        return y, self._sum_error(h, self.down, y, self.dense.down_bias)
-
-    def _sum_error(
-        self, x: torch.Tensor, weight: _Magnitudes, y: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return _accumulation_error(x, weight, y, bias) + _integer_error(x, weight, self.group_size)
+        rounding = self.down.product(_greatest_rounding(h, self.group_size), 1)
+        return y, _accumulation_error(h, self.down, y, self.dense.down_bias) + rounding
 
 
 def _bf16_bound(expert: _Expert) -> torch.Tensor:
@@ -269,12 +269,23 @@ def _accumulation_error(
     return size * relative + flushed
 
 
-def _integer_error(x: torch.Tensor, weight: _Magnitudes, group_size: int) -> torch.Tensor:
-    if x.shape[-1] % group_size:
-        return torch.zeros((), dtype=torch.float64)  # no kernel takes such a width
-    groups = x.abs().reshape(*x.shape[:-1], -1, group_size)
-    greatest = groups.amax(-1, keepdim=True).expand_as(groups).flatten(-2)
-    return min(_LAMBDA, math.sqrt(x.shape[-1])) * _UINTEGER * weight.product(greatest, 2)
+def _in_integers(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns what kernels for few tokens hold: multiples of 2^-20 of the power of two above."""
+    greatest = _group_greatest(x, group_size)
+    unit = torch.ldexp(torch.ones_like(greatest), torch.frexp(greatest).exponent - _INTEGER_BITS)
+    return torch.where(greatest < _LEAST_INTEGERS, 0.0, torch.round(x / unit) * unit)
+
+
+def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns how far any x may be from that."""
+    greatest = _group_greatest(x, group_size)
+    return torch.maximum(greatest * 2.0**-_INTEGER_BITS, greatest.clamp_max(_LEAST_INTEGERS))
+
+
+def _group_greatest(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The greatest magnitude of each element's group; of an element alone if none are whole."""
+    groups = x.abs().reshape(*x.shape[:-1], -1, 1 if x.shape[-1] % group_size else group_size)
+    return groups.amax(-1, keepdim=True).expand_as(groups).reshape(x.shape)
 
 
 def _activation_error(

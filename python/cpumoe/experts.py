@@ -45,8 +45,10 @@ class Experts:
     - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
       avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
       of 1.7e-3 to 2.4e-3 with bf16 output (relative, 2-norm, random normal data), most of it the
-      output's own rounding. Variant amx keeps an expert's only token exact instead, to about 2^-24
-      of each group's greatest magnitude, as three bytes; groups below 2^-100 count as zero there.
+      output's own rounding. Where an expert has few tokens (one on avx512_bf16 and
+      amx, more on others) both are held as integers of 21 bits for each token and group of 32, off
+      by at most 2^-20 of the group's greatest magnitude; below 2^-106 a group counts as zero, and
+      with a NaN or several infinities it is NaN as a whole.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
       sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error

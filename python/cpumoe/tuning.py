@@ -18,7 +18,7 @@ from cpumoe.layer_weights import LayerWeights, Progress, silent
 from cpumoe.runtime import Runtime
 from cpumoe.throughput import CallTimer, make_workload, median_spread
 
-MOST_TOKENS = 12
+MOST_TOKENS = 16
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@
 namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
-  static constexpr int kPlaneTokens = 1;
   static constexpr int kFusedTokens = 4;
   static constexpr int kCrossover = 0;  // VDPBF16PS is never the fastest
   static constexpr int kQuadCrossover =

@@ -137,5 +137,5 @@ def _render(document: dict[str, Any]) -> None:
 
 def _verdict(crossover: dict[str, Any]) -> str:
     best, compiled = crossover["best"], crossover["compiled_in"]
-    end = " (more cannot be fused)" if best == crossover["most"] else ""
+    end = " (few-token kernels take no more)" if best == crossover["most"] else ""
     return f"best crossover: {best}{end}; compiled in: {compiled}"
