@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoint_tools import write_small
 
-from cpumoe import _core
+from cpumoe import _core, limits
+from cpumoe.cli import demo
 
 # The reference runs on small tensors here, for which a barrier per operation costs more than it
 # saves.
@@ -25,7 +26,7 @@ if UNDER_EMULATOR:
 
 @pytest.fixture
 def v4(tmp_path):
-    return write_small(tmp_path, "v4-flash")
+    return write_small(tmp_path / "v4", "v4-flash")
 
 
 @pytest.fixture
@@ -36,6 +37,20 @@ def kimi(tmp_path):
 @pytest.fixture
 def gpt_oss(tmp_path):
     return write_small(tmp_path, "gpt-oss-20b")
+
+
+@pytest.fixture
+def quick_commands(monkeypatch):
+    """Small buffers and no forced variant, whatever the machine and its environment are."""
+    monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
+    measure = limits.measure_read_bandwidth
+    monkeypatch.setattr(
+        limits, "measure_read_bandwidth", lambda runtime: measure(runtime, seconds=0)
+    )
+    monkeypatch.setattr(demo, "_TIMED_SECONDS", 0)
+    monkeypatch.delenv("CPUMOE_ISA", raising=False)
+    monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 def emulated_instructions():

@@ -23,6 +23,11 @@ SWIGLUS = pytest.mark.parametrize(
 )
 
 
+def features(isa: str) -> list[str]:
+    """The CPU features that a variant needs, from the table of variants."""
+    return next(row.features for row in _core.known_isas() if row.name == isa)
+
+
 def why_unsupported(isa: str) -> str | None:
     """Why a variant cannot run here, or None."""
     if isa in cpumoe.supported_isas():

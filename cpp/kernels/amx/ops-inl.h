@@ -21,8 +21,7 @@ namespace cpumoe {
 struct Amx : Avx512Bf16 {
   static constexpr int kFusedTokens = 4;
   static constexpr int kCrossover = 0;  // VDPBF16PS is never the fastest
-  static constexpr int kQuadCrossover =
-      6;                                  // most tokens of the int8 path that bytes are faster for
+  static constexpr int kQuadCrossover = 6;
   static constexpr int kPanelPairs = 64;  // four groups, which the unit lags behind: 8 KiB
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;

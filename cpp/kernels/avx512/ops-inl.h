@@ -29,7 +29,7 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 12;
   static constexpr int kPanelPairs = 64;  // 16 KiB of fp32: half of L1
-  static constexpr int kPlaneTokens = 2;  // a further one takes 27 cycles, in fp32 16
+  static constexpr int kPlaneTokens = 2;  // a further one takes 30 cycles, in fp32 19
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;

@@ -1,0 +1,89 @@
+"""What results do not depend on: threads, runs, and the rest of a batch where that is promised."""
+
+import pytest
+import torch
+from moe_tools import (
+    EVERY_COMPUTE,
+    EVERY_VARIANT,
+    check,
+    features,
+    inputs,
+    layer,
+)
+
+from cpumoe import Runtime, _core
+from cpumoe.compute import COMPUTE_PATHS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@EVERY_VARIANT
+@EVERY_COMPUTE
+def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt, compute):
+    weights = layer(fmt, experts=3, hidden=96, intermediate=64)
+    calls = [inputs(weights, tokens) for tokens in (1, 5, 33)]
+    expected = None
+    for threads in (1, 2, 5):
+        with Runtime(threads) as runtime:
+            experts = weights.pack(isa=isa, compute=compute, runtime=runtime)
+            for _ in range(2):
+                got = [experts(*args) for args in calls]
+                futures = [experts.submit(*args) for args in calls]
+                expected = expected or got
+                for a, b, future in zip(expected, got, futures, strict=True):
+                    assert torch.equal(a, b)
+                    assert torch.equal(a, future.result())
+
+
+@EVERY_VARIANT
+def test_batch_invariant_rows_do_not_depend_on_the_batch(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa, batch_invariant=True)
+    x, ids, w = args = inputs(weights, tokens=50)
+    whole = experts(*args)
+    check(whole, weights, args)
+    for rows in (slice(0, 1), slice(11, 14), slice(20, 50)):
+        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+
+
+@EVERY_VARIANT
+def test_fused_tokens_choose_the_kernels(isa, fmt):
+    weights = layer(fmt)
+    args = inputs(weights, tokens=6)
+    outputs = {}
+    own = _core.few_tokens(isa, "tests").crossover
+    for fused_tokens in (None, own, 0, 1000):
+        outputs[fused_tokens] = weights.pack(isa=isa, fused_tokens=fused_tokens)(*args)
+        check(outputs[fused_tokens], weights, args)
+    assert torch.equal(outputs[None], outputs[own])
+    assert torch.equal(outputs[0], weights.pack(isa=isa, batch_invariant=True)(*args))
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("compute", COMPUTE_PATHS)
+def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, compute):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa, compute=compute, batch_invariant=True)
+    x, ids, w = args = inputs(weights, tokens=150)
+    whole = experts(*args)
+    for rows in (slice(0, 1), slice(11, 14), slice(20, 50), slice(30, 140)):
+        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+
+
+@EVERY_VARIANT
+def test_int8_rows_never_depend_on_the_batch(isa, fmt):
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa, compute="int8")
+    # A variant with tiles promises it for up to six tokens of an expert.
+    tiles = "amx-tile" in features(isa)
+    tokens = 6 if tiles else 50
+    x, ids, w = args = inputs(weights, tokens=tokens)
+    whole = experts(*args)
+    for rows in (slice(0, 1), slice(1, 4), slice(tokens // 3, tokens)):
+        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+    if not tiles:
+        assert torch.equal(
+            whole, weights.pack(isa=isa, compute="int8", batch_invariant=True)(*args)
+        )
