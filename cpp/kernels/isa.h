@@ -30,6 +30,9 @@ struct Fp32Multiplicands {
   }
 };
 
+// Of an ISA's crossovers: however many tokens an expert has.
+inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
+
 // Which kernels a block of tokens is staged for: the bytes of a mixed path, or floating point
 // numbers.
 enum class StagedForm { kBytes, kFused, kPanel };
@@ -137,7 +140,7 @@ concept ByteIsa =
       { Isa::kPlaneTokens } -> std::convertible_to<int>;  // most that planes are fastest for
       {
         Isa::template FinishPlanes<7>(planes, int32_t{})
-      } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + planes[2]
+      } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + ...
     };
 
 // How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply

@@ -1,12 +1,15 @@
-// C = A * W^T for a few tokens, in bytes but with 21 bits: the micro-kernel of the planes path.
+// C = A * W^T for a few tokens, in bytes but with 14 or 21 bits: the planes path's micro-kernel.
 //
 // An instruction multiplies four times as many bytes as fp32, and a 4-bit code becomes a byte with
-// less work than any floating point number. So a group of activations is written as integers of 21
-// bits times a power of two (PlaneGroup), and the integers as three signed digits of base 128,
-// whose products with the weights' bytes are summed apart:
+// less work than any floating point number. So a group of activations is written as integers times
+// a power of two (PlaneGroup), and the integers as two or three signed digits of base 128, whose
+// products with the weights' bytes are summed apart:
 //
 //   x = scale (q0 128^2 + q1 128 + q2)              weight = w - offset, 0 <= w < 128
 //   sum weight x = scale (S0 128^2 + S1 128 + S2 + start),  Si = sum w qi
+//
+// How many digits a group has is decided when it is staged (packing/planes-inl.h). The branch costs
+// next to nothing: every row of the matrix meets a token's groups in the same order.
 //
 // Everything is an exact integer of 32 bits up to there, and the Si of a whole group's every other
 // product fit 16 bits: ISAs without VPDPBUSD sum products of VPMADDUBSW as they come.
@@ -25,17 +28,21 @@
 
 namespace cpumoe {
 
+inline constexpr int kFewPlanes = 2;  // digits of a group: these or kPlanes
 inline constexpr int kPlanes = 3;
 inline constexpr int kDigitBits = 7;
-inline constexpr int kMaxDigit = 64;   // of a digit's magnitude
-inline constexpr int kPlaneBits = 20;  // an integer's magnitude is at most two to this power
+inline constexpr int kMaxDigit = 64;  // of a digit's magnitude
+
+// An integer's magnitude is at most two to this power.
+constexpr int PlaneBits(int planes) { return planes * kDigitBits - 1; }
 
 // A group of a token's activations.
 template <int kGroupSize>
 struct PlaneGroup {
   int8_t digits[kPlanes][kGroupSize];  // most significant first; fours in the order kQuadOrder
-  float scale;    // what an integer product is worth before the weights' scales
-  int32_t start;  // minus the bytes' offset times the sum of the integers
+  float scale;     // what an integer product is worth before the weights' scales
+  int32_t start;   // minus the bytes' offset times the sum of the integers
+  int32_t planes;  // digits in use
 };
 
 // Whether a group's sums fit: those of a digit 16 bits, in which an ISA may sum every other
@@ -44,7 +51,7 @@ template <class Codec>
 constexpr bool PlanesFit() {
   constexpr int64_t kGroupSize = Codec::Format::kGroupSize;
   constexpr int64_t kDigitSum = kGroupSize * Codec::kGreatest * kMaxDigit;
-  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << kPlaneBits;
+  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << PlaneBits(kPlanes);
   return kDigitSum / 2 <= INT16_MAX &&
          (kDigitSum << (kPlanes - 1) * kDigitBits) + kStart <= int64_t{INT32_MAX} / 64 * 63;
 }
@@ -65,28 +72,27 @@ class PlaneGemm {
 
   struct Token {
     const Group* groups;
+    int64_t stride;                          // from a group to the next
     std::array<float*, TilePair::kCount> c;  // [16] of either tile
   };
 
-  // token.c = activations * tiles^T of every token. Both tiles are read side by side, because
-  // memory delivers two streams faster than one.
-  static void Run(const Codec& codec, const TilePair& w, std::span<const Token> tokens) {
-    for (const Token& token : tokens) {
-      for (float* c : token.c) Isa::Store(c, Isa::Zero());
-    }
+  // token.c += activations * tiles^T of every token, groups [begin, end). Both tiles are read side
+  // by side, because memory delivers two streams faster than one.
+  static void Run(const Codec& codec, const TilePair& w, int64_t begin, int64_t end,
+                  std::span<const Token> tokens) {
     if (tokens.size() == 1) {
-      Multiply<true>(codec, w, tokens);
+      Multiply<true>(codec, w, begin, end, tokens);
     } else {
-      Multiply<false>(codec, w, tokens);
+      Multiply<false>(codec, w, begin, end, tokens);
     }
   }
 
  private:
   template <bool kLone>
-  __attribute__((flatten)) static void Multiply(Codec codec, const TilePair& w,
-                                                std::span<const Token> tokens) {
+  __attribute__((flatten)) static void Multiply(Codec codec, const TilePair& w, int64_t begin,
+                                                int64_t end, std::span<const Token> tokens) {
     Tiles::template ForGroups<TilePair::kCount>(
-        w.tiles.data(), 0, w.groups, w.groups, [&](int64_t g) __attribute__((always_inline)) {
+        w.tiles.data(), begin, end, w.groups, [&](int64_t g) __attribute__((always_inline)) {
           Unroll<TilePair::kCount / kTiles>([&](auto i) __attribute__((always_inline)) {
             MultiplyGroup<kLone>(codec, &w.tiles[i * kTiles], i * kTiles, g, tokens);
           });
@@ -131,15 +137,27 @@ class PlaneGemm {
   static inline __attribute__((always_inline)) void AddGroup(const Token& token, int first,
                                                              int64_t g, const Vec (&scales)[kTiles],
                                                              QuadAt quad_at) {
-    const Group& x = token.groups[g];
-    typename Isa::QuadSum sum[kTiles][kPlanes];
+    if (token.groups[g * token.stride].planes == kFewPlanes) {
+      AddPlanes<kFewPlanes>(token, first, g, scales, quad_at);
+    } else {
+      AddPlanes<kPlanes>(token, first, g, scales, quad_at);
+    }
+  }
+
+  template <int kDigits, class QuadAt>
+  static inline __attribute__((always_inline)) void AddPlanes(const Token& token, int first,
+                                                              int64_t g,
+                                                              const Vec (&scales)[kTiles],
+                                                              QuadAt quad_at) {
+    const Group& x = token.groups[g * token.stride];
+    typename Isa::QuadSum sum[kTiles][kDigits];
     for (int r = 0; r < kTiles; ++r) {
-      for (int p = 0; p < kPlanes; ++p) sum[r][p] = Isa::StartSum(p == kPlanes - 1 ? x.start : 0);
+      for (int p = 0; p < kDigits; ++p) sum[r][p] = Isa::StartSum(p == kDigits - 1 ? x.start : 0);
     }
     Unroll<Geometry::kGroupQuads>([&](auto q) {
       Quad w[kTiles];
       for (int r = 0; r < kTiles; ++r) w[r] = quad_at(q, r);
-      for (int p = 0; p < kPlanes; ++p) {
+      for (int p = 0; p < kDigits; ++p) {
         for (int r = 0; r < kTiles; ++r) {
           sum[r][p] = Isa::DotQuad(sum[r][p], w[r], x.digits[p] + q * kQuadDepth);
         }

@@ -18,11 +18,11 @@ template <class Isa, class Codec>
   requires(HasIntegerCodes<typename Codec::Format> && Isa::kPlaneTokens > 0 &&
            PlanesFit<ByteCodec<Isa, Codec>>())
 struct DefaultPathTraits<Isa, Codec> {
-  using Type = MixedPath<Codec, PlanesPath<Isa, Codec, Isa::kPlaneTokens>, FloatPath<Isa, Codec>,
-                         Isa::kPlaneTokens>;
+  using Type = MixedPath<Codec, PlanesPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kPlaneTokens>;
 };
 
-// compute "bf16": planes of bytes for few tokens where codes are integers and the ISA gains by it.
+// compute "bf16": planes of bytes where codes are integers, for as many tokens as the ISA gains by
+// it.
 template <class Isa, class Codec>
 using DefaultPathOf = typename DefaultPathTraits<Isa, Codec>::Type;
 

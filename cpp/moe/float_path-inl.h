@@ -54,8 +54,8 @@ class FloatPath {
     });
   }
 
-  // Features [first, first + count) of token t of a block.
-  static void StageFeatures(StagedForm form, const float* h, int64_t first, int count, int t,
+  // Features [first, first + count) of token t of a block, in a call of elements `DType`.
+  static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int count, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
     WithStep(form, [&](auto step) {
       cpumoe::StageFeatures<Isa, step>(h, first, count, t, tokens,

@@ -172,8 +172,8 @@ class ForwardPass {
                    Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(g), gate_bias[i]),
                                  Isa::Add(Isa::Load(g + tokens * kTileRows), up_bias[i])));
       }
-      Path::StageFeatures(FormOf(expert), h, row, static_cast<int>(rows), t, tokens, Intermediate(),
-                          block);
+      Path::StageFeatures(FormOf(expert), args_.dtype, h, row, static_cast<int>(rows), t, tokens,
+                          Intermediate(), block);
     }
   }
 

@@ -47,7 +47,7 @@ class Int8Path {
   }
 
   // Features [first, first + count), a group, of token t of a block.
-  static void StageFeatures(StagedForm, const float* h, int64_t first, int /*count*/, int t,
+  static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int /*count*/, int t,
                             int tokens, int64_t columns, std::byte* block) {
     Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
   }

@@ -46,7 +46,8 @@ class MoeOperator : public Moe {
   // Most tokens of an expert for a path's few-token kernels.
   template <class Path>
   int FusedTokens() const {
-    if (config().batch_invariant) return 0;
+    // Batch-invariant are kernels that take any number of tokens.
+    if (config().batch_invariant) return Path::kCrossover == kAnyTokens ? kAnyTokens : 0;
     return config().fused_tokens < 0 ? Path::kCrossover : config().fused_tokens;
   }
 

@@ -1,13 +1,18 @@
-// The default compute path of few tokens, where bytes are multiplied faster than floating point
-// numbers: exact integer weights times activations of 21 bits (kernels/plane_gemm-inl.h). See
-// float_path-inl.h for what a path is.
+// The default compute path where bytes are multiplied faster than floating point numbers: of few
+// tokens, with VPDPBUSD of any number. Exact integer weights times activations of 14 or 21 bits
+// (kernels/plane_gemm-inl.h). See float_path-inl.h for what a path is.
+//
+// A block of tokens is staged as [group][token].
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 
+#include "base/bits.h"
 #include "base/float_types.h"
 #include "kernels/plane_gemm-inl.h"
 #include "kernels/token_blocks.h"
@@ -16,8 +21,7 @@
 
 namespace cpumoe {
 
-// For up to kMostTokens of an expert.
-template <class Isa, class FloatCodec, int kMostTokens>
+template <class Isa, class FloatCodec>
 class PlanesPath {
   using Codec = ByteCodec<Isa, FloatCodec>;
   using Gemm = PlaneGemm<Isa, Codec>;
@@ -38,43 +42,69 @@ class PlanesPath {
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {
+    const Stage stage(dtype);
     VisitElements(dtype, x, [&](const auto* elements) {
       for (int t = 0; t < tokens; ++t) {
-        Stage::Row(elements + token[t] * row_stride, columns, GroupsOf(t, columns, block));
+        stage.Row(elements + token[t] * row_stride, columns, GroupsOf(block) + t, tokens);
       }
     });
   }
 
   // Features [first, first + count), a group, of token t of a block.
-  static void StageFeatures(StagedForm, const float* h, int64_t first, int /*count*/, int t,
-                            int /*tokens*/, int64_t columns, std::byte* block) {
-    Stage::Write(h, GroupsOf(t, columns, block)[first / kGroupSize]);
+  static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int /*count*/,
+                            int t, int tokens, int64_t /*columns*/, std::byte* block) {
+    Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
   }
 
   // c[pair][block][tile][token][16]
   static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
                        StagedForm, const std::byte* staged, std::byte* /*panel*/, float* c) {
-    std::array<typename Gemm::Token, kMostTokens> tokens;
-    const int64_t columns = w[0].groups * kGroupSize;
-    for (const TilePair& pair : w) {
-      int64_t count = 0;
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const int size = blocks.Size(b);
-        for (int t = 0; t < size; ++t, ++count, c += kTileRows) {
-          tokens[count] = {GroupsOf(count, columns, staged), {c, c + size * kTileRows}};
+    const int64_t groups = w[0].groups;
+    const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;
+    std::memset(c, 0, sizeof(float) * w.size() * pair_size);
+    // The pairs take turns at kTurnGroups groups, whose activations then stay in L2.
+    const int64_t turn = blocks.tokens() > kStreamedTokens ? kTurnGroups : groups;
+    const int64_t rounds = CeilDiv(blocks.count(), int64_t{kMostAtOnce / blocks.Size(0)});
+    const int64_t blocks_at_once = CeilDiv(blocks.count(), rounds);
+    for (int64_t first = 0; first < blocks.count(); first += blocks_at_once) {
+      const int64_t last = std::min(first + blocks_at_once, blocks.count());
+      for (int64_t begin = 0; begin < groups; begin += turn) {
+        float* product = c;
+        for (const TilePair& pair : w) {
+          std::array<typename Gemm::Token, kMostAtOnce> tokens;
+          const int count = ListTokens(blocks, first, last, groups, staged, product, tokens.data());
+          Gemm::Run(Codec{}, pair, begin, std::min(begin + turn, groups),
+                    std::span(tokens.data(), count));
+          product += pair_size;
         }
-        c += size * kTileRows;
       }
-      Gemm::Run(Codec{}, pair, std::span(tokens.data(), count));
     }
   }
 
  private:
-  template <class Byte>
-  static auto GroupsOf(int64_t token, int64_t columns, Byte* staged) {
-    using Groups = std::conditional_t<std::is_const_v<Byte>, const Group, Group>;
-    return reinterpret_cast<Groups*>(staged) + token * (columns / kGroupSize);
+  static constexpr int kMostAtOnce = 128;     // tokens for which a group is decoded once
+  static constexpr int kStreamedTokens = 32;  // up to here weights are read without a gap
+  static constexpr int64_t kTurnGroups = 16;
+
+  // The tokens of blocks [first, last): their groups, and their sums of a pair.
+  static int ListTokens(const TokenBlocks& blocks, int64_t first, int64_t last, int64_t groups,
+                        const std::byte* staged, float* c, typename Gemm::Token* tokens) {
+    int count = 0;
+    for (int64_t b = first; b < last; ++b) {
+      const int size = blocks.Size(b);
+      const Group* group = GroupsOf(staged) + blocks.Begin(b) * groups;
+      float* out = c + blocks.Begin(b) * TilePair::kCount * kTileRows;
+      for (int t = 0; t < size; ++t, ++count, out += kTileRows) {
+        tokens[count] = {group + t, size, {out, out + size * kTileRows}};
+      }
+    }
+    return count;
   }
+
+  static const Group* GroupsOf(const std::byte* block) {
+    return reinterpret_cast<const Group*>(block);
+  }
+  static Group* GroupsOf(std::byte* block) { return reinterpret_cast<Group*>(block); }
 };
 
 }  // namespace cpumoe

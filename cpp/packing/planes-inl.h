@@ -1,15 +1,20 @@
 // Staged activations of the planes path: a token's groups follow each other (PlaneGroup).
 //
-// A group is rounded to multiples of 2^(e-20), where 2^e is the least power of two above all of its
-// magnitudes. So a bf16 number is exact unless the group's greatest is over 2^12 times as large,
-// and none is off by more than 2^-20 of that.
+// Let 2^e be the least power of two above all magnitudes of a group. Where the others together are
+// at least twice its greatest, the group is rounded to multiples of 2^(e-13), two digits: nothing
+// is off by more than 2^-13 of the greatest, which is 2^-9 of the others' mean in groups of 32, as
+// much as rounding that to bf16 may be. A group with an outlier is rounded to multiples of
+// 2^(e-20), three digits: there a bf16 number is exact unless the greatest is over 2^12 times as
+// large. Where the host's elements are more precise than bf16, all groups have three digits.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
+#include "base/float_types.h"
 #include "kernels/plane_gemm-inl.h"
 #include "kernels/tile.h"
 #include "packing/round_group-inl.h"
@@ -23,16 +28,19 @@ class PlaneStage {
  public:
   using Group = PlaneGroup<kGroupSize>;
 
-  // A row of activations, `columns` of any element type.
+  // In a call of elements `dtype`.
+  explicit PlaneStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
+
+  // A row of activations, `columns` of any element type; its groups are `stride` apart.
   template <class Element>
-  static void Row(const Element* x, int64_t columns, Group* out) {
-    ForGroups<kGroupSize>(x, columns,
-                          [out](const float* values, int64_t g) { Write(values, out[g]); });
+  void Row(const Element* x, int64_t columns, Group* out, int64_t stride) const {
+    ForGroups<kGroupSize>(
+        x, columns, [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
   }
 
   // An infinity is one times an infinite scale; with two of them, or a NaN, the group is NaN as a
   // whole.
-  static void Write(const float* x, Group& out) {
+  void Write(const float* x, Group& out) const {
     const float greatest = GreatestMagnitude<kGroupSize>(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
     if (greatest < kLeast) {
@@ -41,15 +49,30 @@ class PlaneStage {
     }
     // The power of two of `greatest`'s exponent; the least one above is twice that.
     const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(greatest) & 0x7f800000u);
-    const float unit = power * (2.0f / (1 << kPlaneBits));
+    const auto unit = [power](int planes) { return power * (2.0f / (1 << PlaneBits(planes))); };
     int32_t integers[kGroupSize];
-    RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
-    WriteDigits(integers, unit, out);
+    if (may_have_few_) {
+      RoundToIntegers<kGroupSize>(x, 1.0f / unit(kFewPlanes), integers);
+      if (!HasOutlier(integers)) return WriteDigits<kFewPlanes>(integers, unit(kFewPlanes), out);
+    }
+    RoundToIntegers<kGroupSize>(x, 1.0f / unit(kPlanes), integers);
+    WriteDigits<kPlanes>(integers, unit(kPlanes), out);
   }
 
  private:
   // Below this the scale, which is 2^-20 of it, might be subnormal; the group counts as zero.
   static constexpr float kLeast = 0x1p-106f;
+
+  // Whether the others together are less than twice the greatest.
+  static bool HasOutlier(const int32_t* integers) {
+    int32_t sum = 0, greatest = 0;
+    for (int i = 0; i < kGroupSize; ++i) {
+      const int32_t magnitude = integers[i] < 0 ? -integers[i] : integers[i];
+      sum += magnitude;
+      greatest = std::max(greatest, magnitude);
+    }
+    return sum - greatest < 2 * greatest;
+  }
 
   static void WriteNotFinite(const float* x, Group& out) {
     int32_t integers[kGroupSize];
@@ -61,18 +84,19 @@ class PlaneStage {
       nan = nan || std::isnan(x[i]);
     }
     const bool lone = infinities == 1 && !nan;
-    WriteDigits(
+    WriteDigits<kFewPlanes>(
         integers,
         lone ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN(),
         out);
   }
 
+  template <int kDigits>
   static void WriteDigits(const int32_t* integers, float unit, Group& out) {
     int32_t sum = 0;
     for (int i = 0; i < kGroupSize; ++i) {
       sum += integers[i];
       int32_t rest = integers[i / kQuadDepth * kQuadDepth + kQuadOrder[i % kQuadDepth]];
-      for (int p = kPlanes - 1; p > 0; --p) {
+      for (int p = kDigits - 1; p > 0; --p) {
         constexpr int kHalf = 1 << (kDigitBits - 1);
         const int32_t digit = ((rest + kHalf) & (2 * kHalf - 1)) - kHalf;
         out.digits[p][i] = static_cast<int8_t>(digit);
@@ -82,7 +106,10 @@ class PlaneStage {
     }
     out.scale = unit * Codec::kUnit;
     out.start = -Codec::kOffset * sum;
+    out.planes = kDigits;
   }
+
+  bool may_have_few_;
 };
 
 }  // namespace cpumoe

@@ -3,11 +3,13 @@
 With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`` taken along k:
   1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2); |g| + 3 |w.x|_2 bounds the partial sums, L
      that n rounding errors of random sign add up to sqrt(n) of them (Higham & Mary 2019).
-     Kernels for few tokens may hold x as integers of 21 bits per group, written I: + |W(I(x) - x)|.
+     Kernels may hold x as integers of 21 bits per group, or 14 in calls of bf16, written I:
+     + |W(I(x) - x)|.
   2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
      (|s''| <= a/2) + the error of exp. Clamps do not lengthen an error.
   3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1, + |Wd| 2^-20 A for
-     I(h), A a group's max |h|.
+     I(h), A a group's max |h|. With 14 bits also + |Wd(I(h) - h)|, and b |h| below is at least half
+     a unit of them.
   4. sum over experts with |w_e|, + the output's unit roundoff times its size.
 
 Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
@@ -51,8 +53,10 @@ _UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32
 # Deviations that a sum of n independent rounding errors stays within, in units of its 2-norm
 # (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
 _LAMBDA = 5.0
-# Activations as integers: bits of their magnitude, and below which a group counts as zero.
-_INTEGER_BITS = 20
+# Activations as integers: bits of their magnitude, of two digits where the others of a group
+# together are at least twice its greatest, else of three, and below which a group counts as zero.
+_TWO_DIGITS, _THREE_DIGITS = 13, 20
+_OTHERS_TO_GREATEST = 2.0
 _LEAST_INTEGERS = 2.0**-106
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
@@ -132,9 +136,10 @@ def experts_forward_with_bounds(
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for compute, bound in bounds.items():
-            dy = _bf16_bound(expert)
             if compute == "int8":
-                dy = torch.maximum(dy, _int8_bound(expert))
+                dy = torch.maximum(_bf16_bound(expert, two_digits=False), _int8_bound(expert))
+            else:
+                dy = _bf16_bound(expert, two_digits=hidden_states.dtype == torch.bfloat16)
             # The product with the routing weight and the sum over experts round in float32.
             bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)
@@ -198,11 +203,13 @@ class _Expert:
         self.gate, self.up, self.down = (_Magnitudes(w) for w in (dense.gate, dense.up, dense.down))
         self.y = dense.output(swiglu(*dense.gate_up(x.double())))
 
-    def intermediate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def intermediate(
+        self, x: torch.Tensor, *, two_digits: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns h of a rounded x, and what float32 arithmetic may be off by from it."""
         gate, up = self.dense.gate_up(x)
         h = self.swiglu(gate, up)
-        rounding = _in_integers(x, self.group_size) - x
+        rounding = _in_integers(x, self.group_size, two_digits=two_digits) - x
         d_gate = _accumulation_error(x, self.gate, gate, self.dense.gate_bias)
         d_gate = d_gate + (rounding @ self.dense.gate.double().T).abs()
         d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
@@ -210,18 +217,26 @@ class _Expert:
         activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
         return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
 
-    def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(self, h: torch.Tensor, *, two_digits: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
         y = self.dense.output(h)
-        rounding = self.down.product(_greatest_rounding(h, self.group_size), 1)
-        return y, _accumulation_error(h, self.down, y, self.dense.down_bias) + rounding
+        error = _accumulation_error(h, self.down, y, self.dense.down_bias)
+        error = error + self.down.product(_greatest_rounding(h, self.group_size), 1)
+        if two_digits:
+            rounding = _in_integers(h, self.group_size, two_digits=True) - h
+            error = error + (rounding @ self.dense.down.double().T).abs()
+        return y, error
 
 
-def _bf16_bound(expert: _Expert) -> torch.Tensor:
+def _bf16_bound(expert: _Expert, *, two_digits: bool) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight."""
-    h, d_h = expert.intermediate(expert.x.bfloat16().double())
-    y, accumulated = expert.output(h.bfloat16().double())
-    random = min(_LAMBDA, math.sqrt(h.shape[-1])) * _UBF16 * expert.down.product(h, 2)
+    h, d_h = expert.intermediate(expert.x.bfloat16().double(), two_digits=two_digits)
+    y, accumulated = expert.output(h.bfloat16().double(), two_digits=two_digits)
+    rounding = _UBF16 * h.abs()
+    if two_digits:
+        spread = _greatest_rounding_to_two_digits(h, expert.group_size)
+        rounding = torch.maximum(rounding, spread)
+    random = min(_LAMBDA, math.sqrt(h.shape[-1])) * expert.down.product(rounding, 2)
     propagated = expert.down.product(d_h, 1)
     return (y - expert.y).abs() + random + propagated + accumulated
 
@@ -230,9 +245,10 @@ def _int8_bound(expert: _Expert) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight; the greater of both ways of ties."""
     group_size = expert.group_size
     ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
-    h, d_h = expert.intermediate(torch.cat([dequantize_activations(*way) for way in ways]))
+    x = torch.cat([dequantize_activations(*way) for way in ways])
+    h, d_h = expert.intermediate(x, two_digits=False)
     codes, scales = quantize_activations(h.float(), group_size=group_size)
-    y, accumulated = expert.output(dequantize_activations(codes, scales))
+    y, accumulated = expert.output(dequantize_activations(codes, scales), two_digits=False)
     moved = expert.down.product(_rounding_change(h, d_h, codes, scales), 1)
     bound = (y - torch.cat([expert.y] * len(ways))).abs() + moved + accumulated
     return torch.stack(bound.chunk(len(ways))).amax(0)
@@ -269,23 +285,50 @@ def _accumulation_error(
     return size * relative + flushed
 
 
-def _in_integers(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Returns what kernels for few tokens hold: multiples of 2^-20 of the power of two above."""
+def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch.Tensor:
+    """Returns what kernels may hold: multiples of 2^-13 or 2^-20 of the power of two above."""
     greatest = _group_greatest(x, group_size)
-    unit = torch.ldexp(torch.ones_like(greatest), torch.frexp(greatest).exponent - _INTEGER_BITS)
-    return torch.where(greatest < _LEAST_INTEGERS, 0.0, torch.round(x / unit) * unit)
+    power = torch.ldexp(torch.ones_like(greatest), torch.frexp(greatest).exponent)
+    two, integers = (
+        torch.round(x / power * 2**bits) * power / 2**bits for bits in (_TWO_DIGITS, _THREE_DIGITS)
+    )
+    if two_digits:
+        outlier = _has_outlier(two, group_size, _OTHERS_TO_GREATEST)
+        integers = torch.where(outlier, integers, two)
+    return torch.where(greatest < _LEAST_INTEGERS, 0.0, integers)
+
+
+def _has_outlier(x: torch.Tensor, group_size: int, others: float) -> torch.Tensor:
+    """Whether the others of an element's group together are less than so often its greatest."""
+    groups = _groups(x, group_size)
+    greatest, total = (f(-1, keepdim=True) for f in (groups.amax, groups.sum))
+    return (total - greatest < others * greatest).expand_as(groups).reshape(x.shape)
 
 
 def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Returns how far any x may be from that."""
+    """Returns how far any x may be from three digits."""
     greatest = _group_greatest(x, group_size)
-    return torch.maximum(greatest * 2.0**-_INTEGER_BITS, greatest.clamp_max(_LEAST_INTEGERS))
+    return torch.maximum(greatest * 2.0**-_THREE_DIGITS, greatest.clamp_max(_LEAST_INTEGERS))
+
+
+def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The same of two digits, zero where a group is known to have an outlier."""
+    greatest = 1.01 * _group_greatest(x, group_size)  # of an x that is not quite known
+    half_unit = torch.ldexp(
+        torch.ones_like(greatest), torch.frexp(greatest).exponent - _TWO_DIGITS - 1
+    )
+    return torch.where(_has_outlier(x, group_size, 0.98 * _OTHERS_TO_GREATEST), 0.0, half_unit)
 
 
 def _group_greatest(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """The greatest magnitude of each element's group; of an element alone if none are whole."""
-    groups = x.abs().reshape(*x.shape[:-1], -1, 1 if x.shape[-1] % group_size else group_size)
+    groups = _groups(x, group_size)
     return groups.amax(-1, keepdim=True).expand_as(groups).reshape(x.shape)
+
+
+def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Magnitudes ``[..., groups, group size]``; groups of one if none are whole."""
+    return x.abs().reshape(*x.shape[:-1], -1, 1 if x.shape[-1] % group_size else group_size)
 
 
 def _activation_error(

@@ -45,10 +45,12 @@ class Experts:
     - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
       avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
       of 1.7e-3 to 2.4e-3 with bf16 output (relative, 2-norm, random normal data), most of it the
-      output's own rounding. Where an expert has few tokens (one on avx512_bf16 and
-      amx, more on others) both are held as integers of 21 bits for each token and group of 32, off
-      by at most 2^-20 of the group's greatest magnitude; below 2^-106 a group counts as zero, and
-      with a NaN or several infinities it is NaN as a whole.
+      output's own rounding. Where an expert has few tokens (one on avx512_bf16 and amx, 32 on
+      avx512 and avx2, any number on avx512_vnni) both are held as integers for each token and group
+      of 32, off by at most 2^-20 of the group's greatest magnitude. With bf16 inputs it may be
+      2^-13, in groups whose other magnitudes add up to at least twice the greatest: that is 2^-9 of
+      their mean, as much as rounding to bf16. Below 2^-106 a group counts as zero, and with a NaN
+      or several infinities it is NaN as a whole.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
       sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error

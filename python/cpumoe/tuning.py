@@ -1,8 +1,8 @@
 """Measures up to how many tokens of an expert the few-token kernels of a variant are the faster.
 
-Few tokens are multiplied while the weights are decoded in registers (fused), many by way of a
-decoded panel. A variant has a constant that chooses; here both forms are timed for every number of
-tokens, in turns, because a machine's speed changes while one measures.
+Few tokens are multiplied while the weights are decoded in registers (planes or fused), many by way
+of a decoded panel. A variant has a constant that chooses; here both forms are timed for numbers of
+tokens on either side of it, in turns, because a machine's speed changes while one measures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from cpumoe.layer_weights import LayerWeights, Progress, silent
 from cpumoe.runtime import Runtime
 from cpumoe.throughput import CallTimer, make_workload, median_spread
 
-MOST_TOKENS = 16
+TOKENS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128)
+# Of a variant's constants: few-token kernels take any number (``kAnyTokens``, kernels/isa.h).
+ANY_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Crossover:
-    """One variant's comparisons, by number of tokens from 1 on.
+    """One variant's comparisons, by number of tokens.
 
     Attributes:
         isa: the variant.
-        compiled: up to how many tokens it takes the fused form.
-        most: up to how many it could.
+        compiled: up to how many tokens it takes the fused form, maybe `ANY_TOKENS`.
+        most: up to how many it could, maybe `ANY_TOKENS`.
         rows: the comparisons.
     """
 
@@ -83,7 +85,8 @@ class Crossover:
     def best(self) -> int:
         """The crossover with which the least time is lost, in ratios and over all rows."""
         gains = itertools.accumulate((math.log(row.ratio) for row in self.rows), initial=0.0)
-        return min(enumerate(gains), key=lambda item: item[1])[0]
+        counts = [0, *(row.tokens for row in self.rows)]
+        return min(zip(counts, gains, strict=True), key=lambda item: item[1])[0]
 
 
 def measure_crossover(
@@ -95,7 +98,7 @@ def measure_crossover(
     rounds: int = 5,
     progress: Progress = silent,
 ) -> Crossover:
-    """Times both forms of a variant for 1 to `MOST_TOKENS` tokens, or as many as it can fuse.
+    """Times both forms of a variant for the numbers `TOKENS`, as far as it can fuse them.
 
     The tokens of a call go to the same experts, those of successive calls to others, so that caches
     do not hold what is read next.
@@ -113,7 +116,7 @@ def measure_crossover(
     """
     limits = _core.few_tokens(isa, "isa")
     require_memory(weights, copies=2, threads=runtime.threads)
-    counts = range(1, min(MOST_TOKENS, limits.most) + 1)
+    counts = [tokens for tokens in TOKENS if tokens <= limits.most]
     fused, panel = (
         weights.pack(isa, runtime, fused_tokens=tokens, progress=progress)
         for tokens in (limits.most, 0)

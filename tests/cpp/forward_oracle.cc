@@ -84,6 +84,26 @@ void RoundToInt8(Intervals& x) {
   }
 }
 
+// Adds what rounding to integers does (packing/planes-inl.h): a group without an outlier is off by
+// 2^-13 of its greatest magnitude in calls of bf16, others by 2^-20 of it.
+template <class F>
+void RoundToPlanes(Intervals& x, DType dtype) {
+  for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
+    double greatest = 0, least_greatest = 0, sum = 0;
+    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+      const double magnitude = std::fabs(x[k].value);
+      greatest = std::max(greatest, magnitude + x[k].error);
+      least_greatest = std::max(least_greatest, magnitude - x[k].error);
+      sum += magnitude + x[k].error;
+    }
+    // The rule sees rounded numbers.
+    const bool outlier = dtype != DType::kBf16 || sum * (1 + 0x1p-7) < 3 * least_greatest;
+    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+      x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-106);
+    }
+  }
+}
+
 // (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 whatever
 // alpha is; min and clamp have slopes of at most 1. See CheckActivation for the units of exp.
 Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
@@ -162,15 +182,23 @@ class Oracle {
     for (const double value : values) {
       x.push_back({value, rounded ? std::ldexp(std::fabs(value), -digits) : 0.0});
     }
-    if (rounding_.int8) RoundToInt8<F>(x);
+    Round(x);
     const Intervals gate = Multiply(expert[0], x, source.gate_bias);
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {
       h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], digits));
     }
-    if (rounding_.int8) RoundToInt8<F>(h);
+    Round(h);
     return Multiply(expert[2], h, source.down_bias);
+  }
+
+  void Round(Intervals& x) const {
+    if (rounding_.int8) {
+      RoundToInt8<F>(x);
+    } else if (rounding_.planes) {
+      RoundToPlanes<F>(x, batch_.spec().dtype);
+    }
   }
 
   static std::vector<ExpertSource> Sources(const TestLayer& layer) {

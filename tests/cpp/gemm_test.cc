@@ -86,10 +86,35 @@ class GemmTest : public IsaFormatTest {
   }
 
   std::vector<Path> PathsFor(int64_t tokens) const {
-    std::vector<Path> paths = {Path::kScaledPanel, Path::kPlanes};
+    std::vector<Path> paths = {Path::kScaledPanel, Path::kPlanes, Path::kPlanesOfBf16};
     if (kernels().folds) paths.push_back(Path::kFoldedPanel);
     if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
     return paths;
+  }
+
+  // What kernels hold: the planes path's integers of 21 bits, or of 14 if they are bf16 and there
+  // is no outlier beside them.
+  std::vector<float> Held(Path path, std::vector<float> a) const {
+    if (path != Path::kPlanes && path != Path::kPlanesOfBf16) return a;
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    for (auto x = a.begin(); x != a.end(); x += group) {
+      double greatest = 0, sum = 0;
+      for (int64_t i = 0; i < group; ++i) greatest = std::max(greatest, std::fabs(double{x[i]}));
+      const auto round = [&](double value, int bits) {
+        return std::nearbyint(std::ldexp(value, bits - 1 - std::ilogb(greatest)));
+      };
+      for (int64_t i = 0; i < group; ++i) sum += std::fabs(round(x[i], 13));
+      const bool outlier = sum < 3 * round(greatest, 13);
+      const int bits = path == Path::kPlanes || outlier ? 20 : 13;
+      for (int64_t i = 0; i < group; ++i) {
+        x[i] = static_cast<float>(std::ldexp(round(x[i], bits), 1 - bits + std::ilogb(greatest)));
+      }
+    }
+    return a;
+  }
+
+  void CheckProduct(Path path, const Weights& w, const std::vector<float>& a) const {
+    CheckSums(w, Held(path, a), Multiply(path, w, a));
   }
 
   // Products are exact or rounded once, and each of the K of them goes through at most K + 2 + K /
@@ -121,7 +146,7 @@ TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
     const Weights w = MakeWeights(tiles, 3);
     for (int64_t tokens = 1; tokens <= 2 * kernels().panel_tokens + 1; ++tokens) {
       const std::vector<float> a = MakeActivations(tokens * w.columns);
-      for (const Path path : PathsFor(tokens)) CheckSums(w, a, Multiply(path, w, a));
+      for (const Path path : PathsFor(tokens)) CheckProduct(path, w, a);
     }
   }
 }
@@ -133,7 +158,7 @@ TEST_P(GemmTest, AnyDepth) {
     const Weights w = MakeWeights(2, groups);
     for (const int64_t tokens : {int64_t{1}, kernels().panel_tokens + 1}) {
       const std::vector<float> a = MakeActivations(tokens * w.columns);
-      for (const Path path : PathsFor(tokens)) CheckSums(w, a, Multiply(path, w, a));
+      for (const Path path : PathsFor(tokens)) CheckProduct(path, w, a);
     }
   }
 }
@@ -162,19 +187,54 @@ TEST_P(GemmTest, Int8Extremes) {
   }
 }
 
-// Groups of the greatest and of the most different digits: integers of 21 bits are exact.
+// Groups of the greatest and of the most different digits, two and three of them.
 TEST_P(GemmTest, PlanesExtremes) {
-  constexpr int32_t kGreatest = (1 << 20) - 1;
-  constexpr int32_t kAllDigitsGreatest = (63 << 14) + (63 << 7) + 63;
+  constexpr int32_t kTwo[] = {255 << 5, (64 << 7) - 64};  // bf16 numbers
+  constexpr int32_t kThree[] = {(1 << 20) - 1, (63 << 14) + (63 << 7) + 63};
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
     const Weights w = MakeWeights(2, 2, codes);
-    for (const int32_t integer : {kGreatest, -kGreatest, kAllDigitsGreatest, -kAllDigitsGreatest}) {
+    for (const int sign : {1, -1}) {
       for (const int exponent : {-60, 0, 60}) {
-        std::vector<float> a(3 * w.columns, std::ldexp(static_cast<float>(integer), exponent));
-        a[w.columns / 4] = std::ldexp(1.0f, exponent);  // beside the greatest, in one group
-        CheckSums(w, a, Multiply(Path::kPlanes, w, a));
+        const auto scaled = [&](int32_t integer) {
+          return std::ldexp(static_cast<float>(sign * integer), exponent);
+        };
+        for (const int32_t integer : kTwo) {
+          std::vector<float> a(3 * w.columns, scaled(integer));
+          a[w.columns / 4] = scaled(1);  // beside the greatest, in one group
+          EXPECT_EQ(Held(Path::kPlanesOfBf16, a), a);
+          CheckProduct(Path::kPlanesOfBf16, w, a);
+        }
+        for (const int32_t integer : kThree) {
+          std::vector<float> a(3 * w.columns, scaled(integer));
+          a[w.columns / 4] = scaled(1);
+          EXPECT_EQ(Held(Path::kPlanes, a), a);
+          CheckProduct(Path::kPlanes, w, a);
+        }
       }
     }
+  }
+}
+
+// Groups on either side of the rule that decides between two digits and three.
+TEST_P(GemmTest, PlanesBesideAnOutlier) {
+  const Weights w = MakeWeights(2, 4);
+  const int64_t group = w.columns / 4;
+  for (const float others : {0x1.fcp-2f, 0x1p-1f, 0x1.02p-1f}) {  // with 1/2 twice its greatest
+    std::vector<float> a(w.columns, 0);
+    for (int64_t i = 0; i < w.columns; i += group) {
+      a[i] = a[i + 1] = 0.5f;
+      a[i + 2] = others;
+      a[i + 3] = 0x1.8p-14f;  // three quarters of 2^-13
+    }
+    CheckProduct(Path::kPlanesOfBf16, w, a);
+  }
+}
+
+// More tokens than a group is decoded for at once, and than whole rows are multiplied for.
+TEST_P(GemmTest, PlanesOfManyTokens) {
+  const Weights w = MakeWeights(2, 19);
+  for (const int64_t tokens : {33, 128, 129, 300}) {
+    CheckProduct(Path::kPlanesOfBf16, w, MakeActivations(tokens * w.columns));
   }
 }
 
@@ -220,9 +280,7 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
           Multiply(path, w, {a.begin() + t * w.columns, a.begin() + (t + 1) * w.columns});
       alone.insert(alone.end(), row.begin(), row.end());
     }
-    const int64_t limit = path == Path::kFused    ? kernels().fused_tokens
-                          : path == Path::kPlanes ? kernels().plane_tokens
-                                                  : most;
+    const int64_t limit = path == Path::kFused ? kernels().fused_tokens : most;
     for (int64_t tokens = 1; tokens <= limit; ++tokens) {
       const std::vector<float> some(a.begin(), a.begin() + tokens * w.columns);
       EXPECT_TRUE(SameBits(Multiply(path, w, some).data(), alone.data(), tokens * w.rows()))

@@ -24,9 +24,7 @@ struct Probe {
   using Format = typename Codec::Format;
   using Kernels = Gemm<Isa, Codec>;
   using Floats = FloatPath<Isa, Codec>;
-  // More than the operator would let it have, to see that any number is right.
-  static constexpr int kPlaneTokens = 2 * Isa::kPanelTokens + 1;
-  using Planes = MixedPath<Codec, PlanesPath<Isa, Codec, kPlaneTokens>, Floats, kPlaneTokens>;
+  using Planes = MixedPath<Codec, PlanesPath<Isa, Codec>, Floats, kAnyTokens>;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
@@ -43,17 +41,23 @@ struct Probe {
     if (path == Path::kInt8) {
       Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
     } else if (path == Path::kPlanes) {
-      Require(tokens <= kPlaneTokens, "too many tokens: ", tokens);
       Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
+    } else if (path == Path::kPlanesOfBf16) {
+      std::vector<Bf16> x;
+      for (int64_t i = 0; i < tokens * groups * Format::kGroupSize; ++i) {
+        x.push_back(Bf16::FromFloat(a[i]));
+      }
+      Multiply<Planes>(w, count, StagedForm::kBytes, x.data(), tokens, c);
     } else {
       const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
       Multiply<Floats>(w, count, form, a, tokens, c);
     }
   }
 
-  template <class Compute>
-  static void Multiply(const TilePair& w, int count, StagedForm form, const float* a,
+  template <class Compute, class Element>
+  static void Multiply(const TilePair& w, int count, StagedForm form, const Element* a,
                        int64_t tokens, float* c) {
+    constexpr DType kDType = std::is_same_v<Element, Bf16> ? DType::kBf16 : DType::kFp32;
     const int64_t columns = w.groups * Format::kGroupSize;
     const int64_t bytes = Compute::StagedBytes(form, columns);
     const TokenBlocks blocks(tokens, Compute::kBlockTokens);
@@ -62,8 +66,8 @@ struct Probe {
     std::vector<int32_t> ids(tokens);
     for (int64_t t = 0; t < tokens; ++t) ids[t] = static_cast<int32_t>(t);
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      Compute::StageRows(form, DType::kFp32, a, columns, &ids[blocks.Begin(b)], blocks.Size(b),
-                         columns, staged.data() + blocks.Begin(b) * bytes);
+      Compute::StageRows(form, kDType, a, columns, &ids[blocks.Begin(b)], blocks.Size(b), columns,
+                         staged.data() + blocks.Begin(b) * bytes);
     }
     const AlignedBuffer panel(Compute::kPanelBytes);
     std::vector<float> product(tokens * TilePair::kCount * kTileRows);
@@ -80,9 +84,9 @@ struct Probe {
   }
 
   static FormatEntry Entry() {
-    return {InfoOf<Format>().name, Kernels::kFolding, Isa::kFusedTokens, Isa::kPanelTokens,
-            Kernels::kPanelGroups, HasPanelUnit<Isa>, Isa::kQuadTokens,  kPlaneTokens,
-            &Probe::FoldsExactly,  &Probe::Multiply};
+    return {InfoOf<Format>().name, Kernels::kFolding,     Isa::kFusedTokens,
+            Isa::kPanelTokens,     Kernels::kPanelGroups, HasPanelUnit<Isa>,
+            Isa::kQuadTokens,      &Probe::FoldsExactly,  &Probe::Multiply};
   }
 };
 
@@ -101,6 +105,7 @@ struct IsaProbe {
       Isa::Store(out + i, Activate<Isa>(swiglu, Isa::Load(gate + i), Isa::Load(up + i)));
     }
   }
+  static constexpr bool kPlanes = Isa::kPlaneTokens > 0;
   static constexpr int ActivationDigits() {
     return std::is_same_v<typename Isa::Activation, float> ? std::numeric_limits<float>::digits : 8;
   }

@@ -10,7 +10,7 @@
 
 namespace cpumoe::kernel_probe {
 
-enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kPlanes };
+enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kPlanes, kPlanesOfBf16 };
 
 struct FormatEntry {
   const char* format;
@@ -20,7 +20,6 @@ struct FormatEntry {
   int64_t panel_groups;  // groups of a whole panel
   bool panel_unit;       // panels are multiplied by a unit that sums in an order of its own
   int64_t int8_tokens;   // MR of kInt8: fused up to here, panel beyond
-  int64_t plane_tokens;  // most tokens of kPlanes
 
   // Whether `kFoldedPanel` may be used for scales of these magnitudes.
   bool (*folds_exactly)(float least_scale, float greatest_scale);
@@ -34,6 +33,7 @@ struct FormatEntry {
 struct Api {
   const char* isa;
   int activation_digits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
+  bool planes;            // whether experts of few tokens may be multiplied as kPlanes
   void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
   void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
                    int64_t count);

@@ -173,7 +173,8 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   PinnedPool pool({.threads = 2});
   Workspace workspace;
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
-  const Rounding rounding = {run_.probe().activation_digits, compute() == ComputePath::kInt8};
+  const Rounding rounding = {run_.probe().activation_digits, compute() == ComputePath::kInt8,
+                             run_.probe().planes};
   const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
 }

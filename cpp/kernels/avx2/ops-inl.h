@@ -34,7 +34,7 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
-  static constexpr int kPlaneTokens = 9;   // of one token 6 sums; then panels are faster
+  static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
   static constexpr int kQuadTokens = 4;    // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -138,10 +138,16 @@ struct Avx2 : Fp32Multiplicands {
   static Vec FinishSum(QuadSum sum, int32_t start) {
     return {FinishSum(sum.lo, start), FinishSum(sum.hi, start)};
   }
-  template <int kShift>
-  static Vec FinishPlanes(const QuadSum (&sums)[3], int32_t start) {
-    return {FinishPlanes<kShift>(sums[0].lo, sums[1].lo, sums[2].lo, start),
-            FinishPlanes<kShift>(sums[0].hi, sums[1].hi, sums[2].hi, start)};
+  // A multiplication that adds the sums of even and odd bytes shifts them as well.
+  template <int kShift, int kPlanes>
+  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t start) {
+    Codes whole = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+    for (int p = 0; p < kPlanes; ++p) {
+      const __m256i worth = _mm256_set1_epi16(1 << kShift * (kPlanes - 1 - p));
+      whole.lo = _mm256_add_epi32(whole.lo, _mm256_madd_epi16(sums[p].lo, worth));
+      whole.hi = _mm256_add_epi32(whole.hi, _mm256_madd_epi16(sums[p].hi, worth));
+    }
+    return {_mm256_cvtepi32_ps(whole.lo), _mm256_cvtepi32_ps(whole.hi)};
   }
 
  private:
@@ -153,16 +159,6 @@ struct Avx2 : Fp32Multiplicands {
   static __m256 FinishSum(__m256i sum, int32_t start) {
     const __m256i whole = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     return _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_set1_epi32(start)));
-  }
-  // A multiplication that adds the sums of even and odd bytes shifts them as well.
-  template <int kShift>
-  static __m256 FinishPlanes(__m256i high, __m256i middle, __m256i low, int32_t start) {
-    const __m256i upper =
-        _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(1 << 2 * kShift)),
-                         _mm256_madd_epi16(middle, _mm256_set1_epi16(1 << kShift)));
-    const __m256i lower =
-        _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)), _mm256_set1_epi32(start));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(upper, lower));
   }
   // 2^n in two factors, so that results beyond either end of the exponent range come out right.
   static __m256 Ldexp(__m256 v, __m256 n) {

@@ -142,11 +142,12 @@ struct Generic : Fp32Multiplicands {
   static Vec FinishSum(const QuadSum& sum, int32_t /*start*/) {
     return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
   }
-  template <int kShift>
-  static Vec FinishPlanes(const QuadSum (&sums)[3], int32_t /*start*/) {
+  template <int kShift, int kPlanes>
+  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t /*start*/) {
     return Map([&](int i) {
-      const int32_t upper = sums[0].lane[i] * (1 << kShift) + sums[1].lane[i];
-      return static_cast<float>(upper * (1 << kShift) + sums[2].lane[i]);
+      int32_t whole = sums[0].lane[i];
+      for (int p = 1; p < kPlanes; ++p) whole = whole * (1 << kShift) + sums[p].lane[i];
+      return static_cast<float>(whole);
     });
   }
 

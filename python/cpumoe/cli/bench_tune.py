@@ -10,7 +10,8 @@ The document (``--json``), times in seconds::
                      "rows": [{"tokens", "ratio", "faster": "fused", "panel" or null,
                                "fused": {"seconds", "low", "high"}, "panel": {the same}}]}]}
 
-``compiled_in`` is the variant's constant, ``most`` the greatest that it could have.
+``compiled_in`` is the variant's constant, ``most`` the greatest that it could have; null: any
+number of tokens.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def _describe(crossover: Crossover) -> dict[str, Any]:
     return {
         "isa": crossover.isa,
         "compute": _COMPUTE,
-        "compiled_in": crossover.compiled,
+        "compiled_in": _count(crossover.compiled),
         "best": crossover.best,
-        "most": crossover.most,
+        "most": _count(crossover.most),
         "rows": [
             {
                 "tokens": row.tokens,
@@ -102,6 +103,12 @@ def _describe(crossover: Crossover) -> dict[str, Any]:
             for row in crossover.rows
         ],
     }
+
+
+def _count(tokens: int) -> int | None:
+    from cpumoe.tuning import ANY_TOKENS
+
+    return None if tokens == ANY_TOKENS else tokens
 
 
 def _render(document: dict[str, Any]) -> None:
@@ -137,5 +144,9 @@ def _render(document: dict[str, Any]) -> None:
 
 def _verdict(crossover: dict[str, Any]) -> str:
     best, compiled = crossover["best"], crossover["compiled_in"]
-    end = " (few-token kernels take no more)" if best == crossover["most"] else ""
-    return f"best crossover: {best}{end}; compiled in: {compiled}"
+    end = ""
+    if best == crossover["most"]:
+        end = " (few-token kernels take no more)"
+    elif best == crossover["rows"][-1]["tokens"]:
+        end = " or more"
+    return f"best crossover: {best}{end}; compiled in: {compiled or 'any number'}"
