@@ -125,8 +125,9 @@ template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
     requires(typename Isa::Quad quad, typename Isa::Codes codes, typename Isa::ByteTable table,
-             typename Isa::QuadSum sum, const typename Isa::QuadSum (&planes)[3],
-             const std::array<uint8_t, 16>& bytes, const int8_t* a) {
+             typename Isa::QuadSum sum, const typename Isa::QuadSum (&two)[2],
+             const typename Isa::QuadSum (&planes)[3], const std::array<uint8_t, 16>& bytes,
+             const int8_t* a) {
       { Isa::kQuadTokens } -> std::convertible_to<int>;  // MR
       { Isa::kQuadSumLimit } -> std::convertible_to<int32_t>;
       { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
@@ -137,7 +138,9 @@ concept ByteIsa =
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
       { Isa::FinishSum(sum, int32_t{}) } -> std::same_as<typename Isa::Vec>;
-      { Isa::kPlaneTokens } -> std::convertible_to<int>;  // most that planes are fastest for
+      { Isa::kPlaneTokens } -> std::convertible_to<int>;         // most that planes are fastest for
+      { Isa::kPrecisePlaneTokens } -> std::convertible_to<int>;  // if all groups have three digits
+      { Isa::template FinishPlanes<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;
       {
         Isa::template FinishPlanes<7>(planes, int32_t{})
       } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + ...

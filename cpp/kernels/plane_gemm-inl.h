@@ -1,4 +1,4 @@
-// C = A * W^T for a few tokens, in bytes but with 14 or 21 bits: the planes path's micro-kernel.
+// C = A * W^T in bytes, but with 14 or 21 bits: the planes path's micro-kernel.
 //
 // An instruction multiplies four times as many bytes as fp32, and a 4-bit code becomes a byte with
 // less work than any floating point number. So a group of activations is written as integers times

@@ -18,7 +18,8 @@ template <class Isa, class Codec>
   requires(HasIntegerCodes<typename Codec::Format> && Isa::kPlaneTokens > 0 &&
            PlanesFit<ByteCodec<Isa, Codec>>())
 struct DefaultPathTraits<Isa, Codec> {
-  using Type = MixedPath<Codec, PlanesPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kPlaneTokens>;
+  using Type = MixedPath<Codec, PlanesPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kPlaneTokens,
+                         Isa::kPrecisePlaneTokens>;
 };
 
 // compute "bf16": planes of bytes where codes are integers, for as many tokens as the ISA gains by

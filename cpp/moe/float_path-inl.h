@@ -41,7 +41,7 @@ class FloatPath {
     return Gemm::TilesAtOnce(blocks);
   }
 
-  static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
+  static StagedForm FormFor(DType, const TokenBlocks& blocks, int fused_tokens) {
     return Gemm::FormFor(blocks, fused_tokens);
   }
 
@@ -54,7 +54,7 @@ class FloatPath {
     });
   }
 
-  // Features [first, first + count) of token t of a block, in a call of elements `DType`.
+  // Features [first, first + count) of token t of a block.
   static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int count, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
     WithStep(form, [&](auto step) {

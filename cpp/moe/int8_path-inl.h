@@ -36,7 +36,9 @@ class Int8Path {
 
   // Kernels of few and of many tokens take the same form and give the same bits; the number of
   // blocks decides.
-  static StagedForm FormFor(const TokenBlocks&, int /*fused_tokens*/) { return StagedForm::kPanel; }
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*fused_tokens*/) {
+    return StagedForm::kPanel;
+  }
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {

@@ -1,5 +1,5 @@
-// A compute path of two: one that multiplies bytes for few tokens of an expert, and one that
-// multiplies floating point numbers for many.
+// A compute path of two: one that multiplies bytes for few tokens of an expert (or for any number),
+// and one that multiplies floating point numbers for many.
 //
 // On most ISAs the default path is of this kind, because codes become bytes with less work than
 // they become floating point numbers (planes_path-inl.h), and so is the int8 path where an ISA
@@ -20,8 +20,8 @@
 
 namespace cpumoe {
 
-// Few for up to kFewTokens tokens.
-template <class Codec, class Few, class Many, int kFewTokens>
+// Few for up to kFewTokens tokens, in calls of elements more precise than bf16 kPreciseTokens.
+template <class Codec, class Few, class Many, int kFewTokens, int kPreciseTokens = kFewTokens>
 class MixedPath {
  public:
   static constexpr int kCrossover = std::max(kFewTokens, Many::kCrossover);
@@ -40,10 +40,11 @@ class MixedPath {
                                       : Many::StagedBytes(form, columns);
   }
 
-  static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
-    return blocks.tokens() <= std::min(fused_tokens, kFewTokens)
+  static StagedForm FormFor(DType dtype, const TokenBlocks& blocks, int fused_tokens) {
+    const int few = dtype == DType::kBf16 ? kFewTokens : kPreciseTokens;
+    return blocks.tokens() <= std::min(fused_tokens, few)
                ? StagedForm::kBytes
-               : Many::FormFor(blocks, fused_tokens);
+               : Many::FormFor(dtype, blocks, fused_tokens);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,

@@ -72,8 +72,12 @@ class PlanesPath {
         float* product = c;
         for (const TilePair& pair : w) {
           std::array<typename Gemm::Token, kMostAtOnce> tokens;
+          TilePair tiles = pair;
+          if (turn < groups) {  // the next tile is another turn's
+            for (TileView& tile : tiles.tiles) tile.next = nullptr;
+          }
           const int count = ListTokens(blocks, first, last, groups, staged, product, tokens.data());
-          Gemm::Run(Codec{}, pair, begin, std::min(begin + turn, groups),
+          Gemm::Run(Codec{}, tiles, begin, std::min(begin + turn, groups),
                     std::span(tokens.data(), count));
           product += pair_size;
         }
@@ -82,7 +86,8 @@ class PlanesPath {
   }
 
  private:
-  static constexpr int kMostAtOnce = 128;     // tokens for which a group is decoded once
+  static constexpr int kMostAtOnce = 128;  // tokens for which a group is decoded once
+  static_assert(Isa::kPanelTokens <= kMostAtOnce);
   static constexpr int kStreamedTokens = 32;  // up to here weights are read without a gap
   static constexpr int64_t kTurnGroups = 16;
 

@@ -1,4 +1,4 @@
-// Staged activations of the planes path: a token's groups follow each other (PlaneGroup).
+// Staged activations of the planes path: groups of PlaneGroup, [group][token] in a block.
 //
 // Let 2^e be the least power of two above all magnitudes of a group. Where the others together are
 // at least twice its greatest, the group is rounded to multiples of 2^(e-13), two digits: nothing
@@ -44,7 +44,7 @@ class PlaneStage {
     const float greatest = GreatestMagnitude<kGroupSize>(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
     if (greatest < kLeast) {
-      out = {};
+      out = {.digits = {}, .scale = 0, .start = 0, .planes = kFewPlanes};
       return;
     }
     // The power of two of `greatest`'s exponent; the least one above is twice that.

@@ -217,23 +217,21 @@ class _Expert:
         activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
         return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
 
-    def output(self, h: torch.Tensor, *, two_digits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
         y = self.dense.output(h)
         error = _accumulation_error(h, self.down, y, self.dense.down_bias)
-        error = error + self.down.product(_greatest_rounding(h, self.group_size), 1)
-        if two_digits:
-            rounding = _in_integers(h, self.group_size, two_digits=True) - h
-            error = error + (rounding @ self.dense.down.double().T).abs()
-        return y, error
+        return y, error + self.down.product(_greatest_rounding(h, self.group_size), 1)
 
 
 def _bf16_bound(expert: _Expert, *, two_digits: bool) -> torch.Tensor:
     """The bound of steps 1 to 3, before the routing weight."""
     h, d_h = expert.intermediate(expert.x.bfloat16().double(), two_digits=two_digits)
-    y, accumulated = expert.output(h.bfloat16().double(), two_digits=two_digits)
+    y, accumulated = expert.output(h.bfloat16().double())
     rounding = _UBF16 * h.abs()
     if two_digits:
+        integers = _in_integers(h, expert.group_size, two_digits=True)
+        accumulated = accumulated + ((integers - h) @ expert.dense.down.double().T).abs()
         spread = _greatest_rounding_to_two_digits(h, expert.group_size)
         rounding = torch.maximum(rounding, spread)
     random = min(_LAMBDA, math.sqrt(h.shape[-1])) * expert.down.product(rounding, 2)
@@ -248,7 +246,7 @@ def _int8_bound(expert: _Expert) -> torch.Tensor:
     x = torch.cat([dequantize_activations(*way) for way in ways])
     h, d_h = expert.intermediate(x, two_digits=False)
     codes, scales = quantize_activations(h.float(), group_size=group_size)
-    y, accumulated = expert.output(dequantize_activations(codes, scales), two_digits=False)
+    y, accumulated = expert.output(dequantize_activations(codes, scales))
     moved = expert.down.product(_rounding_change(h, d_h, codes, scales), 1)
     bound = (y - torch.cat([expert.y] * len(ways))).abs() + moved + accumulated
     return torch.stack(bound.chunk(len(ways))).amax(0)

@@ -1,8 +1,8 @@
 """Measures up to how many tokens of an expert the few-token kernels of a variant are the faster.
 
 Few tokens are multiplied while the weights are decoded in registers (planes or fused), many by way
-of a decoded panel. A variant has a constant that chooses; here both forms are timed for numbers of
-tokens on either side of it, in turns, because a machine's speed changes while one measures.
+of a decoded panel. A variant has a constant that chooses; here both forms are timed for all numbers
+of tokens that both can take, in turns, because a machine's speed changes while one measures.
 """
 
 from __future__ import annotations

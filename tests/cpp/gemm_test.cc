@@ -100,6 +100,7 @@ class GemmTest : public IsaFormatTest {
     for (auto x = a.begin(); x != a.end(); x += group) {
       double greatest = 0, sum = 0;
       for (int64_t i = 0; i < group; ++i) greatest = std::max(greatest, std::fabs(double{x[i]}));
+      if (greatest == 0) continue;
       const auto round = [&](double value, int bits) {
         return std::nearbyint(std::ldexp(value, bits - 1 - std::ilogb(greatest)));
       };

@@ -35,7 +35,8 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
   static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
-  static constexpr int kQuadTokens = 4;    // 8 sums
+  static constexpr int kPrecisePlaneTokens = 9;
+  static constexpr int kQuadTokens = 4;  // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
 
@@ -139,11 +140,11 @@ struct Avx2 : Fp32Multiplicands {
     return {FinishSum(sum.lo, start), FinishSum(sum.hi, start)};
   }
   // A multiplication that adds the sums of even and odd bytes shifts them as well.
-  template <int kShift, int kPlanes>
-  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t start) {
+  template <int kShift, int kDigits>
+  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
     Codes whole = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
-    for (int p = 0; p < kPlanes; ++p) {
-      const __m256i worth = _mm256_set1_epi16(1 << kShift * (kPlanes - 1 - p));
+    for (int p = 0; p < kDigits; ++p) {
+      const __m256i worth = _mm256_set1_epi16(1 << kShift * (kDigits - 1 - p));
       whole.lo = _mm256_add_epi32(whole.lo, _mm256_madd_epi16(sums[p].lo, worth));
       whole.hi = _mm256_add_epi32(whole.hi, _mm256_madd_epi16(sums[p].hi, worth));
     }

@@ -30,6 +30,7 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kPanelTokens = 12;
   static constexpr int kPanelPairs = 64;   // 16 KiB of fp32: half of L1
   static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
+  static constexpr int kPrecisePlaneTokens = 2;
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -126,11 +127,11 @@ struct Avx512 : Fp32Multiplicands {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(whole, _mm512_set1_epi32(start)));
   }
   // A multiplication that adds the sums of even and odd bytes shifts them as well.
-  template <int kShift, int kPlanes>
-  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t start) {
+  template <int kShift, int kDigits>
+  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
     __m512i whole = _mm512_set1_epi32(start);
-    for (int p = 0; p < kPlanes; ++p) {
-      const __m512i worth = _mm512_set1_epi16(1 << kShift * (kPlanes - 1 - p));
+    for (int p = 0; p < kDigits; ++p) {
+      const __m512i worth = _mm512_set1_epi16(1 << kShift * (kDigits - 1 - p));
       whole = _mm512_add_epi32(whole, _mm512_madd_epi16(sums[p].words, worth));
     }
     return _mm512_cvtepi32_ps(whole);

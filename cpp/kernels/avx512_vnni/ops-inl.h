@@ -11,6 +11,7 @@ namespace cpumoe {
 
 struct Avx512Vnni : Avx512 {
   static constexpr int kPlaneTokens = kAnyTokens;  // a third faster than panels
+  static constexpr int kPrecisePlaneTokens = kAnyTokens;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
 
@@ -25,10 +26,10 @@ struct Avx512Vnni : Avx512 {
     return sum;
   }
   static Vec FinishSum(QuadSum sum, int32_t /*start*/) { return _mm512_cvtepi32_ps(sum.lanes); }
-  template <int kShift, int kPlanes>
-  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t /*start*/) {
+  template <int kShift, int kDigits>
+  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     __m512i whole = sums[0].lanes;
-    for (int p = 1; p < kPlanes; ++p) {
+    for (int p = 1; p < kDigits; ++p) {
       whole = _mm512_add_epi32(_mm512_slli_epi32(whole, kShift), sums[p].lanes);
     }
     return _mm512_cvtepi32_ps(whole);

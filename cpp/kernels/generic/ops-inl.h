@@ -24,6 +24,7 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
   static constexpr int kPlaneTokens = 0;
+  static constexpr int kPrecisePlaneTokens = 0;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -142,11 +143,11 @@ struct Generic : Fp32Multiplicands {
   static Vec FinishSum(const QuadSum& sum, int32_t /*start*/) {
     return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
   }
-  template <int kShift, int kPlanes>
-  static Vec FinishPlanes(const QuadSum (&sums)[kPlanes], int32_t /*start*/) {
+  template <int kShift, int kDigits>
+  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     return Map([&](int i) {
       int32_t whole = sums[0].lane[i];
-      for (int p = 1; p < kPlanes; ++p) whole = whole * (1 << kShift) + sums[p].lane[i];
+      for (int p = 1; p < kDigits; ++p) whole = whole * (1 << kShift) + sums[p].lane[i];
       return static_cast<float>(whole);
     });
   }

@@ -149,4 +149,5 @@ def _verdict(crossover: dict[str, Any]) -> str:
         end = " (few-token kernels take no more)"
     elif best == crossover["rows"][-1]["tokens"]:
         end = " or more"
-    return f"best crossover: {best}{end}; compiled in: {compiled or 'any number'}"
+    constant = "any number" if compiled is None else compiled
+    return f"best crossover: {best}{end}; compiled in: {constant}"
