@@ -7,6 +7,10 @@
 
 namespace cpumoe {
 
+// Up to so many tokens of an expert the weights' bytes count more than the activations': they are
+// read without a gap.
+inline constexpr int kStreamedTokens = 32;
+
 // `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: thirteen tokens
 // and MR = 12 are 7 + 6, not 12 + 1, because a block of one token reads the weights as often as one
 // of 12.

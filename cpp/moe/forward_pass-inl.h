@@ -70,7 +70,8 @@ class ForwardPass {
   // piece to the next, and 4 with many, where pieces share what a core fetches of the activations:
   // the more, the farther that has come.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few = MostTokens() <= std::max(Path::kBlockTokens, std::min(Path::kCrossover, 32));
+    const bool few =
+        MostTokens() <= std::max(Path::kBlockTokens, std::min(Path::kCrossover, kStreamedTokens));
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     int64_t most = few ? 8 : most_of_many;
     while (most > 1 && count < most * tasks) most /= 2;

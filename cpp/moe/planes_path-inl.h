@@ -88,7 +88,6 @@ class PlanesPath {
  private:
   static constexpr int kMostAtOnce = 128;  // tokens for which a group is decoded once
   static_assert(Isa::kPanelTokens <= kMostAtOnce);
-  static constexpr int kStreamedTokens = 32;  // up to here weights are read without a gap
   static constexpr int64_t kTurnGroups = 16;
 
   // The tokens of blocks [first, last): their groups, and their sums of a pair.

@@ -4,15 +4,15 @@ import copy
 import dataclasses
 import json
 
+import cli_tools
 import pytest
 import torch
 from checkpoint_tools import SMALL, write_small
-from typer.testing import CliRunner
 
 import cpumoe
 from cpumoe import _core, benchmark, limits, models, reference, tuning
 from cpumoe.benchmark import Limit
-from cpumoe.cli import app, bench_compare
+from cpumoe.cli import bench_compare
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.tuning import Comparison, Crossover, Form
@@ -51,10 +51,7 @@ def small_model(monkeypatch):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(app, ["bench", *map(str, (*QUICK, *arguments))])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return cli_tools.run("bench", *QUICK, *arguments)
 
 
 def succeed(*arguments):
@@ -68,13 +65,7 @@ def measure(*arguments):
 
 
 def refuse(*arguments):
-    """The one line that it refuses bad input with."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
+    return cli_tools.refuse("bench", *QUICK, *arguments)
 
 
 def test_checkpoint(v4):

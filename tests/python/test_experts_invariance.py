@@ -12,11 +12,8 @@ from moe_tools import (
 )
 
 from cpumoe import Runtime, _core, tuning
-from cpumoe.compute import COMPUTE_PATHS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @EVERY_VARIANT
@@ -38,17 +35,6 @@ def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt, compute):
 
 
 @EVERY_VARIANT
-def test_batch_invariant_rows_do_not_depend_on_the_batch(isa, fmt):
-    weights = layer(fmt)
-    experts = weights.pack(isa=isa, batch_invariant=True)
-    x, ids, w = args = inputs(weights, tokens=50)
-    whole = experts(*args)
-    check(whole, weights, args)
-    for rows in (slice(0, 1), slice(11, 14), slice(20, 50)):
-        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
-
-
-@EVERY_VARIANT
 def test_fused_tokens_choose_the_kernels(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=6)
@@ -64,12 +50,14 @@ def test_fused_tokens_choose_the_kernels(isa, fmt):
 
 
 @EVERY_VARIANT
-@pytest.mark.parametrize("compute", COMPUTE_PATHS)
-def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, compute):
+@EVERY_COMPUTE
+@pytest.mark.parametrize("tokens", [50, 150])
+def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, compute, tokens):
     weights = layer(fmt)
     experts = weights.pack(isa=isa, compute=compute, batch_invariant=True)
-    x, ids, w = args = inputs(weights, tokens=150)
+    x, ids, w = args = inputs(weights, tokens=tokens)
     whole = experts(*args)
+    check(whole, weights, args, compute=compute)
     for rows in (slice(0, 1), slice(11, 14), slice(20, 50), slice(30, 140)):
         assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
 
