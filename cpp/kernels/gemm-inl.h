@@ -22,20 +22,28 @@
 #include <cstdint>
 #include <utility>
 
+#include "base/aligned_buffer.h"
 #include "kernels/isa.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
 
+inline constexpr int64_t kCacheLine{AlignedBuffer::kCacheLine};
+
 // Must be inlined: GCC 12 takes a function that only prefetches for one without effect, and drops
 // calls of it.
 inline __attribute__((always_inline)) void Prefetch(const std::byte* at) { __builtin_prefetch(at); }
+inline __attribute__((always_inline)) void PrefetchL2(const std::byte* at) {
+  __builtin_prefetch(at, /*rw=*/0, /*locality=*/2);
+}
 
 // Streams tiles: fetches their codes and scales some groups before they are read, because hardware
 // prefetchers stop at the end of every 4 KiB and do not know which tile comes next. Without that a
 // core waits for memory a quarter of the time (docs/performance.md).
 template <class Geometry, class Scale>
 struct Stream {
+  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of a group
+
   // Calls body(g) for the groups [begin, end) of kTiles tiles of `groups`, kStep at a time. Of all
   // the tiles or of none it is known which follows (LinkTiles for as many).
   template <int kTiles, int kStep = 1, class Body>
@@ -60,8 +68,7 @@ struct Stream {
  private:
   static constexpr int64_t kAhead = 2048 / Geometry::kGroupBytes;
   static constexpr int64_t kScalesAhead = 24;
-  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of a group
-  static constexpr int64_t kScaleGroups = 64 / kScaleBytes;                   // of a cache line
+  static constexpr int64_t kScaleGroups = kCacheLine / kScaleBytes;  // of a cache line
 
   template <int kGroups>
   static inline __attribute__((always_inline)) void FetchCodes(const std::byte* codes, int64_t g) {
@@ -125,17 +132,22 @@ struct Gemm {
     if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
   }
 
-  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile].
-  template <int kTiles, bool kFold>
+  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]; kStreams: and
+  // fetches those to come.
+  template <int kTiles, bool kFold, bool kStreams>
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles,
                                                    int64_t begin, int64_t end, int64_t groups,
                                                    Pair* panel) {
-    Tiles::template ForGroups<kTiles>(
-        tiles, begin, end, groups, [&](int64_t g) __attribute__((always_inline)) {
-          DecodeGroup<kTiles, kFold>(codec, tiles, g,
-                                     [panel](int r, int p) { return panel + p * kTiles + r; });
-          panel += Geometry::kGroupPairs * kTiles;
-        });
+    const auto decode = [&](int64_t g) __attribute__((always_inline)) {
+      DecodeGroup<kTiles, kFold>(codec, tiles, g,
+                                 [panel](int r, int p) { return panel + p * kTiles + r; });
+      panel += Geometry::kGroupPairs * kTiles;
+    };
+    if constexpr (kStreams) {
+      Tiles::template ForGroups<kTiles>(tiles, begin, end, groups, decode);
+    } else {
+      for (int64_t g = begin; g < end; ++g) decode(g);
+    }
   }
 
   // Group g of them; pair p of tile r goes to place(r, p).
@@ -165,14 +177,19 @@ struct Gemm {
     }
   }
 
-  // C += A * panel; the panel's multiplicands carry their scales.
+  // C += A * panel; the panel's multiplicands carry their scales. Also fetches into L2 what lies
+  // `to_next` bytes from each pair of activations.
   template <int kTokens, int kTiles>
-  static void Panel(const Pair* panel, const Activation* a, int64_t pairs, float* c) {
+  static void Panel(const Pair* panel, const Activation* a, int64_t pairs, int64_t to_next,
+                    float* c) {
     Vec sum[kTiles][kTokens];
     for (int r = 0; r < kTiles; ++r) {
       for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(c + (r * kTokens + t) * kTileRows);
     }
-    for (int64_t p = 0; p < pairs; ++p) AddPair<kTokens, kTiles>(panel, a, p, sum);
+    for (int64_t p = 0; p < pairs; ++p) {
+      PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
+      AddPair<kTokens, kTiles>(panel, a, p, sum);
+    }
     for (int r = 0; r < kTiles; ++r) {
       for (int t = 0; t < kTokens; ++t) Isa::Store(c + (r * kTokens + t) * kTileRows, sum[r][t]);
     }
@@ -181,13 +198,15 @@ struct Gemm {
   // The same with unscaled multiplicands: each group's sum is scaled as it is added to C.
   template <int kTokens, int kTiles>
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
-                          const Pair* panel, const Activation* a, float* c) {
+                          const Pair* panel, const Activation* a, int64_t to_next, float* c) {
     for (int64_t g = begin; g < end; ++g) {
       KeepInMemory();
       Vec part[kTiles][kTokens];
       Clear(part);
-      for (int64_t p = 0; p < Geometry::kGroupPairs; ++p)
+      for (int64_t p = 0; p < Geometry::kGroupPairs; ++p) {
+        PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
         AddPair<kTokens, kTiles>(panel, a, p, part);
+      }
       panel += Geometry::kGroupPairs * kTiles;
       a += Geometry::kGroupPairs * kTokens * 2;
       AddScaled(codec, tiles, g, part, c);

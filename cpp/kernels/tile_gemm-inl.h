@@ -3,7 +3,7 @@
 //
 // Many tokens' activations exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB), and a kernel wants
 // four bytes of them per cycle, more than a core gets from L3. So the pairs take turns at each KC
-// columns: what the first has fetched of the activations, the others find in L2.
+// columns, which they find in L2.
 //
 // A unit of the ISA's own multiplies a group's panel while vector instructions decode the next
 // ones.
@@ -68,9 +68,9 @@ class TileGemm {
 
  private:
   using FusedKernel = void (*)(Codec, const TileView*, const Activation*, int64_t, float*);
-  using PanelKernel = void (*)(const Pair*, const Activation*, int64_t, float*);
+  using PanelKernel = void (*)(const Pair*, const Activation*, int64_t, int64_t, float*);
   using ScaledPanelKernel = void (*)(Codec, const TileView*, int64_t, int64_t, const Pair*,
-                                     const Activation*, float*);
+                                     const Activation*, int64_t, float*);
 
   static constexpr int kTiles = Isa::kTiles;
 
@@ -118,24 +118,70 @@ class TileGemm {
     }
   }
 
+  // Fetched into L2 a little at a time, because bursts take the fill buffers that kernels need:
+  // weights, from memory, one turn ahead; activations, from L3, one round of turns ahead. With a
+  // single block most of the work is decoding, which streams the weights.
   template <bool kFold>
   static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                         const Activation* a, Pair* panel, float* c) {
+    constexpr int64_t kPairTurns = TilePair::kCount / kTiles;
     const int64_t groups = w[0].groups;
-    std::memset(c, 0, sizeof(float) * w.size() * blocks.tokens() * TilePair::kCount * kTileRows);
-    for (int64_t begin = 0; begin < groups; begin += Kernels::kPanelGroups) {
+    const int64_t round = std::ssize(w) * kPairTurns;  // turns of the same columns
+    const int64_t turns = CeilDiv(groups, int64_t{Kernels::kPanelGroups}) * round;
+    const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;  // of its product
+    const int64_t block_bytes = RoundUp(CeilDiv(kCodeBytes, blocks.count()), kCacheLine);
+    const auto span_of = [&](int64_t turn) {
+      const int64_t begin = turn / round * Kernels::kPanelGroups;
       const int64_t end = std::min<int64_t>(begin + Kernels::kPanelGroups, groups);
-      float* product = c;
-      for (const TilePair& pair : w) {
-        for (int first = 0; first < TilePair::kCount; first += kTiles) {
-          const Span span = {&pair.tiles[first], panel, begin, end, groups};
-          Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, begin, end, groups,
-                                                       panel);
-          for (int64_t b = 0; b < blocks.count(); ++b) {
-            MultiplyByVectors<kFold>(codec, span, BlockOf(span, first, blocks, b, a, product));
-          }
-        }
-        product += blocks.tokens() * TilePair::kCount * kTileRows;
+      const TilePair& pair = w[turn % round / kPairTurns];
+      return Span{&pair.tiles[turn % kPairTurns * kTiles], panel, begin, end, groups};
+    };
+    std::memset(c, 0, sizeof(float) * std::ssize(w) * pair_size);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const Span span = span_of(turn);
+      const Span next = span_of(std::min(turn + 1, turns - 1));
+      const bool streams = blocks.count() == 1;
+      Decode<kFold>(codec, span, streams);
+      if (!streams) FetchScales(next);
+      const int first = static_cast<int>(turn % kPairTurns) * kTiles;
+      float* product = c + turn % round / kPairTurns * pair_size;
+      for (int64_t b = 0; b < blocks.count(); ++b) {
+        if (!streams) FetchCodes(next, b * block_bytes, block_bytes);
+        const Block block = BlockOf(span, first, blocks, b, a, product);
+        MultiplyByVectors<kFold>(codec, span, block, ToNextColumns(span, block, turn % round));
+      }
+    }
+  }
+
+  template <bool kFold>
+  static void Decode(const Codec& codec, const Span& s, bool streams) {
+    if (streams) {
+      Kernels::template DecodePanel<kTiles, kFold, true>(codec, s.tiles, s.begin, s.end, s.groups,
+                                                         s.panel);
+    } else {
+      Kernels::template DecodePanel<kTiles, kFold, false>(codec, s.tiles, s.begin, s.end, s.groups,
+                                                          s.panel);
+    }
+  }
+
+  static constexpr int64_t kCodeBytes =  // of a tile's columns in a panel
+      int64_t{Kernels::kPanelGroups} * Geometry::kGroupBytes;
+
+  static inline __attribute__((always_inline)) void FetchScales(const Span& s) {
+    constexpr int64_t kScaleBytes = Kernels::Tiles::kScaleBytes;
+    for (int r = 0; r < kTiles; ++r) {
+      for (int64_t at = s.begin * kScaleBytes; at < s.end * kScaleBytes; at += kCacheLine) {
+        PrefetchL2(s.tiles[r].scales + at);
+      }
+    }
+  }
+  // Bytes [begin, begin + bytes) of each tile's codes.
+  static inline __attribute__((always_inline)) void FetchCodes(const Span& s, int64_t begin,
+                                                               int64_t bytes) {
+    const int64_t end = std::min(begin + bytes, (s.end - s.begin) * Geometry::kGroupBytes);
+    for (int64_t at = begin; at < end; at += kCacheLine) {
+      for (int r = 0; r < kTiles; ++r) {
+        PrefetchL2(s.tiles[r].codes + s.begin * Geometry::kGroupBytes + at);
       }
     }
   }
@@ -155,16 +201,28 @@ class TileGemm {
             c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows};
   }
 
+  // Bytes from a block's columns of this span to those of the next round; after the last one to the
+  // first columns again, because the next task mostly multiplies the same tokens (of gate and up).
+  // A pair of all tokens may be longer than a cache line; each turn fetches one of its lines.
+  static int64_t ToNextColumns(const Span& s, const Block& block, int64_t turn_of_round) {
+    const int64_t groups = s.end < s.groups ? s.end - s.begin : -s.begin;
+    const int64_t pair_bytes = block.tokens * 2 * static_cast<int64_t>(sizeof(Activation));
+    const int64_t line = turn_of_round % CeilDiv(pair_bytes, kCacheLine);
+    return groups * Geometry::kGroupPairs * pair_bytes + line * kCacheLine;
+  }
+
   template <bool kFold>
-  static void MultiplyByVectors(const Codec& codec, const Span& s, const Block& block) {
+  static void MultiplyByVectors(const Codec& codec, const Span& s, const Block& block,
+                                int64_t to_next) {
     constexpr auto kCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
     if constexpr (kFold) {
       static constexpr auto kPanel = PanelTable(kCounts);
-      kPanel[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs,
+      kPanel[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs, to_next,
                                block.c);
     } else {
       static constexpr auto kScaledPanel = ScaledPanelTable(kCounts);
-      kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, block.c);
+      kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, to_next,
+                                     block.c);
     }
   }
 

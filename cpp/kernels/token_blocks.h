@@ -11,9 +11,9 @@ namespace cpumoe {
 // read without a gap.
 inline constexpr int kStreamedTokens = 32;
 
-// `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: thirteen tokens
-// and MR = 12 are 7 + 6, not 12 + 1, because a block of one token reads the weights as often as one
-// of 12.
+// `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: fifteen tokens
+// and MR = 14 are 8 + 7, not 14 + 1, because a block of one token reads the weights as often as one
+// of 14.
 class TokenBlocks {
  public:
   TokenBlocks(int64_t tokens, int most)

@@ -5,6 +5,7 @@
 //   ISA's panel unit may have a kStep of its own.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,11 +37,17 @@ int64_t StagedIndex(int64_t k, int t, int tokens) {
 template <class Isa, int kStep, class Element>
 void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int tokens,
                 int64_t columns, typename Isa::Activation* out) {
-  for (int t = 0; t < tokens; ++t) {
-    const Element* row = x + token[t] * row_stride;
-    for (int64_t k = 0; k < columns; k += kStep) {
-      typename Isa::Activation* step = out + StagedIndex<kStep>(k, t, tokens);
-      for (int i = 0; i < kStep; ++i) step[i] = ToActivation<Isa>(row[k + i]);
+  // Tokens share cache lines: in chunks, a line stays in L1 until the last token has written to it.
+  constexpr int64_t kChunk = 256;
+  static_assert(kChunk % kStep == 0);
+  for (int64_t first = 0; first < columns; first += kChunk) {
+    const int64_t end = std::min(first + kChunk, columns);
+    for (int t = 0; t < tokens; ++t) {
+      const Element* row = x + token[t] * row_stride;
+      for (int64_t k = first; k < end; k += kStep) {
+        typename Isa::Activation* step = out + StagedIndex<kStep>(k, t, tokens);
+        for (int i = 0; i < kStep; ++i) step[i] = ToActivation<Isa>(row[k + i]);
+      }
     }
   }
 }

@@ -37,7 +37,7 @@ TEST_P(ForwardTest, DeepProducts) {
 
 // Enough tiles that a task takes several, and a number that leaves the last task with fewer.
 TEST_P(ForwardTest, SeveralTilesPerTask) {
-  for (const int64_t tokens : {1, 14, 70}) {  // few, many; many for AMX as well
+  for (const int64_t tokens : {1, 15, 70}) {  // few, many; many for AMX as well
     CheckForward(LayerSpec{.experts = 2, .hidden = 544, .intermediate = 288, .has_bias = true},
                  BatchSpec{.tokens = tokens, .top_k = 2});
   }
@@ -50,7 +50,7 @@ TEST_P(ForwardTest, SeveralTilesPerTask) {
 
 TEST_P(ForwardTest, AnyNumberOfTokens) {
   if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
-  for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 25, 40}) {
+  for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 14, 15, 25, 29, 40}) {
     for (const bool batch_invariant : {false, true}) {
       CheckForward(LayerSpec{.intermediate = 32, .batch_invariant = batch_invariant},
                    BatchSpec{.tokens = tokens});

@@ -20,15 +20,15 @@
 namespace cpumoe {
 
 struct Avx512 : Fp32Multiplicands {
-  // Register budget (32): 12 tokens x 2 tiles of sums; the rest holds multiplicands, a broadcast
-  // activation, and in the fused kernel codes and table. With whole pairs GCC 12 copies a register
-  // per token.
+  // Register budget (32): panel 14 tokens x 2 tiles of sums, two multiplicands and a broadcast
+  // activation (with whole pairs GCC 12 copies a register per token); fused 12 tokens, because
+  // codes and table need registers too.
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
   static constexpr int kCrossover = kFusedTokens;
-  static constexpr int kPanelTokens = 12;
-  static constexpr int kPanelPairs = 64;   // 16 KiB of fp32: half of L1
+  static constexpr int kPanelTokens = 14;
+  static constexpr int kPanelPairs = 128;  // 32 KiB of fp32; with half of it C costs twice as much
   static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
   static constexpr int kPrecisePlaneTokens = 2;
   static constexpr int kQuadTokens = 12;

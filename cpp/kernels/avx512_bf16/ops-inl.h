@@ -20,7 +20,6 @@ struct Avx512Bf16 : Avx512Vnni {
   static constexpr bool kSplitsPairs = false;
   static constexpr int kPlaneTokens = 1;  // on AMD VDPBF16PS is faster beyond
   static constexpr int kPrecisePlaneTokens = kPlaneTokens;
-  static constexpr int kPanelPairs = 128;  // 16 KiB of bf16: half of L1
 
   using Activation = Bf16;
   struct Pair {
