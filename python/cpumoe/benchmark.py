@@ -2,30 +2,35 @@
 
 A machine's speed changes while one measures: other programs, clocks, temperature. Hence everything
 that is to be compared takes its turn in every round, in another order each time; a number is the
-median over all calls, and its spread the range of the rounds' medians. Limits are measured before
-and after, on the same threads; the greater value counts, for a limit is what can be reached.
+median over all calls, and its spread the range of the turns' medians. Limits are measured on the
+same threads right before and after a turn, which is compared with the greater of the two values,
+for a limit is what can be reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from cpumoe._packing import BATCH_PER_THREAD
 from cpumoe.layer_weights import LayerWeights, Progress, silent
 from cpumoe.limits import (
+    DotPeak,
+    MemoryReader,
     ReadBandwidth,
     available_bytes,
     measure_dot_peak,
-    measure_read_bandwidth,
 )
 from cpumoe.runtime import Runtime
-from cpumoe.throughput import CallTimer, Workload, median_spread, relative_l2
+from cpumoe.throughput import CallTimer, Workload, relative_l2
 
 # An untimed call goes before the timed ones of a turn where it takes less than this share of it.
 _WARM_UP_SHARE = 0.25
-# A limit that differs by more from start to end means that the machine was not quiet.
+# A limit that changes by more means that the machine was not quiet.
 _QUIET = 0.15
+# Time to spend on a limit, each time (three runs at least).
+_LIMIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,26 @@ class Variant:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of the machine per second, as measured before and after all calls."""
+    """A limit of the machine per second.
 
-    start: float
-    end: float
+    Attributes:
+        best: the greatest value of all measured.
+        least: the least.
+    """
 
-    @property
-    def best(self) -> float:
-        """The greater of the two."""
-        return max(self.start, self.end)
+    best: float
+    least: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Limit:
+        """Returns the range of what was measured."""
+        values = list(values)
+        return cls(max(values), min(values))
 
     @property
     def steady(self) -> bool:
-        """Whether the two are about the same."""
-        return abs(self.start - self.end) <= _QUIET * self.best
+        """Whether all values are about the same."""
+        return self.best - self.least <= _QUIET * self.best
 
 
 @dataclass(frozen=True)
@@ -59,19 +70,45 @@ class Limits:
     """What the machine can do at best.
 
     Attributes:
-        read: bytes read per second.
+        reads: every reading of memory.
         dots: multiply-accumulates per second of each variant that can tell.
-        buffer: how the bytes were read.
     """
 
-    read: Limit
+    reads: Sequence[ReadBandwidth]
     dots: Mapping[Variant, Limit]
-    buffer: ReadBandwidth
+
+    @property
+    def read(self) -> Limit:
+        """Bytes read per second."""
+        return Limit.of(read.bytes_per_second for read in self.reads)
 
     @property
     def steady(self) -> bool:
-        """Whether start and end agree."""
+        """Whether no limit changed much."""
         return self.read.steady and all(limit.steady for limit in self.dots.values())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One round's calls of one variant and one workload.
+
+    Attributes:
+        seconds: the median call.
+        bytes_per_second: what reading memory reached right before and after these calls.
+        macs_per_second: the same of multiply-accumulates; None: no such limit.
+    """
+
+    seconds: float
+    bytes_per_second: tuple[float, float]
+    macs_per_second: tuple[float, float] | None
+
+    def share_of_read(self, weight_bytes: float) -> float:
+        """The time that reading so many bytes takes at best, over the time taken."""
+        return weight_bytes / max(self.bytes_per_second) / self.seconds
+
+    def share_of_dots(self, macs: float) -> float | None:
+        """The same of so many multiply-accumulates; None: no such limit."""
+        return macs / max(self.macs_per_second) / self.seconds if self.macs_per_second else None
 
 
 @dataclass(frozen=True)
@@ -82,9 +119,7 @@ class Timing:
         variant: what computed.
         tokens: tokens per call.
         seconds: the median call.
-        low: the least median of a round.
-        high: the greatest median of a round.
-        rounds: rounds.
+        turns: one per round.
         calls: timed calls of all rounds.
         touched_experts: experts that a call read, on average.
         weight_bytes: bytes of these experts.
@@ -95,9 +130,7 @@ class Timing:
     variant: Variant
     tokens: int
     seconds: float
-    low: float
-    high: float
-    rounds: int
+    turns: Sequence[Turn]
     calls: int
     touched_experts: float
     weight_bytes: float
@@ -105,18 +138,31 @@ class Timing:
     relative_l2: float | None = None
 
     @property
+    def low(self) -> float:
+        """The least median of a turn."""
+        return min(turn.seconds for turn in self.turns)
+
+    @property
+    def high(self) -> float:
+        """The greatest median of a turn."""
+        return max(turn.seconds for turn in self.turns)
+
+    @property
     def spread(self) -> float:
-        """Range of the rounds' medians over the median."""
+        """Range of the turns' medians over the median."""
         return (self.high - self.low) / self.seconds
 
-    def share_of_read(self, limits: Limits) -> float:
-        """The time that reading the weights takes at best, over the time taken."""
-        return self.weight_bytes / limits.read.best / self.seconds
+    @property
+    def share_of_read(self) -> float:
+        """The time that reading the weights takes at best, over the time taken; turns' median."""
+        return median(turn.share_of_read(self.weight_bytes) for turn in self.turns)
 
-    def share_of_dots(self, limits: Limits) -> float | None:
-        """The time that multiplying takes at best, over the time taken; None: no such limit."""
-        limit = limits.dots.get(self.variant)
-        return None if limit is None else self.macs / limit.best / self.seconds
+    @property
+    def share_of_dots(self) -> float | None:
+        """The same of the multiply-accumulates; None: no such limit."""
+        shares = [turn.share_of_dots(self.macs) for turn in self.turns]
+        known = [share for share in shares if share is not None]
+        return median(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -127,13 +173,39 @@ class Result:
     limits: Limits
 
 
+class _LimitMeter:
+    """Measures the machine's limits, each of them once between two turns."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._reader = MemoryReader(runtime)
+        self._read: ReadBandwidth | None = None
+        self._peaks: dict[Variant, DotPeak | None] = {}
+        self.reads: list[ReadBandwidth] = []
+
+    def now(self, variant: Variant) -> tuple[ReadBandwidth, DotPeak | None]:
+        if self._read is None:
+            self._read = self._reader.measure(seconds=_LIMIT_SECONDS)
+            self.reads.append(self._read)
+        if variant not in self._peaks:
+            self._peaks[variant] = measure_dot_peak(
+                self._runtime, variant.isa, variant.compute, seconds=_LIMIT_SECONDS
+            )
+        return self._read, self._peaks[variant]
+
+    def outdate(self) -> None:
+        self._read = None
+        self._peaks.clear()
+
+
 @dataclass
 class _Case:
     variant: Variant
     timer: CallTimer
     warm_up: float = 0.0
     error: float | None = None
-    rounds: list[list[float]] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Makes the first call: it checks the result, and grows the runtime's scratch memory."""
@@ -142,22 +214,29 @@ class _Case:
             self.error = relative_l2(self.timer.call(), reference)
         self.warm_up = self.timer.run(0.0)[0]
 
-    def turn(self, seconds: float) -> None:
+    def turn(self, seconds: float, meter: _LimitMeter) -> None:
+        read, peak = meter.now(self.variant)
         if self.warm_up < _WARM_UP_SHARE * seconds:
             self.timer.call()
-        self.rounds.append(self.timer.run(seconds))
+        calls = self.timer.run(seconds)
+        meter.outdate()
+        read_after, peak_after = meter.now(self.variant)
+        macs = None
+        if peak is not None and peak_after is not None:
+            macs = peak.macs_per_second, peak_after.macs_per_second
+        self.turns.append(
+            Turn(median(calls), (read.bytes_per_second, read_after.bytes_per_second), macs)
+        )
+        self.calls += calls
 
     def timing(self) -> Timing:
         work, experts = self.timer.workload, self.timer.experts
-        median, low, high = median_spread(self.rounds)
         return Timing(
             variant=self.variant,
             tokens=work.tokens,
-            seconds=median,
-            low=low,
-            high=high,
-            rounds=len(self.rounds),
-            calls=sum(map(len, self.rounds)),
+            seconds=median(self.calls),
+            turns=self.turns,
+            calls=len(self.calls),
             touched_experts=work.touched_experts,
             weight_bytes=work.weight_bytes(experts),
             macs=work.macs(experts),
@@ -183,7 +262,7 @@ def run(
         workloads: the calls, one size each.
         variants: what to compare; all are in memory at the same time.
         runtime: the threads.
-        seconds: time to spend on each workload of each variant.
+        seconds: time to spend on the calls of each workload of each variant.
         rounds: rounds to divide it into; each makes a call at least.
         batch_invariant: see `cpumoe.Experts`.
         progress: told what is being done.
@@ -202,19 +281,19 @@ def run(
             progress=progress,
         )
         cases += [_Case(variant, CallTimer(experts, work)) for work in workloads]
-    start = _measure_limits(variants, runtime, progress)
     for index, case in enumerate(cases):
         progress("warming up", index, len(cases))
         case.prepare()
-    _run_rounds(cases, seconds / rounds, rounds, progress)
-    end = _measure_limits(variants, runtime, progress)
-    read = Limit(start[0].bytes_per_second, end[0].bytes_per_second)
-    dots = {variant: Limit(start[1][variant], end[1][variant]) for variant in start[1]}
-    return Result([case.timing() for case in cases], Limits(read, dots, start[0]))
+    meter = _LimitMeter(runtime)
+    _run_rounds(cases, meter, seconds / rounds, rounds, progress)
+    return Result([case.timing() for case in cases], _limits(cases, meter.reads))
 
 
-def _run_rounds(cases: Sequence[_Case], seconds: float, rounds: int, progress: Progress) -> None:
-    expected = [round(1e3 * max(seconds, case.warm_up)) + 1 for case in cases]
+def _run_rounds(
+    cases: Sequence[_Case], meter: _LimitMeter, seconds: float, rounds: int, progress: Progress
+) -> None:
+    beside = 2 * _LIMIT_SECONDS
+    expected = [round(1e3 * (max(seconds, case.warm_up) + beside)) + 1 for case in cases]
     done, total = 0, rounds * sum(expected)
     for number in range(rounds):
         first = number * len(cases) // rounds
@@ -224,23 +303,17 @@ def _run_rounds(cases: Sequence[_Case], seconds: float, rounds: int, progress: P
             case = cases[index]
             where = f"{case.variant.isa}, tokens: {case.timer.workload.tokens}"
             progress(f"round {number + 1} of {rounds}, {where}", done, total)
-            case.turn(seconds)
+            case.turn(seconds, meter)
             done += expected[index]
 
 
-def _measure_limits(
-    variants: Sequence[Variant], runtime: Runtime, progress: Progress
-) -> tuple[ReadBandwidth, dict[Variant, float]]:
-    total = len(variants) + 1
-    progress("measuring the memory's read bandwidth", 0, total)
-    read = measure_read_bandwidth(runtime)
-    dots = {}
-    for index, variant in enumerate(variants, 1):
-        progress(f"measuring the dot peak of {variant.isa}", index, total)
-        peak = measure_dot_peak(runtime, variant.isa, variant.compute)
-        if peak is not None:
-            dots[variant] = peak.macs_per_second
-    return read, dots
+def _limits(cases: Sequence[_Case], reads: Sequence[ReadBandwidth]) -> Limits:
+    dots: dict[Variant, list[float]] = {}
+    for case in cases:
+        for turn in case.turns:
+            if turn.macs_per_second is not None:
+                dots.setdefault(case.variant, []).extend(turn.macs_per_second)
+    return Limits(reads, {variant: Limit.of(values) for variant, values in dots.items()})
 
 
 def require_memory(weights: LayerWeights, copies: int, threads: int) -> None:

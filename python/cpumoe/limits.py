@@ -64,35 +64,69 @@ class DotPeak:
     threads: int
 
 
+class MemoryReader:
+    """A buffer for a runtime's threads to read together, as often as one likes.
+
+    It lies on huge pages where the kernel grants them, and is read with the widest loads that this
+    CPU has. Its memory is freed with it.
+    """
+
+    def __init__(self, runtime: Runtime, *, buffer_bytes: int | None = None) -> None:
+        """Allocates the buffer.
+
+        Args:
+            runtime: the threads.
+            buffer_bytes: default: four times the last-level caches, at least 256 MiB, at most
+                8 GiB and a quarter of the free memory.
+
+        Raises:
+            ValueError: not a positive number of bytes.
+            RuntimeError: the runtime is closed.
+        """
+        size = _default_buffer_bytes() if buffer_bytes is None else buffer_bytes
+        self._runtime = runtime
+        self._isa = supported_isas()[-1]
+        before = _kilobytes(_SMAPS, "AnonHugePages")
+        self._buffer = _core.ReadBuffer(runtime.core, size)
+        gained = (_kilobytes(_SMAPS, "AnonHugePages") - before) * 1024
+        self._huge_pages = gained >= 0.9 * self._buffer.nbytes
+
+    def measure(self, *, seconds: float = 0.5) -> ReadBandwidth:
+        """Returns the best run.
+
+        Args:
+            seconds: time to spend (three runs at least).
+
+        Raises:
+            RuntimeError: the runtime is closed.
+        """
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            times.append(self._buffer.read(self._runtime.core, self._isa, "isa"))
+        return ReadBandwidth(
+            bytes_per_second=self._buffer.nbytes / min(times),
+            isa=self._isa,
+            threads=self._runtime.threads,
+            buffer_bytes=self._buffer.nbytes,
+            huge_pages=self._huge_pages,
+        )
+
+
 def measure_read_bandwidth(
     runtime: Runtime, *, buffer_bytes: int | None = None, seconds: float = 0.5
 ) -> ReadBandwidth:
-    """Measures how fast a runtime's threads together read memory.
-
-    They read one buffer, on huge pages where the kernel grants them, with the widest loads that
-    this CPU has; the best run counts.
+    """Measures how fast a runtime's threads together read memory; see `MemoryReader`.
 
     Args:
         runtime: the threads.
-        buffer_bytes: default: four times the last-level cache, at least 256 MiB, at most 1 GiB and
-            a quarter of the free memory.
+        buffer_bytes: size of the buffer; default: as there.
         seconds: time to spend on reading (three runs at least).
+
+    Raises:
+        ValueError: not a positive number of bytes.
+        RuntimeError: the runtime is closed.
     """
-    size = _default_buffer_bytes() if buffer_bytes is None else buffer_bytes
-    isa = supported_isas()[-1]
-    before = _kilobytes(_SMAPS, "AnonHugePages")
-    buffer = _core.ReadBuffer(runtime.core, size)
-    gained = (_kilobytes(_SMAPS, "AnonHugePages") - before) * 1024
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        times.append(buffer.read(runtime.core, isa, "isa"))
-    return ReadBandwidth(
-        bytes_per_second=buffer.nbytes / min(times),
-        isa=isa,
-        threads=runtime.threads,
-        buffer_bytes=buffer.nbytes,
-        huge_pages=gained >= 0.9 * buffer.nbytes,
-    )
+    return MemoryReader(runtime, buffer_bytes=buffer_bytes).measure(seconds=seconds)
 
 
 def measure_dot_peak(

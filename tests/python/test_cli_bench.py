@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import statistics
 
 import cli_tools
 import pytest
@@ -11,7 +12,7 @@ from checkpoint_tools import SMALL, write_small
 
 import cpumoe
 from cpumoe import _core, benchmark, limits, models, reference, tuning
-from cpumoe.benchmark import Limit
+from cpumoe.benchmark import Limit, Limits, Timing, Turn, Variant
 from cpumoe.cli import bench_compare
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import QuantizedMatrix
@@ -25,13 +26,9 @@ HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2
 def _quick(monkeypatch):
     monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(limits, "_TASKS_PER_THREAD", 4)
-    for name in ("measure_read_bandwidth", "measure_dot_peak"):
-        measure = getattr(limits, name)
-        monkeypatch.setattr(
-            benchmark, name, lambda *args, measure=measure: measure(*args, seconds=0)
-        )
+    monkeypatch.setattr(benchmark, "_LIMIT_SECONDS", 0)
     # Whether the machine is quiet is not what is tested.
-    monkeypatch.setattr(Limit, "steady", True)
+    monkeypatch.setattr(Limits, "steady", True)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
 
@@ -87,17 +84,25 @@ def test_rows_add_up(v4):
     (row,) = document["rows"]
     machine = document["machine"]
     assert row["low"] <= row["seconds"] <= row["high"]
-    assert row["rounds"] == 2
+    assert row["rounds"] == len(row["turns"]) == 2
+    medians = [turn["seconds"] for turn in row["turns"]]
+    assert (min(medians), max(medians)) == (row["low"], row["high"])
     assert row["calls"] >= 2
     assert row["touched_experts"] == SMALL["top_k"]
     assert row["macs"] == 5 * 2 * 3 * SMALL["hidden"] * SMALL["intermediate"]
     assert row["tokens_per_second"] == pytest.approx(5 / row["seconds"])
     assert row["flops_per_second"] == pytest.approx(2 * row["macs"] / row["seconds"])
-    share = row["bytes_per_second"] / machine["read_bandwidth"]["bytes_per_second"]
-    assert row["share_of_read_bandwidth"] == pytest.approx(share)
-    (peak,) = machine["dot_peaks"]
-    share = row["macs"] / row["seconds"] / peak["macs_per_second"]
-    assert row["share_of_dot_peak"] == pytest.approx(share)
+    read, (peak,) = machine["read_bandwidth"], machine["dot_peaks"]
+    of_read, of_dots = [], []
+    for turn in row["turns"]:
+        assert len(turn["bytes_per_second"]) == len(turn["macs_per_second"]) == 2
+        of_read.append(row["weight_bytes"] / max(turn["bytes_per_second"]) / turn["seconds"])
+        of_dots.append(row["macs"] / max(turn["macs_per_second"]) / turn["seconds"])
+    assert row["share_of_read_bandwidth"] == pytest.approx(statistics.median(of_read))
+    assert row["share_of_dot_peak"] == pytest.approx(statistics.median(of_dots))
+    for limit, rate in ((read, "bytes_per_second"), (peak, "macs_per_second")):
+        values = [value for turn in row["turns"] for value in turn[rate]]
+        assert (limit["least"], limit[rate]) == (min(values), max(values))
     both = row["share_of_read_bandwidth"], row["share_of_dot_peak"]
     assert row["share_of_bound"] == max(both)
     assert row["bound"] == ("memory" if both[0] >= both[1] else "compute")
@@ -123,9 +128,12 @@ def test_made_up_weights(fmt, small_model):
 
 
 def test_a_variant_without_a_peak(v4, monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_dot_peak", lambda *_args: None)
-    (row,) = measure("--model", v4, "--tokens", 1)["rows"]
+    monkeypatch.setattr(benchmark, "measure_dot_peak", lambda *_args, **_seconds: None)
+    document = measure("--model", v4, "--tokens", 1)
+    (row,) = document["rows"]
     assert (row["share_of_dot_peak"], row["bound"]) == (None, "memory")
+    assert document["machine"]["dot_peaks"] == []
+    assert row["turns"][0]["macs_per_second"] is None
     assert "unknown" in succeed("--model", v4, "--tokens", 1)
 
 
@@ -133,7 +141,9 @@ def test_compare(v4, tmp_path):
     old = tmp_path / "old.json"
     arguments = ("--model", v4, "--tokens", "1,2")
     assert f"wrote {old}" in succeed(*arguments, "--json", old).replace("\n", "")
+    assert "new/old speed" in succeed(*arguments, "--compare", old)
     document = json.loads(old.read_text())
+    document["version"] = 1  # still compared
     document["rows"][0].update(seconds=1e3, low=1e3, high=1e3)
     document["rows"][1].update(seconds=1e-9, low=1e-9, high=1e-9)
     old.write_text(json.dumps(document))
@@ -306,5 +316,44 @@ def test_too_little_memory(v4, monkeypatch):
     assert "ask for fewer experts or variants" in refuse("--model", v4)
 
 
-def test_the_greater_limit_counts():
-    assert Limit(1.0, 2.0).best == Limit(2.0, 1.0).best == 2
+def test_a_turn_is_compared_with_the_limits_beside_it():
+    def timing(*turns):
+        turns = [Turn(s, (read, read / 2), dots and (0.9 * dots, dots)) for s, read, dots in turns]
+        variant = Variant("avx2", "bf16")
+        return Timing(variant, 1, 1.0, turns, 3, 6.0, weight_bytes=40.0, macs=80.0)
+
+    steady = (1.0, 50.0, 100.0)
+    slowed = (2.0, 25.0, 50.0)  # by a neighbour
+    worse = (2.0, 50.0, 100.0)
+    assert timing(steady).share_of_read == timing(steady).share_of_dots == 0.8
+    assert timing(steady, slowed, worse).share_of_dots == 0.8
+    assert timing(worse, slowed, worse).share_of_read == 0.4
+    assert timing((1.0, 50.0, None)).share_of_dots is None
+    assert timing(steady, slowed).spread == 1.0
+
+
+def test_limits_are_measured_once_between_turns(v4, monkeypatch):
+    reads = []
+    measure_once = limits.MemoryReader.measure
+    monkeypatch.setattr(
+        limits.MemoryReader,
+        "measure",
+        lambda reader, **seconds: reads.append(measure_once(reader, **seconds)) or reads[-1],
+    )
+    document = measure("--model", v4, "--tokens", "1,2")
+    values = [read.bytes_per_second for read in reads]
+    turns = [row["turns"] for row in document["rows"]]
+    # The first row goes first in the first round, the second one in the second.
+    order = [turns[0][0], turns[1][0], turns[1][1], turns[0][1]]
+    assert [turn["bytes_per_second"] for turn in order] == [values[i : i + 2] for i in range(4)]
+    assert len(values) == 5
+
+
+def test_one_round(v4):
+    (row,) = measure("--model", v4, "--tokens", 1, "--rounds", 1)["rows"]
+    assert row["rounds"] == 1
+    assert row["spread"] == 0
+
+
+def test_a_limit_that_moved_is_not_steady():
+    assert [Limit(100, least).steady for least in (100, 86, 84)] == [True, True, False]

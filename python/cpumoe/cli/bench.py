@@ -78,7 +78,7 @@ _ExpertsOption = Annotated[
     ),
 ]
 _SecondsOption = Annotated[
-    float, typer.Option(min=0, metavar="S", help="Time to spend on each table row.")
+    float, typer.Option(min=0, metavar="S", help="Time to spend on the calls of each table row.")
 ]
 _RoundsOption = Annotated[
     int, typer.Option(min=1, metavar="N", help="Rounds in which the rows take turns.")
@@ -139,7 +139,7 @@ def command(
     """Time an expert layer, and compare it with what this machine can do at best.
 
     Rows take turns in several rounds; a row's time is the median of all calls. Memory read
-    bandwidth and the rate of multiply-adds in registers are measured before and after, on the same
+    bandwidth and the rate of multiply-adds in registers are measured beside each turn, on the same
     threads: no call can be faster than reading its experts once, or than its multiply-adds.
     """
     with reported(traceback):

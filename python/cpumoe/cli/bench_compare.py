@@ -14,6 +14,8 @@ _KEY = ("isa", "compute", "tokens")
 # Limits that differ by more are named: then the machine has changed, not only the program.
 _SAME_LIMIT = 0.15
 _NUMBERS = ("seconds", "low", "high")
+# Version 1 had no turns; what is compared has not changed.
+_READABLE = (1, VERSION)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"--compare: {path}: not JSON ({error})") from error
     if not _is_ours(document):
         raise InputError(
-            f"--compare: {path}: not written by cpumoe bench --json, version {VERSION}"
+            f"--compare: {path}: not written by cpumoe bench --json, version "
+            f"{' or '.join(map(str, _READABLE))}"
         )
     return dict(document)
 
@@ -104,7 +107,7 @@ def _verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _is_ours(document: Any) -> bool:
-    if not isinstance(document, dict) or document.get("version") != VERSION:
+    if not isinstance(document, dict) or document.get("version") not in _READABLE:
         return False
     try:
         _limits(document)

@@ -2,22 +2,29 @@
 
 The document (``--json``), times in seconds, rates per second::
 
-    {"version": 1,
+    {"version": 2,
      "settings": {"model", "data", "format", "hidden_size", "intermediate_size", "experts", "top_k",
                   "routing", "batch_invariant", "seconds"},
      "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"},
-                 "read_bandwidth": {"bytes_per_second", "start", "end", "isa", "buffer_bytes",
+                 "read_bandwidth": {"bytes_per_second", "least", "isa", "buffer_bytes",
                                     "huge_pages"},
-                 "dot_peaks": [{"isa", "compute", "macs_per_second", "start", "end"}],
+                 "dot_peaks": [{"isa", "compute", "macs_per_second", "least"}],
                  "steady"},
      "rows": [{"isa", "compute", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
                "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second", "macs",
                "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
-               "bound": "memory" or "compute", "share_of_bound", "relative_l2"}]}
+               "bound": "memory" or "compute", "share_of_bound", "relative_l2",
+               "turns": [{"seconds", "bytes_per_second", "macs_per_second"}]}]}
 
-``low`` and ``high`` are the least and the greatest median of a round, ``spread`` their difference
-over the median of all calls, which is ``seconds``. ``start`` and ``end`` are a limit's values
-before and after the rows.
+A row takes one turn per round: its median call, and two values of either limit, measured right
+before and after its calls. ``low`` and ``high`` are the least and the greatest ``seconds`` of a
+turn, ``spread`` their difference over the median of all calls, which is a row's ``seconds``. A
+turn's share is that of the greater of the two values, a row's the median of its turns' shares, and
+``share_of_bound`` the greater of a row's two. A machine's limit is the greatest of all values, with
+the ``least`` beside it.
+
+Where a variant cannot tell its peak, ``macs_per_second`` and ``share_of_dot_peak`` are null, and
+there is no row in ``dot_peaks``; ``relative_l2`` is null without a reference result.
 """
 
 from __future__ import annotations
@@ -28,15 +35,16 @@ from cpumoe.cli import console
 from cpumoe.cli.info import cpu_model, versions
 
 if TYPE_CHECKING:
-    from cpumoe.benchmark import Limits, Result, Timing
+    from cpumoe.benchmark import Result, Timing
     from cpumoe.layer_weights import LayerWeights
 
-VERSION = 1
+VERSION = 2
 
 
 def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str, Any]:
     """Returns what ``bench --json`` writes."""
     limits = result.limits
+    read, how = limits.read, limits.reads[0]
     return {
         "version": VERSION,
         "settings": settings,
@@ -45,19 +53,19 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
             "threads": threads,
             "versions": versions(),
             "read_bandwidth": {
-                "bytes_per_second": limits.read.best,
-                **vars(limits.read),
-                "isa": limits.buffer.isa,
-                "buffer_bytes": limits.buffer.buffer_bytes,
-                "huge_pages": limits.buffer.huge_pages,
+                "bytes_per_second": read.best,
+                "least": read.least,
+                "isa": how.isa,
+                "buffer_bytes": how.buffer_bytes,
+                "huge_pages": how.huge_pages,
             },
             "dot_peaks": [
-                {**vars(variant), "macs_per_second": limit.best, **vars(limit)}
+                {**vars(variant), "macs_per_second": limit.best, "least": limit.least}
                 for variant, limit in limits.dots.items()
             ],
             "steady": limits.steady,
         },
-        "rows": [_row(timing, limits) for timing in result.timings],
+        "rows": [_row(timing) for timing in result.timings],
     }
 
 
@@ -72,8 +80,8 @@ def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:
     }
 
 
-def _row(timing: Timing, limits: Limits) -> dict[str, Any]:
-    read, dots = timing.share_of_read(limits), timing.share_of_dots(limits)
+def _row(timing: Timing) -> dict[str, Any]:
+    read, dots = timing.share_of_read, timing.share_of_dots
     return {
         **vars(timing.variant),
         "tokens": timing.tokens,
@@ -81,7 +89,7 @@ def _row(timing: Timing, limits: Limits) -> dict[str, Any]:
         "low": timing.low,
         "high": timing.high,
         "spread": timing.spread,
-        "rounds": timing.rounds,
+        "rounds": len(timing.turns),
         "calls": timing.calls,
         "tokens_per_second": timing.tokens / timing.seconds,
         "touched_experts": timing.touched_experts,
@@ -94,6 +102,7 @@ def _row(timing: Timing, limits: Limits) -> dict[str, Any]:
         "bound": "memory" if dots is None or read >= dots else "compute",
         "share_of_bound": read if dots is None else max(read, dots),
         "relative_l2": timing.relative_l2,
+        "turns": [vars(turn) for turn in timing.turns],
     }
 
 
@@ -174,17 +183,17 @@ def _machine_table(machine: dict[str, Any]) -> Any:
     read = machine["read_bandwidth"]
     pages = "huge pages" if read["huge_pages"] else "small pages"
     threads = console.format_count(machine["threads"], "thread")
-    start, end = (console.format_number(read[name] / 1e9) for name in ("start", "end"))
+    least = console.format_number(read["least"] / 1e9)
     facts = {
         "CPU": f"{console.escape(machine['cpu'])}, {threads}",
         "memory read": f"{console.format_rate(read['bytes_per_second'])} "
-        f"[dim](start {start}, end {end}; {pages})[/]",
+        f"[dim](least {least}; {pages})[/]",
     }
     for peak in machine["dot_peaks"]:
-        start, end = (console.format_number(2e-9 * peak[name]) for name in ("start", "end"))
+        least = console.format_number(2e-9 * peak["least"])
         best = console.format_number(2e-9 * peak["macs_per_second"])
         name = f"{peak['isa']}, {peak['compute']}"
-        facts[name] = f"{best} GFLOP/s in registers [dim](start {start}, end {end})[/]"
+        facts[name] = f"{best} GFLOP/s in registers [dim](least {least})[/]"
     return console.fact_table(facts)
 
 
@@ -193,7 +202,8 @@ def _legend(rounds: int) -> str:
         f"[dim]ms: median of all calls of {console.format_count(rounds, 'round')}; "
         "spread: range of the rounds' medians\n"
         "GB/s: each expert that a call uses, read once\n"
-        "memory, peak: share of the read bandwidth, and of the multiply-adds in registers\n"
+        "memory, peak: share of the read bandwidth, and of the multiply-adds in registers, as\n"
+        "measured before and after a row's calls; median of the rounds\n"
         "bound: the greater of these shares; at 100 % the call cannot be faster, more than that\n"
         "means that caches held weights[/]"
     )
