@@ -200,11 +200,13 @@ def test_nan_scales_are_refused_with_their_index():
     scales[1, 2] = 255
     with pytest.raises(ValueError, match=r"w1.scale: .* got 255 \(NaN\) at index \[1, 2\]"):
         MXFP4.check_scales(scales, "w1.scale")
-    for bad in (math.nan, math.inf):
+    for bad in (math.nan, math.inf, -math.inf):
         scales = torch.ones(3, 4).bfloat16()
         scales[2, 0] = bad
         with pytest.raises(ValueError, match=rf"s: .* got {bad} at index \[2, 0\]"):
             INT4.check_scales(scales, "s")
+    for fmt in (MXFP4, INT4):
+        fmt.check_scales(torch.empty(0, 4, dtype=fmt.scale_storage), "s")
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
