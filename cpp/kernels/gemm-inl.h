@@ -132,18 +132,18 @@ struct Gemm {
     if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
   }
 
-  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]; kStreams: and
+  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]; `streams`: and
   // fetches those to come.
-  template <int kTiles, bool kFold, bool kStreams>
+  template <int kTiles, bool kFold>
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles,
                                                    int64_t begin, int64_t end, int64_t groups,
-                                                   Pair* panel) {
+                                                   bool streams, Pair* panel) {
     const auto decode = [&](int64_t g) __attribute__((always_inline)) {
       DecodeGroup<kTiles, kFold>(codec, tiles, g,
                                  [panel](int r, int p) { return panel + p * kTiles + r; });
       panel += Geometry::kGroupPairs * kTiles;
     };
-    if constexpr (kStreams) {
+    if (streams) {
       Tiles::template ForGroups<kTiles>(tiles, begin, end, groups, decode);
     } else {
       for (int64_t g = begin; g < end; ++g) decode(g);
@@ -177,9 +177,9 @@ struct Gemm {
     }
   }
 
-  // C += A * panel; the panel's multiplicands carry their scales. Also fetches into L2 what lies
-  // `to_next` bytes from each pair of activations.
-  template <int kTokens, int kTiles>
+  // C += A * panel; the panel's multiplicands carry their scales. kFetches: also fetches into L2
+  // what lies `to_next` bytes from each pair of activations.
+  template <int kTokens, int kTiles, bool kFetches>
   static void Panel(const Pair* panel, const Activation* a, int64_t pairs, int64_t to_next,
                     float* c) {
     Vec sum[kTiles][kTokens];
@@ -187,7 +187,7 @@ struct Gemm {
       for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(c + (r * kTokens + t) * kTileRows);
     }
     for (int64_t p = 0; p < pairs; ++p) {
-      PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
+      if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
       AddPair<kTokens, kTiles>(panel, a, p, sum);
     }
     for (int r = 0; r < kTiles; ++r) {
@@ -196,7 +196,7 @@ struct Gemm {
   }
 
   // The same with unscaled multiplicands: each group's sum is scaled as it is added to C.
-  template <int kTokens, int kTiles>
+  template <int kTokens, int kTiles, bool kFetches>
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
                           const Pair* panel, const Activation* a, int64_t to_next, float* c) {
     for (int64_t g = begin; g < end; ++g) {
@@ -204,7 +204,7 @@ struct Gemm {
       Vec part[kTiles][kTokens];
       Clear(part);
       for (int64_t p = 0; p < Geometry::kGroupPairs; ++p) {
-        PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
+        if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
         AddPair<kTokens, kTiles>(panel, a, p, part);
       }
       panel += Geometry::kGroupPairs * kTiles;
@@ -286,6 +286,12 @@ struct Gemm {
         Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
       }
     }
+  }
+
+  template <int kTokens>
+  static inline __attribute__((always_inline)) void PrefetchPair(const Activation* a, int64_t p,
+                                                                 int64_t to_next) {
+    PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
   }
 
   template <int kTokens, int kTiles>

@@ -79,14 +79,15 @@ class TileGemm {
   static constexpr auto FusedTable(std::integer_sequence<int, n...>) {
     return std::array<FusedKernel, sizeof...(n)>{&Kernels::template Fused<n + 1, kTiles>...};
   }
-  template <int... n>
+  template <bool kFetches, int... n>
   static constexpr auto PanelTable(std::integer_sequence<int, n...>) {
-    return std::array<PanelKernel, sizeof...(n)>{&Kernels::template Panel<n + 1, kTiles>...};
+    return std::array<PanelKernel, sizeof...(n)>{
+        &Kernels::template Panel<n + 1, kTiles, kFetches>...};
   }
-  template <int... n>
+  template <bool kFetches, int... n>
   static constexpr auto ScaledPanelTable(std::integer_sequence<int, n...>) {
     return std::array<ScaledPanelKernel, sizeof...(n)>{
-        &Kernels::template ScaledPanel<n + 1, kTiles>...};
+        &Kernels::template ScaledPanel<n + 1, kTiles, kFetches>...};
   }
   static constexpr std::array<FusedKernel, Isa::kFusedTokens> kFused =
       FusedTable(std::make_integer_sequence<int, Isa::kFusedTokens>{});
@@ -119,8 +120,8 @@ class TileGemm {
   }
 
   // Fetched into L2 a little at a time, because bursts take the fill buffers that kernels need:
-  // weights, from memory, one turn ahead; activations, from L3, one round of turns ahead. With a
-  // single block most of the work is decoding, which streams the weights.
+  // weights, from memory, one turn ahead; the next round's activations, from L3, in a round's last
+  // turns. With a single block most of the work is decoding, which streams the weights.
   template <bool kFold>
   static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                         const Activation* a, Pair* panel, float* c) {
@@ -141,26 +142,21 @@ class TileGemm {
       const Span span = span_of(turn);
       const Span next = span_of(std::min(turn + 1, turns - 1));
       const bool streams = blocks.count() == 1;
-      Decode<kFold>(codec, span, streams);
+      Kernels::template DecodePanel<kTiles, kFold>(codec, span.tiles, span.begin, span.end, groups,
+                                                   streams, panel);
       if (!streams) FetchScales(next);
       const int first = static_cast<int>(turn % kPairTurns) * kTiles;
       float* product = c + turn % round / kPairTurns * pair_size;
       for (int64_t b = 0; b < blocks.count(); ++b) {
         if (!streams) FetchCodes(next, b * block_bytes, block_bytes);
         const Block block = BlockOf(span, first, blocks, b, a, product);
-        MultiplyByVectors<kFold>(codec, span, block, ToNextColumns(span, block, turn % round));
+        const int64_t to_next = ToNextColumns(span, block, round - 1 - turn % round);
+        if (to_next == 0) {
+          MultiplyByVectors<kFold, false>(codec, span, block, to_next);
+        } else {
+          MultiplyByVectors<kFold, true>(codec, span, block, to_next);
+        }
       }
-    }
-  }
-
-  template <bool kFold>
-  static void Decode(const Codec& codec, const Span& s, bool streams) {
-    if (streams) {
-      Kernels::template DecodePanel<kTiles, kFold, true>(codec, s.tiles, s.begin, s.end, s.groups,
-                                                         s.panel);
-    } else {
-      Kernels::template DecodePanel<kTiles, kFold, false>(codec, s.tiles, s.begin, s.end, s.groups,
-                                                          s.panel);
     }
   }
 
@@ -201,26 +197,30 @@ class TileGemm {
             c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows};
   }
 
-  // Bytes from a block's columns of this span to those of the next round; after the last one to the
-  // first columns again, because the next task mostly multiplies the same tokens (of gate and up).
-  // A pair of all tokens may be longer than a cache line; each turn fetches one of its lines.
-  static int64_t ToNextColumns(const Span& s, const Block& block, int64_t turn_of_round) {
-    const int64_t groups = s.end < s.groups ? s.end - s.begin : -s.begin;
+  // Bytes from a block's columns of this span to those of the next round; after the last one to as
+  // many of the first, because gate and up multiply the same tokens in the next task, too. A
+  // round's last turns fetch them, so that they displace nothing that earlier ones still use: the
+  // last one a line of each pair, the one before it the second line, if all tokens' pair is that
+  // long. 0: this turn fetches none.
+  static int64_t ToNextColumns(const Span& s, const Block& block, int64_t turns_left) {
     const int64_t pair_bytes = block.tokens * 2 * static_cast<int64_t>(sizeof(Activation));
-    const int64_t line = turn_of_round % CeilDiv(pair_bytes, kCacheLine);
-    return groups * Geometry::kGroupPairs * pair_bytes + line * kCacheLine;
+    const int64_t line = turns_left * kCacheLine;
+    const bool all_at_hand = s.begin == 0 && s.end == s.groups;
+    if (all_at_hand || line >= pair_bytes) return 0;
+    const int64_t groups = s.end < s.groups ? s.end - s.begin : -s.begin;
+    return groups * Geometry::kGroupPairs * pair_bytes + line;
   }
 
-  template <bool kFold>
+  template <bool kFold, bool kFetches>
   static void MultiplyByVectors(const Codec& codec, const Span& s, const Block& block,
                                 int64_t to_next) {
     constexpr auto kCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
     if constexpr (kFold) {
-      static constexpr auto kPanel = PanelTable(kCounts);
+      static constexpr auto kPanel = PanelTable<kFetches>(kCounts);
       kPanel[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs, to_next,
                                block.c);
     } else {
-      static constexpr auto kScaledPanel = ScaledPanelTable(kCounts);
+      static constexpr auto kScaledPanel = ScaledPanelTable<kFetches>(kCounts);
       kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, to_next,
                                      block.c);
     }
