@@ -12,21 +12,22 @@ from cpumoe.cli import app
 from cpumoe.generation import Sampling
 from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perplexity
 
-TOKENS = 1024  # of held-out text: a fifth of it
-
 
 @pytest.fixture(scope="module")
 def host():
     return measured(LanguageModel.from_pretrained(host_experts=True))
 
 
-def measured(model):
-    tokens = model.encode(embedded.held_out_path().read_text("utf-8"))[:TOKENS]
+def measured(model, count=None):
+    """Of all held-out text, or of its first `count` tokens."""
+    tokens = model.encode(embedded.held_out_path().read_text("utf-8"))[:count]
     return perplexity(model.model, tokens, window=512).perplexity
 
 
 @pytest.mark.parametrize("isa", cpumoe.supported_isas())
 def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
+    # Of all the text: rounding to bf16 sends some tokens to other experts, which ones depends on
+    # the CPU. That was worth up to 0.24 % over 1,024 tokens, 0.06 % over all 5,224.
     model = LanguageModel.from_pretrained(options=ExpertsOptions(isa=isa))
     assert measured(model) == pytest.approx(host, rel=1e-3)
     assert host < 40
@@ -34,10 +35,10 @@ def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
 
 def test_fp32_perplexity_is_the_hosts():
     ours, hosts = (
-        measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=by_host))
+        measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=by_host), 1024)
         for by_host in (False, True)
     )
-    assert ours == pytest.approx(hosts, rel=1e-3)
+    assert ours == pytest.approx(hosts, rel=1e-4)
 
 
 def test_int8_costs_little(host):
