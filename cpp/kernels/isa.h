@@ -112,15 +112,21 @@ struct PanelUnitTraits<Isa> {
 template <class Isa>
 using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 
+// QuadStart of ISAs whose sums are of 16 bits.
+constexpr int32_t TwoHalves(int32_t first, int32_t second) {
+  return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
+}
+
 // What the paths of bytes need besides: products of unsigned weight bytes with signed activation
 // bytes.
 //
 // Isa::ByteTable   bytes of the sixteen 4-bit codes
 // Isa::Quad        four weights of every row of a tile, in the order kQuadOrder
-// Isa::QuadSum     sums of products of quads, exact up to the magnitude kQuadSumLimit
+// Isa::QuadSum     sums of products of quads, modulo 2^16 or 2^32: exact if they end within
+//                  kQuadSumLimit. Of 16 bits there are two, one of each half of the quads.
 //
-// A sum's start value is added in StartSum or in FinishSum and FinishPlanes, wherever that is
-// cheaper.
+// Planes' sums of 16 bits end within that without a start, which FinishPlanes adds; those of 32
+// bits begin with it in StartPlane.
 template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
@@ -133,11 +139,14 @@ concept ByteIsa =
       { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
       { Isa::MakeByteTable(bytes) } -> std::same_as<typename Isa::ByteTable>;
       { Isa::template LookupQuad<0>(table, codes) } -> std::same_as<typename Isa::Quad>;
+      // What a sum starts with, if the halves of the quads are to start with these numbers.
+      { Isa::QuadStart(int32_t{}, int32_t{}) } -> std::same_as<int32_t>;
       { Isa::StartSum(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;
       {
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
-      { Isa::FinishSum(sum, int32_t{}) } -> std::same_as<typename Isa::Vec>;
+      { Isa::StartPlane(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;
+      { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
       { Isa::kPlaneTokens } -> std::convertible_to<int>;         // most that planes are fastest for
       { Isa::kPrecisePlaneTokens } -> std::convertible_to<int>;  // if all groups have three digits
       { Isa::template FinishPlanes<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;

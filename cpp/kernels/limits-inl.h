@@ -77,7 +77,7 @@ struct Limits {
     }
     alignas(64) float memory[kQuadChains * kTileRows];
     Unroll<kQuadChains>(
-        [&](auto i) { Isa::Store(memory + i * kTileRows, Isa::FinishSum(sum[i], start[i])); });
+        [&](auto i) { Isa::Store(memory + i * kTileRows, Isa::FinishSum(sum[i])); });
     Escape(memory);
     return rounds * kQuadChains * kTileRows * kQuadDepth;
   }

@@ -7,7 +7,7 @@
 //
 // A group's sum of integer * a is exact: its "start", minus offset times the sum of a, plus the sum
 // of w * a. It becomes fp32 once, times the token's scale, times the 16 weight scales, and adds up
-// in C. Where an ISA's sums are too narrow for a group (kQuadSumLimit), that happens in parts.
+// in C. Sums of 16 bits may overflow on the way, but wrap around, and end where they belong.
 //
 // Fused: bytes are decoded in registers, for as many tokens as registers hold. Panel: bytes are
 // decoded to memory (L1/L2) once for all blocks of tokens. Both give the same bits.
@@ -41,11 +41,28 @@ concept QuadCodec = ByteIsa<Isa> && requires(const C codec, typename Isa::Codes 
 
 inline constexpr int kMaxQuadValue = 127;  // of a staged activation's magnitude
 
+// Whether an ISA's sums hold a group's products with activations of magnitudes up to `greatest`.
+template <class Isa, class Codec>
+constexpr bool QuadSumsFit(int64_t greatest) {
+  constexpr int64_t kInteger = std::max(Codec::kOffset, Codec::kGreatest - Codec::kOffset);
+  constexpr int kSums = Isa::kQuadSumLimit <= INT16_MAX ? 2 : 1;
+  return Codec::Format::kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
+}
+
+// The start of a group's sums: minus the bytes' offset times those of `quads`, [kGroupSize] in the
+// order kQuadOrder.
+template <class Isa, class Codec>
+int32_t StartOf(const int8_t* quads) {
+  int32_t halves[2] = {};
+  for (int i = 0; i < Codec::Format::kGroupSize; ++i) halves[i % kQuadDepth / 2] += quads[i];
+  return Isa::QuadStart(-Codec::kOffset * halves[0], -Codec::kOffset * halves[1]);
+}
+
 // A block of staged tokens: quads, scales and starts follow each other in memory.
 struct QuadBlock {
   const int8_t* quads;    // [K/4][tokens][4] in the order kQuadOrder
   const float* scales;    // [groups][tokens]: what an integer product is worth before weight scales
-  const int32_t* starts;  // [groups][tokens]
+  const int32_t* starts;  // [groups][tokens], StartOf
 
   static constexpr int64_t BytesPerToken(int64_t columns, int group_size) {
     return columns + columns / group_size * int64_t{sizeof(float) + sizeof(int32_t)};
@@ -67,16 +84,8 @@ class QuadGemm {
   using Vec = typename Isa::Vec;
   static constexpr int kTiles = Isa::kTiles;
 
-  // Vectors of a group whose products one sum holds: a power of two.
-  static constexpr int kPartVectors = [] {
-    const int64_t vector = int64_t{Geometry::kVectorDepth} * Codec::kGreatest * kMaxQuadValue;
-    // A sum of 16 bits is of every other product of a quad only.
-    const int64_t lanes = Isa::kQuadSumLimit <= INT16_MAX ? 2 : 1;
-    int vectors = Geometry::kGroupVectors;
-    while (vectors * vector / lanes > Isa::kQuadSumLimit) vectors /= 2;
-    return vectors;
-  }();
-  static_assert(kPartVectors > 0);
+  static_assert(QuadSumsFit<Isa, Codec>(kMaxQuadValue),
+                "groups of activations would have to be shorter than the weights'");
 
  public:
   static_assert(kTiles <= TilePair::kCount);
@@ -84,19 +93,23 @@ class QuadGemm {
   static constexpr int64_t kPanelBytes =
       int64_t{kPanelGroups} * Geometry::kGroupQuads * kTiles * static_cast<int64_t>(sizeof(Quad));
 
+  // Tiles that are read side by side. Memory delivers two streams faster than one.
+  static int TilesAtOnce(const TokenBlocks& blocks) {
+    return blocks.count() == 1 ? TilePair::kCount : kTiles;
+  }
+
   // c[block][tile][token][16] = A * tiles^T. `panel` is kPanelBytes of scratch; `staged` the first
   // block's memory.
   static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
                   const std::byte* staged, std::byte* panel, float* c) {
     std::memset(c, 0, sizeof(float) * blocks.tokens() * TilePair::kCount * kTileRows);
+    if (blocks.count() == 1) {
+      const Span all = {w.tiles.data(), nullptr, 0, w.groups, w.groups};
+      kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged), c);
+      return;
+    }
+    auto* quads = reinterpret_cast<Quad*>(panel);
     for (int first = 0; first < TilePair::kCount; first += kTiles) {
-      if (blocks.count() == 1) {
-        const Span all = {&w.tiles[first], nullptr, 0, w.groups, w.groups};
-        kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged),
-                                   c + first * blocks.Size(0) * kTileRows);
-        continue;
-      }
-      auto* quads = reinterpret_cast<Quad*>(panel);
       for (int64_t begin = 0; begin < w.groups; begin += kPanelGroups) {
         const int64_t end = std::min<int64_t>(begin + kPanelGroups, w.groups);
         const Span span = {&w.tiles[first], quads, begin, end, w.groups};
@@ -111,8 +124,8 @@ class QuadGemm {
   }
 
  private:
-  // Groups [begin, end) of the `groups` of kTiles tiles; `panel` is null where they are decoded in
-  // registers.
+  // Groups [begin, end) of the `groups` of TilesAtOnce tiles; `panel` is null where they are
+  // decoded in registers.
   struct Span {
     const TileView* tiles;
     const Quad* panel;  // [group][quad][tile]
@@ -136,9 +149,9 @@ class QuadGemm {
           for (int r = 0; r < kTiles; ++r) {
             const std::byte* in = span.tiles[r].codes + g * Geometry::kGroupBytes;
             Quad* quads = out + (g - span.begin) * Geometry::kGroupQuads * kTiles + r;
-            Unroll<Geometry::kGroupVectors>([&](auto v) {
+            Unroll<Geometry::kGroupVectors>([&](auto v) __attribute__((always_inline)) {
               const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
-              Unroll<Geometry::kVectorQuads>([&](auto q) {
+              Unroll<Geometry::kVectorQuads>([&](auto q) __attribute__((always_inline)) {
                 quads[(v * Geometry::kVectorQuads + q) * kTiles] =
                     codec.template DecodeQuad<q>(codes);
               });
@@ -151,39 +164,48 @@ class QuadGemm {
   template <int kTokens, bool kDecoded>
   __attribute__((flatten)) static void Multiply(Codec codec, Span span, QuadBlock a, float* c) {
     const int8_t* x = a.quads + span.begin * Format::kGroupSize * kTokens;
-    const auto multiply = [&](int64_t g) __attribute__((always_inline)) {
-      Unroll<Geometry::kGroupVectors / kPartVectors>([&](auto part) {
-        AddPart<kTokens, kDecoded, part * kPartVectors>(codec, span, g, a, x, c);
-      });
-      x += Format::kGroupSize * kTokens;
-    };
     if constexpr (kDecoded) {
-      for (int64_t g = span.begin; g < span.end; ++g) multiply(g);
+      for (int64_t g = span.begin; g < span.end; ++g, x += Format::kGroupSize * kTokens) {
+        AddGroup<kTokens, kDecoded>(codec, span, span.tiles, g, a, x, c);
+      }
     } else {
-      Tiles::template ForGroups<kTiles>(span.tiles, span.begin, span.end, span.groups, multiply);
+      // Not unrolled before registers are allocated: both tiles' constants would take those of
+      // sums.
+      Tiles::template ForGroups<TilePair::kCount>(
+          span.tiles, span.begin, span.end, span.groups,
+          [&](int64_t g) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+            for (int r = 0; r < TilePair::kCount; r += kTiles) {
+              AddGroup<kTokens, kDecoded>(codec, span, span.tiles + r, g, a, x,
+                                          c + r * kTokens * kTileRows);
+            }
+            x += Format::kGroupSize * kTokens;
+          });
     }
   }
 
-  // kPartVectors vectors of group g, from kFirst on. x is the group's quads.
-  template <int kTokens, bool kDecoded, int kFirst>
-  static inline __attribute__((always_inline)) void AddPart(const Codec& codec, const Span& span,
-                                                            int64_t g, const QuadBlock& a,
-                                                            const int8_t* x, float* c) {
+  // Group g of kTiles tiles. x is its quads.
+  template <int kTokens, bool kDecoded>
+  static inline __attribute__((always_inline)) void AddGroup(const Codec& codec, const Span& span,
+                                                             const TileView* tiles, int64_t g,
+                                                             const QuadBlock& a, const int8_t* x,
+                                                             float* c) {
     // C stays in memory: in registers it would displace the sums.
     asm volatile("" ::: "memory");
     const int32_t* starts = a.starts + g * kTokens;
     typename Isa::QuadSum sum[kTiles][kTokens];
-    Unroll<kTokens>([&](auto t) {
-      for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::StartSum(kFirst == 0 ? starts[t] : 0);
+    Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
+      for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::StartSum(starts[t]);
     });
-    Unroll<kPartVectors>(
-        [&](auto v) { AddVector<kTokens, kDecoded, kFirst + v>(codec, span, g, x, sum); });
+    Unroll<Geometry::kGroupVectors>([&](auto v) __attribute__((always_inline)) {
+      AddVector<kTokens, kDecoded, v>(codec, span, tiles, g, x, sum);
+    });
     for (int r = 0; r < kTiles; ++r) {
-      const auto* scales = reinterpret_cast<const Scale*>(span.tiles[r].scales);
+      const auto* scales = reinterpret_cast<const Scale*>(tiles[r].scales);
       const Vec weight_scales = codec.GroupScales(scales + g * kTileRows);
-      Unroll<kTokens>([&](auto t) {
+      Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
         const Vec scale = Isa::Broadcast(a.scales[g * kTokens + t]);
-        const Vec value = Isa::FinishSum(sum[r][t], kFirst == 0 ? starts[t] : 0);
+        const Vec value = Isa::FinishSum(sum[r][t]);
         float* out = c + (r * kTokens + t) * kTileRows;
         Isa::Store(out, Isa::Fma(Isa::Mul(value, scale), weight_scales, Isa::Load(out)));
       });
@@ -193,16 +215,16 @@ class QuadGemm {
   // Adds the products of vector kVector of group g.
   template <int kTokens, bool kDecoded, int kVector>
   static inline __attribute__((always_inline)) void AddVector(
-      const Codec& codec, const Span& span, int64_t g, const int8_t* x,
+      const Codec& codec, const Span& span, const TileView* tiles, int64_t g, const int8_t* x,
       typename Isa::QuadSum (&sum)[kTiles][kTokens]) {
     [[maybe_unused]] typename Isa::Codes codes[kTiles];
     if constexpr (!kDecoded) {
       for (int r = 0; r < kTiles; ++r) {
-        codes[r] = Isa::LoadCodes(span.tiles[r].codes + g * Geometry::kGroupBytes +
-                                  kVector * kVectorBytes);
+        codes[r] =
+            Isa::LoadCodes(tiles[r].codes + g * Geometry::kGroupBytes + kVector * kVectorBytes);
       }
     }
-    Unroll<Geometry::kVectorQuads>([&](auto q) {
+    Unroll<Geometry::kVectorQuads>([&](auto q) __attribute__((always_inline)) {
       constexpr int kQuad = kVector * Geometry::kVectorQuads + q;
       Quad w[kTiles];
       for (int r = 0; r < kTiles; ++r) {
@@ -212,7 +234,7 @@ class QuadGemm {
           w[r] = codec.template DecodeQuad<q>(codes[r]);
         }
       }
-      Unroll<kTokens>([&](auto t) {
+      Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
         for (int r = 0; r < kTiles; ++r) {
           sum[r][t] = Isa::DotQuad(sum[r][t], w[r], x + (kQuad * kTokens + t) * kQuadDepth);
         }

@@ -35,6 +35,11 @@ constexpr int PairShift(int pair) {
 inline constexpr int kQuadDepth = 4;
 inline constexpr int kQuadOrder[kQuadDepth] = {0, 2, 1, 3};
 
+// Which k of a group is the i-th in the order of its quads.
+constexpr int InQuadOrder(int i) {
+  return i / kQuadDepth * kQuadDepth + kQuadOrder[i % kQuadDepth];
+}
+
 // Geometry of a tile whose codes have `kCodeBits` bits and whose scales cover `kGroupSize` codes.
 template <int kCodeBits, int kGroupSize>
 struct TileGeometry {

@@ -18,7 +18,7 @@ template <class Isa, class FloatCodec>
 class Int8Path {
   using Codec = ByteCodec<Isa, FloatCodec>;
   using Gemm = QuadGemm<Isa, Codec>;
-  using Stage = QuadStage<Codec>;
+  using Stage = QuadStage<Isa, Codec>;
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
@@ -28,7 +28,9 @@ class Int8Path {
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
-  static int TilesAtOnce(StagedForm, const TokenBlocks&) { return Isa::kTiles; }
+  static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
+    return Gemm::TilesAtOnce(blocks);
+  }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return QuadBlock::BytesPerToken(columns, kGroupSize);

@@ -95,7 +95,7 @@ class PlaneStage {
     int32_t sum = 0;
     for (int i = 0; i < kGroupSize; ++i) {
       sum += integers[i];
-      int32_t rest = integers[i / kQuadDepth * kQuadDepth + kQuadOrder[i % kQuadDepth]];
+      int32_t rest = integers[InQuadOrder(i)];
       for (int p = kDigits - 1; p > 0; --p) {
         constexpr int kHalf = 1 << (kDigitBits - 1);
         const int32_t digit = ((rest + kHalf) & (2 * kHalf - 1)) - kHalf;

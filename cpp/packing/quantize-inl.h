@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "kernels/quad_gemm-inl.h"
@@ -14,7 +15,7 @@
 
 namespace cpumoe {
 
-template <class Codec>
+template <class Isa, class Codec>
 class QuadStage {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
@@ -52,16 +53,16 @@ class QuadStage {
   static constexpr float kLeast = 0x1p-100f;
 
   void Store(const int32_t* rounded, float scale, int t, int64_t group) const {
-    int32_t sum = 0;
-    for (int i = 0; i < kGroupSize; ++i) sum += rounded[i];
+    int8_t quads[kGroupSize];
+    for (int i = 0; i < kGroupSize; ++i) {
+      quads[i] = static_cast<int8_t>(rounded[InQuadOrder(i)]);
+    }
     int8_t* out = quads_ + (group * kGroupSize * tokens_ + t * kQuadDepth);
     for (int k = 0; k < kGroupSize; k += kQuadDepth, out += kQuadDepth * tokens_) {
-      for (int i = 0; i < kQuadDepth; ++i) {
-        out[i] = static_cast<int8_t>(rounded[k + kQuadOrder[i]]);
-      }
+      std::memcpy(out, quads + k, kQuadDepth);
     }
     scales_[group * tokens_ + t] = scale * Codec::kUnit;
-    starts_[group * tokens_ + t] = -Codec::kOffset * sum;
+    starts_[group * tokens_ + t] = StartOf<Isa, Codec>(quads);
   }
 
   int tokens_;

@@ -56,7 +56,7 @@ struct Avx2 : Fp32Multiplicands {
   using Quad = Codes;
   using ByteTable = __m256i;  // both halves alike
   struct QuadSum {
-    __m256i lo, hi;  // 16 bits: of even and of odd bytes, two per row
+    __m256i lo, hi;  // 16 bits: of the first and of the second two bytes, per row
   };
 
   static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -123,23 +123,27 @@ struct Avx2 : Fp32Multiplicands {
   static Quad LookupQuad(ByteTable table, Codes codes) {
     return {LookupQuad32<kQuad>(table, codes.lo), LookupQuad32<kQuad>(table, codes.hi)};
   }
-  static QuadSum StartSum(int32_t /*start*/) {
-    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  static int32_t QuadStart(int32_t first, int32_t second) { return TwoHalves(first, second); }
+  static QuadSum StartSum(int32_t start) {
+    return {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
   }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
-    int32_t quad;
-    std::memcpy(&quad, a, sizeof(quad));
-    const __m256i x = _mm256_set1_epi32(quad);
+    const __m256i x = BroadcastQuad(a);
     sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, x));
     sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, x));
     // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
     asm("" : "+x"(sum.lo), "+x"(sum.hi));
     return sum;
   }
-  static Vec FinishSum(QuadSum sum, int32_t start) {
-    return {FinishSum(sum.lo, start), FinishSum(sum.hi, start)};
+  static Vec FinishSum(QuadSum sum) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_cvtepi32_ps(_mm256_madd_epi16(sum.lo, ones)),
+            _mm256_cvtepi32_ps(_mm256_madd_epi16(sum.hi, ones))};
   }
-  // A multiplication that adds the sums of even and odd bytes shifts them as well.
+  static QuadSum StartPlane(int32_t /*start*/) {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+  // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
     Codes whole = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
@@ -151,15 +155,18 @@ struct Avx2 : Fp32Multiplicands {
     return {_mm256_cvtepi32_ps(whole.lo), _mm256_cvtepi32_ps(whole.hi)};
   }
 
+ protected:
+  static __m256i BroadcastQuad(const int8_t* a) {
+    int32_t quad;
+    std::memcpy(&quad, a, sizeof(quad));
+    return _mm256_set1_epi32(quad);
+  }
+
  private:
   template <int kQuad>
   static __m256i LookupQuad32(ByteTable table, __m256i codes) {
     const __m256i shifted = kQuad == 0 ? codes : _mm256_srli_epi16(codes, 4);
     return _mm256_shuffle_epi8(table, _mm256_and_si256(shifted, _mm256_set1_epi8(0x0f)));
-  }
-  static __m256 FinishSum(__m256i sum, int32_t start) {
-    const __m256i whole = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_set1_epi32(start)));
   }
   // 2^n in two factors, so that results beyond either end of the exponent range come out right.
   static __m256 Ldexp(__m256 v, __m256 n) {

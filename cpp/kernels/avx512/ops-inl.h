@@ -51,7 +51,7 @@ struct Avx512 : Fp32Multiplicands {
     __m512i bytes;  // the sixteen in every 128 bits
   };
   struct QuadSum {
-    __m512i words;  // 16 bits: of even and of odd bytes, two per row
+    __m512i words;  // 16 bits: of the first and of the second two bytes, per row
   };
 
   static Vec Zero() { return _mm512_setzero_ps(); }
@@ -115,18 +115,19 @@ struct Avx512 : Fp32Multiplicands {
     const __m512i shifted = kQuad == 0 ? codes.words : _mm512_srli_epi16(codes.words, 4);
     return {_mm512_shuffle_epi8(table.bytes, _mm512_and_si512(shifted, _mm512_set1_epi8(0x0f)))};
   }
-  static QuadSum StartSum(int32_t /*start*/) { return {_mm512_setzero_si512()}; }
+  static int32_t QuadStart(int32_t first, int32_t second) { return TwoHalves(first, second); }
+  static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
     sum.words = _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w.words, BroadcastQuad(a)));
     // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
     asm("" : "+v"(sum.words));
     return sum;
   }
-  static Vec FinishSum(QuadSum sum, int32_t start) {
-    const __m512i whole = _mm512_madd_epi16(sum.words, _mm512_set1_epi16(1));
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(whole, _mm512_set1_epi32(start)));
+  static Vec FinishSum(QuadSum sum) {
+    return _mm512_cvtepi32_ps(_mm512_madd_epi16(sum.words, _mm512_set1_epi16(1)));
   }
-  // A multiplication that adds the sums of even and odd bytes shifts them as well.
+  static QuadSum StartPlane(int32_t /*start*/) { return {_mm512_setzero_si512()}; }
+  // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
     __m512i whole = _mm512_set1_epi32(start);
