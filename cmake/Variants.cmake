@@ -6,6 +6,7 @@
 # compiler's flag (-m<name>) and __builtin_cpu_supports' argument. Operations: cpp/kernels/<name>/.
 cpumoe_isa(generic ARCHITECTURES any)
 cpumoe_isa(avx2 ARCHITECTURES x86_64 PARENT generic FEATURES avx2 fma f16c)
+cpumoe_isa(avx2_vnni ARCHITECTURES x86_64 PARENT avx2 FEATURES avxvnni)
 cpumoe_isa(avx512 ARCHITECTURES x86_64 PARENT avx2 FEATURES avx512f avx512bw avx512dq avx512vl)
 cpumoe_isa(avx512_vnni ARCHITECTURES x86_64 PARENT avx512 FEATURES avx512vnni)
 cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512_vnni FEATURES avx512bf16)

@@ -45,12 +45,12 @@ class Experts:
     - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
       avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
       of 1.7e-3 to 2.4e-3 with bf16 output (relative, 2-norm, random normal data), most of it the
-      output's own rounding. On avx512_vnni, and where an expert has few tokens (one on avx512_bf16
-      and amx, 32 on avx512 and avx2, less for fp16 and fp32) both are held as integers for each
-      token and group of 32, off by at most 2^-20 of the group's greatest magnitude. With bf16
-      inputs it may be 2^-13, in groups whose other magnitudes add up to at least twice the
-      greatest: that is 2^-9 of their mean, as much as rounding to bf16. Below 2^-106 a group counts
-      as zero, and with a NaN or several infinities it is NaN as a whole.
+      output's own rounding. On avx512_vnni and avx2_vnni, and where an expert has few tokens (one
+      on avx512_bf16 and amx, 32 on avx512 and avx2, less for fp16 and fp32) both are held as
+      integers for each token and group of 32, off by at most 2^-20 of the group's greatest
+      magnitude. With bf16 inputs it may be 2^-13, in groups whose other magnitudes add up to at
+      least twice the greatest: that is 2^-9 of their mean, as much as rounding to bf16. Below
+      2^-106 a group counts as zero, and with a NaN or several infinities it is NaN as a whole.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
       sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error
@@ -152,8 +152,8 @@ class Experts:
             isa: the variant to use; default: `cpumoe.isa()`.
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
                 result does not depend on the others in the batch. Slower for few tokens, but on
-                avx512_vnni, which always does so. Compute path "int8" is so anyway, but for variant
-                amx.
+                avx512_vnni and avx2_vnni, which always do so. Compute path "int8" is so anyway, but
+                for variant amx.
             fused_tokens: a tuning knob: up to how many tokens of one expert the few-token kernels
                 take (at most as many as they are built for), the many-token kernels the rest.
                 Default: the variant's constant, which ``cpumoe bench --tune`` compares with this

@@ -166,7 +166,7 @@ void CheckProducts(const Form& form, int count, Rng& rng) {
 class AmxEmulatorTest : public testing::Test {
  protected:
   void SetUp() override {
-    if (!Supported()) GTEST_SKIP() << "this CPU lacks AVX-512F";
+    if (!Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
     DetectFeatures();  // where there is AMX, this gets the permission to use it
     Install();
     ResetCounts();

@@ -41,7 +41,7 @@ std::vector<uint8_t> Bytes(const void* begin, size_t count) {
 class AmxTilesTest : public testing::Test {
  protected:
   void SetUp() override {
-    if (!Supported()) GTEST_SKIP() << "this CPU lacks AVX-512F";
+    if (!Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
     DetectFeatures();  // where there is AMX, this gets the permission to use it
     Install();
     ResetCounts();

@@ -19,13 +19,14 @@ constexpr uint64_t kSse = 0x3, kAvx = 0x7, kAvx512 = 0xE7, kAmx = 0x602E7;
 constexpr TilePalette kPalette1 = {
     .tiles = 8, .rows = 16, .row_bytes = 64, .product_depth = 16, .product_row_bytes = 64};
 
-const FeatureSet kAlderLake = {"avx2", "fma", "f16c"};
+const FeatureSet kHaswell = {"avx2", "fma", "f16c"};
 
 FeatureSet With(FeatureSet base, const FeatureSet& more) {
   base.insert(more.begin(), more.end());
   return base;
 }
-const FeatureSet kSkylakeX = With(kAlderLake, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+const FeatureSet kSkylakeX = With(kHaswell, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+const FeatureSet kAlderLake = With(kHaswell, {"avxvnni"});
 const FeatureSet kIceLake = With(kSkylakeX, {"avx512vnni"});
 const FeatureSet kZen4 = With(kIceLake, {"avx512bf16"});
 const FeatureSet kSapphireRapids = With(kZen4, {"amx-tile", "amx-bf16", "amx-int8"});
@@ -53,8 +54,8 @@ const std::vector<Case>& Cases() {
       {"SapphireRapids", kSapphireRapids, kAmx, kPalette1, 0, true, kSapphireRapids, {}},
       {"NoOsxsave", kSapphireRapids, std::nullopt, kPalette1, 0, true, {}, {"osxsave", "xcr0"}},
       {"SystemSavesXmmOnly", kZen4, kSse, {}, EINVAL, false, {}, no_amx},
-      {"HypervisorMasksAvx512", kZen4, kAvx, {}, EINVAL, false, kAlderLake, no_amx},
-      {"HypervisorMasksOpmasks", kZen4, 0xC7, {}, EINVAL, false, kAlderLake, no_amx},
+      {"HypervisorMasksAvx512", kZen4, kAvx, {}, EINVAL, false, kHaswell, no_amx},
+      {"HypervisorMasksOpmasks", kZen4, 0xC7, {}, EINVAL, false, kHaswell, no_amx},
       {"Xcr0WithoutTiles", kSapphireRapids, kAvx512, kPalette1, 0, true, kZen4, {"xcr0"}},
       {"Xcr0WithoutTileData", kSapphireRapids, 0x202E7, kPalette1, 0, true, kZen4, {"xcr0"}},
       {"EmptyPalette", kSapphireRapids, kAmx, {}, 0, true, kZen4, {"palette"}},

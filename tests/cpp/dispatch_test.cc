@@ -41,13 +41,18 @@ const std::vector<Machine>& Machines() {
       {"Haswell", kHaswell, {"generic", "avx2"}},
       {"HaswellWithoutFma", Without(kHaswell, "fma"), {"generic"}},
       {"KnightsLanding", With(kHaswell, {"avx512f"}), {"generic", "avx2"}},
+      {"AlderLake", With(kHaswell, {"avxvnni"}), {"generic", "avx2", "avx2_vnni"}},
+      {"AvxVnniWithoutFma", With(Without(kHaswell, "fma"), {"avxvnni"}), {"generic"}},
       {"SkylakeX", skylake, {"generic", "avx2", "avx512"}},
       {"IceLake", ice_lake, {"generic", "avx2", "avx512", "avx512_vnni"}},
       {"CooperLake", zen4, {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
       {"Zen4", zen4, {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
       {"SapphireRapids",
-       With(zen4, {"amx-tile", "amx-bf16", "amx-int8"}),
-       {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"}},
+       With(zen4, {"avxvnni", "amx-tile", "amx-bf16", "amx-int8"}),
+       {"generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"}},
+      {"Zen5",
+       With(zen4, {"avxvnni"}),
+       {"generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"}},
       {"AmxWithoutInt8",
        With(zen4, {"amx-tile", "amx-bf16"}),
        {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"}},
@@ -118,12 +123,13 @@ TEST(RequireIsaTest, NamesTheMissingFeatures) {
 
 TEST(RequireIsaTest, NamesTheKnownIsas) {
   if (!AllAreBuilt()) GTEST_SKIP() << "not all ISAs were built";
-  EXPECT_EQ(MessageOf("sse9", kHaswell),
-            "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx512, avx512_vnni, "
-            "avx512_bf16, amx; "
-            "this CPU supports generic, avx2");
+  EXPECT_EQ(
+      MessageOf("sse9", kHaswell),
+      "CPUMOE_ISA=sse9: unknown ISA; known are generic, avx2, avx2_vnni, avx512, avx512_vnni, "
+      "avx512_bf16, amx; "
+      "this CPU supports generic, avx2");
   EXPECT_EQ(MessageOf("", {}),
-            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx512, avx512_vnni, "
+            "CPUMOE_ISA=: unknown ISA; known are generic, avx2, avx2_vnni, avx512, avx512_vnni, "
             "avx512_bf16, amx; "
             "this CPU supports generic");
 }

@@ -73,7 +73,7 @@ class EmulatorTest : public testing::Test {
  protected:
   void SetUp() override {
     __builtin_cpu_init();
-    if (!Supported() || !__builtin_cpu_supports("avx512bw")) {
+    if (!Supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) {
       GTEST_SKIP() << "this CPU lacks AVX-512F or AVX-512BW";
     }
     Install();

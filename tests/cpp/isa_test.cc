@@ -14,16 +14,6 @@
 namespace cpumoe {
 namespace {
 
-// The CPU features whose instructions the emulator executes.
-const FeatureSet& EmulatedFeatures() {
-  static const FeatureSet features = [] {
-    FeatureSet all;
-    for (const emulator::InstructionInfo& info : emulator::kInstructions) all.insert(info.feature);
-    return all;
-  }();
-  return features;
-}
-
 // What this CPU has by itself. To be called before anything is assumed.
 const FeatureSet& NativeFeatures() {
   static const FeatureSet features = DetectFeatures();
@@ -97,7 +87,7 @@ std::string IsaRun::Begin(const std::string& isa) {
   const std::vector<std::string> missing = MissingFeatures(row, NativeFeatures());
   std::string lacking;
   for (const std::string& feature : missing) {
-    const bool emulated = emulator::Supported() && EmulatedFeatures().contains(feature);
+    const bool emulated = emulator::Supports(feature);
     if (!emulated) lacking += (lacking.empty() ? "" : ", ") + feature;
   }
   if (!lacking.empty()) return isa + ": this CPU lacks " + lacking;

@@ -21,7 +21,7 @@ namespace {
 class TileInstructionsTest : public testing::Test {
  protected:
   void SetUp() override {
-    if (!emulator::Supported()) GTEST_SKIP() << "this CPU lacks AVX-512F";
+    if (!emulator::Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
     DetectFeatures();  // where there is AMX, this gets the permission to use it
     emulator::Install();
   }

@@ -12,6 +12,7 @@
 
 #include "amx_tiles.h"
 #include "avx512_bf16.h"
+#include "avx_vnni.h"
 #include "signal_frame.h"
 #include "x86_decode.h"
 
@@ -36,19 +37,28 @@ void SetChained(const struct sigaction& action) {
   chained.store(slot, std::memory_order_release);
 }
 
+bool Emulate(const DecodedInstruction& decoded, SignalFrame* frame, Instruction* executed) {
+  if (EmulateAvxVnni(decoded, frame, executed)) return true;
+  return frame->HasAvx512() &&
+         (EmulateAvx512Bf16(decoded, frame, executed) || EmulateAmx(decoded, *frame, executed));
+}
+
 // Emulates from the instruction that trapped up to the first one that is not emulated, to save the
 // signals. Each is committed before the next begins, so a faulting operand leaves a precise state.
 bool EmulateRun(void* context) {
   SignalFrame frame(context);
-  if (!frame.HasVectors()) return false;
+  if (!frame.HasAvx()) return false;
   bool emulated = false;
   DecodedInstruction decoded;
-  Instruction executed;
-  while (Decode(reinterpret_cast<const uint8_t*>(frame.rip()), &decoded) &&
-         (EmulateAvx512Bf16(decoded, &frame, &executed) || EmulateAmx(decoded, frame, &executed))) {
+  while (Decode(reinterpret_cast<const uint8_t*>(frame.rip()), &decoded)) {
+    Instruction executed;
+    if (Emulate(decoded, &frame, &executed)) {
+      counts[static_cast<int>(executed)].fetch_add(1, std::memory_order_relaxed);
+      emulated = true;
+    } else if (!emulated || !EmulateLoad(decoded, &frame)) {
+      break;
+    }
     frame.set_rip(frame.rip() + decoded.length);
-    counts[static_cast<int>(executed)].fetch_add(1, std::memory_order_relaxed);
-    emulated = true;
   }
   if (emulated) traps.fetch_add(1, std::memory_order_relaxed);
   return emulated;
@@ -80,14 +90,18 @@ void HandleSigill(int signal, siginfo_t* info, void* context) {
 
 }  // namespace
 
-bool Supported() {
+bool Supports(std::string_view feature) {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") != 0;
+  if (feature == "avxvnni") return __builtin_cpu_supports("avx2") != 0;
+  for (const InstructionInfo& info : kInstructions) {
+    if (feature == info.feature) return __builtin_cpu_supports("avx512f") != 0;
+  }
+  return false;
 }
 
 void Install() {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (installed.load() || !Supported()) return;
+  if (installed.load() || !Supports("avxvnni")) return;
   SignalFrame::Initialize();
   struct sigaction previous = {};
   sigaction(SIGILL, nullptr, &previous);
@@ -143,7 +157,7 @@ bool ReplaceChainedAction(const struct sigaction* action, struct sigaction* old_
 
 namespace cpumoe::emulator {
 
-bool Supported() { return false; }
+bool Supports(std::string_view) { return false; }
 void Install() {}
 void Uninstall() {}
 uint64_t Count(Instruction) { return 0; }

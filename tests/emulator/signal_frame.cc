@@ -11,14 +11,7 @@
 namespace cpumoe::emulator {
 namespace {
 
-// XSAVE components by number.
-constexpr int kSse = 1;
-constexpr int kAvx = 2;
-constexpr int kOpmask = 5;
-constexpr int kZmmHi256 = 6;
-constexpr int kHi16Zmm = 7;
-constexpr int kNumComponents = 8;
-constexpr uint64_t kNeeded = 1 << kSse | 1 << kAvx | 1 << kOpmask | 1 << kZmmHi256 | 1 << kHi16Zmm;
+constexpr int kNumComponents = 8;  // up to SignalFrame's last
 
 constexpr size_t kXmmOffset = 160;
 constexpr size_t kSoftwareBytesOffset = 464;
@@ -51,12 +44,12 @@ SignalFrame::SignalFrame(void* context)
     : context_(static_cast<ucontext_t*>(context)),
       area_(reinterpret_cast<uint8_t*>(context_->uc_mcontext.fpregs)) {}
 
-bool SignalFrame::HasVectors() const {
+bool SignalFrame::HasState(uint64_t components) const {
   if (area_ == nullptr) return false;
   _fpx_sw_bytes software;
   std::memcpy(&software, area_ + kSoftwareBytesOffset, sizeof(software));
   const bool compacted = LoadQword(area_ + kXcompBvOffset) >> 63 != 0;
-  return software.magic1 == FP_XSTATE_MAGIC1 && (software.xstate_bv & kNeeded) == kNeeded &&
+  return software.magic1 == FP_XSTATE_MAGIC1 && (software.xstate_bv & components) == components &&
          !compacted;
 }
 
@@ -107,7 +100,7 @@ void SignalFrame::WriteVector(int number, const uint32_t lanes[16]) {
   } else {
     Write(kSse, i * 16, 16, lanes);
     Write(kAvx, i * 16, 16, lanes + 4);
-    Write(kZmmHi256, i * 32, 32, lanes + 8);
+    if (HasAvx512()) Write(kZmmHi256, i * 32, 32, lanes + 8);
   }
 }
 

@@ -28,18 +28,26 @@ class SignalFrame {
 
   explicit SignalFrame(void* context);
 
-  // False if the kernel saved no AVX-512 state.
-  bool HasVectors() const;
+  // Whether the kernel saved the state of AVX, and of AVX-512.
+  bool HasAvx() const { return HasState(kAvxState); }
+  bool HasAvx512() const { return HasState(kAvx512State); }
 
   const mcontext_t& registers() const { return context_->uc_mcontext; }
   uint64_t rip() const;
   void set_rip(uint64_t rip);
 
   void ReadVector(int number, uint32_t lanes[16]) const;   // ZMM0..31
-  void WriteVector(int number, const uint32_t lanes[16]);  // all 512 bits
+  void WriteVector(int number, const uint32_t lanes[16]);  // all bits that the CPU has
   uint64_t ReadMask(int number) const;                     // k0..k7
 
  private:
+  // XSAVE components by number.
+  static constexpr int kSse = 1, kAvx = 2, kOpmask = 5, kZmmHi256 = 6, kHi16Zmm = 7;
+  static constexpr uint64_t kAvxState = 1 << kSse | 1 << kAvx;
+  static constexpr uint64_t kAvx512State =
+      kAvxState | 1 << kOpmask | 1 << kZmmHi256 | 1 << kHi16Zmm;
+
+  bool HasState(uint64_t components) const;
   void Read(int component, size_t offset, size_t size, void* to) const;
   void Write(int component, size_t offset, size_t size, const void* from);
 

@@ -90,6 +90,21 @@ bool ReadEvexPayload(ByteReader* reader, DecodedInstruction* instruction,
   return true;
 }
 
+// Reads the byte after C5:
+//   P0 = R' v v v v L p p
+// where R and vvvv are stored inverted; the map is 0F.
+void ReadShortVexPayload(ByteReader* reader, DecodedInstruction* instruction,
+                         RegisterExtension* extension) {
+  const uint8_t p0 = reader->Byte();
+  *extension = {
+      .reg = (p0 & 0x80) != 0 ? 0 : 8, .index = 0, .base = 0, .reg_high = 0, .rm_high = 0};
+  instruction->is_vex = true;
+  instruction->map = 1;
+  instruction->vvvv = ~p0 >> 3 & 15;
+  instruction->vector_length = p0 >> 2 & 1;
+  instruction->prefix = p0 & 3;
+}
+
 // Reads the two bytes after C4:
 //   P0 = R' X' B' m m m m m     P1 = W v v v v L p p
 // where R, X, B and vvvv are stored inverted.
@@ -108,7 +123,7 @@ bool ReadVexPayload(ByteReader* reader, DecodedInstruction* instruction,
   instruction->vvvv = ~p1 >> 3 & 15;
   instruction->vector_length = p1 >> 2 & 1;
   instruction->prefix = p1 & 3;
-  return instruction->map == 2;  // in other maps an instruction may end before ModRM
+  return instruction->map == 1 || instruction->map == 2;  // map 3 has immediate bytes
 }
 
 void ReadMemoryOperand(ByteReader* reader, int mod, int rm, const RegisterExtension& extension,
@@ -180,10 +195,17 @@ bool Decode(const uint8_t* code, DecodedInstruction* instruction) {
     case 0xC4:
       if (!ReadVexPayload(&reader, instruction, &extension)) return false;
       break;
+    case 0xC5:
+      ReadShortVexPayload(&reader, instruction, &extension);
+      break;
     default:
       return false;
   }
   instruction->opcode = reader.Byte();
+  constexpr uint8_t kVzeroupper = 0x77;  // has no ModRM
+  if (instruction->is_vex && instruction->map == 1 && instruction->opcode == kVzeroupper) {
+    return false;
+  }
   ReadModRm(&reader, extension, instruction);
   instruction->length = static_cast<uint8_t>(reader.length());
   return reader.length() <= kMaxLength;

@@ -1,6 +1,6 @@
-// Decodes EVEX instructions, and VEX ones of map 0F38: prefixes, ModRM, SIB, displacement (SDM
-// volume 2, sections 2.1, 2.3 and 2.7), and computes the address of a memory operand from the
-// registers of a signal frame.
+// Decodes EVEX instructions, and VEX ones of the maps 0F and 0F38: prefixes, ModRM, SIB,
+// displacement (SDM volume 2, sections 2.1, 2.3 and 2.7), and computes the address of a memory
+// operand from the registers of a signal frame.
 //
 // Knows the encoding and no instruction: which opcodes exist, and the scale N of a compressed
 // displacement, are the business of the files that emulate them.

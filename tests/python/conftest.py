@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 # What tests/emulator emulates. Under it, variants that need no more than this run on any CPU that
 # has the rest; this must happen before test modules ask which variants are supported.
-EMULATED_FEATURES = {"avx512bf16", "amx-tile", "amx-bf16", "amx-int8"}
+EMULATED_FEATURES = {"avxvnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"}
 UNDER_EMULATOR = os.environ.get("CPUMOE_TEST_EMULATOR") == "1"
 
 if UNDER_EMULATOR:

@@ -1,0 +1,53 @@
+// AVX-VNNI: VPDPBUSD in two registers of eight rows, for CPUs without AVX-512 (Intel's since Alder
+// Lake). It multiplies 32 pairs of bytes and adds them to eight 32-bit sums, in one instruction
+// instead of AVX2's two, and for all four bytes of a row. It serves the paths of bytes; otherwise
+// this is AVX2.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "kernels/avx2/ops-inl.h"
+
+namespace cpumoe {
+
+struct Avx2Vnni : Avx2 {
+  // 512 products of a further token are 32 VPDPBUSD and 10 others in planes of two digits, 64
+  // multiply-adds in panels; with three digits 48 and 14.
+  static constexpr int kPlaneTokens = kAnyTokens;
+  static constexpr int kPrecisePlaneTokens = kAnyTokens;
+  static constexpr int kQuadTokens = 5;  // ten sums: two units' latency of five cycles
+  static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
+  static constexpr bool kQuadDotIsOneInstruction = true;
+
+  struct QuadSum {
+    __m256i lo, hi;
+  };
+
+  static int32_t QuadStart(int32_t first, int32_t second) { return first + second; }
+  static QuadSum StartSum(int32_t start) {
+    return {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+  }
+  static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
+    const __m256i x = BroadcastQuad(a);
+    sum.lo = _mm256_dpbusd_avx_epi32(sum.lo, w.lo, x);
+    sum.hi = _mm256_dpbusd_avx_epi32(sum.hi, w.hi, x);
+    asm("" : "+x"(sum.lo), "+x"(sum.hi));
+    return sum;
+  }
+  static Vec FinishSum(QuadSum sum) {
+    return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)};
+  }
+  static QuadSum StartPlane(int32_t start) { return StartSum(start); }
+  template <int kShift, int kDigits>
+  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
+    QuadSum whole = sums[0];
+    for (int p = 1; p < kDigits; ++p) {
+      whole.lo = _mm256_add_epi32(_mm256_slli_epi32(whole.lo, kShift), sums[p].lo);
+      whole.hi = _mm256_add_epi32(_mm256_slli_epi32(whole.hi, kShift), sums[p].hi);
+    }
+    return FinishSum(whole);
+  }
+};
+
+}  // namespace cpumoe
