@@ -169,16 +169,13 @@ class QuadGemm {
         AddGroup<kTokens, kDecoded>(codec, span, span.tiles, g, a, x, c);
       }
     } else {
-      // Not unrolled before registers are allocated: both tiles' constants would take those of
-      // sums.
       Tiles::template ForGroups<TilePair::kCount>(
           span.tiles, span.begin, span.end, span.groups,
           [&](int64_t g) __attribute__((always_inline)) {
-#pragma GCC unroll 1
-            for (int r = 0; r < TilePair::kCount; r += kTiles) {
-              AddGroup<kTokens, kDecoded>(codec, span, span.tiles + r, g, a, x,
-                                          c + r * kTokens * kTileRows);
-            }
+            Unroll<TilePair::kCount / kTiles>([&](auto i) __attribute__((always_inline)) {
+              AddGroup<kTokens, kDecoded>(codec, span, span.tiles + i * kTiles, g, a, x,
+                                          c + i * kTiles * kTokens * kTileRows);
+            });
             x += Format::kGroupSize * kTokens;
           });
     }

@@ -181,8 +181,14 @@ TEST_P(GemmTest, Int8Extremes) {
     const Weights w = MakeWeights(2, 2, codes);
     for (const float a : {127.0f, -127.0f}) {
       for (const int64_t tokens : {int64_t{1}, kernels().int8_tokens + 1}) {
-        const std::vector<float> x(tokens * w.columns, a);
-        CheckSums(w, x, Multiply(Path::kInt8, w, x));
+        // All activations, and those of even or odd k only, which are either half of every quad.
+        for (const int64_t step : {1, 2}) {
+          for (int64_t first = 0; first < step; ++first) {
+            std::vector<float> x(tokens * w.columns);
+            for (size_t i = first; i < x.size(); i += step) x[i] = a;
+            CheckSums(w, x, Multiply(Path::kInt8, w, x));
+          }
+        }
       }
     }
   }

@@ -2,6 +2,9 @@
 // Lake). It multiplies 32 pairs of bytes and adds them to eight 32-bit sums, in one instruction
 // instead of AVX2's two, and for all four bytes of a row. It serves the paths of bytes; otherwise
 // this is AVX2.
+//
+// Register budget (16): ten sums, two registers of weights and a broadcast activation; fused, codes
+// and constants come from memory.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +15,8 @@
 namespace cpumoe {
 
 struct Avx2Vnni : Avx2 {
-  // 512 products of a further token are 32 VPDPBUSD and 10 others in planes of two digits, 64
-  // multiply-adds in panels; with three digits 48 and 14.
+  // 512 products of a further token are 32 VPDPBUSD and 10 others, 8 of them on the same two
+  // ports, in planes of two digits (with three 48 and 14), and 64 multiply-adds in panels.
   static constexpr int kPlaneTokens = kAnyTokens;
   static constexpr int kPrecisePlaneTokens = kAnyTokens;
   static constexpr int kQuadTokens = 5;  // ten sums: two units' latency of five cycles
