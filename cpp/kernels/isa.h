@@ -112,11 +112,6 @@ struct PanelUnitTraits<Isa> {
 template <class Isa>
 using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 
-// QuadStart of ISAs whose sums are of 16 bits.
-constexpr int32_t TwoHalves(int32_t first, int32_t second) {
-  return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
-}
-
 // What the paths of bytes need besides: products of unsigned weight bytes with signed activation
 // bytes.
 //
@@ -125,8 +120,8 @@ constexpr int32_t TwoHalves(int32_t first, int32_t second) {
 // Isa::QuadSum     sums of products of quads, modulo 2^16 or 2^32: exact if they end within
 //                  kQuadSumLimit. Of 16 bits there are two, one of each half of the quads.
 //
-// Planes' sums of 16 bits end within that without a start, which FinishPlanes adds; those of 32
-// bits begin with it in StartPlane.
+// StartSum takes the bits that sums start with. Where they are narrow (kHasNarrowQuadSums), those
+// of planes start with zero, and FinishPlanes adds the start; elsewhere it does not.
 template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
@@ -139,13 +134,10 @@ concept ByteIsa =
       { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
       { Isa::MakeByteTable(bytes) } -> std::same_as<typename Isa::ByteTable>;
       { Isa::template LookupQuad<0>(table, codes) } -> std::same_as<typename Isa::Quad>;
-      // What a sum starts with, if the halves of the quads are to start with these numbers.
-      { Isa::QuadStart(int32_t{}, int32_t{}) } -> std::same_as<int32_t>;
       { Isa::StartSum(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;
       {
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
-      { Isa::StartPlane(int32_t{}) } -> std::same_as<typename Isa::QuadSum>;
       { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
       { Isa::kPlaneTokens } -> std::convertible_to<int>;         // most that planes are fastest for
       { Isa::kPrecisePlaneTokens } -> std::convertible_to<int>;  // if all groups have three digits
@@ -154,6 +146,11 @@ concept ByteIsa =
         Isa::template FinishPlanes<7>(planes, int32_t{})
       } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + ...
     };
+
+// Whether sums of quads are of 16 bits.
+template <class Isa>
+inline constexpr bool kHasNarrowQuadSums =
+    Isa::kQuadSumLimit <= std::numeric_limits<int16_t>::max();
 
 // How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply
 // the multiplicands exactly also has FoldScales and DecodeFolded; where they are missing, or a

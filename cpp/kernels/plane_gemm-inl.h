@@ -152,7 +152,10 @@ class PlaneGemm {
     const Group& x = token.groups[g * token.stride];
     typename Isa::QuadSum sum[kTiles][kDigits];
     for (int r = 0; r < kTiles; ++r) {
-      for (int p = 0; p < kDigits; ++p) sum[r][p] = Isa::StartPlane(p == kDigits - 1 ? x.start : 0);
+      for (int p = 0; p < kDigits; ++p) {
+        const bool starts = p == kDigits - 1 && !kHasNarrowQuadSums<Isa>;
+        sum[r][p] = Isa::StartSum(starts ? x.start : 0);
+      }
     }
     Unroll<Geometry::kGroupQuads>([&](auto q) {
       Quad w[kTiles];

@@ -45,17 +45,19 @@ inline constexpr int kMaxQuadValue = 127;  // of a staged activation's magnitude
 template <class Isa, class Codec>
 constexpr bool QuadSumsFit(int64_t greatest) {
   constexpr int64_t kInteger = std::max(Codec::kOffset, Codec::kGreatest - Codec::kOffset);
-  constexpr int kSums = Isa::kQuadSumLimit <= INT16_MAX ? 2 : 1;
+  constexpr int kSums = kHasNarrowQuadSums<Isa> ? 2 : 1;
   return Codec::Format::kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
 }
 
-// The start of a group's sums: minus the bytes' offset times those of `quads`, [kGroupSize] in the
-// order kQuadOrder.
+// What a group's sums start with: minus the bytes' offset times the sum of `quads`, [kGroupSize] in
+// the order kQuadOrder; as two words, of either half of the quads, for sums of 16 bits.
 template <class Isa, class Codec>
 int32_t StartOf(const int8_t* quads) {
   int32_t halves[2] = {};
   for (int i = 0; i < Codec::Format::kGroupSize; ++i) halves[i % kQuadDepth / 2] += quads[i];
-  return Isa::QuadStart(-Codec::kOffset * halves[0], -Codec::kOffset * halves[1]);
+  const int32_t first = -Codec::kOffset * halves[0], second = -Codec::kOffset * halves[1];
+  if constexpr (!kHasNarrowQuadSums<Isa>) return first + second;
+  return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
 }
 
 // A block of staged tokens: quads, scales and starts follow each other in memory.

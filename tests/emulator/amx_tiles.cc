@@ -40,8 +40,6 @@ struct TileFile : TileConfig {
 // a second one on the stack, which may be a small one for signals.
 [[gnu::tls_model("initial-exec")]] thread_local constinit TileFile tiles = {};
 
-constexpr uint8_t kNoPrefix = 0, kPrefix66 = 1, kPrefixF3 = 2, kPrefixF2 = 3;
-
 struct Encoding {
   uint8_t opcode, prefix;
   bool has_memory;
@@ -65,7 +63,8 @@ constexpr Encoding kEncodings[] = {
 };
 
 bool Identify(const DecodedInstruction& decoded, Instruction* instruction) {
-  if (!decoded.is_vex || decoded.map != 2 || decoded.w || decoded.vector_length != 0) return false;
+  if (!decoded.is_vex || decoded.map != kMap0F38 || decoded.w || decoded.vector_length != 0)
+    return false;
   for (const Encoding& encoding : kEncodings) {
     if (encoding.opcode == decoded.opcode && encoding.prefix == decoded.prefix &&
         encoding.has_memory == decoded.has_memory) {

@@ -14,10 +14,6 @@
 namespace cpumoe::emulator {
 namespace {
 
-constexpr uint8_t kMap0F38 = 2;
-constexpr uint8_t kPrefixF3 = 2;
-constexpr uint8_t kPrefixF2 = 3;
-
 // Round to nearest even, all exceptions masked, flush to zero, denormals are zero.
 constexpr uint32_t kMxcsr = 0x9FC0;
 

@@ -10,11 +10,6 @@
 namespace cpumoe::emulator {
 namespace {
 
-constexpr uint8_t kMap0F38 = 2;
-constexpr uint8_t kMap0F = 1;
-constexpr uint8_t kPrefix66 = 1;
-constexpr uint8_t kPrefixF3 = 2;
-
 size_t VectorBytes(const DecodedInstruction& decoded) {
   return size_t{16} << decoded.vector_length;
 }

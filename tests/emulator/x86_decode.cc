@@ -99,7 +99,7 @@ void ReadShortVexPayload(ByteReader* reader, DecodedInstruction* instruction,
   *extension = {
       .reg = (p0 & 0x80) != 0 ? 0 : 8, .index = 0, .base = 0, .reg_high = 0, .rm_high = 0};
   instruction->is_vex = true;
-  instruction->map = 1;
+  instruction->map = kMap0F;
   instruction->vvvv = ~p0 >> 3 & 15;
   instruction->vector_length = p0 >> 2 & 1;
   instruction->prefix = p0 & 3;
@@ -123,7 +123,7 @@ bool ReadVexPayload(ByteReader* reader, DecodedInstruction* instruction,
   instruction->vvvv = ~p1 >> 3 & 15;
   instruction->vector_length = p1 >> 2 & 1;
   instruction->prefix = p1 & 3;
-  return instruction->map == 1 || instruction->map == 2;  // map 3 has immediate bytes
+  return instruction->map == kMap0F || instruction->map == kMap0F38;  // map 3 has immediate bytes
 }
 
 void ReadMemoryOperand(ByteReader* reader, int mod, int rm, const RegisterExtension& extension,
@@ -203,7 +203,7 @@ bool Decode(const uint8_t* code, DecodedInstruction* instruction) {
   }
   instruction->opcode = reader.Byte();
   constexpr uint8_t kVzeroupper = 0x77;  // has no ModRM
-  if (instruction->is_vex && instruction->map == 1 && instruction->opcode == kVzeroupper) {
+  if (instruction->is_vex && instruction->map == kMap0F && instruction->opcode == kVzeroupper) {
     return false;
   }
   ReadModRm(&reader, extension, instruction);

@@ -17,6 +17,10 @@ namespace cpumoe::emulator {
 inline constexpr int kNoRegister = -1;
 inline constexpr int kRip = -2;
 
+// How VEX and EVEX encode maps of opcodes and the prefix.
+inline constexpr uint8_t kMap0F = 1, kMap0F38 = 2;
+inline constexpr uint8_t kNoPrefix = 0, kPrefix66 = 1, kPrefixF3 = 2, kPrefixF2 = 3;
+
 enum class Segment : uint8_t { kFlat, kFs, kGs };
 
 struct MemoryOperand {
@@ -33,8 +37,8 @@ struct MemoryOperand {
 struct DecodedInstruction {
   bool is_vex = false;  // else EVEX
   uint8_t length = 0;   // bytes, without any immediate
-  uint8_t map = 0;      // 1: 0F, 2: 0F38, 3: 0F3A
-  uint8_t prefix = 0;   // 0: none, 1: 66, 2: F3, 3: F2
+  uint8_t map = 0;      // kMap0F, kMap0F38, ...
+  uint8_t prefix = 0;   // kNoPrefix, kPrefix66, ...
   uint8_t opcode = 0;
   uint8_t vector_length = 0;  // 0: 128, 1: 256, 2: 512 bits, 3: reserved
   uint8_t mask = 0;           // k0..k7

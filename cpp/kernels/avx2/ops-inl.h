@@ -123,7 +123,6 @@ struct Avx2 : Fp32Multiplicands {
   static Quad LookupQuad(ByteTable table, Codes codes) {
     return {LookupQuad32<kQuad>(table, codes.lo), LookupQuad32<kQuad>(table, codes.hi)};
   }
-  static int32_t QuadStart(int32_t first, int32_t second) { return TwoHalves(first, second); }
   static QuadSum StartSum(int32_t start) {
     return {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
   }
@@ -139,9 +138,6 @@ struct Avx2 : Fp32Multiplicands {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_cvtepi32_ps(_mm256_madd_epi16(sum.lo, ones)),
             _mm256_cvtepi32_ps(_mm256_madd_epi16(sum.hi, ones))};
-  }
-  static QuadSum StartPlane(int32_t /*start*/) {
-    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
   }
   // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>

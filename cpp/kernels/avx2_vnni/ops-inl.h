@@ -27,7 +27,6 @@ struct Avx2Vnni : Avx2 {
     __m256i lo, hi;
   };
 
-  static int32_t QuadStart(int32_t first, int32_t second) { return first + second; }
   static QuadSum StartSum(int32_t start) {
     return {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
   }
@@ -41,7 +40,6 @@ struct Avx2Vnni : Avx2 {
   static Vec FinishSum(QuadSum sum) {
     return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)};
   }
-  static QuadSum StartPlane(int32_t start) { return StartSum(start); }
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     QuadSum whole = sums[0];

@@ -115,7 +115,6 @@ struct Avx512 : Fp32Multiplicands {
     const __m512i shifted = kQuad == 0 ? codes.words : _mm512_srli_epi16(codes.words, 4);
     return {_mm512_shuffle_epi8(table.bytes, _mm512_and_si512(shifted, _mm512_set1_epi8(0x0f)))};
   }
-  static int32_t QuadStart(int32_t first, int32_t second) { return TwoHalves(first, second); }
   static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
     sum.words = _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w.words, BroadcastQuad(a)));
@@ -126,7 +125,6 @@ struct Avx512 : Fp32Multiplicands {
   static Vec FinishSum(QuadSum sum) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(sum.words, _mm512_set1_epi16(1)));
   }
-  static QuadSum StartPlane(int32_t /*start*/) { return {_mm512_setzero_si512()}; }
   // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {

@@ -19,7 +19,6 @@ struct Avx512Vnni : Avx512 {
     __m512i lanes;
   };
 
-  static int32_t QuadStart(int32_t first, int32_t second) { return first + second; }
   static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
     sum.lanes = _mm512_dpbusd_epi32(sum.lanes, w.words, BroadcastQuad(a));
@@ -27,7 +26,6 @@ struct Avx512Vnni : Avx512 {
     return sum;
   }
   static Vec FinishSum(QuadSum sum) { return _mm512_cvtepi32_ps(sum.lanes); }
-  static QuadSum StartPlane(int32_t start) { return StartSum(start); }
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     __m512i whole = sums[0].lanes;

@@ -129,7 +129,6 @@ struct Generic : Fp32Multiplicands {
     }
     return quad;
   }
-  static int32_t QuadStart(int32_t first, int32_t second) { return first + second; }
   static QuadSum StartSum(int32_t start) {
     QuadSum sum;
     for (int32_t& lane : sum.lane) lane = start;
@@ -144,7 +143,6 @@ struct Generic : Fp32Multiplicands {
   static Vec FinishSum(const QuadSum& sum) {
     return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
   }
-  static QuadSum StartPlane(int32_t start) { return StartSum(start); }
   template <int kShift, int kDigits>
   static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     return Map([&](int i) {
