@@ -101,22 +101,29 @@ function(cpumoe_write_tables built)
     file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/format_table.inc CONTENT "${format_rows}")
 endfunction()
 
-# cpumoe_add_isa_library(target ISA isa OUTPUT_NAME name FORMAT_TEMPLATE file TABLE_TEMPLATE file):
-# a module library compiled for one ISA. FORMAT_TEMPLATE is configured once per format, with @isa@,
-# @isa_class@, @format@ and @format_class@, and defines <format_class>Entry(); TABLE_TEMPLATE once,
-# with @declarations@ and @entries@ of them all. Only these translation units get the ISA's flags;
-# nothing else is linked into the library.
-function(cpumoe_add_isa_library target)
-    cmake_parse_arguments(arg "" "ISA;OUTPUT_NAME;FORMAT_TEMPLATE;TABLE_TEMPLATE" "" ${ARGN})
-    set(isa ${arg_ISA})
-    cpumoe_class_name(${isa} isa_class)
+# Target cpumoe_variant_<isa>: the module library cpumoe_<isa>.so, compiled for one ISA. It consists of
+# parts, which CPUMOE_VARIANT_PARTS lists: pairs of templates <part>_format.cc.in and
+# <part>_table.cc.in. The former is configured once per format, with @isa@, @isa_class@, @format@ and
+# @format_class@, and defines <format_class>Entry(); the latter once, with @declarations@ and @entries@
+# of them all. All parts of a format share a translation unit, because compiling its kernels takes
+# longer than all else. Only these translation units get the ISA's flags; nothing else is linked into
+# the library.
+function(cpumoe_add_isa_variant isa)
+    set(target cpumoe_variant_${isa})
     set(folder ${CPUMOE_GENERATED_DIR}/${target})
-    set(sources ${folder}/table.cc)
+    cpumoe_class_name(${isa} isa_class)
     set(declarations "")
     set(entries "")
+    set(sources "")
     foreach(format IN LISTS CPUMOE_FORMATS)
         cpumoe_class_name(${format} format_class)
-        configure_file(${arg_FORMAT_TEMPLATE} ${folder}/${format}.cc @ONLY)
+        set(includes "")
+        foreach(part IN LISTS CPUMOE_VARIANT_PARTS)
+            cmake_path(GET part FILENAME name)
+            configure_file(${part}_format.cc.in ${folder}/${format}/${name}.inc @ONLY)
+            string(APPEND includes "#include \"${format}/${name}.inc\"\n")
+        endforeach()
+        file(CONFIGURE OUTPUT ${folder}/${format}.cc CONTENT "${includes}")
         list(APPEND sources ${folder}/${format}.cc)
         string(APPEND declarations "FormatEntry ${format_class}Entry();\n")
         list(APPEND entries "${format_class}Entry()")
@@ -131,11 +138,15 @@ function(cpumoe_add_isa_library target)
             "#ifndef ${macro}\n#error \"compiled without ${feature}\"\n#endif\n"
         )
     endforeach()
-    configure_file(${arg_TABLE_TEMPLATE} ${folder}/table.cc @ONLY)
+    foreach(part IN LISTS CPUMOE_VARIANT_PARTS)
+        cmake_path(GET part FILENAME name)
+        configure_file(${part}_table.cc.in ${folder}/${name}_table.cc @ONLY)
+        list(APPEND sources ${folder}/${name}_table.cc)
+    endforeach()
 
     add_library(${target} MODULE ${sources})
     target_link_libraries(${target} PRIVATE cpumoe_options)
-    set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME ${arg_OUTPUT_NAME})
+    set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
         target_compile_options(${target} PRIVATE -m${feature})
     endforeach()
@@ -145,26 +156,32 @@ function(cpumoe_add_isa_library target)
         ${target}
         PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> $<$<NOT:$<CONFIG:Debug>>:-falign-loops=64>
     )
+    # Lines are enough in kernels: keeping track of their variables would be a quarter of the time.
+    target_compile_options(${target} PRIVATE $<$<CONFIG:RelWithDebInfo>:-g1>)
     # False alarms of GCC 12: it mentions alignment attributes that template arguments drop (ours are
     # unharmed), and calls the undefined pass-through operands of its own AVX-512 header uninitialized.
     target_compile_options(
         ${target}
         PRIVATE -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
     )
-    # Kernels are made of many inlined lambdas: this check of AddressSanitizer would double their time
-    # of compilation, and all their locals are registers.
     if(CPUMOE_SANITIZE)
-        target_compile_options(${target} PRIVATE -fno-sanitize-address-use-after-scope)
+        cpumoe_sanitize_kernels(${target})
     endif()
 endfunction()
 
-# Target cpumoe_variant_<isa>: the library cpumoe_<isa>.so.
-function(cpumoe_add_isa_variant isa)
-    cpumoe_add_isa_library(
-        cpumoe_variant_${isa}
-        ISA ${isa}
-        OUTPUT_NAME cpumoe_${isa}
-        FORMAT_TEMPLATE ${PROJECT_SOURCE_DIR}/cpp/variant/format.cc.in
-        TABLE_TEMPLATE ${PROJECT_SOURCE_DIR}/cpp/variant/variant.cc.in
+# Kernels are many inlined lambdas with all locals in registers, and compiling them under sanitizers
+# takes longer than running all tests. What makes them three times slower to compile: checks for uses
+# after a scope, checks of accesses in line (calls find the same), and UndefinedBehaviorSanitizer's two
+# checks of pointers that AddressSanitizer makes on access.
+function(cpumoe_sanitize_kernels target)
+    target_compile_options(
+        ${target}
+        PRIVATE -fno-sanitize-address-use-after-scope -fno-sanitize=null,object-size
     )
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        target_compile_options(
+            ${target}
+            PRIVATE "SHELL:--param asan-instrumentation-with-call-threshold=0"
+        )
+    endif()
 endfunction()

@@ -86,7 +86,8 @@ class GemmTest : public IsaFormatTest {
   }
 
   std::vector<Path> PathsFor(int64_t tokens) const {
-    std::vector<Path> paths = {Path::kScaledPanel, Path::kPlanes, Path::kPlanesOfBf16};
+    std::vector<Path> paths = {Path::kScaledPanel};
+    if (run_.probe().planes) paths.insert(paths.end(), {Path::kPlanes, Path::kPlanesOfBf16});
     if (kernels().folds) paths.push_back(Path::kFoldedPanel);
     if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
     return paths;
@@ -196,6 +197,7 @@ TEST_P(GemmTest, Int8Extremes) {
 
 // Groups of the greatest and of the most different digits, two and three of them.
 TEST_P(GemmTest, PlanesExtremes) {
+  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
   constexpr int32_t kTwo[] = {255 << 5, (64 << 7) - 64};  // bf16 numbers
   constexpr int32_t kThree[] = {(1 << 20) - 1, (63 << 14) + (63 << 7) + 63};
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
@@ -224,6 +226,7 @@ TEST_P(GemmTest, PlanesExtremes) {
 
 // Groups on either side of the rule that decides between two digits and three.
 TEST_P(GemmTest, PlanesBesideAnOutlier) {
+  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
   const Weights w = MakeWeights(2, 4);
   const int64_t group = w.columns / 4;
   for (const float others : {0x1.fcp-2f, 0x1p-1f, 0x1.02p-1f}) {  // with 1/2 twice its greatest
@@ -239,6 +242,7 @@ TEST_P(GemmTest, PlanesBesideAnOutlier) {
 
 // More tokens than a group is decoded for at once, and than whole rows are multiplied for.
 TEST_P(GemmTest, PlanesOfManyTokens) {
+  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
   const Weights w = MakeWeights(2, 19);
   for (const int64_t tokens : {33, 128, 129, 300}) {
     CheckProduct(Path::kPlanesOfBf16, w, MakeActivations(tokens * w.columns));
@@ -248,6 +252,7 @@ TEST_P(GemmTest, PlanesOfManyTokens) {
 // Lone infinities keep their sign, NaN and several infinities in a group become NaN, and neither
 // changes another group's or token's sums.
 TEST_P(GemmTest, PlanesNotFinite) {
+  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
   const Weights w = MakeWeights(1, 3, std::byte{0x22});  // none of them zero
   const std::vector<float> ones(2 * w.columns, 1.0f);
   for (const float special : {INFINITY, -INFINITY, NAN}) {

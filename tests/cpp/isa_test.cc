@@ -27,19 +27,15 @@ const IsaRow& Row(const std::string& name) {
   throw std::invalid_argument("no ISA is called " + name);
 }
 
-const kernel_probe::Api* OpenProbe(const std::string& isa) {
-  // By its path, as the loader finds variants: beside this program.
+// The other table of the library that a variant came from.
+const kernel_probe::Api* ProbeOf(const VariantApi& variant) {
   Dl_info info;
-  if (dladdr(reinterpret_cast<const void*>(&OpenProbe), &info) == 0) {
-    throw std::runtime_error("cannot find this program's folder");
-  }
-  const std::string program = info.dli_fname;
-  const size_t slash = program.rfind('/');
-  const std::string folder = slash == std::string::npos ? "." : program.substr(0, slash);
-  const std::string path = folder + "/cpumoe_test_kernels_" + isa + ".so";
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (dladdr(&variant, &info) == 0) throw std::runtime_error("cannot find a variant's library");
+  void* library = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) throw std::runtime_error(dlerror());
-  return reinterpret_cast<kernel_probe::ApiFunction>(dlsym(library, kernel_probe::kApiSymbol))();
+  void* function = dlsym(library, kernel_probe::kApiSymbol);
+  if (function == nullptr) throw std::runtime_error(dlerror());
+  return reinterpret_cast<kernel_probe::ApiFunction>(function)();
 }
 
 }  // namespace
@@ -99,7 +95,7 @@ std::string IsaRun::Begin(const std::string& isa) {
   emulated_ = {missing.begin(), missing.end()};
   emulator::ResetCounts();
   variant_ = &LoadVariant(isa, "test");
-  probe_ = OpenProbe(isa);
+  probe_ = ProbeOf(*variant_);
   return "";
 }
 

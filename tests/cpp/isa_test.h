@@ -31,7 +31,7 @@ std::vector<IsaFormat> IsaFormatsAndPaths();  // with every compute path
 std::string NameOfIsa(const testing::TestParamInfo<std::string>& info);
 std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info);
 
-// Opens the ISA's two libraries, and checks at the end that this ISA, and no other, computed.
+// Opens the ISA's library, and checks at the end that this ISA, and no other, computed.
 class IsaRun {
  public:
   // Why the ISA cannot run here; empty: it can, and is loaded.
@@ -41,6 +41,10 @@ class IsaRun {
   // For tests with so many tokens that the ISA multiplies floating point numbers, as best it can.
   // With fewer it may multiply bytes, by instructions that it shares with others.
   void ExpectBestDots() { expects_best_dots_ = true; }
+
+  // Whether each product of a few dozen bytes is a signal, a microsecond or more under sanitizers:
+  // the largest tests take fewer tokens then.
+  bool MultipliesBySignals() const { return emulated_.contains("avxvnni"); }
 
   const VariantApi& variant() const { return *variant_; }
   const kernel_probe::Api& probe() const { return *probe_; }

@@ -40,17 +40,27 @@ struct Probe {
                         .fold = path == Path::kFoldedPanel};
     if (path == Path::kInt8) {
       Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
-    } else if (path == Path::kPlanes) {
-      Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
-    } else if (path == Path::kPlanesOfBf16) {
-      std::vector<Bf16> x;
-      for (int64_t i = 0; i < tokens * groups * Format::kGroupSize; ++i) {
-        x.push_back(Bf16::FromFloat(a[i]));
-      }
-      Multiply<Planes>(w, count, StagedForm::kBytes, x.data(), tokens, c);
+    } else if (path == Path::kPlanes || path == Path::kPlanesOfBf16) {
+      MultiplyPlanes(path, w, count, a, tokens, c);
     } else {
       const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
       Multiply<Floats>(w, count, form, a, tokens, c);
+    }
+  }
+
+  static void MultiplyPlanes(Path path, const TilePair& w, int count, const float* a,
+                             int64_t tokens, float* c) {
+    // Only where variants have them: compiling kernels takes long.
+    if constexpr (Isa::kPlaneTokens == 0) {
+      throw std::invalid_argument("this ISA does not multiply planes");
+    } else if (path == Path::kPlanes) {
+      Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
+    } else {
+      std::vector<Bf16> x;
+      for (int64_t i = 0; i < tokens * w.groups * Format::kGroupSize; ++i) {
+        x.push_back(Bf16::FromFloat(a[i]));
+      }
+      Multiply<Planes>(w, count, StagedForm::kBytes, x.data(), tokens, c);
     }
   }
 

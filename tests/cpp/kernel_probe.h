@@ -1,5 +1,5 @@
-// Access to the kernels of one ISA below the operator, through a library compiled for that ISA
-// (cpumoe_test_kernels_<isa>.so). Tests get it from IsaTest::probe().
+// Access to the kernels of one ISA below the operator: a second table of the variant's library, in
+// builds with tests. Tests get it from IsaTest::probe().
 #pragma once
 
 #include <cstddef>
@@ -33,7 +33,7 @@ struct FormatEntry {
 struct Api {
   const char* isa;
   int activation_digits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
-  bool planes;            // whether experts of few tokens may be multiplied as kPlanes
+  bool planes;            // whether kPlanes and kPlanesOfBf16 exist
   void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
   void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
                    int64_t count);
