@@ -164,15 +164,16 @@ function(cpumoe_add_isa_variant isa)
         ${target}
         PRIVATE -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
     )
-    if(CPUMOE_SANITIZE)
+    if(CPUMOE_SANITIZE MATCHES "address")
         cpumoe_sanitize_kernels("${sources}")
     endif()
 endfunction()
 
-# Kernels are many inlined lambdas with all locals in registers, and compiling them under sanitizers
-# takes longer than running all tests. What makes them several times slower to compile: checks for uses
-# after a scope, checks of accesses in line (calls find the same), and UndefinedBehaviorSanitizer's
-# checks of pointers, which AddressSanitizer checks on access.
+# Kernels are many inlined lambdas, and compiling them under AddressSanitizer takes longer than running
+# all tests. What makes it several times slower, for kernels and the operators compiled with them: its
+# checks for uses after a scope, its checks of accesses in line (calls find the same), and
+# UndefinedBehaviorSanitizer's checks of pointers, most of whose findings are bad accesses as well.
+# Alignment, which AddressSanitizer does not see, is checked.
 function(cpumoe_sanitize_kernels sources)
     set(options
         -fno-sanitize-address-use-after-scope

@@ -126,9 +126,7 @@ template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
     requires(typename Isa::Quad quad, typename Isa::Codes codes, typename Isa::ByteTable table,
-             typename Isa::QuadSum sum, const typename Isa::QuadSum (&two)[2],
-             const typename Isa::QuadSum (&planes)[3], const std::array<uint8_t, 16>& bytes,
-             const int8_t* a) {
+             typename Isa::QuadSum sum, const std::array<uint8_t, 16>& bytes, const int8_t* a) {
       { Isa::kQuadTokens } -> std::convertible_to<int>;  // MR
       { Isa::kQuadSumLimit } -> std::convertible_to<int32_t>;
       { Isa::kQuadDotIsOneInstruction } -> std::convertible_to<bool>;
@@ -141,6 +139,13 @@ concept ByteIsa =
       { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
       { Isa::kPlaneTokens } -> std::convertible_to<int>;         // most that planes are fastest for
       { Isa::kPrecisePlaneTokens } -> std::convertible_to<int>;  // if all groups have three digits
+    };
+
+// What planes of bytes need besides, on ISAs that multiply them.
+template <class Isa>
+concept PlaneIsa =
+    ByteIsa<Isa> && (Isa::kPlaneTokens > 0) &&
+    requires(const typename Isa::QuadSum (&two)[2], const typename Isa::QuadSum (&planes)[3]) {
       { Isa::template FinishPlanes<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;
       {
         Isa::template FinishPlanes<7>(planes, int32_t{})

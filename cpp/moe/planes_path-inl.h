@@ -28,6 +28,7 @@ class PlanesPath {
   using Stage = PlaneStage<Codec>;
   using Group = typename Stage::Group;
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
+  static_assert(PlaneIsa<Isa>, "an ISA that multiplies planes must say how their sums are added");
 
  public:
   static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once

@@ -34,7 +34,7 @@ TEST_P(DeterminismTest, AnyNumberOfThreadsAndRuns) {
 TEST_P(DeterminismTest, AnyNumberOfTilesPerTask) {
   const TestLayer layer(format(), LayerSpec{.experts = 2, .hidden = 544, .intermediate = 288});
   const auto moe = Create(layer);
-  const Batch batch(layer.config(), BatchSpec{.tokens = run_.MultipliesBySignals() ? 3 : 14});
+  const Batch batch(layer.config(), BatchSpec{.tokens = run_.MultipliesBySignals() ? 6 : 14});
   const std::vector<std::byte> expected = Forward(*moe, batch);
   for (const int threads : {2, 3, 17}) {
     PinnedPool pool({.threads = threads});

@@ -47,6 +47,9 @@ TEST_P(ForwardTest, SeveralTilesPerTask) {
                BatchSpec{.tokens = 3, .top_k = 2});
   CheckForward(LayerSpec{.experts = 1, .hidden = 4128, .intermediate = 32, .has_bias = true},
                BatchSpec{.tokens = 2, .top_k = 1});
+  // Pairs of tiles that take turns at 16 groups with more tokens than stream, as planes.
+  CheckForward(LayerSpec{.experts = 1, .hidden = 544, .intermediate = 32, .has_bias = true},
+               BatchSpec{.tokens = 33, .top_k = 1});
 }
 
 TEST_P(ForwardTest, AnyNumberOfTokens) {

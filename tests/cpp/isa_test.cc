@@ -31,7 +31,7 @@ const IsaRow& Row(const std::string& name) {
 const kernel_probe::Api* ProbeOf(const VariantApi& variant) {
   Dl_info info;
   if (dladdr(&variant, &info) == 0) throw std::runtime_error("cannot find a variant's library");
-  void* library = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+  void* library = dlopen(info.dli_fname, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(dlerror());
   void* function = dlsym(library, kernel_probe::kApiSymbol);
   if (function == nullptr) throw std::runtime_error(dlerror());

@@ -42,8 +42,8 @@ class IsaRun {
   // With fewer it may multiply bytes, by instructions that it shares with others.
   void ExpectBestDots() { expects_best_dots_ = true; }
 
-  // Whether each product of a few dozen bytes is a signal, a microsecond or more under sanitizers:
-  // the largest tests take fewer tokens then.
+  // Whether AVX-VNNI is emulated, so that even the kernels of few tokens are a signal per product
+  // (a microsecond, several under sanitizers): the largest tests take fewer tokens then.
   bool MultipliesBySignals() const { return emulated_.contains("avxvnni"); }
 
   const VariantApi& variant() const { return *variant_; }

@@ -51,7 +51,7 @@ struct Probe {
   static void MultiplyPlanes(Path path, const TilePair& w, int count, const float* a,
                              int64_t tokens, float* c) {
     // Only where variants have them: compiling kernels takes long.
-    if constexpr (Isa::kPlaneTokens == 0) {
+    if constexpr (!PlaneIsa<Isa>) {
       throw std::invalid_argument("this ISA does not multiply planes");
     } else if (path == Path::kPlanes) {
       Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
@@ -115,7 +115,7 @@ struct IsaProbe {
       Isa::Store(out + i, Activate<Isa>(swiglu, Isa::Load(gate + i), Isa::Load(up + i)));
     }
   }
-  static constexpr bool kPlanes = Isa::kPlaneTokens > 0;
+  static constexpr bool kPlanes = PlaneIsa<Isa>;
   static constexpr int ActivationDigits() {
     return std::is_same_v<typename Isa::Activation, float> ? std::numeric_limits<float>::digits : 8;
   }

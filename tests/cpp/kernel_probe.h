@@ -1,5 +1,5 @@
 // Access to the kernels of one ISA below the operator: a second table of the variant's library, in
-// builds with tests. Tests get it from IsaTest::probe().
+// builds with tests. Tests get it from IsaRun::probe().
 #pragma once
 
 #include <cstddef>

@@ -143,14 +143,6 @@ struct Generic : Fp32Multiplicands {
   static Vec FinishSum(const QuadSum& sum) {
     return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
   }
-  template <int kShift, int kDigits>
-  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
-    return Map([&](int i) {
-      int32_t whole = sums[0].lane[i];
-      for (int p = 1; p < kDigits; ++p) whole = whole * (1 << kShift) + sums[p].lane[i];
-      return static_cast<float>(whole);
-    });
-  }
 
  private:
   template <class LaneFunction>
