@@ -1,11 +1,12 @@
-// Plain C++ for any CPU: loops over sixteen lanes that compilers vectorise to what they may assume.
+// Portable C++ for any CPU, in vectors of 16 bytes, which compilers have for every SIMD unit (and
+// split where there is none).
 //
-// This is the reference for the other ISAs' semantics, and the fallback: right, not fast.
+// This is the reference for the other ISAs' semantics, and the fallback: right, not fast. Codes
+// are looked up one at a time: there is no portable instruction that permutes a vector by another.
 #pragma once
 
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,92 +24,118 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
+  static constexpr bool kSplitsPairs = true;
   static constexpr int kPlaneTokens = 0;
   static constexpr int kPrecisePlaneTokens = 0;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
 
+  static constexpr int kPartLanes = 4;
+  static constexpr int kParts = kTileRows / kPartLanes;
+  using Floats = float __attribute__((vector_size(16)));
+  using Words = uint32_t __attribute__((vector_size(16)));
+  using Integers = int32_t __attribute__((vector_size(16)));
+  using Shorts = int16_t __attribute__((vector_size(16)));
+
   struct Vec {
-    float lane[kTileRows];
+    Floats part[kParts];
   };
   struct Pair {
     Vec even, odd;
   };
+  // Where they are, because they are looked up a byte at a time.
   struct Codes {
-    uint32_t lane[kTileRows];
+    const std::byte* bytes;
   };
-  using Table16 = std::array<float, 16>;
+  // What a byte's low and high code stand for, so that a lookup need not part them.
+  template <class Value>
+  using CodeTable = std::array<std::array<Value, 2>, 256>;
+  using Table16 = CodeTable<float>;
   using Fold = Vec;
+  // Bytes 0 and 2 of a row, and bytes 1 and 3, as 16-bit numbers.
   struct Quad {
-    uint8_t byte[kTileRows][kQuadDepth];
+    Shorts even[kParts], odd[kParts];
   };
   struct QuadSum {
-    int32_t lane[kTileRows];
+    Integers part[kParts];
   };
-  using ByteTable = std::array<uint8_t, 16>;
+  using ByteTable = CodeTable<uint8_t>;
 
   static Vec Zero() { return Broadcast(0.0f); }
   static Vec Load(const float* p) {
-    Vec v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
+    return Map([p](int i) {
+      Floats part;
+      std::memcpy(&part, p + i * kPartLanes, sizeof(part));
+      return part;
+    });
   }
-  static void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+  static void Store(float* p, Vec v) {
+    for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kPartLanes, &v.part[i], sizeof(Floats));
+  }
   static void StoreActivations(Activation* p, Vec v) { Store(p, v); }
   static Vec Broadcast(float x) {
-    return Map([x](int) { return x; });
+    return Map([x](int) { return Splat(x); });
   }
   static Vec Add(Vec a, Vec b) {
-    return Map([&](int i) { return a.lane[i] + b.lane[i]; });
+    return Map([&](int i) { return a.part[i] + b.part[i]; });
   }
   static Vec Mul(Vec a, Vec b) {
-    return Map([&](int i) { return a.lane[i] * b.lane[i]; });
+    return Map([&](int i) { return a.part[i] * b.part[i]; });
   }
   static Vec Div(Vec a, Vec b) {
-    return Map([&](int i) { return a.lane[i] / b.lane[i]; });
+    return Map([&](int i) { return a.part[i] / b.part[i]; });
   }
   static Vec Fma(Vec a, Vec b, Vec c) {
-    return Map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    return Map([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });
   }
   static Vec Min(Vec a, Vec b) {
-    return Map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    return Map([&](int i) { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
   }
   static Vec Max(Vec a, Vec b) {
-    return Map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    return Map([&](int i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
   }
   static Vec Round(Vec v) {
-    return Map([&](int i) { return std::nearbyint(v.lane[i]); });
+    return Map([&](int i) {
+      // From 2^23 on every float is an integer; a lesser one becomes an integer by adding that.
+      const Floats unit = Splat(0x1p23f);
+      const Words sign = std::bit_cast<Words>(v.part[i]) & 0x80000000u;
+      const auto magnitude = std::bit_cast<Floats>(std::bit_cast<Words>(v.part[i]) ^ sign);
+      const Floats rounded = magnitude < unit ? (magnitude + unit) - unit : magnitude;
+      return std::bit_cast<Floats>(std::bit_cast<Words>(rounded) | sign);
+    });
   }
   static Vec Ldexp(Vec v, Vec n) {
     return Map([&](int i) {
       // In two factors, so that results beyond either end of the exponent range come out right. NaN
       // has no integer; the product keeps it.
-      const int whole = std::isnan(n.lane[i]) ? 0 : static_cast<int>(n.lane[i]);
-      const int half = whole >> 1;
-      return v.lane[i] * PowerOfTwo(half) * PowerOfTwo(whole - half);
+      const Floats exponent = n.part[i] == n.part[i] ? n.part[i] : Floats{};
+      const auto whole = __builtin_convertvector(exponent, Integers);
+      const Integers half = whole >> 1;
+      return v.part[i] * PowerOfTwo(half) * PowerOfTwo(whole - half);
     });
   }
 
   template <class Scale>
   static Vec LoadScales(const Scale* p) {
-    return Map([p](int i) { return p[i].ToFloat(); });
+    return MapLanes([p](int i) { return p[i].ToFloat(); });
   }
 
-  static Codes LoadCodes(const std::byte* p) {
-    Codes codes;
-    std::memcpy(&codes, p, sizeof(codes));
-    return codes;
+  static Codes LoadCodes(const std::byte* p) { return {p}; }
+  static constexpr Table16 MakeTable(const std::array<float, 16>& values) {
+    return MakeCodeTable(values);
   }
-  static Table16 MakeTable(const std::array<float, 16>& values) { return values; }
   template <int kPair>
   static Pair Lookup(const Table16& table, const Codes& codes) {
     constexpr int kShift = PairShift<4>(kPair);
-    return {Map([&](int i) { return table[(codes.lane[i] >> kShift) & 15]; }),
-            Map([&](int i) { return table[(codes.lane[i] >> (16 + kShift)) & 15]; })};
+    constexpr int kByte = kShift / 8, kHalf = kShift % 8 / 4;
+    // Compilers would keep the indices for the next pair, far more than there are registers.
+    asm volatile("" ::: "memory");
+    return {MapLanes([&](int i) { return table[Byte(codes, i, kByte)][kHalf]; }),
+            MapLanes([&](int i) { return table[Byte(codes, i, kByte + 2)][kHalf]; })};
   }
 
-  static Vec Dot(Vec sum, Pair w, const Activation* a) {
+  static inline __attribute__((always_inline)) Vec Dot(Vec sum, Pair w, const Activation* a) {
     return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
   }
 
@@ -118,40 +145,76 @@ struct Generic : Fp32Multiplicands {
   }
   static Pair Multiply(Pair w, Fold f) { return {Mul(w.even, f), Mul(w.odd, f)}; }
 
-  static ByteTable MakeByteTable(const std::array<uint8_t, 16>& bytes) { return bytes; }
+  static constexpr ByteTable MakeByteTable(const std::array<uint8_t, 16>& bytes) {
+    return MakeCodeTable(bytes);
+  }
   template <int kQuad>
   static Quad LookupQuad(const ByteTable& table, const Codes& codes) {
+    const auto two_bytes = [&](int part, int first) {
+      const auto word = [&](int i) {
+        const int lane = part * kPartLanes + i;
+        return table[Byte(codes, lane, first)][kQuad] |
+               uint32_t{table[Byte(codes, lane, first + 2)][kQuad]} << 16;
+      };
+      return std::bit_cast<Shorts>(Words{word(0), word(1), word(2), word(3)});
+    };
     Quad quad;
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int k = 0; k < kQuadDepth; ++k) {
-        quad.byte[i][k] = table[(codes.lane[i] >> (8 * k + 4 * kQuad)) & 15];
-      }
+    for (int i = 0; i < kParts; ++i) {
+      quad.even[i] = two_bytes(i, 0);
+      quad.odd[i] = two_bytes(i, 1);
     }
     return quad;
   }
   static QuadSum StartSum(int32_t start) {
     QuadSum sum;
-    for (int32_t& lane : sum.lane) lane = start;
+    for (Integers& part : sum.part) part = Integers{} + start;
     return sum;
   }
+  // Two products of a byte up to 128 and an activation fit 16 bits.
   static QuadSum DotQuad(QuadSum sum, const Quad& w, const int8_t* a) {
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int k = 0; k < kQuadDepth; ++k) sum.lane[i] += w.byte[i][k] * a[k];
+    const Shorts even = SplatTwo(a[0], a[2]), odd = SplatTwo(a[1], a[3]);
+    for (int i = 0; i < kParts; ++i) {
+      const auto products = std::bit_cast<Integers>(w.even[i] * even + w.odd[i] * odd);
+      sum.part[i] += (products >> 16) + (products << 16 >> 16);
     }
     return sum;
   }
   static Vec FinishSum(const QuadSum& sum) {
-    return Map([&](int i) { return static_cast<float>(sum.lane[i]); });
+    return Map([&](int i) { return __builtin_convertvector(sum.part[i], Floats); });
   }
 
  private:
-  template <class LaneFunction>
-  static Vec Map(LaneFunction f) {
+  template <class PartFunction>
+  static Vec Map(PartFunction f) {
     Vec v;
-    for (int i = 0; i < kTileRows; ++i) v.lane[i] = f(i);
+    for (int i = 0; i < kParts; ++i) v.part[i] = f(i);
     return v;
   }
-  static float PowerOfTwo(int n) { return std::bit_cast<float>((n + 127) << 23); }
+  template <class LaneFunction>
+  static Vec MapLanes(LaneFunction f) {
+    return Map([&](int part) {
+      const int i = part * kPartLanes;
+      return Floats{f(i), f(i + 1), f(i + 2), f(i + 3)};
+    });
+  }
+  static Floats Splat(float x) { return Floats{x, x, x, x}; }
+  static Shorts SplatTwo(int16_t low, int16_t high) {
+    return Shorts{low, high, low, high, low, high, low, high};
+  }
+  static Floats PowerOfTwo(Integers n) { return std::bit_cast<Floats>((n + 127) << 23); }
+
+  static size_t Byte(const Codes& codes, int lane, int byte) {
+    static_assert(std::endian::native == std::endian::little);
+    return std::to_integer<size_t>(codes.bytes[4 * lane + byte]);
+  }
+  template <class Value>
+  static constexpr CodeTable<Value> MakeCodeTable(const std::array<Value, 16>& values) {
+    CodeTable<Value> table{};
+    for (size_t byte = 0; byte < table.size(); ++byte) {
+      table[byte] = {values[byte & 15], values[byte >> 4]};
+    }
+    return table;
+  }
 };
 
 }  // namespace cpumoe
