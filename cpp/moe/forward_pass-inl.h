@@ -9,7 +9,7 @@
 //
 // A tile's result depends on its own inputs only, and sums run in a fixed order: outputs are the
 // same bit for bit for any number of threads and of tiles per task. Every task of a phase reads the
-// same number of weight bytes.
+// same number of weight bytes, but for an expert's (the outputs') last.
 #pragma once
 
 #include <algorithm>
@@ -105,9 +105,12 @@ class ForwardPass {
 
   void Stage() {
     if (shared_) {
-      const int32_t token = 0;
-      Path::StageRows(FormOf(routing_.experts()[0]), args_.dtype, Row(0), 0, &token, 1,
-                      HiddenSize(), staged_);
+      // A task, too: the pool's floating-point environment need not be the caller's.
+      pool_.For(1, [&](int64_t, int) {
+        const int32_t token = 0;
+        Path::StageRows(FormOf(routing_.experts()[0]), args_.dtype, Row(0), 0, &token, 1,
+                        HiddenSize(), staged_);
+      });
       return;
     }
     std::vector<Workspace::Block>& blocks = workspace_.blocks();

@@ -1,6 +1,7 @@
 // Results are the same bits whatever runs beside: threads, runs, workspaces, other tokens.
 #include <gtest/gtest.h>
 
+#include <cfenv>
 #include <memory>
 #include <vector>
 
@@ -52,6 +53,23 @@ TEST_P(DeterminismTest, PackingOnAnyNumberOfThreads) {
     const auto moe = Create(layer.config());
     for (int64_t e = 0; e < layer.config().num_experts; ++e) moe->Pack(e, layer.Source(e), pool);
     EXPECT_EQ(Forward(*moe, batch), expected) << threads << " threads";
+  }
+}
+
+// Rounding to nearest is what the arithmetic is meant for, whatever the caller's thread does.
+TEST_P(DeterminismTest, TheCallersRoundingMode) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer);
+  PinnedPool pool({.threads = 2});
+  Workspace workspace;
+  for (const int64_t tokens : {1, 3}) {
+    const Batch batch(layer.config(), BatchSpec{.tokens = tokens});
+    const std::vector<std::byte> expected = Forward(*moe, batch, pool, workspace);
+    const int mode = std::fegetround();
+    std::fesetround(FE_UPWARD);
+    const std::vector<std::byte> result = Forward(*moe, batch, pool, workspace);
+    std::fesetround(mode);
+    EXPECT_EQ(result, expected) << tokens << " tokens";
   }
 }
 

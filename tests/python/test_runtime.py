@@ -318,10 +318,14 @@ def test_submit_does_not_wait_for_the_running_call():
     torch.testing.assert_close(future.result(), experts(*short), rtol=0, atol=0)
 
 
-def test_results_do_not_depend_on_the_callers_floating_point_modes():
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "magnitude"),
+    [(40, torch.float32, 1e-38), (1, torch.float16, 1e-5)],  # subnormal products, and inputs
+)
+def test_results_do_not_depend_on_the_callers_floating_point_modes(tokens, dtype, magnitude):
     weights = layer("mxfp4", hidden=64, intermediate=64)
-    hidden_states, ids, topk_weights = inputs(weights, tokens=40)
-    tiny = hidden_states.float() * 1e-38  # subnormal products
+    hidden_states, ids, topk_weights = inputs(weights, tokens=tokens)
+    tiny = (hidden_states.float() * magnitude).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         runtime = Runtime(2)
@@ -335,5 +339,5 @@ def test_results_do_not_depend_on_the_callers_floating_point_modes():
     finally:
         torch.set_flush_denormal(False)
     # Compared as bits: with flushing on, equality itself would flush.
-    assert all(torch.equal(r.view(torch.int32), expected.view(torch.int32)) for r in results)
+    assert all(torch.equal(r.view(torch.uint8), expected.view(torch.uint8)) for r in results)
     runtime.close()
