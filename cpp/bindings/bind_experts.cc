@@ -1,7 +1,10 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -107,11 +110,46 @@ void Forward(const Moe& self, Runtime& runtime, const ForwardTensors& tensors) {
   });
 }
 
-std::shared_ptr<Completion> Submit(const std::shared_ptr<const Moe>& self, Runtime& runtime,
-                                   const ForwardTensors& tensors) {
-  return runtime.Submit([self, tensors](ThreadPool& pool, Workspace& workspace) {
+// A call that the driver thread makes. It owns what the call reads and writes, from before it is
+// queued until it is over: dropping it, by whatever exception, waits.
+class SubmittedCall {
+ public:
+  explicit SubmittedCall(py::object owned) : owned_(std::move(owned)) {}
+  ~SubmittedCall() {
+    if (completion_ == nullptr) return;
+    const py::gil_scoped_release release;
+    try {
+      completion_->WaitFor(std::chrono::nanoseconds::max());
+    } catch (const std::exception&) {
+      // This is a forked child, where nobody makes the call.
+    }
+  }
+  SubmittedCall(const SubmittedCall&) = delete;
+  SubmittedCall& operator=(const SubmittedCall&) = delete;
+
+  void Start(std::shared_ptr<Completion> completion) { completion_ = std::move(completion); }
+
+  bool Done() const { return completion_->Done(); }
+  void Wait() { completion_->Wait(); }
+  bool WaitFor(double seconds) {
+    const double bounded = std::clamp(seconds, 0.0, 1e9);  // 2^63 ns are 9.2e9 s
+    return completion_->WaitFor(std::chrono::duration_cast<std::chrono::nanoseconds>(
+        std::chrono::duration<double>(bounded)));
+  }
+
+ private:
+  py::object owned_;
+  std::shared_ptr<Completion> completion_;
+};
+
+std::unique_ptr<SubmittedCall> Submit(const std::shared_ptr<const Moe>& self, Runtime& runtime,
+                                      const ForwardTensors& tensors, py::object owned) {
+  auto call = std::make_unique<SubmittedCall>(std::move(owned));
+  const py::gil_scoped_release release;
+  call->Start(runtime.Submit([self, tensors](ThreadPool& pool, Workspace& workspace) {
     self->Forward(tensors.View(), pool, workspace);
-  });
+  }));
+  return call;
 }
 
 }  // namespace
@@ -161,6 +199,12 @@ void BindExperts(py::module_& m) {
            py::arg("element"), py::arg("ids"), py::arg("ids_are_64_bit"), py::arg("weights"),
            py::arg("top_k"), py::arg("mask"), py::arg("output"));
 
+  py::class_<SubmittedCall>(m, "SubmittedCall")
+      .def("done", &SubmittedCall::Done)
+      .def("wait", &SubmittedCall::Wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait_for", &SubmittedCall::WaitFor, py::arg("seconds"),
+           py::call_guard<py::gil_scoped_release>());
+
   py::class_<Moe, std::shared_ptr<Moe>>(m, "Moe")
       .def(py::init(&Create), py::arg("isa"), py::arg("origin"), py::arg("format"),
            py::arg("config"))
@@ -171,8 +215,7 @@ void BindExperts(py::module_& m) {
            py::arg("intermediate_begin"), py::call_guard<py::gil_scoped_release>())
       .def("forward", &Forward, py::arg("runtime"), py::arg("tensors"),
            py::call_guard<py::gil_scoped_release>())
-      .def("submit", &Submit, py::arg("runtime"), py::arg("tensors"),
-           py::call_guard<py::gil_scoped_release>());
+      .def("submit", &Submit, py::arg("runtime"), py::arg("tensors"), py::arg("owned"));
 }
 
 }  // namespace cpumoe

@@ -1,8 +1,5 @@
-#include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <chrono>
 #include <exception>
 #include <memory>
 #include <system_error>
@@ -41,18 +38,6 @@ void BindRuntime(py::module_& m) {
       .def_readonly("quota", &Topology::quota)
       .def_readonly("default_threads", &Topology::default_threads);
   m.def("topology", [] { return ReadTopology(); }, "The CPUs that this process may use.");
-
-  py::class_<Completion, std::shared_ptr<Completion>>(m, "Completion")
-      .def("done", &Completion::Done)
-      .def("wait", &Completion::Wait, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "wait_for",
-          [](Completion& self, double seconds) {
-            const double bounded = std::clamp(seconds, 0.0, 1e9);  // 2^63 ns are 9.2e9 s
-            return self.WaitFor(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                std::chrono::duration<double>(bounded)));
-          },
-          py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](int threads, bool pin, std::vector<int> cpus) {

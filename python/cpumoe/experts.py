@@ -298,7 +298,7 @@ class Experts:
         the future.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
-        return Future(self._moe.submit(self.runtime.core, call.tensors), call)
+        return Future(self._moe.submit(self.runtime.core, call.tensors, owned=call), call.output)
 
     def export(self, expert_id: int) -> ExpertWeights:
         """Returns an expert's weights as its checkpoint stores them, bit for bit.

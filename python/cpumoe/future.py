@@ -7,20 +7,19 @@ import math
 import torch
 
 from cpumoe import _core
-from cpumoe._arguments import Call
 
 
 class Future:
     """The result of `Experts.submit`. Dropping it unasked waits for the call to finish."""
 
-    def __init__(self, completion: _core.Completion, call: Call) -> None:
+    def __init__(self, call: _core.SubmittedCall, output: torch.Tensor) -> None:
         """Made by `Experts.submit`."""
-        self._completion = completion
         self._call = call
+        self._output = output
 
     def done(self) -> bool:
         """Whether the result (or an error) is there."""
-        return self._completion.done()
+        return self._call.done()
 
     def result(self, timeout: float | None = None) -> torch.Tensor:
         """Waits for the result ``[tokens, hidden]``.
@@ -35,15 +34,7 @@ class Future:
         """
         if timeout is not None and math.isnan(timeout):
             raise ValueError("timeout: expected seconds, got nan")
-        if timeout is not None and not self._completion.wait_for(timeout):
+        if timeout is not None and not self._call.wait_for(timeout):
             raise TimeoutError(f"no result within {timeout} s")
-        self._completion.wait()
-        return self._call.output
-
-    def __del__(self) -> None:
-        """Keeps the tensors that the call reads and writes alive until it is over."""
-        # Not contextlib.suppress: at interpreter exit it may be gone before this object.
-        try:  # noqa: SIM105
-            self._completion.wait()
-        except Exception:  # nobody asked for the outcome
-            pass
+        self._call.wait()
+        return self._output

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -162,6 +163,18 @@ def test_futures_finish_in_any_order_and_when_dropped(weights):
     bad[0, 0] = 77
     experts.submit(calls[0].hidden_states, bad, calls[0].topk_weights)
     assert torch.equal(experts(*calls[0]), expected[0])
+
+
+def test_a_submitted_call_owns_its_tensors(weights):
+    # An exception may come before there is a future (Ctrl-C does, between any two steps).
+    experts = weights.pack(isa="generic")
+    call = experts._prepare(*inputs(weights, tokens=50))
+    submitted = experts._moe.submit(experts.runtime.core, call.tensors, owned=call)
+    output = weakref.ref(call.output)
+    del call
+    assert output() is not None
+    del submitted
+    assert output() is None
 
 
 def test_future_keeps_what_the_call_reads(weights):
