@@ -1,6 +1,7 @@
 # Turns the tables of Variants.cmake into one module library per ISA and the headers that list them.
 
 include(CheckCXXCompilerFlag)
+include(CheckCXXSourceCompiles)
 
 set(CPUMOE_GENERATED_DIR ${CMAKE_BINARY_DIR}/generated)
 set(CPUMOE_ALL_ISAS "")
@@ -19,24 +20,35 @@ function(cpumoe_class_name name out)
     set(${out} ${class} PARENT_SCOPE)
 endfunction()
 
-# A row of the ISA table: CPUMOE_<name>_FEATURES (its parent's included), CPUMOE_<name>_BUILDABLE.
+# A row of the ISA table: CPUMOE_<name>_FEATURES (its parent's included) and CPUMOE_<name>_OBSTACLE,
+# why it cannot be built here (empty: it can).
 macro(cpumoe_isa name)
     cmake_parse_arguments(isa "" "PARENT" "ARCHITECTURES;FEATURES" ${ARGN})
     list(APPEND CPUMOE_ALL_ISAS ${name})
     set(CPUMOE_${name}_FEATURES ${CPUMOE_${isa_PARENT}_FEATURES} ${isa_FEATURES})
-    set(CPUMOE_${name}_BUILDABLE ON)
+    set(CPUMOE_${name}_OBSTACLE "${CPUMOE_${isa_PARENT}_OBSTACLE}")
     if(NOT "any" IN_LIST isa_ARCHITECTURES AND NOT CPUMOE_ARCHITECTURE IN_LIST isa_ARCHITECTURES)
-        set(CPUMOE_${name}_BUILDABLE OFF)
+        set(CPUMOE_${name}_OBSTACLE "not for ${CPUMOE_ARCHITECTURE}")
     endif()
-    if(CPUMOE_${name}_BUILDABLE)
-        foreach(feature IN LISTS isa_FEATURES)
-            check_cxx_compiler_flag(-m${feature} CPUMOE_HAVE_FLAG_${feature})
-            if(NOT CPUMOE_HAVE_FLAG_${feature})
-                set(CPUMOE_${name}_BUILDABLE OFF)
-            endif()
-        endforeach()
-    endif()
+    foreach(feature IN LISTS isa_FEATURES)
+        if(NOT CPUMOE_${name}_OBSTACLE)
+            cpumoe_check_feature(${feature} CPUMOE_${name}_OBSTACLE)
+        endif()
+    endforeach()
 endmacro()
+
+# Whether the compiler knows a CPU feature: to generate code for it and to detect it.
+function(cpumoe_check_feature feature obstacle)
+    string(MAKE_C_IDENTIFIER ${feature} id)
+    check_cxx_compiler_flag(-m${feature} CPUMOE_HAVE_FLAG_${id})
+    check_cxx_source_compiles(
+        "int main() { return __builtin_cpu_supports(\"${feature}\"); }"
+        CPUMOE_CAN_DETECT_${id}
+    )
+    if(NOT CPUMOE_HAVE_FLAG_${id} OR NOT CPUMOE_CAN_DETECT_${id})
+        set(${obstacle} "the compiler does not know ${feature}" PARENT_SCOPE)
+    endif()
+endfunction()
 
 macro(cpumoe_format name)
     list(APPEND CPUMOE_FORMATS ${name})
@@ -44,28 +56,36 @@ endmacro()
 
 # The variants to build: CPUMOE_ISAS, or all that this compiler and architecture can.
 function(cpumoe_select_isas out)
-    set(buildable "")
+    set(selected "")
+    set(left_out "")
     foreach(isa IN LISTS CPUMOE_ALL_ISAS)
-        if(CPUMOE_${isa}_BUILDABLE)
-            list(APPEND buildable ${isa})
+        if(NOT CPUMOE_${isa}_OBSTACLE)
+            list(APPEND selected ${isa})
+        else()
+            list(APPEND left_out "${isa} (${CPUMOE_${isa}_OBSTACLE})")
         endif()
     endforeach()
     string(REPLACE "," ";" wanted "${CPUMOE_ISAS}")
+    list(REMOVE_DUPLICATES wanted)
     foreach(isa IN LISTS wanted)
         if(NOT isa IN_LIST CPUMOE_ALL_ISAS)
             message(FATAL_ERROR "CPUMOE_ISAS: unknown ISA \"${isa}\"; known are ${CPUMOE_ALL_ISAS}")
         endif()
-        if(NOT isa IN_LIST buildable)
-            message(
-                FATAL_ERROR
-                "CPUMOE_ISAS: ${isa} cannot be built for ${CPUMOE_ARCHITECTURE} by this compiler"
-            )
+        if(CPUMOE_${isa}_OBSTACLE)
+            message(FATAL_ERROR "CPUMOE_ISAS: ${isa} cannot be built: ${CPUMOE_${isa}_OBSTACLE}")
         endif()
     endforeach()
     if(wanted)
-        set(buildable ${wanted})
+        set(selected ${wanted})
+        set(left_out "")
     endif()
-    set(${out} ${buildable} PARENT_SCOPE)
+    list(JOIN selected ", " names)
+    message(STATUS "ISA variants: ${names}")
+    if(left_out)
+        list(JOIN left_out ", " left_out)
+        message(STATUS "ISA variants that cannot be built here: ${left_out}")
+    endif()
+    set(${out} ${selected} PARENT_SCOPE)
 endfunction()
 
 # isa_table.inc: CPUMOE_ISA_ROW(name, built, features...) per known ISA; feature_table.inc:
@@ -83,7 +103,7 @@ function(cpumoe_write_tables built)
         foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
             string(APPEND features ", \"${feature}\"")
         endforeach()
-        if(CPUMOE_${isa}_BUILDABLE)
+        if(NOT CPUMOE_${isa}_OBSTACLE)
             list(APPEND testable ${CPUMOE_${isa}_FEATURES})
         endif()
         string(APPEND isa_rows "CPUMOE_ISA_ROW(\"${isa}\", ${is_built}${features})\n")
@@ -160,10 +180,12 @@ function(cpumoe_add_isa_variant isa)
     target_compile_options(${target} PRIVATE $<$<CONFIG:RelWithDebInfo>:-g1>)
     # False alarms of GCC 12: it mentions alignment attributes that template arguments drop (ours are
     # unharmed), and calls the undefined pass-through operands of its own AVX-512 header uninitialized.
-    target_compile_options(
-        ${target}
-        PRIVATE -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
-    )
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        target_compile_options(
+            ${target}
+            PRIVATE -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized
+        )
+    endif()
     if(CPUMOE_SANITIZE MATCHES "address")
         cpumoe_sanitize_kernels("${sources}")
     endif()

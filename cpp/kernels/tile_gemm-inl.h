@@ -267,8 +267,7 @@ class TileGemm {
     const Codec decoder = codec;
     std::array<TileView, kAtOnce> tiles;
     std::copy_n(s.tiles, kAtOnce, tiles.begin());
-    const auto multiply = [&unit, &codec, &s, block,
-                           panel = s.panel](int64_t g) __attribute__((always_inline)) {
+    const auto multiply = [&, block, panel = s.panel](int64_t g) __attribute__((always_inline)) {
       const Pair* slot = panel + g % kRing * kSlot;
       const Activation* a = block.a + g * Format::kGroupSize * block.tokens;
       if constexpr (kFold) {
