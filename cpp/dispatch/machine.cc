@@ -55,10 +55,17 @@ pthread_t trial_thread;
 sigjmp_buf trial_failed;
 struct sigaction action_before_trial;
 
-void HandleTrialSigill(int /*signal*/) {
+void HandleTrialSigill(int signal, siginfo_t* info, void* context) {
   if (pthread_equal(pthread_self(), trial_thread) != 0) siglongjmp(trial_failed, 1);
-  // Another thread's instruction: it will trap again, under the action that was meant for it.
-  sigaction(SIGILL, &action_before_trial, nullptr);
+  // Another thread's instruction: as without the trial.
+  const struct sigaction& before = action_before_trial;
+  if ((before.sa_flags & SA_SIGINFO) != 0) {
+    before.sa_sigaction(signal, info, context);
+  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+    before.sa_handler(signal);
+  } else {
+    sigaction(SIGILL, &before, nullptr);  // it traps again, which ends the process
+  }
 }
 
 bool ExecuteTile() {
@@ -71,9 +78,11 @@ bool ExecuteTile() {
   config[48] = 1;
   trial_thread = pthread_self();
   struct sigaction action = {};
-  action.sa_handler = HandleTrialSigill;
+  action.sa_sigaction = HandleTrialSigill;
+  action.sa_flags = SA_SIGINFO;
   sigemptyset(&action.sa_mask);
-  sigaction(SIGILL, &action, &action_before_trial);
+  sigaction(SIGILL, nullptr, &action_before_trial);  // to be there when the handler is
+  sigaction(SIGILL, &action, nullptr);
   // A thread that blocks the signal would be killed by it.
   sigset_t sigill, mask_before;
   sigemptyset(&sigill);
