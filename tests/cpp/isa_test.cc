@@ -77,16 +77,22 @@ std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info) {
   return info.param.isa + "_" + info.param.format + (int8 ? "_int8" : "");
 }
 
-std::string IsaRun::Begin(const std::string& isa) {
+std::string ObstacleTo(const std::string& isa) {
   const IsaRow& row = Row(isa);
   if (!row.built) return isa + " was not built";
-  const std::vector<std::string> missing = MissingFeatures(row, NativeFeatures());
   std::string lacking;
-  for (const std::string& feature : missing) {
+  for (const std::string& feature : MissingFeatures(row, NativeFeatures())) {
     const bool emulated = emulator::Supports(feature);
     if (!emulated) lacking += (lacking.empty() ? "" : ", ") + feature;
   }
-  if (!lacking.empty()) return isa + ": this CPU lacks " + lacking;
+  return lacking.empty() ? "" : isa + ": this CPU lacks " + lacking;
+}
+
+std::string IsaRun::Begin(const std::string& isa) {
+  const std::string obstacle = ObstacleTo(isa);
+  if (!obstacle.empty()) return obstacle;
+  const IsaRow& row = Row(isa);
+  const std::vector<std::string> missing = MissingFeatures(row, NativeFeatures());
   if (!missing.empty()) {
     emulator::Install();
     AssumeFeatures({missing.begin(), missing.end()});

@@ -24,6 +24,8 @@ struct IsaFormat {
 void PrintTo(const IsaFormat& param, std::ostream* out);
 
 std::vector<std::string> IsaNames();
+// Why an ISA's tests cannot run here; empty: they can, if need be under the emulator.
+std::string ObstacleTo(const std::string& isa);
 std::vector<IsaFormat> IsaFormats();
 std::vector<IsaFormat> IsaFormatsAndPaths();  // with every compute path
 
