@@ -33,12 +33,6 @@ struct Fp32Multiplicands {
 // Of an ISA's crossovers: however many tokens an expert has.
 inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 
-// Which kernels a block of tokens is staged for: the bytes of a mixed path, or floating point
-// numbers.
-enum class StagedForm { kBytes, kFused, kPanel };
-inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kFused,
-                                              StagedForm::kPanel};
-
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
 // Isa::Pair        multiplicands: weights (k, k+1) of every row of a tile
@@ -47,42 +41,43 @@ inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kF
 // Isa::Fold        a group's scales in the form that multiplies a Pair exactly, if it comes from a
 //                  table whose values are kFoldUnit times the codes'
 template <class Isa>
-concept VectorIsa =
-    requires(typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
-             typename Isa::Table16 table, const std::array<float, 16>& values,
-             const std::byte* bytes, const float* in, float* out, const typename Isa::Activation* a,
-             typename Isa::Fold fold, typename Isa::Activation* staged) {
-      { Isa::kTiles } -> std::convertible_to<int>;  // NR / 16: tiles that a micro-kernel computes
-      { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
-      { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
-      { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
-      { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
-      {
-        Isa::kSplitsPairs
-      } -> std::convertible_to<bool>;                   // panel kernels load half a Pair at a time
-      { Isa::kCrossover } -> std::convertible_to<int>;  // most tokens that fused is faster for
-      { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
-      { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
-      { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
-      { Isa::Add(v, v) } -> std::same_as<typename Isa::Vec>;
-      { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
-      { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
-      { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
-      { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;  // NaN in the second operand is kept
-      { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
-      { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
-      { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
-      Isa::Store(out, v);
-      { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
-      { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
-      { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
-      { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
-      { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
-      { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
-      { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
-      { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
-      Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
-    };
+concept VectorIsa = requires(
+    typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
+    typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
+    const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold,
+    typename Isa::Activation* staged, const E8M0* e8m0, const Bf16* bf16) {
+  { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
+  { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
+  { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
+  { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
+  { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
+  { Isa::kSplitsPairs } -> std::convertible_to<bool>;  // panel kernels load half a Pair at a time
+  { Isa::kCrossover } -> std::convertible_to<int>;     // most tokens that fused is faster for
+  { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
+  { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
+  { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Add(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
+  { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;     // NaN in the second operand is kept
+  { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
+  { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
+  Isa::Store(out, v);
+  { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
+  { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
+  { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
+  { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen, as fp32
+  { Isa::LoadScales(bf16) } -> std::same_as<typename Isa::Vec>;
+  { Isa::LoadFold(e8m0) } -> std::same_as<typename Isa::Fold>;
+  { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
+  { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
+  { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
+  { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
+  { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
+  Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
+};
 
 // Where an ISA has something better for panels than vector instructions: an object of it lives as
 // long as a task multiplies panels, and keeps a block's sums C [n][tokens][16] for n = kTiles tiles
@@ -93,12 +88,10 @@ concept VectorIsa =
 //                            C += a[tokens][kPanelStep] * panel[n][kPanelStep / 2], where the pairs
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
-// The int8 path multiplies bytes for up to kQuadCrossover tokens of an expert only.
+//
+// The int8 path multiplies bytes for up to Isa::kQuadCrossover tokens of an expert only.
 template <class Isa>
-concept HasPanelUnit = requires {
-  typename Isa::PanelUnit;
-  { Isa::kQuadCrossover } -> std::convertible_to<int>;
-};
+concept HasPanelUnit = requires { typename Isa::PanelUnit; };
 
 struct NoPanelUnit {};
 template <class Isa>

@@ -57,7 +57,8 @@ struct TileView {
   const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
   const std::byte* scales;  // [groups][16] of the format's scale type
 
-  // Codes of the tile, of the same geometry, that will be read after this one; null if not known.
+  // Codes of the tile, of the same geometry, that will be read after this one, its scales right
+  // behind them as PackedLayout has it; null if not known.
   const std::byte* next = nullptr;
 };
 

@@ -11,6 +11,12 @@ namespace cpumoe {
 // read without a gap.
 inline constexpr int kStreamedTokens = 32;
 
+// Which kernels a block of tokens is staged for: the bytes of a mixed path, or floating point
+// numbers.
+enum class StagedForm { kBytes, kFused, kPanel };
+inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kFused,
+                                              StagedForm::kPanel};
+
 // `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: fifteen tokens
 // and MR = 14 are 8 + 7, not 14 + 1, because a block of one token reads the weights as often as one
 // of 14.

@@ -1,4 +1,4 @@
-// Which compute paths an ISA takes for a format (float_path-inl.h says what a path is).
+// Which compute paths an ISA takes for a format (path.h says what a path is).
 #pragma once
 
 #include "formats/integer_codes.h"
@@ -10,13 +10,21 @@
 
 namespace cpumoe {
 
+// Whether planes of bytes, and the int8 path, exist: codes are integers, and groups short enough
+// for the ISA's sums.
+template <class Isa, class Codec>
+concept HasPlanesPath = (Isa::kPlaneTokens > 0) && HasIntegerCodes<typename Codec::Format> &&
+                        PlanesFit<ByteCodec<Isa, Codec>>();
+template <class Isa, class Codec>
+concept HasInt8Path = HasIntegerCodes<typename Codec::Format> &&
+                      QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
+
 template <class Isa, class Codec>
 struct DefaultPathTraits {
   using Type = FloatPath<Isa, Codec>;
 };
 template <class Isa, class Codec>
-  requires(HasIntegerCodes<typename Codec::Format> && Isa::kPlaneTokens > 0 &&
-           PlanesFit<ByteCodec<Isa, Codec>>())
+  requires HasPlanesPath<Isa, Codec>
 struct DefaultPathTraits<Isa, Codec> {
   using Type = MixedPath<Codec, PlanesPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kPlaneTokens,
                          Isa::kPrecisePlaneTokens>;
@@ -33,10 +41,11 @@ struct Int8PathTraits {
 };
 template <HasPanelUnit Isa, class Codec>
 struct Int8PathTraits<Isa, Codec> {
+  static_assert(Isa::kQuadCrossover <= Isa::kQuadTokens, "up to there an expert is one block");
   using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadCrossover>;
 };
 
-// compute "int8", for formats that have integer codes.
+// compute "int8".
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
 

@@ -1,8 +1,5 @@
 // The floating point compute path: exact weights times activations of the ISA's floating point
-// type.
-//
-// A path is what the forward pass needs to multiply with one kind of activation: how tokens and
-// intermediate features are staged, and the product of staged blocks with pairs of tiles.
+// type (path.h says what a path is).
 #pragma once
 
 #include <cstddef>
@@ -36,7 +33,6 @@ class FloatPath {
     return columns * static_cast<int64_t>(sizeof(Activation));
   }
 
-  // Tiles of a pair that are read side by side.
   static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
     return Gemm::TilesAtOnce(blocks);
   }
@@ -45,7 +41,6 @@ class FloatPath {
     return Gemm::FormFor(blocks, fused_tokens);
   }
 
-  // Gathers rows token[0..tokens) of x [*, columns], row_stride elements apart.
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {
     WithStep(form, [&](auto step) {
@@ -54,7 +49,6 @@ class FloatPath {
     });
   }
 
-  // Features [first, first + count) of token t of a block.
   static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int count, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
     WithStep(form, [&](auto step) {

@@ -1,7 +1,7 @@
 // One round of the forward pass: a bounded number of tokens through all of a layer's experts.
 //
 //   route     group (token, slot) pairs by expert                                     (routing.h)
-//   stage     gather each expert's tokens into blocks, converted for the multiplier  (*_path-inl.h)
+//   stage     gather each expert's tokens into blocks, converted for the multiplier       (path.h)
 //   gate, up  task = a few tiles of gate and of up of one expert, all its tokens; activation;
 //             stage h
 //   down      task = a few tiles of output rows, all experts in ascending order; weighted sum;
@@ -26,12 +26,13 @@
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
 #include "moe/expert_weights.h"
+#include "moe/path.h"
 #include "packing/stage-inl.h"
 
 namespace cpumoe {
 
-// Operator is a MoeOperator, Path a compute path (float_path-inl.h).
-template <class Isa, class Operator, class Path>
+// Operator is a MoeOperator.
+template <class Isa, class Operator, PathFor<typename Operator::Codec> Path>
 class ForwardPass {
   using Codec = typename Operator::Codec;
   using Vec = typename Isa::Vec;

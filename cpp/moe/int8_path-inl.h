@@ -1,5 +1,5 @@
 // The int8 compute path: exact integer weights times activations rounded to int8, for formats whose
-// codes are integers times a unit. See float_path-inl.h for what a path is.
+// codes are integers times a unit. See path.h for what a path is.
 #pragma once
 
 #include <cstddef>

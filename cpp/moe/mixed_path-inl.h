@@ -17,11 +17,13 @@
 #include "base/float_types.h"
 #include "kernels/isa.h"
 #include "kernels/token_blocks.h"
+#include "moe/path.h"
 
 namespace cpumoe {
 
 // Few for up to kFewTokens tokens, in calls of elements more precise than bf16 kPreciseTokens.
-template <class Codec, class Few, class Many, int kFewTokens, int kPreciseTokens = kFewTokens>
+template <class Codec, MultiplierFor<Codec> Few, PathFor<Codec> Many, int kFewTokens,
+          int kPreciseTokens = kFewTokens>
 class MixedPath {
  public:
   static constexpr int kCrossover = std::max(kFewTokens, Many::kCrossover);

@@ -15,7 +15,6 @@
 #include <cstdint>
 
 #include "base/check.h"
-#include "formats/integer_codes.h"
 #include "kernels/isa.h"
 #include "moe/compute_paths-inl.h"
 #include "moe/expert_weights.h"
@@ -65,7 +64,7 @@ class MoeOperator : public Moe {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    if constexpr (kHasInt8) {
+    if constexpr (HasInt8Path<Isa, Codec>) {
       if (config().compute == ComputePath::kInt8) {
         Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);
         return;
@@ -75,13 +74,11 @@ class MoeOperator : public Moe {
   }
 
  private:
-  static constexpr bool kHasInt8 = HasIntegerCodes<Format>;
-
   static constexpr int64_t kMaxRoundPairs = 16384;
 
   static const MoeConfig& Checked(const MoeConfig& config) {
-    Require(config.compute == ComputePath::kBf16 || kHasInt8, Format::kName,
-            ": there is no int8 path for this format; use compute \"bf16\"");
+    Require(config.compute == ComputePath::kBf16 || HasInt8Path<Isa, Codec>, Format::kName,
+            ": this ISA has no int8 path for this format; use compute \"bf16\"");
     return config;
   }
 

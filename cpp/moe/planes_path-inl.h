@@ -1,6 +1,6 @@
 // The default compute path where bytes are multiplied faster than floating point numbers: of few
 // tokens, with VPDPBUSD of any number. Exact integer weights times activations of 14 or 21 bits
-// (kernels/plane_gemm-inl.h). See float_path-inl.h for what a path is.
+// (kernels/plane_gemm-inl.h). One half of a mixed path: a MultiplierFor its codec (path.h).
 //
 // A block of tokens is staged as [group][token].
 #pragma once

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
-#include "kernels/isa.h"
+#include "kernels/token_blocks.h"
 #include "moe/routing.h"
 
 namespace cpumoe {

@@ -1,7 +1,8 @@
 // What a variant library (one per ISA, opened with dlopen) exports: one C function, one table.
 //
-// The operators behind Moe are made and destroyed in the library that they came from; no SIMD type
-// and no standard container crosses this border, and only standard exceptions do.
+// The operators behind Moe are made and destroyed in the library that they came from. Both sides
+// are built together (a Workspace's vectors grow in one and are freed in the other), for different
+// CPUs: no SIMD type crosses this border. Exceptions do; all derive from std::exception.
 #pragma once
 
 #include <cstddef>

@@ -29,7 +29,7 @@ void SetTile(TileConfig* config, int tile, int rows, int row_bytes) {
 
 TileConfig ConfigOf(int rows, int row_bytes) {
   TileConfig config;
-  for (int tile = 0; tile < amx::kTiles; ++tile) SetTile(&config, tile, rows, row_bytes);
+  for (int tile = 0; tile < amx::kTileRegisters; ++tile) SetTile(&config, tile, rows, row_bytes);
   return config;
 }
 
@@ -57,7 +57,7 @@ class AmxTilesTest : public testing::Test {
 
 TEST_F(AmxTilesTest, ConfigurationIsStored) {
   TileConfig config, stored;
-  for (int tile = 0; tile < amx::kTiles; ++tile) SetTile(&config, tile, 2 * tile, 8 * tile);
+  for (int tile = 0; tile < amx::kTileRegisters; ++tile) SetTile(&config, tile, 2 * tile, 8 * tile);
   amx::LoadConfig(config);
   amx::StoreConfig(&stored);
   EXPECT_EQ(Bytes(&stored, 64), Bytes(&config, 64));

@@ -10,6 +10,7 @@
 #include "dispatch/cpu_features.h"
 #include "dispatch/variant_loader.h"
 #include "emulator/emulator.h"
+#include "formats/integer_codes.h"
 
 namespace cpumoe {
 namespace {
@@ -62,8 +63,9 @@ std::vector<IsaFormat> IsaFormats() {
 std::vector<IsaFormat> IsaFormatsAndPaths() {
   std::vector<IsaFormat> all;
   for (IsaFormat param : IsaFormats()) {
-    for (const ComputePath compute : {ComputePath::kBf16, ComputePath::kInt8}) {
-      param.compute = compute;
+    all.push_back(param);
+    param.compute = ComputePath::kInt8;
+    if (VisitFormat(param.format, []<class F>(F) { return HasIntegerCodes<F>; })) {
       all.push_back(param);
     }
   }

@@ -24,7 +24,6 @@ struct Probe {
   using Format = typename Codec::Format;
   using Kernels = Gemm<Isa, Codec>;
   using Floats = FloatPath<Isa, Codec>;
-  using Planes = MixedPath<Codec, PlanesPath<Isa, Codec>, Floats, kAnyTokens>;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
@@ -39,7 +38,11 @@ struct Probe {
                         .groups = groups,
                         .fold = path == Path::kFoldedPanel};
     if (path == Path::kInt8) {
-      Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
+      if constexpr (HasInt8Path<Isa, Codec>) {
+        Multiply<Int8Path<Isa, Codec>>(w, count, StagedForm::kPanel, a, tokens, c);
+      } else {
+        throw std::invalid_argument("there is no int8 path");
+      }
     } else if (path == Path::kPlanes || path == Path::kPlanesOfBf16) {
       MultiplyPlanes(path, w, count, a, tokens, c);
     } else {
@@ -51,11 +54,14 @@ struct Probe {
   static void MultiplyPlanes(Path path, const TilePair& w, int count, const float* a,
                              int64_t tokens, float* c) {
     // Only where variants have them: compiling kernels takes long.
-    if constexpr (!PlaneIsa<Isa>) {
-      throw std::invalid_argument("this ISA does not multiply planes");
-    } else if (path == Path::kPlanes) {
-      Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
+    if constexpr (!HasPlanesPath<Isa, Codec>) {
+      throw std::invalid_argument("there are no planes");
     } else {
+      using Planes = MixedPath<Codec, PlanesPath<Isa, Codec>, Floats, kAnyTokens>;
+      if (path == Path::kPlanes) {
+        Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
+        return;
+      }
       std::vector<Bf16> x;
       for (int64_t i = 0; i < tokens * w.groups * Format::kGroupSize; ++i) {
         x.push_back(Bf16::FromFloat(a[i]));

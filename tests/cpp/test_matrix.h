@@ -27,6 +27,7 @@ template <class F>
 std::vector<typename F::Scale> ValidScales() {
   using Scale = typename F::Scale;
   constexpr int kBits = 8 * sizeof(Scale);
+  static_assert(kBits <= 16, "choose some of the scales that this format allows");
   std::vector<Scale> scales;
   for (uint32_t bits = 0; bits < (1u << kBits); ++bits) {
     const uint32_t mantissa = bits & 0x7f, exponent = (bits >> 7) & 0xff;

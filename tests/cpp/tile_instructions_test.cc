@@ -35,7 +35,7 @@ class TileInstructionsTest : public testing::Test {
 [[gnu::noinline]] void Configure(int rows) {
   TileConfig config;
   for (const int all_rows : {16, rows}) {
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < kTileRegisters; ++tile) {
       config.rows[tile] = static_cast<uint8_t>(all_rows - tile % 2);
       config.row_bytes[tile] = 4;
     }
@@ -53,7 +53,8 @@ class TileInstructionsTest : public testing::Test {
 TEST_F(TileInstructionsTest, ConfigurationHasTheStoresBefore) {
   for (const int rows : {5, 9}) {
     Configure(rows);
-    for (int tile = 0; tile < kTiles; ++tile) EXPECT_EQ(ConfiguredRows(tile), rows - tile % 2);
+    for (int tile = 0; tile < kTileRegisters; ++tile)
+      EXPECT_EQ(ConfiguredRows(tile), rows - tile % 2);
   }
 }
 

@@ -10,7 +10,7 @@
 
 namespace cpumoe::amx {
 
-inline constexpr int kTiles = 8;
+inline constexpr int kTileRegisters = 8;
 inline constexpr int kMaxRows = 16;
 inline constexpr int kMaxRowBytes = 64;
 
@@ -19,13 +19,13 @@ struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
-  uint16_t row_bytes[2 * kTiles] = {};  // from tile 8 on reserved
-  uint8_t rows[2 * kTiles] = {};        // from tile 8 on reserved
+  uint16_t row_bytes[2 * kTileRegisters] = {};  // from tile 8 on reserved
+  uint8_t rows[2 * kTileRegisters] = {};        // from tile 8 on reserved
 };
 static_assert(sizeof(TileConfig) == 64);
 
 template <int kTile>
-concept TileNumber = kTile >= 0 && kTile < kTiles;
+concept TileNumber = kTile >= 0 && kTile < kTileRegisters;
 
 template <int kC, int kA, int kB>
 concept ProductTiles =
