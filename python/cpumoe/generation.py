@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from cpumoe.seed import check_seed
+
 Message = Mapping[str, str]
 FinishReason = Literal["stop", "length", "cancelled"]
 # Below, decoding is greedy: logits divided by less might overflow.
@@ -44,8 +46,8 @@ class Sampling:
             raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
         if "" in self.stop:
             raise ValueError("stop: expected strings of at least one character, got an empty one")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 @dataclass(frozen=True)

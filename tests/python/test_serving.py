@@ -211,6 +211,16 @@ def test_sglang_has_defaults(server):
         assert server.http.post("/generate", json=body).json()["text"] == FIVE
 
 
+def test_an_answer_of_unasked_length_is_what_the_context_has_room_for():
+    with Server(FakeModel(end=10**6)) as server:
+        for path, body in (
+            ("/v1/completions", {"prompt": "x" * 990}),
+            ("/generate", {"text": "x" * 990}),
+        ):
+            assert server.http.post(path, json=body).status_code == 200
+            assert server.model.samplings.pop().max_new_tokens == 10
+
+
 def test_sglang_streams_all_of_the_text_each_time(server):
     body = {"text": "x", "stream": True, "sampling_params": {"stop": ["4"]}}
     events = events_of(server.http.post("/generate", json=body))

@@ -55,7 +55,9 @@ def test_errors_reach_openais_client_as_its_exceptions(server):
     ("field", "value"),
     [
         ("n", 2),
+        ("n", True),
         ("logprobs", True),
+        ("logprobs", 0),
         ("top_logprobs", 3),
         ("logit_bias", {"5": 1}),
         ("frequency_penalty", 0.5),
@@ -69,9 +71,10 @@ def test_errors_reach_openais_client_as_its_exceptions(server):
     ],
 )
 def test_what_cannot_be_honoured_is_named(server, field, value):
-    status, error = server.refuse(CHAT, {"messages": HELLO, field: value})
-    assert (status, error["param"], error["code"]) == (400, field, "unsupported_parameter")
-    assert field in error["message"]
+    for path, body in ((CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "x"})):
+        status, error = server.refuse(path, {**body, field: value})
+        assert (status, error["param"], error["code"]) == (400, field, "unsupported_parameter")
+        assert field in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_signal_ends_an_idle_server(number):
 
 
 def test_a_signal_lets_the_running_answer_finish_and_refuses_others():
-    with serving("--quiet", **SLOW) as process:
+    with serving("--grace", "inf", "--quiet", **SLOW) as process:
         with (
             ThreadPoolExecutor(1) as pool,
             process.http.stream(

@@ -22,6 +22,8 @@ class Job:
         streams: the client wants text as it is generated.
         prompt_param: what the request calls its prompt.
         limit_param: what the request calls `sampling.max_new_tokens`.
+        default_tokens: new tokens where the request does not say, as far as there is room; None:
+            what there is room for.
         prompt_tokens: how many, once the prompt is encoded.
         cancelled: nobody waits for the answer any more.
     """
@@ -34,6 +36,7 @@ class Job:
         streams: bool,
         prompt_param: str,
         limit_param: str,
+        default_tokens: int | None = None,
     ) -> None:
         """Makes a job of the running event loop."""
         self.encode = encode
@@ -41,6 +44,7 @@ class Job:
         self.streams = streams
         self.prompt_param = prompt_param
         self.limit_param = limit_param
+        self.default_tokens = default_tokens
         self.prompt_tokens = 0
         self.cancelled = False
         self._loop = asyncio.get_running_loop()

@@ -274,11 +274,11 @@ def _chat_job(body: ChatBody) -> Job:
 
 def _completion_job(body: CompletionBody) -> Job:
     prompt = body.prompt
-    limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     return Job(
         lambda model: model.encode(prompt) if isinstance(prompt, str) else prompt,
-        make_sampling(limit, body.temperature, body.top_p, body.stop, body.seed),
+        make_sampling(body.max_tokens, body.temperature, body.top_p, body.stop, body.seed),
         streams=bool(body.stream),
         prompt_param="prompt",
         limit_param="max_tokens",
+        default_tokens=_COMPLETION_TOKENS,
     )

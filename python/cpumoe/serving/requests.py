@@ -81,10 +81,15 @@ def refuse_unsupported(
         if name not in neutral:
             raise invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
         accepted = neutral[name]
-        if value not in accepted:
+        if not any(_same(value, harmless) for harmless in accepted):
             only = " or ".join(json.dumps(neutral_value) for neutral_value in accepted)
             problem = f"this server supports only {only}" if only else "not supported"
             raise invalid(f"{name}: {problem}; leave it out", name, "unsupported_parameter")
+
+
+def _same(value: Any, other: Any) -> bool:
+    # Python's 0 is False; as a number of log probabilities it asks for the chosen token's own.
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def make_sampling(

@@ -143,7 +143,7 @@ def _job(body: GenerateBody) -> Job:
     if isinstance(tokens, str) or isinstance(text, list):
         raise invalid("text is a string, input_ids a list of token ids", "text")
     sampling = make_sampling(
-        asked.max_new_tokens or _MAX_NEW_TOKENS,
+        asked.max_new_tokens,
         asked.temperature,
         asked.top_p,
         asked.stop,
@@ -155,4 +155,5 @@ def _job(body: GenerateBody) -> Job:
         streams=bool(body.stream),
         prompt_param="text" if tokens is None else "input_ids",
         limit_param="max_new_tokens",
+        default_tokens=_MAX_NEW_TOKENS,
     )

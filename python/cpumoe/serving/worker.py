@@ -118,6 +118,8 @@ class Worker:
 
     def _wait_until_idle(self, seconds: float) -> bool:
         with self._changed:
+            # More the lock does not take, infinity first.
+            seconds = min(threading.TIMEOUT_MAX, seconds)
             return self._changed.wait_for(lambda: self._running is None, seconds)
 
     def _run(self) -> None:
@@ -168,7 +170,6 @@ class Worker:
     def _limited(self, job: Job) -> Sampling:
         """The job's sampling within what the context and the operator allow."""
         context, used, asked = self._model.context_length, job.prompt_tokens, job.sampling
-        wanted = asked.max_new_tokens
         if used == 0:
             raise invalid("the prompt is empty", job.prompt_param)
         if used >= context:
@@ -178,11 +179,13 @@ class Worker:
                 job.prompt_param,
                 "context_length_exceeded",
             )
+        room = context - used
+        wanted = asked.max_new_tokens or job.default_tokens or room
         if self._max_tokens is not None:
-            wanted = min(wanted or self._max_tokens, self._max_tokens)
+            wanted = min(wanted, self._max_tokens)
         if asked.max_new_tokens is None:
-            wanted = min(wanted or context, context - used)
-        elif wanted is not None and used + wanted > context:
+            wanted = min(wanted, room)
+        elif wanted > room:
             raise invalid(
                 f"the model's context length is {context} tokens, but {used + wanted} were "
                 f"requested: {used} of the prompt and {job.limit_param}={wanted}",
