@@ -19,6 +19,23 @@ def supported_isas() -> list[str]:
     return _core.supported_isas()
 
 
+def usable_isas() -> list[str]:
+    """Returns `supported_isas`, of which there must be one.
+
+    Raises:
+        ValueError: there is none; says what each installed variant lacks.
+    """
+    supported = supported_isas()
+    if not supported:
+        built = (row.name for row in _core.known_isas() if row.built)
+        lacks = "; ".join(f"{isa}: lacks {', '.join(missing_features(isa))}" for isa in built)
+        raise ValueError(
+            f"this CPU can run none of the installed variants ({lacks}); reinstall cpumoe "
+            "with CPUMOE_ISAS empty, which builds all variants"
+        )
+    return supported
+
+
 def missing_features(isa: str) -> list[str]:
     """Returns the CPU features that variant `isa` needs and this CPU lacks.
 
@@ -55,14 +72,6 @@ def select_isa(requested: str | None) -> tuple[str, str]:
     elif forced:
         name, origin = forced, ENVIRONMENT_VARIABLE
     else:
-        supported = supported_isas()
-        if not supported:
-            built = (row.name for row in _core.known_isas() if row.built)
-            lacks = "; ".join(f"{isa}: lacks {', '.join(missing_features(isa))}" for isa in built)
-            raise ValueError(
-                f"this CPU can run none of the installed variants ({lacks}); reinstall cpumoe "
-                "with CPUMOE_ISAS empty, which builds all variants"
-            )
-        return supported[-1], "isa"
+        return usable_isas()[-1], "isa"
     _core.require_isa(name, origin)
     return name, origin

@@ -14,6 +14,7 @@ from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.models import ModelSpec
 from cpumoe.runtime import Runtime
+from cpumoe.seed import check_seed
 from cpumoe.swiglu import SwiGLU
 from cpumoe.synth import Pattern, random_matrix
 
@@ -87,12 +88,13 @@ class LayerWeights:
             reader: the checkpoint; only its config is used.
             pattern: the weights (see `cpumoe.synth.random_matrix`); biases are random normal.
             limit: number of experts; default: the checkpoint's.
-            seed: of the random numbers.
+            seed: of the random numbers, 0 to 2**63 - 1.
             progress: told about each expert.
 
         Raises:
-            ValueError: an unknown pattern, or a format that is not supported.
+            ValueError: an unknown pattern, a format that is not supported, or a seed out of range.
         """
+        check_seed(seed)
         sizes = reader.hidden_size, reader.intermediate_size
         fmt = weight_format(reader.format)
         generator = torch.Generator().manual_seed(seed)

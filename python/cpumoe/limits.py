@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpumoe import _core
-from cpumoe.isa import supported_isas
+from cpumoe.isa import usable_isas
 from cpumoe.runtime import Runtime
 
 _MIN_BUFFER_BYTES = 256 << 20
@@ -80,12 +80,12 @@ class MemoryReader:
                 8 GiB and a quarter of the free memory.
 
         Raises:
-            ValueError: not a positive number of bytes.
+            ValueError: not a positive number of bytes, or no installed variant runs here.
             RuntimeError: the runtime is closed.
         """
         size = _default_buffer_bytes() if buffer_bytes is None else buffer_bytes
         self._runtime = runtime
-        self._isa = supported_isas()[-1]
+        self._isa = usable_isas()[-1]
         before = _kilobytes(_SMAPS, "AnonHugePages")
         self._buffer = _core.ReadBuffer(runtime.core, size)
         gained = (_kilobytes(_SMAPS, "AnonHugePages") - before) * 1024
@@ -123,7 +123,7 @@ def measure_read_bandwidth(
         seconds: time to spend on reading (three runs at least).
 
     Raises:
-        ValueError: not a positive number of bytes.
+        ValueError: not a positive number of bytes, or no installed variant runs here.
         RuntimeError: the runtime is closed.
     """
     return MemoryReader(runtime, buffer_bytes=buffer_bytes).measure(seconds=seconds)

@@ -12,7 +12,7 @@ file        element shape                        content
 ``down.q``  uint8   [experts, hidden, inner/2]
 ``down.s``  uint8   [experts, hidden, inner/32]
 ``x_M``     float32 [M, hidden]                  hidden states of M tokens, bf16 values
-``ids_M``   int32   [calls, M, top_k]            their experts, routing after routing
+``ids_M``   int32   [calls, M, top_k]            their experts, routing after routing; -1: skipped
 ``rw_M``    float32 [M, top_k]                   their weights
 ``ref_M``   float32 [M, hidden]                  the result of the first routing; may be missing
 =========== ======= ============================ ================================================
@@ -94,19 +94,37 @@ class PlainArrays:
 
         Raises:
             FileNotFoundError: there are none, or a file of theirs is missing.
-            ValueError: a file of another size.
+            ValueError: a file of another size, or expert ids that are out of range or all skipped.
         """
         shape = (tokens, self.hidden_size)
-        calls = self._count(f"ids_{tokens}", 4 * tokens * self.top_k, "a routing")
+        ids = self._routings(tokens)
         reference = None
         if (self.folder / f"ref_{tokens}").exists():
             reference = self._read(f"ref_{tokens}", torch.float32, shape).clone()
         return Workload(
             self._read(f"x_{tokens}", torch.float32, shape).bfloat16(),
-            self._read(f"ids_{tokens}", torch.int32, (calls, tokens, self.top_k)).clone(),
+            ids,
             self._read(f"rw_{tokens}", torch.float32, (tokens, self.top_k)).clone(),
             reference,
         )
+
+    def _routings(self, tokens: int) -> torch.Tensor:
+        """Expert ids ``[calls, tokens, top_k]``, -1: skipped."""
+        name = f"ids_{tokens}"
+        calls = self._count(name, 4 * tokens * self.top_k, "a routing")
+        ids = self._read(name, torch.int32, (calls, tokens, self.top_k)).clone()
+        bad = ids[(ids < -1) | (ids > self.num_experts)]
+        if len(bad):
+            raise ValueError(
+                f"{self.folder / name}: expected expert ids from -1 to {self.num_experts}, "
+                f"got {int(bad[0])}"
+            )
+        ids[ids == self.num_experts] = -1  # hosts' other word for it
+        if bool((ids < 0).all()):
+            raise ValueError(
+                f"{self.folder / name}: expected ids of experts, got skipped ones only"
+            )
+        return ids
 
     def _matrices(self, name: str, n: int, k: int) -> QuantizedMatrix:
         group = weight_format(_FORMAT).group_size

@@ -15,6 +15,7 @@ from cpumoe.checkpoint.shards import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.models import ModelSpec
+from cpumoe.seed import check_seed
 from cpumoe.synth_layouts import LAYOUTS, Layout, Piece, Sizes
 
 Pattern = Literal["normal", "uniform", "alternating", "ramp", "random"]
@@ -91,14 +92,14 @@ def write_checkpoint(
     Args:
         out: the folder; created, parents too.
         spec: the model (see `cpumoe.models.find_model`).
-        layers: MoE layers to write (dense layers before them are counted, not written); default
-            and upper end of this and the other sizes: the model's own, any size allowed.
+        layers: MoE layers to write (dense layers before them are counted, not written); default of
+            this and the other sizes: the model's own.
         experts: experts per layer.
         hidden: hidden size.
         intermediate: an expert's inner size.
         top_k: experts per token; default the model's, at most `experts`.
         pattern: the weights (see `random_matrix`).
-        seed: of the random numbers.
+        seed: of the random numbers, 0 to 2**63 - 1.
         overwrite: whether a non-empty folder's checkpoint may be replaced: config, index,
             model.safetensors and the shards that the index lists are deleted first, others stay.
         max_shard_bytes: upper size of a shard that holds more than one tensor.
@@ -108,11 +109,12 @@ def write_checkpoint(
         FileExistsError: `out` is a file, or not empty and `overwrite` is false, or holds
             safetensors files that its index does not list.
         OSError: not enough free disk space.
-        ValueError: a size, pattern or model that cannot be written.
+        ValueError: a size, pattern, seed or model that cannot be written.
     """
     folder = Path(out)
     if pattern not in PATTERNS:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
+    check_seed(seed)
     layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k))
     specs = [tensor for layer in layout.layer_ids for tensor in layout.tensors(layer)]
     _prepare_folder(folder, overwrite, sum(tensor.nbytes for tensor in specs))
@@ -120,7 +122,7 @@ def write_checkpoint(
         folder, specs, layout.config(), max_shard_bytes=max_shard_bytes, progress=progress
     ) as writer:
         for layer in layout.layer_ids:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**64)
             for name, row, tensor in _layer_pieces(layout, layer, pattern, generator):
                 writer.write(name, tensor, row)
     return folder

@@ -17,6 +17,7 @@ from cpumoe.formats import QuantizedMatrix
 from cpumoe.layer_weights import LayerWeights, Progress, silent
 from cpumoe.reference import experts_forward_with_bounds
 from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.seed import check_seed
 
 # Results must not differ by a bit between these numbers of threads.
 THREAD_COUNTS = (1, 2, 5)
@@ -189,10 +190,11 @@ def make_cases(
     `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
 
     Raises:
-        ValueError: a number of tokens below 1, or none.
+        ValueError: a number of tokens below 1, or none; a seed that is not from 0 to 2**63 - 1.
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batches = [_random_batch(weights, count, generator) for count in tokens]
     checked = [_checked_tokens(count) for count in tokens]

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
+from rich.console import Console
 from serving_tools import Server
 from typer.testing import CliRunner
 
-from cpumoe.cli import app, chat, text_model
+from cpumoe.cli import app, chat, console, text_model
 from cpumoe.cli.chat_backends import Answer, ChatError, LocalBackend, ServerBackend
 from cpumoe.cli.chat_session import Session
 from cpumoe.generation import Sampling
@@ -181,6 +182,12 @@ def test_the_screen_shows_no_control_sequences(monkeypatch):
     assert out.getvalue() == "a]0;titleb2J\n\tc\u200d"
 
 
+def test_errors_hold_no_control_sequences(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_err", Console(stderr=True))
+    chat._Terminal().error("a\x1b]0;title\x07b\x9b2J\nc")
+    assert capsys.readouterr().err == "error: a]0;titleb2J c\n"
+
+
 def ask(backend, *contents, **sampling):
     pieces = []
     messages = [
@@ -253,9 +260,22 @@ def test_with_a_server():
         assert result.stderr == f"error: {server.url}/v1: 401: the API key is wrong\n"
 
 
-def test_bad_options_are_one_line(monkeypatch):
-    result = run("--top-p", "3")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-p", "3"], "top_p: expected above 0"),
+        (["http://x", "--compute", "int8"], "--compute: only for a model in this process"),
+        (["http://x", "--chat-template", "t"], "--chat-template: only for a model in this process"),
+        (["--model-name", "x"], "--model-name: only for a server's models"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    result = run(*arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(text_model.importlib.util, "find_spec", lambda name: None)
     result = run("http://x")
     assert 'needs openai, which is not installed: pip install "cpumoe[chat]"' in result.stderr

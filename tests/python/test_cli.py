@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from checkpoint_tools import SMALL, edit_config, write_small
+from checkpoint_tools import SMALL, edit_config, edit_tensors, write_small
 from cli_tools import TINY_DEMO, read, refuse, run, succeed, unsupported_isa
+from safetensors.torch import load_file
 
 import cpumoe
 from cpumoe import _core, validation
@@ -73,6 +74,15 @@ def test_info_with_a_variant_that_the_cpu_lacks(monkeypatch):
     assert json.loads(result.stdout)["isa"]["in_use"] is None
     assert result.stderr.startswith(f"error: CPUMOE_ISA={isa}: ")
     assert cpumoe.missing_features(isa)[0] in result.stderr
+
+
+def test_info_where_no_variant_runs(monkeypatch):
+    monkeypatch.setattr(_core, "supported_isas", list)
+    result = run("info", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["read_bandwidth"] is None
+    assert "this CPU can run none of the installed variants" in result.stderr
+    assert "not measured" in run("info").stdout
 
 
 @pytest.mark.parametrize(
@@ -205,9 +215,12 @@ def test_units():
     assert console.format_percent(0.874) == "87 %"
 
 
-def test_too_little_memory_is_one_line(v4, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_one_line(v4, monkeypatch, error):
     def fail(*_args, **_kwargs):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(validation, "validate", fail)
     assert refuse("validate", v4) == "error: not enough memory\n"
@@ -226,6 +239,31 @@ def test_a_reader_that_has_gone_is_no_error(v4):
         )
     assert ended.stderr == ""
     assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "kimi-k2", "gpt-oss-20b"])
+@pytest.mark.parametrize("supported", [True, False])
+def test_inspect_counts_decoder_layers_only(tmp_path, model, supported):
+    write_small(tmp_path, model)
+    if not supported:
+        edit_config(tmp_path, model_type="other", quantization_config={"quant_method": "awq"})
+    expected = read("inspect", tmp_path)
+    assert expected["bytes"]["layer"] > 0
+    layer, beyond = f"layers.{expected['layers'][0]}.", f"layers.{expected['num_hidden_layers']}."
+    others = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if layer in name:
+            others[f"mtp.{name.removeprefix('model.')}"] = tensor.clone()
+            others[name.replace(layer, beyond)] = tensor.clone()
+    edit_tensors(tmp_path, others)
+    assert read("inspect", tmp_path) == expected
+
+
+def test_inspect_shows_names_as_they_are(v4):
+    edit_config(v4, model_type="[/x]", quantization_config={"quant_method": "[b]"})
+    text = succeed("inspect", v4)
+    assert "[/x]" in text
+    assert "[b]" in text
 
 
 @pytest.mark.parametrize("count", [4, 2**70])

@@ -277,6 +277,13 @@ def test_data(small_model, tmp_path):
     assert "rel. L2" in succeed("--data", tmp_path, "--tokens", 5)
 
 
+def test_ids_of_other_hosts_are_not_counted(small_model, tmp_path):
+    write_arrays(tmp_path, (1,))
+    torch.tensor([[[0, EXPERTS]]], dtype=torch.int32).numpy().tofile(tmp_path / "ids_1")
+    (row,) = measure("--data", tmp_path)["rows"]
+    assert (row["touched_experts"], row["macs"]) == (1, 3 * HIDDEN * INNER)
+
+
 def test_data_refusals(small_model, tmp_path):
     assert "no such folder of plain arrays" in refuse("--data", tmp_path / "nowhere")
     assert "no calls" in refuse("--data", tmp_path)
@@ -292,18 +299,31 @@ def test_data_refusals(small_model, tmp_path):
     assert "down.q: no such file" in refuse("--data", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("expert", "message"), [(EXPERTS + 1, "-1 to 4, got 5"), (-1, "got skipped ones only")]
+)
+def test_ids_of_no_expert_are_refused(small_model, tmp_path, expert, message):
+    write_arrays(tmp_path, (1,))
+    torch.full((1, 1, TOP_K), expert, dtype=torch.int32).numpy().tofile(tmp_path / "ids_1")
+    assert message in refuse("--data", tmp_path)
+
+
 def test_refusals(v4, tmp_path):
+    assert "--model: --data needs a model's name" in refuse("--data", tmp_path, "--model", v4)
     assert "unknown ISA" in refuse("--isa", "avx9000")
     assert "--routing: expected one of balanced, concentrated, zipf" in refuse("--routing", "x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "1,x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "0")
-    assert "--compute: expected one of bf16, " in refuse("--compute", "fp64")
+    assert "--compute: expected one of all, bf16, " in refuse("--compute", "fp64")
+    for seconds in ("inf", "nan", -1):
+        assert "--seconds: expected 0 to 86400, got " in refuse("--seconds", seconds)
     assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")
     assert "DeepSeek-V3 is fp8_block, which is not supported" in refuse("--model", "DeepSeek-V3")
     assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
     assert "is mxfp4, got 'int4'" in refuse("--model", v4, "--format", "int4")
     assert "--plot: expected a name that ends in .png" in refuse("--plot", "roofline.gif")
     assert "no such folder" in refuse("--json", tmp_path / "nowhere" / "a.json")
+    assert "expected a file to write, got a folder" in refuse("--json", tmp_path)
     assert "no such file" in refuse("--compare", tmp_path / "old.json")
     old = tmp_path / "old.json"
     for text, message in (("{", "not JSON"), ("[]", "not written by"), ("{}", "not written by")):

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from cpumoe.cli import app
+from cpumoe.cli import app, generate
 
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 
@@ -43,6 +43,10 @@ def test_generate_streams_the_text_and_reports_speed_beside_it(model):
     assert document["finish_reason"] == "length"
     assert document["completion_tokens"] == 12
     assert document["decode_tokens_per_second"] > 0
+
+
+def test_the_default_number_of_tokens_is_shown():
+    assert f"[default: {generate.DEFAULT_MAX_TOKENS}]" in run("generate", "--help").stdout
 
 
 def test_generate_reads_the_prompt_from_a_pipe_or_file(model, tmp_path):
@@ -80,6 +84,7 @@ def test_generate_with_a_seed_repeats_itself(model):
         ([], "expected either --prompt TEXT or --prompt-file FILE"),
         (["-p", "a", "--prompt-file", "b"], "expected either"),
         (["-p", ""], "expected some text"),
+        (["-p", "a", "--chat-template", "FILE"], "--chat-template: only --chat has a use for it"),
         (["-p", "a", "--temperature", "-1"], "temperature: expected 0 to 100, got -1.0"),
         (["-p", "a", "--top-p", "0"], "top_p: expected above 0"),
         (["-p", "a", "--dtype", "float8"], "--dtype: expected one of bfloat16, float32"),
@@ -170,6 +175,8 @@ def test_eval_prints_a_table(model, text):
         (["--text", "TEXT", "--window", "513"], "--window: expected at most the model's context"),
         (["--text", "TEXT", "--window", "8", "--stride", "9"], "stride"),
         (["--text", "TEXT", "--compute", "int3"], "--compute"),
+        (["--text", "TEXT", "--experts", "host", "--compute", "int8"], "host has no use for"),
+        (["--text", "TEXT", "--experts", "host", "--isa", "generic"], "host has no use for"),
     ],
 )
 def test_eval_explains_mistakes(model, text, arguments, message):

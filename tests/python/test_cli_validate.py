@@ -82,6 +82,8 @@ def test_validate_chooses_variants(v4, monkeypatch):
     monkeypatch.setenv("CPUMOE_ISA", general)
     assert ran() == [general]
     assert ran("--isa", "all") == cpumoe.supported_isas()
+    monkeypatch.setenv("CPUMOE_ISA", "sse9")
+    assert ran("--isa", best) == [best]
 
 
 def test_validate_compares_a_sample_of_many_tokens(v4, monkeypatch):
@@ -110,6 +112,8 @@ def test_validate_refusals(v4, tmp_path, monkeypatch):
     assert "--tokens: expected positive" in refuse("validate", v4, "--tokens", "0")
     assert "--pattern: expected one of checkpoint," in refuse("validate", v4, "--pattern", "x")
     assert "no such checkpoint folder" in refuse("validate", tmp_path / "nowhere")
+    assert "seed: expected 0 to 2**63 - 1, got -1" in refuse("validate", v4, "--seed", -1)
+    assert "up to 1048576 separated by commas" in refuse("validate", v4, "--tokens", 10**12)
     monkeypatch.setenv("CPUMOE_ISA", "avx9000")
     assert "CPUMOE_ISA=avx9000" in refuse("validate", v4)
     assert "CPUMOE_ISA=avx9000" in refuse("demo", *TINY_DEMO)

@@ -1,15 +1,20 @@
 """Text in, text out, with a tokenizer of one token per byte."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import tokenization_utils_base
 
 from cpumoe.generation import Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 
+TOOLS = Path(__file__).parents[2] / "tools"
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 
 
@@ -62,6 +67,21 @@ def test_half_a_surrogate_pair_is_refused(model):
 def test_a_template_may_refuse_messages(model):
     with pytest.raises(ValueError, match="refuses these messages: unknown role tool"):
         model.encode_chat([{"role": "tool", "content": "x"}])
+
+
+def test_a_template_that_breaks_refuses_messages(model, tokenizer):
+    broken = LanguageModel(model.model, tokenizer, "broken")
+    tokenizer.chat_template = "{{ messages[0].content + 5 }}"
+    with pytest.raises(ValueError, match="refuses these messages: can only concatenate str"):
+        broken.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_texts_beyond_the_context_are_encoded_without_a_warning(model, monkeypatch):
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    monkeypatch.setattr(model.tokenizer, "model_max_length", 4)
+    assert len(model.encode("hello")) == 5
+    assert said == []
 
 
 def test_a_model_without_chat_template_says_so(model, tokenizer):
@@ -191,6 +211,15 @@ def test_the_context_is_the_limit(model):
 def test_tokens_that_the_model_does_not_have_are_refused(model, token):
     with pytest.raises(ValueError, match="expected tokens from 0 to"):
         model.generate([1, token], GREEDY)
+
+
+def test_the_profile_of_decoding(folder):
+    profile = runpy.run_path(str(TOOLS / "decode_profile.py"))["profile"]
+    found = profile(LanguageModel.from_pretrained(folder), "Once", 4)
+    assert (found["tokens"], found["layers"]) == (4, tiny_models.LAYERS)
+    assert found["dispatch_us_per_call"] > 0
+    assert found["kernels_us_per_call"] + found["python_us_per_call"] > 0
+    assert 0 < found["experts_share"] < 1
 
 
 @given(st.text(min_size=1, max_size=40))

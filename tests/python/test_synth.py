@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -244,3 +245,13 @@ def test_overwriting_deletes_no_other_file_that_the_index_names(tmp_path):
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     write_small(out, "gpt-oss-20b", overwrite=True)
     assert all(victim.exists() for victim in victims)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_deletes_nothing(v4, seed):
+    before = sorted(v4.iterdir())
+    message = re.escape(f"seed: expected 0 to 2**63 - 1, got {seed}")
+    with pytest.raises(ValueError, match=message):
+        write_small(v4, "v4-flash", overwrite=True, seed=seed)
+    assert sorted(v4.iterdir()) == before
+    write_small(v4, "v4-flash", overwrite=True, seed=2**63 - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,17 @@ import typer
 from cpumoe._progress import progress_bar
 from cpumoe.cli import bench_compare, bench_plot, bench_report, bench_tune, console
 from cpumoe.cli.errors import InputError, reported
-from cpumoe.cli.options import ThreadsOption, TracebackOption, parse_counts, parse_isas
-from cpumoe.cli.validate import choose_layer
+from cpumoe.cli.options import (
+    BestIsaOption,
+    ComputeOption,
+    ThreadsOption,
+    TracebackOption,
+    choose_layer,
+    parse_computes,
+    parse_isas_or_best,
+    parse_token_counts,
+)
+from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
     from cpumoe.benchmark import Variant
@@ -28,6 +38,7 @@ EXAMPLE = (
 _MODEL = "DeepSeek-V4-Flash"
 _EXPERTS = 64
 _TOKENS = "1,4,16,64,256,1024"
+_MOST_SECONDS = 86400.0
 
 
 _ModelOption = Annotated[
@@ -52,22 +63,12 @@ _RoutingOption = Annotated[
         show_default="balanced",
     ),
 ]
-_IsaOption = Annotated[
-    str | None,
-    typer.Option(
-        "--isa",
-        metavar="all|NAME,...",
-        help="ISA variants to run.",
-        show_default="the one in use",
-    ),
-]
 _FormatOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME", help="Weight format of made-up weights.", show_default="the model's"
     ),
 ]
-_ComputeOption = Annotated[str, typer.Option(metavar="all|NAME,...", help="Compute paths to run.")]
 _ExpertsOption = Annotated[
     int | None,
     typer.Option(
@@ -78,7 +79,7 @@ _ExpertsOption = Annotated[
     ),
 ]
 _SecondsOption = Annotated[
-    float, typer.Option(min=0, metavar="S", help="Time to spend on the calls of each table row.")
+    float, typer.Option(metavar="S", help="Time to spend on the calls of each table row.")
 ]
 _RoundsOption = Annotated[
     int, typer.Option(min=1, metavar="N", help="Rounds in which the rows take turns.")
@@ -121,9 +122,9 @@ def command(
     model: _ModelOption = _MODEL,
     tokens: _TokensOption = None,
     routing: _RoutingOption = None,
-    isa: _IsaOption = None,
+    isa: BestIsaOption = None,
     format: _FormatOption = None,
-    compute: _ComputeOption = "bf16",
+    compute: ComputeOption = COMPUTE_PATHS[0],
     threads: ThreadsOption = None,
     experts: _ExpertsOption = None,
     seconds: _SecondsOption = 2.0,
@@ -148,6 +149,8 @@ def command(
         if compare is not None and json_file == Path("-"):
             raise InputError("--compare prints a table: name a file for --json")
         old = None if compare is None else bench_compare.read(compare)
+        if not 0 <= seconds <= _MOST_SECONDS:  # nor NaN
+            raise InputError(f"--seconds: expected 0 to {_MOST_SECONDS:g}, got {seconds}")
         _require_writable(json_file, plot)
         if plot is not None:
             bench_plot.require(plot)
@@ -160,7 +163,7 @@ def command(
             weights, runtime = _weights(model, format, experts), _runtime(threads)
             bench_tune.run(model, weights, variants, runtime, seconds, rounds, json_file)
             return
-        counts = None if tokens is None else parse_counts(",".join(tokens), "--tokens")
+        counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
             weights = _weights(model, format, experts)
             workloads = _workloads(weights, counts, routing)
@@ -214,17 +217,9 @@ def _output(
 
 def _variants(isa: str | None, compute: str) -> list[Variant]:
     from cpumoe.benchmark import Variant
-    from cpumoe.compute import COMPUTE_PATHS
-    from cpumoe.isa import select_isa
 
-    isas = [select_isa(None)[0]] if isa is None else parse_isas(isa)
-    names = list(COMPUTE_PATHS) if compute == "all" else compute.split(",")
-    names = list(dict.fromkeys(name.strip() for name in names))
-    for name in names:
-        if name not in COMPUTE_PATHS:
-            known = ", ".join((*COMPUTE_PATHS, "all"))
-            raise InputError(f"--compute: expected one of {known}, got {name!r}")
-    return [Variant(isa_name, name) for isa_name in isas for name in names]
+    computes = parse_computes(compute)
+    return [Variant(name, path) for name in parse_isas_or_best(isa) for path in computes]
 
 
 def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:
@@ -256,6 +251,10 @@ def _spec(model: str) -> ModelSpec:
     try:
         return find_model(model)
     except ValueError as error:
+        if Path(model).exists():
+            raise InputError(
+                f"--model: --data needs a model's name, got the path {model}"
+            ) from error
         raise InputError(f"--model: {model}: no such folder, and {error}") from error
 
 
@@ -276,7 +275,7 @@ def _workloads(
             routing=chosen,
             seed=count,
         )
-        for count in tokens or parse_counts(_TOKENS, "--tokens")
+        for count in tokens or parse_token_counts(_TOKENS, "--tokens")
     ]
 
 
@@ -305,5 +304,11 @@ def _runtime(threads: int | None) -> Runtime:
 def _require_writable(*paths: Path | None) -> None:
     """Refuses files that could not be written, before minutes are spent on their content."""
     for path in paths:
-        if path is not None and path != Path("-") and not path.parent.is_dir():
+        if path is None or path == Path("-"):
+            continue
+        if not path.parent.is_dir():
             raise InputError(f"{path}: no such folder: {path.parent}")
+        if path.is_dir():
+            raise InputError(f"{path}: expected a file to write, got a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{path}: no permission to write it")

@@ -32,7 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpumoe.cli import console
-from cpumoe.cli.info import cpu_model, versions
+from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
     from cpumoe.benchmark import Result, Timing

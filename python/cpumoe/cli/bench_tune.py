@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cpumoe._progress import progress_bar
 from cpumoe.cli import bench_report, console
 from cpumoe.cli.errors import InputError
-from cpumoe.cli.info import cpu_model, versions
+from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
     from cpumoe.benchmark import Variant

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
 NOT_ANSWERED = 1
-
-# What could move a terminal's cursor or change its colours.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def command(
@@ -89,12 +85,24 @@ def command(
         sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
         backend: ChatBackend
         if target is not None and target.startswith(("http://", "https://")):
+            _refuse_local(
+                {
+                    "--threads": threads is not None,
+                    "--compute": compute != DEFAULT_COMPUTE,
+                    "--isa": isa is not None,
+                    "--dtype": dtype != DEFAULT_DTYPE,
+                    "--chat-template": chat_template is not None,
+                    "--trust-remote-code": trust_remote_code,
+                }
+            )
             require_package("openai", "chat", "chatting with a server")
             try:
                 backend = ServerBackend(target, api_key, model_name)
             except ChatError as error:
                 raise InputError(str(error)) from error
         else:
+            if model_name is not None:
+                raise InputError("--model-name: only for a server's models; leave it out")
             backend = LocalBackend(
                 load_text_model(
                     target,
@@ -118,6 +126,13 @@ def command(
             raise typer.Exit(NOT_ANSWERED)
 
 
+def _refuse_local(given: Mapping[str, bool]) -> None:
+    """Refuses options that say how a model runs in this process, where a server's is asked for."""
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError(f"{option}: only for a model in this process; leave it out")
+
+
 class _Plain:
     """Answers to standard output, and nothing else there."""
 
@@ -139,7 +154,7 @@ class _Terminal(_Plain):
     """For people: each answer is followed by its speed."""
 
     def text(self, piece: str) -> None:
-        super().text(_CONTROLS.sub("", piece))
+        super().text(console.without_controls(piece))
 
     def end_answer(self, answer: Answer | None) -> None:
         self.text("\n")
@@ -147,7 +162,7 @@ class _Terminal(_Plain):
             self.note(_describe(answer))
 
     def note(self, message: str) -> None:
-        console.show_aside(_CONTROLS.sub("", message))
+        console.show_aside(message)
 
 
 def _describe(answer: Answer) -> str:

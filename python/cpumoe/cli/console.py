@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ _err = Console(stderr=True, highlight=False)
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 OK = "[green]yes[/]"
 NOT_OK = "[bold red]NO[/]"
 
@@ -38,7 +41,7 @@ def show(*parts: RenderableType) -> None:
 
 def show_aside(text: str) -> None:
     """Prints a remark to standard error, so that standard output holds the result alone."""
-    _err.print(Text(text, "dim"), soft_wrap=True)
+    _err.print(Text(without_controls(text), "dim"), soft_wrap=True)
 
 
 def show_json(document: Mapping[str, Any]) -> None:
@@ -64,6 +67,11 @@ def print_warning(message: str) -> None:
 def escape(text: str) -> str:
     """Returns text that `show` prints as it is."""
     return markup.escape(text)
+
+
+def without_controls(text: str) -> str:
+    """Returns text without what could move a terminal's cursor or change its colours."""
+    return _CONTROLS.sub("", text)
 
 
 def fact_table(rows: Mapping[str, str]) -> Table:
@@ -145,5 +153,5 @@ def _jsonable(value: Any) -> Any:
 
 
 def _print_line(label: str, style: str, message: str) -> None:
-    line = Text.assemble((label, style), " ".join(message.split()))
+    line = Text.assemble((label, style), without_controls(" ".join(message.split())))
     _err.print(line, soft_wrap=True)

@@ -15,6 +15,9 @@ from cpumoe.cli.console import print_error, print_warning
 VALIDATION_FAILED = 1
 BAD_INPUT = 2
 
+# How PyTorch says so, in a RuntimeError.
+_NO_MEMORY = "can't allocate memory"
+
 
 class InputError(ValueError):
     """Something that the user asked for cannot be done."""
@@ -37,10 +40,15 @@ def reported(traceback: bool) -> Iterator[None]:
             yield
         except BrokenPipeError:
             raise  # Click ends the program without a word
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            message = str(error)
+            if isinstance(error, RuntimeError):
+                if _NO_MEMORY not in message:
+                    raise
+                message = ""
             if traceback:
                 tracebacks.print_exc()
-            print_error(str(error) or "not enough memory")
+            print_error(message or "not enough memory")
             raise typer.Exit(BAD_INPUT) from None
 
 

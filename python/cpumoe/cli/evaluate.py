@@ -12,11 +12,13 @@ from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
+    BestIsaOption,
     ComputeOption,
     JsonOption,
     ThreadsOption,
     TracebackOption,
     parse_computes,
+    parse_isas_or_best,
 )
 from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
@@ -63,14 +65,7 @@ def command(
             help="Who computes experts; host: transformers, from dequantized weights.",
         ),
     ] = _CPUMOE,
-    isa: Annotated[
-        str | None,
-        typer.Option(
-            metavar="all|NAME,...",
-            help="ISA variants to run.",
-            show_default="CPUMOE_ISA if set, else the best",
-        ),
-    ] = None,
+    isa: BestIsaOption = None,
     compute: ComputeOption = COMPUTE_PATHS[0],
     window: Annotated[
         int | None,
@@ -133,14 +128,13 @@ def command(
 
 
 def _ways(experts: str, isa: str | None, compute: str) -> list[_Way]:
-    from cpumoe.cli.options import parse_isas
-    from cpumoe.isa import isa as best_isa
-
     if experts not in (_CPUMOE, _HOST, _ALL):
         raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
+    if experts == _HOST and (isa is not None or compute != COMPUTE_PATHS[0]):
+        raise InputError(f"--isa, --compute: --experts {_HOST} has no use for them; leave them out")
     ways = []
     if experts != _HOST:
-        isas = [best_isa()] if isa is None else parse_isas(isa)
+        isas = parse_isas_or_best(isa)
         ways += [_Way(_CPUMOE, name, path) for path in parse_computes(compute) for name in isas]
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))
@@ -184,7 +178,8 @@ def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
     compared = len(rows) > 1
     if compared:
         columns += ("against the last",)
-    title = f"{name}, {console.format_count(rows[0][1].scored_tokens, 'token')}"
+    scored = console.format_count(rows[0][1].scored_tokens, "token")
+    title = f"{console.escape(name)}, {scored}"
     table = console.data_table(title, columns, text_columns=3)
     for way, result in rows:
         cells = [

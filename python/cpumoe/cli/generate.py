@@ -17,7 +17,6 @@ from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
     ChatTemplateOption,
     DtypeOption,
-    MaxTokensOption,
     ModelArgument,
     OneComputeOption,
     OneIsaOption,
@@ -55,7 +54,9 @@ def command(
         bool,
         typer.Option("--chat", help="Answer the prompt, in the model's chat format."),
     ] = False,
-    max_tokens: MaxTokensOption = DEFAULT_MAX_TOKENS,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="New tokens at most.")
+    ] = DEFAULT_MAX_TOKENS,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     stop: StopOption = None,
@@ -75,6 +76,8 @@ def command(
     the time that cpumoe computes in; the rest is the host's.
     """
     with reported(traceback):
+        if chat_template is not None and not chat:
+            raise InputError("--chat-template: only --chat has a use for it; leave it out")
         text = _prompt(prompt, prompt_file)
         sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
         loaded = load_text_model(

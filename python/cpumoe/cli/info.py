@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,13 +11,11 @@ import typer
 from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import BAD_INPUT, reported
+from cpumoe.cli.machine import cpu_model, versions
 from cpumoe.cli.options import JsonOption, TracebackOption
 
 EXAMPLE = "Example: `cpumoe info --json`"
 
-_CPUINFO = Path("/proc/cpuinfo")
-# Where /proc/cpuinfo names the CPU on x86-64, and on other architectures.
-_MODEL_KEYS = ("model name", "Model", "cpu model", "Hardware")
 _ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not asked[/]"}
 
 
@@ -51,19 +48,6 @@ def collect() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of cpumoe, PyTorch and Python."""
-    import torch
-
-    from cpumoe.cli.app import package_version
-
-    return {
-        "cpumoe": package_version(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
 def _cpu() -> dict[str, Any]:
     from cpumoe import _core
 
@@ -78,18 +62,6 @@ def _cpu() -> dict[str, Any]:
         "cpu_quota": topology.quota if math.isfinite(topology.quota) else None,
         "default_threads": topology.default_threads,
     }
-
-
-def cpu_model() -> str:
-    """Returns what the CPU calls itself, or "unknown"."""
-    try:
-        lines = _CPUINFO.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    fields = dict(
-        reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line])
-    )
-    return next((fields[key] for key in _MODEL_KEYS if fields.get(key)), "unknown")
 
 
 def _isas() -> dict[str, Any]:
@@ -142,30 +114,30 @@ def _formats() -> list[dict[str, Any]]:
     ]
 
 
-def _bandwidth() -> dict[str, Any]:
+def _bandwidth() -> dict[str, Any] | None:
+    from cpumoe.isa import supported_isas
     from cpumoe.limits import measure_read_bandwidth
     from cpumoe.runtime import Runtime
 
+    if not supported_isas():
+        return None
     with progress_bar() as progress, Runtime() as runtime:
         progress("measuring memory bandwidth", 0, 1)
         return dict(vars(measure_read_bandwidth(runtime)))
 
 
 def _render(document: dict[str, Any]) -> None:
-    used, cpu, memory = document["versions"], document["cpu"], document["read_bandwidth"]
+    used, cpu = document["versions"], document["cpu"]
     count = console.format_count
     quota = "none" if cpu["cpu_quota"] is None else count(cpu["cpu_quota"], "CPU")
     sockets, nodes = count(cpu["packages"], "socket"), count(len(cpu["numa_nodes"]), "NUMA node")
-    pages = "huge pages" if memory["huge_pages"] else "small pages"
-    buffer = f"{memory['buffer_bytes'] >> 20} MiB on {pages}"
     facts = {
         "cpumoe": f"{used['cpumoe']} [dim](torch {used['torch']}, Python {used['python']})[/]",
         "CPU": f"{console.escape(cpu['model'])} [dim]({cpu['architecture']})[/]",
         "cores": f"{cpu['cores']} physical, {cpu['logical_cpus']} logical; {sockets}, {nodes}; "
         f"CPU quota: {quota}",
         "threads": f"{cpu['default_threads']} by default",
-        "memory read": f"[bold]{console.format_rate(memory['bytes_per_second'])}[/] "
-        f"[dim]({count(memory['threads'], 'thread')}, {buffer}, loads of {memory['isa']})[/]",
+        "memory read": _memory_read(document["read_bandwidth"]),
     }
     console.show(console.fact_table(facts))
     table = console.data_table("ISA variants", ("name", "status", "missing"), text_columns=3)
@@ -182,6 +154,18 @@ def _render(document: dict[str, Any]) -> None:
         bits = f"{row['bits_per_weight']:g}"
         formats.add_row(row["name"], row["scale"], str(row["group_size"]), bits)
     console.show("", table, "", amx, "", formats)
+
+
+def _memory_read(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "not measured: no variant runs here"
+    threads = console.format_count(measured["threads"], "thread")
+    pages = "huge pages" if measured["huge_pages"] else "small pages"
+    buffer = f"{measured['buffer_bytes'] >> 20} MiB on {pages}"
+    return (
+        f"[bold]{console.format_rate(measured['bytes_per_second'])}[/] "
+        f"[dim]({threads}, {buffer}, loads of {measured['isa']})[/]"
+    )
 
 
 def _status(row: dict[str, Any], isa: dict[str, Any]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +13,10 @@ from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import JsonOption, TracebackOption
 
 if TYPE_CHECKING:
-    from cpumoe.checkpoint import ExpertReader, SafetensorsFolder
+    from cpumoe.checkpoint import ExpertReader
     from cpumoe.swiglu import SwiGLU
 
 EXAMPLE = "Examples: `cpumoe inspect path/to/model`, `cpumoe inspect gpt-oss-120b`"
-
-_EXPERT_TENSOR = re.compile(r"\blayers\.(\d+)\.(?:[\w.]*\.)?experts\.")
 
 
 def command(
@@ -101,8 +97,8 @@ def _registered(name: str) -> dict[str, Any]:
 def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
     layers = reader.layers()
     missing = reader.folder.missing_shards()
-    sizes, damaged = _layer_bytes(reader.folder)
-    layer_bytes = max((sizes.get(layer, 0) for layer in layers), default=0)
+    sizes, damaged = _layer_bytes(reader)
+    layer_bytes = max(sizes, default=0)
     expert_bytes = layer_bytes // reader.num_experts
     reasons = [*reader.unsupported, *(damaged or _contradictions(reader))]
     if missing:
@@ -125,7 +121,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
         "bytes": {
             "expert": expert_bytes,
             "layer": layer_bytes,
-            "experts": sum(sizes.values()) if not missing else layer_bytes * len(layers),
+            "experts": sum(sizes) if not missing else layer_bytes * len(layers),
             "token": expert_bytes * reader.top_k * len(layers),
         },
         "shards": {
@@ -137,22 +133,22 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
     }
 
 
-def _layer_bytes(folder: SafetensorsFolder) -> tuple[dict[int, int], list[str]]:
+def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
     """Bytes of each layer's expert tensors as far as their shards are there; damaged shards."""
     from cpumoe.checkpoint import CheckpointError
 
-    sizes: dict[int, int] = defaultdict(int)
     damaged: dict[str, None] = {}
-    for name in folder.names():
-        match = _EXPERT_TENSOR.search(name)
-        if match is None:
-            continue
+
+    def size(name: str) -> int:
         try:
-            sizes[int(match[1])] += folder.info(name).nbytes
+            return reader.folder.info(name).nbytes
         except FileNotFoundError:
-            continue  # a missing shard, listed as such
+            pass  # a missing shard, listed as such
         except CheckpointError as error:
             damaged[str(error)] = None
+        return 0
+
+    sizes = [sum(map(size, names)) for names in reader.tensor_names().values()]
     return sizes, list(damaged)
 
 
@@ -178,12 +174,12 @@ def _render(document: dict[str, Any]) -> None:
     sizes = document["bytes"]
     facts = {
         "model": console.escape(document.get("name") or document["path"]),
-        "type": document["model_type"],
+        "type": console.escape(document["model_type"]),
         "layers": f"{len(document['layers'])} with routed experts"
         f"{_span(document['layers'])}, {document['num_hidden_layers']} in all",
         "experts": f"{document['num_experts']} per layer, {document['top_k']} per token",
         "sizes": f"hidden {document['hidden_size']}, intermediate {document['intermediate_size']}",
-        "format": document["format"],
+        "format": console.escape(document["format"]),
         "activation": _activation(document["swiglu"], document["has_bias"]),
         "bytes": f"{console.format_bytes(sizes['expert'])} per expert, "
         f"{console.format_bytes(sizes['layer'])} per layer, "

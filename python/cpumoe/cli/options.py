@@ -1,12 +1,19 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they mean."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpumoe.cli.errors import InputError
 from cpumoe.compute import COMPUTE_PATHS
+
+if TYPE_CHECKING:
+    from cpumoe.checkpoint import ExpertReader
+
+# Of one call: more than any context has.
+_MOST_TOKENS = 1 << 20
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document to standard output, nothing else.")
@@ -32,6 +39,15 @@ IsaOption = Annotated[
         metavar="all|NAME,...",
         help="ISA variants to run.",
         show_default="CPUMOE_ISA if set, else all supported",
+    ),
+]
+BestIsaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--isa",
+        metavar="all|NAME,...",
+        help="ISA variants to run.",
+        show_default="CPUMOE_ISA if set, else the best",
     ),
 ]
 ComputeOption = Annotated[
@@ -64,21 +80,48 @@ def parse_isas(text: str | None) -> list[str]:
     """Returns the variants that `--isa` names, checked.
 
     Raises:
-        ValueError: a variant that is unknown, not built, or that this CPU lacks.
+        ValueError: a variant that is unknown, not built, or that this CPU lacks, or none runs here.
     """
-    from cpumoe.isa import ENVIRONMENT_VARIABLE, select_isa, supported_isas
+    from cpumoe.isa import ENVIRONMENT_VARIABLE, select_isa, usable_isas
 
-    chosen, origin = select_isa(None)
     if text is None:
-        return [chosen] if origin == ENVIRONMENT_VARIABLE else supported_isas()
+        chosen, origin = select_isa(None)
+        return [chosen] if origin == ENVIRONMENT_VARIABLE else usable_isas()
     if text == "all":
-        return supported_isas()
+        return usable_isas()
     names = [name.strip() for name in text.split(",")]
     return list(dict.fromkeys(select_isa(name)[0] for name in names))
 
 
-def parse_counts(text: str, option: str) -> list[int]:
-    """Returns the comma-separated positive integers of an option.
+def parse_isas_or_best(text: str | None) -> list[str]:
+    """Returns the variants that `--isa` names; without it, that of `cpumoe.isa`.
+
+    Raises:
+        ValueError: see `parse_isas`.
+    """
+    from cpumoe.isa import isa
+
+    return [isa()] if text is None else parse_isas(text)
+
+
+def choose_layer(reader: ExpertReader, layer: int | None) -> int:
+    """Returns the layer asked for, by default the first with experts, if its experts can be read.
+
+    Raises:
+        InputError: it has none.
+        OSError, ValueError: as `ExpertReader.expert`.
+    """
+    layers = reader.layers()
+    chosen = layers[0] if layer is None and layers else layer or 0
+    try:
+        reader.expert(chosen, 0)
+    except IndexError as error:
+        raise InputError(str(error)) from error
+    return chosen
+
+
+def parse_token_counts(text: str, option: str) -> list[int]:
+    """Returns the comma-separated numbers of tokens per call of an option.
 
     Raises:
         ValueError: something else.
@@ -87,8 +130,9 @@ def parse_counts(text: str, option: str) -> list[int]:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 1:
+    if not counts or min(counts) < 1 or max(counts) > _MOST_TOKENS:
         raise ValueError(
-            f"{option}: expected positive integers separated by commas, as in 1,8,33, got {text!r}"
+            f"{option}: expected positive integers up to {_MOST_TOKENS} separated by commas, as in "
+            f"1,8,33, got {text!r}"
         )
     return list(dict.fromkeys(counts))

@@ -18,14 +18,14 @@ from cpumoe.cli.options import (
     JsonOption,
     ThreadsOption,
     TracebackOption,
+    choose_layer,
     parse_computes,
-    parse_counts,
     parse_isas,
+    parse_token_counts,
 )
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
-    from cpumoe.checkpoint import ExpertReader
     from cpumoe.layer_weights import LayerWeights, Progress
     from cpumoe.validation import CaseResult, IsaResult, Report
 
@@ -80,7 +80,7 @@ def command(
 
         isas = parse_isas(isa)
         computes = parse_computes(compute)
-        counts = parse_counts(",".join(tokens or [_TOKENS]), "--tokens")
+        counts = parse_token_counts(",".join(tokens or [_TOKENS]), "--tokens")
         with progress_bar() as progress:
             weights = _read(model, layer, pattern, experts, seed, progress)
             report = validate(
@@ -188,22 +188,6 @@ def _require_folder(model: str) -> None:
         f"{model} is a model, not a folder; make a checkpoint with: "
         f"cpumoe synth OUT --model {shlex.quote(model)}"
     )
-
-
-def choose_layer(reader: ExpertReader, layer: int | None) -> int:
-    """Returns the layer asked for, by default the first with experts, if its experts can be read.
-
-    Raises:
-        InputError: it has none.
-        OSError, ValueError: as `ExpertReader.expert`.
-    """
-    layers = reader.layers()
-    chosen = layers[0] if layer is None and layers else layer or 0
-    try:
-        reader.expert(chosen, 0)
-    except IndexError as error:
-        raise InputError(str(error)) from error
-    return chosen
 
 
 def _describe(weights: LayerWeights, pattern: str) -> str:
