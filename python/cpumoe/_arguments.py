@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,8 +70,8 @@ def prepare_call(
             )
         topk_weights = topk_weights.float()
     if hidden_states.stride(1) != 1 or hidden_states.is_neg():
-        hidden_states = _in_memory(hidden_states)
-    topk_ids, topk_weights = _in_memory(topk_ids), _in_memory(topk_weights)
+        hidden_states = in_memory(hidden_states)
+    topk_ids, topk_weights = in_memory(topk_ids), in_memory(topk_weights)
     if mask is not None:
         check_mask(mask, num_experts)  # again: it is the caller's, who may have resized it
     output = hidden_states.new_empty((tokens, hidden_size))
@@ -89,8 +90,8 @@ def prepare_call(
     return Call(tensors, output, (hidden_states, topk_ids, topk_weights, mask))
 
 
-def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a contiguous one; a view's lazy minus sign is not in its memory."""
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor, or a contiguous one; a view's lazy minus sign is not in its memory."""
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()
@@ -109,14 +110,13 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> None:
 def normalized(
     row: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
 ) -> QuantizedMatrix:
-    """Returns a matrix, or a stack, as bytes and scales that fit together, without a copy."""
-    if not isinstance(matrices, (QuantizedMatrix, tuple)):
-        raise TypeError(
-            f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), "
-            f"got {type(matrices).__name__}"
-        )
-    if isinstance(matrices, tuple):
+    """Returns a matrix, or a stack, as bytes and scales that fit together."""
+    if isinstance(matrices, tuple) and len(matrices) == 2:
         matrices = QuantizedMatrix(*matrices)
+    if not isinstance(matrices, QuantizedMatrix):
+        raise TypeError(
+            f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), got {_kind(matrices)}"
+        )
     codes, scales = matrices.codes, matrices.scales
     codes = row.normalize_codes(codes, f"{name} codes")
     scales = row.normalize_scales(scales, f"{name} scales")
@@ -127,7 +127,19 @@ def normalized(
     row.check_k(columns, f"{name}: K")
     expected = (*codes.shape[:-1], columns // row.group_size)
     require_shape(tuple(scales.shape), expected, f"{name} scales")
-    return QuantizedMatrix(codes, scales, name=matrices.name)
+    return QuantizedMatrix(codes, scales, name=matrices.name or name)
+
+
+def _kind(value: object) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
+def integer(value: object, name: str) -> int:
+    """Returns an int, or what stands for one, as an int; raises TypeError of anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
 
 
 def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> None:

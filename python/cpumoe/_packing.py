@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from cpumoe import _core
-from cpumoe._arguments import MatrixStack, checked_biases, matrix_view, normalized, require_shape
+from cpumoe._arguments import (
+    MatrixStack,
+    checked_biases,
+    in_memory,
+    matrix_view,
+    normalized,
+    require_shape,
+)
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.runtime import Runtime
@@ -79,26 +86,26 @@ def pack_experts(
     while batch := list(itertools.islice(numbered, BATCH_PER_THREAD * runtime.threads)):
         first = batch[0][0]
         arguments = []
-        floats: list[list[torch.Tensor]] = []  # keeps what the addresses point to
+        sources = []  # keeps what the addresses point to
         for index, weights in batch:
+            matrices = _matrices(row, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
-            floats.append([bias.float().contiguous() for bias in given])
-            addresses = [bias.data_ptr() for bias in floats[-1]] or None
-            arguments.append((_views(row, index, weights), addresses))
+            floats = [in_memory(bias.float()) for bias in given]
+            sources.append((matrices, floats))
+            views = [matrix_view(matrix, matrix.name) for matrix in matrices]
+            arguments.append((views, [bias.data_ptr() for bias in floats] or None))
             own = [bias.clone() for bias in given]
             kept.append((own[0], own[1], own[2]) if own else None)
         moe.pack(runtime.core, first, arguments)
     return kept
 
 
-def _views(row: WeightFormat, index: int, weights: ExpertWeights) -> list[_core.Matrix]:
-    """The addresses of an expert's gate, up and down, checked."""
-    views = []
-    for projection in ("gate", "up", "down"):
-        name = f"expert {index}: {projection}"
-        matrix = normalized(row, getattr(weights, projection), name, stacked=False)
-        views.append(matrix_view(matrix, matrix.name or name))
-    return views
+def _matrices(row: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
+    """An expert's gate, up and down, checked, each with a name for the engine's errors."""
+    return [
+        normalized(row, getattr(weights, name), f"expert {index}: {name}", stacked=False)
+        for name in ("gate", "up", "down")
+    ]
 
 
 def _bias_widths(intermediate: int, hidden: int) -> dict[str, int]:

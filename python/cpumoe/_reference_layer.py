@@ -18,6 +18,7 @@ ExpertMatrices = torch.Tensor | QuantizedMatrix | Sequence[torch.Tensor] | Seque
 ExpertBiases = torch.Tensor | Sequence[torch.Tensor | None] | None
 
 _PLAIN = SwiGLU()
+_BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 class LayerOptions(TypedDict, total=False):
@@ -94,6 +95,15 @@ class ReferenceLayer:
         counts = [_count(m) for m in (self.gate, self.up, self.down)]
         if len(set(counts)) != 1:
             raise ValueError(f"gate, up, down: expected as many experts each, got {counts}")
+        for name in _BIASES:
+            stack = getattr(self, name)
+            if stack is not None and len(stack) != self.num_experts:
+                raise ValueError(f"{name}: expected {self.num_experts} experts, got {len(stack)}")
+        mask = self.expert_mask
+        if mask is not None and (mask.dtype, *mask.shape) != (torch.bool, self.num_experts):
+            raise ValueError(
+                f"expert_mask: expected bool [{self.num_experts}], got {describe(mask)}"
+            )
 
     @property
     def num_experts(self) -> int:
@@ -108,6 +118,10 @@ class ReferenceLayer:
         dtype: torch.dtype,
     ) -> Iterator[Routed]:
         """Yields each expert that has tokens, in the experts' order, its weights in `dtype`."""
+        if hidden_states.dim() != 2:
+            raise ValueError(
+                f"hidden_states: expected [tokens, hidden], got {list(hidden_states.shape)}"
+            )
         tokens, num_experts = hidden_states.shape[0], self.num_experts
         shape = topk_ids.shape
         if topk_ids.dim() != 2 or shape[0] != tokens or shape != topk_weights.shape:
@@ -127,8 +141,14 @@ class ReferenceLayer:
                 continue
             if self.expert_mask is not None and bool(self.expert_mask[expert]):
                 continue
+            dense = self._expert(expert, dtype)
+            hidden = dense.gate.shape[1]
+            if hidden_states.shape[1] != hidden:
+                raise ValueError(
+                    f"hidden_states: expected [tokens, {hidden}], got {list(hidden_states.shape)}"
+                )
             rows, columns = (topk_ids == expert).nonzero(as_tuple=True)
-            yield Routed(self._expert(expert, dtype), rows, topk_weights[rows, columns])
+            yield Routed(dense, rows, topk_weights[rows, columns])
 
     def _expert(self, index: int, dtype: torch.dtype) -> DenseExpert:
         gate, up, down = (self._dense(m[index], dtype) for m in (self.gate, self.up, self.down))
@@ -138,10 +158,19 @@ class ReferenceLayer:
                 f"{list(gate.shape)}, {list(up.shape)}, {list(down.shape)}"
             )
         biases = (
-            None if stack is None or (bias := stack[index]) is None else bias.to(dtype)
-            for stack in (self.gate_bias, self.up_bias, self.down_bias)
+            self._bias(name, index, len(matrix), dtype)
+            for name, matrix in zip(_BIASES, (gate, up, down), strict=True)
         )
         return DenseExpert(gate, up, down, *biases)
+
+    def _bias(self, name: str, index: int, rows: int, dtype: torch.dtype) -> torch.Tensor | None:
+        stack: ExpertBiases = getattr(self, name)
+        bias = None if stack is None else stack[index]
+        if bias is None:
+            return None
+        if tuple(bias.shape) != (rows,):
+            raise ValueError(f"experts.{index}: {name}: expected [{rows}], got {list(bias.shape)}")
+        return bias.to(dtype)
 
     def _dense(self, matrix: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(matrix, QuantizedMatrix):

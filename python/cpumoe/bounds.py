@@ -44,7 +44,7 @@ from cpumoe.activations import (
     quantize_activations,
 )
 from cpumoe.compute import check_compute
-from cpumoe.formats import weight_format
+from cpumoe.formats import dtype_name, weight_format
 from cpumoe.swiglu import SwiGLU
 
 _U32 = 2.0**-24  # unit roundoff of float32
@@ -95,8 +95,8 @@ def experts_forward_with_bound(
 
     Raises:
         IndexError: as `experts_forward`.
-        ValueError: as `experts_forward`; an unknown compute path; sizes that are no multiple of the
-            group size (int8).
+        ValueError: as `experts_forward`; an unknown compute path; another output dtype; sizes that
+            are no multiple of the group size (int8).
     """
     output, bounds = experts_forward_with_bounds(
         hidden_states,
@@ -127,6 +127,9 @@ def experts_forward_with_bounds(
     """Returns what `experts_forward_with_bound` does for several compute paths, bounds by path."""
     for compute in computes:
         check_compute(compute)
+    if output_dtype not in _UNIT_ROUNDOFF:
+        known = " or ".join(map(dtype_name, _UNIT_ROUNDOFF))
+        raise ValueError(f"output_dtype: expected {known}, got {dtype_name(output_dtype)}")
     layer = ReferenceLayer(gate, up, down, **options)
     group_size = _GROUP_SIZE if layer.format is None else weight_format(layer.format).group_size
     output = torch.zeros(hidden_states.shape, dtype=torch.float64)

@@ -13,6 +13,7 @@ from cpumoe._arguments import (
     Call,
     MatrixStack,
     check_mask,
+    integer,
     matrix_view,
     prepare_call,
 )
@@ -27,6 +28,7 @@ from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
 
 _ISAS_CROSSOVER = -1
+_ANY_TOKENS = 2**31 - 1  # as many as the engine can count
 _COMPUTE = {"bf16": _core.ComputePath.BF16, "int8": _core.ComputePath.INT8}
 
 
@@ -84,10 +86,13 @@ class Experts:
         Arguments are theirs: `compute` is "bf16" or "int8", see the class.
         """
         check_compute(compute)
-        if fused_tokens is not None and fused_tokens < 0:
-            raise ValueError(
-                f"fused_tokens: expected 0 or more, or None for the variant's, got {fused_tokens}"
-            )
+        crossover = _ISAS_CROSSOVER
+        if fused_tokens is not None:
+            crossover = min(integer(fused_tokens, "fused_tokens"), _ANY_TOKENS)
+            if crossover < 0:
+                raise ValueError(
+                    f"fused_tokens: expected 0 or more, or None for the variant's, got {crossover}"
+                )
         self._format = weight_format(format)
         name, origin = select_isa(isa)
         self._isa = _core.open_variant(name, origin)
@@ -107,7 +112,7 @@ class Experts:
             has_bias=has_bias,
             compute=_COMPUTE[compute],
             batch_invariant=batch_invariant,
-            fused_tokens=_ISAS_CROSSOVER if fused_tokens is None else fused_tokens,
+            fused_tokens=crossover,
         )
         self._moe = _core.Moe(self._isa, origin, self._format.name, config)
         self._mask: torch.Tensor | None = None
@@ -166,6 +171,7 @@ class Experts:
             CheckpointError: a damaged or incomplete checkpoint (a ValueError).
             UnsupportedFormatError: its experts are in a format that cpumoe does not know.
             IndexError: the layer has no routed experts.
+            TypeError: `fused_tokens` is not an int.
             ValueError: another argument is not one of those above.
         """
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
@@ -308,8 +314,10 @@ class Experts:
             hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
 
         Raises:
+            TypeError: `expert_id` is not an int.
             IndexError: no such expert.
         """
+        expert_id = integer(expert_id, "expert_id")
         if not 0 <= expert_id < self.num_experts:
             raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
         inner, hidden = self.intermediate_size, self.hidden_size
@@ -411,7 +419,9 @@ class Experts:
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:
         row = self._format
+        code_bytes, groups = columns * row.code_bits // 8, columns // row.group_size
+        # On the CPU, where the engine writes, whatever the caller's default device is.
         return QuantizedMatrix(
-            torch.empty(rows, columns * row.code_bits // 8, dtype=torch.uint8),
-            torch.empty(rows, columns // row.group_size, dtype=row.scale_storage),
+            torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
+            torch.empty(rows, groups, dtype=row.scale_storage, device="cpu"),
         )

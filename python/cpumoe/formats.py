@@ -11,11 +11,10 @@ E8M0); compressed-tensors 0.20 ``pack-quantized`` (INT4).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +25,11 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
-# Quantizing works on blocks of this many weights, so that temporaries stay in cache.
-_BLOCK_WEIGHTS = 1 << 17
+# Quantizing works on blocks that are too small for PyTorch to share out among threads. These would
+# meet after every operation: on busy cores that costs ten times what it saves.
+_BLOCK_WEIGHTS = (1 << 15) - 1
+# Adding and subtracting it rounds a float32 below 2^22 to an integer, half to even.
+_ROUNDER = 1.5 * 2**23
 
 
 @dataclass(frozen=True)
@@ -205,16 +207,15 @@ class WeightFormat:
         k = weights.shape[-1]
         self.check_k(k)
         rows = weights.reshape(-1, k)
-        codes = torch.empty(rows.shape[0], k // 2, dtype=torch.uint8)
-        scales = torch.empty(rows.shape[0], k // self.group_size, dtype=self.scale_storage)
+        codes = rows.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
+        scales = rows.new_empty((rows.shape[0], k // self.group_size), dtype=self.scale_storage)
         step = max(1, _BLOCK_WEIGHTS // k)
-        with _one_torch_thread():
-            for start in range(0, rows.shape[0], step):
-                block = slice(start, start + step)
-                groups = rows[block].float().reshape(-1, k // self.group_size, self.group_size)
-                nibbles, scales[block] = self.quantize_groups(groups)
-                pairs = nibbles.view(-1, k // 2, 2)
-                torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
+        for start in range(0, rows.shape[0], step):
+            block = slice(start, start + step)
+            groups = rows[block].float().reshape(-1, k // self.group_size, self.group_size)
+            nibbles, scales[block] = self.quantize_groups(groups)
+            pairs = nibbles.view(-1, k // 2, 2)
+            torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
         lead = weights.shape[:-1]
         return codes.view(*lead, -1), scales.view(*lead, -1)
 
@@ -244,6 +245,7 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
         )
     if tensor.layout != torch.strided or tensor.dim() < 2:
         raise ValueError(f"{name}: expected a dense [..., N, K] tensor, got {describe(tensor)}")
+    tensor = tensor.resolve_neg()  # a view's lazy minus sign is not in its memory
     if tensor.stride(-1) == 1:
         return tensor
     if tensor.shape[-1] == 1:
@@ -255,30 +257,23 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    # PyTorch's threads meet after every operation: on small blocks and busy cores that costs ten
-    # times what it saves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @functools.cache
 def _pair_table(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
     """``[256, 2]``: the two values of each code byte, low nibble first."""
-    return torch.tensor([(values[b & 15], values[b >> 4]) for b in range(256)], dtype=dtype)
+    pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, dtype=dtype, device="cpu")  # whatever the caller's default device
 
 
 def _group_amax(groups: torch.Tensor) -> torch.Tensor:
-    low, high = groups.aminmax(dim=-1)
-    amax = torch.maximum(-low, high)
+    amax = groups.abs().amax(dim=-1)  # aminmax would use threads
     if not bool(amax.isfinite().all()):
         raise ValueError("quantize: weights must be finite, got NaN or Inf")
     return amax
+
+
+def _round_to_integers(x: torch.Tensor) -> torch.Tensor:
+    """Rounds in place, half to even; torch.round would use threads."""
+    return x.add_(_ROUNDER).sub_(_ROUNDER)
 
 
 def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
@@ -289,7 +284,8 @@ def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
     """
     biased = magnitude.clamp(1, 7).view(torch.int32) >> 23  # e + 127
     steps_per_one = ((255 - biased) << 23).view(torch.float32)  # 2^(1 - e)
-    codes = (magnitude * steps_per_one).round_().to(torch.int32).add_(biased - 127, alpha=2)
+    steps = _round_to_integers(magnitude * steps_per_one)
+    codes = steps.to(torch.int32).add_(biased - 127, alpha=2)
     return codes.clamp_(max=7).to(torch.uint8)
 
 
@@ -316,7 +312,7 @@ def _quantize_int4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """
     scales = (_group_amax(groups) / 7.5).to(torch.bfloat16)
     scales[scales == 0] = torch.finfo(torch.bfloat16).eps
-    q = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
+    q = _round_to_integers(groups / scales.float().unsqueeze(-1)).clamp_(-8, 7)
     return q.add_(8).to(torch.uint8), scales
 
 

@@ -194,3 +194,14 @@ def test_check_layer_sees_wrong_sizes_and_missing_shards(v4):
     (v4 / "model.safetensors").rename(v4 / "elsewhere")
     with pytest.raises(FileNotFoundError, match="missing shard"):
         reader.check_layer(0)
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "gpt-oss-20b", "kimi-k2"])
+def test_another_gate_is_not_supported(tmp_path, model):
+    write_small(tmp_path, model)
+    for known in ("silu", "swish", None):
+        edit_config(tmp_path, hidden_act=known)
+        assert open_checkpoint(tmp_path).unsupported == ()
+    edit_config(tmp_path, hidden_act="gelu")
+    with pytest.raises(UnsupportedFormatError, match="hidden_act 'gelu' is not supported"):
+        open_checkpoint(tmp_path).check_supported()

@@ -182,10 +182,11 @@ def test_overlong_and_malformed_shards(sharded):
     path.write_bytes(data + b"x")
     with pytest.raises(CheckpointError, match=rf"too long: expected {len(data)} bytes"):
         SafetensorsFolder(sharded).info("codes")
-    header = b'{"codes": {"dtype": "I8"}}'
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(CheckpointError, match="malformed safetensors header"):
-        SafetensorsFolder(sharded).info("codes")
+    for entry in (b'{"dtype":"I8"}', b'{"dtype":"I8","shape":[1],"data_offsets":[0,1e999]}'):
+        header = b'{"codes":%b}' % entry
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(CheckpointError, match="malformed safetensors header"):
+            SafetensorsFolder(sharded).info("codes")
     entry = b'{"dtype":"I8","shape":[1],"data_offsets":[0,1]}'
     header = b'{"codes":%b,"codes":%b}' % (entry, entry)
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")

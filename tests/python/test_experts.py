@@ -1,6 +1,7 @@
 """What a layer's experts compute, on every ISA variant in every weight format."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -381,3 +382,28 @@ def test_lazy_negation_is_seen():
     expected = experts(-hidden_states, ids, -topk_weights)
     lazy = experts(torch._neg_view(hidden_states), ids, torch._neg_view(topk_weights))
     assert torch.equal(lazy, expected)
+
+
+def test_lazy_negation_of_weights_is_seen():
+    weights = layer("int4", bias=torch.float32)
+    args = inputs(weights, tokens=3)
+    down, bias = weights.down, weights.gate_bias
+    changes = [
+        {"down": QuantizedMatrix(down.codes, negated(down.scales)), "gate_bias": negated(bias)}
+        for negated in (torch.neg, torch._neg_view)
+    ]
+    expected, lazy = (replace(weights, **change).pack()(*args) for change in changes)
+    assert torch.equal(lazy, expected)
+
+
+def test_the_default_device_does_not_matter():
+    weights = layer("mxfp4", bias=torch.bfloat16)
+    args = inputs(weights, tokens=3)
+    expected = weights.pack()(*args)
+    with torch.device("meta"):
+        experts = weights.pack()
+        actual = experts(*args)
+        exported = experts.export(1)
+    assert torch.equal(actual, expected)
+    assert torch.equal(exported.gate.codes, weights.gate.codes[1])
+    assert torch.equal(exported.gate.scales, weights.gate.scales[1])

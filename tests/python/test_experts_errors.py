@@ -180,6 +180,8 @@ def test_export_of_an_expert_that_is_not_there(experts):
     for index in (-1, 4):
         with refused(IndexError, f"expert_id: expected 0..3, got {index}"):
             experts.export(index)
+    with refused(TypeError, "expert_id: expected an int, got 1.5"):
+        experts.export(1.5)
 
 
 def test_unknown_names(weights):
@@ -192,9 +194,12 @@ def test_unknown_names(weights):
         weights.pack(compute="fp7")
 
 
-def test_negative_fused_tokens(weights):
+def test_fused_tokens(weights):
     with refused(ValueError, "fused_tokens: expected 0 or more, or None for the variant's, got -1"):
         weights.pack(fused_tokens=-1)
+    with refused(TypeError, "fused_tokens: expected an int, got 2.5"):
+        weights.pack(fused_tokens=2.5)
+    weights.pack(fused_tokens=2**40)  # more than the kernels are built for
 
 
 def damaged(weights, name, codes=None, scales=None):
@@ -260,10 +265,18 @@ def test_weights(weights, changes, kind, message):
         Experts.from_tensors(**damaged(weights, **changes))
 
 
-def test_weights_that_are_no_pair(weights):
-    message = "gate: expected a QuantizedMatrix or a tuple (codes, scales), got Tensor"
+@pytest.mark.parametrize(
+    ("gate", "kind"),
+    [
+        (lambda matrix: matrix.codes, "Tensor"),
+        (lambda matrix: (matrix.codes,), "a tuple of 1"),
+        (lambda matrix: (matrix.codes, matrix.scales, None), "a tuple of 3"),
+    ],
+)
+def test_weights_that_are_no_pair(weights, gate, kind):
+    message = f"gate: expected a QuantizedMatrix or a tuple (codes, scales), got {kind}"
     with refused(TypeError, message):
-        Experts.from_tensors(**{**weights.tensors, "gate": weights.gate.codes})
+        Experts.from_tensors(**{**weights.tensors, "gate": gate(weights.gate)})
 
 
 def test_no_experts(weights):

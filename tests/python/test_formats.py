@@ -1,11 +1,13 @@
+import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, weight_format
+from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, _pair_table, weight_format
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 np = pytest.importorskip("numpy")
@@ -241,3 +243,29 @@ def test_a_stack_of_matrices_is_indexed_without_a_copy():
     assert stack.nbytes == 3 * 4 * (32 + 2)
     assert MXFP4.bits_per_weight == 4.25
     assert INT4.bits_per_weight == 4.5
+
+
+def test_the_default_device_is_not_remembered():
+    codes, scales = MXFP4.quantize(torch.ones(2, 64))
+    _pair_table.cache_clear()
+    with torch.device("meta"):
+        first = MXFP4.dequantize(codes, scales)
+        assert torch.equal(MXFP4.quantize(first)[0], codes)
+    assert torch.equal(MXFP4.dequantize(codes, scales), first)
+
+
+def test_quantizing_leaves_the_threads_of_others_alone():
+    seen = []
+
+    def quantize_groups(groups):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(torch.get_num_threads).result())
+        return MXFP4.quantize_groups(groups)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        dataclasses.replace(MXFP4, quantize_groups=quantize_groups).quantize(torch.ones(1, 32))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]

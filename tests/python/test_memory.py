@@ -1,8 +1,10 @@
 """Packing a layer takes one copy of its weights."""
 
+import inspect
 import json
 import sys
 
+import peak_memory
 import pytest
 from moe_tools import output_of
 
@@ -11,33 +13,16 @@ from cpumoe.synth import write_checkpoint
 
 EXPERTS = 16
 
-# Anonymous memory: mapped pages of a checkpoint's files do not count, the system can drop them.
-WATCH = """
-import json, sys, threading
+REPORT = """
+import json, sys
 import torch
 from cpumoe import Experts, default_runtime
 
-def anonymous_bytes():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-
-def watch():
-    global peak
-    while not stop.wait(0.001):
-        peak = max(peak, anonymous_bytes())
-
 def report(load):
-    global peak, stop
     default_runtime()
-    before = peak = anonymous_bytes()
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    experts = load()
-    stop.set()
-    watcher.join()
-    peak = max(peak, anonymous_bytes())
-    print(json.dumps([experts.nbytes, before, peak, anonymous_bytes()]))
+    with PeakMemory() as peak:
+        experts = load()
+    print(json.dumps([experts.nbytes, peak.before, peak.bytes, anonymous_bytes()]))
 """
 
 FROM_CHECKPOINT = """
@@ -55,7 +40,8 @@ report(lambda: Experts.from_tensors(gate=gate, up=up, down=down, format="mxfp4")
 
 
 def assert_one_copy(script, argument):
-    nbytes, before, peak, after = json.loads(output_of(WATCH + script, argument))
+    whole = inspect.getsource(peak_memory) + REPORT + script
+    nbytes, before, peak, after = json.loads(output_of(whole, argument))
     stored = EXPERTS * 3 * 4096 * 2048 * 4.25 / 8
     assert stored <= nbytes <= 1.01 * stored
     assert peak - before <= 1.1 * nbytes, f"{(peak - before) / nbytes:.2f} copies of the weights"

@@ -168,6 +168,27 @@ def test_arguments_that_do_not_belong_together_are_refused():
         experts_forward(p.x, p.ids, p.weights, codes, codes, codes, format="mxfp4")
 
 
+def test_shapes_and_dtypes_of_the_rest_are_checked():
+    p = Problem(WEIGHT_FORMATS["mxfp4"])
+
+    def refused(message, function=experts_forward, **options):
+        with pytest.raises(ValueError, match=message):
+            function(*p.arguments, format="mxfp4", **options)
+
+    refused("gate_bias: expected 4 experts, got 3", gate_bias=torch.zeros(3, 96))
+    refused(r"experts.\d: up_bias: expected \[96\], got \[1\]", up_bias=torch.zeros(4, 1))
+    refused(r"experts.\d: down_bias: expected \[64\], got \[96\]", down_bias=torch.zeros(4, 96))
+    for mask in (
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(5, dtype=torch.bool),
+        torch.zeros(4),
+    ):
+        refused(r"expert_mask: expected bool \[4\], got ", expert_mask=mask)
+    refused("got float64", error_bound, output_dtype=torch.float64)
+    p.x = p.x[:, :32]
+    refused(r"hidden_states: expected \[tokens, 64\], got \[7, 32\]")
+
+
 def test_dequantize_checks_its_tensors():
     codes, scales = torch.zeros(2, 16, dtype=torch.int8), torch.full((2, 1), 255).to(torch.uint8)
     with pytest.raises(ValueError, match=r"scales: .* got 255 \(NaN\) at index \[0, 0\]"):

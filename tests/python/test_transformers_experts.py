@@ -9,8 +9,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import cpumoe
+from cpumoe import _core
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
 from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.options import loading_with
 from cpumoe.integrations.transformers.swap import swap_experts
 
 
@@ -166,6 +168,17 @@ def test_module_takes_any_leading_dimensions_and_the_hosts_sentinel(tmp_path):
     assert not module(x, ids, weights).requires_grad
 
 
+def test_compiling_breaks_the_graph_once(tmp_path):
+    block = from_pretrained(tiny_models.deepseek_v4(tmp_path)).model.layers[1].mlp.experts
+
+    def call(x, ids, weights):
+        return block(2 * x, ids, weights) + 1
+
+    with torch.no_grad():
+        explained = torch._dynamo.explain(call)(*routing(6, tiny_models.EXPERTS))
+    assert explained.graph_break_count == 1
+
+
 @pytest.mark.parametrize("module_class", [DeepseekV3Experts, DeepseekV4Experts, GptOssExperts])
 def test_experts_in_memory(module_class):
     module = quantized_in_place(experts_module(module_class))
@@ -213,6 +226,24 @@ def test_training_experts_in_memory_is_refused():
     module.config._experts_implementation = "cpumoe"
     with pytest.raises(RuntimeError, match="cannot train"):
         module(*routing())
+
+
+def test_batch_invariance_reaches_the_engine(tmp_path, monkeypatch):
+    seen = []
+    make = _core.MoeConfig
+
+    def note(**config):
+        seen.append(config["batch_invariant"])
+        return make(**config)
+
+    monkeypatch.setattr(_core, "MoeConfig", note)
+    options = ExpertsOptions(batch_invariant=True)
+    from_pretrained(tiny_models.gpt_oss(tmp_path), options=options)
+    module = quantized_in_place(experts_module(DeepseekV3Experts))
+    module.config._experts_implementation = "cpumoe"
+    with loading_with(options), torch.no_grad():
+        module(*routing())
+    assert seen == [True] * (tiny_models.LAYERS + 1)
 
 
 def test_a_whole_model_in_memory(tmp_path):

@@ -1,10 +1,13 @@
 """Models of transformers with cpumoe's experts, against the host's own dequantized ones."""
 
+import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
 
+import peak_memory
 import pytest
 import tiny_models
 import torch
@@ -45,7 +48,7 @@ def family(request, tmp_path_factory):
 def write(family, folder):
     if family == "kimi":  # under its own name the host knows no such model
         return tiny_models.kimi(folder, model_type="deepseek_v3")
-    return tiny_models.FAMILIES[family](folder)
+    return tiny_models.FAMILIES[family].write(folder)
 
 
 def host(family, folder, dtype):
@@ -111,12 +114,8 @@ def test_int8_is_an_option(family):
 
 
 def test_activation_is_the_modules(family):
-    expected = {
-        "deepseek_v4": cpumoe.SwiGLU(limit=10.0),
-        "gpt_oss": cpumoe.SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0),
-        "kimi": cpumoe.SwiGLU(),
-    }[family[0]]
     model = from_pretrained(family[1])
+    expected = tiny_models.FAMILIES[family[0]].swiglu
     assert {module.experts.swiglu for module in experts_of(model)} == {expected}
 
 
@@ -176,7 +175,7 @@ def test_kimi_loads_under_its_own_name(tmp_path):
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_host_computes_the_same_from_its_own_dense_experts(family, tmp_path):
-    folder = tiny_models.FAMILIES[family](tmp_path)  # each under its own name
+    folder = tiny_models.FAMILIES[family].write(tmp_path)  # each under its own name
     theirs = from_pretrained_by_host(folder, dtype=torch.float32)
     assert experts_of(theirs) == []
     options = ExpertsOptions(isa=FP32_ISAS[0])
@@ -350,6 +349,21 @@ def test_mistaken_options_are_refused_at_once(options):
         ExpertsOptions(**options)
 
 
+def test_a_forced_variant_is_read_where_experts_name_none(tmp_path):
+    script = """
+import sys
+from cpumoe.integrations.transformers import ExpertsOptions, from_pretrained
+from_pretrained(sys.argv[1], options=ExpertsOptions(isa="generic"))
+try:
+    from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "CPUMOE_ISA": "sse9"}
+    folder = str(tiny_models.kimi(tmp_path))
+    assert output_of(script, folder, env=environment).startswith("CPUMOE_ISA=sse9: unknown")
+
+
 def test_damage_is_reported_by_name(tmp_path):
     folder = tiny_models.deepseek_v4(tmp_path)
     edit_tensors(folder, {"layers.3.ffn.experts.0.w2.scale": None})
@@ -358,29 +372,16 @@ def test_damage_is_reported_by_name(tmp_path):
 
 
 PEAK_OF_LOADING = """
-import json, sys, threading, time
+import json, sys
 import torch
 from cpumoe.integrations.transformers import CpuExperts, from_pretrained
 
-def anonymous_bytes():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-
 from_pretrained(sys.argv[1])  # what every load needs once
-before = peak = anonymous_bytes()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, anonymous_bytes())
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = from_pretrained(sys.argv[2])
-done.set()
-watcher.join()
+with PeakMemory() as peak:
+    model = from_pretrained(sys.argv[2])
 packed = sum(m.experts.nbytes for m in model.modules() if isinstance(m, CpuExperts))
 rest = sum(p.nbytes for p in model.parameters())
-print(json.dumps([peak - before, packed, rest]))
+print(json.dumps([peak.bytes - peak.before, packed, rest]))
 """
 
 
@@ -389,7 +390,8 @@ def test_loading_never_allocates_dense_experts(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     tiny_models.deepseek_v4(small)
     tiny_models.deepseek_v4(large, hidden=512, inner=512, experts=32)
-    peak, packed, rest = json.loads(output_of(PEAK_OF_LOADING, str(small), str(large)))
+    script = inspect.getsource(peak_memory) + PEAK_OF_LOADING
+    peak, packed, rest = json.loads(output_of(script, str(small), str(large)))
     dense = packed * 16 / 4.25
     assert packed > 60e6
     assert peak < 1.1 * packed + 2 * rest + 16e6 < 0.6 * dense

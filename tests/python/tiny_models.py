@@ -1,6 +1,8 @@
 """Small random models of each family, saved in the family's native checkpoint format."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from checkpoint_tools import edit_config
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from cpumoe.formats import weight_format
+from cpumoe.swiglu import SwiGLU
 
 EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 288
 _FP8_BLOCK = 128
@@ -180,7 +183,18 @@ def kimi(folder, *, model_type="kimi_k2"):
     return folder
 
 
-FAMILIES = {"deepseek_v4": deepseek_v4, "gpt_oss": gpt_oss, "kimi": kimi}
+class Family(NamedTuple):
+    """What writes a model of it, and its experts' activation."""
+
+    write: Callable[[Path], Path]
+    swiglu: SwiGLU
+
+
+FAMILIES = {
+    "deepseek_v4": Family(deepseek_v4, SwiGLU(limit=10.0)),
+    "gpt_oss": Family(gpt_oss, SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)),
+    "kimi": Family(kimi, SwiGLU()),
+}
 
 
 CHAT_TEMPLATE = (

@@ -30,6 +30,8 @@ PLAIN_SWIGLU_MODEL_TYPES = frozenset(
         "qwen3_next",
     }
 )
+# What all our activations gate by, as ``hidden_act`` calls it; configs may leave it out.
+_SILU = (None, "silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ def positive_number(config: Mapping[str, Any], key: str, default: float) -> floa
 def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
     """Returns a clamp of the config as `positive_number` does; null is None, no clamp."""
     return None if config.get(key, default) is None else positive_number(config, key, default)
+
+
+def unsupported_activation(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns why experts with the config's ``hidden_act`` are not supported, if they are not."""
+    name = config.get("hidden_act")
+    return () if name in _SILU else (f"hidden_act {name!r} is not supported, only 'silu'",)
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

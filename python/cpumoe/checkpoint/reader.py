@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
 from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.swiglu import SwiGLU
@@ -96,7 +98,7 @@ class ExpertReader(ABC):
         self.folder = folder
         self.config = config
         self.format = info.format
-        self.unsupported = info.unsupported
+        self.unsupported = info.unsupported + unsupported_activation(config.text)
         self.swiglu = info.swiglu
         self.model_type = config.model_type
         self.num_experts = config.num_experts
@@ -132,6 +134,16 @@ class ExpertReader(ABC):
     def layers(self) -> list[int]:
         """Returns the layers that have routed experts, ascending."""
         return list(self._prefixes)
+
+    def tensor_names(self) -> dict[int, list[str]]:
+        """Returns the names of each layer's expert tensors, whether they are supported or not."""
+        names = sorted(self.folder.names())
+
+        def starting_with(prefix: str) -> list[str]:
+            candidates = itertools.islice(names, bisect_left(names, prefix), None)
+            return list(itertools.takewhile(lambda name: name.startswith(prefix), candidates))
+
+        return {layer: starting_with(prefix) for layer, prefix in self._prefixes.items()}
 
     def expert(self, layer: int, index: int, *, check_scales: bool = True) -> ExpertWeights:
         """Returns expert `index` of `layer` as views of the mapped file.

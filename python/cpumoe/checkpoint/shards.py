@@ -264,7 +264,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             name: TensorInfo(entry["dtype"], tuple(entry["shape"]), end - start)
             for (name, entry), (start, end) in zip(header.items(), spans, strict=True)
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: malformed safetensors header: {error!r}") from error
     if actual != expected:
         state = "truncated" if actual < expected else "too long"

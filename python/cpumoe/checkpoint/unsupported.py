@@ -14,7 +14,8 @@ from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, 
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.swiglu import SwiGLU
 
-_EXPERT_NAME = re.compile(r"\blayers\.(\d+)\.[\w.]*?\bexperts\.")
+# The layers of multi-token prediction, mtp.layers.0, are no decoder layers.
+_EXPERT_NAME = re.compile(r"(?:(?!mtp\.)\w+\.)*?layers\.(\d+)\.(?:\w+\.)*?experts\.")
 
 
 class UnsupportedReader(ExpertReader):
@@ -35,7 +36,7 @@ class UnsupportedReader(ExpertReader):
 
     @cached_property
     def _found(self) -> dict[int, str]:
-        matches = (_EXPERT_NAME.search(name) for name in self.folder.names())
+        matches = (_EXPERT_NAME.match(name) for name in self.folder.names())
         return {int(match[1]): match[0] for match in matches if match}
 
     @override

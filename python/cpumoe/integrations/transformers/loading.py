@@ -175,7 +175,7 @@ def enable(options: ExpertsOptions | None = None) -> None:
 
 def disable() -> None:
     """Undoes `enable`; models loaded meanwhile stay as they are."""
-    set_default_options(ExpertsOptions())
+    set_default_options(None)
     AUTO_QUANTIZER_MAPPING.update(HOST_QUANTIZERS)
 
 

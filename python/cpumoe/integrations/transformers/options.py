@@ -45,16 +45,20 @@ class ExpertsOptions:
 
 # The host makes its quantizers itself and passes them nothing of ours, so options travel beside it.
 _current: ContextVar[ExpertsOptions | None] = ContextVar("cpumoe_experts_options", default=None)
-_default = ExpertsOptions()
+_default: ExpertsOptions | None = None
 
 
 def current_options() -> ExpertsOptions:
-    """Returns the options of the load that is going on, else those of `enable`."""
-    return _current.get() or _default
+    """Returns the options of the load that is going on, else those of `enable`.
+
+    Raises:
+        ValueError: there are neither, and ``CPUMOE_ISA`` names no variant that runs here.
+    """
+    return _current.get() or _default or ExpertsOptions()
 
 
-def set_default_options(options: ExpertsOptions) -> None:
-    """Sets the options of loads that name none."""
+def set_default_options(options: ExpertsOptions | None) -> None:
+    """Sets the options of loads that name none; None: as they were at first."""
     global _default
     _default = options
 
