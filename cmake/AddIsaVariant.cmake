@@ -45,8 +45,13 @@ function(cpumoe_check_feature feature obstacle)
         "int main() { return __builtin_cpu_supports(\"${feature}\"); }"
         CPUMOE_CAN_DETECT_${id}
     )
-    if(NOT CPUMOE_HAVE_FLAG_${id} OR NOT CPUMOE_CAN_DETECT_${id})
-        set(${obstacle} "the compiler does not know ${feature}" PARENT_SCOPE)
+    if(NOT CPUMOE_HAVE_FLAG_${id})
+        set(${obstacle} "the compiler does not know -m${feature}" PARENT_SCOPE)
+    elseif(NOT CPUMOE_CAN_DETECT_${id})
+        set(${obstacle}
+            "a program that detects ${feature} cannot be built; CMake's log says why"
+            PARENT_SCOPE
+        )
     endif()
 endfunction()
 

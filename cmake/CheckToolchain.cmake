@@ -16,6 +16,6 @@ if(NOT CPUMOE_OLDEST OR CMAKE_CXX_COMPILER_VERSION VERSION_LESS CPUMOE_OLDEST)
         FATAL_ERROR
         "cpumoe needs GCC ${CPUMOE_OLDEST_GNU} or Clang ${CPUMOE_OLDEST_Clang} or later, and "
         "${CMAKE_CXX_COMPILER} is ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}; set the "
-        "environment variable CXX to one of these"
+        "environment variable CXX to one of these and remove ${CMAKE_BINARY_DIR}"
     )
 endif()

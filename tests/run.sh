@@ -36,12 +36,12 @@ done
 
 for preset in "${presets[@]}"; do
     echo "== C++ tests, preset $preset"
-    isas=
+    options=()
     if [[ $preset != dev ]]; then
         # Sanitizers find what happens: variants that cannot run here would only take long to compile.
-        isas=$(build/dev/lib/testable_isas)
+        options=(-D CPUMOE_ISAS="$(build/dev/lib/testable_isas)")
     fi
-    cmake --preset "$preset" -D CPUMOE_ISAS="$isas"
+    cmake --preset "$preset" "${options[@]}"
     cmake --build --preset "$preset"
     ctest --preset "$preset"
 done

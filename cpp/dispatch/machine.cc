@@ -63,7 +63,7 @@ void HandleTrialSigill(int signal, siginfo_t* info, void* context) {
     before.sa_sigaction(signal, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(signal);
-  } else {
+  } else if (before.sa_handler == SIG_DFL || info->si_code > 0) {
     sigaction(SIGILL, &before, nullptr);  // it traps again, which ends the process
   }
 }

@@ -36,7 +36,7 @@ inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
 // Isa::Pair        multiplicands: weights (k, k+1) of every row of a tile
-// Isa::Codes       one packed vector of a tile
+// Isa::Codes       one packed vector of a tile, or where it is: not to outlive its bytes
 // Isa::Table16     values of the sixteen 4-bit codes, exact in bf16
 // Isa::Fold        a group's scales in the form that multiplies a Pair exactly, if it comes from a
 //                  table whose values are kFoldUnit times the codes'

@@ -10,14 +10,17 @@
 
 namespace cpumoe {
 
-// Whether planes of bytes, and the int8 path, exist: codes are integers, and groups short enough
-// for the ISA's sums.
+// Whether the paths of bytes exist: codes are integers, groups whole tiles of intermediate
+// features, and short enough for the ISA's sums.
+template <class Codec>
+concept HasByteGroups =
+    HasIntegerCodes<typename Codec::Format> && Codec::Format::kGroupSize % kTileRows == 0;
 template <class Isa, class Codec>
-concept HasPlanesPath = (Isa::kPlaneTokens > 0) && HasIntegerCodes<typename Codec::Format> &&
-                        PlanesFit<ByteCodec<Isa, Codec>>();
+concept HasPlanesPath =
+    HasByteGroups<Codec> && (Isa::kPlaneTokens > 0) && PlanesFit<ByteCodec<Isa, Codec>>();
 template <class Isa, class Codec>
-concept HasInt8Path = HasIntegerCodes<typename Codec::Format> &&
-                      QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
+concept HasInt8Path =
+    HasByteGroups<Codec> && QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
 
 template <class Isa, class Codec>
 struct DefaultPathTraits {

@@ -78,7 +78,8 @@ class MoeOperator : public Moe {
 
   static const MoeConfig& Checked(const MoeConfig& config) {
     Require(config.compute == ComputePath::kBf16 || HasInt8Path<Isa, Codec>, Format::kName,
-            ": this ISA has no int8 path for this format; use compute \"bf16\"");
+            ": there is no int8 path for this format on this ISA; use compute \"bf16\", or another "
+            "ISA");
     return config;
   }
 

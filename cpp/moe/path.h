@@ -2,8 +2,7 @@
 //
 // A path stages the tokens of an expert, and later their intermediate features, in blocks of up to
 // kBlockTokens in the form that its kernels read, and multiplies staged blocks with pairs of tiles.
-// Of an expert's block it is told which rows, features and token they are; all sums and everything
-// between the two products are the forward pass's.
+// What lies between the two products, and the weighted sum, are the forward pass's.
 #pragma once
 
 #include <concepts>

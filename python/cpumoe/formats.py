@@ -102,7 +102,7 @@ class WeightFormat:
             )
 
     def normalize_codes(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns checkpoint codes as uint8 ``[..., N, K/2]`` bytes, without a copy.
+        """Returns checkpoint codes as uint8 ``[..., N, K/2]`` bytes, as a view where it can.
 
         Args:
             tensor: ``[..., N, K/2]`` int8/uint8, or ``[..., N, K/8]`` int32 (eight codes a word,
@@ -120,7 +120,7 @@ class WeightFormat:
         return tensor.view(torch.uint8)
 
     def normalize_scales(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns checkpoint scales in `scale_storage`, without a copy.
+        """Returns checkpoint scales in `scale_storage`, as a view where it can.
 
         E8M0 scales are reinterpreted, never converted: ``.to(uint8)`` would turn the scale 2^3 into
         the byte 8.

@@ -92,7 +92,7 @@ CPUMOE_FOR_EACH_ISA_AND_FORMAT(DecodeTest);
 
 TEST_P(DecodeTest, Fused) { CheckAllScales(Path::kFused, kernels().fused_tokens); }
 TEST_P(DecodeTest, Planes) {
-  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
+  if (!kernels().planes) GTEST_SKIP() << "this ISA does not multiply planes for " << format();
   CheckAllScales(Path::kPlanes, 2 * kernels().panel_tokens + 1);
 }
 TEST_P(DecodeTest, ScaledPanel) { CheckAllScales(Path::kScaledPanel, 32); }

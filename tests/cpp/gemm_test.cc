@@ -87,7 +87,7 @@ class GemmTest : public IsaFormatTest {
 
   std::vector<Path> PathsFor(int64_t tokens) const {
     std::vector<Path> paths = {Path::kScaledPanel};
-    if (run_.probe().planes) paths.insert(paths.end(), {Path::kPlanes, Path::kPlanesOfBf16});
+    if (kernels().planes) paths.insert(paths.end(), {Path::kPlanes, Path::kPlanesOfBf16});
     if (kernels().folds) paths.push_back(Path::kFoldedPanel);
     if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
     return paths;
@@ -142,6 +142,28 @@ class GemmTest : public IsaFormatTest {
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(GemmTest);
 
+class PlanesTest : public GemmTest {
+ protected:
+  void SetUp() override {
+    GemmTest::SetUp();
+    if (!IsSkipped() && !HasFatalFailure() && !kernels().planes) {
+      GTEST_SKIP() << "this ISA does not multiply planes for " << format();
+    }
+  }
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(PlanesTest);
+
+class Int8Test : public GemmTest {
+ protected:
+  void SetUp() override {
+    GemmTest::SetUp();
+    if (!IsSkipped() && !HasFatalFailure() && !kernels().int8) {
+      GTEST_SKIP() << "this ISA has no int8 path for " << format();
+    }
+  }
+};
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(Int8Test);
+
 TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
   run_.ExpectBestDots();
   for (const int64_t tiles : {1, 2}) {
@@ -166,7 +188,7 @@ TEST_P(GemmTest, AnyDepth) {
 }
 
 // Rounding to int8 changes nothing here, so that the kernels' sums must be the exact ones.
-TEST_P(GemmTest, Int8) {
+TEST_P(Int8Test, SumsAreExact) {
   for (const int64_t groups : {1, 3, 63, 64, 65, 130}) {
     const Weights w = MakeWeights(groups % 2 + 1, groups);
     for (int64_t tokens = 1; tokens <= 2 * kernels().int8_tokens + 1; ++tokens) {
@@ -177,7 +199,7 @@ TEST_P(GemmTest, Int8) {
 }
 
 // The greatest sums there are: narrow ones must not overflow.
-TEST_P(GemmTest, Int8Extremes) {
+TEST_P(Int8Test, Extremes) {
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
     const Weights w = MakeWeights(2, 2, codes);
     for (const float a : {127.0f, -127.0f}) {
@@ -196,8 +218,7 @@ TEST_P(GemmTest, Int8Extremes) {
 }
 
 // Groups of the greatest and of the most different digits, two and three of them.
-TEST_P(GemmTest, PlanesExtremes) {
-  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
+TEST_P(PlanesTest, Extremes) {
   constexpr int32_t kTwo[] = {255 << 5, (64 << 7) - 64};  // bf16 numbers
   constexpr int32_t kThree[] = {(1 << 20) - 1, (63 << 14) + (63 << 7) + 63};
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
@@ -225,8 +246,7 @@ TEST_P(GemmTest, PlanesExtremes) {
 }
 
 // Groups on either side of the rule that decides between two digits and three.
-TEST_P(GemmTest, PlanesBesideAnOutlier) {
-  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
+TEST_P(PlanesTest, BesideAnOutlier) {
   const Weights w = MakeWeights(2, 4);
   const int64_t group = w.columns / 4;
   for (const float others : {0x1.fcp-2f, 0x1p-1f, 0x1.02p-1f}) {  // with 1/2 twice its greatest
@@ -241,8 +261,7 @@ TEST_P(GemmTest, PlanesBesideAnOutlier) {
 }
 
 // More tokens than a group is decoded for at once, and than whole rows are multiplied for.
-TEST_P(GemmTest, PlanesOfManyTokens) {
-  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
+TEST_P(PlanesTest, ManyTokens) {
   const Weights w = MakeWeights(2, 19);
   for (const int64_t tokens : {33, 128, 129, 300}) {
     CheckProduct(Path::kPlanesOfBf16, w, MakeActivations(tokens * w.columns));
@@ -251,8 +270,7 @@ TEST_P(GemmTest, PlanesOfManyTokens) {
 
 // Lone infinities keep their sign, NaN and several infinities in a group become NaN, and neither
 // changes another group's or token's sums.
-TEST_P(GemmTest, PlanesNotFinite) {
-  if (!run_.probe().planes) GTEST_SKIP() << "this ISA does not multiply planes";
+TEST_P(PlanesTest, NotFinite) {
   const Weights w = MakeWeights(1, 3, std::byte{0x22});  // none of them zero
   const std::vector<float> ones(2 * w.columns, 1.0f);
   for (const float special : {INFINITY, -INFINITY, NAN}) {
@@ -284,7 +302,7 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
   const Weights w = MakeWeights(2, 5);
   const std::vector<float> a = MakeActivations(most * w.columns);
   std::vector<Path> paths = PathsFor(1);
-  paths.push_back(Path::kInt8);
+  if (kernels().int8) paths.push_back(Path::kInt8);
   for (const Path path : paths) {
     std::vector<float> alone;  // [tokens, rows]
     for (int64_t t = 0; t < most; ++t) {

@@ -82,7 +82,7 @@ class IsaTest : public IsaTestBase<std::string> {
 
 class IsaFormatTest : public IsaTestBase<IsaFormat> {
  protected:
-  void SetUp() override { Begin(GetParam().isa); }
+  void SetUp() override;
 
   ComputePath compute() const { return GetParam().compute; }
   const std::string& format() const { return GetParam().format; }

@@ -100,9 +100,17 @@ struct Probe {
   }
 
   static FormatEntry Entry() {
-    return {InfoOf<Format>().name, Kernels::kFolding,     Isa::kFusedTokens,
-            Isa::kPanelTokens,     Kernels::kPanelGroups, HasPanelUnit<Isa>,
-            Isa::kQuadTokens,      &Probe::FoldsExactly,  &Probe::Multiply};
+    return {.format = InfoOf<Format>().name,
+            .folds = Kernels::kFolding,
+            .planes = HasPlanesPath<Isa, Codec>,
+            .int8 = HasInt8Path<Isa, Codec>,
+            .fused_tokens = Isa::kFusedTokens,
+            .panel_tokens = Isa::kPanelTokens,
+            .panel_groups = Kernels::kPanelGroups,
+            .panel_unit = HasPanelUnit<Isa>,
+            .int8_tokens = Isa::kQuadTokens,
+            .folds_exactly = &Probe::FoldsExactly,
+            .multiply = &Probe::Multiply};
   }
 };
 
@@ -121,7 +129,6 @@ struct IsaProbe {
       Isa::Store(out + i, Activate<Isa>(swiglu, Isa::Load(gate + i), Isa::Load(up + i)));
     }
   }
-  static constexpr bool kPlanes = PlaneIsa<Isa>;
   static constexpr int ActivationDigits() {
     return std::is_same_v<typename Isa::Activation, float> ? std::numeric_limits<float>::digits : 8;
   }

@@ -15,6 +15,8 @@ enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kPlanes, kPlanesOfB
 struct FormatEntry {
   const char* format;
   bool folds;            // whether kFoldedPanel exists
+  bool planes;           // whether kPlanes and kPlanesOfBf16 exist
+  bool int8;             // whether kInt8 exists
   int64_t fused_tokens;  // most tokens of kFused
   int64_t panel_tokens;  // MR of the panel paths
   int64_t panel_groups;  // groups of a whole panel
@@ -33,7 +35,6 @@ struct FormatEntry {
 struct Api {
   const char* isa;
   int activation_digits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
-  bool planes;            // whether kPlanes and kPlanesOfBf16 exist
   void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
   void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
                    int64_t count);

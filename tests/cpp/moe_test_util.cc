@@ -174,7 +174,7 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   Workspace workspace;
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
   const Rounding rounding = {run_.probe().activation_digits, compute() == ComputePath::kInt8,
-                             run_.probe().planes};
+                             kernels().planes};
   const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
 }

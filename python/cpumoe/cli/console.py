@@ -65,8 +65,8 @@ def print_warning(message: str) -> None:
 
 
 def escape(text: str) -> str:
-    """Returns text that `show` prints as it is."""
-    return markup.escape(text)
+    """Returns text that `show` prints as it is, without what could control the terminal."""
+    return markup.escape(without_controls(text))
 
 
 def without_controls(text: str) -> str:

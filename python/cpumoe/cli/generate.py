@@ -107,8 +107,8 @@ def encode(model: TextModel, text: str, chat: bool) -> list[int]:
 
 
 def write(text: str) -> None:
-    """Writes a piece of generated text, as it is, at once."""
-    sys.stdout.write(text)
+    """Writes a piece of generated text at once, as it is unless people read it."""
+    sys.stdout.write(console.without_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cpumoe.cli import console
-from cpumoe.cli.errors import reported
+from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
     DEFAULT_COMPUTE,
@@ -70,7 +70,7 @@ def command(
     grace: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="For the running answer to finish, once told to stop."
+            metavar="SECONDS", help="For the running answer to finish, once told to stop."
         ),
     ] = DEFAULT_GRACE_SECONDS,
     quiet: Annotated[
@@ -95,6 +95,8 @@ def command(
         from cpumoe.serving.app import create_app
         from cpumoe.serving.server import open_socket, serve
 
+        if not grace >= 0:  # nor NaN
+            raise InputError(f"--grace: expected 0 or more seconds, got {grace}")
         settings = Settings(served_model_name, api_key, queue, max_tokens, max_request_bytes)
         # Before the model, which may take minutes to load: an address in use should not.
         with open_socket(host, port) as listener:

@@ -165,6 +165,8 @@ def _read(
         known = ", ".join((_CHECKPOINT, *PATTERNS))
         raise InputError(f"--pattern: expected one of {known}, got {pattern!r}")
     _require_folder(model)
+    if pattern != _CHECKPOINT and layer is not None:
+        raise InputError("--layer: only the checkpoint's weights have layers; leave it out")
     with open_checkpoint(model) as reader:
         chosen = choose_layer(reader, layer)
         if pattern == _CHECKPOINT:

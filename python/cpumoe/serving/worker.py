@@ -118,7 +118,7 @@ class Worker:
 
     def _wait_until_idle(self, seconds: float) -> bool:
         with self._changed:
-            # More the lock does not take, infinity first.
+            # The lock takes no longer timeout, and infinity least of all.
             seconds = min(threading.TIMEOUT_MAX, seconds)
             return self._changed.wait_for(lambda: self._running is None, seconds)
 

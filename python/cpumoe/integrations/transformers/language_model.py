@@ -148,6 +148,8 @@ class LanguageModel:
                 add_generation_prompt=True,
                 return_dict=False,
             )
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # the template is the checkpoint's code, and may raise anything
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return [int(token) for token in tokens]
