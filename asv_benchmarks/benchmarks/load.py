@@ -1,12 +1,11 @@
 """From a checkpoint's mapped pages, or tensors, to packed weights; a call that does little."""
 
-import threading
-
 import torch
 
 import cpumoe
 
 from . import common
+from .peak_memory import PeakMemory
 
 
 class Load(common.LayerSuite):
@@ -39,10 +38,9 @@ class Load(common.LayerSuite):
     def track_peak_memory(self, folder, isa, source):
         """Anonymous memory at its peak, over the packed bytes; 1 is the least."""
         self.load(isa)
-        before = anonymous_bytes()
         with PeakMemory() as peak:
             experts = self.load(isa)
-        return (peak.bytes - before) / experts.nbytes
+        return (peak.bytes - peak.before) / experts.nbytes
 
     track_peak_memory.unit = "copies"
 
@@ -60,32 +58,6 @@ def stacks(folder):
             torch.stack([matrix.scales for matrix in matrices]),
         )
     return {**stacked, "format": "mxfp4", "swiglu": swiglu}
-
-
-def anonymous_bytes():
-    """Without the mapped pages of files, which the system can drop."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-
-
-class PeakMemory:
-    """Samples the anonymous memory while it is open."""
-
-    def __enter__(self):
-        self.bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
-
-    def _watch(self):
-        while not self._stop.wait(0.001):
-            self.bytes = max(self.bytes, anonymous_bytes())
 
 
 class CallOverhead:

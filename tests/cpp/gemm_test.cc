@@ -146,9 +146,7 @@ class PlanesTest : public GemmTest {
  protected:
   void SetUp() override {
     GemmTest::SetUp();
-    if (!IsSkipped() && !HasFatalFailure() && !kernels().planes) {
-      GTEST_SKIP() << "this ISA does not multiply planes for " << format();
-    }
+    RequireKernels(&kernel_probe::FormatEntry::planes, "planes");
   }
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(PlanesTest);
@@ -157,9 +155,7 @@ class Int8Test : public GemmTest {
  protected:
   void SetUp() override {
     GemmTest::SetUp();
-    if (!IsSkipped() && !HasFatalFailure() && !kernels().int8) {
-      GTEST_SKIP() << "this ISA has no int8 path for " << format();
-    }
+    RequireKernels(&kernel_probe::FormatEntry::int8, "int8 path");
   }
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(Int8Test);

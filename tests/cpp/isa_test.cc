@@ -129,10 +129,13 @@ void IsaRun::End() const {
 
 void IsaFormatTest::SetUp() {
   Begin(GetParam().isa);
-  if (IsSkipped() || HasFatalFailure()) return;
-  if (compute() == ComputePath::kInt8 && !kernels().int8) {
-    GTEST_SKIP() << "this ISA has no int8 path for " << format();
-  }
+  if (compute() == ComputePath::kInt8)
+    RequireKernels(&kernel_probe::FormatEntry::int8, "int8 path");
+}
+
+void IsaFormatTest::RequireKernels(bool kernel_probe::FormatEntry::* kind, const char* name) const {
+  if (IsSkipped() || HasFatalFailure() || kernels().*kind) return;
+  GTEST_SKIP() << "this ISA has no " << name << " for " << format();
 }
 
 const kernel_probe::FormatEntry& IsaFormatTest::kernels() const {

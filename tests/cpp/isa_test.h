@@ -87,6 +87,9 @@ class IsaFormatTest : public IsaTestBase<IsaFormat> {
   ComputePath compute() const { return GetParam().compute; }
   const std::string& format() const { return GetParam().format; }
   const kernel_probe::FormatEntry& kernels() const;
+
+  // Ends SetUp: skips the test, if it is not yet, where the ISA lacks such kernels for the format.
+  void RequireKernels(bool kernel_probe::FormatEntry::* kind, const char* name) const;
 };
 
 // Instantiates a suite derived from IsaTest or IsaFormatTest over the tables.

@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 SWIGLUS = pytest.mark.parametrize(
     "swiglu", [PLAIN, DEEPSEEK_V4, GPT_OSS], ids=["plain", "deepseek_v4", "gpt_oss"]
 )
+# The head of scripts that measure memory: `PeakMemory`, as the benchmarks have it.
+PEAK_MEMORY = (
+    Path(__file__).parents[2] / "asv_benchmarks" / "benchmarks" / "peak_memory.py"
+).read_text()
 
 
 def features(isa: str) -> list[str]:

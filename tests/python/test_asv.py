@@ -12,6 +12,7 @@ import cpumoe
 
 FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
 MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER / "benchmarks")])]
+HELPERS = {"common", "peak_memory"}
 # Each of these suites' combinations starts an interpreter: one is enough.
 SLOW = {"import_time"}
 TOY = {"experts": 2, "hidden": 64, "intermediate": 32}
@@ -52,7 +53,7 @@ def run(suite, arguments):
     return True
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "common"])
+@pytest.mark.parametrize("name", sorted({*MODULES} - HELPERS))
 def test_suites_run(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.chdir(tmp_path)

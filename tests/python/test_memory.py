@@ -1,12 +1,10 @@
 """Packing a layer takes one copy of its weights."""
 
-import inspect
 import json
 import sys
 
-import peak_memory
 import pytest
-from moe_tools import output_of
+from moe_tools import PEAK_MEMORY, output_of
 
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
@@ -40,7 +38,7 @@ report(lambda: Experts.from_tensors(gate=gate, up=up, down=down, format="mxfp4")
 
 
 def assert_one_copy(script, argument):
-    whole = inspect.getsource(peak_memory) + REPORT + script
+    whole = PEAK_MEMORY + REPORT + script
     nbytes, before, peak, after = json.loads(output_of(whole, argument))
     stored = EXPERTS * 3 * 4096 * 2048 * 4.25 / 8
     assert stored <= nbytes <= 1.01 * stored

@@ -1,18 +1,16 @@
 """Models of transformers with cpumoe's experts, against the host's own dequantized ones."""
 
-import inspect
 import json
 import os
 import subprocess
 import sys
 from importlib import metadata
 
-import peak_memory
 import pytest
 import tiny_models
 import torch
 from checkpoint_tools import edit_config, edit_tensors
-from moe_tools import output_of
+from moe_tools import PEAK_MEMORY, output_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -390,7 +388,7 @@ def test_loading_never_allocates_dense_experts(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     tiny_models.deepseek_v4(small)
     tiny_models.deepseek_v4(large, hidden=512, inner=512, experts=32)
-    script = inspect.getsource(peak_memory) + PEAK_OF_LOADING
+    script = PEAK_MEMORY + PEAK_OF_LOADING
     peak, packed, rest = json.loads(output_of(script, str(small), str(large)))
     dense = packed * 16 / 4.25
     assert packed > 60e6

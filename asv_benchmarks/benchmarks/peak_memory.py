@@ -1,4 +1,4 @@
-"""How much memory a piece of code takes at its peak; also the head of scripts that measure it."""
+"""How much memory a piece of code takes at its peak; tests put it before scripts of theirs."""
 
 import threading
 
