@@ -5,7 +5,8 @@ import sys
 import threading
 import time
 
-from cpumoe.generation import Generation, StopStrings
+from cpumoe.generation import Generation, Piece, Prompt
+from cpumoe.stop_strings import StopStrings
 
 
 class FakeModel:
@@ -41,23 +42,26 @@ class FakeModel:
         finally:
             self._busy.release()
 
-    def encode(self, text):
+    def encode(self, text, *, add_special_tokens=True):
         with self._alone():
-            return [ord(character) for character in text]
+            return Prompt(tuple(map(ord, text)))
 
-    def encode_chat(self, messages):
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def encode_chat(self, messages, *, tools=(), template_arguments=None):
         if messages[-1]["role"] == "assistant":
             raise ValueError("the assistant spoke last")
         return self.encode("\n".join(f"{m['role']}: {m['content']}" for m in messages))
 
-    def generate(self, prompt, sampling, *, on_text=None, cancelled=None):
+    def generate(self, prompt, sampling, *, on_piece=None, cancelled=None):
         with self._alone():
-            self.prompts.append("".join(map(chr, prompt)))
+            self.prompts.append(self.decode(prompt.tokens))
             self.samplings.append(sampling)
             self.started.set()
-            return self._count(prompt, sampling, on_text or (lambda _: None), cancelled)
+            return self._count(prompt.tokens, sampling, on_piece or (lambda _: None), cancelled)
 
-    def _count(self, prompt, sampling, on_text, cancelled):
+    def _count(self, prompt, sampling, on_piece, cancelled):
         if not 0 < len(prompt) < self.context_length:
             raise ValueError(f"prompt: expected fewer than {self.context_length} tokens")
         cut = StopStrings(sampling.stop)
@@ -67,9 +71,11 @@ class FakeModel:
             nonlocal text
             text += piece
             if piece:
-                on_text(piece)
+                on_piece(Piece(piece))
 
-        while token < (sampling.max_new_tokens or self.context_length - len(prompt)):
+        limit = sampling.max_new_tokens
+        limit = self.context_length - len(prompt) if limit is None else limit
+        while token < limit:
             token += 1
             time.sleep(self.delay)
             if token == self.fails_at:

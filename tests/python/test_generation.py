@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpumoe.generation import Sampling, StopStrings
+from cpumoe.generation import Sampling
+from cpumoe.stop_strings import StopStrings
 
 # Few letters, so that stop strings, their beginnings and overlaps occur.
 TEXT = st.text("ab", max_size=20)
@@ -93,7 +94,14 @@ def test_no_more_is_held_back_than_may_be_a_stop_string(text, stop):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, got 0"),
+        ({"top_k": -1}, "top_k: expected 0 or more, got -1"),
+        ({"min_p": 1.5}, "min_p: expected 0 to 1, got 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty: expected above 0 and at most 100, got 0"),
+        ({"min_tokens": -1}, "min_tokens: expected 0 or more, got -1"),
+        ({"logprobs": -1}, "logprobs: expected 0 or more, got -1"),
+        ({"json_schema": "{"}, "json_schema: expected JSON, got text that is none"),
+        ({"json_schema": "[]"}, "json_schema: expected a JSON object, got list"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
         ({"temperature": -0.1}, "temperature: expected 0 to 100, got -0.1"),
         ({"temperature": math.nan}, "temperature: expected 0 to 100, got nan"),
         ({"temperature": math.inf}, "temperature: expected 0 to 100, got inf"),

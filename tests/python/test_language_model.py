@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import tokenization_utils_base
 
-from cpumoe.generation import Sampling
+from cpumoe.generation import Prompt, Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 
@@ -38,14 +38,14 @@ def tokenizer(tmp_path_factory):
 def greedy_tokens(model, prompt, count):
     never = torch.tensor([-1])
     ids = model.model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=never
+        torch.tensor([prompt.tokens]), max_new_tokens=count, do_sample=False, eos_token_id=never
     )
-    return ids[0, len(prompt) :].tolist()
+    return ids[0, len(prompt.tokens) :].tolist()
 
 
 def test_prompts_become_tokens(model, folder):
-    assert model.tokenizer.decode(model.encode("Hé?")) == "Hé?"
-    assert len(model.encode("Hé?")) == 4
+    assert model.decode(model.encode("Hé?").tokens) == "Hé?"
+    assert len(model.encode("Hé?").tokens) == 4
     assert model.name == folder.name
     assert model.context_length == 512
     assert LanguageModel.from_pretrained(folder, name="other").name == "other"
@@ -53,7 +53,7 @@ def test_prompts_become_tokens(model, folder):
 
 def test_chats_become_tokens(model):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
-    text = model.tokenizer.decode(model.encode_chat(messages))
+    text = model.decode(model.encode_chat(messages).tokens)
     assert text == "<|system|>s<|user|>hi<|assistant|>"
 
 
@@ -80,7 +80,7 @@ def test_texts_beyond_the_context_are_encoded_without_a_warning(model, monkeypat
     said = []
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
     monkeypatch.setattr(model.tokenizer, "model_max_length", 4)
-    assert len(model.encode("hello")) == 5
+    assert len(model.encode("hello").tokens) == 5
     assert said == []
 
 
@@ -94,12 +94,12 @@ def test_a_model_without_chat_template_says_so(model, tokenizer):
 def test_greedy_text_is_the_hosts(model):
     prompt = model.encode("In the beginning")
     pieces = []
-    result = model.generate(prompt, GREEDY, on_text=pieces.append)
+    result = model.generate(prompt, GREEDY, on_piece=pieces.append)
     tokens = greedy_tokens(model, prompt, 24)
     end = tokens.index(2) if 2 in tokens else None
     assert result.text == model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-    assert "".join(pieces) == result.text
-    assert result.prompt_tokens == len(prompt)
+    assert "".join(piece.text for piece in pieces) == result.text
+    assert result.prompt_tokens == len(prompt.tokens)
     assert result.completion_tokens == (24 if end is None else end + 1)
     assert result.finish_reason == ("length" if end is None else "stop")
     assert result.prefill_seconds > 0
@@ -130,10 +130,10 @@ def test_a_stop_string_ends_the_text_and_is_not_shown(model):
     stop = whole[5:8]
     pieces = []
     result = model.generate(
-        prompt, Sampling(24, temperature=0, stop=("never found", stop)), on_text=pieces.append
+        prompt, Sampling(24, temperature=0, stop=("never found", stop)), on_piece=pieces.append
     )
     assert result.text == whole[: whole.index(stop)]
-    assert "".join(pieces) == result.text
+    assert "".join(piece.text for piece in pieces) == result.text
     assert result.finish_reason == "stop"
     assert result.completion_tokens < 24
 
@@ -193,7 +193,7 @@ def test_an_error_of_the_listener_reaches_the_caller(model):
         raise BrokenPipeError(piece)
 
     with pytest.raises(BrokenPipeError):
-        model.generate(model.encode("Once"), GREEDY, on_text=refuse)
+        model.generate(model.encode("Once"), GREEDY, on_piece=refuse)
     assert model.generate(model.encode("Once"), GREEDY).text  # and the model works on
 
 
@@ -204,13 +204,13 @@ def test_the_context_is_the_limit(model):
     with pytest.raises(ValueError, match="fewer tokens than the context of 512, got 512"):
         model.generate(model.encode("x" * 512), GREEDY)
     with pytest.raises(ValueError, match="at least one token"):
-        model.generate([], GREEDY)
+        model.generate(Prompt(()), GREEDY)
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_tokens_that_the_model_does_not_have_are_refused(model, token):
     with pytest.raises(ValueError, match="expected tokens from 0 to"):
-        model.generate([1, token], GREEDY)
+        model.generate(Prompt((1, token)), GREEDY)
 
 
 def test_the_profile_of_decoding(folder):

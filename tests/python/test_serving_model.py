@@ -41,7 +41,7 @@ def test_all_ways_give_the_models_text(server, model, sampling):
         ]
     native = {"max_new_tokens": 9, "temperature": sampling["temperature"]}
     native["sampling_seed"] = sampling.get("seed")
-    body = {"input_ids": model.encode("Once"), "sampling_params": native}
+    body = {"input_ids": model.encode("Once").tokens, "sampling_params": native}
     assert reply.choices[0].text == expected.text
     assert "".join(streamed) == expected.text
     assert server.http.post("/generate", json=body).json()["text"] == expected.text

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpumoe.generation import Message, Sampling, TextModel
+from cpumoe.generation import Message, Piece, Sampling, TextModel
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk
@@ -81,14 +81,16 @@ class LocalBackend:
         """Answers the last message; see `ChatBackend`."""
         pieces = []
 
-        def keep(piece: str) -> None:
-            pieces.append(piece)
-            on_text(piece)
+        def keep(piece: Piece) -> None:
+            pieces.append(piece.text)
+            on_text(piece.text)
 
         try:
             prompt = self._model.encode_chat(messages)
             with _interrupts() as interrupted:
-                result = self._model.generate(prompt, sampling, on_text=keep, cancelled=interrupted)
+                result = self._model.generate(
+                    prompt, sampling, on_piece=keep, cancelled=interrupted
+                )
         except ValueError as error:
             raise ChatError(str(error)) from error
         except KeyboardInterrupt:

@@ -11,10 +11,17 @@ from typing import Any, Protocol
 from cpumoe.cli.chat_backends import Answer, ChatBackend, ChatError
 from cpumoe.generation import Message, Sampling
 
+
+def _at_least_one(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ChatError(f"max_tokens: expected 1 or more, got {count}")
+    return count
+
+
 _SETTINGS: dict[str, tuple[str, Callable[[str], float]]] = {
     "temperature": ("temperature", float),
     "top_p": ("top_p", float),
-    "max_tokens": ("max_new_tokens", int),
+    "max_tokens": ("max_new_tokens", _at_least_one),
     "seed": ("seed", int),
 }
 _ROLES = ("system", "user", "assistant")
@@ -108,7 +115,7 @@ class Session:
         self.messages.pop()
         if not self.messages or self.messages[-1]["role"] != "user":
             raise ChatError("the last answer had no question; it is removed")
-        return self.messages.pop()["content"]
+        return str(self.messages.pop()["content"])
 
     def _set_system(self, text: str) -> None:
         if self.messages and self.messages[0]["role"] == "system":

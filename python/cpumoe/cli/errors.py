@@ -11,6 +11,7 @@ from typing import TextIO
 import typer
 
 from cpumoe.cli.console import print_error, print_warning
+from cpumoe.generation import ModelError
 
 VALIDATION_FAILED = 1
 BAD_INPUT = 2
@@ -27,9 +28,9 @@ class InputError(ValueError):
 def reported(traceback: bool) -> Iterator[None]:
     """Turns bad input (ValueError, OSError) into one line on standard error and exit code 2.
 
-    Too little memory counts as bad input. A reader of our output that has gone away (``| head``)
-    is no error: nothing is printed. Other exceptions are bugs and keep their traceback. Warnings
-    become one line as well.
+    Too little memory counts as bad input, and so do faults of a model's files. A reader of our
+    output that has gone away (``| head``) is no error: nothing is printed. Other exceptions are
+    bugs and keep their traceback. Warnings become one line as well.
 
     Args:
         traceback: print the traceback too.
@@ -43,9 +44,10 @@ def reported(traceback: bool) -> Iterator[None]:
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             message = str(error)
             if isinstance(error, RuntimeError):
-                if _NO_MEMORY not in message:
+                if _NO_MEMORY in message:
+                    message = ""
+                elif not isinstance(error, ModelError):
                     raise
-                message = ""
             if traceback:
                 tracebacks.print_exc()
             print_error(message or "not enough memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,7 +117,7 @@ def command(
                 trust_remote_code=trust_remote_code,
                 host_experts=way.experts == _HOST,
             )
-            tokens = loaded.encode(content)[:max_tokens]
+            tokens = loaded.encode(content).tokens[:max_tokens]
             rows.append((way, _measure(loaded, tokens, window, stride)))
             name = loaded.name
             del loaded  # two models may not fit
@@ -152,7 +153,7 @@ def _read(model: str | None, text: Path | None) -> str:
 
 
 def _measure(
-    model: LanguageModel, tokens: list[int], window: int | None, stride: int | None
+    model: LanguageModel, tokens: Sequence[int], window: int | None, stride: int | None
 ) -> Perplexity:
     from cpumoe.integrations.transformers import perplexity
 

@@ -31,7 +31,7 @@ from cpumoe.cli.text_model import (
 )
 
 if TYPE_CHECKING:
-    from cpumoe.generation import Generation, TextModel
+    from cpumoe.generation import Generation, Piece, Prompt, TextModel
 
 EXAMPLE = 'Example: `cpumoe generate -p "In the beginning"`'
 
@@ -89,20 +89,20 @@ def command(
             chat_template=chat_template,
             trust_remote_code=trust_remote_code,
         )
-        tokens = encode(loaded, text, chat)
+        encoded = encode(loaded, text, chat)
         if json_output:
-            result = loaded.generate(tokens, sampling)
+            result = loaded.generate(encoded, sampling)
             console.show_json({"model": loaded.name, "prompt": text, **document(result)})
             return
         if not chat:
             write(text)
-        result = loaded.generate(tokens, sampling, on_text=write)
+        result = loaded.generate(encoded, sampling, on_piece=write_piece)
         write("\n")
         console.show_aside(speed_line(result))
 
 
-def encode(model: TextModel, text: str, chat: bool) -> list[int]:
-    """Returns a prompt's tokens, as a text to continue or as a question to answer."""
+def encode(model: TextModel, text: str, chat: bool) -> Prompt:
+    """Returns a prompt, as a text to continue or as a question to answer."""
     return model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
 
 
@@ -110,6 +110,11 @@ def write(text: str) -> None:
     """Writes a piece of generated text at once, as it is unless people read it."""
     sys.stdout.write(console.without_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def write_piece(piece: Piece) -> None:
+    """Writes what a piece has of the answer's text."""
+    write(piece.text)
 
 
 def speed_line(result: Generation) -> str:

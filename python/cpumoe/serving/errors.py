@@ -87,11 +87,11 @@ def stopping() -> ApiError:
     )
 
 
-def internal() -> ApiError:
-    """Returns the error for our own mistakes; the log says more."""
+def internal(message: str = "the server failed to answer; its log says why") -> ApiError:
+    """Returns the error for what no client can mend: our own mistakes, and the model's files."""
     return ApiError(
         500,
-        "the server failed to answer; its log says why",
+        message,
         type=_SERVER,
         code="internal_error",
     )

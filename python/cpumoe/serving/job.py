@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from cpumoe.generation import Generation, Sampling, TextModel
+from cpumoe.generation import Generation, Piece, Prompt, Sampling, TextModel
 from cpumoe.serving.errors import ApiError
 
 
@@ -17,7 +17,7 @@ class Job:
     answer in memory, and never the worker.
 
     Attributes:
-        encode: returns the prompt's tokens; run by the worker, since it may take long.
+        encode: returns the prompt; run by the worker, since it may take long.
         sampling: as the client asks.
         streams: the client wants text as it is generated.
         prompt_param: what the request calls its prompt.
@@ -30,7 +30,7 @@ class Job:
 
     def __init__(
         self,
-        encode: Callable[[TextModel], Sequence[int]],
+        encode: Callable[[TextModel], Prompt],
         sampling: Sampling,
         *,
         streams: bool,
@@ -53,11 +53,11 @@ class Job:
         self._pieces: list[str] = []
         self._outcome: Generation | ApiError | None = None
 
-    def add_text(self, piece: str) -> None:
-        """Takes text from the worker."""
+    def add_piece(self, piece: Piece) -> None:
+        """Takes what has become certain from the worker."""
         with self._lock:
             first = not self._pieces
-            self._pieces.append(piece)
+            self._pieces.append(piece.text)
         # The reader takes all pieces at once: it need not be woken for each.
         if first:
             self._notify()

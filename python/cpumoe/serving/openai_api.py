@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from cpumoe.generation import Generation, TextModel
+from cpumoe.generation import Generation, Prompt, TextModel
 from cpumoe.serving.answer import Answer, Document
 from cpumoe.serving.errors import ApiError, invalid, json_response
 from cpumoe.serving.job import Job
@@ -260,7 +260,7 @@ def _chat_job(body: ChatBody) -> Job:
     new = body.max_completion_tokens is not None
     limit = body.max_completion_tokens if new else body.max_tokens
 
-    def encode(model: TextModel) -> list[int]:
+    def encode(model: TextModel) -> Prompt:
         return model.encode_chat(messages)
 
     return Job(
@@ -275,7 +275,7 @@ def _chat_job(body: ChatBody) -> Job:
 def _completion_job(body: CompletionBody) -> Job:
     prompt = body.prompt
     return Job(
-        lambda model: model.encode(prompt) if isinstance(prompt, str) else prompt,
+        lambda model: model.encode(prompt) if isinstance(prompt, str) else Prompt(tuple(prompt)),
         make_sampling(body.max_tokens, body.temperature, body.top_p, body.stop, body.seed),
         streams=bool(body.stream),
         prompt_param="prompt",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from cpumoe.generation import Generation
+from cpumoe.generation import Generation, Prompt
 from cpumoe.serving.answer import Answer, Document
 from cpumoe.serving.errors import invalid
 from cpumoe.serving.job import Job
@@ -150,7 +150,7 @@ def _job(body: GenerateBody) -> Job:
         asked.sampling_seed,
     )
     return Job(
-        lambda model: model.encode(text) if tokens is None else tokens,
+        lambda model: model.encode(text) if tokens is None else Prompt(tuple(tokens)),
         sampling,
         streams=bool(body.stream),
         prompt_param="text" if tokens is None else "input_ids",

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 
-from cpumoe.generation import Generation, Sampling, TextModel
+from cpumoe.generation import Generation, ModelError, Sampling, TextModel
 from cpumoe.serving.errors import ApiError, internal, invalid, logger, overloaded, stopping
 from cpumoe.serving.job import Job
 
@@ -147,6 +147,9 @@ class Worker:
             return self._generate(job)
         except ApiError as error:
             return error
+        except ModelError as error:
+            logger.error("a request failed: %s", error)
+            return internal(str(error))
         except Exception:
             logger.exception("a request failed")
             return internal()
@@ -155,12 +158,12 @@ class Worker:
         # What the model refuses is the prompt's fault: sampling was checked before.
         try:
             prompt = job.encode(self._model)
-            job.prompt_tokens = len(prompt)
+            job.prompt_tokens = len(prompt.tokens)
             sampling = self._limited(job)
             generation = self._model.generate(
                 prompt,
                 sampling,
-                on_text=job.add_text if job.streams else None,
+                on_piece=job.add_piece if job.streams else None,
                 cancelled=lambda: job.cancelled,
             )
         except ValueError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from cpumoe.generation import (
     FinishReason,
     Generation,
     Message,
+    Piece,
+    Prompt,
     Sampling,
-    StopStrings,
 )
+from cpumoe.integrations.transformers.chat_template import render_chat
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.loading import (
@@ -34,6 +37,7 @@ from cpumoe.integrations.transformers.loading import (
     origin,
 )
 from cpumoe.integrations.transformers.options import ExpertsOptions
+from cpumoe.stop_strings import StopStrings
 
 
 class LanguageModel:
@@ -118,65 +122,83 @@ class LanguageModel:
         """Layer calls of cpumoe's experts so far."""
         return sum(module.spent.calls for module in self._experts)
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a prompt, with what the tokenizer puts before it.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        """Returns the prompt of a text, with what the tokenizer puts before it.
+
+        Args:
+            text: any.
+            add_special_tokens: False: the text alone.
 
         Raises:
             ValueError: half a surrogate pair in it, which no encoding has.
         """
         _check_text(text)
-        # Quietly: whether the text fits the context is the caller's to say.
-        return [int(token) for token in self.tokenizer(text, verbose=False)["input_ids"]]
+        return Prompt(self._tokens(text, add_special_tokens))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the assistant speaks.
-
-        Raises:
-            ValueError: no chat template, or it refuses the messages; text as in `encode`.
-        """
-        for message in messages:
-            _check_text("".join(message.values()))
-
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Returns the prompt of a conversation; see `cpumoe.generation.TextModel.encode_chat`."""
+        _check_text(json.dumps([[*messages], [*tools]], ensure_ascii=False))
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{self.name} has no chat template: it completes text, but cannot chat without one "
                 f"(--chat-template FILE)"
             )
-        try:
-            tokens = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # the template is the checkpoint's code, and may raise anything
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return [int(token) for token in tokens]
+        text = render_chat(self.tokenizer, messages, tools, template_arguments or {})
+        # The template writes all special tokens itself.
+        return Prompt(self._tokens(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of some tokens, special ones included.
+
+        Raises:
+            ValueError: tokens that the model does not have.
+        """
+        self._check_tokens("tokens", tokens)
+        text: str = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _tokens(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        # Quietly: whether the text fits the context is the caller's to say.
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return tuple(int(token) for token in encoded["input_ids"])
+
+    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
+        known = self.model.get_input_embeddings().num_embeddings
+        if tokens and not 0 <= min(tokens) <= max(tokens) < known:
+            raise ValueError(f"{what}: expected tokens from 0 to {known - 1}, got others")
 
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         *,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generation:
         """Continues a prompt; see `cpumoe.generation.TextModel.generate`."""
-        room = self.context_length - len(prompt)
-        if not prompt:
+        tokens = prompt.tokens
+        room = self.context_length - len(tokens)
+        if not tokens:
             raise ValueError("prompt: expected at least one token, got none")
-        if room < 1:
+        if room < (sampling.max_new_tokens != 0):
             raise ValueError(
                 f"prompt: expected fewer tokens than the context of {self.context_length}, "
-                f"got {len(prompt)}"
+                f"got {len(tokens)}"
             )
-        tokens = self.model.get_input_embeddings().num_embeddings
-        if min(prompt) < 0 or max(prompt) >= tokens:
-            raise ValueError(f"prompt: expected tokens from 0 to {tokens - 1}, got others")
-        limit = min(room, sampling.max_new_tokens or room)
-        text = _GrowingText(self.tokenizer, sampling.stop, self._end_tokens, on_text)
-        ids = torch.tensor([list(prompt)])
+        self._check_tokens("prompt", tokens)
+        limit = room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
+        if limit == 0:
+            return Generation("", "length", len(tokens), 0, 0.0, 0.0, 0.0)
+        text = _GrowingText(self.tokenizer, sampling.stop, self._end_tokens, on_piece)
+        ids = torch.tensor([tokens])
         experts_before, start = self.experts_seconds, time.perf_counter()
         with torch.random.fork_rng(devices=[], enabled=sampling.seed is not None):
             if sampling.seed is not None:
@@ -197,7 +219,7 @@ class LanguageModel:
         return Generation(
             text=text.text,
             finish_reason=text.finish_reason,
-            prompt_tokens=len(prompt),
+            prompt_tokens=len(tokens),
             completion_tokens=text.tokens,
             prefill_seconds=first - start,
             decode_seconds=end - first,
@@ -213,12 +235,12 @@ class _GrowingText(BaseStreamer):
         tokenizer: Any,
         stop: Sequence[str],
         end_tokens: frozenset[int],
-        on_text: Callable[[str], None] | None,
+        on_piece: Callable[[Piece], None] | None,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(stop)
         self._end_tokens = end_tokens
-        self._on_text = on_text
+        self._on_piece = on_piece
         self._pieces: list[str] = []
         self._prompt_seen = False
         self.tokens = 0
@@ -258,8 +280,8 @@ class _GrowingText(BaseStreamer):
     def _add(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
-            if self._on_text is not None:
-                self._on_text(piece)
+            if self._on_piece is not None:
+                self._on_piece(Piece(piece))
 
 
 class _StopWhen:

@@ -1,0 +1,46 @@
+"""Finding the strings that end a text while the text grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Cuts a growing text at the first of some strings that is complete.
+
+    Of several that end together the longest counts, so the pieces that the text comes in make no
+    difference. Text that may be the beginning of a stop string is held back until it is certain.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Cuts at the first of `stop`; at none if it is empty."""
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def feed(self, piece: str) -> str:
+        """Takes the next piece of text; returns what of the text so far has become certain."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        hits = [(text.find(stop), stop) for stop in self._stop]
+        ends = [(at + len(stop), at) for at, stop in hits if at >= 0]
+        if ends:
+            self.found = True
+            self._held = ""
+            return text[: min(ends)[1]]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self, piece: str = "") -> str:
+        """Takes the last piece of text; returns all that is left."""
+        text = self.feed(piece)
+        held, self._held = self._held, ""
+        return text + held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
