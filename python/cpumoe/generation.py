@@ -141,12 +141,14 @@ class Piece:
         reasoning: what the model thinks before it answers.
         tool_calls: each of them whole.
         logprobs: of the tokens generated since the last piece.
+        tokens: how many tokens were generated since the last piece.
     """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: int = 0
 
     def __bool__(self) -> bool:
         """Whether there is anything in it."""

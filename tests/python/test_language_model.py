@@ -99,6 +99,8 @@ def test_greedy_text_is_the_hosts(model):
     end = tokens.index(2) if 2 in tokens else None
     assert result.text == model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
     assert "".join(piece.text for piece in pieces) == result.text
+    assert all(piece.tokens > 0 for piece in pieces)
+    assert sum(piece.tokens for piece in pieces) <= result.completion_tokens
     assert result.prompt_tokens == len(prompt.tokens)
     assert result.completion_tokens == (24 if end is None else end + 1)
     assert result.finish_reason == ("length" if end is None else "stop")

@@ -243,6 +243,7 @@ class _GrowingText(BaseStreamer):
         self._on_piece = on_piece
         self._pieces: list[str] = []
         self._prompt_seen = False
+        self._told = 0
         self.tokens = 0
         self.first_token_at: float | None = None
         self.finish_reason: FinishReason = "length"
@@ -281,7 +282,8 @@ class _GrowingText(BaseStreamer):
         if piece:
             self._pieces.append(piece)
             if self._on_piece is not None:
-                self._on_piece(Piece(piece))
+                self._on_piece(Piece(piece, tokens=self.tokens - self._told))
+                self._told = self.tokens
 
 
 class _StopWhen:
