@@ -15,6 +15,7 @@ from cpumoe.cli import (
     demo,
     evaluate,
     generate,
+    host_threads,
     info,
     inspect_model,
     serve,
@@ -76,4 +77,5 @@ def _root(
 
 def main() -> None:
     """Runs the command line; the entry point of the ``cpumoe`` script."""
+    host_threads.bound_waiting()
     app()

@@ -116,6 +116,7 @@ def command(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 host_experts=way.experts == _HOST,
+                decodes=False,
             )
             tokens = loaded.encode(content).tokens[:max_tokens]
             rows.append((way, _measure(loaded, tokens, window, stride)))

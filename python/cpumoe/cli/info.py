@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from cpumoe._progress import progress_bar
-from cpumoe.cli import console
+from cpumoe.cli import console, host_threads
 from cpumoe.cli.errors import BAD_INPUT, reported
 from cpumoe.cli.machine import cpu_model, versions
 from cpumoe.cli.options import JsonOption, TracebackOption
@@ -44,6 +44,7 @@ def collect() -> dict[str, Any]:
         "isa": _isas(),
         "amx": _amx(),
         "formats": _formats(),
+        "host_threads": host_threads.describe(),
         "read_bandwidth": _bandwidth(),
     }
 
@@ -137,6 +138,7 @@ def _render(document: dict[str, Any]) -> None:
         "cores": f"{cpu['cores']} physical, {cpu['logical_cpus']} logical; {sockets}, {nodes}; "
         f"CPU quota: {quota}",
         "threads": f"{cpu['default_threads']} by default",
+        "PyTorch": _host_threads(document["host_threads"]),
         "memory read": _memory_read(document["read_bandwidth"]),
     }
     console.show(console.fact_table(facts))
@@ -154,6 +156,20 @@ def _render(document: dict[str, Any]) -> None:
         bits = f"{row['bits_per_weight']:g}"
         formats.add_row(row["name"], row["scale"], str(row["group_size"]), bits)
     console.show("", table, "", amx, "", formats)
+
+
+def _host_threads(used: dict[str, Any]) -> str:
+    threads = console.format_count(used["threads"], "thread")
+    if used["threads_variable"]:
+        threads += f" ({used['threads_variable']} is set)"
+    else:
+        threads += f", 1 for models of up to {used['small_model_bytes'] >> 20} MiB"
+    waiting = used["waiting"]
+    if waiting is None:
+        return f"{threads}; {used['openmp'] or 'no OpenMP library found'}"
+    origin = " [dim](set by cpumoe)[/]" if waiting["set_by"] == "cpumoe" else ""
+    bound = console.escape(f"{waiting['variable']}={waiting['value']}")
+    return f"{threads}; {used['openmp']} waits as {bound} says{origin}"
 
 
 def _memory_read(measured: dict[str, Any] | None) -> str:

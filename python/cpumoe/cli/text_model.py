@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpumoe.cli import host_threads
 from cpumoe.cli.errors import InputError
 from cpumoe.compute import COMPUTE_PATHS
 
@@ -112,6 +113,7 @@ def load_text_model(
     chat_template: Path | None = None,
     trust_remote_code: bool = False,
     host_experts: bool = False,
+    decodes: bool = True,
 ) -> LanguageModel:
     """Loads a model, with a progress bar on a terminal.
 
@@ -124,6 +126,7 @@ def load_text_model(
         chat_template: a file with a Jinja template, for models that come without.
         trust_remote_code: run Python code that lies in the checkpoint.
         host_experts: let the host compute the experts, from dequantized weights.
+        decodes: the model will write token by token; False: it will only read long texts.
 
     Raises:
         InputError: an unknown dtype, or transformers is not installed.
@@ -143,12 +146,11 @@ def load_text_model(
 
     from cpumoe.runtime import Runtime
 
-    if threads is not None:
-        torch.set_num_threads(threads)  # the host's part
+    host_threads.choose_threads(threads)
     options = ExpertsOptions(
         runtime=None if threads is None else Runtime(threads), compute=compute, isa=isa
     )
-    return LanguageModel.from_pretrained(
+    loaded = LanguageModel.from_pretrained(
         model,
         options=options,
         dtype=getattr(torch, dtype),
@@ -156,6 +158,9 @@ def load_text_model(
         host_experts=host_experts,
         trust_remote_code=trust_remote_code,
     )
+    if decodes and host_threads.is_small(loaded.model):
+        host_threads.choose_threads(threads, small=True)
+    return loaded
 
 
 def read_text(path: Path, option: str) -> str:

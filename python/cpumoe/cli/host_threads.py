@@ -1,0 +1,129 @@
+"""PyTorch's threads: how many there are, and how they wait for each other.
+
+cpumoe computes experts on threads of its own; the host's dense matrices run on PyTorch's OpenMP
+threads. An OpenMP thread that waits for another one spins, by default for milliseconds. As long as
+every thread has a core, spinning costs nothing. When another process takes one of the cores, the
+threads that spin hold the others, and each of a token's hundreds of parallel regions waits for the
+system's scheduler: decoding becomes ten to forty times slower.
+
+Two decisions bound this loss:
+
+- A spin ends after `_SPINS` rounds, long enough for the gap between two operations of a model.
+- A model whose dense weights are small (`_SMALL_BYTES`) gets one PyTorch thread, which waits for
+  nobody: a barrier costs such a model more than a second thread saves.
+
+What the user says in the environment wins over both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# Rounds of GNU OpenMP's loop, some 100 us. Its own default is 300,000.
+_SPINS = "10000"
+# Milliseconds that the OpenMP of LLVM and Intel spins. Its own default is 200.
+_BLOCKTIME = "1"
+_DEFAULTS = {"GOMP_SPINCOUNT": _SPINS, "KMP_BLOCKTIME": _BLOCKTIME}
+# With any of these the user has decided how threads wait.
+_WAITING_VARIABLES = ("OMP_WAIT_POLICY", *_DEFAULTS)
+# With any of these the user has decided how many threads there are.
+_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+# One core reads as much in about a millisecond, less than Python takes for the same token.
+_SMALL_BYTES = 16 << 20
+
+# Names in a mapped library's file name, and the variable that bounds how long its threads spin.
+_OPENMP_LIBRARIES = {
+    "libgomp": ("GNU OpenMP", "GOMP_SPINCOUNT"),
+    "libiomp5": ("Intel OpenMP", "KMP_BLOCKTIME"),
+    "libomp": ("LLVM OpenMP", "KMP_BLOCKTIME"),
+}
+
+_set_by_cpumoe: set[str] = set()
+
+
+def bound_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Bounds how long OpenMP's threads spin, unless the user has decided.
+
+    Has an effect only before PyTorch is imported: OpenMP reads the environment when it is loaded.
+    """
+    if any(name in environment for name in _WAITING_VARIABLES):
+        return
+    environment.update(_DEFAULTS)
+    _set_by_cpumoe.update(_DEFAULTS)
+
+
+def choose_threads(
+    asked: int | None, *, small: bool = False, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Sets the number of PyTorch's threads.
+
+    Args:
+        asked: what the command line says; None: what the environment says, or else the physical
+            cores that this process may use, within its CPU quota.
+        small: the threads serve a model that decodes as fast on one.
+        environment: where the user's own decision stands.
+    """
+    import torch
+
+    if asked is None and any(name in environment for name in _COUNT_VARIABLES):
+        return
+    torch.set_num_threads(1 if small else asked or _default_threads())
+
+
+def is_small(model: torch.nn.Module) -> bool:
+    """Returns whether one thread decodes with a model's dense weights as fast as several."""
+    return sum(parameter.nbytes for parameter in model.parameters()) <= _SMALL_BYTES
+
+
+def describe() -> dict[str, Any]:
+    """Returns what is in force in this process, for ``cpumoe info``.
+
+    Returns:
+        "threads": PyTorch's threads for models that are not small; "threads_variable": the
+        environment's variable that says so, or None; "openmp": the name of the OpenMP library that
+        PyTorch loaded, or None; "waiting": None or the variable that decides how long its threads
+        spin, with its value and whether cpumoe or the environment set it.
+    """
+    import torch
+
+    counting = next((name for name in _COUNT_VARIABLES if name in os.environ), None)
+    library, waiting = _openmp()
+    return {
+        "threads": torch.get_num_threads() if counting else _default_threads(),
+        "threads_variable": counting,
+        "small_model_bytes": _SMALL_BYTES,
+        "openmp": library,
+        "waiting": waiting,
+    }
+
+
+def _default_threads() -> int:
+    from cpumoe import _core
+
+    return int(_core.topology().default_threads)
+
+
+def _openmp() -> tuple[str | None, dict[str, str] | None]:
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            mapped = {line.rsplit("/", 1)[-1] for line in maps if "/" in line}
+    except OSError:
+        return None, None
+    for prefix, (name, bound) in _OPENMP_LIBRARIES.items():
+        if any(file.startswith(prefix) for file in mapped):
+            return name, _waiting(bound)
+    return None, None
+
+
+def _waiting(bound: str) -> dict[str, str] | None:
+    # A library's own variable is more special than OpenMP's general one.
+    for name in (bound, "OMP_WAIT_POLICY"):
+        if name in os.environ:
+            origin = "cpumoe" if name in _set_by_cpumoe else "environment"
+            return {"variable": name, "value": os.environ[name], "set_by": origin}
+    return None

@@ -1,0 +1,103 @@
+"""How many threads PyTorch has beside ours, and how long they spin."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_tools import succeed
+from torch import nn
+
+from cpumoe import _core
+from cpumoe.cli import host_threads
+
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+
+
+def environment(**changes):
+    kept = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, *COUNTS)}
+    return {**kept, **changes}
+
+
+@pytest.fixture
+def seven_threads(monkeypatch):
+    """PyTorch at another number of threads than any test expects; back to the suite's after it."""
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_waiting_is_bounded_before_openmp_is_loaded():
+    settings = {}
+    host_threads.bound_waiting(settings)
+    assert settings == {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_waiting_that_the_user_has_decided_stays(name):
+    settings = {name: "7"}
+    host_threads.bound_waiting(settings)
+    assert settings == {name: "7"}
+
+
+@pytest.mark.parametrize(
+    ("given", "waiting"),
+    [
+        ({}, {"variable": "GOMP_SPINCOUNT", "value": "10000", "set_by": "cpumoe"}),
+        (
+            {"GOMP_SPINCOUNT": "123"},
+            {"variable": "GOMP_SPINCOUNT", "value": "123", "set_by": "environment"},
+        ),
+        (
+            {"OMP_WAIT_POLICY": "passive"},
+            {"variable": "OMP_WAIT_POLICY", "value": "passive", "set_by": "environment"},
+        ),
+    ],
+)
+def test_info_shows_the_waiting_in_force(given, waiting):
+    code = (
+        "import json, sys; from cpumoe.cli import app, main, host_threads; "
+        "app.registered_commands.clear(); "
+        "app.command('show')(lambda: print(json.dumps(host_threads.describe()))); "
+        "app.command('other')(lambda: None); sys.argv = ['cpumoe', 'show']; main()"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**given), capture_output=True, check=True
+    ).stdout
+    shown = json.loads(out)
+    if shown["openmp"] != "GNU OpenMP":
+        pytest.skip(f"this PyTorch uses {shown['openmp']}")
+    assert shown["waiting"] == waiting
+    assert shown["threads"] == _core.topology().default_threads
+    assert shown["threads_variable"] is None
+
+
+def test_a_small_model_decodes_on_one_thread_of_pytorchs(seven_threads):
+    succeed("generate", "-p", "In", "--max-tokens", 1, "--json")
+    assert torch.get_num_threads() == 1
+
+
+def test_a_large_model_gets_the_threads_that_the_process_may_use(seven_threads, monkeypatch):
+    monkeypatch.setattr(host_threads, "_SMALL_BYTES", 0)
+    succeed("generate", "-p", "In", "--max-tokens", 1, "--json")
+    assert torch.get_num_threads() == _core.topology().default_threads
+    succeed("generate", "-p", "In", "--max-tokens", 1, "--threads", 1, "--json")
+    assert torch.get_num_threads() == 1
+
+
+def test_a_number_of_threads_that_the_user_has_decided_stays(seven_threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    succeed("generate", "-p", "In", "--max-tokens", 1, "--json")
+    assert torch.get_num_threads() == 7
+
+
+def test_small_is_a_matter_of_dense_bytes():
+    assert host_threads.is_small(nn.Linear(1024, 1024, dtype=torch.bfloat16))
+    with torch.device("meta"):
+        assert not host_threads.is_small(nn.Linear(8192, 8192, dtype=torch.bfloat16))
