@@ -17,8 +17,9 @@ from cpumoe.serving.settings import Settings
 class Server:
     """A server of a `FakeModel` in a thread of this process."""
 
-    def __init__(self, model=None, **settings):
+    def __init__(self, model=None, *, grace_seconds=0, **settings):
         self.model = model or FakeModel()
+        self._grace_seconds = grace_seconds
         self.app = create_app(self.model, Settings(**settings))
         self._listener = open_socket("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
@@ -28,7 +29,7 @@ class Server:
     def __enter__(self):
         ready = threading.Event()
         config = make_config(self.app, False)
-        self._server = HttpServer(config, self.app.state.service, 0, ready.set)
+        self._server = HttpServer(config, self.app.state.service, self._grace_seconds, ready.set)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
         self._thread.start()
         assert ready.wait(10)
@@ -40,6 +41,14 @@ class Server:
         self._server.should_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive()
+
+    @property
+    def running(self):
+        return self._thread.is_alive()
+
+    @property
+    def broken(self):
+        return self._server.broken
 
     def client(self, **options):
         options = {"api_key": "-", "max_retries": 0, "timeout": 20, **options}

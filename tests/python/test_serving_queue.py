@@ -12,7 +12,8 @@ import pytest
 from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
-from cpumoe.serving import requests
+from cpumoe import generation
+from cpumoe.serving import answer, requests
 from cpumoe.serving import server as server_module
 
 # Slow enough that nothing ends by itself, and prompt to notice that nobody waits.
@@ -180,3 +181,96 @@ def test_huge_headers_are_refused():
         assert b" 400 " in connection.recv(1000)
         connection.close()
         assert_serves(server)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(answer, "_HEADERS_SECONDS", 0.05)
+    monkeypatch.setattr(answer, "_PING_SECONDS", 0.05)
+
+
+def held_model():
+    """A model that does not write before the event is set."""
+    model = FakeModel()
+    may_write = threading.Event()
+    generate = model.generate
+
+    def held(*arguments, **options):
+        model.started.set()
+        assert may_write.wait(10)
+        return generate(*arguments, **options)
+
+    model.generate = held
+    return model, may_write
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/generate", {"text": "x"}),
+    ],
+)
+def test_a_stream_without_text_shows_that_it_lives(path, body):
+    """Proxies give up on a server that sends nothing; comments of a stream mean nothing."""
+    model, may_write = held_model()
+    with Server(model) as server:
+        with server.http.stream("POST", path, json={**body, "stream": True}) as reply:
+            assert reply.status_code == 200
+            lines = reply.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
+            may_write.set()
+            events = [line for line in lines if line.startswith("data: ")]
+        assert events[-1] == "data: [DONE]"
+        assert " 1" in events[0] + events[1]
+        if path.startswith("/v1"):
+            may_write.clear()
+            with server.client() as client, ThreadPoolExecutor(1) as pool:
+                texts = pool.submit(
+                    lambda: [
+                        chunk.choices[0].text
+                        for chunk in client.completions.create(
+                            model="fake", prompt="x", stream=True
+                        )
+                    ]
+                )
+                time.sleep(0.1)
+                may_write.set()
+                assert "".join(texts.result()) == " 1 2 3 4 5"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_error_after_a_sign_of_life_is_an_event():
+    model, may_write = held_model()
+    model.fails_at = 1
+    with (
+        Server(model) as server,
+        server.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as got,
+    ):
+        lines = got.iter_lines()
+        assert next(lines) == ": ping"
+        may_write.set()
+        error, done = (line for line in lines if line.startswith("data: "))
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert done == "data: [DONE]"
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read_ends_the_reading(slow):
+    """The model asks between parts of a long prompt whether anybody waits for the answer."""
+    noticed = threading.Event()
+
+    def read_prompt(prompt, sampling, *, on_piece=None, cancelled=None):
+        slow.model.started.set()
+        wait_for(cancelled, SOON)
+        noticed.set()
+        return generation.Generation("", "cancelled", len(prompt.tokens), 0, 0.0, 0.0, 0.0)
+
+    slow.model.generate = read_prompt
+    connection = slow.raw(post({"prompt": "x" * 900, "max_tokens": 9}))
+    assert slow.model.started.wait(SOON)
+    connection.close()
+    assert noticed.wait(SOON)
+    del slow.model.generate
+    assert_serves(slow)

@@ -29,6 +29,8 @@ from cpumoe.serving.settings import (
     Settings,
 )
 
+# The exit status of a server that has not been asked to end.
+_FAILED = 1
 EXAMPLE = "Example: `cpumoe serve --port 8000`"
 
 
@@ -93,7 +95,7 @@ def command(
         for package in ("fastapi", "uvicorn"):
             require_package(package, "serve", "the server")
         from cpumoe.serving.app import create_app
-        from cpumoe.serving.server import open_socket, serve
+        from cpumoe.serving.server import WorkerError, open_socket, serve
 
         if not grace >= 0:  # nor NaN
             raise InputError(f"--grace: expected 0 or more seconds, got {grace}")
@@ -119,13 +121,17 @@ def command(
             )
             name = app.state.service.name
             url = _url(host, listener.getsockname()[1])
-            serve(
-                app,
-                listener,
-                grace_seconds=grace,
-                access_log=not quiet,
-                on_ready=lambda: typer.echo(f"serving {name} at {url} (Ctrl-C stops it)"),
-            )
+            try:
+                serve(
+                    app,
+                    listener,
+                    grace_seconds=grace,
+                    access_log=not quiet,
+                    on_ready=lambda: typer.echo(f"serving {name} at {url} (Ctrl-C stops it)"),
+                )
+            except WorkerError as error:
+                console.print_error(str(error))
+                raise typer.Exit(_FAILED) from None
 
 
 def _is_loopback(address: str) -> bool:

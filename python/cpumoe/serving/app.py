@@ -24,7 +24,7 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
     start-up to its shutdown. `app.state.service` is the `Service`.
     """
     settings = settings or Settings()
-    worker = Worker(model, queue=settings.queue, max_tokens=settings.max_tokens)
+    worker = Worker(model, queue=settings.queue)
     service = Service(
         settings.served_model_name or model.name,
         model.context_length,
@@ -53,9 +53,8 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        ready = worker.accepting and worker.alive
-        status = "ready" if ready else "stopping"
-        return json_response({"status": status}, 200 if ready else 503)
+        status = "failed" if worker.broken else "ready" if worker.accepting else "stopping"
+        return json_response({"status": status}, 200 if status == "ready" else 503)
 
     return app
 

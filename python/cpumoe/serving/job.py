@@ -1,68 +1,55 @@
-"""One request on its way between the event loop, which asks, and the worker, which generates."""
+"""One request on its way between the event loop, which asks, and the worker, which computes."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from cpumoe.generation import Generation, Piece, Prompt, Sampling, TextModel
+from cpumoe.generation import Piece, TextModel
 from cpumoe.serving.errors import ApiError
 
+Result = TypeVar("Result")
 
-class Job:
-    """What to generate, and what of it there is already.
 
-    Text that the client has not taken yet is kept joined, so a slow client holds at most its own
-    answer in memory, and never the worker.
+class Job(Generic[Result]):
+    """Something to do with the model, and what has come of it already.
+
+    Pieces that the client has not taken yet are kept, so a slow client holds at most its own answer
+    in memory, and never the worker.
 
     Attributes:
-        encode: returns the prompt; run by the worker, since it may take long.
-        sampling: as the client asks.
-        streams: the client wants text as it is generated.
-        prompt_param: what the request calls its prompt.
-        limit_param: what the request calls `sampling.max_new_tokens`.
-        default_tokens: new tokens where the request does not say, as far as there is room; None:
-            what there is room for.
-        prompt_tokens: how many, once the prompt is encoded.
         cancelled: nobody waits for the answer any more.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[TextModel], Prompt],
-        sampling: Sampling,
-        *,
-        streams: bool,
-        prompt_param: str,
-        limit_param: str,
-        default_tokens: int | None = None,
-    ) -> None:
+    def __init__(self) -> None:
         """Makes a job of the running event loop."""
-        self.encode = encode
-        self.sampling = sampling
-        self.streams = streams
-        self.prompt_param = prompt_param
-        self.limit_param = limit_param
-        self.default_tokens = default_tokens
-        self.prompt_tokens = 0
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._lock = threading.Lock()
-        self._pieces: list[str] = []
-        self._outcome: Generation | ApiError | None = None
+        self._pieces: list[Piece] = []
+        self._outcome: Result | ApiError | None = None
+
+    def run(self, model: TextModel) -> Result:
+        """Returns the result; called by the worker's thread.
+
+        Raises:
+            ApiError: the request is at fault.
+        """
+        raise NotImplementedError
 
     def add_piece(self, piece: Piece) -> None:
         """Takes what has become certain from the worker."""
         with self._lock:
             first = not self._pieces
-            self._pieces.append(piece.text)
+            self._pieces.append(piece)
         # The reader takes all pieces at once: it need not be woken for each.
         if first:
             self._notify()
 
-    def finish(self, outcome: Generation | ApiError) -> None:
+    def finish(self, outcome: Result | ApiError) -> None:
         """Ends the job, from any thread; the first outcome counts."""
         with self._lock:
             if self._outcome is not None:
@@ -71,25 +58,34 @@ class Job:
         self._notify()
 
     def cancel(self, reason: ApiError) -> None:
-        """Ends the job and, at its next token, its generation."""
+        """Ends the job and, when it next asks, its computation."""
         self.cancelled = True
         self.finish(reason)
 
-    async def read(self) -> tuple[str, Generation | None]:
-        """Returns the text since the last call and, at the end, the generation.
+    async def read(self, seconds: float | None = None) -> tuple[list[Piece], Result | None]:
+        """Returns the pieces since the last call and, at the end, the result.
+
+        Args:
+            seconds: to wait at most; then there may be neither.
 
         Raises:
             ApiError: the job failed.
         """
-        await self._changed.wait()
-        self._changed.clear()
-        with self._lock:
-            text = "".join(self._pieces)
-            self._pieces.clear()
-            outcome = self._outcome
-        if isinstance(outcome, ApiError):
-            raise outcome
-        return text, outcome
+        deadline = None if seconds is None else self._loop.time() + seconds
+        while True:
+            with self._lock:
+                self._changed.clear()
+                pieces, self._pieces = self._pieces, []
+                outcome = self._outcome
+            if isinstance(outcome, ApiError):
+                raise outcome
+            left = None if deadline is None else deadline - self._loop.time()
+            if pieces or outcome is not None or (left is not None and left <= 0):
+                return pieces, outcome
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except asyncio.TimeoutError:
+                return [], None
 
     def _notify(self) -> None:
         try:
@@ -97,3 +93,16 @@ class Job:
         except RuntimeError:
             # The loop is closed: the server has ended and nobody reads.
             self.cancelled = True
+
+
+class Call(Job[Result]):
+    """Calls the model once."""
+
+    def __init__(self, call: Callable[[TextModel], Result]) -> None:
+        """Makes a job of `call`, which may raise what `run` may."""
+        super().__init__()
+        self._call = call
+
+    def run(self, model: TextModel) -> Result:
+        """Returns what the call returns."""
+        return self._call(model)

@@ -13,7 +13,7 @@ from pydantic import Field
 from cpumoe.generation import Generation, Prompt, TextModel
 from cpumoe.serving.answer import Answer, Document
 from cpumoe.serving.errors import ApiError, invalid, json_response
-from cpumoe.serving.job import Job
+from cpumoe.serving.generation_job import GenerationJob
 from cpumoe.serving.requests import (
     MessageText,
     PromptField,
@@ -114,7 +114,7 @@ class _Shape:
         options = body.stream_options
         self._usage = options is not None and options.include_usage
 
-    def whole(self, job: Job, generation: Generation) -> Document:
+    def whole(self, job: GenerationJob, generation: Generation) -> Document:
         """Returns the answer as one document."""
         choice = self.choice(generation.text, generation.finish_reason)
         return {**self._head, "choices": [choice], "usage": _usage(generation)}
@@ -123,11 +123,11 @@ class _Shape:
         """Returns the events before the first text."""
         return []
 
-    def piece(self, job: Job, text: str) -> Document:
+    def piece(self, job: GenerationJob, text: str) -> Document:
         """Returns the event of the next piece of text."""
         return self._event(self.delta(text, None))
 
-    def end(self, job: Job, generation: Generation) -> Sequence[Document]:
+    def end(self, job: GenerationJob, generation: Generation) -> Sequence[Document]:
         """Returns the events after the last text."""
         events = [self._event(self.delta("", generation.finish_reason))]
         if self._usage:
@@ -193,13 +193,15 @@ def make_router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, service.settings.max_request_bytes)
         _check(service, body)
-        return Answer(service.worker, _chat_job(body), _ChatShape(service.name, body))
+        return Answer(service.worker, _chat_job(service, body), _ChatShape(service.name, body))
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, service.settings.max_request_bytes)
         _check(service, body)
-        return Answer(service.worker, _completion_job(body), _CompletionShape(service.name, body))
+        return Answer(
+            service.worker, _completion_job(service, body), _CompletionShape(service.name, body)
+        )
 
     @router.get("/models")
     async def models() -> Response:
@@ -244,7 +246,7 @@ def _model_card(service: Service) -> Document:
     }
 
 
-def _chat_job(body: ChatBody) -> Job:
+def _chat_job(service: Service, body: ChatBody) -> GenerationJob:
     messages = []
     for index, message in enumerate(body.messages):
         try:
@@ -263,22 +265,24 @@ def _chat_job(body: ChatBody) -> Job:
     def encode(model: TextModel) -> Prompt:
         return model.encode_chat(messages)
 
-    return Job(
+    return GenerationJob(
         encode,
         make_sampling(limit, body.temperature, body.top_p, body.stop, body.seed),
         streams=bool(body.stream),
         prompt_param="messages",
         limit_param="max_completion_tokens" if new else "max_tokens",
+        most_tokens=service.settings.max_tokens,
     )
 
 
-def _completion_job(body: CompletionBody) -> Job:
+def _completion_job(service: Service, body: CompletionBody) -> GenerationJob:
     prompt = body.prompt
-    return Job(
+    return GenerationJob(
         lambda model: model.encode(prompt) if isinstance(prompt, str) else Prompt(tuple(prompt)),
         make_sampling(body.max_tokens, body.temperature, body.top_p, body.stop, body.seed),
         streams=bool(body.stream),
         prompt_param="prompt",
         limit_param="max_tokens",
         default_tokens=_COMPLETION_TOKENS,
+        most_tokens=service.settings.max_tokens,
     )

@@ -28,6 +28,10 @@ _BACKLOG = 128
 _HEAD_SECONDS = 30
 
 
+class WorkerError(RuntimeError):
+    """The server has lost the thread that runs the model."""
+
+
 def open_socket(host: str, port: int) -> socket.socket:
     """Returns a socket that listens at an address; port 0: any that is free.
 
@@ -67,12 +71,20 @@ def serve(
         grace_seconds: until the running generation is cancelled.
         access_log: write a line per request to standard output.
         on_ready: called when requests are being answered.
+
+    Raises:
+        WorkerError: nothing can be answered any more.
     """
     service: Service = app.state.service
-    Server(make_config(app, access_log), service, grace_seconds, on_ready).run([listener])
+    server = Server(make_config(app, access_log), service, grace_seconds, on_ready)
+    server.run([listener])
+    if server.broken:
+        raise WorkerError(
+            "the thread that runs the model has ended: the server cannot go on; start it again"
+        )
     if service.worker.alive:
-        # It still reads a long prompt, which nothing can interrupt; the interpreter's own end
-        # would pull the libraries from under it.
+        # It still computes something that nothing can interrupt; the interpreter's own end would
+        # pull the libraries from under it.
         _exit(0)
 
 
@@ -137,11 +149,17 @@ class Server(uvicorn.Server):
         self._service = service
         self._grace_seconds = grace_seconds
         self._on_ready = on_ready
+        self.broken = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the application and opens it to clients."""
         await super().startup(sockets)
         self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns whether it is time to end: after a signal, or if nothing can be answered."""
+        self.broken = self._service.worker.broken
+        return await super().on_tick(counter) or self.broken
 
     async def main_loop(self) -> None:
         """Serves until a signal, and then what is running."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from cpumoe.generation import Generation, Prompt
 from cpumoe.serving.answer import Answer, Document
 from cpumoe.serving.errors import invalid
-from cpumoe.serving.job import Job
+from cpumoe.serving.generation_job import GenerationJob
 from cpumoe.serving.requests import (
     OptionalPromptField,
     StopStringsField,
@@ -91,7 +91,7 @@ class _Shape:
         self._start = time.monotonic()
         self._text = ""
 
-    def whole(self, job: Job, generation: Generation) -> Document:
+    def whole(self, job: GenerationJob, generation: Generation) -> Document:
         reason: dict[str, Any] = {"type": generation.finish_reason}
         if generation.finish_reason == "length":
             reason["length"] = generation.completion_tokens
@@ -107,7 +107,7 @@ class _Shape:
     def begin(self) -> Sequence[Document]:
         return []
 
-    def piece(self, job: Job, text: str) -> Document:
+    def piece(self, job: GenerationJob, text: str) -> Document:
         self._text += text
         information = {
             "id": self._id,
@@ -116,7 +116,7 @@ class _Shape:
         }
         return {"text": self._text, "meta_info": information}
 
-    def end(self, job: Job, generation: Generation) -> Sequence[Document]:
+    def end(self, job: GenerationJob, generation: Generation) -> Sequence[Document]:
         return [self.whole(job, generation)]
 
 
@@ -130,12 +130,12 @@ def make_router(service: Service) -> APIRouter:
         refuse_unsupported(body.model_extra, _NEUTRAL, _IGNORED)
         if body.sampling_params is not None:
             refuse_unsupported(body.sampling_params.model_extra, _SAMPLING_NEUTRAL, ())
-        return Answer(service.worker, _job(body), _Shape(body.rid or uuid.uuid4().hex))
+        return Answer(service.worker, _job(service, body), _Shape(body.rid or uuid.uuid4().hex))
 
     return router
 
 
-def _job(body: GenerateBody) -> Job:
+def _job(service: Service, body: GenerateBody) -> GenerationJob:
     text, tokens = body.text, body.input_ids
     asked = body.sampling_params or _SamplingParams()
     if (text is None) == (tokens is None):
@@ -149,11 +149,12 @@ def _job(body: GenerateBody) -> Job:
         asked.stop,
         asked.sampling_seed,
     )
-    return Job(
+    return GenerationJob(
         lambda model: model.encode(text) if tokens is None else Prompt(tuple(tokens)),
         sampling,
         streams=bool(body.stream),
         prompt_param="text" if tokens is None else "input_ids",
         limit_param="max_new_tokens",
         default_tokens=_MAX_NEW_TOKENS,
+        most_tokens=service.settings.max_tokens,
     )

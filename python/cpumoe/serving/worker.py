@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import threading
 import time
 from collections import deque
+from typing import Any
 
-from cpumoe.generation import Generation, ModelError, Sampling, TextModel
-from cpumoe.serving.errors import ApiError, internal, invalid, logger, overloaded, stopping
+from cpumoe.generation import ModelError, TextModel
+from cpumoe.serving.errors import ApiError, internal, logger, overloaded, stopping
 from cpumoe.serving.job import Job
 
 # A cancelled generation ends at its next token; one that is still reading a long prompt may not.
@@ -21,19 +21,17 @@ _LONGEST_RETRY_SECONDS = 60
 class Worker:
     """Runs jobs on one thread, in the order in which they came."""
 
-    def __init__(self, model: TextModel, *, queue: int, max_tokens: int | None) -> None:
+    def __init__(self, model: TextModel, *, queue: int) -> None:
         """Prepares a worker; `start` starts its thread.
 
         Args:
             model: called by the worker's thread only.
             queue: jobs that may wait while one runs.
-            max_tokens: at most this many new tokens per job.
         """
         self._model = model
         self._queue = queue
-        self._max_tokens = max_tokens
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._waiting: deque[Job[Any]] = deque()
+        self._running: Job[Any] | None = None
         self._accepting = True
         self._closed = False
         self._stuck = False
@@ -54,6 +52,12 @@ class Worker:
         return self._thread.is_alive()
 
     @property
+    def broken(self) -> bool:
+        """Whether the thread has ended although nobody asked it to."""
+        started = self._thread.ident is not None
+        return started and not self._closed and not self.alive
+
+    @property
     def waiting(self) -> int:
         """Jobs before which others run."""
         return len(self._waiting)
@@ -68,7 +72,7 @@ class Worker:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job[Any]) -> None:
         """Puts a job at the end of the queue.
 
         Raises:
@@ -83,7 +87,7 @@ class Worker:
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def withdraw(self, job: Job, reason: ApiError) -> None:
+    def withdraw(self, job: Job[Any], reason: ApiError) -> None:
         """Cancels a job wherever it is; one that waits gives up its place at once."""
         job.cancel(reason)
         with self._changed:
@@ -98,7 +102,8 @@ class Worker:
             self._waiting.clear()
         for job in refused:
             job.cancel(stopping())
-        await asyncio.to_thread(self._wait_until_idle, grace_seconds)
+        if not self.broken:
+            await asyncio.to_thread(self._wait_until_idle, grace_seconds)
         running = self._running
         if running is not None:
             running.cancel(stopping())
@@ -123,6 +128,23 @@ class Worker:
             return self._changed.wait_for(lambda: self._running is None, seconds)
 
     def _run(self) -> None:
+        try:
+            self._run_jobs()
+        finally:
+            # Unasked only where not even the report of a failure succeeds, for want of memory.
+            self._abandon()
+
+    def _abandon(self) -> None:
+        with self._changed:
+            self._accepting = False
+            left = [*([self._running] if self._running else []), *self._waiting]
+            self._running = None
+            self._waiting.clear()
+            self._changed.notify_all()
+        for job in left:
+            job.cancel(internal())
+
+    def _run_jobs(self) -> None:
         while (job := self._next()) is not None:
             start = time.monotonic()
             outcome = self._outcome(job)
@@ -134,7 +156,7 @@ class Worker:
             # After its place is free: the client may send its next request at once.
             job.finish(outcome)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Job[Any] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -142,57 +164,15 @@ class Worker:
             self._running = self._waiting.popleft()
             return self._running
 
-    def _outcome(self, job: Job) -> Generation | ApiError:
+    def _outcome(self, job: Job[Any]) -> Any:
         try:
-            return self._generate(job)
+            return job.run(self._model)
         except ApiError as error:
             return error
         except ModelError as error:
             logger.error("a request failed: %s", error)
             return internal(str(error))
-        except Exception:
+        except BaseException:
+            # A panic of the tokenizer and SystemExit are no Exception: this thread outlives both.
             logger.exception("a request failed")
             return internal()
-
-    def _generate(self, job: Job) -> Generation | ApiError:
-        # What the model refuses is the prompt's fault: sampling was checked before.
-        try:
-            prompt = job.encode(self._model)
-            job.prompt_tokens = len(prompt.tokens)
-            sampling = self._limited(job)
-            generation = self._model.generate(
-                prompt,
-                sampling,
-                on_piece=job.add_piece if job.streams else None,
-                cancelled=lambda: job.cancelled,
-            )
-        except ValueError as error:
-            raise invalid(str(error), job.prompt_param) from error
-        return stopping() if generation.finish_reason == "cancelled" else generation
-
-    def _limited(self, job: Job) -> Sampling:
-        """The job's sampling within what the context and the operator allow."""
-        context, used, asked = self._model.context_length, job.prompt_tokens, job.sampling
-        if used == 0:
-            raise invalid("the prompt is empty", job.prompt_param)
-        if used >= context:
-            raise invalid(
-                f"the model's context length is {context} tokens, but the prompt has {used}: "
-                "shorten it",
-                job.prompt_param,
-                "context_length_exceeded",
-            )
-        room = context - used
-        wanted = asked.max_new_tokens or job.default_tokens or room
-        if self._max_tokens is not None:
-            wanted = min(wanted, self._max_tokens)
-        if asked.max_new_tokens is None:
-            wanted = min(wanted, room)
-        elif wanted > room:
-            raise invalid(
-                f"the model's context length is {context} tokens, but {used + wanted} were "
-                f"requested: {used} of the prompt and {job.limit_param}={wanted}",
-                job.limit_param,
-                "context_length_exceeded",
-            )
-        return dataclasses.replace(asked, max_new_tokens=wanted)
