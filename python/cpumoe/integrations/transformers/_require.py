@@ -1,10 +1,12 @@
 """The one place that says which transformers this integration is made for."""
 
+import re
 from importlib import metadata
 
-# Internals of the host are used (quantizers, experts modules), which change between minor versions.
-_OLDEST = (5, 23)
-_NEWEST = (5, 24)
+# Internals of the host are used (quantizers, experts modules), which change between minor versions:
+# each of these has been tried. pyproject.toml has the same bounds.
+MAJOR = 5
+MINORS = range(23, 25)
 _PACKAGES = ("transformers", "accelerate", "compressed-tensors")
 _INSTALL = 'pip install "cpumoe[transformers]"'
 
@@ -21,10 +23,15 @@ def require_transformers() -> None:
         raise ImportError(
             f"running models needs the package {error.name}: {_INSTALL}", name=error.name
         ) from None
-    parts = tuple(int(part) for part in version.split(".")[:2])
-    if not _OLDEST <= parts < _NEWEST:
-        wanted = ".".join(map(str, _OLDEST))
+    if _version_pair(version) not in [(MAJOR, minor) for minor in MINORS]:
         raise ImportError(
-            f"running models needs transformers {wanted}.x, got {version}: {_INSTALL}",
+            f"running models needs transformers {MAJOR}.{MINORS[0]} to {MAJOR}.{MINORS[-1]}, "
+            f"got {version}: {_INSTALL}",
             name="transformers",
         )
+
+
+def _version_pair(version: str) -> tuple[int, int]:
+    """Returns major and minor number of a version as PEP 440 has it: ``(5, 24)`` of 5.24rc1."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -13,7 +13,7 @@ _ROUTERS = frozenset({"DeepseekV4TopKRouter", "DeepseekV4HashRouter"})
 def use_fp32_routers(model: nn.Module) -> int:
     """Makes DeepSeek-V4's routers compute in fp32; returns how many there are.
 
-    The reference implementation does; transformers 5.23 runs them in the model's dtype. The class
+    The reference implementation does; transformers 5.24 runs them in the model's dtype. The class
     and its code stay the host's: weights become fp32, and so do the hidden states on their way in.
     Models of other families are left alone.
     """
