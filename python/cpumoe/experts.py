@@ -180,7 +180,7 @@ class Experts:
                 range(reader.num_experts), f"layer {layer}: packing experts", enabled=progress
             )
             reader.check_layer(layer)  # before memory is asked for
-            return cls(
+            experts = cls(
                 # Packing looks at all scales.
                 (reader.expert(layer, i, check_scales=False) for i in indices),
                 format=reader.format,
@@ -196,6 +196,8 @@ class Experts:
                 batch_invariant=batch_invariant,
                 fused_tokens=fused_tokens,
             )
+            reader.folder.check_unchanged()
+            return experts
         finally:
             if reader is not path:
                 reader.close()

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from cpumoe.checkpoint.shards import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.models import ModelSpec

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpumoe.checkpoint import ExpertReader
+from cpumoe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
@@ -30,6 +31,20 @@ def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
         else:
             tensors[name] = tensor.contiguous()
     save_file(tensors, path)
+
+
+def split_into_shards(source: Path, target: Path, count: int, index: str = INDEX_NAME) -> Path:
+    """Writes the tensors of a one-file checkpoint to `target` as shards, and copies its config."""
+    tensors = load_file(source / SINGLE_NAME)
+    weight_map: dict[str, str] = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        names = sorted(tensors)[number::count]
+        save_file({name: tensors[name] for name in names}, target / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (target / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    return target
 
 
 def rename_tensors(folder: Path, old: str, new: str) -> None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from checkpoint_tools import edit_config, edit_tensors, write_small
+from checkpoint_tools import edit_config, edit_tensors, split_into_shards, write_small
 
 import cpumoe
 from cpumoe.checkpoint import CheckpointError, UnsupportedFormatError, open_checkpoint
@@ -141,12 +141,13 @@ def test_closed_reader_says_so_and_keeps_tensors_valid(v4):
 def test_a_full_index_opens_quickly(v4):
     """43 layers x 256 experts: 66,048 tensors; generous, to catch only quadratic work."""
     weight_map = {
-        f"layers.{layer}.ffn.experts.{expert}.{name}.{kind}": "model.safetensors"
+        f"layers.{layer}.ffn.experts.{expert}.{name}.{kind}": "model-1.safetensors"
         for layer in range(43)
         for expert in range(256)
         for name in ("w1", "w2", "w3")
         for kind in ("weight", "scale")
     }
+    (v4 / "model.safetensors").rename(v4 / "model-1.safetensors")
     (v4 / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     edit_config(v4, num_hidden_layers=43, n_routed_experts=256)
     start = time.perf_counter()
@@ -185,13 +186,13 @@ def test_check_layer(tmp_path, model):
             reader.check_layer(reader.layers()[0])
 
 
-def test_check_layer_sees_wrong_sizes_and_missing_shards(v4):
+def test_check_layer_sees_wrong_sizes_and_missing_shards(v4, tmp_path):
     edit_config(v4, hidden_size=128)
     with pytest.raises(CheckpointError, match=r"experts.0.w1.weight: expected .* \[96, 64\], got"):
         open_checkpoint(v4).check_layer(0)
     edit_config(v4, hidden_size=64)
-    reader = open_checkpoint(v4)
-    (v4 / "model.safetensors").rename(v4 / "elsewhere")
+    reader = open_checkpoint(split_into_shards(v4, tmp_path, 2))
+    (tmp_path / "model-00001-of-00002.safetensors").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="missing shard"):
         reader.check_layer(0)
 

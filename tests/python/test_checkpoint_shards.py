@@ -114,7 +114,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not a checkpoint: it has no config.json"):
         SafetensorsFolder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    message = r"neither model.safetensors.index.json nor model.safetensors"
+    message = r"neither model.safetensors nor model.safetensors.index.json"
     with pytest.raises(FileNotFoundError, match=message):
         SafetensorsFolder(tmp_path)
 
@@ -125,11 +125,11 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         ("config.json", "{", r"config.json: malformed JSON: "),
         ("config.json", "[1]", r"config.json: expected a JSON object, got list"),
         ("config.json", "\xff\xfe", r"config.json: malformed JSON: "),
-        ("model.safetensors.index.json", "{}", r"expected a weight_map of tensor names to file"),
+        ("model.safetensors.index.json", "{}", r"weight_map: expected an object, got None"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "../a.safetensors"}}',
-            r"expected a weight_map of tensor names to file names",
+            r"weight_map: a: expected the name of a .safetensors file in the folder, got '../a",
         ),
         (
             "model.safetensors.index.json",
@@ -169,10 +169,10 @@ def test_truncated_shard_names_file_and_sizes(sharded, cut):
         SafetensorsFolder(sharded).info("codes")
 
 
-@pytest.mark.parametrize("data", [b"", b"abc", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("data", [b"", b"abc", b"12345678{}"])
 def test_files_that_are_no_safetensors(sharded, data):
     (sharded / "model-1.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match="truncated, or not a safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         SafetensorsFolder(sharded).info("codes")
 
 

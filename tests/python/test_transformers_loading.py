@@ -9,9 +9,9 @@ from importlib import metadata
 import pytest
 import tiny_models
 import torch
-from checkpoint_tools import edit_config, edit_tensors
+from checkpoint_tools import edit_config, edit_tensors, split_into_shards
 from moe_tools import PEAK_MEMORY, output_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -215,19 +215,6 @@ def test_loading_may_be_reported_on(tmp_path):
 def test_the_checkpoint_may_be_a_folder_of_many_files(family, tmp_path):
     split_into_shards(family[1], tmp_path, 3)
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(from_pretrained(family[1])))
-
-
-def split_into_shards(source, target, count):
-    tensors = load_file(source / "model.safetensors")
-    shards = {}
-    for index in range(count):
-        file = f"model-{index + 1:05}-of-{count:05}.safetensors"
-        names = sorted(tensors)[index::count]
-        save_file({name: tensors[name] for name in names}, target / file, {"format": "pt"})
-        shards |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": shards}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    (target / "config.json").write_bytes((source / "config.json").read_bytes())
 
 
 def test_revisions_and_tokens_reach_the_config_too(family, monkeypatch):

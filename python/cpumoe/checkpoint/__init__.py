@@ -1,8 +1,9 @@
 """Reading routed experts from checkpoint folders, lazily and without copies."""
 
+from cpumoe.checkpoint.files import CheckpointError
 from cpumoe.checkpoint.reader import ExpertReader, ExpertWeights, UnsupportedFormatError
 from cpumoe.checkpoint.registry import open_checkpoint
-from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
+from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 
 __all__ = [

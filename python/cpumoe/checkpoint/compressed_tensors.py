@@ -17,8 +17,9 @@ import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES, MoeConfig
+from cpumoe.checkpoint.files import CheckpointError
 from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
-from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
+from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpumoe.checkpoint.shards import CheckpointError
+from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
@@ -69,7 +69,8 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
     if not any(key in text for key in _NUM_EXPERTS_KEYS):
         raise CheckpointError(
             f"config.json: not a Mixture-of-Experts model: expected one of "
-            f"{', '.join(_NUM_EXPERTS_KEYS)}, got model_type {config.get('model_type')!r}"
+            f"{', '.join(_NUM_EXPERTS_KEYS)}, "
+            f"got model_type {shown_value(config.get('model_type'))}"
         )
     quantization = (
         _section(text, "quantization_config")
@@ -77,7 +78,7 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         or _section(config, "compression_config")
     )
     return MoeConfig(
-        model_type=str(config.get("model_type", "")),
+        model_type=shown(str(config.get("model_type", ""))),
         text=text,
         quantization=quantization,
         num_hidden_layers=_size(text, "num_hidden_layers"),
@@ -102,7 +103,9 @@ def positive_number(config: Mapping[str, Any], key: str, default: float) -> floa
             result = math.inf
         if math.isfinite(result) and result > 0:
             return result
-    raise CheckpointError(f"config.json: {key}: expected a positive number, got {value!r}")
+    raise CheckpointError(
+        f"config.json: {key}: expected a positive number, got {shown_value(value)}"
+    )
 
 
 def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
@@ -113,7 +116,9 @@ def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
 def unsupported_activation(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns why experts with the config's ``hidden_act`` are not supported, if they are not."""
     name = config.get("hidden_act")
-    return () if name in _SILU else (f"hidden_act {name!r} is not supported, only 'silu'",)
+    return (
+        () if name in _SILU else (f"hidden_act {shown_value(name)} is not supported, only 'silu'",)
+    )
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -121,7 +126,7 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"config.json: {key}: expected an object, got {value!r}")
+        raise CheckpointError(f"config.json: {key}: expected an object, got {shown_value(value)}")
     return value
 
 
@@ -129,5 +134,7 @@ def _size(config: Mapping[str, Any], *keys: str) -> int:
     key = next((key for key in keys if config.get(key) is not None), keys[0])
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"config.json: {key}: expected a positive integer, got {value!r}")
+        raise CheckpointError(
+            f"config.json: {key}: expected a positive integer, got {shown_value(value)}"
+        )
     return value

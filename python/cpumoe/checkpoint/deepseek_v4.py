@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig, limit
+from cpumoe.checkpoint.files import shown_value
 from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
@@ -33,8 +34,8 @@ class DeepseekV4Reader(ExpertReader):
         if expert_dtype == "fp4":
             return ExpertsInfo("mxfp4", swiglu)
         reason = (
-            f"expert_dtype {expert_dtype!r} (as in DeepSeek-V4-Flash-Base) is not supported yet, "
-            f"only 'fp4'"
+            f"expert_dtype {shown_value(expert_dtype)} (as in DeepSeek-V4-Flash-Base) is not "
+            f"supported yet, only 'fp4'"
         )
         return ExpertsInfo("fp8_block", swiglu, (reason,))
 

@@ -14,7 +14,8 @@ from types import TracebackType
 import torch
 
 from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
-from cpumoe.checkpoint.shards import CheckpointError, SafetensorsFolder
+from cpumoe.checkpoint.files import CheckpointError
+from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.swiglu import SwiGLU
 

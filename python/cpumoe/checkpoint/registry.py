@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from cpumoe.checkpoint.compressed_tensors import CompressedTensorsReader
 from cpumoe.checkpoint.config import parse_config
@@ -21,22 +22,34 @@ READERS: tuple[type[ExpertReader], ...] = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> ExpertReader:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    files: Sequence[str | os.PathLike[str]] | None = None,
+) -> ExpertReader:
     """Opens a checkpoint folder with the reader for its config.json and tensor names.
+
+    Weights come from the files that transformers would take: the one that config.json's
+    ``transformers_weights`` names, else model.safetensors, else model.safetensors.index.json.
 
     A checkpoint whose experts are not supported opens too: its reader's `unsupported` says why, and
     its `expert` raises.
 
     Args:
         path: the folder.
+        variant: of the weights, as in transformers' `from_pretrained`: the ``fp16`` of
+            ``model.fp16.safetensors``.
+        files: the safetensors files that hold the weights, for a caller who knows them better.
 
     Raises:
         FileNotFoundError: no such folder, or it lacks config.json, index or weights.
         NotADirectoryError: `path` is a file.
-        CheckpointError: malformed JSON, not an MoE model, sizes that are missing.
+        CheckpointError: malformed JSON, not an MoE model, sizes that are missing, weights of which
+            more than the folder decides which count.
         ValueError: sizes that the format does not allow.
     """
-    folder = SafetensorsFolder(path)
+    folder = SafetensorsFolder(path, variant=variant, files=files)
     config = parse_config(folder.config)
     reader = next(reader for reader in READERS if reader.matches(folder, config))
     return reader(folder, config)

@@ -1,18 +1,13 @@
 """Lazy, zero-copy access to the tensors of a safetensors checkpoint folder.
 
-Source of the file format: https://github.com/huggingface/safetensors#format (eight bytes of header
-length, a JSON header, then the tensors' bytes). Headers are parsed here, for checks and clear
-errors; the bytes come from `safetensors.safe_open`, whose torch tensors are views of the mapped
-file.
+The bytes come from `safetensors.safe_open`, whose torch tensors are views of the mapped file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,51 +16,26 @@ from typing import Any
 import safetensors
 import torch
 
+from cpumoe.checkpoint.files import CONFIG_LIMIT, CheckpointError, FileState, read_json, shown
+from cpumoe.checkpoint.header import TORCH_DTYPES, TensorInfo, read_header
+from cpumoe.checkpoint.weight_files import (
+    CONFIG_NAME,
+    SHARD_SUFFIX,
+    is_index,
+    read_index,
+    weights_file,
+)
 from cpumoe.formats import dtype_name
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-
-# safetensors' dtype names, as far as expert checkpoints use them.
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint's content is not what it must be; the message says what was expected."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a shard's header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    def __str__(self) -> str:
-        """``float8_e8m0fnu [4096, 64]``, with torch's name of the dtype where there is one."""
-        dtype = TORCH_DTYPES.get(self.dtype)
-        return f"{dtype_name(dtype) if dtype else self.dtype} {list(self.shape)}"
+# Of the hub's cache: a folder for each model, in which the checkpoint is a folder for each commit.
+_SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
 class _Shard:
     tensors: Mapping[str, TensorInfo]
     handle: Any  # safetensors.safe_open has no public type
+    state: FileState
 
 
 class SafetensorsFolder:
@@ -77,24 +47,48 @@ class SafetensorsFolder:
 
     Args:
         path: the folder.
+        variant: of the weights, as in transformers' `from_pretrained`.
+        files: the safetensors files that hold the weights, instead of those that transformers would
+            choose. They are opened at once, because nothing else says which tensors they hold.
+
+    Attributes:
+        path: the folder.
+        config: the content of config.json.
+        index: the index of the shards; None: there is none, or it was not asked.
+        index_metadata: what the index says of itself.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, or no safetensors file or index.
         NotADirectoryError: `path` is a file.
-        CheckpointError: malformed JSON, duplicate names.
+        CheckpointError: malformed JSON, duplicate names, a damaged file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads config.json and the index; opens no shard."""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        files: Sequence[str | os.PathLike[str]] | None = None,
+    ) -> None:
+        """Reads config.json and the index; opens no shard unless it must."""
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such checkpoint folder")
-        if not self.path.is_dir():
-            raise NotADirectoryError(f"{self.path}: expected a checkpoint folder, got a file")
-        self.config = _read_config(self.path)
-        self._shard_of = self._read_index()
-        self._shards: dict[str, _Shard] | None = {}
+        self.config = read_config(self.path)
+        self.index: Path | None = None
+        self.index_metadata: Any = None
+        self._shards: dict[Path, _Shard] | None = {}
         self._lock = threading.Lock()
+        self._shard_of: Mapping[str, Path]
+        if files is not None:
+            self._shard_of = self._tensors_of([Path(file) for file in files])
+            return
+        file = weights_file(self.path, self.config, variant)
+        if is_index(file):
+            self.index = self.path / file
+            weight_map, self.index_metadata = read_index(self.path, file)
+            paths = {shard: self.path / shard for shard in set(weight_map.values())}
+            self._shard_of = {name: paths[shard] for name, shard in weight_map.items()}
+        else:
+            self._shard_of = self._tensors_of([self.path / file])
 
     def __enter__(self) -> SafetensorsFolder:
         """Returns itself."""
@@ -112,7 +106,9 @@ class SafetensorsFolder:
     def close(self) -> None:
         """Drops the open shards; further reads raise ValueError."""
         with self._lock:
-            self._shards = None
+            shards, self._shards = self._shards, None
+        for shard in (shards or {}).values():
+            shard.state.close()
 
     def __contains__(self, name: str) -> bool:
         """Whether the index lists a tensor of this name."""
@@ -122,13 +118,33 @@ class SafetensorsFolder:
         """Returns the names of all tensors."""
         return self._shard_of.keys()
 
+    def shard_files(self) -> list[Path]:
+        """Returns the files that hold the tensors, whether they are there or not."""
+        return sorted(set(self._shard_of.values()))
+
     def missing_shards(self) -> list[str]:
         """Returns the names of shard files that the index lists and the folder lacks."""
-        shards = sorted(set(self._shard_of.values()))
-        return [shard for shard in shards if not (self.path / shard).is_file()]
+        return [os.path.relpath(p, self.path) for p in self.shard_files() if not p.is_file()]
+
+    def check_shards(self) -> None:
+        """Opens all shards: whoever goes on to read them by other means will not stumble.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: as `tensor`.
+        """
+        wanted = {shard: name for name, shard in self._shard_of.items()}
+        for shard in sorted(wanted):
+            self._open(shard, wanted[shard])
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a shard that was read has been written to since."""
+        with self._lock:
+            shards = list((self._shards or {}).values())
+        for shard in shards:
+            shard.state.check()
 
     def info(self, name: str) -> TensorInfo:
-        """Returns dtype, shape and size of a tensor; reads no more than its shard's header.
+        """Returns a tensor's dtype and shape as its shard's header has them.
 
         Raises:
             FileNotFoundError, CheckpointError, ValueError: as `tensor`.
@@ -151,11 +167,13 @@ class SafetensorsFolder:
 
         Raises:
             FileNotFoundError: its shard is missing.
-            CheckpointError: the shard is truncated or malformed, the tensor is missing, or its
-                dtype or shape differ.
+            CheckpointError: the shard is truncated or malformed, has changed since it was opened,
+                the tensor is missing, or its dtype or shape differ.
             ValueError: the folder is closed.
         """
-        tensor: torch.Tensor = self._checked(name, dtypes, shape).handle.get_tensor(name)
+        shard = self._checked(name, dtypes, shape)
+        shard.state.check()
+        tensor: torch.Tensor = shard.handle.get_tensor(name)
         return tensor
 
     def _checked(
@@ -166,109 +184,100 @@ class SafetensorsFolder:
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None or dtype not in dtypes or info.shape != shape:
             expected = " or ".join(dtype_name(accepted) for accepted in dtypes)
-            raise CheckpointError(f"{name}: expected {expected} {list(shape)}, got {info}")
+            raise CheckpointError(f"{shown(name)}: expected {expected} {list(shape)}, got {info}")
         return shard
 
-    def _read_index(self) -> Mapping[str, str]:
-        index_path = self.path / INDEX_NAME
-        if index_path.is_file():
-            weight_map = _read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(shard, str) and Path(shard).name == shard
-                for shard in weight_map.values()
-            ):
+    def _tensors_of(self, files: Sequence[Path]) -> Mapping[str, Path]:
+        """Opens files and returns which tensor lies in which."""
+        found: dict[str, Path] = {}
+        for path in files:
+            if path.suffix != SHARD_SUFFIX:
                 raise CheckpointError(
-                    f"{index_path}: expected a weight_map of tensor names to file names"
+                    f"{path}: expected a {SHARD_SUFFIX} file: cpumoe reads none else"
                 )
-            return weight_map
-        if (self.path / SINGLE_NAME).is_file():
-            tensors = _read_header(self.path / SINGLE_NAME)
-            return dict.fromkeys(tensors, SINGLE_NAME)
-        raise FileNotFoundError(
-            f"{self.path}: not a checkpoint: it has neither {INDEX_NAME} nor {SINGLE_NAME}"
-        )
+            for name in self._open(path, "weights").tensors:
+                other = found.setdefault(name, path)
+                if other != path:
+                    raise _held_twice(name, other, path)
+        return found
 
     def _shard(self, name: str) -> _Shard:
-        file = self._shard_of.get(name)
-        if file is None:
-            raise CheckpointError(f"{name}: no such tensor in {self.path}")
-        with self._lock:
-            if self._shards is None:
-                raise ValueError(f"{self.path}: the checkpoint is closed")
-            shard = self._shards.get(file)
-            if shard is None:
-                shard = self._shards[file] = _open_shard(self.path / file, name)
+        path = self._shard_of.get(name)
+        if path is None:
+            raise CheckpointError(f"{shown(name)}: no such tensor in {self.path}")
+        shard = self._open(path, name)
         if name not in shard.tensors:
             raise CheckpointError(
-                f"{name}: no such tensor in {self.path / file}, where the index puts it"
+                f"{shown(name)}: no such tensor in {path}, where the index puts it"
             )
         return shard
 
+    def _open(self, path: Path, wanted: str) -> _Shard:
+        with self._lock:
+            if self._shards is None:
+                raise ValueError(f"{self.path}: the checkpoint is closed")
+            shard = self._shards.get(path)
+            if shard is None:
+                shard = _open_shard(path, wanted)
+                if self.index is not None:
+                    self._check_against_index(path, shard)
+                self._shards[path] = shard
+            return shard
 
-def _read_config(folder: Path) -> dict[str, Any]:
+    def _check_against_index(self, path: Path, shard: _Shard) -> None:
+        # The host reads every tensor of every shard, whatever the index says, and the last counts.
+        for name in shard.tensors:
+            other = self._shard_of.get(name, path)
+            if other != path:
+                shard.state.close()
+                raise _held_twice(name, path, other)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads the config.json of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or it lacks a config.json.
+        NotADirectoryError: a file.
+        CheckpointError: malformed JSON.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a checkpoint folder, got a file")
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: not a checkpoint: it has no {CONFIG_NAME}")
-    return _read_json(path)
+        raise FileNotFoundError(
+            f"{folder}: not a checkpoint: it has no {CONFIG_NAME}{_hint(folder)}"
+        )
+    return read_json(path, CONFIG_LIMIT)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_object(path.read_bytes(), str(path))
+def _hint(folder: Path) -> str:
+    """Where the checkpoint is if `folder` is the hub cache's folder of a model."""
+    snapshots = folder if folder.name == _SNAPSHOTS else folder / _SNAPSHOTS
+    found = [path.parent for path in snapshots.glob(f"*/{CONFIG_NAME}")]
+    if not found:
+        return ""
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return f"; it is a folder of the hub's cache, whose snapshot is {newest}"
 
 
-def _parse_object(text: bytes, subject: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_names)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{subject}: malformed JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{subject}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"duplicate name {counts.most_common(1)[0][0]!r}")
-    return result
+def _held_twice(name: str, first: Path, second: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(name)}: expected one file that holds it, got two: {first} and {second}"
+    )
 
 
 def _open_shard(path: Path, wanted: str) -> _Shard:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing shard; it holds {wanted} (and others)")
-    tensors = _read_header(path)
+        raise FileNotFoundError(f"{path}: missing shard; it holds {shown(wanted)} (and others)")
+    with path.open("rb") as file:
+        state = FileState(file, path)
+        tensors = read_header(file, state.size, path)
     try:
         handle = safetensors.safe_open(path, framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return _Shard(tensors, handle)
-
-
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads a shard's header and checks the file's size against it."""
-    actual = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if actual < 8 or length > actual - 8:
-            raise CheckpointError(
-                f"{path}: truncated, or not a safetensors file: expected at least {8 + length} "
-                f"bytes, got {actual}; download it again"
-            )
-        header = _parse_object(file.read(length), str(path))
-    header.pop("__metadata__", None)
-    try:
-        spans = [entry["data_offsets"] for entry in header.values()]
-        expected = 8 + length + max((int(end) for _, end in spans), default=0)
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), end - start)
-            for (name, entry), (start, end) in zip(header.items(), spans, strict=True)
-        }
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header: {error!r}") from error
-    if actual != expected:
-        state = "truncated" if actual < expected else "too long"
-        raise CheckpointError(
-            f"{path}: {state}: expected {expected} bytes, got {actual}; download it again"
-        )
-    return tensors
+        raise CheckpointError(f"{path}: {shown(str(error), 240)}") from error
+    state.check_is(path)
+    return _Shard(tensors, handle, state)

@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.files import shown, shown_value
 from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.swiglu import SwiGLU
@@ -25,7 +26,7 @@ class UnsupportedReader(ExpertReader):
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
         name = _format_name(config)
-        reason = f"{name} experts of model_type {config.model_type!r} have no reader yet"
+        reason = f"{name} experts of model_type {shown_value(config.model_type)} have no reader yet"
         return ExpertsInfo(name, SwiGLU(), (reason,))
 
     @override
@@ -58,8 +59,8 @@ def _format_name(config: MoeConfig) -> str:
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"
     if "quant_algo" in quantization:
-        return str(quantization["quant_algo"]).lower()
+        return shown(str(quantization["quant_algo"])).lower()
     if method is not None:
-        return str(method)
+        return shown(str(method))
     dtype = str(config.text.get("dtype") or config.text.get("torch_dtype") or "bfloat16")
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, shown(dtype))

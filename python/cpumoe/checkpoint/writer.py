@@ -2,7 +2,7 @@
 
 `safetensors.torch.save_file` wants every tensor of a shard in memory. Here all names, dtypes and
 shapes are declared first, the headers are written, and the bytes follow in any order, so that
-memory stays at one piece. Format: see `cpumoe.checkpoint.shards`.
+memory stays at one piece. Format: see `cpumoe.checkpoint.header`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cpumoe.checkpoint.shards import CONFIG_NAME, DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+from cpumoe.checkpoint.header import DTYPE_NAMES
+from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.formats import describe, dtype_name
 
 

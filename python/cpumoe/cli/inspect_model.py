@@ -125,7 +125,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
             "token": expert_bytes * reader.top_k * len(layers),
         },
         "shards": {
-            "present": len(list(reader.folder.path.glob("*.safetensors"))),
+            "present": len(reader.folder.shard_files()) - len(missing),
             "missing": missing,
         },
         "supported": not reasons,

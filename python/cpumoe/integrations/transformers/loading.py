@@ -116,7 +116,7 @@ def from_pretrained(
         raise ValueError("torch_dtype: this argument is called dtype")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16 or torch.float32, got {dtype}")
-    _check_folder(path, kwargs.get("subfolder"))
+    _check_folder(path, kwargs)
     config = _config(path, kwargs)
     _use_our_quantizer(config, path)
     with loading_with(options or ExpertsOptions()):
@@ -197,12 +197,17 @@ def origin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _ORIGIN if name in kwargs}
 
 
-def _check_folder(path: str | os.PathLike[str], subfolder: str | None) -> None:
-    """Refuses what cannot be loaded before the host begins; a name on the hub is checked later."""
+def _check_folder(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
+    """Refuses what cannot be loaded before the host begins.
+
+    Later, our quantizer checks the files that the host has resolved: those of a name on the hub, or
+    of a config that the caller gave, which may name other weights.
+    """
     check_path(path)
-    if not Path(path).exists():
+    if not Path(path).exists() or kwargs.get("config") is not None:
         return
-    with open_checkpoint(Path(path, subfolder or "")) as reader:
+    folder = Path(path, kwargs.get("subfolder") or "")
+    with open_checkpoint(folder, variant=kwargs.get("variant")) as reader:
         reader.check_supported()
 
 

@@ -11,7 +11,6 @@ place of the host's, where a model without routed experts must load as if they w
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from typing_extensions import override
 
-from cpumoe.checkpoint import ExpertReader, open_checkpoint
+from cpumoe.checkpoint import ExpertReader
 from cpumoe.integrations.transformers.experts_module import CpuExperts
+from cpumoe.integrations.transformers.host_files import open_resolved
 from cpumoe.integrations.transformers.options import current_options
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 from cpumoe.integrations.transformers.swap import (
@@ -59,7 +59,7 @@ class ExpertsToCpumoe(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
         if checkpoint_files and any(experts_modules(model)):
-            self._reader = open_checkpoint(Path(checkpoint_files[0]).parent)
+            self._reader = open_resolved(checkpoint_files, model.config)
             self._swapped = swap_experts(model, self._reader)
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
