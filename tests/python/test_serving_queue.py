@@ -13,7 +13,8 @@ from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
 from cpumoe import generation
-from cpumoe.serving import answer, requests
+from cpumoe.serving import answer
+from cpumoe.serving import body as body_module
 from cpumoe.serving import server as server_module
 
 # Slow enough that nothing ends by itself, and prompt to notice that nobody waits.
@@ -154,7 +155,7 @@ def test_partial_requests_cost_nothing():
 
 
 def test_requests_that_take_too_long_to_come_are_ended(monkeypatch):
-    monkeypatch.setattr(requests, "_BODY_SECONDS", 0.3)
+    monkeypatch.setattr(body_module, "_BODY_SECONDS", 0.3)
     monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.3)
     whole = post({"prompt": "x"})
     with Server() as server:

@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI, Request, Response
 
 from cpumoe.generation import TextModel
 from cpumoe.serving import openai_api, sglang_api
+from cpumoe.serving.body import BodyReader
 from cpumoe.serving.errors import ApiError, install_handlers, json_response
 from cpumoe.serving.service import Service
 from cpumoe.serving.settings import Settings
@@ -31,6 +32,7 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
         int(time.time()),
         settings,
         worker,
+        BodyReader(settings.max_request_bytes),
     )
 
     @asynccontextmanager

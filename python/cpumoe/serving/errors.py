@@ -16,6 +16,7 @@ logger = logging.getLogger("cpumoe.serving")
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
+_LONGEST_TEXT = 600
 
 
 class ApiError(Exception):
@@ -41,11 +42,13 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Makes the error; see the class."""
+        # What a client sends may be part of both, and long.
+        message = _shortened(message)
         super().__init__(message)
         self.status = status
         self.message = message
         self.type = type
-        self.param = param
+        self.param = None if param is None else _shortened(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -60,16 +63,21 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def _shortened(text: str) -> str:
+    half = _LONGEST_TEXT // 2
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:half]} … {text[-half:]}"
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Returns the error for a request that makes no sense or that we cannot honour."""
     return ApiError(400, message, param=param, code=code)
 
 
-def overloaded(retry_after: int, waiting: int) -> ApiError:
-    """Returns the error for a full queue."""
+def overloaded(retry_after: int, why: str) -> ApiError:
+    """Returns the error for a server that has no room for another request."""
     return ApiError(
         503,
-        f"the server is busy and {waiting} requests wait already: try again later",
+        f"the server is busy and {why}: try again later",
         type=_SERVER,
         code="overloaded",
         headers={"Retry-After": str(retry_after)},

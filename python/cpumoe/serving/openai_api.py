@@ -12,15 +12,14 @@ from pydantic import Field
 
 from cpumoe.generation import Generation, Prompt, TextModel
 from cpumoe.serving.answer import Answer, Document
+from cpumoe.serving.body import StrictModel
 from cpumoe.serving.errors import ApiError, invalid, json_response
 from cpumoe.serving.generation_job import GenerationJob
 from cpumoe.serving.requests import (
     MessageText,
     PromptField,
     StopStringsField,
-    StrictModel,
     make_sampling,
-    read_body,
     refuse_unsupported,
 )
 from cpumoe.serving.service import Service
@@ -191,13 +190,13 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, ChatBody, service.settings.max_request_bytes)
+        body = await service.bodies.read(request, ChatBody)
         _check(service, body)
         return Answer(service.worker, _chat_job(service, body), _ChatShape(service.name, body))
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionBody, service.settings.max_request_bytes)
+        body = await service.bodies.read(request, CompletionBody)
         _check(service, body)
         return Answer(
             service.worker, _completion_job(service, body), _CompletionShape(service.name, body)

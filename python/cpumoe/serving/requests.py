@@ -1,63 +1,19 @@
-"""Reading a request: its body, its fields, and what of them cannot be honoured."""
+"""A request's fields, and what of them cannot be honoured."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
-from starlette.requests import ClientDisconnect
+from pydantic import BeforeValidator
 
 from cpumoe.generation import Sampling
-from cpumoe.serving.errors import ApiError, gone, invalid, refusal
+from cpumoe.serving.errors import invalid
 
-_BODY_SECONDS = 60
 _MOST_STOPS = 4
 # No vocabulary has as many; which tokens there are is the model's to say.
 _TOKENS = 2**31
-_Body = TypeVar("_Body", bound=BaseModel)
-
-
-class StrictModel(BaseModel):
-    """A JSON object whose values are not converted; fields without a name stay in `model_extra`."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-async def read_body(request: Request, model: type[_Body], max_bytes: int) -> _Body:
-    """Returns a request's body as a model.
-
-    Raises:
-        ApiError: it is too large, too slow, no JSON, or not what the model expects.
-    """
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type != "application/json":
-        # Browsers ask before they send this type to another site, so no web page that its user
-        # visits can make a server on the same computer work.
-        raise ApiError(415, f"Content-Type: expected application/json, got {media_type!r}")
-    try:
-        body = await asyncio.wait_for(_read(request, max_bytes), _BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the request's body took more than {_BODY_SECONDS} s") from None
-    except ClientDisconnect:
-        raise gone() from None
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise refusal(error) from None
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            message = f"the request's body is larger than {max_bytes} bytes"
-            raise ApiError(413, message, code="request_too_large")
-    return bytes(body)
 
 
 def refuse_unsupported(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpumoe.serving.body import BodyReader
 from cpumoe.serving.settings import Settings
 from cpumoe.serving.worker import Worker
 
@@ -18,6 +19,7 @@ class Service:
         created: when it came into service, in seconds since 1970.
         settings: the operator's.
         worker: runs the model.
+        bodies: reads requests.
     """
 
     name: str
@@ -25,3 +27,4 @@ class Service:
     created: int
     settings: Settings
     worker: Worker
+    bodies: BodyReader

@@ -12,14 +12,13 @@ from pydantic import Field
 
 from cpumoe.generation import Generation, Prompt
 from cpumoe.serving.answer import Answer, Document
+from cpumoe.serving.body import StrictModel
 from cpumoe.serving.errors import invalid
 from cpumoe.serving.generation_job import GenerationJob
 from cpumoe.serving.requests import (
     OptionalPromptField,
     StopStringsField,
-    StrictModel,
     make_sampling,
-    read_body,
     refuse_unsupported,
 )
 from cpumoe.serving.service import Service
@@ -126,7 +125,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/generate")
     async def generate(request: Request) -> Response:
-        body = await read_body(request, GenerateBody, service.settings.max_request_bytes)
+        body = await service.bodies.read(request, GenerateBody)
         refuse_unsupported(body.model_extra, _NEUTRAL, _IGNORED)
         if body.sampling_params is not None:
             refuse_unsupported(body.sampling_params.model_extra, _SAMPLING_NEUTRAL, ())

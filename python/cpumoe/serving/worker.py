@@ -83,7 +83,7 @@ class Worker:
                 raise stopping()
             if len(self._waiting) + (self._running is not None) > self._queue:
                 seconds = min(math.ceil(self._typical_seconds) or 1, _LONGEST_RETRY_SECONDS)
-                raise overloaded(seconds, len(self._waiting))
+                raise overloaded(seconds, f"{len(self._waiting)} requests wait already")
             self._waiting.append(job)
             self._changed.notify_all()
 
