@@ -21,9 +21,10 @@ from serving_tools import Server
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, chat, console, text_model
-from cpumoe.cli.chat_backends import Answer, ChatError, LocalBackend, ServerBackend
+from cpumoe.cli.chat_backends import Answer, ChatError, LocalBackend
+from cpumoe.cli.chat_server import ServerBackend
 from cpumoe.cli.chat_session import Session
-from cpumoe.generation import Sampling
+from cpumoe.generation import Piece, Sampling, ToolCall
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
 FIVE = " 1 2 3 4 5"
@@ -33,19 +34,20 @@ class Echo:
     """Answers with the question; breaks when told to."""
 
     name = "echo"
+    place = "http://echo"
 
     def __init__(self):
         self.asked = []
         self.samplings = []
         self.next = []
 
-    def answer(self, messages, sampling, on_text):
+    def answer(self, messages, sampling, on_piece):
         self.asked.append([(m["role"][0], m["content"]) for m in messages])
         self.samplings.append(sampling)
         answer = self.next.pop(0) if self.next else Answer(f"<{messages[-1]['content']}>", "stop")
         if isinstance(answer, Exception):
             raise answer
-        on_text(answer.text)
+        on_piece(Piece(answer.text, answer.reasoning))
         return answer
 
 
@@ -55,8 +57,8 @@ class Paper:
     def __init__(self):
         self.said = []
 
-    def text(self, piece):
-        self.said.append(piece)
+    def piece(self, piece):
+        self.said.append(piece.text)
 
     def end_answer(self, answer):
         pass
@@ -129,6 +131,35 @@ def test_a_stopped_answer_is_kept(session):
     assert asked(session) == [("s", "be kind"), ("u", "a"), ("a", "half"), ("u", "c")]
 
 
+def test_an_answer_without_text_is_a_failure_that_names_the_place(session):
+    call = Piece(tool_calls=(ToolCall("look", "{}"),))
+    for answer, said in (
+        (Answer("", "stop", reasoning="hm"), "no answer, but reasoning alone"),
+        (Answer("", "length"), "an empty answer (finish reason length)"),
+        (Answer("", "stop", tools=("look",)), "no answer, but calls of tools, which a chat has"),
+    ):
+        session._backend.next = [answer]
+        assert f"error: http://echo: {said}" in enter(session, "a")
+    assert session.failures == 3
+    answer.add(call)
+    assert answer.lack.endswith(": look")
+    assert enter(session, "/retry") == "<a>"
+    assert asked(session) == [("s", "be kind"), ("u", "a")]
+
+
+def test_reasoning_is_shown_to_people_but_is_no_part_of_the_conversation(session, monkeypatch):
+    session._backend.next = [Answer("yes", "stop", reasoning="hm")]
+    enter(session, "a", "b")
+    assert asked(session) == [("s", "be kind"), ("u", "a"), ("a", "yes"), ("u", "b")]
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(console, "_out", Console(force_terminal=True, color_system="standard"))
+    for screen in (chat._Plain(), chat._Terminal()):
+        for piece in (Piece(reasoning="h\x1bm [b]"), Piece("ye"), Piece("s")):
+            screen.piece(piece)
+    assert out.getvalue() == "yes" + "\x1b[2mhm [b]\x1b[0m\n\nyes"
+
+
 def test_save_and_load(session, tmp_path):
     file = tmp_path / "a chat.json"
     assert enter(session, "grüße", f"/save {file}") == "note: saved 3 messages"
@@ -178,7 +209,7 @@ def test_speed():
 def test_the_screen_shows_no_control_sequences(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    chat._Terminal().text("a\x1b]0;title\x07b\x9b2J\r\n\tc\u200d")
+    chat._Terminal().piece(Piece("a\x1b]0;title\x07b\x9b2J\r\n\tc\u200d"))
     assert out.getvalue() == "a]0;titleb2J\n\tc\u200d"
 
 
@@ -194,7 +225,7 @@ def ask(backend, *contents, **sampling):
         {"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)
     ]
     answer = backend.answer(messages, Sampling(**sampling), pieces.append)
-    assert "".join(pieces) == answer.text
+    assert "".join(piece.text for piece in pieces) == answer.text
     return answer
 
 
@@ -202,7 +233,7 @@ def test_both_back_ends_give_the_same():
     sampling = {"temperature": 0.5, "top_p": 0.5, "seed": 4, "max_new_tokens": 3, "stop": ("z",)}
     answers, samplings = [], []
     with Server() as server:
-        for backend in (LocalBackend(server.model), ServerBackend(server.url, None, None)):
+        for backend in (LocalBackend(server.model), ServerBackend(server.url, None, None, 20)):
             assert backend.name == "fake"
             answers.append(ask(backend, "a", "b", "c", **sampling))
             samplings.append(server.model.samplings.pop())
@@ -222,11 +253,11 @@ def test_a_local_model_refuses():
 def test_a_servers_errors_are_one_line():
     with Server(api_key="right") as server:
         with pytest.raises(ChatError, match=r"/v1: 401: the API key is wrong$"):
-            ServerBackend(server.url, "wrong", None)
-        backend = ServerBackend(f"{server.url}/v1/", "right", "other")
+            ServerBackend(server.url, "wrong", None, 20)
+        backend = ServerBackend(f"{server.url}/v1/", "right", "other", 20)
         with pytest.raises(ChatError, match=r"/v1: 404: the model 'other' does not exist"):
             ask(backend, "a")
-        backend = ServerBackend(server.url, "right", None)
+        backend = ServerBackend(server.url, "right", None, 20)
         with pytest.raises(ChatError, match=r"400: .* context length is 1000"):
             ask(backend, "a" * 2000)
         server.model.fails_at, server.model.delay = 3, 0.02
@@ -266,7 +297,8 @@ def test_with_a_server():
         (["--top-p", "3"], "top_p: expected above 0"),
         (["http://x", "--compute", "int8"], "--compute: only for a model in this process"),
         (["http://x", "--chat-template", "t"], "--chat-template: only for a model in this process"),
-        (["--model-name", "x"], "--model-name: only for a server's models"),
+        (["--model-name", "x"], "--model-name: only for a server"),
+        (["--timeout", "3"], "--timeout: only for a server"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):
@@ -278,7 +310,7 @@ def test_bad_options_are_one_line(arguments, message):
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(text_model.importlib.util, "find_spec", lambda name: None)
     result = run("http://x")
-    assert 'needs openai, which is not installed: pip install "cpumoe[chat]"' in result.stderr
+    assert 'needs httpx2, which is not installed: pip install "cpumoe[chat]"' in result.stderr
 
 
 class Screen:

@@ -249,7 +249,7 @@ def layer_of(name):
 
 
 HOSTS = ("transformers", "vllm", "sglang")
-SERVERS = ("fastapi", "starlette", "uvicorn", "pydantic", "openai")
+SERVERS = ("fastapi", "starlette", "uvicorn", "pydantic", "httpx2", "openai")
 MAY_NOT_IMPORT = {
     "core": ("cpumoe.cli", "cpumoe.integrations", "cpumoe.serving", "typer", *HOSTS, *SERVERS),
     "integrations": ("cpumoe.cli", "cpumoe.serving", *SERVERS),

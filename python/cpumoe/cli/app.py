@@ -5,6 +5,7 @@ Command modules import PyTorch, and what needs it, inside functions: help must n
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -22,6 +23,9 @@ from cpumoe.cli import (
     synth,
     validate,
 )
+from cpumoe.cli.console import print_error
+from cpumoe.cli.errors import BAD_INPUT
+from cpumoe.cli.streams import OutputError, standard_streams
 
 app = typer.Typer(
     name="cpumoe",
@@ -78,4 +82,9 @@ def _root(
 def main() -> None:
     """Runs the command line; the entry point of the ``cpumoe`` script."""
     host_threads.bound_waiting()
-    app()
+    try:
+        with standard_streams():
+            app()
+    except OutputError as error:
+        print_error(str(error))
+        sys.exit(BAD_INPUT)

@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
         InputError: something else.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"--compare: {path}: no such file") from None
     except ValueError as error:

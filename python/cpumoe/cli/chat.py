@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
@@ -33,9 +34,13 @@ from cpumoe.cli.text_model import (
 
 if TYPE_CHECKING:
     from cpumoe.cli.chat_backends import Answer, ChatBackend
+    from cpumoe.generation import Piece
 
 EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
+KEY_VARIABLE = "OPENAI_API_KEY"
 NOT_ANSWERED = 1
+# A prompt may take minutes to be read.
+DEFAULT_TIMEOUT = 600.0
 
 
 def command(
@@ -58,12 +63,24 @@ def command(
     api_key: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", envvar="OPENAI_API_KEY", help="For a server.", show_default="none"
+            metavar="KEY",
+            envvar=KEY_VARIABLE,
+            show_envvar=True,
+            help="For a server; the variable hides it from `ps`.",
+            show_default="none",
         ),
     ] = None,
     model_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Which of a server's models.", show_default="its first"),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a server may be silent.",
+            show_default=f"{DEFAULT_TIMEOUT:g}",
+        ),
     ] = None,
     threads: ThreadsOption = None,
     compute: OneComputeOption = DEFAULT_COMPUTE,
@@ -76,16 +93,18 @@ def command(
     """Chat with a model, in this process or behind a URL.
 
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. From a pipe, each line is a
-    question; exit code 1 if one was not answered.
+    question, and answers are printed without what the model thought before; exit code 1 if a
+    question was not answered.
     """
     with reported(traceback):
-        from cpumoe.cli.chat_backends import ChatError, LocalBackend, ServerBackend
+        from cpumoe.cli.chat_backends import ChatError, LocalBackend
+        from cpumoe.cli.chat_server import ServerBackend
         from cpumoe.cli.chat_session import Session
 
         sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
         backend: ChatBackend
         if target is not None and target.startswith(("http://", "https://")):
-            _refuse_local(
+            _refuse(
                 {
                     "--threads": threads is not None,
                     "--compute": compute != DEFAULT_COMPUTE,
@@ -93,16 +112,22 @@ def command(
                     "--dtype": dtype != DEFAULT_DTYPE,
                     "--chat-template": chat_template is not None,
                     "--trust-remote-code": trust_remote_code,
-                }
+                },
+                "for a model in this process",
             )
-            require_package("openai", "chat", "chatting with a server")
+            require_package("httpx2", "chat", "chatting with a server")
+            seconds = DEFAULT_TIMEOUT if timeout is None else timeout
+            if not 0 < seconds < math.inf:  # nor NaN
+                raise InputError(f"--timeout: expected more than 0 seconds, got {seconds:g}")
             try:
-                backend = ServerBackend(target, api_key, model_name)
+                backend = ServerBackend(target, api_key, model_name, seconds)
             except ChatError as error:
                 raise InputError(str(error)) from error
         else:
-            if model_name is not None:
-                raise InputError("--model-name: only for a server's models; leave it out")
+            _refuse(
+                {"--model-name": model_name is not None, "--timeout": timeout is not None},
+                "for a server",
+            )
             backend = LocalBackend(
                 load_text_model(
                     target,
@@ -126,22 +151,21 @@ def command(
             raise typer.Exit(NOT_ANSWERED)
 
 
-def _refuse_local(given: Mapping[str, bool]) -> None:
-    """Refuses options that say how a model runs in this process, where a server's is asked for."""
+def _refuse(given: Mapping[str, bool], use: str) -> None:
+    """Refuses options of the other kind of model: a server's, or one in this process."""
     for option, is_given in given.items():
         if is_given:
-            raise InputError(f"{option}: only for a model in this process; leave it out")
+            raise InputError(f"{option}: only {use}; leave it out")
 
 
 class _Plain:
     """Answers to standard output, and nothing else there."""
 
-    def text(self, piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    def piece(self, piece: Piece) -> None:
+        self._write(piece.text)
 
     def end_answer(self, answer: Answer | None) -> None:
-        self.text("\n" if answer is not None else "")
+        self._write("\n" if answer is not None else "")
 
     def note(self, message: str) -> None:
         typer.echo(message, err=True)
@@ -149,15 +173,29 @@ class _Plain:
     def error(self, message: str) -> None:
         console.print_error(message)
 
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
 
 class _Terminal(_Plain):
-    """For people: each answer is followed by its speed."""
+    """For people: reasoning comes before the answer, which is followed by its speed."""
 
-    def text(self, piece: str) -> None:
-        super().text(console.without_controls(piece))
+    def __init__(self) -> None:
+        self._reasons = False
+
+    def piece(self, piece: Piece) -> None:
+        if piece.reasoning:
+            console.show_dim(piece.reasoning)
+            self._reasons = True
+        if piece.text and self._reasons:
+            self._write("\n\n")
+            self._reasons = False
+        self._write(console.without_controls(piece.text))
 
     def end_answer(self, answer: Answer | None) -> None:
-        self.text("\n")
+        self._reasons = False
+        self._write("\n")
         if answer is not None:
             self.note(_describe(answer))
 

@@ -1,4 +1,4 @@
-"""Who answers in a chat: a model in this process, or a server with OpenAI's API."""
+"""Who answers in a chat; a model in this process is one of them, `chat_server` has the other."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from cpumoe.generation import Message, Piece, Sampling, TextModel
-
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletionChunk
 
 
 class ChatError(Exception):
@@ -25,10 +22,12 @@ class Answer:
 
     Attributes:
         text: all of it, or what came before Ctrl-C.
-        finish_reason: "stop", "length", or "cancelled" by Ctrl-C.
+        finish_reason: "stop", "length", "cancelled" by Ctrl-C, or what else a server says.
         tokens: generated; None: the server does not say.
-        first_seconds: until the first text.
+        first_seconds: until the first piece.
         rest_seconds: from then to the end.
+        reasoning: what the model thought before it answered.
+        tools: names of the functions that the model wants to be called.
     """
 
     text: str = ""
@@ -36,6 +35,8 @@ class Answer:
     tokens: int | None = None
     first_seconds: float = 0.0
     rest_seconds: float = 0.0
+    reasoning: str = ""
+    tools: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -43,6 +44,27 @@ class Answer:
         if self.tokens is None or self.tokens < 2 or self.rest_seconds <= 0:
             return None
         return (self.tokens - 1) / self.rest_seconds
+
+    @property
+    def lack(self) -> str | None:
+        """Why there is nothing to read; None: there is, or the user stopped it."""
+        if self.text or self.finish_reason == "cancelled":
+            return None
+        end = "" if self.finish_reason == "stop" else f" (finish reason {self.finish_reason})"
+        if self.tools:
+            return f"no answer, but calls of tools, which a chat has none of: {self._tools()}{end}"
+        if self.reasoning:
+            return f"no answer, but reasoning alone{end}"
+        return f"an empty answer{end}"
+
+    def add(self, piece: Piece) -> None:
+        """Appends a piece."""
+        self.text += piece.text
+        self.reasoning += piece.reasoning
+        self.tools += tuple(call.name for call in piece.tool_calls)
+
+    def _tools(self) -> str:
+        return ", ".join(dict.fromkeys(self.tools))
 
 
 class ChatBackend(Protocol):
@@ -52,18 +74,22 @@ class ChatBackend(Protocol):
     def name(self) -> str:
         """The model's."""
 
+    @property
+    def place(self) -> str:
+        """Where errors happen: a server's address, or the model's name."""
+
     def answer(
-        self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None]
+        self, messages: Sequence[Message], sampling: Sampling, on_piece: Callable[[Piece], None]
     ) -> Answer:
         """Answers the last message; Ctrl-C ends the answer, not the program.
 
         Args:
             messages: the conversation, ending with the user's question.
             sampling: how tokens are chosen.
-            on_text: called with each piece of the answer's text.
+            on_piece: called with each piece of the answer.
 
         Raises:
-            ChatError: there is none.
+            ChatError: there is none, or it broke off; the message begins with `place`.
         """
 
 
@@ -73,17 +99,17 @@ class LocalBackend:
     def __init__(self, model: TextModel) -> None:
         """Takes a loaded model."""
         self._model = model
-        self.name = model.name
+        self.name = self.place = model.name
 
     def answer(
-        self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None]
+        self, messages: Sequence[Message], sampling: Sampling, on_piece: Callable[[Piece], None]
     ) -> Answer:
         """Answers the last message; see `ChatBackend`."""
-        pieces = []
+        answer = Answer()
 
         def keep(piece: Piece) -> None:
-            pieces.append(piece.text)
-            on_text(piece.text)
+            answer.add(piece)
+            on_piece(piece)
 
         try:
             prompt = self._model.encode_chat(messages)
@@ -92,16 +118,34 @@ class LocalBackend:
                     prompt, sampling, on_piece=keep, cancelled=interrupted
                 )
         except ValueError as error:
-            raise ChatError(str(error)) from error
+            raise ChatError(f"{self.place}: {error}") from error
         except KeyboardInterrupt:
-            return Answer("".join(pieces))
-        return Answer(
-            result.text,
-            result.finish_reason,
-            result.completion_tokens,
-            result.prefill_seconds,
-            result.decode_seconds,
-        )
+            return answer
+        answer.finish_reason = result.finish_reason
+        answer.tokens = result.completion_tokens
+        answer.first_seconds = result.prefill_seconds
+        answer.rest_seconds = result.decode_seconds
+        return answer
+
+
+class Stopwatch:
+    """Times an answer: until its first piece, and from there to its end."""
+
+    def __init__(self) -> None:
+        """Starts."""
+        self._start = time.perf_counter()
+        self._first: float | None = None
+
+    def piece(self) -> None:
+        """Notes that a piece has come."""
+        if self._first is None:
+            self._first = time.perf_counter()
+
+    def stop(self, answer: Answer) -> None:
+        """Writes both times into an answer."""
+        end = time.perf_counter()
+        first = end if self._first is None else self._first
+        answer.first_seconds, answer.rest_seconds = first - self._start, end - first
 
 
 @contextmanager
@@ -124,99 +168,3 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class ServerBackend:
-    """A server with OpenAI's API."""
-
-    def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
-        """Prepares to ask a server.
-
-        Args:
-            url: of the server or its API, as in ``http://127.0.0.1:8000/v1``.
-            api_key: what it wants to see; None: nothing.
-            model: which of its models answers; None: the first that it lists.
-
-        Raises:
-            ChatError: its models cannot be listed.
-        """
-        from openai import OpenAI
-
-        self._url = _api_url(url)
-        # The client insists on a key. It shall not try again by itself: the user sees what is
-        # wrong, and /retry is at hand.
-        self._client: Any = OpenAI(base_url=self._url, api_key=api_key or "-", max_retries=0)
-        self.name = model or self._first_model()
-
-    def answer(
-        self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None]
-    ) -> Answer:
-        """Answers the last message; see `ChatBackend`."""
-        answer, start = Answer(), time.perf_counter()
-        try:
-            with self._errors(), closing(self._stream(messages, sampling)) as chunks:
-                for text in _texts(chunks, answer):
-                    if not answer.text:
-                        answer.first_seconds = time.perf_counter() - start
-                    answer.text += text
-                    on_text(text)
-        except KeyboardInterrupt:
-            answer.finish_reason = "cancelled"
-        answer.rest_seconds = time.perf_counter() - start - answer.first_seconds
-        return answer
-
-    def _stream(self, messages: Sequence[Message], sampling: Sampling) -> Any:
-        wanted: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": sampling.seed,
-            "stop": list(sampling.stop) or None,
-        }
-        return self._client.chat.completions.create(
-            model=self.name,
-            messages=[dict(message) for message in messages],
-            stream=True,
-            stream_options={"include_usage": True},
-            **{name: value for name, value in wanted.items() if value is not None},
-        )
-
-    def _first_model(self) -> str:
-        with self._errors():
-            for model in self._client.models.list():
-                return str(model.id)
-        raise ChatError(f"{self._url} lists no models: name one with --model-name")
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turns the client's errors into one line each."""
-        import httpx
-        import openai
-
-        try:
-            yield
-        except openai.APIStatusError as error:
-            body = error.body if isinstance(error.body, dict) else {}
-            message = body.get("message") or error.message
-            raise ChatError(f"{self._url}: {error.status_code}: {message}") from error
-        except openai.APIConnectionError as error:
-            raise ChatError(f"{self._url}: {error.__cause__ or error}") from error
-        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ChatError(f"{self._url}: {error}") from error
-
-
-def _texts(chunks: Iterator[ChatCompletionChunk], answer: Answer) -> Iterator[str]:
-    """Yields a stream's texts and notes in `answer` what else it says."""
-    for chunk in chunks:
-        if chunk.usage is not None:
-            answer.tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices[:1]:
-            if choice.finish_reason is not None:
-                answer.finish_reason = choice.finish_reason
-            if choice.delta.content:
-                yield choice.delta.content
-
-
-def _api_url(url: str) -> str:
-    """The API's address, where only the server's is given."""
-    return url.rstrip("/") + ("/v1" if url.rstrip("/").count("/") < 3 else "")

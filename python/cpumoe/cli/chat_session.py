@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpumoe.cli.chat_backends import Answer, ChatBackend, ChatError
-from cpumoe.generation import Message, Sampling
+from cpumoe.generation import Message, Piece, Sampling
 
 
 def _at_least_one(text: str) -> int:
@@ -30,7 +30,7 @@ _ROLES = ("system", "user", "assistant")
 class Screen(Protocol):
     """Where a session says things."""
 
-    def text(self, piece: str) -> None:
+    def piece(self, piece: Piece) -> None:
         """Shows a piece of an answer."""
 
     def end_answer(self, answer: Answer | None) -> None:
@@ -88,25 +88,28 @@ class Session:
     def _ask(self, question: str) -> None:
         self.messages.append({"role": "user", "content": question})
         try:
-            answer = self._backend.answer(self.messages, self._sampling, self._screen.text)
+            answer = self._backend.answer(self.messages, self._sampling, self._screen.piece)
         except ChatError as error:
             self._screen.end_answer(None)
-            self._screen.error(str(error))
-            self.failures += 1
-            self._give_up(question)
+            self._give_up(question, str(error))
             return
         self._screen.end_answer(answer)
         if answer.text:
+            # What a model thought is no part of the conversation: templates leave it out.
             self.messages.append({"role": "assistant", "content": answer.text})
             self._answers.append(answer)
             self._unanswered = None
         else:
-            self._give_up(question)
+            lack = answer.lack
+            self._give_up(question, lack and f"{self._backend.place}: {lack}")
 
-    def _give_up(self, question: str) -> None:
+    def _give_up(self, question: str, failure: str | None) -> None:
         # Templates want a question to have an answer before the next.
         self.messages.pop()
         self._unanswered = question
+        if failure is not None:
+            self._screen.error(failure)
+            self.failures += 1
 
     def _take_back(self) -> str:
         """Removes the last question and its answer; returns the question."""

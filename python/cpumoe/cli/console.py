@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cpumoe.cli.streams import OutputError
+
 # What is not a terminal has no width of its own; tables should not be cut for lack of one.
 _PIPE_WIDTH = 120
-_out = Console(
-    highlight=False,
-    width=None if "COLUMNS" in os.environ or sys.stdout.isatty() else _PIPE_WIDTH,
-)
+_out = Console(highlight=False)
+if "COLUMNS" not in os.environ and not _out.file.isatty():
+    _out.width = _PIPE_WIDTH
 _err = Console(stderr=True, highlight=False)
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -39,6 +40,17 @@ def show(*parts: RenderableType) -> None:
         _out.print(part)
 
 
+def show_dim(text: str) -> None:
+    """Prints a piece of text to standard output at once, less bright than the rest."""
+    _out.print(Text(without_controls(text), "dim"), end="", soft_wrap=True)
+
+
+def announce(message: str) -> None:
+    """Prints a line to standard output for whoever may read it: that nobody can is no error."""
+    with contextlib.suppress(OutputError, BrokenPipeError):
+        typer.echo(message)
+
+
 def show_aside(text: str) -> None:
     """Prints a remark to standard error, so that standard output holds the result alone."""
     _err.print(Text(without_controls(text), "dim"), soft_wrap=True)
@@ -51,7 +63,7 @@ def show_json(document: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes the document to a file; numbers that JSON lacks become null."""
-    path.write_text(json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def print_error(message: str) -> None:

@@ -127,7 +127,7 @@ def command(
                     listener,
                     grace_seconds=grace,
                     access_log=not quiet,
-                    on_ready=lambda: typer.echo(f"serving {name} at {url} (Ctrl-C stops it)"),
+                    on_ready=lambda: console.announce(f"serving {name} at {url} (Ctrl-C stops it)"),
                 )
             except WorkerError as error:
                 console.print_error(str(error))
