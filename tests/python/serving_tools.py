@@ -9,8 +9,9 @@ import openai
 from fake_model import FakeModel
 
 from cpumoe.serving.app import create_app
+from cpumoe.serving.listening import open_sockets
 from cpumoe.serving.server import Server as HttpServer
-from cpumoe.serving.server import make_config, open_socket
+from cpumoe.serving.server import make_config
 from cpumoe.serving.settings import Settings
 
 
@@ -21,8 +22,8 @@ class Server:
         self.model = model or FakeModel()
         self._grace_seconds = grace_seconds
         self.app = create_app(self.model, Settings(**settings))
-        self._listener = open_socket("127.0.0.1", 0)
-        self.port = self._listener.getsockname()[1]
+        self._listeners = open_sockets("127.0.0.1", 0)
+        self.port = self._listeners[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._http = None
 
@@ -30,7 +31,7 @@ class Server:
         ready = threading.Event()
         config = make_config(self.app, False)
         self._server = HttpServer(config, self.app.state.service, self._grace_seconds, ready.set)
-        self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
+        self._thread = threading.Thread(target=self._server.run, args=(self._listeners,))
         self._thread.start()
         assert ready.wait(10)
         self.http = httpx.Client(base_url=self.url, timeout=20)

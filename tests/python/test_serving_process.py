@@ -16,7 +16,7 @@ from serving_tools import wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, serve, text_model
-from cpumoe.serving.server import open_socket
+from cpumoe.serving.listening import open_sockets
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
 COMPLETIONS = "/v1/completions"
@@ -28,6 +28,7 @@ class Process:
         self.popen = popen
         line = popen.stdout.readline()
         assert line.startswith("serving fake at http://"), line + popen.stderr.read()
+        self.greeting = line
         self.url = re.search(r"http://\S+", line)[0].removesuffix("/v1")
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
@@ -42,8 +43,10 @@ class Process:
 
 
 @contextmanager
-def serving(*options, delay=0.0, end=5, **environment):
+def serving(*options, delay=0.0, end=5, descriptors=None, **environment):
     command = [sys.executable, PROGRAM, str(delay), str(end), "serve", "--port", "0", *options]
+    if descriptors is not None:
+        command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
     popen = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -170,7 +173,8 @@ def no_model(monkeypatch):
 
 @pytest.mark.usefixtures("no_model")
 def test_mistakes_are_one_line():
-    with open_socket("127.0.0.1", 0) as listener:
+    (listener,) = open_sockets("127.0.0.1", 0)
+    with listener:
         port = str(listener.getsockname()[1])
         assert f"127.0.0.1 port {port}: Address already in use" in refuse("--port", port)
     # An address for documentation, which no computer has.

@@ -176,6 +176,26 @@ def test_requests_that_take_too_long_to_come_are_ended(monkeypatch):
         assert_serves(server)
 
 
+def test_no_client_is_read_from_for_long_at_a_time(monkeypatch):
+    """A body in tiny chunks takes long to take apart: meanwhile others are answered."""
+    sizes = []
+    receive = server_module._Protocol.data_received
+
+    def data_received(self, data):
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(server_module._Protocol, "data_received", data_received)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunks = b"1\r\n \r\n" * 20_000 + b"f\r\n" + b'{"prompt": "x"}' + b"\r\n0\r\n\r\n"
+    with Server() as server:
+        connection = server.raw(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks)
+        assert b" 200 " in connection.recv(1000)
+        connection.close()
+    assert sum(sizes) > 100_000
+    assert max(sizes) <= 1 << 14
+
+
 def test_huge_headers_are_refused():
     with Server() as server:
         connection = server.raw(b"GET /health HTTP/1.1\r\nX: " + b"x" * (1 << 17))

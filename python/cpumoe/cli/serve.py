@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import socket
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -36,7 +39,12 @@ EXAMPLE = "Example: `cpumoe serve --port 8000`"
 
 def command(
     model: ModelArgument = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Where to listen; localhost and :: mean IPv4 and IPv6."
+        ),
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")
     ] = 8000,
@@ -95,14 +103,16 @@ def command(
         for package in ("fastapi", "uvicorn"):
             require_package(package, "serve", "the server")
         from cpumoe.serving.app import create_app
-        from cpumoe.serving.server import WorkerError, open_socket, serve
+        from cpumoe.serving.listening import open_sockets
+        from cpumoe.serving.server import WorkerError, serve
 
         if not grace >= 0:  # nor NaN
             raise InputError(f"--grace: expected 0 or more seconds, got {grace}")
         settings = Settings(served_model_name, api_key, queue, max_tokens, max_request_bytes)
         # Before the model, which may take minutes to load: an address in use should not.
-        with open_socket(host, port) as listener:
-            if api_key is None and not _is_loopback(listener.getsockname()[0]):
+        with contextlib.ExitStack() as opened:
+            listeners = [opened.enter_context(one) for one in open_sockets(host, port)]
+            if api_key is None and not all(map(_is_loopback, listeners)):
                 console.print_warning(
                     f"{host} can be reached from other computers, and anybody may use the model: "
                     "set --api-key"
@@ -120,23 +130,31 @@ def command(
                 settings,
             )
             name = app.state.service.name
-            url = _url(host, listener.getsockname()[1])
+            urls = " and ".join(_urls(host, listeners))
             try:
                 serve(
                     app,
-                    listener,
+                    listeners,
                     grace_seconds=grace,
                     access_log=not quiet,
-                    on_ready=lambda: console.announce(f"serving {name} at {url} (Ctrl-C stops it)"),
+                    on_ready=lambda: console.announce(
+                        f"serving {name} at {urls} (Ctrl-C stops it)"
+                    ),
                 )
             except WorkerError as error:
                 console.print_error(str(error))
                 raise typer.Exit(_FAILED) from None
 
 
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].split("%")[0]).is_loopback
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+def _urls(host: str, listeners: Sequence[socket.socket]) -> list[str]:
+    """What clients use: the name, if the host was given by one, else each address."""
+    names = [listener.getsockname()[:2] for listener in listeners]
+    try:
+        ipaddress.ip_address(host.split("%")[0])
+    except ValueError:
+        names = [(host, names[0][1])]
+    return [f"http://[{n}]:{p}/v1" if ":" in n else f"http://{n}:{p}/v1" for n, p in names]

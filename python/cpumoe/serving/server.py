@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,42 +19,23 @@ import uvicorn.config
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from cpumoe.serving.listening import Acceptor
 from cpumoe.serving.service import Service
 from cpumoe.serving.settings import DEFAULT_GRACE_SECONDS
 
 # For clients that read the end of their answer slowly, after the model has stopped.
 _SEND_SECONDS = 5
-_BACKLOG = 128
 _HEAD_SECONDS = 30
+_READ_BYTES = 1 << 14
 
 
 class WorkerError(RuntimeError):
     """The server has lost the thread that runs the model."""
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens at an address; port 0: any that is free.
-
-    Raises:
-        OSError: names the address.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen at {host} port {port}: {reason}") from error
-    # Connections inherit it; asyncio does not set it on those of a ready-made socket. Without it
-    # the end of an answer waits 40 ms for the client to acknowledge its beginning.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
 def serve(
     app: FastAPI,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     *,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
     access_log: bool = True,
@@ -67,7 +48,7 @@ def serve(
 
     Args:
         app: what to serve.
-        listener: where, as `open_socket` returns it; closed at the end.
+        listeners: where, as `open_sockets` returns them; closed at the end.
         grace_seconds: until the running generation is cancelled.
         access_log: write a line per request to standard output.
         on_ready: called when requests are being answered.
@@ -77,7 +58,7 @@ def serve(
     """
     service: Service = app.state.service
     server = Server(make_config(app, access_log), service, grace_seconds, on_ready)
-    server.run([listener])
+    server.run([*listeners])
     if server.broken:
         raise WorkerError(
             "the thread that runs the model has ended: the server cannot go on; start it again"
@@ -104,10 +85,19 @@ def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
     )
 
 
-class _Protocol(H11Protocol):
+class _Protocol(asyncio.BufferedProtocol, H11Protocol):  # type: ignore[misc]
     """Uvicorn's HTTP, less connections that do not finish a request's head in time."""
 
     _deadline: asyncio.TimerHandle | None = None
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        # As much as is read before others have their turn: what comes in tiny chunks takes a
+        # thousand times as long to take apart as what comes in large ones.
+        self._buffer = bytearray(_READ_BYTES)
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -153,7 +143,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the application and opens it to clients."""
-        await super().startup(sockets)
+        await super().startup([])
+        self._acceptor = Acceptor(
+            sockets or [],
+            lambda: _Protocol(self.config, self.server_state, self.lifespan.state),
+            lambda: len(self.server_state.connections),
+        )
         self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -166,6 +161,11 @@ class Server(uvicorn.Server):
         await super().main_loop()
         # The sockets are still open: whoever comes now is told that the server is stopping.
         await self._service.worker.drain(self._grace_seconds)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the sockets, and connections when their answers are sent."""
+        self._acceptor.close()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
