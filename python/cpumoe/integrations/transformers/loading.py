@@ -26,6 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from cpumoe.checkpoint import UnsupportedFormatError, open_checkpoint
+from cpumoe.integrations.transformers.completeness import check_complete, host_report_held_back
 from cpumoe.integrations.transformers.in_memory import experts_forward
 from cpumoe.integrations.transformers.options import (
     ExpertsOptions,
@@ -120,10 +121,7 @@ def from_pretrained(
     config = _config(path, kwargs)
     _use_our_quantizer(config, path)
     with loading_with(options or ExpertsOptions()):
-        loaded = model_class.from_pretrained(path, config=config, dtype=torch.bfloat16, **kwargs)
-    # With output_loading_info=True a report comes with the model.
-    _widen(loaded[0] if isinstance(loaded, tuple) else loaded, dtype)
-    return loaded
+        return _load(model_class, path, config, dtype, kwargs)
 
 
 def from_pretrained_by_host(
@@ -147,13 +145,10 @@ def from_pretrained_by_host(
     if quantization is not None:
         # Else the host keeps compressed-tensors compressed, and computes MXFP4 where it can.
         owner.quantization_config = {**quantization, "dequantize": True}
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.bfloat16, **kwargs
-    )
+    loaded = _load(AutoModelForCausalLM, path, config, dtype, kwargs)
     if fp32_router:
-        use_fp32_routers(model)
-    _widen(model, dtype)
-    return model
+        use_fp32_routers(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
 def enable(options: ExpertsOptions | None = None) -> None:
@@ -239,8 +234,31 @@ def _use_our_quantizer(config: Any, path: str | os.PathLike[str]) -> None:
     owner.quantization_config = {**quantization, "quant_method": our_method(method)}
 
 
-def _widen(model: Any, dtype: torch.dtype) -> None:
+def _load(
+    model_class: Any,
+    path: str | os.PathLike[str],
+    config: Any,
+    dtype: torch.dtype,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Calls the host's loader, and refuses a model that is not wholly what the files hold.
+
+    Returns:
+        The model, or model and report where the caller wants both.
+    """
+    with host_report_held_back(path):
+        model, report = model_class.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.bfloat16,
+            # Else the host raises without the names, which it logs.
+            **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True},
+        )
+        check_complete(
+            model, report, path, mismatched_allowed=bool(kwargs.get("ignore_mismatched_sizes"))
+        )
     # The host's loader keeps unquantized tensors in the checkpoint's bf16 whatever it is asked for.
     # Only that way: the other would round what the host keeps in fp32, rotary frequencies first.
     if dtype == torch.float32:
         model.to(dtype)
+    return (model, report) if kwargs.get("output_loading_info") else model
