@@ -109,7 +109,7 @@ def test_a_slow_prompt_does_not_block_the_others():
     encode = model.encode
     reading = threading.Event()
 
-    def slow_encode(text):
+    def slow_encode(text, **_):
         reading.set()
         time.sleep(1 if len(text) > 1000 else 0)
         return encode(text)

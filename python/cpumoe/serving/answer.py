@@ -1,4 +1,4 @@
-"""The HTTP answer of a job: one document, or a stream of server-sent events."""
+"""The HTTP answer to a request for text: one document, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, Protocol
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from cpumoe.generation import Generation
+from cpumoe.generation import Generation, Piece
 from cpumoe.serving.errors import ApiError, encode_json, gone, json_response
 from cpumoe.serving.generation_job import GenerationJob
 from cpumoe.serving.job import Job, Result
 from cpumoe.serving.worker import Worker
 
 Document = Mapping[str, Any]
+# SGLang answers several prompts with a list.
+Answered = Document | Sequence[Document]
 
 _DONE = b"data: [DONE]\n\n"
 # A comment, which the protocol of such streams tells clients to skip.
@@ -33,80 +35,120 @@ _HEADERS = (
 
 
 class Shape(Protocol):
-    """How one protocol words an answer."""
+    """How one protocol words the answer to a request, which may consist of several texts.
 
-    def whole(self, job: GenerationJob, generation: Generation) -> Document:
+    Each text has a job; `index` says which one is meant.
+    """
+
+    def whole(self, jobs: Sequence[GenerationJob], results: Sequence[Generation]) -> Answered:
         """Returns the answer as one document."""
 
-    def begin(self) -> Sequence[Document]:
-        """Returns the events before the first text."""
+    def begin(self, jobs: Sequence[GenerationJob], index: int) -> Sequence[Document]:
+        """Returns the events before a text's first piece."""
 
-    def piece(self, job: GenerationJob, text: str) -> Document:
-        """Returns the event of the next piece of text."""
+    def piece(self, jobs: Sequence[GenerationJob], index: int, piece: Piece) -> Sequence[Document]:
+        """Returns the events of a text's next piece."""
 
-    def end(self, job: GenerationJob, generation: Generation) -> Sequence[Document]:
+    def end(
+        self, jobs: Sequence[GenerationJob], index: int, result: Generation
+    ) -> Sequence[Document]:
+        """Returns the events after a text's last piece."""
+
+    def close(self, jobs: Sequence[GenerationJob]) -> Sequence[Document]:
         """Returns the events after the last text."""
 
 
 class Answer(Response):
-    """Runs a job and sends what it generates; ends it when the client disconnects.
+    """Runs a request's jobs and sends what they generate; ends them when the client disconnects.
 
     A stream's headers wait a little for its first text, so that what is wrong with the request is
     still answered by a status of its own. They do not wait longer: proxies, and people, take a
     server that sends nothing for one that is gone.
     """
 
-    def __init__(self, worker: Worker, job: GenerationJob, shape: Shape) -> None:
+    def __init__(
+        self, worker: Worker, jobs: Sequence[GenerationJob], shape: Shape, *, streams: bool
+    ) -> None:
         """Prepares the answer; nothing runs before it is called."""
         super().__init__()
         self._worker = worker
-        self._job = job
+        self._jobs = jobs
         self._shape = shape
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Submits the job and answers."""
-        self._worker.submit(self._job)
+        """Submits the jobs and answers."""
+        self._worker.submit(*self._jobs)
         watch = asyncio.create_task(self._watch(receive))
         try:
-            if self._job.streams:
+            if self._streams:
                 await self._stream(send)
             else:
                 await self._whole(scope, receive, send)
         finally:
             watch.cancel()
-            self._worker.withdraw(self._job, gone())
+            self._withdraw()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._worker.withdraw(self._job, gone())
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        # The last first, so that none of them begins in between.
+        for job in reversed(self._jobs):
+            self._worker.withdraw(job, gone())
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        document = self._shape.whole(self._job, await result_of(self._job))
-        await json_response(document)(scope, receive, send)
+        results = [await result_of(job) for job in self._jobs]
+        await json_response(self._shape.whole(self._jobs, results))(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        pieces, generation = await self._job.read(_HEADERS_SECONDS)
+        # The worker runs them in this order.
+        news = await self._jobs[0].read(_HEADERS_SECONDS)
         await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
-        events = [*self._shape.begin()]
         try:
-            while True:
-                text = "".join(piece.text for piece in pieces)
-                if text:
-                    events.append(self._shape.piece(self._job, text))
-                if generation is not None:
-                    break
-                if text:
-                    await _send_events(send, events)
-                    events = []
-                else:
-                    await _send(send, _PING)
-                pieces, generation = await self._job.read(_PING_SECONDS)
-            events += self._shape.end(self._job, generation)
+            for index, job in enumerate(self._jobs):
+                if index > 0:
+                    news = await job.read(_PING_SECONDS)
+                await self._stream_text(send, index, news)
+            events = self._shape.close(self._jobs)
         except ApiError as error:
             # The status is sent: an event is the only way left to say that it went wrong.
             events = [error.document()]
         await _send_events(send, events, last=True)
+
+    async def _stream_text(
+        self, send: Send, index: int, news: tuple[list[Piece], Generation | None]
+    ) -> None:
+        """Sends one text, of which `news` is the beginning."""
+        jobs, begun = self._jobs, False
+        while True:
+            pieces, result = news
+            piece = _joined(pieces)
+            events: list[Document] = []
+            if not begun and (piece or result is not None):
+                events += self._shape.begin(jobs, index)
+                begun = True
+            if piece:
+                events += self._shape.piece(jobs, index, piece)
+            if result is not None:
+                events += self._shape.end(jobs, index, result)
+            await (_send_events(send, events) if events else _send(send, _PING))
+            if result is not None:
+                return
+            news = await jobs[index].read(_PING_SECONDS)
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """Several pieces as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        "".join(piece.reasoning for piece in pieces),
+        tuple(call for piece in pieces for call in piece.tool_calls),
+        tuple(token for piece in pieces for token in piece.logprobs),
+        sum(piece.tokens for piece in pieces),
+    )
 
 
 async def result_of(job: Job[Result]) -> Result:

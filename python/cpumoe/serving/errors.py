@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -122,13 +122,15 @@ def refusal(error: ValidationError) -> ApiError:
     return invalid(f"{param}: {problem}" if param else str(problem), param=param or None)
 
 
-def encode_json(document: Mapping[str, Any]) -> bytes:
+def encode_json(document: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Returns the document as UTF-8; half of a surrogate pair stays an escape sequence."""
     return json.dumps(document, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def json_response(
-    document: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+    document: Mapping[str, Any] | Sequence[Any],
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Returns an answer that is one JSON document."""
     return Response(

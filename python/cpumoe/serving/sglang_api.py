@@ -5,118 +5,250 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from cpumoe.generation import Generation, Prompt
-from cpumoe.serving.answer import Answer, Document
+from cpumoe.generation import Generation, Piece, Sampling, TokenLogprob
+from cpumoe.serving.answer import Answer, Answered, Document
 from cpumoe.serving.body import StrictModel
 from cpumoe.serving.errors import invalid
-from cpumoe.serving.generation_job import GenerationJob
-from cpumoe.serving.requests import (
-    OptionalPromptField,
-    StopStringsField,
-    make_sampling,
-    refuse_unsupported,
+from cpumoe.serving.fields import (
+    Count,
+    Integer,
+    SamplingFields,
+    Seed,
+    TokenLimit,
+    TopLogprobs,
+    check_texts,
+    choice_seed,
+    is_tokens,
 )
+from cpumoe.serving.generation_job import GenerationJob, Terms
+from cpumoe.serving.openai_api import encoder
+from cpumoe.serving.parameters import refuse_common
 from cpumoe.serving.service import Service
 
 # SGLang's own default.
 _MAX_NEW_TOKENS = 128
-_IGNORED = {"log_metrics", "priority", "bootstrap_room"}
-_NEUTRAL: dict[str, Sequence[Any]] = {
-    "return_logprob": (False,),
-    "logprob_start_len": (-1,),
-    "top_logprobs_num": (0,),
-    "token_ids_logprob": (),
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "input_embeds": (),
-    "image_data": (),
-    "video_data": (),
-    "audio_data": (),
-    "lora_path": (),
-    "session_params": (),
-    "custom_logit_processor": (),
-}
-_SAMPLING_NEUTRAL: dict[str, Sequence[Any]] = {
-    "n": (1,),
-    "top_k": (-1, 1 << 30),
-    "min_p": (0,),
-    "min_new_tokens": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "ignore_eos": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True, False),
-    "no_stop_trim": (False,),
-    "stop_token_ids": ([],),
-    "stop_regex": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "custom_params": (),
+_NAMES = {
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "logprobs": "top_logprobs_num",
+    "prompt_logprobs": "top_logprobs_num",
 }
 
 
-class _SamplingParams(StrictModel):
-    temperature: float | None = None
-    max_new_tokens: Annotated[int | None, Field(ge=1)] = None
-    top_p: float | None = None
-    stop: StopStringsField = None
-    sampling_seed: int | None = None
+class SamplingParams(SamplingFields):
+    """How one prompt is continued."""
+
+    max_new_tokens: TokenLimit = None
+    min_new_tokens: Count | None = None
+    sampling_seed: Seed = None
+    n: Annotated[Integer, Field(ge=1)] | None = None
+    json_schema: str | None = None
+
+    def samplings(self, **others: Any) -> list[Sampling]:
+        """Returns the sampling of each answer to the prompt.
+
+        Raises:
+            ApiError: a value that is not supported or out of its range.
+        """
+        refuse_common(self.model_extra)
+        return [
+            self.sampling(
+                _NAMES,
+                max_new_tokens=self.max_new_tokens,
+                min_tokens=self.min_new_tokens or 0,
+                seed=choice_seed(self.sampling_seed, choice),
+                json_schema=self.json_schema or None,
+                **others,
+            )
+            for choice in range(self.n or 1)
+        ]
+
+
+def _text_or_texts(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(t, str) for t in value):
+        raise ValueError("expected a string or a list of strings")
+    return value
+
+
+def _tokens_or_lists(value: Any) -> Any:
+    if value is None or is_tokens(value):
+        return value
+    if not isinstance(value, list) or not all(map(is_tokens, value)):
+        raise ValueError("expected a list of token ids, integers of 0 or more, or a list of these")
+    return value
 
 
 class GenerateBody(StrictModel):
     """The body of /generate."""
 
-    text: OptionalPromptField = None
-    input_ids: OptionalPromptField = None
-    sampling_params: _SamplingParams | None = None
+    text: Annotated[Any, BeforeValidator(_text_or_texts)] = None
+    input_ids: Annotated[Any, BeforeValidator(_tokens_or_lists)] = None
+    sampling_params: SamplingParams | None = None
     stream: bool | None = None
-    rid: str | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | None = None
+    logprob_start_len: Annotated[Integer, Field(ge=-1)] | None = None
+    top_logprobs_num: TopLogprobs = None
+    return_text_in_logprobs: bool | None = None
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"stream_options"})
+
+    @property
+    def prompt_param(self) -> str:
+        """The field that has the prompts."""
+        return "text" if self.input_ids is None else "input_ids"
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The prompts, each a text or a list of token ids.
+
+        Raises:
+            ApiError: none, or in two places.
+        """
+        if (self.text is None) == (self.input_ids is None):
+            raise invalid("text: expected either text or input_ids", "text")
+        given = self.text if self.input_ids is None else self.input_ids
+        return given if self._is_list else [given]
+
+    @property
+    def _is_list(self) -> bool:
+        if self.input_ids is None:
+            return isinstance(self.text, list)
+        return bool(self.input_ids) and isinstance(self.input_ids[0], list)
+
+    @property
+    def answers_with_list(self) -> bool:
+        """Whether the answer is a list of texts."""
+        return self._is_list or self.answers > 1
+
+    @property
+    def parameters(self) -> SamplingParams:
+        """How the prompts are continued."""
+        return self.sampling_params or SamplingParams()
+
+    @property
+    def answers(self) -> int:
+        """How many answers each prompt shall have."""
+        return self.parameters.n or 1
+
+    @property
+    def ids(self) -> list[str]:
+        """A name for each answer."""
+        count = len(self.prompts) * self.answers
+        if isinstance(self.rid, list) and len(self.rid) == len(self.prompts):
+            return [rid for rid in self.rid for _ in range(self.answers)]
+        if isinstance(self.rid, str) and count == 1:
+            return [self.rid]
+        prefix = f"{self.rid}-" if isinstance(self.rid, str) else ""
+        return [f"{prefix}{uuid.uuid4().hex}" for _ in range(count)]
+
+    def logprobs(self) -> dict[str, int]:
+        """Returns the attributes of `Sampling` that ask for log probabilities."""
+        if not self.return_logprob:
+            return {}
+        top = self.top_logprobs_num or 0
+        asked = {"logprobs": top}
+        return asked if self.logprob_start is None else {**asked, "prompt_logprobs": top}
+
+    @property
+    def logprob_start(self) -> int | None:
+        """The first token of the prompt whose log probability is wanted, if any is."""
+        start = self.logprob_start_len
+        return None if not self.return_logprob or start is None or start < 0 else start
 
 
 class _Shape:
-    """An answer in SGLang's words: every event has the whole text so far."""
+    """Answers in SGLang's words: every event has the whole text so far."""
 
-    def __init__(self, request_id: str) -> None:
-        self._id = request_id
+    def __init__(self, body: GenerateBody) -> None:
+        self._body = body
+        self._ids = body.ids
         self._start = time.monotonic()
         self._text = ""
+        self._tokens: list[TokenLogprob] = []
 
-    def whole(self, job: GenerationJob, generation: Generation) -> Document:
-        reason: dict[str, Any] = {"type": generation.finish_reason}
-        if generation.finish_reason == "length":
-            reason["length"] = generation.completion_tokens
-        information = {
-            "id": self._id,
-            "finish_reason": reason,
-            "prompt_tokens": generation.prompt_tokens,
-            "completion_tokens": generation.completion_tokens,
-            "e2e_latency": time.monotonic() - self._start,
-        }
-        return {"text": generation.text, "meta_info": information}
+    def whole(self, jobs: Sequence[GenerationJob], results: Sequence[Generation]) -> Answered:
+        documents = [self._whole(index, result) for index, result in enumerate(results)]
+        return documents if self._body.answers_with_list else documents[0]
 
-    def begin(self) -> Sequence[Document]:
+    def begin(self, jobs: Sequence[GenerationJob], index: int) -> Sequence[Document]:
+        self._text, self._tokens = "", []
         return []
 
-    def piece(self, job: GenerationJob, text: str) -> Document:
-        self._text += text
+    def piece(self, jobs: Sequence[GenerationJob], index: int, piece: Piece) -> Sequence[Document]:
+        self._text += piece.text
+        self._tokens += piece.logprobs
+        job = jobs[index]
         information = {
-            "id": self._id,
-            "finish_reason": None,
-            "prompt_tokens": job.prompt_tokens,
+            **self._information(index, None, job.prompt_tokens, job.completion_tokens),
+            **self._logprobs((), self._tokens),
         }
-        return {"text": self._text, "meta_info": information}
+        return [self._numbered(index, {"text": self._text, "meta_info": information})]
 
-    def end(self, job: GenerationJob, generation: Generation) -> Sequence[Document]:
-        return [self.whole(job, generation)]
+    def end(
+        self, jobs: Sequence[GenerationJob], index: int, result: Generation
+    ) -> Sequence[Document]:
+        return [self._numbered(index, self._whole(index, result))]
+
+    def close(self, jobs: Sequence[GenerationJob]) -> Sequence[Document]:
+        return []
+
+    def _numbered(self, index: int, document: Document) -> Document:
+        return {**document, "index": index} if self._body.answers_with_list else document
+
+    def _whole(self, index: int, result: Generation) -> Document:
+        reason: dict[str, Any] = {"type": result.finish_reason}
+        if result.finish_reason == "length":
+            reason["length"] = result.completion_tokens
+        information = {
+            **self._information(index, reason, result.prompt_tokens, result.completion_tokens),
+            **self._logprobs(result.prompt_logprobs or (), result.logprobs or ()),
+            "e2e_latency": time.monotonic() - self._start,
+        }
+        return {"text": result.text, "meta_info": information}
+
+    def _information(
+        self, index: int, reason: Document | None, prompt: int, completion: int
+    ) -> dict[str, Any]:
+        return {
+            "id": self._ids[index],
+            "finish_reason": reason,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            # Nothing is kept from one request for another.
+            "cached_tokens": 0,
+        }
+
+    def _logprobs(
+        self, prompt: Sequence[TokenLogprob], output: Sequence[TokenLogprob]
+    ) -> dict[str, Any]:
+        if not self._body.return_logprob:
+            return {}
+        read = prompt[self._body.logprob_start or 0 :]
+        # SGLang computes from this token on, so that nothing predicts it.
+        first = [[None, *self._row(token)[1:]] for token in read[:1]]
+        lists: dict[str, Any] = {
+            "input_token_logprobs": [*first, *map(self._row, read[1:])],
+            "output_token_logprobs": [*map(self._row, output)],
+        }
+        if self._body.top_logprobs_num:
+            rows = [[self._row(other) for other in token.top] for token in read[1:]]
+            lists["input_top_logprobs"] = [*([None] * len(first)), *rows]
+            lists["output_top_logprobs"] = [
+                [self._row(other) for other in token.top] for token in output
+            ]
+        return lists
+
+    def _row(self, token: TokenLogprob) -> list[Any]:
+        text = token.text if self._body.return_text_in_logprobs else None
+        return [token.logprob, token.token_id, text]
 
 
 def make_router(service: Service) -> APIRouter:
@@ -126,34 +258,24 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/generate")
     async def generate(request: Request) -> Response:
         body = await service.bodies.read(request, GenerateBody)
-        refuse_unsupported(body.model_extra, _NEUTRAL, _IGNORED)
-        if body.sampling_params is not None:
-            refuse_unsupported(body.sampling_params.model_extra, _SAMPLING_NEUTRAL, ())
-        return Answer(service.worker, _job(service, body), _Shape(body.rid or uuid.uuid4().hex))
+        refuse_common(body.model_extra, ignored=body.ignored)
+        check_texts(len(body.prompts), body.answers, service.worker.capacity, body.prompt_param)
+        jobs = _jobs(service, body)
+        return Answer(service.worker, jobs, _Shape(body), streams=bool(body.stream))
 
     return router
 
 
-def _job(service: Service, body: GenerateBody) -> GenerationJob:
-    text, tokens = body.text, body.input_ids
-    asked = body.sampling_params or _SamplingParams()
-    if (text is None) == (tokens is None):
-        raise invalid("expected either text or input_ids", "text")
-    if isinstance(tokens, str) or isinstance(text, list):
-        raise invalid("text is a string, input_ids a list of token ids", "text")
-    sampling = make_sampling(
-        asked.max_new_tokens,
-        asked.temperature,
-        asked.top_p,
-        asked.stop,
-        asked.sampling_seed,
+def _jobs(service: Service, body: GenerateBody) -> list[GenerationJob]:
+    terms = Terms(
+        bool(body.stream),
+        body.prompt_param,
+        _NAMES,
+        _MAX_NEW_TOKENS,
+        service.settings.max_tokens,
     )
-    return GenerationJob(
-        lambda model: model.encode(text) if tokens is None else Prompt(tuple(tokens)),
-        sampling,
-        streams=bool(body.stream),
-        prompt_param="text" if tokens is None else "input_ids",
-        limit_param="max_new_tokens",
-        default_tokens=_MAX_NEW_TOKENS,
-        most_tokens=service.settings.max_tokens,
-    )
+    samplings, jobs = body.parameters.samplings(**body.logprobs()), []
+    for prompt in body.prompts:
+        encode, _ = encoder(prompt)
+        jobs += [GenerationJob(terms, encode, sampling) for sampling in samplings]
+    return jobs

@@ -63,6 +63,11 @@ class Worker:
         return len(self._waiting)
 
     @property
+    def capacity(self) -> int:
+        """Jobs that may be there at the same time, the running one included."""
+        return self._queue + 1
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         with self._changed:
@@ -72,19 +77,20 @@ class Worker:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, job: Job[Any]) -> None:
-        """Puts a job at the end of the queue.
+    def submit(self, *jobs: Job[Any]) -> None:
+        """Puts jobs at the end of the queue, all of them or none.
 
         Raises:
-            ApiError: the queue is full, or the server is stopping.
+            ApiError: the queue has no room for them, or the server is stopping.
         """
         with self._changed:
             if not self._accepting:
                 raise stopping()
-            if len(self._waiting) + (self._running is not None) > self._queue:
+            there = len(self._waiting) + (self._running is not None)
+            if there + len(jobs) > self.capacity:
                 seconds = min(math.ceil(self._typical_seconds) or 1, _LONGEST_RETRY_SECONDS)
                 raise overloaded(seconds, f"{len(self._waiting)} requests wait already")
-            self._waiting.append(job)
+            self._waiting.extend(jobs)
             self._changed.notify_all()
 
     def withdraw(self, job: Job[Any], reason: ApiError) -> None:

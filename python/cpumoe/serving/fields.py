@@ -1,0 +1,176 @@
+"""Fields of requests: which JSON values they take, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from cpumoe.generation import Sampling
+from cpumoe.serving.body import StrictModel
+from cpumoe.serving.errors import ApiError, invalid
+
+_MOST_STOPS = 16
+_MOST_STOP_TOKENS = 1024
+_MOST_PROMPTS = 1024
+# No vocabulary has as many; which tokens there are is the model's to say.
+_TOKENS = 2**31
+# SGLang's way to say: all of them.
+_ALL_TOKENS = 2**30
+_SEEDS = 2**63
+
+
+def _integer(value: Any) -> Any:
+    """JSON has one kind of numbers: clients write 16 as 16.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _unless_below(least: int) -> AfterValidator:
+    """Small numbers say what leaving the field out says."""
+    return AfterValidator(lambda value: None if value is None or value < least else value)
+
+
+Integer = Annotated[int, BeforeValidator(_integer)]
+Count = Annotated[Integer, Field(ge=0)]
+# As many alternatives to a token as OpenAI's chat gives.
+TopLogprobs = Annotated[Integer, Field(ge=0, le=20)] | None
+# -1 and, where nothing else is said about it, 0: as many as there is room for.
+TokenLimit = Annotated[Annotated[Integer, Field(ge=-1)] | None, _unless_below(0)]
+Seed = Annotated[Annotated[Integer, Field(ge=-1, lt=_SEEDS)] | None, _unless_below(0)]
+
+
+def _top_k(value: int) -> int:
+    return value if 0 <= value < _ALL_TOKENS else 0
+
+
+TopK = Annotated[Annotated[Integer, Field(ge=-1)], AfterValidator(_top_k)]
+
+
+def _stop_strings(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("expected a string or a list of strings")
+    if len(stops) > _MOST_STOPS:
+        raise ValueError(f"expected at most {_MOST_STOPS} strings, got {len(stops)}")
+    return tuple(stop for stop in stops if stop)
+
+
+StopStrings = Annotated[Any, BeforeValidator(_stop_strings)]
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether it is a list of token ids, as far as it can be told without the model."""
+    return (
+        isinstance(value, list)
+        and set(map(type, value)) <= {int}
+        and min(value, default=0) >= 0
+        and max(value, default=0) < _TOKENS
+    )
+
+
+def _stop_tokens(value: Any) -> Any:
+    if value is None:
+        return ()
+    if not is_tokens(value):
+        raise ValueError("expected a list of token ids, integers of 0 or more")
+    if len(value) > _MOST_STOP_TOKENS:
+        raise ValueError(f"expected at most {_MOST_STOP_TOKENS} tokens, got {len(value)}")
+    return tuple(value)
+
+
+StopTokens = Annotated[Any, BeforeValidator(_stop_tokens)]
+
+
+class SamplingFields(StrictModel):
+    """What all protocols call the same: how the next token is chosen, and what ends the text."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: TopK | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: StopStrings = ()
+    stop_token_ids: StopTokens = ()
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    def sampling(self, names: Mapping[str, str], **others: Any) -> Sampling:
+        """Returns the sampling that the request asks for.
+
+        Args:
+            names: what the request calls attributes of `Sampling`, where that differs.
+            **others: attributes that have no field here.
+
+        Raises:
+            ApiError: a value out of its range, by the request's name of it.
+        """
+        # The nucleus of no probability at all is the most probable token.
+        greedy = self.top_p == 0
+        try:
+            return Sampling(
+                temperature=0.0 if greedy else self.temperature,
+                top_p=None if greedy else self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                stop=self.stop,
+                stop_token_ids=self.stop_token_ids,
+                ignore_eos=bool(self.ignore_eos),
+                skip_special_tokens=self.skip_special_tokens is not False,
+                **others,
+            )
+        except ValueError as error:
+            subject, _, problem = str(error).partition(":")
+            param = names.get(subject, subject)
+            raise invalid(f"{param}:{problem}", param) from error
+
+
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """Returns the seed of one of several answers to a prompt, which shall differ.
+
+    The first has the request's own, so that it is the answer to the same request for one.
+    """
+    # An odd factor near 2**63 divided by the golden ratio: neighbouring seeds share no answers.
+    return None if seed is None else (seed + choice * 0x4F1BBCDCBFA53E0B) % _SEEDS
+
+
+def _prompts(value: Any) -> Any:
+    """A request's prompts, each a text or a list of token ids."""
+    if isinstance(value, str) or (value and is_tokens(value)):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("expected a string, a list of token ids, or a list of these")
+    if not 0 < len(value) <= _MOST_PROMPTS:
+        raise ValueError(f"expected 1 to {_MOST_PROMPTS} prompts, got {len(value)}")
+    if not all(isinstance(prompt, str) for prompt in value) and not all(map(is_tokens, value)):
+        raise ValueError("expected strings, or lists of token ids, integers of 0 or more")
+    return value
+
+
+Prompts = Annotated[Any, BeforeValidator(_prompts)]
+
+
+def check_texts(prompts: int, answers: int, most: int, param: str) -> None:
+    """Refuses requests for more texts than can ever wait at the same time.
+
+    Args:
+        prompts: of the request.
+        answers: to each prompt.
+        most: as many may wait and run.
+        param: what the request calls its prompts.
+
+    Raises:
+        ApiError: names the field.
+    """
+    if prompts * answers > most:
+        name = "n" if answers > 1 else param
+        raise ApiError(
+            400,
+            f"{name}: expected at most {most} texts of one request, as many as this server lets "
+            f"wait and run, got {prompts * answers}: ask for fewer at once",
+            param=name,
+            code="too_many_texts",
+        )

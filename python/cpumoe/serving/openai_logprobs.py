@@ -1,0 +1,81 @@
+"""Log probabilities as OpenAI's protocol words them, in its newer and in its older shape."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cpumoe.generation import TokenLogprob
+
+Document = dict[str, Any]
+
+
+def chat_logprobs(tokens: Iterable[TokenLogprob]) -> Document:
+    """Returns log probabilities in the shape of chats."""
+    content = [
+        {**_token(token), "top_logprobs": [_token(other) for other in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def characters(tokens: Iterable[TokenLogprob]) -> int:
+    """Returns how many characters these tokens are."""
+    return len(b"".join(token.raw for token in tokens).decode(errors="replace"))
+
+
+def _token(token: TokenLogprob) -> Document:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
+
+
+class CompletionLogprobs:
+    """Log probabilities in the shape of plain completions, for a text that comes in pieces.
+
+    The shape says where in the text each token begins, in characters.
+    """
+
+    def __init__(self) -> None:
+        """Begins at the text's start."""
+        # Some tokens end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def document(self, tokens: Sequence[TokenLogprob], *, before: int = 0) -> Document:
+        """Returns the next tokens' log probabilities.
+
+        Args:
+            tokens: those that follow the last ones.
+            before: characters of the first tokens that are not part of the text.
+        """
+        offsets = []
+        self._offset -= before
+        for token in tokens:
+            offsets.append(max(0, self._offset))
+            self._offset += len(self._decoder.decode(token.raw))
+        return {
+            "tokens": [_name(token) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [_alternatives(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
+    """The most probable tokens, and the token itself if it is none of them."""
+    if token.logprob is None:
+        return None
+    alternatives: dict[str, float] = {}
+    for other in (*token.top, token):
+        if other.logprob is not None:
+            # Of tokens with the same text, the most probable one, which comes first.
+            alternatives.setdefault(_name(other), other.logprob)
+    return alternatives
+
+
+def _name(token: TokenLogprob) -> str:
+    """A token's text, or OpenAI's notation of bytes that are none."""
+    try:
+        return token.raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
