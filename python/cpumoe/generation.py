@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -158,6 +158,10 @@ class Piece:
 class ReplyParser(Protocol):
     """Takes one reply apart while it grows."""
 
+    @property
+    def answering(self) -> bool:
+        """Whether what comes next is the answer, unless one of the format's openers does."""
+
     def feed(self, text: str) -> Piece:
         """Takes the next piece of text, special tokens included; returns what is certain by now."""
 
@@ -166,7 +170,20 @@ class ReplyParser(Protocol):
 
 
 class ReplyFormat(Protocol):
-    """How a model writes reasoning, answer and tool calls into one text."""
+    """How a model writes reasoning, answer and tool calls into one text.
+
+    Attributes:
+        markers: what a parser has to see, where it is a token: special tokens are not text else.
+        openers: markers that begin a reply with something else than the answer.
+    """
+
+    @property
+    def markers(self) -> Collection[str]:
+        """See the class."""
+
+    @property
+    def openers(self) -> Collection[str]:
+        """See the class."""
 
     def parser(self) -> ReplyParser:
         """Returns a parser of one reply."""

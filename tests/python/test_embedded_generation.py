@@ -20,7 +20,7 @@ def host():
 
 def measured(model, count=None):
     """Of all held-out text, or of its first `count` tokens."""
-    tokens = model.encode(embedded.held_out_path().read_text("utf-8"))[:count]
+    tokens = model.encode(embedded.held_out_path().read_text("utf-8")).tokens[:count]
     return perplexity(model.model, tokens, window=512).perplexity
 
 

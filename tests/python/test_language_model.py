@@ -227,7 +227,7 @@ def test_the_profile_of_decoding(folder):
 @given(st.text(min_size=1, max_size=40))
 @settings(deadline=None)
 def test_detokenized_pieces_add_up(tokenizer, text):
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, tokenizer.all_special_ids)
     pieces = [detokenizer.feed(token) for token in tokenizer(text)["input_ids"]]
     pieces.append(detokenizer.flush())
     assert "".join(pieces) == text
@@ -238,7 +238,7 @@ def test_detokenized_pieces_add_up(tokenizer, text):
 @given(st.lists(st.integers(0, 261), max_size=30))
 @settings(deadline=None)
 def test_detokenized_bytes_that_are_no_text_add_up_too(tokenizer, tokens):
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, tokenizer.all_special_ids)
     pieces = [detokenizer.feed(token) for token in tokens]
     text = "".join([*pieces, detokenizer.flush()])
     whole = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 # What a tokenizer shows for bytes that are no whole character yet.
@@ -20,16 +21,16 @@ class Detokenizer:
     is new, and the difference is the next piece.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Uses a transformers tokenizer; special tokens are left out."""
+    def __init__(self, tokenizer: Any, hidden: Collection[int] = ()) -> None:
+        """Uses a transformers tokenizer; tokens in `hidden` are no part of the text."""
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._hidden = frozenset(hidden)
         self._shown: list[int] = []
         self._new: list[int] = []
 
     def feed(self, token: int) -> str:
         """Takes the next token; returns the text that is whole because of it, maybe none."""
-        if token in self._special:
+        if token in self._hidden:
             return ""
         self._new.append(token)
         if not self._decode(self._shown + self._new).endswith(_INCOMPLETE):
@@ -51,6 +52,6 @@ class Detokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text

@@ -12,32 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer
 from transformers.utils import logging
-from typing_extensions import override
 
 from cpumoe import embedded
 from cpumoe.generation import (
-    LEAST_TEMPERATURE,
-    FinishReason,
     Generation,
     Message,
+    ModelError,
     Piece,
     Prompt,
     Sampling,
+    TokenLogprob,
 )
 from cpumoe.integrations.transformers.chat_template import render_chat
-from cpumoe.integrations.transformers.detokenizer import Detokenizer
+from cpumoe.integrations.transformers.continuation import Continuations
+from cpumoe.integrations.transformers.decoding import decode
 from cpumoe.integrations.transformers.experts_module import CpuExperts
+from cpumoe.integrations.transformers.generation_settings import (
+    host_generation_config,
+    read_generation_config,
+)
 from cpumoe.integrations.transformers.loading import (
     check_path,
     from_pretrained,
     from_pretrained_by_host,
     origin,
 )
+from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
 from cpumoe.integrations.transformers.options import ExpertsOptions
-from cpumoe.stop_strings import StopStrings
+from cpumoe.integrations.transformers.prompt_reading import CancelledError, read_prompt
 
 
 class LanguageModel:
@@ -48,13 +52,34 @@ class LanguageModel:
         tokenizer: its tokenizer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        """Takes a loaded model, its tokenizer, and the name that clients call it by."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Makes one of a loaded model and its tokenizer.
+
+        Args:
+            model: the transformers model.
+            tokenizer: its tokenizer.
+            name: what clients call the model.
+            generation_config: content of its generation_config.json; None: the model's own. What of
+                it is not honoured is told in a warning.
+
+        Raises:
+            ModelError: the checkpoint does not say in a way that makes sense what ends a text.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self._name = name
         self._experts = [m for m in model.modules() if isinstance(m, CpuExperts)]
-        self._end_tokens = _token_ids(model.generation_config.eos_token_id)
+        content = (
+            model.generation_config.to_dict() if generation_config is None else generation_config
+        )
+        self._continuations = Continuations(model, tokenizer, content)
 
     @classmethod
     def from_pretrained(
@@ -84,7 +109,7 @@ class LanguageModel:
 
         Raises:
             FileNotFoundError, CheckpointError, UnsupportedFormatError, ValueError: see
-            `from_pretrained`; OSError: no tokenizer.
+            `from_pretrained`; OSError: no tokenizer; ModelError: see `LanguageModel`.
         """
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
@@ -93,6 +118,9 @@ class LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(path, **origin(kwargs))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
+        content = read_generation_config(path, origin(kwargs))
+        if content is not None:
+            kwargs["generation_config"] = host_generation_config(content)
         with _host_progress(options.progress):
             if host_experts:
                 model = from_pretrained_by_host(
@@ -100,7 +128,7 @@ class LanguageModel:
                 )
             else:
                 model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
-        return cls(model, tokenizer, name or Path(path).resolve().name)
+        return cls(model, tokenizer, name or Path(path).resolve().name, generation_config=content)
 
     @property
     def name(self) -> str:
@@ -185,34 +213,26 @@ class LanguageModel:
     ) -> Generation:
         """Continues a prompt; see `cpumoe.generation.TextModel.generate`."""
         tokens = prompt.tokens
-        room = self.context_length - len(tokens)
-        if not tokens:
-            raise ValueError("prompt: expected at least one token, got none")
-        if room < (sampling.max_new_tokens != 0):
-            raise ValueError(
-                f"prompt: expected fewer tokens than the context of {self.context_length}, "
-                f"got {len(tokens)}"
-            )
-        self._check_tokens("prompt", tokens)
-        limit = room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
-        if limit == 0:
-            return Generation("", "length", len(tokens), 0, 0.0, 0.0, 0.0)
-        text = _GrowingText(self.tokenizer, sampling.stop, self._end_tokens, on_piece)
-        ids = torch.tensor([tokens])
+        limit = self._limit(tokens, sampling)
+        begun = self._continuations.begin(prompt, sampling, limit, on_piece)
+        text = begun.text
+        read: list[TokenLogprob] | None = None if sampling.prompt_logprobs is None else []
         experts_before, start = self.experts_seconds, time.perf_counter()
         with torch.random.fork_rng(devices=[], enabled=sampling.seed is not None):
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            with torch.inference_mode():
-                self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=limit,
-                    streamer=text,
-                    stopping_criteria=StoppingCriteriaList([_StopWhen(text, cancelled)]),
-                    pad_token_id=next(iter(self._end_tokens), 0),
-                    **_sampling_arguments(sampling),
-                )
+            try:
+                with torch.inference_mode():
+                    cache = self._read(tokens, sampling.prompt_logprobs or 0, read, cancelled)
+                    if limit > 0:
+                        decode(self.model, tokens, begun, limit, cache, cancelled)
+            except CancelledError:
+                text.finish_reason = "cancelled"
+            except ValueError as error:
+                if error is text.listener_error:
+                    raise
+                # What a request may ask for was checked above.
+                raise ModelError(f"{self.name}: the model cannot generate: {error}") from error
         end = time.perf_counter()
         text.finish()
         first = text.first_token_at or end
@@ -224,81 +244,48 @@ class LanguageModel:
             prefill_seconds=first - start,
             decode_seconds=end - first,
             experts_seconds=self.experts_seconds - experts_before,
+            reasoning=text.reasoning,
+            tool_calls=text.tool_calls,
+            logprobs=text.logprobs,
+            prompt_logprobs=None if read is None else tuple(read),
         )
 
+    def _limit(self, tokens: Sequence[int], sampling: Sampling) -> int:
+        """How many tokens may follow the prompt.
 
-class _GrowingText(BaseStreamer):
-    """Takes tokens from the host's generation loop and makes text of them."""
+        Raises:
+            ValueError: none could.
+        """
+        room = self.context_length - len(tokens)
+        if not tokens:
+            raise ValueError("prompt: expected at least one token, got none")
+        if room < (sampling.max_new_tokens != 0):
+            raise ValueError(
+                f"prompt: expected fewer tokens than the context of {self.context_length}, "
+                f"got {len(tokens)}"
+            )
+        self._check_tokens("prompt", tokens)
+        self._check_tokens("stop_token_ids", sampling.stop_token_ids)
+        return room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
 
-    def __init__(
+    def _read(
         self,
-        tokenizer: Any,
-        stop: Sequence[str],
-        end_tokens: frozenset[int],
-        on_piece: Callable[[Piece], None] | None,
-    ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(stop)
-        self._end_tokens = end_tokens
-        self._on_piece = on_piece
-        self._pieces: list[str] = []
-        self._prompt_seen = False
-        self._told = 0
-        self.tokens = 0
-        self.first_token_at: float | None = None
-        self.finish_reason: FinishReason = "length"
+        tokens: Sequence[int],
+        alternatives: int,
+        read: list[TokenLogprob] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Any | None:
+        """Reads a prompt but its end, and notes how probable its tokens were, if that is asked."""
+        if read is None:
+            return read_prompt(self.model, tokens, cancelled=cancelled)
+        vocabulary = self._continuations.vocabulary
+        read.append(token_logprob(vocabulary, tokens[0], None))
 
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
+        def note(first: int, logits: torch.Tensor) -> None:
+            came = tokens[first + 1 : first + 1 + len(logits)]
+            read.extend(logprob_rows(vocabulary, logits, came, alternatives))
 
-    @override
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # the host puts the prompt first
-            self._prompt_seen = True
-            return
-        if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
-        token = int(value.flatten()[0])
-        self.tokens += 1
-        if token in self._end_tokens:
-            self.finish_reason = "stop"
-            return
-        self._add(self._stop.feed(self._detokenizer.feed(token)))
-        if self._stop.found:
-            self.finish_reason = "stop"
-
-    @override
-    def end(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        """Adds what was held back."""
-        self._add(self._stop.flush(self._detokenizer.flush()))
-        if self._stop.found:
-            self.finish_reason = "stop"
-
-    def _add(self, piece: str) -> None:
-        if piece:
-            self._pieces.append(piece)
-            if self._on_piece is not None:
-                self._on_piece(Piece(piece, tokens=self.tokens - self._told))
-                self._told = self.tokens
-
-
-class _StopWhen:
-    """The host's stopping criterion: a stop string came, or the caller has gone."""
-
-    def __init__(self, text: _GrowingText, cancelled: Callable[[], bool] | None) -> None:
-        self._text = text
-        self._cancelled = cancelled
-
-    def __call__(self, ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
-        stop = self._text.finish_reason == "stop"
-        if not stop and self._cancelled is not None and self._cancelled():
-            self._text.finish_reason = "cancelled"
-            stop = True
-        return torch.full((ids.shape[0],), stop)
+        return read_prompt(self.model, tokens, cancelled=cancelled, on_logits=note)
 
 
 @contextmanager
@@ -324,24 +311,3 @@ def _check_text(text: str) -> None:
             f"text: expected Unicode characters, got {text[error.start]!a}, half a surrogate pair; "
             f"was it UTF-8?"
         ) from None
-
-
-def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
-    """What the host's `generate` calls them; what is left out is its generation config's."""
-    arguments: dict[str, Any] = {}
-    if sampling.temperature is not None:
-        sample = sampling.temperature >= LEAST_TEMPERATURE
-        arguments["do_sample"] = sample
-        # The host refuses a temperature of 0 or of type int, and warns of any without sampling.
-        arguments["temperature"] = float(sampling.temperature) if sample else None
-    if sampling.top_p is not None:
-        arguments["top_p"] = sampling.top_p
-    if arguments.get("do_sample") is False:
-        arguments |= {"top_p": None, "top_k": None}
-    return arguments
-
-
-def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list) else [ids])

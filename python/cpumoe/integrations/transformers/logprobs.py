@@ -1,0 +1,77 @@
+"""How probable tokens were, by the model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cpumoe.generation import TokenLogprob
+from cpumoe.integrations.transformers.vocabulary import Vocabulary
+
+
+class LogprobRecorder:
+    """A logits processor that remembers what the next token is chosen by.
+
+    It is the first one, so its probabilities are the model's: temperature, penalties, and what
+    narrows the choice come later.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, count: int) -> None:
+        """Gives each token its log probability, and `count` most probable alternatives."""
+        self._vocabulary = vocabulary
+        self._count = count
+        self._logits: torch.Tensor | None = None
+
+    def __call__(self, _ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Takes logits ``[1, vocabulary]``, which are passed on as they are."""
+        self._logits = logits
+        return logits
+
+    def take(self, token: int) -> TokenLogprob:
+        """Returns how probable the token was that was chosen by the last logits."""
+        assert self._logits is not None
+        rows = logprob_rows(self._vocabulary, self._logits, [token], self._count)
+        self._logits = None
+        return rows[0]
+
+
+def logprob_rows(
+    vocabulary: Vocabulary, logits: torch.Tensor, tokens: Sequence[int], count: int
+) -> list[TokenLogprob]:
+    """Returns how probable each token was.
+
+    Args:
+        vocabulary: of the tokens.
+        logits: ``[rows, vocabulary]``, any floating point dtype.
+        tokens: the token that came at each row.
+        count: alternatives to give with each.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]))
+    return [
+        token_logprob(
+            vocabulary,
+            token,
+            logprob,
+            tuple(
+                token_logprob(vocabulary, other, value)
+                for other, value in zip(others, best, strict=True)
+            ),
+        )
+        for token, logprob, others, best in zip(
+            tokens, chosen, ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def token_logprob(
+    vocabulary: Vocabulary,
+    token: int,
+    logprob: float | None,
+    top: tuple[TokenLogprob, ...] = (),
+) -> TokenLogprob:
+    """Returns a token with its log probability."""
+    raw = vocabulary.token_bytes(token)
+    return TokenLogprob(token, raw.decode("utf-8", "replace"), raw, logprob, top)
