@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 from cpumoe import _core
-from cpumoe.formats import QuantizedMatrix, WeightFormat, describe
+from cpumoe._gradients import without_gradients
+from cpumoe._tensors import address, contiguous, describe, new_like, plain, refuse_tracing
+from cpumoe.formats import QuantizedMatrix, WeightFormat
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
@@ -19,6 +21,7 @@ _ELEMENTS = {
     torch.float16: _core.DType.FP16,
     torch.float32: _core.DType.FP32,
 }
+_ID_DTYPES = (torch.int64, torch.int32)
 
 
 class Call(NamedTuple):
@@ -38,73 +41,61 @@ def prepare_call(
     hidden_size: int,
 ) -> Call:
     """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
-    for tensor, name in (
-        (hidden_states, "hidden_states"),
-        (topk_ids, "topk_ids"),
-        (topk_weights, "topk_weights"),
-    ):
-        require_dense_cpu(tensor, name)
-    element = _ELEMENTS.get(hidden_states.dtype)
+    x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
+    ids, ids_address, routed = contiguous(topk_ids, "topk_ids")
+    weights, weights_address, weighted = contiguous(topk_weights, "topk_weights")
+    output, output_address = new_like(x, "hidden_states")
+    element = _ELEMENTS.get(x.dtype)
     if element is None:
-        raise TypeError(
-            f"hidden_states: expected bfloat16, float16 or float32, got {describe(hidden_states)}"
-        )
-    if hidden_states.dim() != 2 or hidden_states.shape[1] != hidden_size:
+        raise TypeError(f"hidden_states: expected bfloat16, float16 or float32, got {describe(x)}")
+    if len(shape) != 2 or shape[1] != hidden_size:
+        raise ValueError(f"hidden_states: expected [tokens, {hidden_size}], got {list(shape)}")
+    tokens = shape[0]
+    id_dtype = ids.dtype
+    if id_dtype not in _ID_DTYPES:
+        raise TypeError(f"topk_ids: expected int32 or int64, got {describe(ids)}")
+    if len(routed) != 2 or routed[0] != tokens:
+        raise ValueError(f"topk_ids: expected [{tokens}, top_k], got {list(routed)}")
+    if weighted != routed:
         raise ValueError(
-            f"hidden_states: expected [tokens, {hidden_size}], got {list(hidden_states.shape)}"
+            f"topk_weights: expected {list(routed)} like topk_ids, got {list(weighted)}"
         )
-    tokens = hidden_states.shape[0]
-    if topk_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"topk_ids: expected int32 or int64, got {describe(topk_ids)}")
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != tokens:
-        raise ValueError(f"topk_ids: expected [{tokens}, top_k], got {list(topk_ids.shape)}")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights: expected {list(topk_ids.shape)} like topk_ids, "
-            f"got {list(topk_weights.shape)}"
-        )
-    if topk_weights.dtype != torch.float32:
-        if topk_weights.dtype not in _ELEMENTS:
+    if weights.dtype != torch.float32:
+        if weights.dtype not in _ELEMENTS:
             raise TypeError(
-                f"topk_weights: expected float32, bfloat16 or float16, got {describe(topk_weights)}"
+                f"topk_weights: expected float32, bfloat16 or float16, got {describe(weights)}"
             )
-        topk_weights = topk_weights.float()
-    if hidden_states.stride(1) != 1 or hidden_states.is_neg():
-        hidden_states = in_memory(hidden_states)
-    topk_ids, topk_weights = in_memory(topk_ids), in_memory(topk_weights)
-    if mask is not None:
-        check_mask(mask, num_experts)  # again: it is the caller's, who may have resized it
-    output = hidden_states.new_empty((tokens, hidden_size))
+        weights, weights_address, _ = contiguous(weights.float(), "topk_weights")
     tensors = _core.ForwardTensors(
-        hidden_states.data_ptr(),
-        hidden_states.stride(0),
+        x_address,
+        hidden_size if x.is_contiguous() else x.stride(0),
         tokens,
         element,
-        topk_ids.data_ptr(),
-        topk_ids.dtype == torch.int64,
-        topk_weights.data_ptr(),
-        topk_ids.shape[1],
-        0 if mask is None else mask.data_ptr(),
-        output.data_ptr(),
+        ids_address,
+        id_dtype == torch.int64,
+        weights_address,
+        routed[1],
+        # Checked again: it is the caller's, who may have resized it.
+        0 if mask is None else check_mask(mask, num_experts),
+        output_address,
     )
-    return Call(tensors, output, (hidden_states, topk_ids, topk_weights, mask))
+    output = without_gradients(output, hidden_states, topk_weights)
+    return tuple.__new__(Call, (tensors, output, (x, ids, weights, mask)))  # 0.1 us faster
 
 
-def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor, or a contiguous one; a view's lazy minus sign is not in its memory."""
-    if tensor.is_contiguous() and not tensor.is_neg():
-        return tensor
-    return tensor.resolve_neg().contiguous()
+def check_mask(mask: torch.Tensor, num_experts: int) -> int:
+    """Returns the address of a mask, which must be bool [num_experts] and contiguous.
 
-
-def check_mask(mask: torch.Tensor, num_experts: int) -> None:
-    """Raises TypeError or ValueError unless `mask` is dense bool [num_experts] on the CPU."""
-    require_dense_cpu(mask, "expert_mask")
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    start = address(mask, "expert_mask")
     if mask.dtype != torch.bool:
         raise TypeError(f"expert_mask: expected bool, got {describe(mask)}")
     require_shape(tuple(mask.shape), (num_experts,), "expert_mask")
     if not mask.is_contiguous():
         raise ValueError("expert_mask: expected a contiguous tensor; pass .contiguous()")
+    return start
 
 
 def normalized(
@@ -117,6 +108,7 @@ def normalized(
         raise TypeError(
             f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), got {_kind(matrices)}"
         )
+    refuse_tracing(name)
     codes, scales = matrices.codes, matrices.scales
     codes = row.normalize_codes(codes, f"{name} codes")
     scales = row.normalize_scales(scales, f"{name} scales")
@@ -151,31 +143,20 @@ def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> Non
 def checked_biases(
     biases: Sequence[torch.Tensor | None], widths: Mapping[str, int], *experts: int
 ) -> list[torch.Tensor]:
-    """Returns the three biases, or none: ``[*experts, width]`` by name in `widths`."""
-    given = [bias for bias in biases if bias is not None]
+    """Returns the three biases, detached, or none: ``[*experts, width]`` by name in `widths`."""
+    given = {n: b for n, b in zip(widths, biases, strict=True) if b is not None}
     if given and len(given) != len(widths):
-        missing = ", ".join(n for n, b in zip(widths, biases, strict=True) if b is None)
+        missing = ", ".join(name for name in widths if name not in given)
         raise ValueError(f"{', '.join(widths)}: expected all three or none, got no {missing}")
-    for bias, (name, width) in zip(given, widths.items(), strict=False):
-        require_dense_cpu(bias, name)
-        if bias.dtype not in _ELEMENTS:
-            raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {describe(bias)}")
-        require_shape(bias.shape, (*experts, width), name)
-    return given
+    return [_bias(bias, name, (*experts, widths[name])) for name, bias in given.items()]
 
 
-def require_dense_cpu(tensor: torch.Tensor, name: str) -> None:
-    """Raises TypeError or ValueError unless `tensor` is a dense tensor on the CPU."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name}: expected a dense tensor, got layout {tensor.layout}; pass .to_dense()"
-        )
-    if not tensor.is_cpu:
-        raise ValueError(
-            f"{name}: expected a CPU tensor, got device {tensor.device}; move it with .cpu()"
-        )
+def _bias(bias: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    bias = plain(bias, name).detach()
+    if bias.dtype not in _ELEMENTS:
+        raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {describe(bias)}")
+    require_shape(bias.shape, shape, name)
+    return bias
 
 
 def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
@@ -186,8 +167,8 @@ def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
         name,
         rows,
         columns,
-        codes.data_ptr(),
+        address(codes, f"{name} codes"),
         codes.stride(0) * codes.itemsize,
-        scales.data_ptr(),
+        address(scales, f"{name} scales"),
         scales.stride(0) * scales.itemsize,
     )

@@ -12,11 +12,11 @@ from cpumoe import _core
 from cpumoe._arguments import (
     MatrixStack,
     checked_biases,
-    in_memory,
     matrix_view,
     normalized,
     require_shape,
 )
+from cpumoe._tensors import address
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.runtime import Runtime
@@ -90,10 +90,11 @@ def pack_experts(
         for index, weights in batch:
             matrices = _matrices(row, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
-            floats = [in_memory(bias.float()) for bias in given]
+            floats = [bias.float().contiguous() for bias in given]
             sources.append((matrices, floats))
             views = [matrix_view(matrix, matrix.name) for matrix in matrices]
-            arguments.append((views, [bias.data_ptr() for bias in floats] or None))
+            starts = [address(*bias) for bias in zip(floats, widths, strict=False)]
+            arguments.append((views, starts or None))
             own = [bias.clone() for bias in given]
             kept.append((own[0], own[1], own[2]) if own else None)
         moe.pack(runtime.core, first, arguments)

@@ -19,6 +19,7 @@ from cpumoe._arguments import (
 )
 from cpumoe._packing import checked_stack, pack_experts
 from cpumoe._progress import track
+from cpumoe._tensors import refuse_tracing
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.compute import COMPUTE_PATHS, check_compute
 from cpumoe.formats import QuantizedMatrix, weight_format
@@ -243,9 +244,10 @@ class Experts:
             fused_tokens: see `from_checkpoint`.
 
         Raises:
-            TypeError: a dtype that the format does not have.
+            TypeError: a dtype that the format does not have, or tensors that are not in memory on
+                the CPU.
             ValueError: shapes that do not fit together, scales that are NaN, tensors that are not
-                on the CPU or not contiguous along their last dimension.
+                contiguous along their last dimension.
         """
         biases = (gate_bias, up_bias, down_bias)
         stack = checked_stack(weight_format(format), gate, up, down, biases)
@@ -272,7 +274,10 @@ class Experts:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes the weighted sum of each token's experts. Records no gradient.
+        """Computes the weighted sum of each token's experts.
+
+        Experts compute no gradients. Where an input requires one, the result requires one, too,
+        and the backward pass through it raises RuntimeError.
 
         Args:
             hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU; tokens may be 0.
@@ -284,10 +289,12 @@ class Experts:
             ``[tokens, hidden]`` in hidden_states' dtype; zero for a token with no expert of ours.
 
         Raises:
-            TypeError: a dtype other than these.
-            ValueError: a shape or a device other than these.
+            TypeError: a tensor of another kind: dtype, device or layout, one without memory (fake,
+                meta or freed tensors), one that a tracer or a transform of torch.func follows.
+            ValueError: a shape other than these.
             IndexError: an id out of range.
-            RuntimeError: the runtime is closed, or belongs to the process that forked this one.
+            RuntimeError: the runtime is closed, or belongs to the process that forked this one; an
+                input has a tangent of forward-mode differentiation.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
         self._moe.forward(self.runtime.core, call.tensors)
@@ -303,7 +310,7 @@ class Experts:
 
         The tensors must stay unchanged until the result is there; `expert_mask` is read when the
         work begins. Arguments and errors are those of calling; an id out of range is reported by
-        the future.
+        the future. Whether gradients are enabled counts now, not when the result is asked for.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
         return Future(self._moe.submit(self.runtime.core, call.tensors, owned=call), call.output)
@@ -322,6 +329,7 @@ class Experts:
         expert_id = integer(expert_id, "expert_id")
         if not 0 <= expert_id < self.num_experts:
             raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
+        refuse_tracing("export")
         inner, hidden = self.intermediate_size, self.hidden_size
         gate, up = self._empty(inner, hidden), self._empty(inner, hidden)
         down = self._empty(hidden, inner)

@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cpumoe._tensors import describe as describe
+from cpumoe._tensors import dtype_name as dtype_name
+from cpumoe._tensors import plain
+
 GroupQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -110,8 +114,8 @@ class WeightFormat:
             name: the tensor's name, for errors.
 
         Raises:
-            TypeError: not a tensor, or a dtype outside `code_dtypes`.
-            ValueError: not a CPU tensor, or its last dimension is not contiguous.
+            TypeError: not a tensor in memory on the CPU, or a dtype outside `code_dtypes`.
+            ValueError: its last dimension is not contiguous, or the only one.
         """
         _require_dtype(tensor, name, self.code_dtypes)
         tensor = _require_rows(tensor, name)
@@ -130,8 +134,8 @@ class WeightFormat:
             name: the tensor's name, for errors.
 
         Raises:
-            TypeError: not a tensor, or a dtype outside `scale_dtypes`.
-            ValueError: not a CPU tensor, or its last dimension is not contiguous.
+            TypeError: not a tensor in memory on the CPU, or a dtype outside `scale_dtypes`.
+            ValueError: its last dimension is not contiguous, or the only one.
         """
         _require_dtype(tensor, name, self.scale_dtypes)
         return _require_rows(tensor, name).view(self.scale_storage)
@@ -177,8 +181,10 @@ class WeightFormat:
             dtype: torch.float32 or torch.float64.
 
         Raises:
+            TypeError: not tensors in memory on the CPU.
             ValueError: the shapes do not belong together.
         """
+        codes, scales = plain(codes, "codes"), plain(scales, "scales")
         k = codes.shape[-1] * 2
         self.check_k(k)
         expected = (*codes.shape[:-1], k // self.group_size)
@@ -202,8 +208,10 @@ class WeightFormat:
             codes uint8 ``[..., N, K/2]`` and scales ``[..., N, K/group_size]`` in `scale_storage`.
 
         Raises:
+            TypeError: not a tensor in memory on the CPU.
             ValueError: K is not a multiple of the group size, or a weight is NaN or infinite.
         """
+        weights = plain(weights, "weights")
         k = weights.shape[-1]
         self.check_k(k)
         rows = weights.reshape(-1, k)
@@ -220,16 +228,6 @@ class WeightFormat:
         return codes.view(*lead, -1), scales.view(*lead, -1)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns ``"float32"`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """Returns ``"float32 [4096, 64]"``, the way errors name a tensor."""
-    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-
-
 def _require_dtype(tensor: torch.Tensor, name: str, accepted: Iterable[torch.dtype]) -> None:
     expected = " or ".join(dtype_name(d) for d in accepted)
     if not isinstance(tensor, torch.Tensor):
@@ -239,13 +237,9 @@ def _require_dtype(tensor: torch.Tensor, name: str, accepted: Iterable[torch.dty
 
 
 def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    if tensor.device.type != "cpu":
-        raise ValueError(
-            f"{name}: expected a CPU tensor, got device {tensor.device}; move it with .cpu()"
-        )
-    if tensor.layout != torch.strided or tensor.dim() < 2:
+    tensor = plain(tensor, name)
+    if tensor.dim() < 2:
         raise ValueError(f"{name}: expected a dense [..., N, K] tensor, got {describe(tensor)}")
-    tensor = tensor.resolve_neg()  # a view's lazy minus sign is not in its memory
     if tensor.stride(-1) == 1:
         return tensor
     if tensor.shape[-1] == 1:

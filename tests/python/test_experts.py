@@ -352,13 +352,6 @@ def test_all_code_dtypes_are_the_same_bytes():
                 assert torch.equal(experts(*args), expected)
 
 
-def test_no_gradient_is_recorded():
-    weights = layer("mxfp4")
-    x, ids, w = inputs(weights, tokens=2)
-    y = weights.pack()(x.requires_grad_(), ids, w.requires_grad_())
-    assert not y.requires_grad
-
-
 def test_properties_and_repr():
     weights = layer("mxfp4", hidden=256, intermediate=128, swiglu=GPT_OSS)
     isa = cpumoe.supported_isas()[0]

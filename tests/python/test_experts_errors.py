@@ -63,13 +63,13 @@ def args(weights):
         (
             "hidden_states",
             lambda x: x.to("meta"),
-            ValueError,
+            TypeError,
             "hidden_states: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
         (
             "hidden_states",
             lambda x: x.to_sparse(),
-            ValueError,
+            TypeError,
             "hidden_states: expected a dense tensor, got layout torch.sparse_coo; pass .to_dense()",
         ),
         (
@@ -99,7 +99,7 @@ def args(weights):
         (
             "topk_ids",
             lambda ids: ids.to("meta"),
-            ValueError,
+            TypeError,
             "topk_ids: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
         (
@@ -123,7 +123,7 @@ def args(weights):
         (
             "topk_weights",
             lambda w: w.to("meta"),
-            ValueError,
+            TypeError,
             "topk_weights: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
     ],
@@ -255,7 +255,7 @@ def damaged(weights, name, codes=None, scales=None):
         ),
         (
             {"name": "down", "codes": lambda c: c.to("meta")},
-            ValueError,
+            TypeError,
             "down codes: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
     ],
@@ -336,7 +336,7 @@ def biases(**changes):
         ),
         (
             {"gate_bias": torch.zeros(4, 96, device="meta")},
-            ValueError,
+            TypeError,
             "gate_bias: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
         (
@@ -363,7 +363,7 @@ def test_biases(weights, changes, kind, message):
         ),
         (
             torch.zeros(4, dtype=torch.bool, device="meta"),
-            ValueError,
+            TypeError,
             "expert_mask: expected a CPU tensor, got device meta; move it with .cpu()",
         ),
         ([True] * 4, TypeError, "expert_mask: expected a torch.Tensor, got list"),

@@ -177,7 +177,7 @@ def test_single_group_columns_are_contiguous():
         ),
         (
             torch.zeros(4, 16, dtype=torch.uint8, device="meta"),
-            ValueError,
+            TypeError,
             r"w: expected a CPU tensor, got device meta; move it with .cpu\(\)",
         ),
         (torch.zeros(4, dtype=torch.uint8), ValueError, r"w: expected a dense \[..., N, K\]"),

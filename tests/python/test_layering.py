@@ -228,6 +228,14 @@ def test_a_second_isa_list_is_caught():
     ]
 
 
+def test_addresses_come_from_the_gate_only():
+    files = sources(ROOT / "python" / "cpumoe", ".py")
+    core = {n: t for n, t in files.items() if layer_of(f"cpumoe/{n}") == "core"}
+    assert [name for name, text in core.items() if re.search(r"data_ptr\(", text)] == [
+        "_tensors.py"
+    ]
+
+
 def imports(name, text):
     """Full names of the modules and members that a module of python/ imports."""
     package = name.split("/")[:-1]

@@ -164,8 +164,34 @@ def test_module_takes_any_leading_dimensions_and_the_hosts_sentinel(tmp_path):
     assert module.spent.seconds > 0
     nobody = torch.full_like(ids, tiny_models.EXPERTS)
     assert not module(x, nobody, weights).any()
-    x.requires_grad_()
-    assert not module(x, ids, weights).requires_grad
+
+
+def test_gradients_through_a_model_are_refused(tmp_path):
+    model = from_pretrained(tiny_models.gpt_oss(tmp_path), dtype=torch.float32)
+    tokens = torch.arange(3, 9)[None]
+    logits = model(tokens).logits
+    with pytest.raises(RuntimeError, match=r"experts compute no gradients: use torch\.no_grad"):
+        logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.model.layers[0].parameters())
+    module = model.model.layers[1].mlp.experts
+    x, ids, weights = routing(6, tiny_models.EXPERTS)
+    expected = module(x, ids, weights)
+    for states in (x.requires_grad_(), x.requires_grad_().view(2, 3, 64)):
+        result = module(states, ids, weights)
+        assert torch.equal(result.view(6, 64), expected)
+        with pytest.raises(RuntimeError, match="experts compute no gradients"):
+            result.sum().backward()
+    with torch.no_grad():
+        assert not module(x, ids, weights).requires_grad
+
+
+def test_gradients_of_experts_in_memory_are_refused():
+    module = quantized_in_place(experts_module(DeepseekV3Experts))
+    module.config._experts_implementation = "cpumoe"
+    result = module(*routing())  # its parameters require gradients
+    with pytest.raises(RuntimeError, match="experts compute no gradients"):
+        result.sum().backward()
+    assert not module.requires_grad_(False)(*routing()).requires_grad
 
 
 def test_compiling_breaks_the_graph_once(tmp_path):

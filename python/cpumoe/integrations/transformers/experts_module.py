@@ -78,7 +78,7 @@ class CpuExperts(nn.Module):
             top_k_weights: ``[tokens, top_k]``, normalised and scaled by the host.
 
         Returns:
-            hidden_states' shape, dtype and device.
+            hidden_states' shape, dtype and device; see `cpumoe.Experts` on gradients.
 
         Raises:
             RuntimeError: the weights are not there yet, or the model is in training mode.
@@ -86,13 +86,11 @@ class CpuExperts(nn.Module):
         start = time.perf_counter()
         experts = self._ready()
         shape = hidden_states.shape
-        arguments = [
+        arguments = (
             hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1]),
             top_k_index,
             top_k_weights,
-        ]
-        if torch.is_grad_enabled():
-            arguments = [tensor.detach() for tensor in arguments]
+        )
         if hidden_states.is_cpu:
             output = experts(*arguments)
         else:
@@ -106,7 +104,7 @@ class CpuExperts(nn.Module):
             raise RuntimeError(f"layer {self.layer}: the experts have no weights yet: call pack")
         if self.training:
             raise RuntimeError(
-                f"layer {self.layer}: cpumoe's experts record no gradient and cannot train: "
+                f"layer {self.layer}: cpumoe's experts compute no gradients and cannot train: "
                 f"call model.eval()"
             )
         return self.experts

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from cpumoe._gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix, weight_format
@@ -40,7 +41,7 @@ def experts_forward(
         top_k_weights: ``[tokens, top_k]``.
 
     Returns:
-        ``[tokens, hidden]`` in hidden_states' dtype. Records no gradient.
+        ``[tokens, hidden]`` in hidden_states' dtype; see `cpumoe.Experts` on gradients.
 
     Raises:
         UnsupportedFormatError: the weights are not exactly MXFP4.
@@ -48,9 +49,11 @@ def experts_forward(
         ValueError: it computes something else than cpumoe does, or is not on the CPU.
     """
     if module.training:
-        raise RuntimeError("cpumoe's experts record no gradient and cannot train: use model.eval()")
-    experts = _experts_of(module)
-    return experts(hidden_states.detach(), top_k_index, top_k_weights.detach())
+        raise RuntimeError(
+            "cpumoe's experts compute no gradients and cannot train: use model.eval()"
+        )
+    output = _experts_of(module)(hidden_states, top_k_index, top_k_weights)
+    return without_gradients(output, *module.parameters())
 
 
 def _experts_of(module: Any) -> Experts:
