@@ -160,7 +160,11 @@ class ReplyParser(Protocol):
 
     @property
     def answering(self) -> bool:
-        """Whether what comes next is the answer, unless one of the format's openers does."""
+        """Whether what comes next is the answer, unless one of `openers` does."""
+
+    @property
+    def openers(self) -> Collection[str]:
+        """Markers that may come next instead of the answer."""
 
     def feed(self, text: str) -> Piece:
         """Takes the next piece of text, special tokens included; returns what is certain by now."""
@@ -174,15 +178,10 @@ class ReplyFormat(Protocol):
 
     Attributes:
         markers: what a parser has to see, where it is a token: special tokens are not text else.
-        openers: markers that begin a reply with something else than the answer.
     """
 
     @property
     def markers(self) -> Collection[str]:
-        """See the class."""
-
-    @property
-    def openers(self) -> Collection[str]:
         """See the class."""
 
     def parser(self) -> ReplyParser:
@@ -278,6 +277,7 @@ class TextModel(Protocol):
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages; text
                 as in `encode`.
+            ModelError: the template fails whatever the messages are.
         """
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import tokenization_utils_base
 
-from cpumoe.generation import Prompt, Sampling
+from cpumoe.generation import ModelError, Prompt, Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 
@@ -69,11 +69,27 @@ def test_a_template_may_refuse_messages(model):
         model.encode_chat([{"role": "tool", "content": "x"}])
 
 
-def test_a_template_that_breaks_refuses_messages(model, tokenizer):
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ messages[0].content + 5 }}", "fails: can only concatenate str"),
+        ("{{ nothing.at.all }}", "fails: 'nothing' is undefined"),
+        ("{% for %}", "fails: "),
+    ],
+)
+def test_a_template_that_always_breaks_is_the_models_fault(model, tokenizer, template, problem):
     broken = LanguageModel(model.model, tokenizer, "broken")
-    tokenizer.chat_template = "{{ messages[0].content + 5 }}"
-    with pytest.raises(ValueError, match="refuses these messages: can only concatenate str"):
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=problem):
         broken.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_that_breaks_on_some_messages_refuses_them(model, tokenizer):
+    some = LanguageModel(model.model, tokenizer, "some")
+    tokenizer.chat_template = "{% for m in messages %}{{ 'a' + m.content }}{% endfor %}"
+    assert some.decode(some.encode_chat([{"role": "user", "content": "hi"}]).tokens) == "ahi"
+    with pytest.raises(ValueError, match="refuses these messages: can only concatenate str"):
+        some.encode_chat([{"role": "user", "content": 5}])
 
 
 def test_texts_beyond_the_context_are_encoded_without_a_warning(model, monkeypatch):

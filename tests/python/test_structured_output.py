@@ -115,7 +115,7 @@ class _Reply:
     """A reply whose answer comes after "</think>"; stands in for a chat's format."""
 
     markers = ("<think>", "</think>")
-    openers = ("<think>",)
+    openers = ()
 
     def __init__(self, tokens_of_reasoning):
         self._left = tokens_of_reasoning

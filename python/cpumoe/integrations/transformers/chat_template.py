@@ -8,7 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpumoe.generation import Message
+from jinja2 import TemplateError
+
+from cpumoe.generation import Message, ModelError
 
 
 def render_chat(
@@ -27,24 +29,56 @@ def render_chat(
 
     Raises:
         ValueError: the template refuses the messages, or an argument is none of the template's.
+        ModelError: the template fails whatever the messages are.
     """
     taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
     if not taken.isdisjoint(arguments):
         names = ", ".join(sorted(taken.intersection(arguments)))
         raise ValueError(f"template arguments: {names}: not the chat template's to decide")
+    shaped = [_message(message, tokenizer.chat_template) for message in messages]
+    try:
+        return _render(tokenizer, shaped, tools=[*map(dict, tools)] or None, **arguments)
+    except _Refusal as refusal:
+        cause = refusal.cause
+        if not refusal.meant and _fails_always(tokenizer):
+            raise ModelError(f"the chat template fails: {cause}") from cause
+        raise ValueError(f"the chat template refuses these messages: {cause}") from cause
+
+
+class _Refusal(Exception):  # noqa: N818
+    """A template raised something.
+
+    Attributes:
+        cause: what.
+        meant: by its own decision, not by a mistake in it or in what it was given.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        # What templates call raise_exception raises it; its subclasses are Jinja's own.
+        self.meant = type(cause) is TemplateError
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], **arguments: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            [_message(message, tokenizer.chat_template) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            tokenize=False,
-            **arguments,
+            messages, add_generation_prompt=True, tokenize=False, **arguments
         )
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the template is the checkpoint's code, and may raise anything
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
+        raise _Refusal(error) from error
     return text
+
+
+def _fails_always(tokenizer: Any) -> bool:
+    """Whether a template fails for the simplest conversation there is, too."""
+    try:
+        _render(tokenizer, [{"role": "user", "content": "Hi"}])
+    except _Refusal as refusal:
+        return not refusal.meant
+    return False
 
 
 def _message(message: Message, template: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LogitsProcessorList
 
-from cpumoe.generation import Piece, Prompt, ReplyFormat, ReplyParser, Sampling
+from cpumoe.generation import Piece, Prompt, ReplyParser, Sampling
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.generation_settings import end_tokens, generation_settings
 from cpumoe.integrations.transformers.growing_text import GrowingText
@@ -83,7 +83,7 @@ class Continuations:
         recorder = None
         if sampling.logprobs is not None:
             recorder = LogprobRecorder(self.vocabulary, sampling.logprobs)
-        grammar = self._grammar(sampling.json_schema, prompt.reply, parser)
+        grammar = self._grammar(sampling.json_schema, parser)
         hidden = self.vocabulary.special - markers if sampling.skip_special_tokens else ()
         text = GrowingText(
             Detokenizer(self._tokenizer, hidden),
@@ -119,14 +119,12 @@ class Continuations:
         added = self.vocabulary.added
         return frozenset(added[text] for text in texts if text in added)
 
-    def _grammar(
-        self, schema: str | None, reply: ReplyFormat | None, parser: ReplyParser | None
-    ) -> GrammarProcessor | None:
+    def _grammar(self, schema: str | None, parser: ReplyParser | None) -> GrammarProcessor | None:
         if schema is None:
             return None
         matcher = self._structured.grammar(schema)
-        if reply is None or parser is None:
-            return GrammarProcessor(matcher, begun=lambda: True)
+        if parser is None:
+            return GrammarProcessor(matcher, begun=lambda: True, openers=frozenset)
         return GrammarProcessor(
-            matcher, begun=lambda: parser.answering, openers=self._added(reply.openers)
+            matcher, begun=lambda: parser.answering, openers=lambda: self._added(parser.openers)
         )

@@ -42,6 +42,7 @@ from cpumoe.integrations.transformers.loading import (
 from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
 from cpumoe.integrations.transformers.options import ExpertsOptions
 from cpumoe.integrations.transformers.prompt_reading import CancelledError, read_prompt
+from cpumoe.reply import reply_format
 
 
 class LanguageModel:
@@ -171,15 +172,20 @@ class LanguageModel:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Returns the prompt of a conversation; see `cpumoe.generation.TextModel.encode_chat`."""
-        _check_text(json.dumps([[*messages], [*tools]], ensure_ascii=False))
+        try:
+            _check_text(json.dumps([[*messages], [*tools]], ensure_ascii=False))
+        except (RecursionError, TypeError) as error:
+            raise ValueError(f"messages: expected what JSON can hold: {error}") from None
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{self.name} has no chat template: it completes text, but cannot chat without one "
                 f"(--chat-template FILE)"
             )
         text = render_chat(self.tokenizer, messages, tools, template_arguments or {})
+        template = self.tokenizer.get_chat_template(tools=[*tools] or None)
         # The template writes all special tokens itself.
-        return Prompt(self._tokens(text, add_special_tokens=False))
+        tokens = self._tokens(text, add_special_tokens=False)
+        return Prompt(tokens, reply_format(template, text, tools))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of some tokens, special ones included.

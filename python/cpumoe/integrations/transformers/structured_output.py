@@ -76,19 +76,23 @@ class GrammarProcessor:
     """
 
     def __init__(
-        self, matcher: Any, *, begun: Callable[[], bool], openers: Collection[int] = ()
+        self,
+        matcher: Any,
+        *,
+        begun: Callable[[], bool],
+        openers: Callable[[], Collection[int]],
     ) -> None:
         """Holds for the answer, not for what a chat's reply has before it.
 
         Args:
             matcher: llguidance's.
             begun: whether the next token is part of the answer.
-            openers: tokens that may come in place of the answer's first, and begin what comes
-                before an answer.
+            openers: tokens that may come in place of the answer's first.
         """
         self._matcher = matcher
         self._begun = begun
-        self._openers = sorted(openers)
+        self._next_openers = openers
+        self._openers: list[int] = []
         self._started = False
         self._holds = False
         self.finished = False
@@ -104,8 +108,8 @@ class GrammarProcessor:
         forbidden = torch.ones_like(scores, dtype=torch.bool)
         count = min(len(admitted), scores.shape[1])
         forbidden[0, :count] = admitted[:count] == 0
-        if not self._started:
-            forbidden[0, self._openers] = False
+        self._openers = [] if self._started else sorted(self._next_openers())
+        forbidden[0, self._openers] = False
         masked = scores.masked_fill(forbidden, -torch.inf)
         if masked.max().isneginf():
             # What else forbids tokens has forbidden all of them: the grammar has the last word.
@@ -114,7 +118,7 @@ class GrammarProcessor:
 
     def accept(self, token: int) -> None:
         """Takes the token that was chosen."""
-        if not self._holds or (not self._started and token in self._openers):
+        if not self._holds or token in self._openers:
             return
         self._started = True
         self._matcher.consume_token(token)

@@ -1,0 +1,37 @@
+"""The format of a reply, from the markers that its chat template contains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpumoe.generation import ReplyFormat
+from cpumoe.reply.harmony import CHANNEL, MESSAGE, HarmonyReply
+from cpumoe.reply.marked import MarkedReply
+from cpumoe.reply.tool_syntax import TOOL_SYNTAXES
+
+_REASONING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+def reply_format(
+    template: str, prompt: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> ReplyFormat | None:
+    """Returns how the reply to a prompt is taken apart; None: all of it is the answer.
+
+    Args:
+        template: text of the model's chat template.
+        prompt: what it made of the conversation, up to where the model speaks.
+        tools: functions that the model may call, in OpenAI's shape; without any, nothing is taken
+            for a call.
+    """
+    if CHANNEL in template and MESSAGE in template:
+        return HarmonyReply()
+    reasoning = next((pair for pair in _REASONING if pair[1] in template), None)
+    written = prompt.rstrip()
+    begun = reasoning is not None and written.endswith(reasoning[0])
+    if reasoning is not None and written.endswith(reasoning[1]):
+        reasoning = None  # the prompt has it behind it already
+    syntax = next((s for s in TOOL_SYNTAXES if s.begin in template), None) if tools else None
+    if reasoning is None and syntax is None:
+        return None
+    return MarkedReply(reasoning, begun, syntax, tuple(tools))
