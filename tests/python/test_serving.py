@@ -166,10 +166,6 @@ def test_served_name_may_be_a_path():
         assert client.completions.create(model="org/model", prompt="x").model == "org/model"
 
 
-def test_health(server):
-    assert server.http.get("/health").json() == {"status": "ready"}
-
-
 @pytest.mark.parametrize(
     "prompt", [{"text": "ab", "stream": None}, {"text": None, "input_ids": [97, 98]}]
 )

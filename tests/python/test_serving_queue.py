@@ -241,7 +241,9 @@ def test_a_stream_without_text_shows_that_it_lives(path, body):
         with server.http.stream("POST", path, json={**body, "stream": True}) as reply:
             assert reply.status_code == 200
             lines = reply.iter_lines()
-            assert [next(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
+            # SGLang's own clients take each line that is not empty for an event.
+            sign = [""] if path == "/generate" else [": ping", ""]
+            assert [next(lines) for _ in range(4)] == sign * (4 // len(sign))
             may_write.set()
             events = [line for line in lines if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cpumoe._version import package_version
 from cpumoe.cli import (
     bench,
     chat,
@@ -48,17 +49,6 @@ app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.command)
 app.command("chat", epilog=chat.EXAMPLE)(chat.command)
 app.command("serve", epilog=serve.EXAMPLE)(serve.command)
 app.command("demo", epilog=demo.EXAMPLE)(demo.command)
-
-
-def package_version() -> str:
-    """Returns the installed version, or "unknown" when run from a source tree."""
-    # Imported here because it takes longer than the rest of the command line.
-    from importlib import metadata
-
-    try:
-        return metadata.version("cpumoe")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _print_version(wanted: bool) -> None:

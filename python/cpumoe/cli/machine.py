@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     """Returns the versions of cpumoe, PyTorch and Python."""
     import torch
 
-    from cpumoe.cli.app import package_version
+    from cpumoe._version import package_version
 
     return {
         "cpumoe": package_version(),

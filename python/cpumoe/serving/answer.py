@@ -1,4 +1,4 @@
-"""The HTTP answer to a request for text: one document, or a stream of server-sent events."""
+"""HTTP answers that the model gives: one document, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from cpumoe.generation import Generation, Piece
 from cpumoe.serving.errors import ApiError, encode_json, gone, json_response
 from cpumoe.serving.generation_job import GenerationJob
-from cpumoe.serving.job import Job, Result
+from cpumoe.serving.job import Call, Job, Result
 from cpumoe.serving.worker import Worker
 
 Document = Mapping[str, Any]
@@ -20,8 +20,10 @@ Document = Mapping[str, Any]
 Answered = Document | Sequence[Document]
 
 _DONE = b"data: [DONE]\n\n"
-# A comment, which the protocol of such streams tells clients to skip.
-_PING = b": ping\n\n"
+# Signs of life. The protocol of such streams tells clients to skip comments. Some clients take each
+# line for an event; they skip empty ones.
+COMMENT = b": ping\n\n"
+BLANK_LINE = b"\n"
 # A stream without text sends its headers after this time, and from then on a sign of life at least
 # so often: proxies give up after a minute of silence.
 _HEADERS_SECONDS = 2.0
@@ -58,36 +60,28 @@ class Shape(Protocol):
         """Returns the events after the last text."""
 
 
-class Answer(Response):
-    """Runs a request's jobs and sends what they generate; ends them when the client disconnects.
+class JobsAnswer(Response):
+    """The answer to a request that takes some jobs; ends them when the client disconnects."""
 
-    A stream's headers wait a little for its first text, so that what is wrong with the request is
-    still answered by a status of its own. They do not wait longer: proxies, and people, take a
-    server that sends nothing for one that is gone.
-    """
-
-    def __init__(
-        self, worker: Worker, jobs: Sequence[GenerationJob], shape: Shape, *, streams: bool
-    ) -> None:
+    def __init__(self, worker: Worker, jobs: Sequence[Job[Any]]) -> None:
         """Prepares the answer; nothing runs before it is called."""
         super().__init__()
         self._worker = worker
-        self._jobs = jobs
-        self._shape = shape
-        self._streams = streams
+        self._submitted = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Submits the jobs and answers."""
-        self._worker.submit(*self._jobs)
+        self._worker.submit(*self._submitted)
         watch = asyncio.create_task(self._watch(receive))
         try:
-            if self._streams:
-                await self._stream(send)
-            else:
-                await self._whole(scope, receive, send)
+            await self.respond(scope, receive, send)
         finally:
             watch.cancel()
             self._withdraw()
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits for the jobs' results and sends the answer."""
+        raise NotImplementedError
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -96,8 +90,61 @@ class Answer(Response):
 
     def _withdraw(self) -> None:
         # The last first, so that none of them begins in between.
-        for job in reversed(self._jobs):
+        for job in reversed(self._submitted):
             self._worker.withdraw(job, gone())
+
+
+class CallAnswer(JobsAnswer):
+    """The answer to a request that one call of the model answers."""
+
+    def __init__(self, worker: Worker, call: Call[Any]) -> None:
+        """Prepares the answer, which is the document that the call returns."""
+        super().__init__(worker, [call])
+        self._call = call
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the document."""
+        await json_response(await result_of(self._call))(scope, receive, send)
+
+
+class Answer(JobsAnswer):
+    """The answer to a request for text.
+
+    A stream's headers wait a little for its first text, so that what is wrong with the request is
+    still answered by a status of its own. They do not wait longer: proxies, and people, take a
+    server that sends nothing for one that is gone.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        jobs: Sequence[GenerationJob],
+        shape: Shape,
+        *,
+        streams: bool,
+        sign_of_life: bytes = COMMENT,
+    ) -> None:
+        """Prepares the answer.
+
+        Args:
+            worker: runs the jobs.
+            jobs: one for each text.
+            shape: how the answer is worded.
+            streams: the client wants text as it is generated.
+            sign_of_life: sent in a stream while there is no text.
+        """
+        super().__init__(worker, jobs)
+        self._jobs = jobs
+        self._shape = shape
+        self._streams = streams
+        self._sign_of_life = sign_of_life
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the texts."""
+        if self._streams:
+            await self._stream(send)
+        else:
+            await self._whole(scope, receive, send)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         results = [await result_of(job) for job in self._jobs]
@@ -115,6 +162,7 @@ class Answer(Response):
             events = self._shape.close(self._jobs)
         except ApiError as error:
             # The status is sent: an event is the only way left to say that it went wrong.
+            self._worker.observer.failed(error)
             events = [error.document()]
         await _send_events(send, events, last=True)
 
@@ -134,7 +182,7 @@ class Answer(Response):
                 events += self._shape.piece(jobs, index, piece)
             if result is not None:
                 events += self._shape.end(jobs, index, result)
-            await (_send_events(send, events) if events else _send(send, _PING))
+            await (_send_events(send, events) if events else _send(send, self._sign_of_life))
             if result is not None:
                 return
             news = await jobs[index].read(_PING_SECONDS)

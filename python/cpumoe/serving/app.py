@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cpumoe.generation import TextModel
-from cpumoe.serving import openai_api, sglang_api
+from cpumoe.serving import openai_api, sglang_api, status_api, tokens_api
 from cpumoe.serving.body import BodyReader
-from cpumoe.serving.errors import ApiError, install_handlers, json_response
+from cpumoe.serving.errors import ApiError, install_handlers
+from cpumoe.serving.metrics import Metrics, has_metrics
 from cpumoe.serving.service import Service
 from cpumoe.serving.settings import Settings
 from cpumoe.serving.worker import Worker
@@ -25,9 +27,12 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
     start-up to its shutdown. `app.state.service` is the `Service`.
     """
     settings = settings or Settings()
+    name = settings.served_model_name or model.name
     worker = Worker(model, queue=settings.queue)
+    if has_metrics():
+        worker.observer = Metrics(worker, name)
     service = Service(
-        settings.served_model_name or model.name,
+        name,
         model.context_length,
         int(time.time()),
         settings,
@@ -48,17 +53,28 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
         title="cpumoe", openapi_url=None, lifespan=lifespan, redirect_slashes=False, debug=False
     )
     app.state.service = service
-    install_handlers(app)
+    app.add_middleware(_Paths)
+    install_handlers(app, worker.observer.failed)
     allowed = [Depends(_key_check(settings.api_key))] if settings.api_key else []
-    app.include_router(openai_api.make_router(service), dependencies=allowed)
-    app.include_router(sglang_api.make_router(service), dependencies=allowed)
-
-    @app.get("/health")
-    async def health() -> Response:
-        status = "failed" if worker.broken else "ready" if worker.accepting else "stopping"
-        return json_response({"status": status}, 200 if status == "ready" else 503)
-
+    routers = [api.make_router(service) for api in (openai_api, sglang_api, tokens_api)]
+    for router in routers:
+        app.include_router(router, dependencies=allowed)
+    app.include_router(status_api.make_router(service, routers))
     return app
+
+
+class _Paths:
+    """Lets paths end with a slash, and HEAD ask for whatever GET may ask for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # A copy: the server in front leaves the body out of its answer to HEAD.
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 def _key_check(key: str) -> Callable[[Request], Awaitable[None]]:

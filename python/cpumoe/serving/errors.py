@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -138,13 +138,19 @@ def json_response(
     )
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Makes every error of the application, the framework's included, an `ApiError`'s answer."""
+def install_handlers(app: FastAPI, on_error: Callable[[ApiError], None]) -> None:
+    """Makes every error of the application, the framework's included, an `ApiError`'s answer.
+
+    Args:
+        app: the application.
+        on_error: told of each of them.
+    """
 
     async def answer(_: Request, error: Exception) -> Response:
         if not isinstance(error, ApiError):
             # The framework logs it, with its traceback, after this answer.
             error = internal()
+        on_error(error)
         return json_response(error.document(), error.status, error.headers)
 
     async def answer_http(request: Request, error: Exception) -> Response:
@@ -156,7 +162,10 @@ def install_handlers(app: FastAPI) -> None:
         codes = {404: "not_found", 405: "method_not_allowed"}
         status = error.status_code
         message = messages.get(status) or error.detail or HTTPStatus(status).phrase
-        known = ApiError(status, message, code=codes.get(status), headers=error.headers)
+        headers = dict(error.headers or {})
+        if "GET" in headers.get("Allow", ""):
+            headers["Allow"] += ", HEAD"
+        known = ApiError(status, message, code=codes.get(status), headers=headers)
         return await answer(request, known)
 
     app.add_exception_handler(ApiError, answer)

@@ -71,11 +71,19 @@ def is_tokens(value: Any) -> bool:
     )
 
 
+def _tokens(value: Any) -> Any:
+    if not is_tokens(value):
+        raise ValueError("expected a list of token ids, integers of 0 or more")
+    return value
+
+
+Tokens = Annotated[Any, BeforeValidator(_tokens)]
+
+
 def _stop_tokens(value: Any) -> Any:
     if value is None:
         return ()
-    if not is_tokens(value):
-        raise ValueError("expected a list of token ids, integers of 0 or more")
+    _tokens(value)
     if len(value) > _MOST_STOP_TOKENS:
         raise ValueError(f"expected at most {_MOST_STOP_TOKENS} tokens, got {len(value)}")
     return tuple(value)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from cpumoe.generation import Piece, TextModel
-from cpumoe.serving.errors import ApiError
+from cpumoe.serving.errors import ApiError, invalid
 
 Result = TypeVar("Result")
 
@@ -20,11 +20,13 @@ class Job(Generic[Result]):
     in memory, and never the worker.
 
     Attributes:
+        submitted: when it came into the queue, by `time.monotonic`.
         cancelled: nobody waits for the answer any more.
     """
 
     def __init__(self) -> None:
         """Makes a job of the running event loop."""
+        self.submitted = 0.0
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -98,11 +100,20 @@ class Job(Generic[Result]):
 class Call(Job[Result]):
     """Calls the model once."""
 
-    def __init__(self, call: Callable[[TextModel], Result]) -> None:
-        """Makes a job of `call`, which may raise what `run` may."""
+    def __init__(self, call: Callable[[TextModel], Result], param: str) -> None:
+        """Makes a job of the running event loop.
+
+        Args:
+            call: what to do.
+            param: what the request calls that which a ValueError blames.
+        """
         super().__init__()
         self._call = call
+        self._param = param
 
     def run(self, model: TextModel) -> Result:
         """Returns what the call returns."""
-        return self._call(model)
+        try:
+            return self._call(model)
+        except ValueError as error:
+            raise invalid(str(error), self._param) from error

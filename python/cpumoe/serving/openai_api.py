@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from cpumoe.generation import Prompt, TextModel
 from cpumoe.serving.answer import Answer, Document
-from cpumoe.serving.errors import ApiError, json_response
+from cpumoe.serving.errors import json_response
 from cpumoe.serving.fields import check_texts
 from cpumoe.serving.generation_job import GenerationJob, Terms
 from cpumoe.serving.openai_answers import ChatShape, CompletionShape
@@ -47,25 +47,15 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> Response:
-        _check_model(service, name)
+        service.check_model(name)
         return json_response(_model_card(service))
 
     return router
 
 
 def _check(service: Service, body: OpenAiBody) -> None:
-    _check_model(service, body.model)
+    service.check_model(body.model)
     body.check()
-
-
-def _check_model(service: Service, name: str | None) -> None:
-    if name is not None and name != service.name:
-        raise ApiError(
-            404,
-            f"the model {name!r} does not exist; this server has {service.name!r}",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def _model_card(service: Service) -> Document:

@@ -182,6 +182,15 @@ class Message(StrictModel):
         return document | {name: value for name, value in others.items() if value is not None}
 
 
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Returns messages as the chat template shall see them.
+
+    Raises:
+        ApiError: names the message.
+    """
+    return [m.document(f"messages[{index}]") for index, m in enumerate(messages)]
+
+
 def _zero_is_false(value: Any) -> Any:
     return False if value == 0 and isinstance(value, int) else value
 
@@ -247,7 +256,7 @@ class ChatBody(OpenAiBody):
         Raises:
             ApiError: names the message.
         """
-        return [m.document(f"messages[{index}]") for index, m in enumerate(self.messages)]
+        return conversation(self.messages)
 
     def samplings(self, **others: Any) -> list[Sampling]:
         """Returns the sampling of each answer; see the base class."""

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field
 
 from cpumoe.generation import Generation, Piece, Sampling, TokenLogprob
-from cpumoe.serving.answer import Answer, Answered, Document
+from cpumoe.serving.answer import BLANK_LINE, Answer, Answered, Document
 from cpumoe.serving.body import StrictModel
 from cpumoe.serving.errors import invalid
 from cpumoe.serving.fields import (
@@ -261,7 +261,13 @@ def make_router(service: Service) -> APIRouter:
         refuse_common(body.model_extra, ignored=body.ignored)
         check_texts(len(body.prompts), body.answers, service.worker.capacity, body.prompt_param)
         jobs = _jobs(service, body)
-        return Answer(service.worker, jobs, _Shape(body), streams=bool(body.stream))
+        return Answer(
+            service.worker,
+            jobs,
+            _Shape(body),
+            streams=bool(body.stream),
+            sign_of_life=BLANK_LINE,
+        )
 
     return router
 

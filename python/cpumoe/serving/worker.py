@@ -18,8 +18,28 @@ _CANCEL_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 60
 
 
+class Observer:
+    """Hears what becomes of requests; this one lets it pass."""
+
+    def ended(self, result: object, waited_seconds: float, total_seconds: float) -> None:
+        """Takes the result of a job, from the worker's thread.
+
+        Args:
+            result: what came of it; its success, or an `ApiError`.
+            waited_seconds: in the queue.
+            total_seconds: these included.
+        """
+
+    def failed(self, error: ApiError) -> None:
+        """Takes an error that a client is told, from the event loop."""
+
+
 class Worker:
-    """Runs jobs on one thread, in the order in which they came."""
+    """Runs jobs on one thread, in the order in which they came.
+
+    Attributes:
+        observer: hears what becomes of jobs.
+    """
 
     def __init__(self, model: TextModel, *, queue: int) -> None:
         """Prepares a worker; `start` starts its thread.
@@ -28,6 +48,7 @@ class Worker:
             model: called by the worker's thread only.
             queue: jobs that may wait while one runs.
         """
+        self.observer = Observer()
         self._model = model
         self._queue = queue
         self._waiting: deque[Job[Any]] = deque()
@@ -63,6 +84,11 @@ class Worker:
         return len(self._waiting)
 
     @property
+    def running(self) -> int:
+        """Jobs that run, 0 or 1."""
+        return int(self._running is not None)
+
+    @property
     def capacity(self) -> int:
         """Jobs that may be there at the same time, the running one included."""
         return self._queue + 1
@@ -90,7 +116,9 @@ class Worker:
             if there + len(jobs) > self.capacity:
                 seconds = min(math.ceil(self._typical_seconds) or 1, _LONGEST_RETRY_SECONDS)
                 raise overloaded(seconds, f"{len(self._waiting)} requests wait already")
-            self._waiting.extend(jobs)
+            for job in jobs:
+                job.submitted = time.monotonic()
+                self._waiting.append(job)
             self._changed.notify_all()
 
     def withdraw(self, job: Job[Any], reason: ApiError) -> None:
@@ -154,7 +182,9 @@ class Worker:
         while (job := self._next()) is not None:
             start = time.monotonic()
             outcome = self._outcome(job)
-            seconds = time.monotonic() - start
+            end = time.monotonic()
+            seconds = end - start
+            self.observer.ended(outcome, start - job.submitted, end - job.submitted)
             with self._changed:
                 self._running = None
                 self._typical_seconds = 0.7 * self._typical_seconds + 0.3 * seconds
