@@ -155,6 +155,53 @@ def test_templates_get_tools_reasoning_and_arguments_as_objects(chat):
     assert "None" not in qwen.decode(qwen.encode_chat(history[:2]).tokens)
 
 
+def rendered(chat, template, messages):
+    model = chat("qwen")
+    model.tokenizer.chat_template = template
+    return model.decode(model.encode_chat(messages).tokens)
+
+
+def called(*identifiers, content=None):
+    calls = [
+        {"id": i, "type": "function", "function": {"name": f"f{i}", "arguments": '{"a": 1}'}}
+        for i in identifiers
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+def test_templates_that_want_arguments_as_text_get_them_so(chat):
+    # As DeepSeek's do; there is always some content, too.
+    template = (
+        "{% for m in messages %}{{ m.content + '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    assert rendered(chat, template, [*QUESTION, called("x")]) == 'Hifx{"a": 1}'
+
+
+def test_templates_that_write_identifiers_get_the_models_own(chat):
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}<|tool_call_begin|>{{ c.id }}"
+        "{% endfor %}{{ m.tool_call_id or '' }};{% endfor %}"
+    )
+    answers = [{"role": "tool", "content": "x", "tool_call_id": i} for i in ("p", "q", "lost")]
+    history = [called("p", "q"), *answers, called("r")]
+    assert rendered(chat, template, history) == (
+        "<|tool_call_begin|>functions.fp:0<|tool_call_begin|>functions.fq:1;"
+        "functions.fp:0;functions.fq:1;lost;<|tool_call_begin|>functions.fr:2;"
+    )
+
+
+def test_reasoning_does_not_go_where_a_template_refuses_it(chat):
+    # As gpt-oss' does beside the text of a message with calls.
+    template = (
+        "{% for m in messages %}{% if m.content and m.thinking and m.tool_calls %}"
+        "{{ raise_exception('both') }}{% endif %}{{ m.thinking }}{{ m.content }}{% endfor %}"
+    )
+    message = {**called("x", content="Look:"), "reasoning_content": "why"}
+    assert rendered(chat, template, [message]) == "Look:"
+    assert rendered(chat, template, [{**message, "content": ""}]) == "why"
+
+
 def test_template_arguments_are_the_templates_alone(chat):
     model = chat("qwen")
     for name in ("tokenize", "chat_template", "add_generation_prompt", "return_dict"):

@@ -10,7 +10,7 @@ from cpumoe.reply import reply_format
 # Of each family's template what counts: its markers.
 QWEN = "{%- if tools %}<tool_call>...</tool_call>{%- endif %}<think>...</think>"
 DEEPSEEK = "<think></think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜><｜tool▁sep｜>"
-DSML = "<think></think><｜DSML｜tool_calls><｜DSML｜invoke name="
+DSML = "{%- set token = '｜DSML｜' %}<think></think><{{ token }}invoke name="
 KIMI = "<think></think><|tool_calls_section_begin|><|tool_call_begin|>"
 HARMONY = "<|start|>assistant<|channel|>analysis<|message|>"
 TOOLS = [
@@ -73,7 +73,20 @@ K2 = (
     '<|tool_call_argument_begin|>{"city": "Oslo", "days": 2}<|tool_call_end|>'
     "<|tool_calls_section_end|>"
 )
-FORMS = [(QWEN, HERMES), (QWEN, XML), (DEEPSEEK, V3), (DEEPSEEK, V31), (DSML, V4), (KIMI, K2)]
+GLM = (
+    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+)
+FORMS = [(QWEN, HERMES), (QWEN, XML), (QWEN, GLM)]
+FORMS += [(DEEPSEEK, V3), (DEEPSEEK, V31), (DSML, V4), (KIMI, K2)]
+    (QWEN, HERMES),
+    (QWEN, XML),
+    (QWEN, GLM),
+    (DEEPSEEK, V3),
+    (DEEPSEEK, V31),
+    (DSML, V4),
+    (KIMI, K2),
+]
 
 
 @pytest.mark.parametrize(("template", "written"), FORMS)

@@ -31,7 +31,7 @@ def reply_format(
     begun = reasoning is not None and written.endswith(reasoning[0])
     if reasoning is not None and written.endswith(reasoning[1]):
         reasoning = None  # the prompt has it behind it already
-    syntax = next((s for s in TOOL_SYNTAXES if s.begin in template), None) if tools else None
+    syntax = next((s for s in TOOL_SYNTAXES if s.is_in(template)), None) if tools else None
     if reasoning is None and syntax is None:
         return None
     return MarkedReply(reasoning, begun, syntax, tuple(tools))

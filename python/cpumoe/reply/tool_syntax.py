@@ -24,6 +24,7 @@ class ToolSyntax:
         around: come before the first, between, or after the last call, and say nothing.
         inner: further markers between `begin` and `end`.
         needs_end: what has no end is no call, however whole it looks.
+        sign: by what a template that writes calls so is known; default: `begin`.
     """
 
     begin: str
@@ -32,6 +33,11 @@ class ToolSyntax:
     around: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
     needs_end: bool = False
+    sign: str = ""
+
+    def is_in(self, template: str) -> bool:
+        """Whether a chat template writes calls so."""
+        return (self.sign or self.begin) in template
 
 
 def is_object(arguments: str) -> bool:
@@ -43,12 +49,14 @@ def is_object(arguments: str) -> bool:
 
 
 def _json_or_xml(content: str, tools: Tools) -> ToolCall | None:
-    """Hermes' and Qwen's ``{"name": ..., "arguments": {...}}``, or Qwen3-Coder's elements."""
+    """Hermes' and Qwen's ``{"name": ..., "arguments": {...}}``, Qwen3-Coder's or GLM's elements."""
     content = content.strip()
     if content.startswith("<function="):
         if not content.endswith("</function>"):
             return None
         return _elements(_QWEN_FUNCTION, _QWEN_PARAMETER, content, tools)
+    if _GLM_PARAMETER.search(content):
+        return _elements(_GLM_FUNCTION, _GLM_PARAMETER, content, tools)
     try:
         call = json.loads(content)
     except (ValueError, RecursionError):
@@ -63,6 +71,10 @@ _QWEN_FUNCTION = re.compile(r"<function=(?P<name>[^>\s]+)>")
 _QWEN_PARAMETER = re.compile(
     r"<parameter=(?P<key>[^>]+)>(?P<text>.*?)(?:</parameter>|(?=<parameter=)|(?=</function>)|\Z)",
     re.DOTALL,
+)
+_GLM_FUNCTION = re.compile(r"\A(?P<name>[^\s<]+)")
+_GLM_PARAMETER = re.compile(
+    r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<text>.*?)</arg_value>", re.DOTALL
 )
 _DSML = "\N{FULLWIDTH VERTICAL LINE}DSML\N{FULLWIDTH VERTICAL LINE}"
 _DSML_FUNCTION = re.compile(r'\A\s+name="(?P<name>[^"]+)"[^>]*>')
@@ -178,5 +190,6 @@ TOOL_SYNTAXES = (
         ),
         inner=(_DSML,),
         needs_end=True,
+        sign=_DSML,  # templates put the rest together
     ),
 )

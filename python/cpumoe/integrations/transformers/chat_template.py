@@ -12,6 +12,9 @@ from jinja2 import TemplateError
 
 from cpumoe.generation import Message, ModelError
 
+# Kimi's templates write the identifiers of calls, which its models expect to be names.
+_NAMED_CALLS = "<|tool_call_begin|>"
+
 
 def render_chat(
     tokenizer: Any,
@@ -35,9 +38,19 @@ def render_chat(
     if not taken.isdisjoint(arguments):
         names = ", ".join(sorted(taken.intersection(arguments)))
         raise ValueError(f"template arguments: {names}: not the chat template's to decide")
-    shaped = [_message(message, tokenizer.chat_template) for message in messages]
+    given = {"tools": [*map(dict, tools)] or None, **arguments}
+    template = str(tokenizer.chat_template)
+    shaped = [_message(message, template) for message in messages]
+    if _NAMED_CALLS in template:
+        _name_calls(shaped)
     try:
-        return _render(tokenizer, shaped, tools=[*map(dict, tools)] or None, **arguments)
+        try:
+            return _render(tokenizer, _with_arguments(shaped), **given)
+        except _Refusal as refusal:
+            if refusal.meant or not any(message.get("tool_calls") for message in shaped):
+                raise
+            # DeepSeek's templates want the arguments as the text that the model wrote.
+            return _render(tokenizer, shaped, **given)
     except _Refusal as refusal:
         cause = refusal.cause
         if not refusal.meant and _fails_always(tokenizer):
@@ -81,24 +94,49 @@ def _fails_always(tokenizer: Any) -> bool:
     return False
 
 
-def _message(message: Message, template: Any) -> dict[str, Any]:
+def _message(message: Message, template: str) -> dict[str, Any]:
     """A message in OpenAI's shape as templates expect it."""
     changed = dict(message)
-    if changed.get("tool_calls"):
-        changed["tool_calls"] = [_tool_call(call) for call in changed["tool_calls"]]
+    if changed["role"] == "assistant" and changed.get("content") is None:
+        changed["content"] = ""  # OpenAI's beside tool calls; many templates take no other
     reasoning = changed.get("reasoning_content")
     # gpt-oss' name of it; its template refuses it beside the text of a message with tool calls.
     refused = changed.get("tool_calls") and changed.get("content")
-    if reasoning and not refused and ".thinking" in str(template):
+    if reasoning and not refused and ".thinking" in template:
         changed.setdefault("thinking", reasoning)
     return changed
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are the object that OpenAI's protocol sends as JSON text."""
+def _with_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of calls as objects; OpenAI's protocol has JSON text."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
         # What is no JSON goes back to the model as it once wrote it.
         with contextlib.suppress(ValueError):
             function["arguments"] = json.loads(function["arguments"] or "{}")
     return {**call, "function": function}
+
+
+def _name_calls(messages: list[dict[str, Any]]) -> None:
+    """Gives calls the names that Kimi's models know them by, in the order of the conversation."""
+    names: dict[str, str] = {}
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            name = f"functions.{(call.get('function') or {}).get('name')}:{len(names)}"
+            names[str(call.get("id", len(names)))] = name
+            calls.append({**call, "id": name})
+        if calls:
+            message["tool_calls"] = calls
+        answered = message.get("tool_call_id")
+        if answered is not None:
+            message["tool_call_id"] = names.get(answered, answered)
