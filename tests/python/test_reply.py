@@ -77,8 +77,7 @@ GLM = (
     "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
 )
-FORMS = [(QWEN, HERMES), (QWEN, XML), (QWEN, GLM)]
-FORMS += [(DEEPSEEK, V3), (DEEPSEEK, V31), (DSML, V4), (KIMI, K2)]
+FORMS = [
     (QWEN, HERMES),
     (QWEN, XML),
     (QWEN, GLM),

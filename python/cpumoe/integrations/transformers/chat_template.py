@@ -99,11 +99,10 @@ def _message(message: Message, template: str) -> dict[str, Any]:
     changed = dict(message)
     if changed["role"] == "assistant" and changed.get("content") is None:
         changed["content"] = ""  # OpenAI's beside tool calls; many templates take no other
-    reasoning = changed.get("reasoning_content")
-    # gpt-oss' name of it; its template refuses it beside the text of a message with tool calls.
-    refused = changed.get("tool_calls") and changed.get("content")
-    if reasoning and not refused and ".thinking" in template:
-        changed.setdefault("thinking", reasoning)
+    # gpt-oss' name of it, which the host gives it as well; that template refuses it beside the text
+    # of a message with calls.
+    if ".thinking" in template and changed.get("tool_calls") and changed.get("content"):
+        changed.pop("reasoning_content", None)
     return changed
 
 
