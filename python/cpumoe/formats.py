@@ -29,6 +29,9 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
+# Two E2M1 codes in a byte, the even one in the low nibble; PyTorch has it since 2.8.
+FLOAT4: torch.dtype | None = getattr(torch, "float4_e2m1fn_x2", None)
+
 # Quantizing works on blocks that are too small for PyTorch to share out among threads. These would
 # meet after every operation: on busy cores that costs ten times what it saves.
 _BLOCK_WEIGHTS = (1 << 15) - 1
@@ -109,8 +112,8 @@ class WeightFormat:
         """Returns checkpoint codes as uint8 ``[..., N, K/2]`` bytes, as a view where it can.
 
         Args:
-            tensor: ``[..., N, K/2]`` int8/uint8, or ``[..., N, K/8]`` int32 (eight codes a word,
-                lowest bits first) for the formats whose `code_dtypes` include it.
+            tensor: ``[..., N, K/2]`` int8, uint8 or float4_e2m1fn_x2, or ``[..., N, K/8]`` int32
+                (eight codes a word, lowest bits first); the format's `code_dtypes` say which.
             name: the tensor's name, for errors.
 
         Raises:
@@ -320,7 +323,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
             scale_dtype=torch.float8_e8m0fnu,
             scale_storage=torch.uint8,
             values=E2M1_VALUES + tuple(-v for v in E2M1_VALUES),
-            code_dtypes=(torch.uint8, torch.int8),
+            code_dtypes=(torch.uint8, torch.int8, *((FLOAT4,) if FLOAT4 else ())),
             scale_dtypes=(torch.float8_e8m0fnu, torch.uint8),
             quantize_groups=_quantize_mxfp4_groups,
         ),

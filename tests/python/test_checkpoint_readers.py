@@ -74,7 +74,9 @@ def test_sizes_that_the_format_does_not_allow(v4):
 
 def test_config_is_checked_against_the_tensors(v4):
     edit_config(v4, hidden_size=128)
-    message = r"layers.0.ffn.experts.0.w1.weight: expected uint8 or int8 \[96, 64\], got int8 \[96"
+    message = (
+        r"layers.0.ffn.experts.0.w1.weight: expected uint8 or int8.* \[96, 64\], got int8 \[96"
+    )
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(v4).expert(0, 0)
 
@@ -92,7 +94,7 @@ def test_config_is_checked_against_the_tensors(v4):
         (
             "weight",
             torch.ones(64, 47, dtype=torch.int8),
-            rf"{V4_NAME}.weight: expected uint8 or int8 \[64, 48\], got int8 \[64, 47\]",
+            rf"{V4_NAME}.weight: expected uint8 or int8.* \[64, 48\], got int8 \[64, 47\]",
         ),
         (
             "scale",

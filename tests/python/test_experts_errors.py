@@ -11,6 +11,7 @@ from moe_tools import EVERY_VARIANT, Inputs, inputs, layer
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, Runtime
+from cpumoe.formats import WEIGHT_FORMATS, dtype_name
 
 
 def refused(kind, message):
@@ -202,6 +203,9 @@ def test_fused_tokens(weights):
     weights.pack(fused_tokens=2**40)  # more than the kernels are built for
 
 
+MXFP4_CODES = " or ".join(dtype_name(dtype) for dtype in WEIGHT_FORMATS["mxfp4"].code_dtypes)
+
+
 def damaged(weights, name, codes=None, scales=None):
     matrix = getattr(weights, name)
     codes = matrix.codes if codes is None else codes(matrix.codes)
@@ -215,7 +219,7 @@ def damaged(weights, name, codes=None, scales=None):
         (
             {"name": "gate", "codes": lambda c: c.float()},
             TypeError,
-            "gate codes: expected uint8 or int8, got float32 [4, 96, 32]",
+            f"gate codes: expected {MXFP4_CODES}, got float32 [4, 96, 32]",
         ),
         (
             {"name": "up", "scales": lambda s: s.float()},

@@ -18,13 +18,18 @@ from typing_extensions import override
 
 from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES, MoeConfig
 from cpumoe.checkpoint.files import CheckpointError
-from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.reader import (
+    LAYER,
+    MODEL,
+    ExpectedTensor,
+    ExpertReader,
+    ExpertsInfo,
+    ExpertWeights,
+)
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 
-_PREFIXES = ("model.", "language_model.model.", "")
-_EXPERTS = ("mlp.experts.", "block_sparse_moe.experts.")
 _PROJECTIONS = {
     "mlp.experts.": ("gate_proj", "up_proj", "down_proj"),
     "block_sparse_moe.experts.": ("w1", "w3", "w2"),
@@ -33,7 +38,7 @@ _PROJECTIONS = {
 _REGEX = "re:"
 _CLASS = "Linear"
 _EXPERT_MODULE = re.compile(
-    r"((?:language_model\.)?(?:model\.)?layers\.[0-9]+\.(?:mlp|block_sparse_moe)\.experts\.)"
+    rf"({MODEL}layers\.[0-9]+\.(?:mlp|block_sparse_moe)\.experts\.)"
     r"[0-9]+\.(\w+)(?=\.weight(?:_packed)?$)"
 )
 # What a group of quantization_config must say of the experts' weights.
@@ -50,6 +55,10 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 class CompressedTensorsReader(ExpertReader):
     """Reads ``quant_method: compressed-tensors`` (see the module for names)."""
+
+    _EXPERT = re.compile(
+        rf"(?P<prefix>{MODEL}layers\.{LAYER}\.(?:mlp|block_sparse_moe)\.experts\.)[0-9]"
+    )
 
     @override
     @staticmethod
@@ -68,16 +77,6 @@ class CompressedTensorsReader(ExpertReader):
         """Any compressed-tensors checkpoint, supported or not."""
         method = config.quantization.get("quant_method")
         return method == "compressed-tensors" or "config_groups" in config.quantization
-
-    @override
-    def _layer_prefix(self, layer: int) -> str | None:
-        for prefix in _PREFIXES:
-            for experts in _EXPERTS:
-                name = f"{prefix}layers.{layer}.{experts}"
-                first = f"{name}0.{_PROJECTIONS[experts][0]}."
-                if any(f"{first}{kind}" in self.folder for kind in ("weight_packed", "weight")):
-                    return name
-        return None
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:

@@ -10,7 +10,13 @@ from typing import Any
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
+_TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+)
 
 # Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
 # may clamp, shift or leave out the gate: a reader must not guess.

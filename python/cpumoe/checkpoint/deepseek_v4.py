@@ -1,30 +1,42 @@
 """DeepSeek-V4: MXFP4 experts, one tensor pair per projection.
 
-``[model.]layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``: w1 = gate, w3 = up, w2 = down;
-weight int8 or uint8 ``[N, K/2]``, scale float8_e8m0fnu (or its bytes as uint8) ``[N, K/32]``. The
-multi-token-prediction layers ``mtp.{i}`` are not decoder layers and are ignored. Source: the
+``layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``: w1 = gate, w3 = up, w2 = down; weight
+int8, uint8 or float4_e2m1fn_x2 ``[N, K/2]``, scale float8_e8m0fnu (or its bytes as uint8) ``[N,
+K/32]``.
+The multi-token-prediction layers ``mtp.{i}`` are not decoder layers and are ignored. Source: the
 published checkpoint's index and transformers 5.23 ``deepseek_v4``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig, limit
 from cpumoe.checkpoint.files import shown_value
-from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.header import FLOAT4_NAME
+from cpumoe.checkpoint.reader import (
+    LAYER,
+    MODEL,
+    ExpectedTensor,
+    ExpertReader,
+    ExpertsInfo,
+    ExpertWeights,
+)
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 
-_PREFIXES = ("", "model.")
 _DEFAULT_SWIGLU_LIMIT = 10.0
+_WEIGHT = re.compile(rf"{MODEL}layers\.[0-9]+\.ffn\.experts\.[0-9]+\.w1\.weight$")
 
 
 class DeepseekV4Reader(ExpertReader):
     """Reads ``model_type: deepseek_v4`` (see the module for names)."""
+
+    _EXPERT = re.compile(rf"(?P<prefix>{MODEL}layers\.{LAYER}\.ffn\.experts\.)[0-9]")
 
     @override
     @staticmethod
@@ -46,11 +58,6 @@ class DeepseekV4Reader(ExpertReader):
         return (
             config.model_type == "deepseek_v4" and config.quantization.get("quant_method") == "fp8"
         )
-
-    @override
-    def _layer_prefix(self, layer: int) -> str | None:
-        names = (f"{prefix}layers.{layer}.ffn.experts." for prefix in _PREFIXES)
-        return next((name for name in names if f"{name}0.w1.weight" in self.folder), None)
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
@@ -83,8 +90,6 @@ def _expert_dtype(folder: SafetensorsFolder, config: MoeConfig) -> str:
     value = config.text.get("expert_dtype") or config.quantization.get("expert_dtype")
     if value is not None:
         return str(value)
-    for prefix in _PREFIXES:
-        name = f"{prefix}layers.0.ffn.experts.0.w1.weight"
-        if name in folder:
-            return "fp4" if folder.info(name).dtype in ("I8", "U8") else "fp8"
-    return "fp8"
+    name = next(filter(_WEIGHT.match, folder.names()), None)
+    packed = name is not None and folder.info(name).dtype in ("I8", "U8", FLOAT4_NAME)
+    return "fp4" if packed else "fp8"

@@ -1,20 +1,34 @@
 """gpt-oss: MXFP4 experts, all of a layer in one tensor.
 
-``model.layers.{L}.mlp.experts.{gate_up_proj,down_proj}_{blocks,scales,bias}``: blocks uint8
-``[experts, N, K/32, 16]``, scales uint8 ``[experts, N, K/32]``, bias bf16 ``[experts, N]``. Rows of
-gate_up_proj are interleaved: gate 0, up 0, gate 1, up 1, ... Source: transformers 5.23
-``integrations/mxfp4.py`` and ``gpt_oss``.
+transformers' layout: ``model.layers.{L}.mlp.experts.{gate_up,down}_proj_{blocks,scales,bias}``.
+OpenAI's own, in the folder ``original`` of the published checkpoints:
+``block.{L}.mlp.{mlp1,mlp2}_{weight.blocks,weight.scales,bias}``, and a config.json that names
+neither model type nor quantization. Both hold the same: blocks uint8 (or float4_e2m1fn_x2)
+``[experts, N, K/32, 16]``, scales uint8 ``[experts, N, K/32]``, bias bf16, fp16 or fp32
+``[experts, N]``. Rows of the first projection are interleaved: gate 0, up 0, gate 1, up 1, ...
+Sources: transformers 5.23 ``integrations/mxfp4.py`` and ``gpt_oss``; openai/gpt-oss
+``torch/weights.py`` and ``torch/model.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig, limit, positive_number
-from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.reader import (
+    LAYER,
+    MODEL,
+    ExpectedTensor,
+    ExpertReader,
+    ExpertsInfo,
+    ExpertWeights,
+)
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
@@ -24,12 +38,34 @@ _DEFAULT_SWIGLU_ALPHA = 1.702
 _DEFAULT_SWIGLU_LIMIT = 7.0
 
 _BLOCK_BYTES = 16
+_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+_MODEL_TYPE = "gpt_oss"
+
+
+class _Names(NamedTuple):
+    """What a layout calls the tensors of a layer, after its prefix."""
+
+    gate_up: str
+    down: str
+    blocks: str
+    scales: str
+    bias: str
+
+
+_HOSTS = _Names("gate_up_proj", "down_proj", "_blocks", "_scales", "_bias")
+_ORIGINAL = _Names("mlp1", "mlp2", "_weight.blocks", "_weight.scales", "_bias")
 
 
 class GptOssReader(ExpertReader):
-    """Reads ``model_type: gpt_oss`` with ``quant_method: mxfp4`` (see the module for names)."""
+    """Reads gpt-oss with MXFP4 experts (see the module for names)."""
 
     has_bias = True
+    _NAMES = _HOSTS
+    _EXPERT = re.compile(
+        rf"(?P<prefix>{MODEL}layers\.{LAYER}\.mlp\.experts\.)(?:gate_up|down)_proj_"
+    )
 
     @override
     @staticmethod
@@ -44,33 +80,31 @@ class GptOssReader(ExpertReader):
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """gpt-oss as published; its bf16 conversions are another reader's."""
-        return config.model_type == "gpt_oss" and config.quantization.get("quant_method") == "mxfp4"
-
-    @override
-    def _layer_prefix(self, layer: int) -> str | None:
-        name = f"model.layers.{layer}.mlp.experts."
-        return name if f"{name}gate_up_proj_blocks" in self.folder else None
+        """gpt-oss as transformers has it; its bf16 conversions are another reader's."""
+        return (
+            config.model_type == _MODEL_TYPE and config.quantization.get("quant_method") == "mxfp4"
+        )
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        for name, n, k in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        hidden, inner, names = self.hidden_size, self.intermediate_size, self._NAMES
+        for name, n, k in ((names.gate_up, 2 * inner, hidden), (names.down, hidden, inner)):
             yield from self._projection(f"{prefix}{name}", n, k)
-            yield self._bias(f"{prefix}{name}_bias", n)
+            yield self._bias(f"{prefix}{name}", n)
 
     @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        gate_up = self._read_projection(f"{prefix}gate_up_proj", index, 2 * inner, hidden)
-        gate_up_bias = self._read_bias(f"{prefix}gate_up_proj_bias", index, 2 * inner)
+        hidden, inner, names = self.hidden_size, self.intermediate_size, self._NAMES
+        gate_up_name, down_name = f"{prefix}{names.gate_up}", f"{prefix}{names.down}"
+        gate_up = self._read_projection(gate_up_name, index, 2 * inner, hidden)
+        gate_up_bias = self._read_bias(gate_up_name, index, 2 * inner)
         return ExpertWeights(
             gate=_every_second_row(gate_up, 0),
             up=_every_second_row(gate_up, 1),
-            down=self._read_projection(f"{prefix}down_proj", index, hidden, inner),
+            down=self._read_projection(down_name, index, hidden, inner),
             gate_bias=gate_up_bias[0::2].contiguous(),
             up_bias=gate_up_bias[1::2].contiguous(),
-            down_bias=self._read_bias(f"{prefix}down_proj_bias", index, hidden),
+            down_bias=self._read_bias(down_name, index, hidden),
         )
 
     def _read_projection(self, name: str, index: int, n: int, k: int) -> QuantizedMatrix:
@@ -89,12 +123,31 @@ class GptOssReader(ExpertReader):
         fmt = self._weight_format
         stack = (self.num_experts, n, k // fmt.group_size)
         return (
-            (f"{name}_blocks", fmt.code_dtypes, (*stack, _BLOCK_BYTES)),
-            (f"{name}_scales", fmt.scale_dtypes, stack),
+            (f"{name}{self._NAMES.blocks}", fmt.code_dtypes, (*stack, _BLOCK_BYTES)),
+            (f"{name}{self._NAMES.scales}", fmt.scale_dtypes, stack),
         )
 
     def _bias(self, name: str, n: int) -> ExpectedTensor:
-        return name, (torch.bfloat16,), (self.num_experts, n)
+        return f"{name}{self._NAMES.bias}", _BIAS_DTYPES, (self.num_experts, n)
+
+
+class OriginalGptOssReader(GptOssReader):
+    """Reads OpenAI's own layout of the same tensors."""
+
+    _EXPERT = re.compile(rf"(?P<prefix>block\.{LAYER}\.mlp\.)mlp[12]_")
+    _NAMES = _ORIGINAL
+
+    def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
+        """As `ExpertReader`; the config names no model type."""
+        super().__init__(folder, dataclasses.replace(config, model_type=_MODEL_TYPE))
+
+    @override
+    @classmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """The folder ``original`` of gpt-oss, told by the names of its tensors."""
+        return config.model_type in ("", _MODEL_TYPE) and any(
+            map(cls._EXPERT.match, folder.names())
+        )
 
 
 def _every_second_row(matrix: QuantizedMatrix, first: int) -> QuantizedMatrix:

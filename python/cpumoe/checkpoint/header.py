@@ -24,7 +24,7 @@ from cpumoe.checkpoint.files import (
     shown,
     shown_value,
 )
-from cpumoe.formats import dtype_name
+from cpumoe.formats import FLOAT4, dtype_name
 
 # safetensors' dtype names, as far as expert checkpoints use them.
 TORCH_DTYPES = {
@@ -41,6 +41,10 @@ TORCH_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# What the file counts one by one, PyTorch counts in pairs; so does `TensorInfo.shape`.
+FLOAT4_NAME = "F4"
+if FLOAT4 is not None:
+    TORCH_DTYPES[FLOAT4_NAME] = FLOAT4
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -48,7 +52,7 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """What a shard's header says of one tensor; the shape is the one that PyTorch gives it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -107,9 +111,12 @@ def _tensor_info(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int]:
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
+        if dtype == FLOAT4_NAME:
+            sound = sound and shape[-1] % 2 == 0
+            shape = [*shape[:-1], shape[-1] // 2]
         if sound and type(start) is type(end) is int and 0 <= start <= end:
             return TensorInfo(dtype, tuple(shape), end - start), end
-    except (KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, TypeError, ValueError):
         pass
     raise CheckpointError(
         f"{path}: malformed safetensors header: {shown(name)}: expected dtype, shape and two "

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 
 from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
-from cpumoe.checkpoint.files import CheckpointError
+from cpumoe.checkpoint.files import CheckpointError, shown
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.swiglu import SwiGLU
@@ -22,7 +23,9 @@ from cpumoe.swiglu import SwiGLU
 # A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
 
-_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
+# What precedes ``layers.3.``: nothing, or the language model's place in a greater one.
+MODEL = r"(?:(?:language_)?model\.)*"
+LAYER = r"(?P<layer>[0-9]{1,9})"
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -73,9 +76,9 @@ class ExpertsInfo:
 class ExpertReader(ABC):
     """Reads the routed experts of one kind of checkpoint.
 
-    A subclass names its checkpoints in `matches`, tells format and activation in `_identify`, and
-    reads in `_layer_prefix`, `_expert_tensors` and `_read_expert`. `open_checkpoint` picks it from
-    the registry.
+    A subclass names its checkpoints in `matches`, tells format and activation in `_identify`, finds
+    experts by `_EXPERT`, and reads in `_expert_tensors` and `_read_expert`. `open_checkpoint` picks
+    it from the registry.
 
     Attributes:
         folder: the checkpoint's tensors.
@@ -92,6 +95,9 @@ class ExpertReader(ABC):
     """
 
     has_bias = False
+    # Matches the beginning of an expert tensor's name: ``layer``, and ``prefix``, with which the
+    # names of all experts of the layer begin.
+    _EXPERT: ClassVar[re.Pattern[str]]
 
     def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
         """Opens the experts of `folder`, whose config.json says `config`."""
@@ -121,16 +127,18 @@ class ExpertReader(ABC):
         """Returns the experts' format and activation, or why they are not supported."""
 
     @abstractmethod
-    def _layer_prefix(self, layer: int) -> str | None:
-        """Returns what precedes the names of a layer's expert tensors; None if it has none."""
-
-    @abstractmethod
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
         """Yields the tensors of an expert of a supported checkpoint, as the config has them."""
 
     @abstractmethod
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        """Reads an expert of a supported checkpoint; `prefix` is `_layer_prefix`'s."""
+        """Reads an expert of a supported checkpoint; `prefix` is the layer's, as in `_EXPERT`."""
+
+    @classmethod
+    def _layer_and_prefix(cls, tensor: str) -> tuple[int, str] | None:
+        """A tensor's layer and what the names of the layer's experts begin with, if it is one's."""
+        match = cls._EXPERT.match(tensor)
+        return (int(match["layer"]), match["prefix"]) if match else None
 
     def layers(self) -> list[int]:
         """Returns the layers that have routed experts, ascending."""
@@ -236,10 +244,17 @@ class ExpertReader(ABC):
     @cached_property
     def _prefixes(self) -> dict[int, str]:
         # From the tensors, not by counting up to what the config claims.
-        found = {int(m[1]) for m in map(_LAYER.search, self.folder.names()) if m}
-        layers = sorted(layer for layer in found if layer < self.config.num_hidden_layers)
-        prefixes = ((layer, self._layer_prefix(layer)) for layer in layers)
-        return {layer: prefix for layer, prefix in prefixes if prefix is not None}
+        prefixes: dict[int, str] = {}
+        for layer, prefix in filter(None, map(self._layer_and_prefix, self.folder.names())):
+            if layer >= self.config.num_hidden_layers:  # of multi-token prediction
+                continue
+            other = prefixes.setdefault(layer, prefix)
+            if other != prefix:
+                raise CheckpointError(
+                    f"{self.folder.path}: layer {layer}: expected experts of one name, got "
+                    f"{shown(other)} and {shown(prefix)}"
+                )
+        return dict(sorted(prefixes.items()))
 
     def _projection_sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """[N, K] of gate, up and down."""

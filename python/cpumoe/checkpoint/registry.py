@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cpumoe.checkpoint.compressed_tensors import CompressedTensorsReader
 from cpumoe.checkpoint.config import parse_config
 from cpumoe.checkpoint.deepseek_v4 import DeepseekV4Reader
-from cpumoe.checkpoint.gpt_oss import GptOssReader
+from cpumoe.checkpoint.gpt_oss import GptOssReader, OriginalGptOssReader
 from cpumoe.checkpoint.reader import ExpertReader
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.checkpoint.unsupported import UnsupportedReader
@@ -17,6 +17,7 @@ from cpumoe.checkpoint.unsupported import UnsupportedReader
 READERS: tuple[type[ExpertReader], ...] = (
     DeepseekV4Reader,
     GptOssReader,
+    OriginalGptOssReader,
     CompressedTensorsReader,
     UnsupportedReader,
 )

@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from cpumoe.checkpoint.files import CONFIG_LIMIT, CheckpointError, FileState, read_json, shown
-from cpumoe.checkpoint.header import TORCH_DTYPES, TensorInfo, read_header
+from cpumoe.checkpoint.header import FLOAT4_NAME, TORCH_DTYPES, TensorInfo, read_header
 from cpumoe.checkpoint.weight_files import (
     CONFIG_NAME,
     SHARD_SUFFIX,
@@ -182,6 +182,10 @@ class SafetensorsFolder:
         shard = self._shard(name)
         info = shard.tensors[name]
         dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None and info.dtype == FLOAT4_NAME:
+            raise CheckpointError(
+                f"{shown(name)}: {FLOAT4_NAME} needs PyTorch 2.8 or newer, got {torch.__version__}"
+            )
         if dtype is None or dtype not in dtypes or info.shape != shape:
             expected = " or ".join(dtype_name(accepted) for accepted in dtypes)
             raise CheckpointError(f"{shown(name)}: expected {expected} {list(shape)}, got {info}")

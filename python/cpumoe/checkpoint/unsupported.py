@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 from typing_extensions import override
@@ -15,12 +14,14 @@ from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, 
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.swiglu import SwiGLU
 
-# The layers of multi-token prediction, mtp.layers.0, are no decoder layers.
-_EXPERT_NAME = re.compile(r"(?:(?!mtp\.)\w+\.)*?layers\.(\d+)\.(?:\w+\.)*?experts\.")
-
 
 class UnsupportedReader(ExpertReader):
     """Names the format, sizes and layers; `expert` always refuses."""
+
+    # The layers of multi-token prediction, mtp.layers.0, are no decoder layers.
+    _EXPERT = re.compile(
+        r"(?P<prefix>(?:(?!mtp\.)\w+\.)*?layers\.(?P<layer>[0-9]{1,9})\.(?:\w+\.)*?experts\.)"
+    )
 
     @override
     @staticmethod
@@ -34,15 +35,6 @@ class UnsupportedReader(ExpertReader):
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Everything: it is the registry's last row."""
         return True
-
-    @cached_property
-    def _found(self) -> dict[int, str]:
-        matches = (_EXPERT_NAME.match(name) for name in self.folder.names())
-        return {int(match[1]): match[0] for match in matches if match}
-
-    @override
-    def _layer_prefix(self, layer: int) -> str | None:
-        return self._found.get(layer)
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
