@@ -17,7 +17,8 @@ import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES, MoeConfig
-from cpumoe.checkpoint.files import CheckpointError
+from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
+from cpumoe.checkpoint.patterns import ModulePatterns
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
@@ -34,8 +35,7 @@ _PROJECTIONS = {
     "mlp.experts.": ("gate_proj", "up_proj", "down_proj"),
     "block_sparse_moe.experts.": ("w1", "w3", "w2"),
 }
-# Of module names in targets and ignore; others are whole names, or the class of all modules.
-_REGEX = "re:"
+# In targets and ignore, beside module names and patterns: the class of all modules.
 _CLASS = "Linear"
 _EXPERT_MODULE = re.compile(
     rf"({MODEL}layers\.[0-9]+\.(?:mlp|block_sparse_moe)\.experts\.)"
@@ -118,15 +118,18 @@ def _experts_format(
     folder: SafetensorsFolder, quantization: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...]]:
     """Returns the experts' format name and the reasons why it is not supported."""
-    groups = _config_groups(quantization)
-    ignore = _strings(quantization.get("ignore") or [], "ignore")
+    patterns = ModulePatterns()
+    groups = _config_groups(quantization, patterns)
+    ignore = patterns.checked(quantization.get("ignore") or [], "ignore")
     modules = _expert_modules(folder)
     if not modules:
-        return str(quantization.get("format")), ("no routed expert's tensor has a known name",)
-    ignored = _ignored_expert(folder, modules, ignore)
+        name = shown(str(quantization.get("format")))
+        return name, ("no routed expert's tensor has a known name",)
+    ignored = _ignored_expert(folder, modules, ignore, patterns)
     if ignored is not None:
-        return "unquantized", (f"ignore: {ignored[0]!r} leaves {ignored[1]} unquantized",)
-    return _group_format(_experts_group(groups, modules[0]), quantization)
+        entry, module = ignored
+        return "unquantized", (f"ignore: {shown_value(entry)} leaves {shown(module)} unquantized",)
+    return _group_format(_experts_group(groups, modules[0], patterns), quantization)
 
 
 def _group_format(
@@ -135,23 +138,27 @@ def _group_format(
     weights = group.get("weights") or {}
     stored = group.get("format") or quantization.get("format")
     if stored != "pack-quantized":
-        return str(stored), (f"format {stored!r} is not supported yet, only 'pack-quantized'",)
+        reason = f"format {shown_value(stored)} is not supported yet, only 'pack-quantized'"
+        return shown(str(stored)), (reason,)
     wrong = [key for key, allowed in _REQUIRED.items() if weights.get(key) not in allowed]
     reasons = tuple(
-        f"{key} {weights.get(key)!r} is not supported, only {_REQUIRED[key][0]!r}" for key in wrong
+        f"{key} {shown_value(weights.get(key))} is not supported, only {_REQUIRED[key][0]!r}"
+        for key in wrong
     )
     if group.get("input_activations") is not None:
         reasons += ("quantized activations (input_activations) are not supported",)
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric")
     plain = not set(wrong) & {"num_bits", "type", "symmetric"}
-    name = "int4" if plain else f"int{bits}{'' if symmetric else '-asymmetric'}"
+    name = "int4" if plain else f"int{shown_value(bits)}{'' if symmetric else '-asymmetric'}"
     return name, reasons
 
 
-def _experts_group(groups: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[str, Any]:
+def _experts_group(
+    groups: Mapping[str, Mapping[str, Any]], module: str, patterns: ModulePatterns
+) -> Mapping[str, Any]:
     """The config group that applies to an expert's projection: by name first, then by class."""
     for group in groups.values():
-        if any(_names(target, module) for target in group["targets"]):
+        if any(patterns.matches(target, module) for target in group["targets"]):
             return group
     by_class = [group for group in groups.values() if _CLASS in group["targets"]]
     if not by_class:
@@ -170,51 +177,38 @@ def _expert_modules(folder: SafetensorsFolder) -> list[str]:
 
 
 def _ignored_expert(
-    folder: SafetensorsFolder, modules: list[str], ignore: list[str]
+    folder: SafetensorsFolder, modules: list[str], ignore: list[str], patterns: ModulePatterns
 ) -> tuple[str, str] | None:
     """Returns an entry of the ignore list and an expert's projection that it names, if any."""
     for entry in ignore:
+        if entry == _CLASS:
+            return entry, modules[0]
+        if patterns.is_pattern(entry):
+            found = (module for module in modules if patterns.matches(entry, module))
+            module = next(found, None)
+            if module is not None:
+                return entry, module
         for kind in ("weight", "weight_packed"):
             tensor = f"{entry}.{kind}"
             if tensor in folder and _EXPERT_MODULE.match(tensor):
                 return entry, entry
-        for module in modules:
-            if entry == _CLASS or _names(entry, module):
-                return entry, module
     return None
 
 
-def _names(target: str, module: str) -> bool:
-    if target.startswith(_REGEX):
-        return re.match(target.removeprefix(_REGEX), module) is not None
-    return target == module
-
-
-def _config_groups(quantization: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+def _config_groups(
+    quantization: Mapping[str, Any], patterns: ModulePatterns
+) -> Mapping[str, Mapping[str, Any]]:
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise CheckpointError(f"config.json: config_groups: expected objects, got {groups!r}")
+        raise CheckpointError(
+            f"config.json: config_groups: expected objects, got {shown_value(groups)}"
+        )
     for name, group in groups.items():
-        key = f"config_groups.{name}"
-        _strings(group.get("targets"), f"{key}.targets")
+        key = f"config_groups.{shown(name)}"
+        patterns.checked(group.get("targets"), f"{key}.targets")
         weights = group.get("weights")
         if weights is not None and not isinstance(weights, Mapping):
             raise CheckpointError(
-                f"config.json: {key}.weights: expected an object, got {weights!r}"
+                f"config.json: {key}.weights: expected an object, got {shown_value(weights)}"
             )
     return groups
-
-
-def _strings(value: Any, key: str) -> list[str]:
-    """Returns a list of module names and regular expressions, checked."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"config.json: {key}: expected a list of strings, got {value!r}")
-    for item in value:
-        if item.startswith(_REGEX):
-            try:
-                re.compile(item.removeprefix(_REGEX))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise CheckpointError(
-                    f"config.json: {key}: {item!r} is no regular expression: {error}"
-                ) from error
-    return value

@@ -37,6 +37,8 @@ class CheckpointError(ValueError):
 def shown(text: str, room: int = _SHOWN_CHARACTERS) -> str:
     """Returns text that came from a file on one line, cut to the characters there is room for."""
     cut = text if len(text) <= room else f"{text[: room - 1]}…"
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 

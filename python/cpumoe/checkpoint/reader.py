@@ -149,8 +149,9 @@ class ExpertReader(ABC):
         names = sorted(self.folder.names())
 
         def starting_with(prefix: str) -> list[str]:
-            candidates = itertools.islice(names, bisect_left(names, prefix), None)
-            return list(itertools.takewhile(lambda name: name.startswith(prefix), candidates))
+            # By index: `islice` would walk to where it begins.
+            rest = (names[i] for i in range(bisect_left(names, prefix), len(names)))
+            return list(itertools.takewhile(lambda name: name.startswith(prefix), rest))
 
         return {layer: starting_with(prefix) for layer, prefix in self._prefixes.items()}
 

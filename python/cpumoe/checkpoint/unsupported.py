@@ -14,14 +14,15 @@ from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, 
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.swiglu import SwiGLU
 
+_NUMBER = re.compile("[0-9]{1,9}")
+_EXPERTS = "experts"
+_LAYERS = "layers"
+# Its layers, mtp.layers.0, are no decoder layers.
+_MULTI_TOKEN_PREDICTION = "mtp"
+
 
 class UnsupportedReader(ExpertReader):
     """Names the format, sizes and layers; `expert` always refuses."""
-
-    # The layers of multi-token prediction, mtp.layers.0, are no decoder layers.
-    _EXPERT = re.compile(
-        r"(?P<prefix>(?:(?!mtp\.)\w+\.)*?layers\.(?P<layer>[0-9]{1,9})\.(?:\w+\.)*?experts\.)"
-    )
 
     @override
     @staticmethod
@@ -35,6 +36,21 @@ class UnsupportedReader(ExpertReader):
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Everything: it is the registry's last row."""
         return True
+
+    @override
+    @classmethod
+    def _layer_and_prefix(cls, tensor: str) -> tuple[int, str] | None:
+        # By its parts: a pattern with two gaps of any length would take the square of the name's.
+        parts = tensor.split(".")
+        try:
+            layers = parts.index(_LAYERS)
+            experts = parts.index(_EXPERTS, layers + 2, len(parts) - 1)
+        except ValueError:
+            return None
+        number = parts[layers + 1]
+        if _MULTI_TOKEN_PREDICTION in parts[:layers] or not _NUMBER.fullmatch(number):
+            return None
+        return int(number), ".".join([*parts[: experts + 1], ""])
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
