@@ -107,6 +107,24 @@ def test_a_server_of_both_families_answers_in_both():
         assert process.end(signal.SIGTERM)[2] == ""
 
 
+def test_a_client_whose_computer_is_gone_is_missed(opened):
+    (listener,) = opened("127.0.0.1", 0)
+    with socket.create_connection(listener.getsockname()):
+        connection, _ = accept_soon(listener)
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count = (
+                connection.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+    assert idle + interval * count <= 60
+
+
+def accept_soon(listener):
+    listener.settimeout(5)
+    return listener.accept()
+
+
 def test_without_descriptors_connections_wait_and_the_log_stays_short():
     with serving("--quiet", descriptors=64) as process, contextlib.ExitStack() as stack:
         port = int(process.url.rsplit(":", 1)[1])

@@ -20,7 +20,7 @@ _LARGEST_BODIES = 8
 # Parsing takes about 0.2 us per string, list and object, and 0.03 us per number, during which no
 # other Python code runs. No conversation has so many, and few contexts so many tokens.
 _MOST_PARTS = 1 << 16
-_MOST_VALUES = 1 << 20
+_MOST_VALUES = 1 << 19
 
 _Body = TypeVar("_Body", bound=BaseModel)
 

@@ -23,6 +23,16 @@ _FAMILIES = {"localhost": ("127.0.0.1", "::1"), "::": ("::", "0.0.0.0")}
 # How a system says that it lacks a family.
 _LACKING = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL)
 
+# Connections inherit them. Without the first the end of an answer waits 40 ms for the client to
+# acknowledge its beginning. The others notice within a minute that a client's computer is gone.
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
 # Descriptors that connections leave to the rest of the process: modules and files are opened later.
 _SPARE_DESCRIPTORS = 16
 _RETRY_SECONDS = 0.1
@@ -85,9 +95,8 @@ def _listen(addresses: Sequence[_Address]) -> list[socket.socket]:
                 lacking = error
                 continue
             listeners.append(opened.enter_context(listener))
-            # Connections inherit it. Without it the end of an answer waits 40 ms for the client
-            # to acknowledge its beginning.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for level, option, value in _OPTIONS:
+                listener.setsockopt(level, option, value)
             listener.setblocking(False)
         if lacking is not None and not listeners:
             raise lacking

@@ -17,6 +17,17 @@ _WAIT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 
 _ANSWER_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 
+_QUEUE_TIME = "request_queue_time_seconds"
+_FIRST_TOKEN = "time_to_first_token_seconds"
+_TOKEN_TIME = "time_per_output_token_seconds"
+_LATENCY = "e2e_request_latency_seconds"
+_HISTOGRAMS = (
+    (_QUEUE_TIME, "Time in the queue.", _WAIT_SECONDS),
+    (_FIRST_TOKEN, "From a text's place in the queue to its first token.", _WAIT_SECONDS),
+    (_TOKEN_TIME, "Mean time of a text's tokens after the first.", _TOKEN_SECONDS),
+    (_LATENCY, "From a text's place in the queue to its end.", _ANSWER_SECONDS),
+)
+
 
 def has_metrics() -> bool:
     """Whether Prometheus' library is installed."""
@@ -62,27 +73,10 @@ class Metrics(Observer):
             Counter, "request_success", "Texts that were finished.", "finished_reason"
         )
         self._errors = make(Counter, "request_errors", "Errors that clients were told.", "code")
-        self._waits, self._first_tokens, self._per_token, self._answers = (
-            make(Histogram, name, help, buckets=buckets)
-            for name, help, buckets in (
-                ("request_queue_time_seconds", "Time in the queue.", _WAIT_SECONDS),
-                (
-                    "time_to_first_token_seconds",
-                    "From a request's arrival to its first token.",
-                    _WAIT_SECONDS,
-                ),
-                (
-                    "time_per_output_token_seconds",
-                    "Mean time of a text's tokens after the first.",
-                    _TOKEN_SECONDS,
-                ),
-                (
-                    "e2e_request_latency_seconds",
-                    "From a request's arrival to its text's end.",
-                    _ANSWER_SECONDS,
-                ),
-            )
-        )
+        self._histograms = {
+            name: make(Histogram, name, help, buckets=buckets)
+            for name, help, buckets in _HISTOGRAMS
+        }
         self._model_name = model_name
 
     def ended(self, result: object, waited_seconds: float, total_seconds: float) -> None:
@@ -92,12 +86,13 @@ class Metrics(Observer):
         self._prompt_tokens.inc(result.prompt_tokens)
         self._generation_tokens.inc(result.completion_tokens)
         self._successes.labels(self._model_name, result.finish_reason).inc()
-        self._waits.observe(waited_seconds)
-        self._answers.observe(total_seconds)
+        self._histograms[_QUEUE_TIME].observe(waited_seconds)
+        self._histograms[_LATENCY].observe(total_seconds)
         if result.completion_tokens > 0:
-            self._first_tokens.observe(total_seconds - result.decode_seconds)
+            self._histograms[_FIRST_TOKEN].observe(total_seconds - result.decode_seconds)
         if result.completion_tokens > 1:
-            self._per_token.observe(result.decode_seconds / (result.completion_tokens - 1))
+            seconds = result.decode_seconds / (result.completion_tokens - 1)
+            self._histograms[_TOKEN_TIME].observe(seconds)
 
     def failed(self, error: ApiError) -> None:
         """Counts an error; see the base class."""
