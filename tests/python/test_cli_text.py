@@ -9,6 +9,7 @@ import tiny_models
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, generate
+from cpumoe.cli.console import without_controls
 
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 
@@ -68,6 +69,19 @@ def test_generate_takes_a_chat_template_from_a_file(model, tmp_path):
     template.write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
     arguments = ("--chat", "--chat-template", str(template), *GREEDY, "--json")
     assert json.loads(run("generate", model, "-p", "Hi", *arguments).stdout)["prompt_tokens"] == 3
+
+
+def test_generate_keeps_reasoning_out_of_the_answer(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}<think>{# </think> #}")
+    arguments = ("-p", "Hi", "--chat", "--chat-template", str(template), *GREEDY)
+    document = json.loads(run("generate", model, *arguments, "--json").stdout)
+    assert document["reasoning"]
+    assert (document["text"], document["tool_calls"]) == ("", [])
+    result = run("generate", model, *arguments)
+    assert result.stdout == "\n"
+    assert without_controls(document["reasoning"]) in result.stderr
+    assert "\nwarning: the model came to no answer" in result.stderr
 
 
 def test_generate_with_a_seed_repeats_itself(model):

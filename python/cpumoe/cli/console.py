@@ -40,9 +40,15 @@ def show(*parts: RenderableType) -> None:
         _out.print(part)
 
 
-def show_dim(text: str) -> None:
-    """Prints a piece of text to standard output at once, less bright than the rest."""
-    _out.print(Text(without_controls(text), "dim"), end="", soft_wrap=True)
+def show_dim(text: str, *, aside: bool = False) -> None:
+    """Prints a piece of text at once, less bright than the rest.
+
+    Args:
+        text: the piece.
+        aside: to standard error.
+    """
+    console = _err if aside else _out
+    console.print(Text(without_controls(text), "dim"), end="", soft_wrap=True)
 
 
 def announce(message: str) -> None:

@@ -202,7 +202,7 @@ def _write(threads: int | None, *, show: bool) -> dict[str, Any] | None:
         )
         generate.write(_PROMPT)
     result = model.generate(
-        model.encode(_PROMPT), sampling, on_piece=generate.write_piece if show else None
+        model.encode(_PROMPT), sampling, on_piece=generate.ReplyWriter() if show else None
     )
     if show:
         generate.write("\n")

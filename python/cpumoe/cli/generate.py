@@ -72,8 +72,8 @@ def command(
 ) -> None:
     """Continue a text, token by token, and show how fast.
 
-    The text goes to standard output as it comes, speed to standard error. "Experts" is the share of
-    the time that cpumoe computes in; the rest is the host's.
+    The text goes to standard output as it comes, reasoning and speed to standard error. "Experts"
+    is the share of the time that cpumoe computes in; the rest is the host's.
     """
     with reported(traceback):
         if chat_template is not None and not chat:
@@ -96,8 +96,11 @@ def command(
             return
         if not chat:
             write(text)
-        result = loaded.generate(encoded, sampling, on_piece=write_piece)
-        write("\n")
+        writer = ReplyWriter()
+        result = loaded.generate(encoded, sampling, on_piece=writer)
+        writer.end()
+        if result.reasoning and not result.text:
+            console.print_warning("the model came to no answer: all that it wrote is reasoning")
         console.show_aside(speed_line(result))
 
 
@@ -112,9 +115,31 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_piece(piece: Piece) -> None:
-    """Writes what a piece has of the answer's text."""
-    write(piece.text)
+class ReplyWriter:
+    """Writes a reply as it comes: the answer, and reasoning before it to standard error."""
+
+    def __init__(self) -> None:
+        """Begins."""
+        self._reasons = False
+
+    def __call__(self, piece: Piece) -> None:
+        """Writes a piece."""
+        if piece.reasoning:
+            console.show_dim(piece.reasoning, aside=True)
+            self._reasons = True
+        if piece.text:
+            self._end_reasoning()
+            write(piece.text)
+
+    def end(self) -> None:
+        """Ends the last line."""
+        self._end_reasoning()
+        write("\n")
+
+    def _end_reasoning(self) -> None:
+        if self._reasons:
+            console.show_dim("\n", aside=True)
+            self._reasons = False
 
 
 def speed_line(result: Generation) -> str:
@@ -132,8 +157,11 @@ def speed_line(result: Generation) -> str:
 def document(result: Generation) -> dict[str, object]:
     """Returns what ``--json`` prints of a generation."""
     decoded = result.completion_tokens - 1  # the first token is prefill's
+    given = asdict(result)
+    for unasked in ("logprobs", "prompt_logprobs"):
+        del given[unasked]
     return {
-        **asdict(result),
+        **given,
         "prefill_tokens_per_second": result.prompt_tokens / result.prefill_seconds,
         "decode_tokens_per_second": decoded / result.decode_seconds if decoded > 0 else None,
     }
