@@ -7,6 +7,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "base/strict_math.h"
+
 namespace cpumoe {
 
 // bfloat16: the upper half of an IEEE binary32.

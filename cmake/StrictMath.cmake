@@ -1,0 +1,34 @@
+# Target cpumoe_strict_math: options that overrule whatever fast-math flags come from outside (CXXFLAGS,
+# LDFLAGS). A NaN must be seen as one, sums have one order, and subnormal numbers are not zero.
+
+include(CheckCXXCompilerFlag)
+
+add_library(cpumoe_strict_math INTERFACE)
+# Without contraction, a multiply-add is one rounding only where the code says so: what is rounded to
+# int8 is then the same on every ISA.
+target_compile_options(
+    cpumoe_strict_math
+    INTERFACE
+        -fno-fast-math
+        -fno-unsafe-math-optimizations
+        -fno-finite-math-only
+        -fno-associative-math
+        -fno-reciprocal-math
+        -fsigned-zeros
+        -ffp-contract=off
+        $<$<CXX_COMPILER_ID:GNU>:-fno-single-precision-constant>
+        $<$<CXX_COMPILER_ID:Clang>:-fhonor-nans>
+        $<$<CXX_COMPILER_ID:Clang>:-fhonor-infinities>
+        $<$<CXX_COMPILER_ID:Clang>:-fno-approx-func>
+        $<$<CXX_COMPILER_ID:Clang>:-fdenormal-fp-math=ieee>
+)
+# For such a flag, and for -Ofast, compilers link start-up code that has the whole process flush subnormal
+# numbers to zero. The last flag counts, and only libraries come after those of LDFLAGS.
+target_link_libraries(
+    cpumoe_strict_math
+    INTERFACE -O2 -fno-fast-math -fno-unsafe-math-optimizations
+)
+check_cxx_compiler_flag(-mno-daz-ftz CPUMOE_HAVE_DAZ_FTZ)
+if(CPUMOE_HAVE_DAZ_FTZ)
+    target_link_libraries(cpumoe_strict_math INTERFACE -mno-daz-ftz)
+endif()
