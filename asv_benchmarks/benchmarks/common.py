@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 import cpumoe
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.compute import distinct_computes
 from cpumoe.models import find_model
 from cpumoe.synth import write_checkpoint
 from cpumoe.throughput import ROUTINGS, CallTimer, make_workload
@@ -66,4 +68,4 @@ class ForwardSuite(LayerSuite):
 
 def forward_params(*tokens):
     """Parameters of a `ForwardSuite` of these numbers of tokens."""
-    return (ISAS, list(COMPUTE_PATHS), list(tokens), list(ROUTINGS))
+    return (ISAS, list(distinct_computes(torch.bfloat16)), list(tokens), list(ROUTINGS))

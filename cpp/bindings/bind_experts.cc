@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "bindings/bindings.h"
 #include "bindings/runtime.h"
 #include "dispatch/variant_loader.h"
@@ -22,6 +24,16 @@ namespace py = pybind11;
 
 namespace cpumoe {
 namespace {
+
+// Throws std::invalid_argument that names the argument by `name` unless it points somewhere.
+template <class... Parts>
+void RequireAddress(uintptr_t address, const Parts&... name) {
+  Require(address != 0, name..., ": expected an address, got a null pointer");
+}
+template <class... Parts>
+void RequireSize(int64_t size, const Parts&... name) {
+  Require(size >= 0, name..., ": expected 0 or more, got ", size);
+}
 
 // A matrix as Python describes it; addresses and strides in bytes.
 struct MatrixArgs {
@@ -56,6 +68,18 @@ struct ForwardTensors {
   int64_t top_k;
   uintptr_t mask;  // 0: none
   uintptr_t output;
+  bool fp32_as_bf16;
+
+  void CheckAddresses() const {
+    RequireSize(tokens, "tokens");
+    RequireSize(top_k, "top_k");
+    if (tokens == 0) return;
+    RequireAddress(hidden_states, "hidden_states");
+    RequireAddress(output, "output");
+    if (top_k == 0) return;
+    RequireAddress(ids, "ids");
+    RequireAddress(weights, "weights");
+  }
 
   ForwardArgs View() const {
     return {.routing = {.ids = reinterpret_cast<const void*>(ids),
@@ -64,6 +88,7 @@ struct ForwardTensors {
                         .mask = reinterpret_cast<const uint8_t*>(mask),
                         .top_k = top_k},
             .dtype = element,
+            .fp32_as_bf16 = fp32_as_bf16,
             .hidden_states = reinterpret_cast<const void*>(hidden_states),
             .hidden_stride = hidden_stride,
             .tokens = tokens,
@@ -88,6 +113,10 @@ void Pack(Moe& self, Runtime& runtime, int64_t first, const std::vector<ExpertAr
     source.up = matrices[1].View<const std::byte>();
     source.down = matrices[2].View<const std::byte>();
     if (!biases) continue;
+    constexpr std::array kNames = {"gate_bias", "up_bias", "down_bias"};
+    for (size_t i = 0; i < kNames.size(); ++i) {
+      RequireAddress((*biases)[i], "expert ", first + std::ssize(sources) - 1, ": ", kNames[i]);
+    }
     source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
     source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
     source.down_bias = reinterpret_cast<const float*>((*biases)[2]);
@@ -184,20 +213,33 @@ void BindExperts(py::module_& m) {
            py::arg("fused_tokens"));
 
   py::class_<MatrixArgs>(m, "Matrix")
-      .def(py::init<std::string, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>(),
+      .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
+                       int64_t codes_stride, uintptr_t scales, int64_t scales_stride) {
+             RequireSize(rows, name, " rows");
+             RequireSize(columns, name, " columns");
+             if (rows > 0 && columns > 0) {
+               RequireAddress(codes, name, " codes");
+               RequireAddress(scales, name, " scales");
+             }
+             return MatrixArgs{std::move(name), rows,   columns,      codes,
+                               codes_stride,    scales, scales_stride};
+           }),
            py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
            py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"));
 
   py::class_<ForwardTensors>(m, "ForwardTensors")
       .def(py::init([](uintptr_t hidden_states, int64_t hidden_stride, int64_t tokens,
                        DType element, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights,
-                       int64_t top_k, uintptr_t mask, uintptr_t output) {
-             return ForwardTensors{hidden_states,  hidden_stride, tokens, element, ids,
-                                   ids_are_64_bit, weights,       top_k,  mask,    output};
+                       int64_t top_k, uintptr_t mask, uintptr_t output, bool fp32_as_bf16) {
+             const ForwardTensors tensors{hidden_states, hidden_stride,  tokens,      element,
+                                          ids,           ids_are_64_bit, weights,     top_k,
+                                          mask,          output,         fp32_as_bf16};
+             tensors.CheckAddresses();
+             return tensors;
            }),
            py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("tokens"),
            py::arg("element"), py::arg("ids"), py::arg("ids_are_64_bit"), py::arg("weights"),
-           py::arg("top_k"), py::arg("mask"), py::arg("output"));
+           py::arg("top_k"), py::arg("mask"), py::arg("output"), py::arg("fp32_as_bf16") = false);
 
   py::class_<SubmittedCall>(m, "SubmittedCall")
       .def("done", &SubmittedCall::Done)

@@ -79,6 +79,10 @@ concept VectorIsa = requires(
   Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
 };
 
+// Whether floating point kernels round activations to less than fp32 has.
+template <class Isa>
+concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;
+
 // Where an ISA has something better for panels than vector instructions: an object of it lives as
 // long as a task multiplies panels, and keeps a block's sums C [n][tokens][16] for n = kTiles tiles
 // and up to kWideTokens tokens, or for n = 1 and up to kPanelTokens.

@@ -39,6 +39,23 @@ template <class Isa, class Codec>
 using DefaultPathOf = typename DefaultPathTraits<Isa, Codec>::Type;
 
 template <class Isa, class Codec>
+struct PrecisePathTraits {
+  using Type = DefaultPathOf<Isa, Codec>;
+};
+template <RoundsActivations Isa, class Codec>
+struct PrecisePathTraits<Isa, Codec> {
+  static_assert(HasPlanesPath<Isa, Codec>,
+                "on an ISA that rounds activations to bf16, fp32 calls are multiplied as planes of "
+                "bytes: give the format kUnit and groups for them (formats/integer_codes.h), the "
+                "ISA kPlaneTokens > 0, or this pair a path that keeps fp32");
+  using Type = PlanesPath<Isa, Codec>;
+};
+
+// The same where activations must not be rounded to bf16.
+template <class Isa, class Codec>
+using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
+
+template <class Isa, class Codec>
 struct Int8PathTraits {
   using Type = Int8Path<Isa, Codec>;
 };

@@ -17,7 +17,8 @@ struct SwiGlu {
 // What the products are computed from.
 enum class ComputePath : int32_t {
   kBf16,  // activations in the ISA's floating point type, bf16 or fp32, or as integers of 14 or 21
-          // bits (planes_path-inl.h); weights exact
+          // bits (planes_path-inl.h); weights exact. In bf16 those of fp32 calls are only where the
+          // call allows it (ForwardArgs)
   kInt8,  // activations rounded to int8 per token and group, weights exact; but see
           // mixed_path-inl.h
 };

@@ -32,7 +32,10 @@ struct ExpertDestination {
 
 struct ForwardArgs {
   RoutingInput routing;
-  DType dtype = DType::kBf16;           // of hidden_states and output
+  DType dtype = DType::kBf16;  // of hidden_states and output
+  // Whether activations of an fp32 call may be rounded to bf16; else they keep 21 bits or more. Of
+  // other calls they may. (The int8 path rounds as it does.)
+  bool fp32_as_bf16 = false;
   const void* hidden_states = nullptr;  // [tokens, hidden_size], rows hidden_stride elements apart
   int64_t hidden_stride = 0;
   int64_t tokens = 0;

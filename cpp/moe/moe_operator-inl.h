@@ -70,6 +70,12 @@ class MoeOperator : public Moe {
         return;
       }
     }
+    if constexpr (RoundsActivations<Isa>) {
+      if (args.dtype == DType::kFp32 && !args.fp32_as_bf16) {
+        Forward<PrecisePathOf<Isa, Codec>>(args, pool, workspace);
+        return;
+      }
+    }
     Forward<DefaultPathOf<Isa, Codec>>(args, pool, workspace);
   }
 

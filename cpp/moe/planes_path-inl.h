@@ -1,6 +1,7 @@
 // The default compute path where bytes are multiplied faster than floating point numbers: of few
 // tokens, with VPDPBUSD of any number. Exact integer weights times activations of 14 or 21 bits
-// (kernels/plane_gemm-inl.h). One half of a mixed path: a MultiplierFor its codec (path.h).
+// (kernels/plane_gemm-inl.h). One half of a mixed path there (path.h), and a path of its own for
+// fp32 calls on ISAs whose floating point kernels would round to bf16.
 //
 // A block of tokens is staged as [group][token].
 #pragma once
@@ -31,11 +32,17 @@ class PlanesPath {
   static_assert(PlaneIsa<Isa>, "an ISA that multiplies planes must say how their sums are added");
 
  public:
+  static constexpr int kCrossover = kAnyTokens;
+  static constexpr int kBlockTokens = kStreamedTokens;
   static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = 0;
 
   static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
+
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*fused_tokens*/) {
+    return StagedForm::kBytes;
+  }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return columns / kGroupSize * static_cast<int64_t>(sizeof(Group));
@@ -88,7 +95,7 @@ class PlanesPath {
 
  private:
   static constexpr int kMostAtOnce = 128;  // tokens for which a group is decoded once
-  static_assert(Isa::kPanelTokens <= kMostAtOnce);
+  static_assert(Isa::kPanelTokens <= kMostAtOnce && kBlockTokens <= kMostAtOnce);
   static constexpr int64_t kTurnGroups = 16;
 
   // The tokens of blocks [first, last): their groups, and their sums of a pair.

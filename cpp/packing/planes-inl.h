@@ -6,6 +6,7 @@
 // much as rounding that to bf16 may be. A group with an outlier is rounded to multiples of
 // 2^(e-20), three digits: there a bf16 number is exact unless the greatest is over 2^12 times as
 // large. Where the host's elements are more precise than bf16, all groups have three digits.
+// No group is rounded to less than 2^-148, a scale that is still a number times a format's unit.
 #pragma once
 
 #include <algorithm>
@@ -43,25 +44,45 @@ class PlaneStage {
   void Write(const float* x, Group& out) const {
     const float greatest = GreatestMagnitude<kGroupSize>(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
-    if (greatest < kLeast) {
-      out = {.digits = {}, .scale = 0, .start = 0, .planes = kFewPlanes};
-      return;
-    }
-    // The power of two of `greatest`'s exponent; the least one above is twice that.
-    const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(greatest) & 0x7f800000u);
-    const auto unit = [power](int planes) { return power * (2.0f / (1 << PlaneBits(planes))); };
+    if (greatest < kLeast) return WriteTiny(x, greatest, out);
     int32_t integers[kGroupSize];
     if (may_have_few_) {
-      RoundToIntegers<kGroupSize>(x, 1.0f / unit(kFewPlanes), integers);
-      if (!HasOutlier(integers)) return WriteDigits<kFewPlanes>(integers, unit(kFewPlanes), out);
+      const float unit = Unit(greatest, kFewPlanes);
+      RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
+      if (!HasOutlier(integers)) return WriteDigits<kFewPlanes>(integers, unit, out);
     }
-    RoundToIntegers<kGroupSize>(x, 1.0f / unit(kPlanes), integers);
-    WriteDigits<kPlanes>(integers, unit(kPlanes), out);
+    const float unit = Unit(greatest, kPlanes);
+    RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
+    WriteDigits<kPlanes>(integers, unit, out);
   }
 
  private:
-  // Below this the scale, which is 2^-20 of it, might be subnormal; the group counts as zero.
+  // Below this the unit, which is 2^-20 of it, may be subnormal, and one over it infinite.
   static constexpr float kLeast = 0x1p-106f;
+  static constexpr float kLeastUnit = 0x1p-148f;
+  static_assert(kLeastUnit * Codec::kUnit > 0.0f);
+
+  // What an integer is worth in a group of such a greatest magnitude, 2^-106 or more.
+  static float Unit(float greatest, int planes) {
+    // The power of two of `greatest`'s exponent; the least one above is twice that.
+    const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(greatest) & 0x7f800000u);
+    return power * (2.0f / (1 << PlaneBits(planes)));
+  }
+
+  // Smaller groups are rounded times a power of two.
+  static void WriteTiny(const float* x, float greatest, Group& out) {
+    if (greatest == 0) {
+      out = {.digits = {}, .scale = 0, .start = 0, .planes = kFewPlanes};
+      return;
+    }
+    constexpr float kLift = 0x1p64f;
+    float lifted[kGroupSize];
+    for (int i = 0; i < kGroupSize; ++i) lifted[i] = x[i] * kLift;
+    const float unit = std::max(Unit(greatest * kLift, kPlanes), kLeastUnit * kLift);
+    int32_t integers[kGroupSize];
+    RoundToIntegers<kGroupSize>(lifted, 1.0f / unit, integers);
+    WriteDigits<kPlanes>(integers, unit / kLift, out);
+  }
 
   // Whether the others together are less than twice the greatest.
   static bool HasOutlier(const int32_t* integers) {

@@ -11,6 +11,7 @@ import torch
 from cpumoe import _core
 from cpumoe._gradients import without_gradients
 from cpumoe._tensors import address, contiguous, describe, new_like, plain, refuse_tracing
+from cpumoe.compute import resolve_compute
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
@@ -21,6 +22,7 @@ _ELEMENTS = {
     torch.float16: _core.DType.FP16,
     torch.float32: _core.DType.FP32,
 }
+_FP32 = _ELEMENTS[torch.float32]
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
@@ -39,6 +41,7 @@ def prepare_call(
     mask: torch.Tensor | None,
     num_experts: int,
     hidden_size: int,
+    compute: str,
 ) -> Call:
     """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
     x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
@@ -78,6 +81,8 @@ def prepare_call(
         # Checked again: it is the caller's, who may have resized it.
         0 if mask is None else check_mask(mask, num_experts),
         output_address,
+        # Of others the engine does not ask.
+        element is _FP32 and resolve_compute(compute, torch.float32) == "bf16",
     )
     output = without_gradients(output, hidden_states, topk_weights)
     return tuple.__new__(Call, (tensors, output, (x, ids, weights, mask)))  # 0.1 us faster

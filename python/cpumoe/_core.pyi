@@ -192,7 +192,7 @@ class Matrix:
     def __init__(self, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 class ForwardTensors:
-    def __init__(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, element: DType, ids: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, weights: typing.SupportsInt | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, element: DType, ids: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, weights: typing.SupportsInt | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, fp32_as_bf16: bool = False) -> None:
         ...
 class SubmittedCall:
     def done(self) -> bool:

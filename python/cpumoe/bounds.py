@@ -12,6 +12,9 @@ With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`
      a unit of them.
   4. sum over experts with |w_e|, + the output's unit roundoff times its size.
 
+Path "auto" has no more than that to add for fp32 hidden states: step 3 has |Wd| |dh|. For others,
+and where PyTorch allows bf16 products of fp32, it is path "bf16" (`resolve_compute`).
+
 Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
 (h to bf16, random signs), + |y(bf16 x, bf16 h) - y(x, h)|, which is what the roundings do where
 they are coherent, as for constant weights.
@@ -43,7 +46,7 @@ from cpumoe.activations import (
     dequantize_activations,
     quantize_activations,
 )
-from cpumoe.compute import check_compute
+from cpumoe.compute import COMPUTE_PATHS, check_compute, resolve_compute
 from cpumoe.formats import dtype_name, weight_format
 from cpumoe.swiglu import SwiGLU
 
@@ -54,10 +57,11 @@ _UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32
 # (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
 _LAMBDA = 5.0
 # Activations as integers: bits of their magnitude, of two digits where the others of a group
-# together are at least twice its greatest, else of three, and below which a group counts as zero.
+# together are at least twice its greatest, else and in tiny groups of three; the least unit.
 _TWO_DIGITS, _THREE_DIGITS = 13, 20
 _OTHERS_TO_GREATEST = 2.0
-_LEAST_INTEGERS = 2.0**-106
+_LEAST_OF_TWO_DIGITS = 2.0**-106
+_LEAST_UNIT = 2.0**-148
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
 # Relative error allowed to a vector exp and the division of the sigmoid.
@@ -74,7 +78,7 @@ def experts_forward_with_bound(
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
-    compute: str = "bf16",
+    compute: str = COMPUTE_PATHS[0],
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +93,7 @@ def experts_forward_with_bound(
         gate: see there.
         up: see there.
         down: see there.
-        compute: the kernel's compute path, "bf16" or "int8".
+        compute: the kernel's compute path, one of `COMPUTE_PATHS`.
         output_dtype: the kernel's (bfloat16, float16 or float32).
         options: see `LayerOptions`.
 
@@ -139,10 +143,7 @@ def experts_forward_with_bounds(
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for compute, bound in bounds.items():
-            if compute == "int8":
-                dy = torch.maximum(_bf16_bound(expert, two_digits=False), _int8_bound(expert))
-            else:
-                dy = _bf16_bound(expert, two_digits=hidden_states.dtype == torch.bfloat16)
+            dy = _bound_of(expert, resolve_compute(compute, hidden_states.dtype))
             # The product with the routing weight and the sum over experts round in float32.
             bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)
@@ -160,7 +161,7 @@ def error_bound(
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
-    compute: str = "bf16",
+    compute: str = COMPUTE_PATHS[0],
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> torch.Tensor:
@@ -227,8 +228,21 @@ class _Expert:
         return y, error + self.down.product(_greatest_rounding(h, self.group_size), 1)
 
 
+def _bound_of(expert: _Expert, compute: str) -> torch.Tensor:
+    """The bound of steps 1 to 3 on a resolved compute path, before the routing weight."""
+    if compute == "int8":
+        return torch.maximum(_bf16_bound(expert, two_digits=False), _int8_bound(expert))
+    if compute == "bf16":
+        return _bf16_bound(expert, two_digits=expert.x.dtype == torch.bfloat16)
+    return _fp32_bound(expert)
+
+
+def _fp32_bound(expert: _Expert) -> torch.Tensor:
+    h, d_h = expert.intermediate(expert.x.double(), two_digits=False)
+    return expert.down.product(d_h, 1) + expert.output(h)[1]
+
+
 def _bf16_bound(expert: _Expert, *, two_digits: bool) -> torch.Tensor:
-    """The bound of steps 1 to 3, before the routing weight."""
     h, d_h = expert.intermediate(expert.x.bfloat16().double(), two_digits=two_digits)
     y, accumulated = expert.output(h.bfloat16().double())
     rounding = _UBF16 * h.abs()
@@ -243,7 +257,7 @@ def _bf16_bound(expert: _Expert, *, two_digits: bool) -> torch.Tensor:
 
 
 def _int8_bound(expert: _Expert) -> torch.Tensor:
-    """The bound of steps 1 to 3, before the routing weight; the greater of both ways of ties."""
+    """The greater of both ways of ties."""
     group_size = expert.group_size
     ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
     x = torch.cat([dequantize_activations(*way) for way in ways])
@@ -290,13 +304,12 @@ def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch
     """Returns what kernels may hold: multiples of 2^-13 or 2^-20 of the power of two above."""
     greatest = _group_greatest(x, group_size)
     power = torch.ldexp(torch.ones_like(greatest), torch.frexp(greatest).exponent)
-    two, integers = (
-        torch.round(x / power * 2**bits) * power / 2**bits for bits in (_TWO_DIGITS, _THREE_DIGITS)
-    )
-    if two_digits:
-        outlier = _has_outlier(two, group_size, _OTHERS_TO_GREATEST)
-        integers = torch.where(outlier, integers, two)
-    return torch.where(greatest < _LEAST_INTEGERS, 0.0, integers)
+    units = [(power * 2.0**-bits).clamp_min(_LEAST_UNIT) for bits in (_TWO_DIGITS, _THREE_DIGITS)]
+    two, three = (torch.round(x / unit) * unit for unit in units)
+    if not two_digits:
+        return three
+    few = ~_has_outlier(two, group_size, _OTHERS_TO_GREATEST) & (greatest >= _LEAST_OF_TWO_DIGITS)
+    return torch.where(few, two, three)
 
 
 def _has_outlier(x: torch.Tensor, group_size: int, others: float) -> torch.Tensor:
@@ -308,8 +321,7 @@ def _has_outlier(x: torch.Tensor, group_size: int, others: float) -> torch.Tenso
 
 def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """Returns how far any x may be from three digits."""
-    greatest = _group_greatest(x, group_size)
-    return torch.maximum(greatest * 2.0**-_THREE_DIGITS, greatest.clamp_max(_LEAST_INTEGERS))
+    return (_group_greatest(x, group_size) * 2.0**-_THREE_DIGITS).clamp_min(_LEAST_UNIT)
 
 
 def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.Tensor:

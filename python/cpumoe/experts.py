@@ -30,7 +30,11 @@ from cpumoe.swiglu import SwiGLU
 
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
-_COMPUTE = {"bf16": _core.ComputePath.BF16, "int8": _core.ComputePath.INT8}
+_COMPUTE = {
+    "auto": _core.ComputePath.BF16,  # each call says whether fp32 may be rounded to it
+    "bf16": _core.ComputePath.BF16,
+    "int8": _core.ComputePath.INT8,
+}
 
 
 class Experts:
@@ -45,22 +49,29 @@ class Experts:
     and any scaling of the weights are the host's. The result does not depend on the number of
     threads. Weights are always exact; what they are multiplied with is the compute path's choice:
 
-    - "bf16" (the default): activations x and h in bf16 where the CPU multiplies bf16 (variants
-      avx512_bf16 and amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error
-      of 1.7e-3 to 2.4e-3 with bf16 output (relative, 2-norm, random normal data), most of it the
-      output's own rounding. On avx512_vnni and avx2_vnni, and where an expert has few tokens (one
-      on avx512_bf16 and amx, 32 on avx512 and avx2, less for fp16 and fp32) both are held as
-      integers for each token and group of 32, off by at most 2^-20 of the group's greatest
-      magnitude. With bf16 inputs it may be 2^-13, in groups whose other magnitudes add up to at
-      least twice the greatest: that is 2^-9 of their mean, as much as rounding to bf16. Below
-      2^-106 a group counts as zero, and with a NaN or several infinities it is NaN as a whole.
+    - "auto" (the default): fp32 accuracy for fp32 hidden states, on every variant; an error of some
+      1e-6 (relative, 2-norm, random normal data). Others are multiplied as by "bf16". So are fp32
+      ones where PyTorch's own fp32 products may be computed in bf16, which is when
+      ``torch.get_float32_matmul_precision()`` is "medium" at the call.
+    - "bf16": activations x and h in bf16 where the CPU multiplies bf16 (variants avx512_bf16 and
+      amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error of 1.7e-3 to
+      2.4e-3 with bf16 output, most of it the output's own rounding.
     - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
       format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
       sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error
-      of 1.2e-2. A token's result is the same bit for bit whatever the others in the batch. A group
+      of 1.2e-2, and more where most gates exceed the activation's limit: 2.1e-2 at nine times the
+      limit. A token's result is the same bit for bit whatever the others in the batch. A group
       of x or h that holds an infinity or NaN is NaN as a whole; one with A < 2^-100 counts as zero.
       Variant amx does so up to six tokens of an expert; more are multiplied as by "bf16", which is
       faster there; `batch_invariant` makes results independent of the batch, all as by "bf16".
+
+    On the first two, activations may be held as integers for each token and group of 32: wherever
+    the variant is avx512_vnni or avx2_vnni; elsewhere of few tokens of an expert (one on
+    avx512_bf16 and amx, 32 on avx512 and avx2, less for fp16 and fp32); and of fp32 hidden states
+    on avx512_bf16 and amx. They are off by at most 2^-20 of the group's greatest magnitude. With
+    bf16 hidden states it may be 2^-13, in groups whose other magnitudes add up to at least twice
+    the greatest: that is 2^-9 of their mean, as much as rounding to bf16. A group with a NaN or
+    several infinities is NaN as a whole.
 
     Make one with `from_checkpoint` or `from_tensors`.
     """
@@ -76,7 +87,7 @@ class Experts:
         swiglu: SwiGLU | None = None,
         has_bias: bool = False,
         runtime: Runtime | None = None,
-        compute: str = "bf16",
+        compute: str = COMPUTE_PATHS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
@@ -84,7 +95,7 @@ class Experts:
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
-        Arguments are theirs: `compute` is "bf16" or "int8", see the class.
+        Arguments are theirs: `compute` is "auto", "bf16" or "int8", see the class.
         """
         check_compute(compute)
         crossover = _ISAS_CROSSOVER
@@ -137,7 +148,7 @@ class Experts:
         *,
         swiglu: SwiGLU | None = None,
         runtime: Runtime | None = None,
-        compute: str = "bf16",
+        compute: str = COMPUTE_PATHS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
@@ -152,19 +163,21 @@ class Experts:
             layer: index of the decoder layer.
             swiglu: the activation; default: what the checkpoint's config.json says.
             runtime: threads to run on; default: the process's shared runtime.
-            compute: what weights are multiplied with: "bf16", exact to about 1.7e-3, or "int8",
-                faster for many tokens, to about 1.2e-2; see the class.
+            compute: what weights are multiplied with: "auto", as exactly as the hidden states'
+                dtype asks for; "bf16", exact to about 1.7e-3; or "int8", faster for many tokens, to
+                about 1.2e-2. See the class.
             expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
             isa: the variant to use; default: `cpumoe.isa()`.
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
                 result does not depend on the others in the batch. Slower for few tokens, but on
-                avx512_vnni and avx2_vnni, which always do so. Compute path "int8" is so anyway, but
-                for variant amx.
+                avx512_vnni and avx2_vnni, which always do so, as avx512_bf16 and amx do for fp32
+                hidden states on compute path "auto". Compute path "int8" is so anyway, but for
+                variant amx.
             fused_tokens: a tuning knob: up to how many tokens of one expert the few-token kernels
                 take (at most as many as they are built for), the many-token kernels the rest.
                 Default: the variant's constant, which ``cpumoe bench --tune`` compares with this
-                machine's. Without effect where `batch_invariant` is set, and on "int8" but for
-                variant amx.
+                machine's. Without effect where `batch_invariant` is set, where one kernel
+                takes any number of tokens, and on "int8" but for variant amx.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:
@@ -216,7 +229,7 @@ class Experts:
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
         runtime: Runtime | None = None,
-        compute: str = "bf16",
+        compute: str = COMPUTE_PATHS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
@@ -237,7 +250,7 @@ class Experts:
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
             runtime: see `from_checkpoint`, as for the remaining arguments.
-            compute: "bf16" or "int8", see the class.
+            compute: "auto", "bf16" or "int8", see the class.
             expert_mask: see `from_checkpoint`.
             isa: see `from_checkpoint`.
             batch_invariant: see `from_checkpoint`.
@@ -349,7 +362,7 @@ class Experts:
 
     @property
     def compute(self) -> str:
-        """Name of the compute path, "bf16" or "int8"; see the class."""
+        """Name of the compute path, "auto", "bf16" or "int8"; see the class."""
         return self._compute
 
     @property
@@ -425,6 +438,7 @@ class Experts:
             self._mask,
             self._num_experts,
             self._hidden_size,
+            self._compute,
         )
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.models import ModelSpec
@@ -151,7 +152,7 @@ class LayerWeights:
         isa: str,
         runtime: Runtime,
         *,
-        compute: str = "bf16",
+        compute: str = COMPUTE_PATHS[0],
         batch_invariant: bool = False,
         fused_tokens: int | None = None,
         progress: Progress = silent,

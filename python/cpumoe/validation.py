@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertWeights
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.layer_weights import LayerWeights, Progress, silent
@@ -30,7 +31,7 @@ class Case:
     """One batch and what the reference says of it.
 
     Attributes:
-        hidden_states: bf16 ``[tokens, hidden]``, random normal.
+        hidden_states: ``[tokens, hidden]``, random normal.
         topk_ids: int64 ``[tokens, top_k]``, random, distinct in each row.
         topk_weights: float32 ``[tokens, top_k]``, positive, each row's sum is 1.
         checked: int64, the tokens that the reference computed.
@@ -143,8 +144,9 @@ def validate(
     weights: LayerWeights,
     tokens: Sequence[int],
     isas: Sequence[str],
-    computes: Sequence[str] = ("bf16",),
+    computes: Sequence[str] = COMPUTE_PATHS[:1],
     *,
+    dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress = silent,
@@ -156,6 +158,7 @@ def validate(
         tokens: batch sizes.
         isas: names of the variants.
         computes: names of the compute paths.
+        dtype: of hidden states.
         seed: of hidden states and routing.
         threads: as `validate_isa`'s.
         progress: told what is being done.
@@ -164,7 +167,7 @@ def validate(
         ValueError: as `make_cases` and `validate_isa`.
     """
     start = time.perf_counter()
-    cases = make_cases(weights, tokens, computes, seed=seed, progress=progress)
+    cases = make_cases(weights, tokens, computes, dtype=dtype, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
     results = [
         validate_isa(weights, cases, isa, compute, threads=threads, progress=progress)
@@ -177,14 +180,15 @@ def validate(
 def make_cases(
     weights: LayerWeights,
     tokens: Sequence[int],
-    computes: Sequence[str] = ("bf16",),
+    computes: Sequence[str] = COMPUTE_PATHS[:1],
     *,
+    dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Case]:
     """Draws a batch for each number of tokens and computes the reference for all of them at once.
 
-    It has a bound for each of the compute paths.
+    Hidden states, and so outputs, are of `dtype`. There is a bound for each of the compute paths.
 
     The reference is float64 and dequantizes each expert once. Of a batch of more than
     `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
@@ -196,7 +200,7 @@ def make_cases(
         raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
     check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    batches = [_random_batch(weights, count, generator) for count in tokens]
+    batches = [_random_batch(weights, count, dtype, generator) for count in tokens]
     checked = [_checked_tokens(count) for count in tokens]
     hidden_states, topk_ids, topk_weights = (
         torch.cat([batch[i][rows] for batch, rows in zip(batches, checked, strict=True)])
@@ -217,6 +221,7 @@ def make_cases(
         up_bias=[expert.up_bias for expert in experts],
         down_bias=[expert.down_bias for expert in experts],
         computes=computes,
+        output_dtype=dtype,
     )
     sizes = [len(rows) for rows in checked]
     wanted = torch.split(expected, sizes)
@@ -231,7 +236,7 @@ def validate_isa(
     weights: LayerWeights,
     cases: Sequence[Case],
     isa: str,
-    compute: str = "bf16",
+    compute: str = COMPUTE_PATHS[0],
     *,
     threads: int | None = None,
     progress: Progress = silent,
@@ -302,9 +307,9 @@ class _Announced(Sequence[QuantizedMatrix]):
 
 
 def _random_batch(
-    weights: LayerWeights, tokens: int, generator: torch.Generator
+    weights: LayerWeights, tokens: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden_states = torch.randn(tokens, weights.hidden_size, generator=generator).bfloat16()
+    hidden_states = torch.randn(tokens, weights.hidden_size, generator=generator).to(dtype)
     keys = torch.rand(tokens, weights.num_experts, generator=generator)
     topk_ids = keys.topk(weights.top_k).indices
     # Above zero, as a router's are.

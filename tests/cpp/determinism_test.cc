@@ -88,6 +88,22 @@ TEST_P(DeterminismTest, ASharedWorkspace) {
   }
 }
 
+// fp32 calls that are not rounded to bf16 take one kernel, whatever the number of tokens.
+TEST_P(DeterminismTest, ATokenOfAnFp32CallIsTheSameInAnyBatchWhereTheIsaHasBf16) {
+  if (GetParam().fp32_as_bf16) GTEST_SKIP() << "the number of tokens chooses the kernels";
+  const TestLayer layer(format(), LayerSpec{.has_bias = true, .fused_tokens = 0});
+  const auto moe = Create(layer);
+  const int64_t hidden = layer.config().hidden_size;
+  const Batch batch(layer.config(), BatchSpec{.tokens = 70});
+  const std::vector<double> together = Numbers(DType::kFp32, Forward(*moe, batch));
+  for (int64_t t = 0; t < batch.spec().tokens; t += 7) {
+    const auto row = together.begin() + t * hidden;
+    EXPECT_EQ(Numbers(DType::kFp32, Forward(*moe, batch.Only(t))),
+              std::vector<double>(row, row + hidden))
+        << "token " << t;
+  }
+}
+
 TEST_P(DeterminismTest, BatchInvariant) {
   const TestLayer layer(format(), LayerSpec{.has_bias = true, .batch_invariant = true});
   const auto moe = Create(layer);

@@ -99,7 +99,7 @@ void RoundToPlanes(Intervals& x, DType dtype) {
     // The rule sees rounded numbers.
     const bool outlier = dtype != DType::kBf16 || sum * (1 + 0x1p-7) < 3 * least_greatest;
     for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
-      x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-106);
+      x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-148);
     }
   }
 }

@@ -53,7 +53,7 @@ TEST_P(ForwardTest, SeveralTilesPerTask) {
 }
 
 TEST_P(ForwardTest, AnyNumberOfTokens) {
-  if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
+  if (multiplies_floats()) run_.ExpectBestDots();
   for (const int64_t tokens : {0, 1, 2, 3, 5, 12, 13, 14, 15, 25, 29, 40}) {
     for (const bool batch_invariant : {false, true}) {
       CheckForward(LayerSpec{.intermediate = 32, .batch_invariant = batch_invariant},
@@ -64,7 +64,7 @@ TEST_P(ForwardTest, AnyNumberOfTokens) {
 
 // Tokens of each expert around the heights of one and of two tile registers.
 TEST_P(ForwardTest, TokensAroundTileHeights) {
-  if (compute() == ComputePath::kBf16) run_.ExpectBestDots();
+  if (multiplies_floats()) run_.ExpectBestDots();
   const LayerSpec layer = {.experts = 2, .hidden = 96, .intermediate = 32};
   for (const int64_t tokens : {15, 16, 17, 31, 32, 33, 48, 64, 65}) {
     CheckForward(layer, BatchSpec{.tokens = tokens, .top_k = layer.experts});

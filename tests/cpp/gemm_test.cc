@@ -120,9 +120,10 @@ class GemmTest : public IsaFormatTest {
   }
 
   // Products are exact or rounded once, and each of the K of them goes through at most K + 2 + K /
-  // group additions and scalings: |error| <= gamma * sum |w a| with gamma = n u / (1 - n u).
-  static void CheckSums(const Weights& w, const std::vector<float>& a,
-                        const std::vector<float>& c) {
+  // group additions and scalings: |error| <= gamma * sum |w a| with gamma = n u / (1 - n u). Sums
+  // that are subnormal lose up to `lost` besides.
+  static void CheckSums(const Weights& w, const std::vector<float>& a, const std::vector<float>& c,
+                        double lost = 0) {
     const double n =
         3.0 * static_cast<double>(w.columns) * std::numeric_limits<float>::epsilon() / 2;
     for (int64_t i = 0; i < static_cast<int64_t>(c.size()); ++i) {
@@ -133,7 +134,7 @@ class GemmTest : public IsaFormatTest {
         sum += weights[k] * x[k];
         magnitude += std::fabs(weights[k] * x[k]);
       }
-      ASSERT_NEAR(c[i], sum, n / (1 - n) * magnitude)
+      ASSERT_NEAR(c[i], sum, n / (1 - n) * magnitude + lost)
           << "token " << i / w.rows() << ", row " << i % w.rows() << ", K " << w.columns;
     }
   }
@@ -236,6 +237,24 @@ TEST_P(PlanesTest, Extremes) {
           EXPECT_EQ(Held(Path::kPlanes, a), a);
           CheckProduct(Path::kPlanes, w, a);
         }
+      }
+    }
+  }
+}
+
+// Integers of 21 bits times powers of two down to the least that a group is rounded to.
+TEST_P(PlanesTest, TinyActivations) {
+  const Weights w = MakeWeights(2, 3);
+  for (const int exponent : {-100, -126, -127, -140, -148}) {
+    for (const int32_t greatest : {(1 << 20) - 1, 21, 1}) {
+      std::vector<float> a(3 * w.columns);
+      for (size_t i = 0; i < a.size(); ++i) {
+        const auto integer = static_cast<float>(greatest - static_cast<int32_t>(i % 2 * greatest));
+        a[i] = std::ldexp(i % 3 == 0 ? -integer : integer, exponent);
+      }
+      for (const Path path : {Path::kPlanes, Path::kPlanesOfBf16}) {
+        if (path == Path::kPlanesOfBf16 && (greatest > 255 || exponent < -133)) continue;
+        CheckSums(w, a, Multiply(path, w, a), static_cast<double>(w.columns) * 0x1p-149);
       }
     }
   }

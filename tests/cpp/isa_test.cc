@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <ostream>
 #include <stdexcept>
 
@@ -38,11 +39,15 @@ const kernel_probe::Api* ProbeOf(const VariantApi& variant) {
   return reinterpret_cast<kernel_probe::ApiFunction>(function)();
 }
 
+const char* PathName(const IsaFormat& param) {
+  if (param.compute == ComputePath::kInt8) return "int8";
+  return param.fp32_as_bf16 ? "bf16" : "fp32";
+}
+
 }  // namespace
 
 void PrintTo(const IsaFormat& param, std::ostream* out) {
-  *out << param.isa << " " << param.format
-       << (param.compute == ComputePath::kInt8 ? " int8" : " bf16");
+  *out << param.isa << " " << param.format << " " << PathName(param);
 }
 
 std::vector<std::string> IsaNames() {
@@ -63,6 +68,12 @@ std::vector<IsaFormat> IsaFormatsAndPaths() {
   std::vector<IsaFormat> all;
   for (IsaFormat param : IsaFormats()) {
     all.push_back(param);
+    const std::vector<std::string>& features = Row(param.isa).features;
+    if (std::ranges::find(features, "avx512bf16") != features.end()) {
+      param.fp32_as_bf16 = false;
+      all.push_back(param);
+      param.fp32_as_bf16 = true;
+    }
     param.compute = ComputePath::kInt8;
     all.push_back(param);
   }
@@ -72,8 +83,8 @@ std::vector<IsaFormat> IsaFormatsAndPaths() {
 std::string NameOfIsa(const testing::TestParamInfo<std::string>& info) { return info.param; }
 
 std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info) {
-  const bool int8 = info.param.compute == ComputePath::kInt8;
-  return info.param.isa + "_" + info.param.format + (int8 ? "_int8" : "");
+  const std::string path = PathName(info.param);
+  return info.param.isa + "_" + info.param.format + (path == "bf16" ? "" : "_" + path);
 }
 
 std::string ObstacleTo(const std::string& isa) {

@@ -57,7 +57,7 @@ struct Probe {
     if constexpr (!HasPlanesPath<Isa, Codec>) {
       throw std::invalid_argument("there are no planes");
     } else {
-      using Planes = MixedPath<Codec, PlanesPath<Isa, Codec>, Floats, kAnyTokens>;
+      using Planes = PlanesPath<Isa, Codec>;
       if (path == Path::kPlanes) {
         Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
         return;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "cpp/forward_oracle.h"
@@ -155,15 +156,17 @@ std::unique_ptr<Moe> MoeTest::Create(const TestLayer& layer) const {
 }
 
 std::vector<std::byte> MoeTest::Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
-                                        Workspace& workspace) {
+                                        Workspace& workspace) const {
   const int64_t elements = batch.spec().tokens * moe.config().hidden_size;
   // All ones is NaN in every dtype: what is not written cannot pass.
   std::vector<std::byte> output(elements * ByteSize(batch.spec().dtype), std::byte{0xff});
-  moe.Forward(batch.Args(output.data()), pool, workspace);
+  ForwardArgs args = batch.Args(output.data());
+  args.fp32_as_bf16 = GetParam().fp32_as_bf16;
+  moe.Forward(args, pool, workspace);
   return output;
 }
 
-std::vector<std::byte> MoeTest::Forward(const Moe& moe, const Batch& batch) {
+std::vector<std::byte> MoeTest::Forward(const Moe& moe, const Batch& batch) const {
   SerialPool pool;
   Workspace workspace;
   return Forward(moe, batch, pool, workspace);
@@ -173,8 +176,10 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   PinnedPool pool({.threads = 2});
   Workspace workspace;
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
-  const Rounding rounding = {run_.probe().activation_digits, compute() == ComputePath::kInt8,
-                             kernels().planes};
+  const bool keeps_fp32 = batch.spec().dtype == DType::kFp32 && !GetParam().fp32_as_bf16;
+  const Rounding rounding = {
+      keeps_fp32 ? std::numeric_limits<float>::digits : run_.probe().activation_digits,
+      compute() == ComputePath::kInt8, kernels().planes};
   const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
 }

@@ -94,10 +94,10 @@ class MoeTest : public IsaFormatTest {
   std::unique_ptr<Moe> Create(const TestLayer& layer) const;
 
   // Runs the forward pass; returns the output tensor.
-  static std::vector<std::byte> Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
-                                        Workspace& workspace);
+  std::vector<std::byte> Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
+                                 Workspace& workspace) const;
   // The same on the calling thread in a workspace of its own.
-  static std::vector<std::byte> Forward(const Moe& moe, const Batch& batch);
+  std::vector<std::byte> Forward(const Moe& moe, const Batch& batch) const;
 
   // Compares the forward pass, on two threads, with the reference.
   void CheckForward(const Moe& moe, const TestLayer& layer, const Batch& batch) const;

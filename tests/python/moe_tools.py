@@ -14,7 +14,7 @@ import torch
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU, _core
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.compute import COMPUTE_PATHS, distinct_computes
 
 PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)
@@ -58,7 +58,10 @@ EVERY_ISA = pytest.mark.parametrize("isa", [_row(isa) for isa in cpumoe.known_is
 EVERY_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"), [_row(isa, fmt) for isa in cpumoe.known_isas() for fmt in formats(isa)]
 )
-EVERY_COMPUTE = pytest.mark.parametrize("compute", COMPUTE_PATHS)
+BF16_COMPUTES = distinct_computes(torch.bfloat16)
+EVERY_COMPUTE = pytest.mark.parametrize("compute", BF16_COMPUTES)
+# Of fp32 hidden states.
+EVERY_FP32_COMPUTE = pytest.mark.parametrize("compute", COMPUTE_PATHS)
 EVERY_FORMAT = pytest.mark.parametrize("fmt", formats(cpumoe.supported_isas()[-1]))
 
 
@@ -165,7 +168,7 @@ def check(
     args: Inputs,
     mask: torch.Tensor | None = None,
     *,
-    compute: str = "bf16",
+    compute: str = COMPUTE_PATHS[0],
 ) -> None:
     """Compares an output with the reference, each element against its own error bound."""
     expected, bound = cpumoe.reference.experts_forward_with_bound(

@@ -9,12 +9,12 @@ import cli_tools
 import pytest
 import torch
 from checkpoint_tools import SMALL, write_small
+from moe_tools import BF16_COMPUTES
 
 import cpumoe
 from cpumoe import _core, benchmark, limits, models, reference, tuning
 from cpumoe.benchmark import Limit, Limits, Timing, Turn, Variant
 from cpumoe.cli import bench_compare
-from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.tuning import Comparison, Crossover, Form
 
@@ -69,7 +69,7 @@ def test_checkpoint(v4):
     document = measure("--model", v4, "--tokens", "1,3", "--isa", "all", "--compute", "all")
     isas = cpumoe.supported_isas()
     rows = document["rows"]
-    expected = [(isa, path, m) for isa in isas for path in COMPUTE_PATHS for m in (1, 3)]
+    expected = [(isa, path, m) for isa in isas for path in BF16_COMPUTES for m in (1, 3)]
     assert [(row["isa"], row["compute"], row["tokens"]) for row in rows] == expected
     settings = document["settings"]
     assert (settings["experts"], settings["top_k"]) == (SMALL["experts"], SMALL["top_k"])
@@ -314,7 +314,7 @@ def test_refusals(v4, tmp_path):
     assert "--routing: expected one of balanced, concentrated, zipf" in refuse("--routing", "x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "1,x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "0")
-    assert "--compute: expected one of all, bf16, " in refuse("--compute", "fp64")
+    assert "--compute: expected one of all, auto, bf16, " in refuse("--compute", "fp64")
     for seconds in ("inf", "nan", -1):
         assert "--seconds: expected 0 to 86400, got " in refuse("--seconds", seconds)
     assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")

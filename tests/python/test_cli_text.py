@@ -164,10 +164,12 @@ def test_eval_compares_ways_to_compute_experts(model, text):
         *("eval", model, "--text", text, "--dtype", "float32", "--json"),
         *("--experts", "all", "--compute", "all", "--isa", "generic"),
     )
-    bf16, int8, host = json.loads(result.stdout)["results"]
-    assert (bf16["experts"], bf16["isa"], bf16["compute"]) == ("cpumoe", "generic", "bf16")
+    auto, bf16, int8, host = json.loads(result.stdout)["results"]
+    assert (auto["experts"], auto["isa"], auto["compute"]) == ("cpumoe", "generic", "auto")
+    assert bf16["compute"] == "bf16"
     assert (int8["compute"], host["experts"], host["isa"]) == ("int8", "host", None)
-    assert bf16["perplexity"] == pytest.approx(host["perplexity"], rel=1e-5)
+    assert auto["perplexity"] == pytest.approx(host["perplexity"], rel=1e-5)
+    assert auto["perplexity"] == bf16["perplexity"]  # generic multiplies fp32 as it is
     assert int8["perplexity"] != bf16["perplexity"]
     assert bf16["scored_tokens"] == int8["scored_tokens"] == host["scored_tokens"] == 247
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from checkpoint_tools import write_small
 from cli_tools import TINY_DEMO, read, refuse, run, succeed, unsupported_isa
+from moe_tools import BF16_COMPUTES
 
 import cpumoe
 from cpumoe import validation
-from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.synth import PATTERNS
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -40,14 +40,15 @@ def test_validate_chooses_compute_paths(v4):
     assert list(ran("--compute", "int8")) == ["int8"]
     assert list(ran("--compute", "int8, bf16")) == ["int8", "bf16"]
     both = ran("--compute", "all")
-    assert list(both) == list(COMPUTE_PATHS)
+    assert list(both) == list(BF16_COMPUTES)
     for few, many in zip(both["bf16"], both["int8"], strict=True):
         assert few["relative_l2"] < 5e-3 < many["relative_l2"] < 2e-2
         errors = [abs(case["worst"]["actual"] - case["worst"]["expected"]) for case in (few, many)]
         assert errors[0] < errors[1]
+    assert list(ran("--compute", "auto,bf16")) == ["bf16"]
     text = succeed("validate", v4, "--tokens", "3", "--isa", "generic", "--compute", "all")
     assert "passed on generic bf16, generic int8" in text
-    assert "--compute: expected one of all, bf16, int8, got 'fp7'" in refuse(
+    assert "--compute: expected one of all, auto, bf16, int8, got 'fp7'" in refuse(
         "validate", v4, "--compute", "int8,fp7"
     )
 

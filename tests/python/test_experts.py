@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_tools import (
+    BF16_COMPUTES,
     EVERY_COMPUTE,
+    EVERY_FP32_COMPUTE,
     EVERY_VARIANT,
     GPT_OSS,
     SWIGLUS,
@@ -20,7 +22,6 @@ from moe_tools import (
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix
-from cpumoe.compute import COMPUTE_PATHS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
 
@@ -52,7 +53,7 @@ def test_biases(isa, fmt, compute, bias):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_FP32_COMPUTE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_element_types(isa, fmt, compute, dtype):
     weights = layer(fmt)
@@ -89,7 +90,7 @@ def test_odd_sizes(isa, fmt, compute, hidden, intermediate, experts):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_FP32_COMPUTE
 def test_scales_of_any_size(isa, fmt, compute):
     """Scales so small or large that they cannot be folded into bf16 weights, in some experts."""
     weights = layer(fmt, experts=3)
@@ -253,7 +254,7 @@ def test_repeated_ids_count_each_time(isa, fmt, compute):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_FP32_COMPUTE
 def test_nan_stays_in_its_token(isa, fmt, compute):
     weights = layer(fmt)
     experts = weights.pack(isa=isa, compute=compute)
@@ -286,7 +287,7 @@ def test_int8_groups_too_small_to_scale_count_as_zero(isa, fmt):
 def test_the_path_asked_for_runs(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=3)
-    bf16, int8 = (weights.pack(isa=isa, compute=compute)(*args) for compute in COMPUTE_PATHS)
+    bf16, int8 = (weights.pack(isa=isa, compute=compute)(*args) for compute in BF16_COMPUTES)
     assert not torch.equal(bf16, int8)
 
 
@@ -357,7 +358,7 @@ def test_properties_and_repr():
     isa = cpumoe.supported_isas()[0]
     experts = weights.pack(isa=isa)
     assert experts.swiglu == GPT_OSS
-    assert experts.compute == "bf16"
+    assert experts.compute == "auto"
     assert experts.expert_mask is None
     assert experts.runtime is cpumoe.default_runtime()
     assert experts.nbytes == sum(m.nbytes for m in (weights.gate, weights.up, weights.down))

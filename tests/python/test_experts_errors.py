@@ -191,7 +191,7 @@ def test_unknown_names(weights):
         f"weight format 'fp3' is not supported; supported: {', '.join(cpumoe.WEIGHT_FORMATS)}",
     ):
         Experts.from_tensors(**{**weights.tensors, "format": "fp3"})
-    with refused(ValueError, "compute: expected one of bf16, int8, got 'fp7'"):
+    with refused(ValueError, "compute: expected one of auto, bf16, int8, got 'fp7'"):
         weights.pack(compute="fp7")
 
 

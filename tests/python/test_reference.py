@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.compute import COMPUTE_PATHS, resolve_compute
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.reference import (
     dequantize,
@@ -53,13 +53,17 @@ def int8_rounded(x):
     return torch.from_numpy((codes * (greatest / np.float32(127))).reshape(x.shape))
 
 
-ROUNDED = {"bf16": lambda x: x.bfloat16().float(), "int8": int8_rounded}
+ROUNDED = {
+    "auto": lambda x: x.float(),
+    "bf16": lambda x: x.bfloat16().float(),
+    "int8": int8_rounded,
+}
 
 
 def kernel(problem, *, compute="bf16", swiglu=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
     """An independent kernel: rounded x and h, float32 sums; token by token."""
     x, ids, weights, gate, up, down = problem.arguments
-    rounded = ROUNDED[compute]
+    rounded = ROUNDED[resolve_compute(compute, x.dtype)]
     dense = [problem.fmt.dequantize(m.codes, m.scales) for m in (gate, up, down)]
     y = torch.zeros(x.shape)
     for token in range(len(x)):
@@ -154,7 +158,7 @@ def test_arguments_that_do_not_belong_together_are_refused():
         experts_forward(*p.arguments)
     with pytest.raises(ValueError, match=r"topk_ids, topk_weights: expected \[7, top_k\] each"):
         experts_forward(p.x, p.ids[:3], p.weights, p.gate, p.up, p.down, format="mxfp4")
-    with pytest.raises(ValueError, match="compute: expected one of bf16, int8, got 'fp7'"):
+    with pytest.raises(ValueError, match="compute: expected one of auto, bf16, int8, got 'fp7'"):
         error_bound(*p.arguments, format="mxfp4", compute="fp7")
     wide = torch.zeros(4, 48, 48)
     with pytest.raises(ValueError, match="activations: expected a multiple of 32 columns, got 48"):

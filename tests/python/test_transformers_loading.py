@@ -34,8 +34,6 @@ from cpumoe.integrations.transformers import (
 from cpumoe.integrations.transformers.loading import from_pretrained_by_host
 
 TOKENS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(1))
-# The variants whose activations stay fp32; the others round them to bf16 by design.
-FP32_ISAS = [isa for isa in cpumoe.supported_isas() if "bf16" not in isa and isa != "amx"]
 
 
 @pytest.fixture(scope="module", params=list(tiny_models.FAMILIES))
@@ -83,7 +81,7 @@ def experts_of(model):
     return [module for module in model.modules() if isinstance(module, CpuExperts)]
 
 
-@pytest.mark.parametrize("isa", FP32_ISAS)
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
 def test_fp32_logits_and_greedy_tokens_are_the_hosts(family, isa):
     expected = host(*family, torch.float32)
     actual = from_pretrained(family[1], dtype=torch.float32, options=ExpertsOptions(isa=isa))
@@ -176,8 +174,7 @@ def test_the_host_computes_the_same_from_its_own_dense_experts(family, tmp_path)
     folder = tiny_models.FAMILIES[family].write(tmp_path)  # each under its own name
     theirs = from_pretrained_by_host(folder, dtype=torch.float32)
     assert experts_of(theirs) == []
-    options = ExpertsOptions(isa=FP32_ISAS[0])
-    ours = from_pretrained(folder, dtype=torch.float32, options=options)
+    ours = from_pretrained(folder, dtype=torch.float32, options=ExpertsOptions())
     assert distance(logits(ours), logits(theirs)) < 1e-5
 
 

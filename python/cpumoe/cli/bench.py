@@ -216,9 +216,11 @@ def _output(
 
 
 def _variants(isa: str | None, compute: str) -> list[Variant]:
+    import torch
+
     from cpumoe.benchmark import Variant
 
-    computes = parse_computes(compute)
+    computes = parse_computes(compute, torch.bfloat16)  # the workloads' hidden states
     return [Variant(name, path) for name in parse_isas_or_best(isa) for path in computes]
 
 

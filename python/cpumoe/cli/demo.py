@@ -14,10 +14,15 @@ import typer
 from cpumoe._progress import progress_bar
 from cpumoe.cli import console, generate
 from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
-from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption, parse_isas
+from cpumoe.cli.options import (
+    JsonOption,
+    ThreadsOption,
+    TracebackOption,
+    parse_computes,
+    parse_isas,
+)
 from cpumoe.cli.text_model import load_text_model
 from cpumoe.cli.validate import render, report_document
-from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.generation import Sampling
 
 if TYPE_CHECKING:
@@ -77,8 +82,9 @@ def command(
         loaded, layer = _load(folder, threads)
         say(f"packed them for {layer.isa}: {_speed(loaded)}")
         checked = min(experts, _VALIDATED_EXPERTS)
-        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(COMPUTE_PATHS)}", "")
-        report = _validate(folder, isas, threads)
+        computes = _computes()
+        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(computes)}", "")
+        report = _validate(folder, isas, computes, threads)
         if not json_output:
             render(report)
         speed = _time(layer)
@@ -138,7 +144,13 @@ def _load(folder: Path, threads: int | None) -> tuple[dict[str, Any], Experts]:
     return {"isa": layer.isa, "bytes": layer.nbytes, "seconds": seconds}, layer
 
 
-def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
+def _computes() -> list[str]:
+    import torch
+
+    return parse_computes("all", torch.bfloat16)
+
+
+def _validate(folder: Path, isas: list[str], computes: list[str], threads: int | None) -> Report:
     from cpumoe.checkpoint import open_checkpoint
     from cpumoe.layer_weights import LayerWeights
     from cpumoe.validation import validate
@@ -146,7 +158,7 @@ def _validate(folder: Path, isas: list[str], threads: int | None) -> Report:
     with open_checkpoint(folder) as reader, progress_bar() as progress:
         weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
         return validate(
-            weights, _VALIDATED_TOKENS, isas, COMPUTE_PATHS, threads=threads, progress=progress
+            weights, _VALIDATED_TOKENS, isas, computes, threads=threads, progress=progress
         )
 
 

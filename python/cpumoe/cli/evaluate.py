@@ -19,10 +19,12 @@ from cpumoe.cli.options import (
     ThreadsOption,
     TracebackOption,
     parse_computes,
+    parse_dtype,
     parse_isas_or_best,
 )
 from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
+    DTYPES,
     DtypeOption,
     ModelArgument,
     TrustRemoteCodeOption,
@@ -104,7 +106,7 @@ def command(
     last row is transformers' own computation from dequantized weights.
     """
     with reported(traceback):
-        ways = _ways(experts, isa, compute)
+        ways = _ways(experts, isa, compute, dtype)
         content = _read(model, text)
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:
@@ -129,7 +131,7 @@ def command(
             _render(name, rows)
 
 
-def _ways(experts: str, isa: str | None, compute: str) -> list[_Way]:
+def _ways(experts: str, isa: str | None, compute: str, dtype: str) -> list[_Way]:
     if experts not in (_CPUMOE, _HOST, _ALL):
         raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
     if experts == _HOST and (isa is not None or compute != COMPUTE_PATHS[0]):
@@ -137,7 +139,8 @@ def _ways(experts: str, isa: str | None, compute: str) -> list[_Way]:
     ways = []
     if experts != _HOST:
         isas = parse_isas_or_best(isa)
-        ways += [_Way(_CPUMOE, name, path) for path in parse_computes(compute) for name in isas]
+        computes = parse_computes(compute, parse_dtype(dtype, DTYPES))
+        ways += [_Way(_CPUMOE, name, path) for path in computes for name in isas]
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))
     return ways

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cpumoe.cli.errors import InputError
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.compute import COMPUTE_PATHS, resolve_compute
 
 if TYPE_CHECKING:
+    import torch
+
     from cpumoe.checkpoint import ExpertReader
 
 # Of one call: more than any context has.
@@ -55,25 +58,39 @@ ComputeOption = Annotated[
     typer.Option(
         "--compute",
         metavar="all|NAME,...",
-        help="Compute paths to run: bf16, what experts do unless asked, or int8.",
+        help="Compute paths to run; auto: fp32 accuracy for fp32 hidden states, else bf16.",
     ),
 ]
 
 
-def parse_computes(text: str) -> list[str]:
-    """Returns the compute paths that `--compute` names, checked.
+def parse_computes(text: str, dtype: torch.dtype) -> list[str]:
+    """Returns the compute paths that `--compute` names, resolved for hidden states of `dtype`.
+
+    So no two of them are the same.
 
     Raises:
         ValueError: an unknown one.
     """
-    if text == "all":
-        return list(COMPUTE_PATHS)
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    names = COMPUTE_PATHS if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in COMPUTE_PATHS:
             known = ", ".join(("all", *COMPUTE_PATHS))
             raise ValueError(f"--compute: expected one of {known}, got {name!r}")
-    return names
+    return list(dict.fromkeys(resolve_compute(name, dtype) for name in names))
+
+
+def parse_dtype(name: str, names: Sequence[str]) -> torch.dtype:
+    """Returns the dtype that `--dtype` names, one of `names`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    import torch
+
+    if name not in names:
+        raise InputError(f"--dtype: expected one of {', '.join(names)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def parse_isas(text: str | None) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from cpumoe.cli import host_threads
 from cpumoe.cli.errors import InputError
+from cpumoe.cli.options import parse_dtype
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ OneIsaOption = Annotated[
 ]
 OneComputeOption = Annotated[
     str,
-    typer.Option("--compute", metavar="|".join(COMPUTE_PATHS), help="How experts are multiplied."),
+    typer.Option(
+        "--compute",
+        metavar="|".join(COMPUTE_PATHS),
+        help="How experts are multiplied; auto: fp32 accuracy if --dtype is float32, else bf16.",
+    ),
 ]
 MaxTokensOption = Annotated[
     int | None,
@@ -133,8 +138,7 @@ def load_text_model(
         ValueError: an unknown compute path or variant, or an unsupported checkpoint.
         OSError: one that cannot be read.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    dense_dtype = parse_dtype(dtype, DTYPES)
     template = None if chat_template is None else read_text(chat_template, "--chat-template")
     try:
         from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
@@ -142,7 +146,6 @@ def load_text_model(
         if error.name not in _HOST_PACKAGES:
             raise
         raise InputError(str(error)) from None
-    import torch
 
     from cpumoe.runtime import Runtime
 
@@ -153,7 +156,7 @@ def load_text_model(
     loaded = LanguageModel.from_pretrained(
         model,
         options=options,
-        dtype=getattr(torch, dtype),
+        dtype=dense_dtype,
         chat_template=template,
         host_experts=host_experts,
         trust_remote_code=trust_remote_code,

@@ -20,6 +20,7 @@ from cpumoe.cli.options import (
     TracebackOption,
     choose_layer,
     parse_computes,
+    parse_dtype,
     parse_isas,
     parse_token_counts,
 )
@@ -33,6 +34,7 @@ EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --comp
 
 _CHECKPOINT = "checkpoint"
 _TOKENS = "1,3,8,33,257"
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def command(
@@ -49,6 +51,9 @@ def command(
     ] = None,
     isa: IsaOption = None,
     compute: ComputeOption = COMPUTE_PATHS[0],
+    dtype: Annotated[
+        str, typer.Option(metavar="|".join(_DTYPES), help="Of hidden states and outputs.")
+    ] = _DTYPES[0],
     pattern: Annotated[
         str,
         typer.Option(
@@ -79,15 +84,24 @@ def command(
         from cpumoe.validation import validate
 
         isas = parse_isas(isa)
-        computes = parse_computes(compute)
+        hidden_dtype = parse_dtype(dtype, _DTYPES)
+        computes = parse_computes(compute, hidden_dtype)
         counts = parse_token_counts(",".join(tokens or [_TOKENS]), "--tokens")
         with progress_bar() as progress:
             weights = _read(model, layer, pattern, experts, seed, progress)
             report = validate(
-                weights, counts, isas, computes, seed=seed, threads=threads, progress=progress
+                weights,
+                counts,
+                isas,
+                computes,
+                dtype=hidden_dtype,
+                seed=seed,
+                threads=threads,
+                progress=progress,
             )
         if json_output:
-            console.show_json({"model": model, "pattern": pattern, **report_document(report)})
+            settings = {"model": model, "pattern": pattern, "dtype": dtype}
+            console.show_json({**settings, **report_document(report)})
         else:
             console.show(_describe(weights, pattern), "")
             render(report)

@@ -18,7 +18,7 @@ class ExpertsOptions:
 
     Attributes:
         runtime: threads to run on; None: the process's shared runtime.
-        compute: "bf16" or "int8", see `cpumoe.Experts`.
+        compute: "auto", "bf16" or "int8", see `cpumoe.Experts`.
         isa: the variant; None: `cpumoe.isa()`.
         batch_invariant: see `cpumoe.Experts.from_checkpoint`.
         fp32_router: run DeepSeek-V4's routers in fp32, as its reference implementation does. The

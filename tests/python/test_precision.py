@@ -1,0 +1,159 @@
+"""How exactly hidden states of each dtype are multiplied, and who may lower it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_tools import EVERY_FORMAT, EVERY_VARIANT, SWIGLUS, check, features, inputs, layer
+
+import cpumoe
+from cpumoe.compute import COMPUTE_PATHS, distinct_computes, resolve_compute
+
+FP32_ERROR = 4e-6
+BF16_ERROR = 5e-4
+HAS_FP32_SETTINGS = hasattr(torch.backends.mkldnn, "matmul")
+
+
+@pytest.fixture
+def matmul_precision():
+    """`torch.set_float32_matmul_precision`, undone afterwards."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+def has_bf16(isa):
+    """Whether a variant multiplies bf16."""
+    return any("bf16" in feature for feature in features(isa))
+
+
+def error(experts, weights, args):
+    expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
+    return float((experts(*args).double() - expected).norm() / expected.norm())
+
+
+@EVERY_VARIANT
+def test_fp32_hidden_states_keep_fp32_accuracy(isa, fmt):
+    weights = layer(fmt, hidden=1024, intermediate=512, std=0.02, bias=torch.float32)
+    for options in ({}, {"batch_invariant": True}, {"fused_tokens": 0}, {"fused_tokens": 1000}):
+        experts = weights.pack(isa=isa, **options)
+        for tokens in (1, 5, 40):
+            args = inputs(weights, tokens, dtype=torch.float32)
+            assert error(experts, weights, args) < FP32_ERROR
+
+
+@EVERY_VARIANT
+def test_the_caller_may_allow_bf16_products_of_fp32(isa, fmt, matmul_precision):
+    weights = layer(fmt, hidden=512, intermediate=256)
+    args = inputs(weights, tokens=20, dtype=torch.float32)
+    auto, bf16 = (weights.pack(isa=isa, compute=compute) for compute in ("auto", "bf16"))
+    exact, rounded = auto(*args), bf16(*args)
+    assert torch.equal(exact, rounded) == (not has_bf16(isa))
+    assert (error(bf16, weights, args) > BF16_ERROR) == has_bf16(isa)
+    for precision, expected in (("medium", rounded), ("high", exact), ("highest", exact)):
+        matmul_precision(precision)
+        assert torch.equal(auto(*args), expected)
+        check(expected, weights, args)
+        # What counts is the setting at the call, not when its work is done.
+        future = auto.submit(*args)
+        matmul_precision("highest")
+        assert torch.equal(future.result(), expected)
+
+
+@pytest.mark.skipif(not HAS_FP32_SETTINGS, reason="this PyTorch has but one setting")
+def test_pytorchs_newer_settings_count(matmul_precision):
+    settings = torch.backends.mkldnn.matmul
+    try:
+        settings.fp32_precision = "bf16"
+        assert resolve_compute("auto", torch.float32) == "bf16"
+        settings.fp32_precision = "ieee"
+        assert resolve_compute("auto", torch.float32) == "auto"
+    finally:
+        settings.fp32_precision = "none"
+        matmul_precision("highest")
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_default_is_the_bf16_path_for_narrow_hidden_states(isa, fmt, dtype):
+    weights = layer(fmt)
+    for tokens in (1, 5, 40):
+        args = inputs(weights, tokens, dtype=dtype)
+        assert torch.equal(
+            weights.pack(isa=isa)(*args), weights.pack(isa=isa, compute="bf16")(*args)
+        )
+
+
+@EVERY_VARIANT
+def test_fp32_rows_do_not_depend_on_the_batch_where_bf16_is_kept_away(isa, fmt):
+    if not has_bf16(isa):
+        pytest.skip("the number of tokens chooses between kernels of fp32 accuracy")
+    weights = layer(fmt)
+    experts = weights.pack(isa=isa)
+    x, ids, w = args = inputs(weights, tokens=150, dtype=torch.float32)
+    whole = experts(*args)
+    for rows in (slice(0, 1), slice(11, 14), slice(30, 140)):
+        assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
+
+
+@EVERY_FORMAT
+def test_the_bound_of_fp32_hidden_states_is_tight(fmt, matmul_precision):
+    weights = layer(fmt, hidden=256, intermediate=256)
+    args = inputs(weights, tokens=5, dtype=torch.float32)
+
+    def bound(**options):
+        expected, bound = cpumoe.reference.experts_forward_with_bound(
+            *args, **weights.tensors, output_dtype=torch.float32, **options
+        )
+        return float(bound.norm() / expected.norm())
+
+    assert bound() < 1e-3
+    assert bound(compute="bf16") > 1e-2
+    matmul_precision("medium")
+    assert bound() == bound(compute="bf16")
+
+
+def with_gates_of(rms, fmt, swiglu, *, bias):
+    """A layer whose gate and up projections have values of this size, biases of a tenth."""
+    hidden = 512
+    dtype = torch.float32 if bias else None
+    options = {"experts": 2, "hidden": hidden, "intermediate": 256, "swiglu": swiglu, "bias": dtype}
+    weights = layer(fmt, std=rms / hidden**0.5, **options)
+    if not bias:
+        return weights
+    names = ("gate_bias", "up_bias", "down_bias")
+    biases = {name: getattr(weights, name) for name in names}
+    return replace(weights, **{name: b * (rms / 10 / b.std()) for name, b in biases.items()})
+
+
+@EVERY_VARIANT
+@SWIGLUS
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("rms", [1, 8, 64])
+def test_the_error_of_int8_is_as_documented(isa, fmt, swiglu, bias, rms):
+    """docs/numerics.md has the formula; six tokens are what every variant rounds to int8."""
+    weights = with_gates_of(rms, fmt, swiglu, bias=bias)
+    args = inputs(weights, tokens=6)
+    documented = max(1.25e-2, 0.75e-2 * math.sqrt(rms / (swiglu.limit or math.inf)))
+    measured = error(weights.pack(isa=isa, compute="int8"), weights, args)
+    assert documented / 2 < measured < documented
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_tiny_fp32_hidden_states_are_not_taken_for_zero(isa, fmt, tokens):
+    weights = layer(fmt, hidden=64, intermediate=64)
+    experts = weights.pack(isa=isa)
+    x, ids, w = inputs(weights, tokens, dtype=torch.float32)
+    x *= 2.0**-60  # h is about its square
+    expected = cpumoe.reference.experts_forward(x, ids, w, **weights.tensors)
+    assert float((experts(x, ids, w).double() - expected).norm() / expected.norm()) < FP32_ERROR
+
+
+def test_paths_that_differ():
+    assert resolve_compute("auto", torch.bfloat16) == "bf16"
+    assert resolve_compute("auto", torch.float16) == "bf16"
+    assert resolve_compute("auto", torch.float32) == "auto"
+    assert [resolve_compute(path, torch.float32) for path in ("bf16", "int8")] == ["bf16", "int8"]
+    assert distinct_computes(torch.bfloat16) == ("bf16", "int8")
+    assert distinct_computes(torch.float32) == COMPUTE_PATHS
