@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All that CI runs and what takes too long for it: ThreadSanitizer with every variant that the machine can test,
+# the Python tests with each of the CPU's variants as default, and minutes of fuzzing.
+#
+#   bash tests/full.sh           one and a half to two hours on two cores
+#
+# Uses the Python of the active virtual environment, in which cpumoe is installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash tests/run.sh --full
+bash tests/transformers_versions.sh
+bash tests/extras.sh
+bash tests/clients.sh
