@@ -47,7 +47,7 @@ from cpumoe.activations import (
     quantize_activations,
 )
 from cpumoe.compute import COMPUTE_PATHS, check_compute, resolve_compute
-from cpumoe.formats import dtype_name, weight_format
+from cpumoe.formats import dtype_name, power_of_two, weight_format
 from cpumoe.swiglu import SwiGLU
 
 _U32 = 2.0**-24  # unit roundoff of float32
@@ -116,6 +116,7 @@ def experts_forward_with_bound(
     return output, bounds[compute]
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def experts_forward_with_bounds(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -136,7 +137,7 @@ def experts_forward_with_bounds(
         raise ValueError(f"output_dtype: expected {known}, got {dtype_name(output_dtype)}")
     layer = ReferenceLayer(gate, up, down, **options)
     group_size = _GROUP_SIZE if layer.format is None else weight_format(layer.format).group_size
-    output = torch.zeros(hidden_states.shape, dtype=torch.float64)
+    output = torch.zeros(hidden_states.shape, dtype=torch.float64, device="cpu")
     bounds = {compute: torch.zeros_like(output) for compute in computes}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
         expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, group_size)
@@ -303,7 +304,7 @@ def _accumulation_error(
 def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch.Tensor:
     """Returns what kernels may hold: multiples of 2^-13 or 2^-20 of the power of two above."""
     greatest = _group_greatest(x, group_size)
-    power = torch.ldexp(torch.ones_like(greatest), torch.frexp(greatest).exponent)
+    power = power_of_two(torch.frexp(greatest).exponent)
     units = [(power * 2.0**-bits).clamp_min(_LEAST_UNIT) for bits in (_TWO_DIGITS, _THREE_DIGITS)]
     two, three = (torch.round(x / unit) * unit for unit in units)
     if not two_digits:
@@ -327,9 +328,7 @@ def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
 def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """The same of two digits, zero where a group is known to have an outlier."""
     greatest = 1.01 * _group_greatest(x, group_size)  # of an x that is not quite known
-    half_unit = torch.ldexp(
-        torch.ones_like(greatest), torch.frexp(greatest).exponent - _TWO_DIGITS - 1
-    )
+    half_unit = power_of_two(torch.frexp(greatest).exponent - _TWO_DIGITS - 1)
     return torch.where(_has_outlier(x, group_size, 0.98 * _OTHERS_TO_GREATEST), 0.0, half_unit)
 
 

@@ -254,6 +254,16 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Returns 2^exponent exactly, in float64; torch.ldexp and torch.pow use the default dtype.
+
+    Args:
+        exponent: integers of any shape; beyond -1022..1023 they count as these.
+    """
+    biased = exponent.long().clamp(-1022, 1023) + 1023
+    return (biased << 52).view(torch.float64)
+
+
 @functools.cache
 def _pair_table(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
     """``[256, 2]``: the two values of each code byte, low nibble first."""
@@ -296,7 +306,7 @@ def _quantize_mxfp4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     _, exponent = torch.frexp(amax)  # amax = m * 2^exponent, m in [0.5, 1)
     shared = torch.where(amax == 0, -E8M0_BIAS, exponent - 3).clamp_(-E8M0_BIAS, E8M0_BIAS)
     # A power of two: exact, but where the quotient underflows and rounds to zero anyway.
-    scaled = torch.ldexp(groups, -shared.unsqueeze(-1))
+    scaled = groups * power_of_two(-shared).float().unsqueeze(-1)
     nibbles = (scaled < 0).view(torch.uint8) * 8 + _round_e2m1(scaled.abs())
     return nibbles, (shared + E8M0_BIAS).to(torch.uint8)
 

@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from typing_extensions import override
 
+from cpumoe._random import normal
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
@@ -219,7 +220,7 @@ def _made_up(
         for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
     )
     biases = [
-        (torch.randn(n, generator=generator) * _BIAS_STD).bfloat16()
+        (normal(n, generator=generator) * _BIAS_STD).bfloat16()
         for n in (inner, inner, hidden)
         if has_bias
     ]

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def experts_forward(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -63,7 +64,7 @@ def experts_forward(
         ValueError: shapes that do not belong together, quantized weights without a format.
     """
     layer = ReferenceLayer(gate, up, down, **options)
-    output = torch.zeros(hidden_states.shape, dtype=dtype)
+    output = torch.zeros(hidden_states.shape, dtype=dtype, device="cpu")
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, dtype):
         h = layer.swiglu(*routed.expert.gate_up(hidden_states[routed.tokens].to(dtype)))
         y = routed.expert.output(h) * routed.weights.to(dtype)[:, None]

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from cpumoe._random import uniform
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
@@ -51,18 +52,19 @@ def random_matrix(
     if pattern == "random":
         return _random_codes(fmt, n, k, generator)
     if pattern == "normal":
-        weights = torch.empty(n, k).normal_(0, WEIGHT_STD, generator=generator)
+        weights = torch.empty(n, k, dtype=torch.float32, device="cpu")
+        weights.normal_(0, WEIGHT_STD, generator=generator)
         return QuantizedMatrix(*fmt.quantize(weights))
     # A size of its own for each matrix, so that a mixed-up expert shows as well.
-    value = WEIGHT_STD * 2 ** (4 * float(torch.rand((), generator=generator)) - 3)
+    value = WEIGHT_STD * 2 ** (4 * uniform(generator=generator).item() - 3)
     if pattern == "uniform":
-        weights = torch.full((n, k), value)
+        weights = torch.full((n, k), value, dtype=torch.float32, device="cpu")
     elif pattern == "alternating":
-        sizes = 1 + (torch.arange(k) // 2 + 3 * torch.arange(n).unsqueeze(1)) % 8 / 8
-        weights = value * sizes * (1 - 2 * (torch.arange(k) % 2))
+        sizes = 1 + (_count(k) // 2 + 3 * _count(n).unsqueeze(1)) % 8 / 8
+        weights = value * sizes * (1 - 2 * (_count(k) % 2))
     elif pattern == "ramp":
-        start = torch.arange(n).unsqueeze(1) * 7
-        weights = value * (2 * ((torch.arange(k) + start) % k) / k - 1)
+        start = _count(n).unsqueeze(1) * 7
+        weights = value * (2 * ((_count(k) + start) % k) / k - 1)
     else:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     return QuantizedMatrix(*fmt.quantize(weights))
@@ -152,15 +154,21 @@ def _layer_pieces(
         yield from layout.expert(layer, index, matrices, generator)
 
 
+def _count(end: int) -> torch.Tensor:
+    return torch.arange(end, dtype=torch.float32, device="cpu")
+
+
 def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
     # random_ draws one number per element: fewer and wider elements are several times faster.
-    words = torch.empty(n, k // 16, dtype=torch.int64)
+    words = torch.empty(n, k // 16, dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
     shape = (n, k // fmt.group_size)
     if fmt.scale_storage == torch.uint8:
-        scales = torch.randint(*_RANDOM_E8M0, shape, dtype=torch.uint8, generator=generator)
+        scales = torch.randint(
+            *_RANDOM_E8M0, shape, dtype=torch.uint8, device="cpu", generator=generator
+        )
     else:
-        scales = (torch.rand(shape, generator=generator) * WEIGHT_STD / 4).to(fmt.scale_storage)
+        scales = (uniform(*shape, generator=generator) * WEIGHT_STD / 4).to(fmt.scale_storage)
     return QuantizedMatrix(codes, scales)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from cpumoe._random import normal, uniform
 from cpumoe.checkpoint.writer import TensorSpec
 from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
 from cpumoe.models import ModelSpec
@@ -77,7 +78,7 @@ class Layout(ABC):
         """Yields the pieces of one expert; `matrices` are gate, up, down."""
 
     def _normal(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * ROUTER_STD
+        return normal(*shape, generator=generator) * ROUTER_STD
 
 
 class DeepseekV4Layout(Layout):
@@ -142,7 +143,7 @@ class DeepseekV4Layout(Layout):
             return
         for start in range(0, self._vocab_size, _HASH_CHUNK):
             tokens = min(_HASH_CHUNK, self._vocab_size - start)
-            keys = torch.rand(tokens, sizes.experts, generator=generator)
+            keys = uniform(tokens, sizes.experts, generator=generator)
             yield f"{prefix}.tid2eid", start, keys.topk(sizes.top_k).indices
 
     @override
@@ -300,7 +301,7 @@ class CompressedTensorsLayout(Layout):
         for name, matrix in zip(("gate", "up", "down"), matrices, strict=True):
             yield f"{prefix}.{name}_proj.weight_packed", 0, matrix.codes.view(torch.int32)
             yield f"{prefix}.{name}_proj.weight_scale", 0, matrix.scales
-            yield f"{prefix}.{name}_proj.weight_shape", 0, torch.tensor(matrix.shape)
+            yield f"{prefix}.{name}_proj.weight_shape", 0, torch.tensor(matrix.shape, device="cpu")
 
     def _prefix(self, layer: int) -> str:
         return f"{self.spec.extra['prefix']}layers.{layer}.mlp"

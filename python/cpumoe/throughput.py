@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from cpumoe._random import normal, uniform
 from cpumoe.experts import Experts
 
 Routing = Literal["balanced", "concentrated", "zipf"]
@@ -90,12 +91,12 @@ def make_workload(
     if routing not in ROUTINGS:
         raise ValueError(f"routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
     generator = torch.Generator().manual_seed(seed)
-    hidden_states = torch.randn(tokens, hidden_size, generator=generator).bfloat16()
-    weights = torch.rand(tokens, top_k, generator=generator) + 0.1
-    popularity = torch.ones(num_experts)
+    hidden_states = normal(tokens, hidden_size, generator=generator).bfloat16()
+    weights = uniform(tokens, top_k, generator=generator) + 0.1
+    popularity = torch.ones(num_experts, dtype=torch.float32, device="cpu")
     if routing == "zipf":
-        ranks = 1 + torch.randperm(num_experts, generator=generator)
-        popularity = 1 / ranks
+        ranks = 1 + torch.randperm(num_experts, device="cpu", generator=generator)
+        popularity = popularity / ranks
     rows = 1 if routing == "concentrated" else tokens
     draws = popularity.expand(NUM_ROUTINGS * rows, num_experts)
     ids = torch.multinomial(draws, top_k, generator=generator).int()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from cpumoe._random import normal, uniform
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
@@ -309,17 +310,17 @@ class _Announced(Sequence[QuantizedMatrix]):
 def _random_batch(
     weights: LayerWeights, tokens: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden_states = torch.randn(tokens, weights.hidden_size, generator=generator).to(dtype)
-    keys = torch.rand(tokens, weights.num_experts, generator=generator)
+    hidden_states = normal(tokens, weights.hidden_size, generator=generator).to(dtype)
+    keys = uniform(tokens, weights.num_experts, generator=generator)
     topk_ids = keys.topk(weights.top_k).indices
     # Above zero, as a router's are.
-    raw = 0.1 + torch.rand(tokens, weights.top_k, generator=generator)
+    raw = 0.1 + uniform(tokens, weights.top_k, generator=generator)
     return hidden_states, topk_ids, raw / raw.sum(-1, keepdim=True)
 
 
 def _checked_tokens(tokens: int) -> torch.Tensor:
     count = min(tokens, MAX_REFERENCE_TOKENS)
-    return torch.linspace(0, tokens - 1, count, dtype=torch.float64).round().long()
+    return torch.linspace(0, tokens - 1, count, dtype=torch.float64, device="cpu").round().long()
 
 
 def _quiet_runtime(threads: int) -> Runtime:

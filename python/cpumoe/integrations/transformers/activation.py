@@ -13,8 +13,8 @@ from cpumoe.swiglu import SwiGLU
 
 # Around zero, where gates differ most, and far enough for a limit to show that the module has under
 # another name.
-_FAR = torch.logspace(2, 6, 9)
-_PROBES = torch.cat((torch.linspace(-48, 48, 97), torch.linspace(-1, 1, 21), _FAR, -_FAR))
+_FAR = [10 ** (2 + i / 2) for i in range(9)]
+_PROBES = [*range(-48, 49), *(i / 10 for i in range(-10, 11)), *_FAR, *(-far for far in _FAR)]
 
 
 class _Gate(Protocol):
@@ -35,9 +35,11 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
     name = type(module).__name__
     if not getattr(module, "has_gate", True):
         raise ValueError(f"{name}: experts without a gate projection are not supported")
-    # The host may be inside a block that makes new tensors on the meta device.
-    with torch.device("cpu"), torch.no_grad():
-        probes = torch.cat((_PROBES, (_limit(module) or 0) * torch.tensor([-2.0, 2.0]))).float()
+    # The host may be inside a block that makes new tensors on the meta device; the caller may have
+    # chosen another default dtype, or autocast.
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        beyond = 2 * (_limit(module) or 0)
+        probes = torch.tensor([*_PROBES, -beyond, beyond], dtype=torch.float32, device="cpu")
         gate, up = (grid.flatten() for grid in torch.meshgrid(probes, probes, indexing="ij"))
         # One feature: [gate; up] and interleaved columns are the same.
         gate_up = torch.stack((gate, up), -1)

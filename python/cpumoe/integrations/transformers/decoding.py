@@ -31,7 +31,7 @@ def decode(
         cache: of a prompt whose beginning was read; None: the host reads all of it.
         cancelled: asked after each token.
     """
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device="cpu")
     # Left out, the host would choose from the 50 best tokens.
     choice = {"do_sample": True, "top_k": 0} if continuation.sampled else {"do_sample": False}
     begun = {} if cache is None else {"past_key_values": cache}

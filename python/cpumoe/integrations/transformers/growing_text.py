@@ -159,4 +159,4 @@ class StopWhen:
         if not stop and self._cancelled is not None and self._cancelled():
             self._text.finish_reason = "cancelled"
             stop = True
-        return torch.tensor([stop])
+        return torch.tensor([stop], device="cpu")

@@ -56,7 +56,7 @@ class Processor:
 
 
 def _ends(request: Request) -> torch.Tensor:
-    return torch.tensor(request.ends, dtype=torch.long)
+    return torch.tensor(request.ends, dtype=torch.long, device="cpu")
 
 
 # In the host's order.
@@ -104,8 +104,8 @@ def leaves_a_choice(processor: Any, vocabulary: int) -> bool:
     """Whether a processor, tried at several places of a text, leaves a token to choose there."""
     for length in (1, 3, 4, 7):
         # Falling logits and a text without repetition: no token is like another.
-        scores = torch.linspace(1, 0, vocabulary)[None]
-        ids = torch.arange(length)[None] % vocabulary
+        scores = torch.linspace(1, 0, vocabulary, dtype=torch.float32, device="cpu")[None]
+        ids = torch.arange(length, device="cpu")[None] % vocabulary
         scores = processor(ids, scores)
         if scores.shape != (1, vocabulary) or not scores.max().isfinite():
             return False

@@ -48,7 +48,7 @@ def logprob_rows(
         count: alternatives to give with each.
     """
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, device="cpu")[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(count, logprobs.shape[1]))
     return [
         token_logprob(

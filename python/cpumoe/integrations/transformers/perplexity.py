@@ -64,7 +64,7 @@ def perplexity(
     total, scored, computed = 0.0, 0, 0
     start = time.perf_counter()
     for begin, new in _windows(len(tokens), window, stride):
-        ids = torch.tensor([list(tokens[begin : begin + window])])
+        ids = torch.tensor([list(tokens[begin : begin + window])], device="cpu")
         with torch.inference_mode():
             logits = model(ids, use_cache=False).logits[0, -new - 1 : -1]
         total += float(

@@ -58,7 +58,7 @@ def read_prompt(
     for start in range(0, end, part_tokens):
         if start and cancelled is not None and cancelled():
             raise CancelledError
-        ids = torch.tensor([tokens[start : min(start + part_tokens, end)]])
+        ids = torch.tensor([tokens[start : min(start + part_tokens, end)]], device="cpu")
         outputs = model(input_ids=ids, past_key_values=cache, use_cache=True, **kept)
         if on_logits is not None:
             on_logits(start, outputs.logits[0])

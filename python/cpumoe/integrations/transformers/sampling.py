@@ -60,7 +60,7 @@ def logits_processors(
         processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     processors += [processor for p, processor in made if not p.narrows]
     if least > 0 and request.ends:
-        ends = torch.tensor(request.ends)
+        ends = torch.tensor(request.ends, device="cpu")
         processors.append(MinNewTokensLengthLogitsProcessor(request.prompt_length, least, ends))
     if grammar is not None:
         processors.append(grammar)

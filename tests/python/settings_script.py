@@ -1,0 +1,160 @@
+"""Imports cpumoe and uses it in forked children, each under one process-wide setting of torch.
+
+Prints a line of JSON for each: the setting's name, and what was computed, or the error's traceback.
+Children share what their parent has imported, which takes most of the time.
+"""
+
+import contextlib
+import hashlib
+import json
+import locale
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+# What the integration imports of the host, before settings change.
+import torch._dynamo
+from torch.overrides import TorchFunctionMode
+
+
+class LookOn(TorchFunctionMode):
+    """Sees each function of torch, and changes nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def nothing():
+    """The settings as they are."""
+
+
+def default_dtype(dtype):
+    return lambda: torch.set_default_dtype(dtype)
+
+
+def autocast():
+    keep.enter_context(torch.autocast("cpu", torch.bfloat16))
+
+
+def inference():
+    keep.enter_context(torch.inference_mode())
+    for name in ("tr_TR.UTF-8", "de_DE.UTF-8", "C.UTF-8"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, name)
+            return
+
+
+def all_that_change_nothing():
+    locale.setlocale(locale.LC_ALL, "C")
+    warnings.simplefilter("error")
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(3)
+    torch.set_flush_denormal(True)
+    torch.autograd.set_detect_anomaly(True)
+    keep.enter_context(LookOn())
+
+
+keep = contextlib.ExitStack()
+SETTINGS = {
+    "nothing": nothing,
+    "default dtype float16": default_dtype(torch.float16),
+    "default dtype float64": default_dtype(torch.float64),
+    "default device meta": lambda: torch.set_default_device("meta"),
+    "autocast": autocast,
+    "inference mode, another locale": inference,
+    "all others": all_that_change_nothing,
+}
+
+
+def digest(*tensors):
+    """What their bits are."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist()))
+    return found.hexdigest()[:12]
+
+
+def checked():
+    """What cpumoe itself computes: quantizing, references with bounds, made-up weights, layers."""
+    import cpumoe
+    from cpumoe import bounds, synth, throughput
+
+    results = {}
+    for name in cpumoe.WEIGHT_FORMATS:
+        fmt = cpumoe.weight_format(name)
+        generator = torch.Generator().manual_seed(1)
+        stacks, singles = {}, []
+        for part, (n, k) in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96))):
+            made = [synth.random_matrix(fmt, n, k, p, generator) for p in synth.PATTERNS]
+            singles += made
+            stacks[part] = cpumoe.QuantizedMatrix(
+                torch.stack([m.codes for m in made]), torch.stack([m.scales for m in made])
+            )
+        results[f"{name} weights"] = digest(*(t for m in singles for t in (m.codes, m.scales)))
+        experts = len(synth.PATTERNS)
+        load = throughput.make_workload(
+            num_experts=experts, hidden_size=64, tokens=5, top_k=2, routing="zipf", seed=2
+        )
+        call = (load.hidden_states, load.topk_ids[0], load.topk_weights)
+        layer = cpumoe.Experts.from_tensors(**stacks, format=name)
+        results[f"{name} layer"] = digest(layer(*call), layer.submit(*call).result())
+        reference, bound = bounds.experts_forward_with_bound(*call, **stacks, format=name)
+        results[f"{name} reference"] = digest(reference, bound)
+    return results
+
+
+def generated(root):
+    """What whole models compute."""
+    from cpumoe.integrations.transformers import from_pretrained
+
+    results = {}
+    for family in sorted(os.listdir(root)):
+        model = from_pretrained(root / family)
+        logits = model(torch.arange(3, 13, device="cpu")[None]).logits
+        results[family] = digest(logits) if logits.isfinite().all() else "not finite"
+    return results
+
+
+def computed(name, root):
+    """All of it under one setting."""
+    SETTINGS[name]()
+    results = checked()
+    from cpumoe.integrations.transformers import activation  # noqa: F401  its import under it, too
+
+    if name == "default device meta":
+        torch.set_default_device(None)  # the host refuses to load under it
+    return results | generated(root)
+
+
+def child(name, root):
+    """Prints the line of one setting."""
+    try:
+        line = {"setting": name, "computed": computed(name, root)}
+    except BaseException:
+        line = {"setting": name, "error": traceback.format_exc()}
+    with os.fdopen(os.dup(1), "w") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def main(root, processes=2):
+    """Runs the children, some at a time."""
+    running = 0
+    for name in SETTINGS:
+        if running == processes:
+            os.wait()
+            running -= 1
+        if os.fork() == 0:
+            child(name, root)
+            os._exit(0)
+        running += 1
+    for _ in range(running):
+        os.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
