@@ -6,10 +6,18 @@ import pytest
 from typer.testing import CliRunner
 
 import cpumoe
-from cpumoe import _core
-from cpumoe.cli import app
+from cpumoe import _core, limits
+from cpumoe.cli import app, demo
 
 TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
+
+
+def make_quick(replace):
+    """Has commands measure next to nothing; `replace` is ``setattr``, or a monkeypatch's."""
+    measure = limits.measure_read_bandwidth
+    replace(limits, "_default_buffer_bytes", lambda: 1 << 20)
+    replace(limits, "measure_read_bandwidth", lambda runtime: measure(runtime, seconds=0))
+    replace(demo, "_TIMED_SECONDS", 0)
 
 
 def run(*arguments):

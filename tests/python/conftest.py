@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 from checkpoint_tools import write_small
+from cli_tools import make_quick
 
-from cpumoe import _core, limits
-from cpumoe.cli import demo
+from cpumoe import _core
 
 # The reference runs on small tensors here, for which a barrier per operation costs more than it
 # saves.
@@ -42,12 +42,7 @@ def gpt_oss(tmp_path):
 @pytest.fixture
 def quick_commands(monkeypatch):
     """Small buffers and no forced variant, whatever the machine and its environment are."""
-    monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
-    measure = limits.measure_read_bandwidth
-    monkeypatch.setattr(
-        limits, "measure_read_bandwidth", lambda runtime: measure(runtime, seconds=0)
-    )
-    monkeypatch.setattr(demo, "_TIMED_SECONDS", 0)
+    make_quick(monkeypatch.setattr)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
     monkeypatch.setenv("COLUMNS", "120")

@@ -141,14 +141,20 @@ def _prompt_logprobs(prompt, alternatives):
     return (dataclasses.replace(first, logprob=None, top=()), *rest)
 
 
+def use_fake_model(**options):
+    """Puts a `FakeModel` in the place of those that commands would load."""
+    from cpumoe.cli import chat, serve
+
+    model = FakeModel(**options)
+    for command in (chat, serve):
+        command.load_text_model = lambda *_, **__: model
+
+
 def main():
     """``cpumoe`` with a fake model, as a process: python fake_model.py DELAY END ARGUMENTS."""
     from cpumoe import cli
-    from cpumoe.cli import chat, serve
 
-    model = FakeModel(delay=float(sys.argv[1]), end=int(sys.argv[2]))
-    for command in (chat, serve):
-        command.load_text_model = lambda *_, **__: model
+    use_fake_model(delay=float(sys.argv[1]), end=int(sys.argv[2]))
     sys.argv[:3] = ["cpumoe"]
     cli.main()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpumoe.cli.errors import InputError
+from cpumoe.cli.text_model import require_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +28,7 @@ def require(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, got {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib; install it with: pip install 'cpumoe[plot]'")
+    require_package("matplotlib", "plot", "--plot")
 
 
 def draw(path: Path, document: dict[str, Any]) -> None:
