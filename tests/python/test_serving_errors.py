@@ -239,6 +239,14 @@ def test_paths_and_methods(server):
         assert reply.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/messages", "/v1/responses"])
+def test_clients_of_other_protocols_are_told_which_ones_there_are(server, path):
+    status, error = server.refuse(path, {"model": "llama3"})
+    assert (status, error["code"]) == (404, "not_found")
+    assert path in error["message"]
+    assert "OpenAI's API (/v1/chat/completions" in error["message"]
+
+
 def test_only_json_is_read(server):
     """Else a web page could make its visitor's browser send requests to a local server."""
     for kind in ("text/plain", "application/x-www-form-urlencoded"):

@@ -1,5 +1,7 @@
 """Server and chat with a real, tiny model: they say what the model says."""
 
+import json
+
 import pytest
 import tiny_models
 from serving_tools import Server, wait_for
@@ -7,7 +9,7 @@ from typer.testing import CliRunner
 
 from cpumoe.cli import app
 from cpumoe.generation import Sampling
-from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.integrations.transformers import LanguageModel, perplexity
 
 QUESTION = [{"role": "user", "content": "Hi"}]
 
@@ -61,6 +63,69 @@ def test_chat(server, model, folder):
         result = CliRunner().invoke(app, ["chat", target, *options], input="Hi\n")
         assert result.exit_code == 0, result.output
         assert result.stdout_bytes.decode() == f"{expected}\n"
+
+
+def test_a_prompts_log_probabilities_are_those_of_its_perplexity(server, model):
+    text = "In the beginning"
+    expected = perplexity(model.model, model.encode(text).tokens, window=64)
+    with server.client() as client:
+        ask = {"model": model.name, "prompt": text, "echo": True, "logprobs": 2}
+        choice = client.completions.create(**ask, max_tokens=0).choices[0]
+    first, *others = choice.logprobs.token_logprobs
+    assert first is None
+    assert choice.text == text
+    assert -sum(others) == pytest.approx(expected.nats_per_token * expected.scored_tokens, rel=1e-2)
+    body = {"text": text, "return_logprob": True, "logprob_start_len": 0}
+    body["sampling_params"] = {"max_new_tokens": 0}
+    information = server.http.post("/generate", json=body).json()["meta_info"]
+    rows = information["input_token_logprobs"]
+    assert [row[0] for row in rows] == [None, *map(pytest.approx, others)]
+    assert [row[1] for row in rows] == [*model.encode(text).tokens]
+
+
+def test_log_probabilities_of_a_stream_are_those_of_the_whole(server, model):
+    ask = {"model": model.name, "messages": QUESTION, "max_tokens": 9, "temperature": 0}
+    ask |= {"logprobs": True, "top_logprobs": 2}
+    with server.client() as client:
+        whole = client.chat.completions.create(**ask).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, stream=True)]
+    streamed = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+    assert [token.bytes for token in streamed] == [t.bytes for t in whole.logprobs.content]
+    for token in whole.logprobs.content:
+        assert token.logprob == token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+
+
+def test_a_call_that_must_be_has_arguments_of_its_schema(server, model):
+    properties = {"colour": {"enum": ["red", "green"]}, "glossy": {"type": "boolean"}}
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "paint", "parameters": parameters}}]
+    named = {"type": "function", "function": {"name": "paint"}}
+    with server.client() as client:
+        for choice in ("required", named):
+            reply = client.chat.completions.create(
+                model=model.name,
+                messages=QUESTION,
+                tools=tools,
+                tool_choice=choice,
+                parallel_tool_calls=False,
+                temperature=0,
+            )
+            assert reply.choices[0].finish_reason == "tool_calls"
+            (call,) = reply.choices[0].message.tool_calls
+            assert call.function.name == "paint"
+            assert {*json.loads(call.function.arguments)} == {"colour", "glossy"}
+
+
+def test_a_schema_that_cannot_be_honoured_is_the_requests_fault(server):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}
+    body = {"messages": QUESTION, "response_format": form}
+    status, error = server.refuse("/v1/chat/completions", body)
+    assert (status, error["param"]) == (400, "response_format")
 
 
 def test_refusals_of_the_model(server):

@@ -17,6 +17,11 @@ logger = logging.getLogger("cpumoe.serving")
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _LONGEST_TEXT = 600
+# For clients of other protocols, Ollama's for one.
+_PROTOCOLS = (
+    "this server has OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models) "
+    "and SGLang's /generate"
+)
 
 
 class ApiError(Exception):
@@ -156,7 +161,7 @@ def install_handlers(app: FastAPI, on_error: Callable[[ApiError], None]) -> None
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         messages = {
-            404: f"no such path: {request.url.path}",
+            404: f"no such path: {request.url.path}; {_PROTOCOLS}",
             405: f"{request.url.path} does not take {request.method}",
         }
         codes = {404: "not_found", 405: "method_not_allowed"}

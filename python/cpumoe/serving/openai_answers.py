@@ -176,9 +176,9 @@ class ChatShape(OpenAiShape):
 
     def choice(self, index: int, job: GenerationJob, result: Generation) -> Document:
         """Returns a whole text as a choice."""
-        text, calls = result.text, result.tool_calls
+        text, calls = result.text, self._all_calls(result)
         if self._forced is not None:
-            text, calls = "", self._forced.calls(text)
+            text = ""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if result.reasoning:
             message["reasoning_content"] = result.reasoning
@@ -215,15 +215,19 @@ class ChatShape(OpenAiShape):
 
     def last(self, job: GenerationJob, index: int, result: Generation) -> list[Document]:
         """Returns a text's end as choices of events."""
-        calls = result.tool_calls
-        choices = []
-        if self._forced is not None:
-            calls = self._forced.calls(result.text)
-            if not self._forced.named:
-                choices.append(_delta(index, self._new_calls(index, calls)))
+        calls = self._all_calls(result)
+        # Those that were not sent yet: calls that are forced wait until they are whole.
+        new = calls[self._calls.get(index, 0) :]
+        choices = [_delta(index, self._new_calls(index, new))] if new else []
         tokens = (result.logprobs or ())[self._sent.get(index, 0) :]
         logprobs = self._worded(tokens) if tokens else None
         return [*choices, _delta(index, {}, logprobs, _reason(result, calls))]
+
+    def _all_calls(self, result: Generation) -> Sequence[ToolCall]:
+        """The calls that the model made of itself, or that its text must be."""
+        if self._forced is None or not result.text:
+            return result.tool_calls
+        return self._forced.calls(result.text)
 
     def _worded(self, tokens: Sequence[TokenLogprob]) -> Document | None:
         return chat_logprobs(tokens) if self._logprobs else None

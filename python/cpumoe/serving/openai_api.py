@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
@@ -69,18 +68,14 @@ def _model_card(service: Service) -> Document:
 
 
 def _chat_jobs(service: Service, body: ChatBody) -> list[GenerationJob]:
-    messages, forced = body.conversation(), body.forced_calls()
+    messages = body.conversation()
     tools = [tool.document() for tool in body.offered_tools]
     names = dict(body.names)
-    if forced is not None:
+    if body.forced_calls() is not None:
         names["json_schema"] = "tools"
 
     def encode(model: TextModel) -> Prompt:
-        prompt = model.encode_chat(
-            messages, tools=tools, template_arguments=body.template_arguments
-        )
-        # A text that must be calls is no reply in the model's own format.
-        return prompt if forced is None else dataclasses.replace(prompt, reply=None)
+        return model.encode_chat(messages, tools=tools, template_arguments=body.template_arguments)
 
     terms = Terms(bool(body.stream), "messages", names, None, service.settings.max_tokens)
     encode_once = _once(encode)
