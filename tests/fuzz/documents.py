@@ -1,0 +1,139 @@
+"""JSON documents that are nearly right: sound ones with a few things in them changed."""
+
+import copy
+import json
+
+from hypothesis import strategies as st
+
+_DEEP = 100_000
+
+
+def nested(depth):
+    """A list in a list in a list."""
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# What a reader may believe in the place of a number, a text, a list.
+ODD_VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    2**31,
+    2**63,
+    2**64,
+    10**400,
+    "",
+    "x" * 70_000,
+    "\0",
+    "\n\r\x1b[2J",
+    "\ud800",
+    "ß‮😀",
+    "../../etc/passwd",
+    "/dev/zero",
+    "re:" + "(a+)+" * 30 + "$",
+    "re:" + "(" * 500,
+    "{% for x in range(9**9) %}",
+    [],
+    {},
+    [[]],
+    [None] * 300,
+    ["a" * 900] * 30,
+    {str(i): i for i in range(300)},
+    nested(50),  # copying it takes two Python calls a level
+)
+
+
+def places(document, at=()):
+    """The path of each value in a document, its own, (), first."""
+    yield at
+    if isinstance(document, dict):
+        items = document.items()
+    else:
+        items = enumerate(document) if isinstance(document, list) else ()
+    for key, value in items:
+        yield from places(value, (*at, key))
+
+
+def _value(document, place):
+    for key in place:
+        document = document[key]
+    return document
+
+
+@st.composite
+def changed(draw, documents):
+    """One of the documents, with up to four changes."""
+    document = copy.deepcopy(draw(st.sampled_from(documents)))
+    for _ in range(draw(st.integers(0, 4))):
+        document = _change(draw, document)
+    return document
+
+
+def _change(draw, document):
+    place = draw(st.sampled_from(list(places(document))))
+    new = draw(
+        st.sampled_from(ODD_VALUES)
+        | st.integers()
+        | st.text(max_size=30)
+        | st.sampled_from(list(places(document))).map(lambda other: _value(document, other))
+    )
+    new = copy.deepcopy(new)
+    if not place:
+        return draw(st.sampled_from([new, [document], {"text_config": document}]))
+    *way, key = place
+    owner = _value(document, way)
+    action = draw(st.sampled_from(["set", "set", "remove", "add"]))
+    if action == "set":
+        owner[key] = new
+    elif action == "remove":
+        del owner[key]
+    elif isinstance(owner, dict):
+        owner[draw(st.sampled_from(["error", "name", "", key + "x"]) | st.text(max_size=9))] = new
+    else:
+        owner.insert(key, new)
+    return document
+
+
+@st.composite
+def damaged(draw, text):
+    """Bytes as a broken disk, a broken connection or somebody else's program would leave them."""
+    data = bytearray(draw(text))
+    action = draw(
+        st.sampled_from(["", "", "", "cut", "flip", "insert", "repeat", "deep", "utf-16"])
+    )
+    at = draw(st.integers(0, max(0, len(data) - 1)))
+    if action == "cut":
+        del data[at:]
+    elif action == "flip" and data:
+        data[at] ^= draw(st.integers(1, 255))
+    elif action == "insert":
+        data[at:at] = draw(st.binary(max_size=20) | st.sampled_from([b"\xef\xbb\xbf", b"\0" * 99]))
+    elif action == "repeat":
+        data += data[at:]
+    elif action == "deep":
+        data[at:at] = draw(st.sampled_from([b"[", b'{"a":', b"]"])) * _DEEP
+    elif action == "utf-16":
+        return data.decode(errors="replace").encode("utf-16")
+    return bytes(data)
+
+
+def dumped(document):
+    """A document as JSON text; NaN and infinities as Python writes them, surrogates escaped."""
+    return json.dumps(document).encode()
+
+
+def json_bytes(*documents):
+    """What may be in a file where one of the documents should be."""
+    return damaged(changed(documents).map(dumped))

@@ -1,0 +1,43 @@
+"""A few inputs of each target of tests/fuzz, and that its runner finds faults."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from tests.fuzz import __main__ as fuzz
+from tests.fuzz.target import Target
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_nearly_right_inputs_end_as_documented(name, tmp_path):
+    faults, count = fuzz.run(name, tmp_path, examples=25, rounds=1)
+    assert faults == []
+    assert count >= 10
+    assert list(tmp_path.iterdir()) == []
+
+
+class Sums(Target):
+    """A reader that cannot stand large numbers, nor negative ones."""
+
+    def strategy(self):
+        return st.integers(-1000, 1000)
+
+    def check(self, data):
+        if data >= 100:
+            raise KeyError(data)
+        if data < 0:
+            raise IndexError(data)
+
+
+def test_each_fault_is_told_once_by_its_simplest_input(tmp_path, monkeypatch):
+    monkeypatch.setitem(fuzz.TARGETS, "sums", Sums)
+    faults, _ = fuzz.run("sums", tmp_path, examples=300, rounds=4)
+    simplest = sorted(line.strip() for fault in faults for line in fault.splitlines()[-3:])
+    assert len(faults) == 2
+    assert "data=-1," in simplest
+    assert "data=100," in simplest
+    assert len(list(tmp_path.glob("sums-*.fault"))) == 2
