@@ -77,6 +77,26 @@ def test_what_the_model_calls_is_a_message_with_calls(server, client):
     ]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_wants_one_call_at_a_time_gets_the_first(server, client, stream):
+    calls = (ToolCall("weather", '{"city": "Rome"}'), ToolCall("time", '{"zone": "CET"}'))
+    said(server, Piece(tool_calls=calls), Piece(tool_calls=calls))
+    reply = client.chat.completions.create(
+        model="fake",
+        messages=HELLO,
+        tools=[WEATHER, TIME],
+        parallel_tool_calls=False,
+        stream=stream,
+    )
+    if stream:
+        message, reason = collect(reply)
+        names = [call["name"] for call in message["tool_calls"]]
+    else:
+        reason = reply.choices[0].finish_reason
+        names = [call.function.name for call in reply.choices[0].message.tool_calls]
+    assert (names, reason) == (["weather"], "tool_calls")
+
+
 def test_calls_alone_leave_the_content_null(server, client):
     said(server, Piece(tool_calls=(ToolCall("time", "{}"),)))
     message = client.chat.completions.create(model="fake", messages=HELLO, tools=[TIME]).choices[0]

@@ -171,6 +171,8 @@ class ChatShape(OpenAiShape):
         super().__init__(model, body)
         self._logprobs = bool(body.logprobs)
         self._forced: ForcedCalls | None = body.forced_calls()
+        # As many calls as the client wants at once, whatever the model does.
+        self._most_calls = 1 if body.parallel_tool_calls is False else None
         self._sent: dict[int, int] = {}
         self._calls: dict[int, int] = {}
 
@@ -206,8 +208,11 @@ class ChatShape(OpenAiShape):
             delta |= self._forced_delta(index, piece.text)
         elif piece.text:
             delta["content"] = piece.text
-        if piece.tool_calls:
-            delta |= self._new_calls(index, piece.tool_calls)
+        first = self._calls.get(index, 0)
+        if new := piece.tool_calls[
+            : None if self._most_calls is None else self._most_calls - first
+        ]:
+            delta |= self._new_calls(index, new)
         self._sent[index] = self._sent.get(index, 0) + len(piece.logprobs)
         if not delta and not piece.logprobs:
             return []
@@ -225,9 +230,10 @@ class ChatShape(OpenAiShape):
 
     def _all_calls(self, result: Generation) -> Sequence[ToolCall]:
         """The calls that the model made of itself, or that its text must be."""
-        if self._forced is None or not result.text:
-            return result.tool_calls
-        return self._forced.calls(result.text)
+        calls = result.tool_calls
+        if self._forced is not None and result.text:
+            calls = self._forced.calls(result.text)
+        return calls[: self._most_calls]
 
     def _worded(self, tokens: Sequence[TokenLogprob]) -> Document | None:
         return chat_logprobs(tokens) if self._logprobs else None
