@@ -15,7 +15,7 @@ from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.cli import inspect_model
 from cpumoe.experts import Experts
 
-from .documents import changed, damaged, dumped, json_bytes
+from .documents import changed, damaged, dumped
 from .target import Target, in_one_line
 
 MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2")
@@ -35,27 +35,39 @@ class _Folders(Target):
         IndexError,
     )
 
+    file = ""
+
     def __init__(self):
         self._root = Path(tempfile.mkdtemp(prefix="cpumoe-fuzz-"))
-        self.folders = [self._sound(model) for model in MODELS]
+        self._paths = [self._sound(model) / self.file for model in MODELS]
+        self._contents = [path.read_bytes() for path in self._paths]
 
     def close(self):
         shutil.rmtree(self._root)
 
-    def _sound(self, model):
-        folder = self._root / model
-        return checkpoint_tools.write_small(folder, model)
+    def strategy(self):
+        @st.composite
+        def which_and_what(draw):
+            number = draw(st.integers(0, len(MODELS) - 1))
+            return number, self._content(draw, self._contents[number])
+
+        return which_and_what()
 
     def check(self, data):
         number, content = data
-        folder = self.folders[number]
-        path = folder / self.file
-        sound = path.read_bytes()
+        path = self._paths[number]
         try:
             path.write_bytes(content)
-            self._use(folder)
+            self._use(path.parent)
         finally:
-            path.write_bytes(sound)
+            path.write_bytes(self._contents[number])
+
+    def _sound(self, model):
+        return checkpoint_tools.write_small(self._root / model, model)
+
+    def _content(self, draw, sound):
+        """Draws the file's content."""
+        return damaged(draw, dumped(changed(draw, [json.loads(sound)])))
 
     def _use(self, folder):
         for use in (_inspected, _packed):
@@ -63,13 +75,6 @@ class _Folders(Target):
                 use(folder)
             except self.allowed as error:
                 in_one_line(error)
-
-    def one_of(self, content):
-        """Draws a folder, and what `content` makes of its file."""
-        numbers = range(len(self.folders))
-        return st.sampled_from(numbers).flatmap(
-            lambda n: st.tuples(st.just(n), content((self.folders[n] / self.file).read_bytes()))
-        )
 
 
 def _inspected(folder):
@@ -91,28 +96,19 @@ class ConfigFile(_Folders):
 
     file = CONFIG_NAME
 
-    def strategy(self):
-        return self.one_of(lambda sound: json_bytes(json.loads(sound)))
-
 
 class Header(_Folders):
     """A safetensors file: the header's length, the header, the data."""
 
     file = SINGLE_NAME
 
-    def strategy(self):
-        return self.one_of(_files)
-
-
-@st.composite
-def _files(draw, sound):
-    length = int.from_bytes(sound[:_LENGTH_BYTES], "little")
-    header, data = sound[_LENGTH_BYTES:][:length], sound[_LENGTH_BYTES + length :]
-    text = draw(damaged(changed((json.loads(header),)).map(dumped)))
-    said = draw(
-        st.just(len(text)) | st.sampled_from([0, 1, len(text) + 1, 2**30, 2**63, 2**64 - 1])
-    )
-    return draw(damaged(st.just(said.to_bytes(_LENGTH_BYTES, "little") + text + data)))
+    def _content(self, draw, sound):
+        length = int.from_bytes(sound[:_LENGTH_BYTES], "little")
+        header, data = sound[_LENGTH_BYTES:][:length], sound[_LENGTH_BYTES + length :]
+        text = super()._content(draw, header)
+        lengths = [len(text), len(text), 0, 1, len(text) + 1, 2**30, 2**63, 2**64 - 1]
+        said = lengths[draw(st.integers(0, len(lengths) - 1))]
+        return damaged(draw, said.to_bytes(_LENGTH_BYTES, "little") + text + data)
 
 
 class Index(_Folders):
@@ -125,6 +121,3 @@ class Index(_Folders):
         folder = self._root / f"{model}-shards"
         folder.mkdir()
         return checkpoint_tools.split_into_shards(whole, folder, 2)
-
-    def strategy(self):
-        return self.one_of(lambda sound: json_bytes(json.loads(sound)))

@@ -41,7 +41,7 @@ class GenerationConfig(Target):
         shutil.rmtree(self._folder)
 
     def strategy(self):
-        return json_bytes(*_SOUND)
+        return json_bytes(_SOUND)
 
     def check(self, data):
         (self._folder / FILE).write_bytes(data)

@@ -72,11 +72,11 @@ class Requests(Target):
     def strategy(self):
         fitting = st.sampled_from(list(BODIES)).flatmap(
             lambda path: st.tuples(
-                st.just("POST"), st.just(path), st.just(_TYPES[0]), json_bytes(*BODIES[path])
+                st.just("POST"), st.just(path), st.just(_TYPES[0]), json_bytes(BODIES[path])
             )
         )
         every = tuple(body for bodies in BODIES.values() for body in bodies)
-        odd = st.tuples(*map(st.sampled_from, (_METHODS, _PATHS, _TYPES)), json_bytes(*every))
+        odd = st.tuples(*map(st.sampled_from, (_METHODS, _PATHS, _TYPES)), json_bytes(every))
         return fitting | fitting | fitting | odd
 
     def check(self, data):
@@ -112,19 +112,18 @@ _CHUNKS = (
 
 @st.composite
 def _streams(draw):
-    events = draw(st.lists(changed(_CHUNKS).map(dumped), max_size=5))
+    events = [dumped(changed(draw, _CHUNKS)) for _ in range(draw(st.integers(0, 5)))]
     field = draw(st.sampled_from([b"data: ", b"data: ", b"data:", b"event: error\ndata: ", b": "]))
     end = draw(st.sampled_from([b"\n\n", b"\n\n", b"\r\n\r\n", b"\n"]))
     last = draw(st.sampled_from([b"data: [DONE]\n\n", b"data: [DONE]", b""]))
-    return b"".join(field + event + end for event in events) + last
+    return damaged(draw, b"".join(field + event + end for event in events) + last)
 
 
 class Replies(Target):
     """What a server replies to the chat client: streams of events, documents, anything."""
 
     def strategy(self):
-        body = damaged(_streams()) | json_bytes(*_CHUNKS)
-        return st.tuples(body, st.integers(1, 5000))
+        return st.tuples(_streams() | json_bytes(_CHUNKS), st.integers(1, 5000))
 
     def check(self, data):
         body, step = data

@@ -134,6 +134,11 @@ def test_errors_come_with_any_status_and_in_events(said, shown):
     assert refused(http(f"event: error\ndata: {body}\n\n")) == shown
 
 
+@pytest.mark.parametrize("data", ["", " ", "<br>"])
+def test_an_error_that_says_nothing_is_still_one(data):
+    assert refused(http(f"event: error\ndata: {data}\n\n")) == "an error event without a word"
+
+
 @pytest.mark.parametrize(
     ("reply", "shown"),
     [

@@ -182,7 +182,7 @@ def _event(name: str, data: str) -> dict[str, Any]:
         ReplyError: it is none, or an error.
     """
     if name == "error":
-        raise ReplyError(quote(data))
+        raise ReplyError(quote(data) or "an error event without a word")
     try:
         document = json.loads(data) if data.strip() else None
     except (ValueError, RecursionError):
