@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-# The experts of a layer are read once per part, and a part that uses them all is as fast as a whole
-# prompt: attention's matrices are even smaller.
+# As many tokens as experts compute in one round, about: more at once is no faster there, and slower
+# in attention, whose matrices grow with a part.
 PART_TOKENS = 2048
 # Where all logits are wanted, at most so many at a time (in fp32: 256 MiB).
 _MOST_LOGITS = 1 << 26
