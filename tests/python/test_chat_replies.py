@@ -178,6 +178,16 @@ def test_templates_that_want_arguments_as_text_get_them_so(chat):
     assert rendered(chat, template, [*QUESTION, called("x")]) == 'Hifx{"a": 1}'
 
 
+def test_arguments_nested_too_deeply_to_be_read_stay_text(chat):
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments | length }}{% endfor %}{% endfor %}"
+    )
+    message = called("x")
+    message["tool_calls"][0]["function"]["arguments"] = "[" * 100_000 + "]" * 100_000
+    assert rendered(chat, template, [message]) == "200000"
+
+
 def test_templates_that_write_identifiers_get_the_models_own(chat):
     template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}<|tool_call_begin|>{{ c.id }}"
@@ -188,6 +198,11 @@ def test_templates_that_write_identifiers_get_the_models_own(chat):
     assert rendered(chat, template, history) == (
         "<|tool_call_begin|>functions.fp:0<|tool_call_begin|>functions.fq:1;"
         "functions.fp:0;functions.fq:1;lost;<|tool_call_begin|>functions.fr:2;"
+    )
+    # Some clients begin anew with each reply.
+    history = [called("p"), answers[0]] * 3
+    assert rendered(chat, template, history) == "".join(
+        f"<|tool_call_begin|>functions.fp:{i};functions.fp:{i};" for i in range(3)
     )
 
 

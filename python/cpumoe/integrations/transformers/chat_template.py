@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,7 +121,7 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
         # What is no JSON goes back to the model as it once wrote it.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(function["arguments"] or "{}")
     return {**call, "function": function}
 
@@ -128,11 +129,14 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
 def _name_calls(messages: list[dict[str, Any]]) -> None:
     """Gives calls the names that Kimi's models know them by, in the order of the conversation."""
     names: dict[str, str] = {}
+    numbers = itertools.count()
     for message in messages:
         calls = []
         for call in message.get("tool_calls") or ():
-            name = f"functions.{(call.get('function') or {}).get('name')}:{len(names)}"
-            names[str(call.get("id", len(names)))] = name
+            number = next(numbers)
+            name = f"functions.{(call.get('function') or {}).get('name')}:{number}"
+            # Some clients number the calls of each reply anew: a result belongs to the last one.
+            names[str(call.get("id", number))] = name
             calls.append({**call, "id": name})
         if calls:
             message["tool_calls"] = calls
