@@ -10,6 +10,7 @@ from moe_tools import BF16_COMPUTES
 
 import cpumoe
 from cpumoe import validation
+from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.synth import PATTERNS
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -50,6 +51,22 @@ def test_validate_chooses_compute_paths(v4):
     assert "passed on generic bf16, generic int8" in text
     assert "--compute: expected one of all, auto, bf16, int8, got 'fp7'" in refuse(
         "validate", v4, "--compute", "int8,fp7"
+    )
+
+
+def test_validate_checks_fp32_hidden_states(v4):
+    options = ("--tokens", "3,40", "--compute", "all", "--isa", "all", "--dtype", "float32")
+    document = read("validate", v4, *options)
+    assert document["passed"]
+    assert document["dtype"] == "float32"
+    assert [(result["isa"], result["compute"]) for result in document["isas"]] == [
+        (isa, compute) for isa in cpumoe.supported_isas() for compute in COMPUTE_PATHS
+    ]
+    for result in document["isas"]:
+        if result["compute"] == "auto":
+            assert all(case["relative_l2"] < 1e-5 for case in result["cases"])
+    assert "--dtype: expected one of bfloat16, float16, float32, got 'int4'" in refuse(
+        "validate", v4, "--dtype", "int4"
     )
 
 
