@@ -15,7 +15,8 @@ from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perp
 
 @pytest.fixture(scope="module")
 def host():
-    return measured(LanguageModel.from_pretrained(host_experts=True))
+    """The host's own in fp32: in bf16 its routers pick other experts than ours, each on its CPU."""
+    return measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=True))
 
 
 def measured(model, count=None):
@@ -29,7 +30,7 @@ def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
     # Of all the text: rounding to bf16 sends some tokens to other experts, which ones depends on
     # the CPU. That was worth up to 0.24 % over 1,024 tokens, 0.06 % over all 5,224.
     model = LanguageModel.from_pretrained(options=ExpertsOptions(isa=isa))
-    assert measured(model) == pytest.approx(host, rel=1e-3)
+    assert measured(model) == pytest.approx(host, rel=2e-3)
     assert host < 40
 
 
