@@ -72,6 +72,8 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         CheckpointError: not an MoE model, or a size is missing or not a positive integer.
     """
     text = _section(config, "text_config") or config
+    _check_optional(config, "architectures", list, str)
+    _check_optional(text, "num_nextn_predict_layers", int)
     if not any(key in text for key in _NUM_EXPERTS_KEYS):
         raise CheckpointError(
             f"config.json: not a Mixture-of-Experts model: expected one of "
@@ -134,6 +136,21 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json: {key}: expected an object, got {shown_value(value)}")
     return value
+
+
+def _check_optional(
+    config: Mapping[str, Any], key: str, kind: type, item_kind: type | None = None
+) -> None:
+    """Checks what is not needed here, but believed by those who read the config after us."""
+    value = config.get(key)
+    items = value if item_kind is not None and isinstance(value, list) else ()
+    if value is not None and not (
+        isinstance(value, kind) and all(isinstance(item, item_kind or object) for item in items)
+    ):
+        of = "" if item_kind is None else f" of {item_kind.__name__}"
+        raise CheckpointError(
+            f"config.json: {key}: expected {kind.__name__}{of}, got {shown_value(value)}"
+        )
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int:

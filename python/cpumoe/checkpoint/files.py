@@ -23,7 +23,6 @@ HEADER_LIMIT = INDEX_LIMIT = 100_000_000
 NAME_LIMIT = 1000
 
 POINTER_START = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024  # no pointer is longer
 _SHOWN_CHARACTERS = 120
 
 _short = reprlib.Repr()
@@ -59,9 +58,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: expected at most {limit} bytes of JSON, got {size}")
+        _check_size(file, limit, path)
         content = file.read(limit)  # no more, should it grow meanwhile
     check_pointer(content, path)
     return parse_object(content, path)
@@ -101,15 +98,20 @@ def check_pointer(start: bytes, path: Path) -> None:
         )
 
 
-def check_no_pointer(path: Path) -> None:
-    """As `check_pointer`, of a file that nothing else reads here.
+def check_content(path: Path, limit: int) -> None:
+    """Refuses a file that is too large or a pointer, for a file that others will read.
+
+    Args:
+        path: a regular file.
+        limit: of its size in bytes.
 
     Raises:
-        CheckpointError: a pointer.
+        CheckpointError: so it is.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        check_pointer(file.read(_POINTER_BYTES), path)
+        _check_size(file, limit, path)
+        check_pointer(file.read(len(POINTER_START)), path)
 
 
 def check_name(name: str, path: Path) -> None:
@@ -169,6 +171,12 @@ class FileState:
     def _now(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
+
+
+def _check_size(file: BinaryIO, limit: int, path: Path) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

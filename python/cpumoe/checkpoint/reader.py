@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
-from cpumoe.checkpoint.files import CheckpointError, shown
+from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.swiglu import SwiGLU
@@ -26,6 +26,8 @@ ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
 # What precedes ``layers.3.``: nothing, or the language model's place in a greater one.
 MODEL = r"(?:(?:language_)?model\.)*"
 LAYER = r"(?P<layer>[0-9]{1,9})"
+# Any tensor of a layer, as transformers or as OpenAI names it.
+_OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -188,6 +190,20 @@ class ExpertReader(ABC):
             raise UnsupportedFormatError(
                 f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
                 f"Supported formats: {', '.join(WEIGHT_FORMATS)}"
+            )
+
+    def check_depth(self) -> None:
+        """Checks that the files have as many layers as the config, for whoever builds all of those.
+
+        Raises:
+            CheckpointError: no tensor is of the last layer.
+        """
+        numbers = (_OF_A_LAYER.search(name) for name in self.folder.names())
+        found = max((int(match["layer"]) for match in numbers if match), default=-1) + 1
+        if found < self.config.num_hidden_layers:
+            raise CheckpointError(
+                f"{self.folder.path}: config.json: num_hidden_layers: expected at most {found}, as "
+                f"the weights have, got {shown_value(self.config.num_hidden_layers)}"
             )
 
     def check_layer(self, layer: int) -> None:

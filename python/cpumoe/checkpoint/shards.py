@@ -199,7 +199,7 @@ class SafetensorsFolder:
                 raise CheckpointError(
                     f"{path}: expected a {SHARD_SUFFIX} file: cpumoe reads none else"
                 )
-            for name in self._open(path, "weights").tensors:
+            for name in self._open(path).tensors:
                 other = found.setdefault(name, path)
                 if other != path:
                     raise _held_twice(name, other, path)
@@ -216,7 +216,7 @@ class SafetensorsFolder:
             )
         return shard
 
-    def _open(self, path: Path, wanted: str) -> _Shard:
+    def _open(self, path: Path, wanted: str | None = None) -> _Shard:
         with self._lock:
             if self._shards is None:
                 raise ValueError(f"{self.path}: the checkpoint is closed")
@@ -273,9 +273,10 @@ def _held_twice(name: str, first: Path, second: Path) -> CheckpointError:
     )
 
 
-def _open_shard(path: Path, wanted: str) -> _Shard:
+def _open_shard(path: Path, wanted: str | None) -> _Shard:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing shard; it holds {shown(wanted)} (and others)")
+        holds = "" if wanted is None else f"; it holds {shown(wanted)} (and others)"
+        raise FileNotFoundError(f"{path}: missing shard{holds}")
     with path.open("rb") as file:
         state = FileState(file, path)
         tensors = read_header(file, state.size, path)

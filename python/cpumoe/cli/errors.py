@@ -10,14 +10,12 @@ from typing import TextIO
 
 import typer
 
+from cpumoe._memory import is_out_of_memory
 from cpumoe.cli.console import print_error, print_warning
 from cpumoe.generation import ModelError
 
 VALIDATION_FAILED = 1
 BAD_INPUT = 2
-
-# How PyTorch says so, in a RuntimeError.
-_NO_MEMORY = "can't allocate memory"
 
 
 class InputError(ValueError):
@@ -44,7 +42,7 @@ def reported(traceback: bool) -> Iterator[None]:
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             message = str(error)
             if isinstance(error, RuntimeError):
-                if _NO_MEMORY in message:
+                if is_out_of_memory(error):
                     message = ""
                 elif not isinstance(error, ModelError):
                     raise

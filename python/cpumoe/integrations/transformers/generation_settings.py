@@ -14,6 +14,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
+from cpumoe.checkpoint import CheckpointError
+from cpumoe.checkpoint.files import CONFIG_LIMIT, read_json
 from cpumoe.generation import LEAST_TEMPERATURE, ModelError
 from cpumoe.integrations.transformers.host_processors import (
     PROCESSORS,
@@ -89,12 +91,9 @@ def read_generation_config(
     if file is None:
         return None
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: expected JSON, got text that is none: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return read_json(Path(file), CONFIG_LIMIT)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
 
 def host_generation_config(content: Mapping[str, Any]) -> Any:

@@ -1,13 +1,108 @@
-"""The files that the host reads, checked before it does: what is wrong then has a file's name."""
+"""The files that the host reads, checked before it does: what is wrong then has a file's name.
+
+The host finds out late, and by whatever exception the wrong content happens to cause.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpumoe.checkpoint import ExpertReader, open_checkpoint
+import tokenizers
+
+from cpumoe._memory import is_out_of_memory
+from cpumoe.checkpoint import CheckpointError, ExpertReader, SafetensorsFolder, open_checkpoint
+from cpumoe.checkpoint.files import (
+    CONFIG_LIMIT,
+    check_content,
+    read_json,
+    shown,
+    shown_value,
+)
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, EXPLICIT_KEY
+
+# What may be a name on the hub, "gpt2" or "openai/gpt-oss-20b".
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_TOKENIZER = "tokenizer.json"
+# JSON objects.
+_MODEL_CONFIGS = ("generation_config.json", "adapter_config.json")
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEMPLATES = ("*.jinja", "*/*.jinja")
+# Vocabularies, which the host parses soon enough, and a limit of their bytes: the greatest that are
+# published have 35 MB.
+_VOCABULARIES = (_TOKENIZER, "vocab.json", "tekken.json", "merges.txt", "vocab.txt", "*.model")
+_VOCABULARY_LIMIT = 256 << 20
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no folder and cannot be a name on the hub.
+
+    Raises:
+        FileNotFoundError: so it is; the host would complain of the name.
+        NotADirectoryError: a file.
+    """
+    if Path(path).is_file():
+        raise NotADirectoryError(f"{path}: expected a checkpoint folder, got a file")
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(os.fspath(path)):
+        raise FileNotFoundError(f"{path}: no such checkpoint folder")
+
+
+def check_tokenizer_files(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
+    """Refuses files that no tokenizer can be made of; those of a name on the hub are not looked at.
+
+    Args:
+        path: a checkpoint folder, or a name on the hub.
+        kwargs: the host's ``subfolder``, and others.
+
+    Raises:
+        CheckpointError: the file that is damaged.
+    """
+    folder = _local_folder(path, kwargs)
+    if folder is None:
+        return
+    _check_configs(folder, _TOKENIZER_CONFIGS)
+    for file in _existing(folder, _TEMPLATES):
+        _check_text(file)
+    for file in _existing(folder, _VOCABULARIES):
+        check_content(file, _VOCABULARY_LIMIT)
+
+
+def check_model_files(
+    path: str | os.PathLike[str], kwargs: Mapping[str, Any], *, experts: bool
+) -> None:
+    """Refuses files that no model can be made of.
+
+    Those of a name on the hub are not looked at, nor weights that a config of the caller's names:
+    our quantizer checks both, when the host has resolved them.
+
+    Args:
+        path: a checkpoint folder, or a name on the hub.
+        kwargs: of the host's ``from_pretrained``.
+        experts: whether cpumoe must know the format of its experts.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no checkpoint folder, or a shard is missing.
+        CheckpointError: the file that is damaged; see `open_checkpoint`.
+    """
+    folder = _local_folder(path, kwargs)
+    if folder is None:
+        return
+    _check_configs(folder, _MODEL_CONFIGS)
+    if kwargs.get("config") is not None:
+        return
+    variant = kwargs.get("variant")
+    if not experts:
+        with SafetensorsFolder(folder, variant=variant) as weights:
+            _check_weights(weights)
+        return
+    with open_checkpoint(folder, variant=variant) as reader:
+        reader.check_supported()
+        reader.check_depth()
+        _check_weights(reader.folder)
 
 
 def open_resolved(files: Sequence[str], config: Any) -> ExpertReader:
@@ -31,3 +126,113 @@ def open_resolved(files: Sequence[str], config: Any) -> ExpertReader:
         if begins and (folder / CONFIG_NAME).is_file():
             return open_checkpoint(folder, files=files)
     raise FileNotFoundError(f"{first}: expected a {CONFIG_NAME} beside the weights, found none")
+
+
+@contextmanager
+def host_reads(what: str) -> Iterator[None]:
+    """Turns what the host makes of wrong content into one error that names the file.
+
+    Which exception that is depends on where the host comes across it: KeyError, AttributeError, a
+    panic of a library in Rust. Errors that say by themselves what is wrong stay as they are: those
+    of cpumoe's own code, of the system, and for lack of memory or of a package.
+
+    Args:
+        what: what is read: the file, or the folder.
+
+    Raises:
+        CheckpointError: any other.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, OSError, ImportError):
+        raise
+    except BaseException as error:
+        if _is_ours(error) or is_out_of_memory(error):
+            raise
+        raise _unreadable(what, "transformers", error) from error
+
+
+@contextmanager
+def host_reads_tokenizer(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """As `host_reads`; names tokenizer.json where it is to blame."""
+    try:
+        with host_reads(f"{path}: tokenizer"):
+            yield
+    except CheckpointError as error:
+        folder = _local_folder(path, kwargs)
+        if folder is not None and (folder / _TOKENIZER).is_file():
+            _diagnose_tokenizer(folder / _TOKENIZER)
+        raise error
+
+
+def check_vocabulary(tokenizer: Any, embeddings: int, path: str | os.PathLike[str]) -> None:
+    """Refuses a tokenizer whose vocabulary, added tokens aside, is greater than the model's.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    size = tokenizer.vocab_size
+    if size > embeddings:
+        raise CheckpointError(
+            f"{path}: tokenizer: expected a vocabulary of at most {embeddings} tokens, as the "
+            f"model's, got {size}: it is another model's"
+        )
+
+
+def _local_folder(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path | None:
+    check_path(path)
+    return Path(path, kwargs.get("subfolder") or "") if Path(path).exists() else None
+
+
+def _existing(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
+
+
+def _check_configs(folder: Path, names: Sequence[str]) -> None:
+    for file in _existing(folder, names):
+        read_json(file, CONFIG_LIMIT)
+
+
+def _check_text(file: Path) -> None:
+    check_content(file, CONFIG_LIMIT)
+    try:
+        file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: expected UTF-8 text: {error}") from None
+
+
+def _diagnose_tokenizer(file: Path) -> None:
+    """Raises CheckpointError if the file is no tokenizer.
+
+    For when the host has failed: a large vocabulary takes a second, and the host would read it
+    again.
+    """
+    try:
+        tokenizers.Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics, too
+        raise _unreadable(str(file), "tokenizers", error) from error
+
+
+def _unreadable(what: str, reader: str, error: BaseException) -> CheckpointError:
+    reason = shown(" ".join(str(error).split()), 300)
+    return CheckpointError(f"{what}: {reader} cannot read it: {type(error).__name__}: {reason}")
+
+
+def _check_weights(weights: SafetensorsFolder) -> None:
+    if weights.index is not None and not isinstance(weights.index_metadata, dict):
+        raise CheckpointError(
+            f"{weights.index}: metadata: transformers expects an object, "
+            f'got {shown_value(weights.index_metadata)}: add "metadata": {{}}'
+        )
+    weights.check_shards()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether cpumoe's own code has raised it: then it says what is wrong, or is a bug."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] == __name__.partition(".")[0]

@@ -33,8 +33,13 @@ from cpumoe.integrations.transformers.generation_settings import (
     host_generation_config,
     read_generation_config,
 )
+from cpumoe.integrations.transformers.host_files import (
+    check_model_files,
+    check_tokenizer_files,
+    check_vocabulary,
+    host_reads_tokenizer,
+)
 from cpumoe.integrations.transformers.loading import (
-    check_path,
     from_pretrained,
     from_pretrained_by_host,
     origin,
@@ -115,8 +120,11 @@ class LanguageModel:
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
         options = options or ExpertsOptions()
-        check_path(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, **origin(kwargs))
+        # Before the tokenizer: for it, too, the host makes a config of as many layers as it claims.
+        check_model_files(path, kwargs, experts=not host_experts)
+        check_tokenizer_files(path, kwargs)
+        with host_reads_tokenizer(path, kwargs):
+            tokenizer = AutoTokenizer.from_pretrained(path, **origin(kwargs))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         content = read_generation_config(path, origin(kwargs))
@@ -129,6 +137,7 @@ class LanguageModel:
                 )
             else:
                 model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
+        check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, path)
         return cls(model, tokenizer, name or Path(path).resolve().name, generation_config=content)
 
     @property

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,10 @@ from transformers.conversion_mapping import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from cpumoe.checkpoint import UnsupportedFormatError, open_checkpoint
+from cpumoe.checkpoint import UnsupportedFormatError
+from cpumoe.checkpoint.weight_files import CONFIG_NAME
 from cpumoe.integrations.transformers.completeness import check_complete, host_report_held_back
+from cpumoe.integrations.transformers.host_files import check_model_files, host_reads
 from cpumoe.integrations.transformers.in_memory import experts_forward
 from cpumoe.integrations.transformers.options import (
     ExpertsOptions,
@@ -37,8 +37,6 @@ from cpumoe.integrations.transformers.quantizers import HOST_QUANTIZERS, QUANTIZ
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 IMPLEMENTATION = "cpumoe"
-# What may be a name on the hub, "gpt2" or "openai/gpt-oss-20b".
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Arguments that say where a checkpoint is: config and tokenizer must come from there as well.
 _ORIGIN = (
     "cache_dir",
@@ -117,7 +115,7 @@ def from_pretrained(
         raise ValueError("torch_dtype: this argument is called dtype")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16 or torch.float32, got {dtype}")
-    _check_folder(path, kwargs)
+    check_model_files(path, kwargs, experts=True)
     config = _config(path, kwargs)
     _use_our_quantizer(config, path)
     with loading_with(options or ExpertsOptions()):
@@ -139,7 +137,7 @@ def from_pretrained_by_host(
         dtype: bfloat16 or float32.
         **kwargs: for the host.
     """
-    check_path(path)
+    check_model_files(path, kwargs, experts=False)
     config = _config(path, kwargs)
     owner, quantization = _quantization(config)
     if quantization is not None:
@@ -174,43 +172,17 @@ def disable() -> None:
     AUTO_QUANTIZER_MAPPING.update(HOST_QUANTIZERS)
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
-    """Refuses what is no folder and cannot be a name on the hub.
-
-    Raises:
-        FileNotFoundError: so it is; the host would complain of the name.
-        NotADirectoryError: a file.
-    """
-    if Path(path).is_file():
-        raise NotADirectoryError(f"{path}: expected a checkpoint folder, got a file")
-    if not Path(path).exists() and not _HUB_NAME.fullmatch(os.fspath(path)):
-        raise FileNotFoundError(f"{path}: no such checkpoint folder")
-
-
 def origin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those of `from_pretrained`'s arguments that say where the checkpoint is."""
     return {name: kwargs[name] for name in _ORIGIN if name in kwargs}
-
-
-def _check_folder(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
-    """Refuses what cannot be loaded before the host begins.
-
-    Later, our quantizer checks the files that the host has resolved: those of a name on the hub, or
-    of a config that the caller gave, which may name other weights.
-    """
-    check_path(path)
-    if not Path(path).exists() or kwargs.get("config") is not None:
-        return
-    folder = Path(path, kwargs.get("subfolder") or "")
-    with open_checkpoint(folder, variant=kwargs.get("variant")) as reader:
-        reader.check_supported()
 
 
 def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     """Takes the config out of the arguments, as a copy that may be changed, or loads it."""
     config = kwargs.pop("config", None)
     if config is None:
-        return AutoConfig.from_pretrained(path, **origin(kwargs))
+        with host_reads(f"{path}: {CONFIG_NAME}"):
+            return AutoConfig.from_pretrained(path, **origin(kwargs))
     return copy.deepcopy(config)
 
 
@@ -246,7 +218,7 @@ def _load(
     Returns:
         The model, or model and report where the caller wants both.
     """
-    with host_report_held_back(path):
+    with host_reads(str(path)), host_report_held_back(path):
         model, report = model_class.from_pretrained(
             path,
             config=config,
