@@ -44,8 +44,10 @@ def distinct_computes(dtype: torch.dtype) -> tuple[str, ...]:
 def _torch_allows_bf16() -> bool:
     import torch
 
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # it was set by the attributes that PyTorch 2.9 brought
-        precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    # PyTorch 2.9 brought a setting for the CPU alone. `set_float32_matmul_precision` sets it, too,
+    # but does not notice when it is changed afterwards.
+    cpu = getattr(torch.backends.mkldnn, "matmul", None)
+    if cpu is not None:
+        precision: str = cpu.fp32_precision
         return precision == "bf16"
+    return torch.get_float32_matmul_precision() == "medium"

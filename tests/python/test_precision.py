@@ -68,6 +68,10 @@ def test_pytorchs_newer_settings_count(matmul_precision):
         assert resolve_compute("auto", torch.float32) == "bf16"
         settings.fp32_precision = "ieee"
         assert resolve_compute("auto", torch.float32) == "auto"
+        # The older setting does not notice what comes after it.
+        matmul_precision("medium")
+        settings.fp32_precision = "ieee"
+        assert resolve_compute("auto", torch.float32) == "auto"
     finally:
         settings.fp32_precision = "none"
         matmul_precision("highest")

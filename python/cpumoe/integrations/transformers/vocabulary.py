@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # How SentencePiece writes a space, and a byte that is part of a character.
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-_BYTE = "<0x"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -38,9 +39,8 @@ class Vocabulary:
         if not isinstance(written, str):
             return b""  # the model's vocabulary may be larger than the tokenizer's
         if token in self._added_ids or not (self._byte_level or _SPACE in written):
-            if written.startswith(_BYTE) and token not in self._added_ids:
-                return bytes.fromhex(written[len(_BYTE) : -1])
-            return self._decoded(token)
+            byte = None if token in self._added_ids else _BYTE.fullmatch(written)
+            return bytes.fromhex(byte[1]) if byte else self._decoded(token)
         if self._byte_level and all(character in _BYTES for character in written):
             return bytes(_BYTES[character] for character in written)
         return written.replace(_SPACE, " ").encode("utf-8", "surrogatepass")
