@@ -79,7 +79,7 @@ start_server() { # starts a server in the current environment; sets its address
     exit 1
 }
 
-complete() { # complete URL: asks a server with the standard library
+complete() { # complete URL: asks a server with the standard library, once for JSON
     "$inside" - "$1" <<'PYTHON'
 import json, sys, urllib.request
 
@@ -89,9 +89,15 @@ def ask(path, body=None):
     request = urllib.request.Request(f"{sys.argv[1]}/{path}", data, headers)
     return json.load(urllib.request.urlopen(request, timeout=60))
 
-model = ask("models")["data"][0]["id"]
-print(ask("completions", {"model": model, "prompt": "In the beginning", "max_tokens": 4})["object"])
+common = {"model": ask("models")["data"][0]["id"], "max_tokens": 4}
+assert ask("completions", {**common, "prompt": "In the beginning"})["object"] == "text_completion"
+chat = {"messages": [{"role": "user", "content": "Hello"}], "response_format": {"type": "json_object"}}
+print(ask("chat/completions", {**common, **chat})["object"])
 PYTHON
+}
+
+fetch() { # fetch URL
+    "$inside" -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())' "$1"
 }
 
 missing() { # missing EXTRA COMMAND...: the command names the extra
@@ -140,7 +146,8 @@ missing transformers serve --port 0
 echo "== serve,transformers, and chat in an environment of its own"
 environment serve,transformers
 start_server
-expect 0 "text_completion" complete "$url"
+expect 0 "chat.completion" complete "$url"
+expect 0 "# TYPE" fetch "${url%/v1}/metrics"
 environment chat
 expect 0 "" ask "$url"
 missing transformers chat

@@ -243,6 +243,20 @@ def test_both_back_ends_give_the_same():
     assert samplings == [Sampling(**sampling)] * 2
 
 
+def test_what_a_model_here_thinks_is_kept_apart():
+    model = FakeModel()
+    model.reply = [Piece(reasoning="h"), Piece(reasoning="m"), Piece("yes")]
+    answer = ask(LocalBackend(model), "a")
+    assert (answer.reasoning, answer.text, answer.lack) == ("hm", "yes", None)
+    model.reply = [Piece(reasoning="hm"), Piece(tool_calls=(ToolCall("look", "{}"),))]
+    session = Session(LocalBackend(model), Paper(), Sampling(), None)
+    said = enter(session, "a")
+    assert said.endswith(
+        "error: fake: no answer, but calls of tools, which a chat has none of: look"
+    )
+    assert (session.messages, session.failures) == ([], 1)
+
+
 def test_a_local_model_refuses():
     backend = LocalBackend(FakeModel())
     with pytest.raises(ChatError, match="the assistant spoke last"):

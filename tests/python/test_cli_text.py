@@ -58,6 +58,11 @@ def test_generate_reads_the_prompt_from_a_pipe_or_file(model, tmp_path):
     assert run("generate", model, "--prompt-file", file, *GREEDY).stdout == expected
 
 
+def test_a_pipe_that_is_no_utf8_is_named(model):
+    said = run("generate", model, "--prompt-file", "-", stdin=b"caf\xe9", code=2).stderr
+    assert said.startswith("error: --prompt-file: standard input: expected UTF-8 text: ")
+
+
 def test_generate_answers_in_the_chat_format(model):
     result = run("generate", model, "-p", "Hi", "--chat", *GREEDY, "--json")
     assert json.loads(result.stdout)["prompt_tokens"] == 4  # <|user|>Hi<|assistant|>

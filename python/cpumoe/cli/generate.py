@@ -177,8 +177,14 @@ def _prompt(text: str | None, file: str | None) -> str:
         raise InputError("expected either --prompt TEXT or --prompt-file FILE")
     if text is None:
         assert file is not None
-        from_pipe = file == _STANDARD_INPUT
-        text = sys.stdin.read() if from_pipe else read_text(Path(file), "--prompt-file")
+        text = _read_pipe() if file == _STANDARD_INPUT else read_text(Path(file), "--prompt-file")
     if not text:
         raise InputError("--prompt: expected some text, got none")
     return text
+
+
+def _read_pipe() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file: standard input: expected UTF-8 text: {error}") from None
