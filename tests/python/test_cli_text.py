@@ -106,7 +106,7 @@ def test_generate_with_a_seed_repeats_itself(model):
         (["-p", "a", "--chat-template", "FILE"], "--chat-template: only --chat has a use for it"),
         (["-p", "a", "--temperature", "-1"], "temperature: expected 0 to 100, got -1.0"),
         (["-p", "a", "--top-p", "0"], "top_p: expected above 0"),
-        (["-p", "a", "--dtype", "float8"], "--dtype: expected one of bfloat16, float32"),
+        (["-p", "a", "--dtype", "float8"], "--dtype: expected one of bfloat16, float32, auto"),
         (["-p", "a", "--isa", "avx3"], "unknown"),
         (["-p", "a", "--compute", "int3"], "int3"),
         (["-p", "a" * 600], "fewer tokens than the context of 512, got 600"),
@@ -177,6 +177,15 @@ def test_eval_compares_ways_to_compute_experts(model, text):
     assert auto["perplexity"] == bf16["perplexity"]  # generic multiplies fp32 as it is
     assert int8["perplexity"] != bf16["perplexity"]
     assert bf16["scored_tokens"] == int8["scored_tokens"] == host["scored_tokens"] == 247
+
+
+def test_dtype_auto_is_what_the_model_has(model, text):
+    options = ("eval", model, "--text", text, "--isa", "generic", "--json")
+    own, bf16 = (
+        json.loads(run(*options, "--dtype", dtype).stdout)["results"][0]["perplexity"]
+        for dtype in ("auto", "bfloat16")
+    )
+    assert own == bf16
 
 
 def test_eval_prints_a_table(model, text):

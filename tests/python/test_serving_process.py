@@ -202,5 +202,7 @@ def test_options_reach_model_and_server(monkeypatch):
     assert folder == "somewhere"
     expected = {"threads": 2, "compute": "int8", "isa": "generic", "dtype": "float32"}
     assert keywords.items() >= expected.items()
-    with pytest.raises(ValueError, match="--dtype: expected one of bfloat16, float32, got 'int4'"):
+    with pytest.raises(
+        ValueError, match="--dtype: expected one of bfloat16, float32, auto, got 'int4'"
+    ):
         text_model.load_text_model(None, dtype="int4")

@@ -3,10 +3,11 @@
 import pytest
 import tiny_models
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, NemotronHConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import cpumoe
 from cpumoe import _core
@@ -69,6 +70,20 @@ def test_activations_are_recognised_by_what_they_compute(module_class, changes, 
     assert module_swiglu(module) == expected
     with torch.device("meta"):  # where the host builds models
         assert module_swiglu(experts_module(module_class, **changes)) == expected
+
+
+def test_experts_without_a_gate_are_refused_as_such():
+    config = NemotronHConfig(
+        hidden_size=64, moe_intermediate_size=96, n_routed_experts=4, num_experts_per_tok=2
+    )
+    config._experts_implementation = "cpumoe"
+    module = NemotronHExperts(config).eval()
+    ids = torch.tensor([[0, 1]])
+    message = "^NemotronHExperts: experts without a gate projection are not supported"
+    with pytest.raises(ValueError, match=message):
+        module_swiglu(module)
+    with pytest.raises(ValueError, match=message):
+        module(torch.ones(1, 64), ids, torch.ones(1, 2))
 
 
 def test_an_unknown_activation_is_refused_by_name():

@@ -302,7 +302,22 @@ def test_the_host_does_not_warn_of_what_it_does_not_do(tmp_path, monkeypatch):
     assert said == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
+@pytest.mark.parametrize("load", [from_pretrained, from_pretrained_by_host])
+def test_dtype_auto_rounds_nothing(tmp_path, dtype, load):
+    folder = tiny_models.kimi(tmp_path)
+    name = "model.norm.weight"
+    weight = torch.full((tiny_models.HIDDEN,), 1 + 2.0**-7)
+    if dtype in ("float16", "float32"):
+        weight += 2.0**-10  # more than bfloat16 has
+    edit_tensors(folder, {name: weight.to(getattr(torch, dtype or "bfloat16"))})
+    edit_config(folder, dtype=dtype)
+    model = load(folder, dtype="auto")
+    assert model.dtype == (torch.bfloat16 if dtype in ("bfloat16", None) else torch.float32)
+    assert torch.equal(model.get_parameter(name).float(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "float16"])
 def test_other_dtypes_are_refused(tmp_path, dtype):
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or torch\.float32"):
         from_pretrained(tmp_path, dtype=dtype)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
@@ -17,6 +19,8 @@ _TOP_K_KEYS = (
     "moe_topk",
     "moe_k",
 )
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 # Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
 # may clamp, shift or leave out the gate: a reader must not guess.
@@ -95,6 +99,21 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         hidden_size=_size(text, "hidden_size"),
         intermediate_size=_size(text, "moe_intermediate_size", "intermediate_size"),
     )
+
+
+def exact_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Returns the dtype, bfloat16 or float32, that rounds nothing which is not quantized.
+
+    Args:
+        config: a config.json, or transformers' config as a dict.
+
+    Raises:
+        CheckpointError: ``text_config`` is no object.
+    """
+    parts = (_section(config, "text_config"), config)
+    own = next(filter(None, (part.get(key) for part in parts for key in _DTYPE_KEYS)), "bfloat16")
+    is_bf16 = str(own).removeprefix("torch.") == "bfloat16"
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def positive_number(config: Mapping[str, Any], key: str, default: float) -> float:

@@ -19,21 +19,22 @@ from cpumoe.cli.options import (
     ThreadsOption,
     TracebackOption,
     parse_computes,
-    parse_dtype,
     parse_isas_or_best,
 )
 from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
-    DTYPES,
     DtypeOption,
     ModelArgument,
     TrustRemoteCodeOption,
     load_text_model,
+    parse_dense_dtype,
     read_text,
 )
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
+    import torch
+
     from cpumoe.integrations.transformers import LanguageModel, Perplexity
 
 EXAMPLE = "Example: `cpumoe eval --isa all --compute all --experts all`"
@@ -106,7 +107,7 @@ def command(
     last row is transformers' own computation from dequantized weights.
     """
     with reported(traceback):
-        ways = _ways(experts, isa, compute, dtype)
+        ways = _ways(experts, isa, compute, parse_dense_dtype(dtype, model))
         content = _read(model, text)
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:
@@ -131,7 +132,7 @@ def command(
             _render(name, rows)
 
 
-def _ways(experts: str, isa: str | None, compute: str, dtype: str) -> list[_Way]:
+def _ways(experts: str, isa: str | None, compute: str, dtype: torch.dtype) -> list[_Way]:
     if experts not in (_CPUMOE, _HOST, _ALL):
         raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
     if experts == _HOST and (isa is not None or compute != COMPUTE_PATHS[0]):
@@ -139,7 +140,7 @@ def _ways(experts: str, isa: str | None, compute: str, dtype: str) -> list[_Way]
     ways = []
     if experts != _HOST:
         isas = parse_isas_or_best(isa)
-        computes = parse_computes(compute, parse_dtype(dtype, DTYPES))
+        computes = parse_computes(compute, dtype)
         ways += [_Way(_CPUMOE, name, path) for path in computes for name in isas]
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))

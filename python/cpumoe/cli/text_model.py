@@ -14,10 +14,13 @@ from cpumoe.cli.options import parse_dtype
 from cpumoe.compute import COMPUTE_PATHS
 
 if TYPE_CHECKING:
+    import torch
+
     from cpumoe.generation import Sampling
     from cpumoe.integrations.transformers import LanguageModel
 
-DTYPES = ("bfloat16", "float32")
+_AUTO = "auto"
+DTYPES = ("bfloat16", "float32", _AUTO)
 _HOST_PACKAGES = ("transformers", "accelerate", "compressed-tensors")
 
 ModelArgument = Annotated[
@@ -31,7 +34,9 @@ ModelArgument = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        "--dtype", metavar="|".join(DTYPES), help="Of what is not an expert: attention, norms, …"
+        "--dtype",
+        metavar="|".join(DTYPES),
+        help="Of what is not an expert: attention, norms, …; auto: what rounds none of it.",
     ),
 ]
 # Unlike what compares variants, generation has one of each.
@@ -138,7 +143,7 @@ def load_text_model(
         ValueError: an unknown compute path or variant, or an unsupported checkpoint.
         OSError: one that cannot be read.
     """
-    dense_dtype = parse_dtype(dtype, DTYPES)
+    dense_dtype = parse_dense_dtype(dtype, model)
     template = None if chat_template is None else read_text(chat_template, "--chat-template")
     try:
         from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
@@ -164,6 +169,22 @@ def load_text_model(
     if decodes and host_threads.is_small(loaded.model):
         host_threads.choose_threads(threads, small=True)
     return loaded
+
+
+def parse_dense_dtype(name: str, model: str | None) -> torch.dtype:
+    """Returns the dtype that `--dtype` names, one of `DTYPES`; auto is what `model` has.
+
+    Raises:
+        InputError: it is none of them.
+        FileNotFoundError, CheckpointError: auto, and the model has no config.json that tells.
+    """
+    if name != _AUTO:
+        return parse_dtype(name, DTYPES)
+    from cpumoe import embedded
+    from cpumoe.checkpoint.config import exact_dtype
+    from cpumoe.checkpoint.shards import read_config
+
+    return exact_dtype(read_config(embedded.model_path() if model is None else Path(model)))
 
 
 def read_text(path: Path, option: str) -> str:

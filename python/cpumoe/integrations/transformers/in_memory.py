@@ -69,6 +69,7 @@ def _experts_of(module: Any) -> Experts:
 
 def _pack(module: Any) -> Experts:
     name = type(module).__name__
+    swiglu = module_swiglu(module)  # first: what has no gate has no gate_up_proj either
     if module.gate_up_proj.device.type != "cpu":
         raise ValueError(f"{name}: expected weights on the CPU, got {module.gate_up_proj.device}")
     if module.has_post_expert_norm:
@@ -85,7 +86,7 @@ def _pack(module: Any) -> Experts:
         num_experts=module.num_experts,
         hidden_size=hidden,
         intermediate_size=inner,
-        swiglu=module_swiglu(module),
+        swiglu=swiglu,
         has_bias=module.has_bias,
         runtime=options.runtime,
         compute=options.compute,

@@ -94,7 +94,7 @@ class LanguageModel:
         *,
         name: str | None = None,
         options: ExpertsOptions | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         chat_template: str | None = None,
         host_experts: bool = False,
         **kwargs: Any,
@@ -107,7 +107,7 @@ class LanguageModel:
             name: what clients call it; default: the path's last part.
             options: how experts are made, see `from_pretrained`. Its router and progress hold for
                 `host_experts` too.
-            dtype: of everything but the experts, bfloat16 or float32.
+            dtype: of everything but the experts, see `from_pretrained`.
             chat_template: a Jinja template in the place of the tokenizer's own.
             host_experts: let transformers dequantize and compute the experts as well, for
                 comparison. Four times the memory, and slow.

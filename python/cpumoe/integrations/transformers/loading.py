@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from cpumoe.checkpoint import UnsupportedFormatError
+from cpumoe.checkpoint.config import exact_dtype
 from cpumoe.checkpoint.weight_files import CONFIG_NAME
 from cpumoe.integrations.transformers.completeness import check_complete, host_report_held_back
 from cpumoe.integrations.transformers.host_files import check_model_files, host_reads
@@ -37,6 +38,8 @@ from cpumoe.integrations.transformers.quantizers import HOST_QUANTIZERS, QUANTIZ
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 IMPLEMENTATION = "cpumoe"
+_DTYPES = (torch.bfloat16, torch.float32)
+_AUTO = "auto"
 # Arguments that say where a checkpoint is: config and tokenizer must come from there as well.
 _ORIGIN = (
     "cache_dir",
@@ -86,7 +89,7 @@ def from_pretrained(
     *,
     model_class: Any = AutoModelForCausalLM,
     options: ExpertsOptions | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     **kwargs: Any,
 ) -> Any:
     """Loads a transformers model whose routed experts cpumoe computes; patches nothing.
@@ -98,7 +101,8 @@ def from_pretrained(
         path: a checkpoint folder, or a name on the hub.
         model_class: the class whose `from_pretrained` to call.
         options: how experts are made; default: `ExpertsOptions()`.
-        dtype: of everything but the experts: bfloat16 or float32.
+        dtype: of everything but the experts: bfloat16, float32, or "auto": bfloat16 where the
+            checkpoint has bfloat16, else float32, which rounds nothing.
         **kwargs: for the class's `from_pretrained`.
 
     Returns:
@@ -113,8 +117,10 @@ def from_pretrained(
     """
     if "torch_dtype" in kwargs:  # the host would let our dtype win, without a word
         raise ValueError("torch_dtype: this argument is called dtype")
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype: expected torch.bfloat16 or torch.float32, got {dtype}")
+    if dtype not in (*_DTYPES, _AUTO):
+        raise ValueError(
+            f"dtype: expected torch.bfloat16 or torch.float32 or {_AUTO!r}, got {dtype}"
+        )
     check_model_files(path, kwargs, experts=True)
     config = _config(path, kwargs)
     _use_our_quantizer(config, path)
@@ -126,7 +132,7 @@ def from_pretrained_by_host(
     path: str | os.PathLike[str],
     *,
     fp32_router: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     **kwargs: Any,
 ) -> Any:
     """Loads a causal language model that the host dequantizes and computes whole, to compare with.
@@ -134,7 +140,7 @@ def from_pretrained_by_host(
     Args:
         path: a checkpoint folder, or a name on the hub.
         fp32_router: see `ExpertsOptions`.
-        dtype: bfloat16 or float32.
+        dtype: as in `from_pretrained`.
         **kwargs: for the host.
     """
     check_model_files(path, kwargs, experts=False)
@@ -210,7 +216,7 @@ def _load(
     model_class: Any,
     path: str | os.PathLike[str],
     config: Any,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Calls the host's loader, and refuses a model that is not wholly what the files hold.
@@ -218,18 +224,20 @@ def _load(
     Returns:
         The model, or model and report where the caller wants both.
     """
+    if dtype == _AUTO:
+        dtype = exact_dtype(config.to_dict())
     with host_reads(str(path)), host_report_held_back(path):
         model, report = model_class.from_pretrained(
             path,
             config=config,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             # Else the host raises without the names, which it logs.
             **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True},
         )
         check_complete(
             model, report, path, mismatched_allowed=bool(kwargs.get("ignore_mismatched_sizes"))
         )
-    # The host's loader keeps unquantized tensors in the checkpoint's bf16 whatever it is asked for.
+    # The host's loader keeps some of the checkpoint's tensors in bf16 whatever it is asked for.
     # Only that way: the other would round what the host keeps in fp32, rotary frequencies first.
     if dtype == torch.float32:
         model.to(dtype)
