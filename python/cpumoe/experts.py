@@ -183,7 +183,8 @@ class Experts:
         Raises:
             FileNotFoundError: the folder or a shard is missing.
             CheckpointError: a damaged or incomplete checkpoint (a ValueError).
-            UnsupportedFormatError: its experts are in a format that cpumoe does not know.
+            UnsupportedFormatError: its experts are in a format that cpumoe does not know, or
+                `swiglu` is None and config.json does not tell it.
             IndexError: the layer has no routed experts.
             TypeError: `fused_tokens` is not an int.
             ValueError: another argument is not one of those above.
@@ -201,7 +202,7 @@ class Experts:
                 num_experts=reader.num_experts,
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,
-                swiglu=swiglu or reader.swiglu,
+                swiglu=swiglu or reader.known_swiglu(),
                 has_bias=reader.has_bias,
                 runtime=runtime,
                 compute=compute,

@@ -144,7 +144,7 @@ class LayerWeights:
             hidden_size=reader.hidden_size,
             intermediate_size=reader.intermediate_size,
             top_k=min(reader.top_k, len(experts)),
-            swiglu=reader.swiglu,
+            swiglu=reader.known_swiglu(),
             has_bias=reader.has_bias,
         )
 

@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 from checkpoint_tools import assert_sizes, edit_config, edit_tensors, rename_tensors, write_small
-from safetensors.torch import load_file
+from cli_tools import refuse, succeed
+from safetensors.torch import load_file, save_file
 
+import cpumoe
 from cpumoe.checkpoint import CheckpointError, UnsupportedFormatError, open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.swiglu import SwiGLU
@@ -74,17 +76,124 @@ def test_other_compressed_tensors_schemes_are_refused(kimi, weights, name, messa
         reader.expert(1, 0)
 
 
-def test_other_compressed_tensors_formats_and_activations_are_refused(kimi):
+def test_other_compressed_tensors_formats_are_refused(kimi):
     quantization = json.loads((kimi / "config.json").read_text())["quantization_config"]
-    for name in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "float-quantized"):
+    for name in ("nvfp4-pack-quantized", "mxfp6-packed", "float-quantized"):
         edit_config(kimi, quantization_config={**quantization, "format": name})
         reader = open_checkpoint(kimi)
         assert reader.format == name
         assert f"format '{name}' is not supported yet" in reader.unsupported[0]
-    edit_config(kimi, quantization_config=quantization, model_type="minimax_m3_vl")
-    message = "the activation of model_type 'minimax_m3_vl' is not known"
+
+
+def test_an_activation_that_the_config_does_not_tell_is_the_callers_to_say(kimi):
+    expected = cpumoe.Experts.from_checkpoint(kimi, 1).export(0)
+    edit_config(kimi, model_type="minimax_m3_vl")
+    reader = open_checkpoint(kimi)
+    assert (reader.unsupported, reader.swiglu) == ((), None)
+    message = "config.json does not tell the activation of model_type 'minimax_m3_vl': pass swiglu="
     with pytest.raises(UnsupportedFormatError, match=message):
-        open_checkpoint(kimi).expert(1, 0)
+        cpumoe.Experts.from_checkpoint(kimi, 1)
+    assert "does not tell the activation" in refuse("validate", kimi)
+    assert "unknown" in succeed("inspect", kimi)
+    experts = cpumoe.Experts.from_checkpoint(kimi, 1, swiglu=SwiGLU(limit=7.0))
+    assert experts.swiglu == SwiGLU(limit=7.0)
+    assert torch.equal(experts.export(0).gate.codes, expected.gate.codes)
+
+
+@pytest.mark.parametrize(
+    ("activations", "supported"),
+    [(None, True), ({"num_bits": 8, "dynamic": True}, True), ({"num_bits": 8}, False), (7, False)],
+)
+def test_activations_may_be_quantized_as_they_come(kimi, activations, supported):
+    edit_quantization(kimi, {"input_activations": activations})
+    assert (open_checkpoint(kimi).unsupported == ()) == supported
+
+
+def test_experts_without_a_gate_are_refused_as_such(kimi):
+    tensors = load_file(kimi / "model.safetensors")
+    edit_tensors(kimi, dict.fromkeys(n for n in tensors if ".gate_proj." in n))
+    message = "experts without a gate projection are not supported"
+    with pytest.raises(UnsupportedFormatError, match=message):
+        open_checkpoint(kimi).check_supported()
+    rename_tensors(kimi, "model.", "backbone.")
+    with pytest.raises(UnsupportedFormatError, match=message):
+        open_checkpoint(kimi).check_supported()
+
+
+def test_experts_biases_are_refused_not_left_out(kimi):
+    edit_tensors(kimi, {f"{KIMI_NAME}.bias": torch.ones(96)})
+    with pytest.raises(UnsupportedFormatError, match=f"biases of experts .*: {KIMI_NAME}.bias"):
+        open_checkpoint(kimi).check_supported()
+
+
+def test_kimi_needs_no_weight_shape(kimi):
+    expected = open_checkpoint(kimi).expert(1, 1).up
+    tensors = load_file(kimi / "model.safetensors")
+    edit_tensors(kimi, dict.fromkeys(n for n in tensors if n.endswith("weight_shape")))
+    reader = open_checkpoint(kimi)
+    reader.check_layer(1)
+    assert torch.equal(reader.expert(1, 1).up.codes, expected.codes)
+
+
+@pytest.mark.parametrize("block", ["block_sparse_moe", "feed_forward", "mixer"])
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_blocks_and_projections_have_several_names(kimi, block, names):
+    expected = open_checkpoint(kimi).expert(1, 1)
+    tensors = {}
+    for name, tensor in load_file(kimi / "model.safetensors").items():
+        name = name.replace(".mlp.", f".{block}.")
+        for old, new in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True):
+            name = name.replace(f".{old}.", f".{new}.")
+        tensors[name] = tensor
+    save_file(tensors, kimi / "model.safetensors")
+    edit_quantization(kimi, ignore=["lm_head"])
+    reader = open_checkpoint(kimi)
+    reader.check_layer(2)
+    weights = reader.expert(1, 1)
+    for name in ("gate", "up", "down"):
+        assert torch.equal(getattr(weights, name).codes, getattr(expected, name).codes)
+
+
+@pytest.mark.parametrize("preset", ["MXFP4A16", "MXFP4"])
+def test_mxfp4_pack_quantized_is_read_as_compressed_tensors_writes_it(kimi, preset):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    mxfp4 = pytest.importorskip("compressed_tensors.compressors.mxfp4.base")
+    scheme = quantization.preset_name_to_scheme(preset, ["Linear"])
+    generator = torch.Generator().manual_seed(6)
+    dense, changes = {}, {}
+    for name, tensor in load_file(kimi / "model.safetensors").items():
+        if not name.endswith("weight_packed"):
+            continue
+        stem = name.removesuffix("_packed")
+        n, k = tensor.shape[0], tensor.shape[1] * 8
+        # The exponents of scales, as the library has them before it packs: powers of two.
+        scale = torch.exp2(torch.randint(-6, 2, (n, k // 32), generator=generator)).bfloat16()
+        weight = torch.randn(n, k, generator=generator).bfloat16()
+        packed = mxfp4.MXFP4PackedCompressor.compress(
+            {"weight": weight, "weight_scale": scale}, scheme
+        )
+        assert set(packed) == {"weight_packed", "weight_scale"}
+        back = mxfp4.MXFP4PackedCompressor.decompress(dict(packed), scheme)
+        dense[stem] = back["weight"].float()
+        changes |= {f"{stem}_packed": packed["weight_packed"], f"{stem}_shape": None}
+        changes[f"{stem}_scale"] = packed["weight_scale"]
+    edit_tensors(kimi, changes)
+    group = json.loads(scheme.model_dump_json())
+    edit_quantization(kimi, group, format="mxfp4-pack-quantized")
+    reader = open_checkpoint(kimi)
+    assert (reader.format, reader.unsupported) == ("mxfp4", ())
+    reader.check_layer(2)
+    weights = reader.expert(2, 1)
+    for name in ("gate", "up", "down"):
+        matrix = getattr(weights, name)
+        expected = dense[f"model.layers.2.mlp.experts.1.{name}_proj.weight"]
+        actual = WEIGHT_FORMATS["mxfp4"].dequantize(matrix.codes, matrix.scales)
+        assert torch.equal(actual, expected)
+        assert expected.abs().max() > 1
+    edit_quantization(kimi, {"weights": {**group["weights"], "group_size": 16}})
+    message = "group_size 16 is not supported, only 32"
+    with pytest.raises(UnsupportedFormatError, match=message):
+        open_checkpoint(kimi).check_supported()
 
 
 def test_compressed_tensors_groups_are_matched_by_name_first(kimi):

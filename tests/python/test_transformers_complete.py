@@ -104,7 +104,10 @@ def test_an_fp8_weight_without_its_scale_is_refused(v4, dtype):
     refused(rf".*: FP8 weights without a scale: 1 \({HOSTS_KV_PROJ}\)", v4, dtype=dtype)
 
 
-def test_tensors_that_the_host_cannot_convert_are_refused_by_name(v4):
+@pytest.mark.parametrize("verbosity", [logging.WARNING, logging.ERROR])
+def test_tensors_that_the_host_cannot_convert_are_refused_by_name(v4, verbosity, monkeypatch):
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "level", verbosity)
     edit(v4, f"{KV_PROJ}.scale", lambda scale: scale.view(torch.uint8).repeat(3, 1))
     message = rf"transformers cannot convert tensors: 1 \({HOSTS_KV_PROJ}\): .*\(3, 1\)\. Is the"
     refused(message, v4)

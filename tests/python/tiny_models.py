@@ -9,6 +9,8 @@ from checkpoint_tools import edit_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DeepseekV4Config,
@@ -145,20 +147,60 @@ def kimi(folder, *, model_type="kimi_k2"):
         qk_nope_head_dim=16,
         v_head_dim=16,
     )
-    tensors = _saved(_random(DeepseekV3ForCausalLM, config), folder)
-    int4 = weight_format("int4")
-    for name in [n for n in tensors if ".mlp.experts." in n]:
+    compressed_tensors(
+        folder,
+        _random(DeepseekV3ForCausalLM, config),
+        ["Linear"],
+        [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        ],
+    )
+    edit_config(folder, model_type=model_type)
+    return folder
+
+
+def int4_moe(folder, model_type, *, stored="pack-quantized"):
+    """Any family whose checkpoints have tensors per expert; its routed experts quantized."""
+    sizes = {
+        **_COMMON,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "moe_intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+        **{"moe_num_experts": EXPERTS, "moe_k": TOP_K, "n_group": 1, "topk_group": 1},
+    }
+    config_class = CONFIG_MAPPING[model_type]
+    known = config_class()
+    config = config_class(**{name: n for name, n in sizes.items() if hasattr(known, name)})
+    model = _random(AutoModelForCausalLM.from_config, config)
+    compressed_tensors(folder, model, ["re:.*\\.experts\\.[0-9]+\\..*"], ["lm_head"], stored)
+    return folder
+
+
+def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
+    """Saves a model with its routed experts quantized in groups of 32."""
+    tensors = _saved(model, folder)
+    is_int4 = stored == "pack-quantized"
+    fmt = weight_format("int4" if is_int4 else "mxfp4")
+    for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
         weight = tensors.pop(name).float()
-        codes, scales = int4.quantize(weight)
-        # Four bits of significand: code * scale is exact in bf16, which the host rounds it to.
-        scales = (scales.view(torch.int16) & ~0xF).view(torch.bfloat16)
-        tensors[f"{name}_packed"] = codes.view(torch.int32)
-        tensors[f"{name}_scale"] = scales
-        tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+        codes, scales = fmt.quantize(weight)
+        if is_int4:
+            # Four bits of significand: code * scale is exact in bf16, which the host rounds it to.
+            scales = (scales.view(torch.int16) & ~0xF).view(torch.bfloat16)
+            codes = codes.view(torch.int32)
+            tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+        tensors |= {f"{name}_packed": codes, f"{name}_scale": scales}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     weights = {
         "num_bits": 4,
-        "type": "int",
+        "type": "int" if is_int4 else "float",
         "symmetric": True,
         "strategy": "group",
         "group_size": 32,
@@ -166,21 +208,14 @@ def kimi(folder, *, model_type="kimi_k2"):
     }
     edit_config(
         folder,
-        model_type=model_type,
         quantization_config={
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": stored,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": [
-                "lm_head",
-                "re:.*self_attn.*",
-                "re:.*shared_experts.*",
-                "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-            ],
+            "config_groups": {"group_0": {"targets": targets, "weights": weights}},
+            "ignore": ignore,
         },
     )
-    return folder
 
 
 class Family(NamedTuple):

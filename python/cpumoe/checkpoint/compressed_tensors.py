@@ -1,17 +1,21 @@
-"""compressed-tensors ``pack-quantized``: symmetric INT4 in groups of 32, as Kimi-K2 ships it.
+"""compressed-tensors: routed experts in symmetric INT4 (Kimi-K2) or MXFP4, in groups of 32.
 
-``{prefix}layers.{L}.mlp.experts.{e}.{gate,up,down}_proj.{weight_packed,weight_scale,weight_shape}``
-with prefix ``model.`` or ``language_model.model.``: weight_packed int32 ``[N, K/8]``, weight_scale
-bf16 ``[N, K/32]``, weight_shape int64 (some files int32) ``[2]`` = N, K. As little-endian bytes a
-packed row is two offset-binary codes per byte, low nibble = even k. Source: compressed-tensors 0.20
-``compressors/pack_quantized``.
+``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``, or w1, w3, w2 as names of
+gate, up and down; block is ``mlp``, ``block_sparse_moe``, ``feed_forward`` or another single name.
+
+``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/32]``, and
+where the file has it weight_shape int64 or int32 ``[2]`` = N, K. As little-endian bytes a packed
+row is two offset-binary codes per byte, low nibble = even k. ``mxfp4-pack-quantized``:
+weight_packed uint8 ``[N, K/2]``, weight_scale uint8 (E8M0) ``[N, K/32]``. Activations that the
+checkpoint would have quantized as they come stay as they are. Source: compressed-tensors 0.20
+``compressors/pack_quantized`` and ``compressors/mxfp4``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from typing_extensions import override
@@ -31,45 +35,41 @@ from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 
-_PROJECTIONS = {
-    "mlp.experts.": ("gate_proj", "up_proj", "down_proj"),
-    "block_sparse_moe.experts.": ("w1", "w3", "w2"),
-}
+# What gate, up and down are called.
+_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # In targets and ignore, beside module names and patterns: the class of all modules.
 _CLASS = "Linear"
-_EXPERT_MODULE = re.compile(
-    rf"({MODEL}layers\.[0-9]+\.(?:mlp|block_sparse_moe)\.experts\.)"
-    r"[0-9]+\.(\w+)(?=\.weight(?:_packed)?$)"
-)
-# What a group of quantization_config must say of the experts' weights.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "num_bits": (4,),
-    "type": ("int",),
-    "strategy": ("group",),
-    "group_size": (WEIGHT_FORMATS["int4"].group_size,),
-    "symmetric": (True,),
-    # "group" reorders the groups' inputs (g_idx); the others store k in order.
-    "actorder": (None, False, "weight", "static"),
+_EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
+_EXPERT_MODULE = re.compile(rf"{_EXPERTS}(?P<name>\w+)(?=\.weight(?:_packed)?$)")
+_EXPERT_BIAS = re.compile(rf"{_EXPERTS}\w+\.bias$")
+
+
+class _Stored(NamedTuple):
+    """A format of compressed-tensors: ours, and the dtype and type of its codes."""
+
+    name: str
+    codes: torch.dtype
+    type: str
+
+
+_STORED = {
+    "pack-quantized": _Stored("int4", torch.int32, "int"),
+    "mxfp4-pack-quantized": _Stored("mxfp4", torch.uint8, "float"),
 }
+_CODES = {stored.name: stored.codes for stored in _STORED.values()}
 
 
 class CompressedTensorsReader(ExpertReader):
     """Reads ``quant_method: compressed-tensors`` (see the module for names)."""
 
-    _EXPERT = re.compile(
-        rf"(?P<prefix>{MODEL}layers\.{LAYER}\.(?:mlp|block_sparse_moe)\.experts\.)[0-9]"
-    )
+    _EXPERT = re.compile(_EXPERTS)
 
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
         name, unsupported = _experts_format(folder, config.quantization)
-        if config.model_type not in PLAIN_SWIGLU_MODEL_TYPES:
-            unsupported += (
-                f"the activation of model_type {config.model_type!r} is not known "
-                f"(known: {', '.join(sorted(PLAIN_SWIGLU_MODEL_TYPES))})",
-            )
-        return ExpertsInfo(name, SwiGLU(), unsupported)
+        plain = config.model_type in PLAIN_SWIGLU_MODEL_TYPES
+        return ExpertsInfo(name, SwiGLU() if plain else None, unsupported)
 
     @override
     @classmethod
@@ -91,26 +91,33 @@ class CompressedTensorsReader(ExpertReader):
         return ExpertWeights(gate, up, down)
 
     def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
-        projections = next(p for e, p in _PROJECTIONS.items() if prefix.endswith(e))
+        def has(projections: tuple[str, ...]) -> bool:
+            return any(f"{prefix}{index}.{p}.weight_packed" in self.folder for p in projections)
+
+        projections = next(filter(has, _PROJECTIONS), _PROJECTIONS[0])
         for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
             yield f"{prefix}{index}.{name}", n, k
 
-    def _projection(
-        self, name: str, n: int, k: int
-    ) -> tuple[ExpectedTensor, ExpectedTensor, ExpectedTensor]:
+    def _projection(self, name: str, n: int, k: int) -> list[ExpectedTensor]:
         fmt = self._weight_format
-        return (
-            (f"{name}.weight_packed", (torch.int32,), (n, k // 8)),
+        codes = _CODES[fmt.name]
+        columns = k * fmt.code_bits // (8 * codes.itemsize)
+        tensors: list[ExpectedTensor] = [
+            (f"{name}.weight_packed", (codes,), (n, columns)),
             (f"{name}.weight_scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
-            (f"{name}.weight_shape", (torch.int64, torch.int32), (2,)),
-        )
+        ]
+        # It says no more than the config and the other two do; not every exporter writes it.
+        if f"{name}.weight_shape" in self.folder:
+            tensors.append((f"{name}.weight_shape", (torch.int64, torch.int32), (2,)))
+        return tensors
 
     def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
-        codes, scales, stored_shape = self._projection(name, n, k)
+        codes, scales, *stored_shape = self._projection(name, n, k)
         tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
-        shape = self.folder.tensor(*stored_shape).tolist()
-        if shape != [n, k]:
-            raise CheckpointError(f"{stored_shape[0]}: expected {[n, k]}, got {shape}")
+        for expected in stored_shape:
+            shape = self.folder.tensor(*expected).tolist()
+            if shape != [n, k]:
+                raise CheckpointError(f"{expected[0]}: expected {[n, k]}, got {shape}")
         return self._matrix(*tensors, codes[0], scales[0])
 
 
@@ -125,6 +132,14 @@ def _experts_format(
     if not modules:
         name = shown(str(quantization.get("format")))
         return name, ("no routed expert's tensor has a known name",)
+    bias = next(filter(_EXPERT_BIAS.match, folder.names()), None)
+    if bias is not None:
+        reason = f"biases of experts are not supported in this layout: {shown(bias)}"
+        return shown(str(quantization.get("format"))), (reason,)
+    gates = {projections[0] for projections in _PROJECTIONS}
+    if not any(module.rpartition(".")[2] in gates for module in modules):
+        reason = f"experts without a gate projection are not supported: {shown(modules[0])}"
+        return shown(str(quantization.get("format"))), (reason,)
     ignored = _ignored_expert(folder, modules, ignore, patterns)
     if ignored is not None:
         entry, module = ignored
@@ -136,21 +151,44 @@ def _group_format(
     group: Mapping[str, Any], quantization: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...]]:
     weights = group.get("weights") or {}
-    stored = group.get("format") or quantization.get("format")
-    if stored != "pack-quantized":
-        reason = f"format {shown_value(stored)} is not supported yet, only 'pack-quantized'"
-        return shown(str(stored)), (reason,)
-    wrong = [key for key, allowed in _REQUIRED.items() if weights.get(key) not in allowed]
+    key = group.get("format") or quantization.get("format")
+    stored = _STORED.get(key) if isinstance(key, str) else None
+    if stored is None:
+        reason = (
+            f"format {shown_value(key)} is not supported yet, only "
+            f"{' and '.join(map(repr, _STORED))}"
+        )
+        return shown(str(key)), (reason,)
+    required = _required(stored)
+    wrong = [key for key, allowed in required.items() if weights.get(key) not in allowed]
     reasons = tuple(
-        f"{key} {shown_value(weights.get(key))} is not supported, only {_REQUIRED[key][0]!r}"
+        f"{key} {shown_value(weights.get(key))} is not supported, only {required[key][0]!r}"
         for key in wrong
     )
-    if group.get("input_activations") is not None:
-        reasons += ("quantized activations (input_activations) are not supported",)
+    activations = group.get("input_activations")
+    if activations is not None and not (
+        isinstance(activations, Mapping) and activations.get("dynamic")
+    ):
+        reasons += ("activations (input_activations) with scales of their own are not supported",)
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric")
     plain = not set(wrong) & {"num_bits", "type", "symmetric"}
-    name = "int4" if plain else f"int{shown_value(bits)}{'' if symmetric else '-asymmetric'}"
-    return name, reasons
+    if plain:
+        return stored.name, reasons
+    return f"{stored.type}{shown_value(bits)}{'' if symmetric else '-asymmetric'}", reasons
+
+
+def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
+    """What a group of quantization_config must say of the experts' weights."""
+    fmt = WEIGHT_FORMATS[stored.name]
+    return {
+        "num_bits": (fmt.code_bits,),
+        "type": (stored.type,),
+        "strategy": ("group",),
+        "group_size": (fmt.group_size,),
+        "symmetric": (True,),
+        # "group" reorders the groups' inputs (g_idx); the others store k in order.
+        "actorder": (None, False, "weight", "static"),
+    }
 
 
 def _experts_group(
@@ -172,7 +210,7 @@ def _expert_modules(folder: SafetensorsFolder) -> list[str]:
     for name in folder.names():
         match = _EXPERT_MODULE.match(name)
         if match is not None:
-            modules.setdefault((match[1], match[2]), match[0])
+            modules.setdefault((match["prefix"], match["name"]), match[0])
     return list(modules.values())
 
 

@@ -12,6 +12,9 @@ import torch
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_NUM_LAYERS_KEY = "num_hidden_layers"
+# Some hybrids list the kinds of their layers instead.
+_LAYER_KINDS_KEY = "layers_block_type"
 _TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -23,7 +26,8 @@ _TOP_K_KEYS = (
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 # Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
-# may clamp, shift or leave out the gate: a reader must not guess.
+# may clamp, shift or leave out the gate: a reader must not guess, and its caller has to say. The
+# integration knows by the model's own code.
 PLAIN_SWIGLU_MODEL_TYPES = frozenset(
     {
         "deepseek_v2",
@@ -93,7 +97,7 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         model_type=shown(str(config.get("model_type", ""))),
         text=text,
         quantization=quantization,
-        num_hidden_layers=_size(text, "num_hidden_layers"),
+        num_hidden_layers=_num_layers(text),
         num_experts=_size(text, *_NUM_EXPERTS_KEYS),
         top_k=_size(text, *_TOP_K_KEYS),
         hidden_size=_size(text, "hidden_size"),
@@ -170,6 +174,13 @@ def _check_optional(
         raise CheckpointError(
             f"config.json: {key}: expected {kind.__name__}{of}, got {shown_value(value)}"
         )
+
+
+def _num_layers(text: Mapping[str, Any]) -> int:
+    kinds = text.get(_LAYER_KINDS_KEY)
+    if text.get(_NUM_LAYERS_KEY) is None and isinstance(kinds, list) and kinds:
+        return len(kinds)
+    return _size(text, _NUM_LAYERS_KEY)
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int:

@@ -24,7 +24,7 @@ from cpumoe.swiglu import SwiGLU
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
 
 # What precedes ``layers.3.``: nothing, or the language model's place in a greater one.
-MODEL = r"(?:(?:language_)?model\.)*"
+MODEL = r"(?:(?:language_)?model\.|backbone\.)*"
 LAYER = r"(?P<layer>[0-9]{1,9})"
 # Any tensor of a layer, as transformers or as OpenAI names it.
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
@@ -66,12 +66,13 @@ class ExpertsInfo:
 
     Attributes:
         format: name of the experts' weight format, supported or not.
-        swiglu: the experts' activation; means nothing where `unsupported` is not empty.
+        swiglu: the experts' activation, None if config.json does not tell; means nothing where
+            `unsupported` is not empty.
         unsupported: reasons why the experts cannot be read; empty when they can.
     """
 
     format: str
-    swiglu: SwiGLU
+    swiglu: SwiGLU | None
     unsupported: tuple[str, ...] = ()
 
 
@@ -87,7 +88,8 @@ class ExpertReader(ABC):
         config: its sizes.
         format: name of the experts' weight format, supported or not.
         unsupported: reasons why `expert` refuses; empty when the checkpoint is supported.
-        swiglu: the experts' activation; means nothing where `unsupported` is not empty.
+        swiglu: the experts' activation, None if config.json does not tell; means nothing where
+            `unsupported` is not empty.
         model_type: the checkpoint's model_type.
         num_experts: routed experts per layer.
         top_k: routed experts per token.
@@ -205,6 +207,20 @@ class ExpertReader(ABC):
                 f"{self.folder.path}: config.json: num_hidden_layers: expected at most {found}, as "
                 f"the weights have, got {shown_value(self.config.num_hidden_layers)}"
             )
+
+    def known_swiglu(self) -> SwiGLU:
+        """Returns the experts' activation.
+
+        Raises:
+            UnsupportedFormatError: config.json does not tell which it is.
+        """
+        if self.swiglu is None:
+            raise UnsupportedFormatError(
+                f"{self.folder.path}: config.json does not tell the activation of model_type "
+                f"{shown_value(self.model_type)}: pass swiglu= to cpumoe.Experts, such as "
+                f"cpumoe.SwiGLU() for silu(gate) * up"
+            )
+        return self.swiglu
 
     def check_layer(self, layer: int) -> None:
         """Checks a layer's first and last expert against the config, from the shards' headers.

@@ -12,7 +12,6 @@ from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown, shown_value
 from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
 from cpumoe.checkpoint.shards import SafetensorsFolder
-from cpumoe.swiglu import SwiGLU
 
 _NUMBER = re.compile("[0-9]{1,9}")
 _EXPERTS = "experts"
@@ -29,7 +28,7 @@ class UnsupportedReader(ExpertReader):
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
         name = _format_name(config)
         reason = f"{name} experts of model_type {shown_value(config.model_type)} have no reader yet"
-        return ExpertsInfo(name, SwiGLU(), (reason,))
+        return ExpertsInfo(name, None, (reason,))
 
     @override
     @classmethod

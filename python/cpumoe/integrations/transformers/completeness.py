@@ -77,8 +77,10 @@ def host_report_held_back(path: object) -> Iterator[None]:
     Raises:
         CheckpointError: the host could not convert tensors, which it says in its report alone.
     """
-    held = _HeldBack()
+    own_level = _LOGGER.level
+    held = _HeldBack(_LOGGER.getEffectiveLevel())
     _LOGGER.addFilter(held)
+    _LOGGER.setLevel(min(held.level, logging.WARNING))  # else there would be no report to read
     try:
         yield
     except RuntimeError as error:
@@ -86,21 +88,24 @@ def host_report_held_back(path: object) -> Iterator[None]:
             _raise_unconvertible(path, _ANSI.sub("", record.getMessage()), error)
         raise
     finally:
+        _LOGGER.setLevel(own_level)
         _LOGGER.removeFilter(held)
     for record in held.records:
-        _LOGGER.handle(record)
+        if record.levelno >= held.level:
+            _LOGGER.handle(record)
 
 
 class _HeldBack(logging.Filter):
-    def __init__(self) -> None:
+    def __init__(self, level: int) -> None:
         super().__init__()
+        self.level = level  # below which the log wants nothing
         self.records: list[logging.LogRecord] = []
         self._thread = threading.get_ident()
 
     @override
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self._thread or _REPORT not in record.getMessage():
-            return True
+            return record.levelno >= self.level
         self.records.append(record)
         return False
 

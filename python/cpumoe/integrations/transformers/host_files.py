@@ -64,6 +64,7 @@ def check_tokenizer_files(path: str | os.PathLike[str], kwargs: Mapping[str, Any
     folder = _local_folder(path, kwargs)
     if folder is None:
         return
+    _check_model_type(folder)
     _check_configs(folder, _TOKENIZER_CONFIGS)
     for file in _existing(folder, _TEMPLATES):
         _check_text(file)
@@ -94,6 +95,7 @@ def check_model_files(
     _check_configs(folder, _MODEL_CONFIGS)
     if kwargs.get("config") is not None:
         return
+    _check_model_type(folder)
     variant = kwargs.get("variant")
     if not experts:
         with SafetensorsFolder(folder, variant=variant) as weights:
@@ -191,6 +193,16 @@ def _existing(folder: Path, patterns: Sequence[str]) -> list[Path]:
 def _check_configs(folder: Path, names: Sequence[str]) -> None:
     for file in _existing(folder, names):
         read_json(file, CONFIG_LIMIT)
+
+
+def _check_model_type(folder: Path) -> None:
+    """Raises CheckpointError if config.json names no model: the host would guess by the path."""
+    file = folder / CONFIG_NAME
+    if file.is_file() and "model_type" not in read_json(file, CONFIG_LIMIT):
+        raise CheckpointError(
+            f"{file}: expected a model_type, by which transformers knows a model, got none; for "
+            f"gpt-oss, load the folder in which OpenAI's files, 'original', lie"
+        )
 
 
 def _check_text(file: Path) -> None:

@@ -66,5 +66,12 @@ def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExper
         raise ValueError(
             f"{name}: the model has {num_experts} experts, the checkpoint {reader.num_experts}"
         )
+    has_bias = getattr(module, "has_bias", False)
+    if has_bias != reader.has_bias:
+        biases = {True: "biases", False: "no biases"}
+        raise ValueError(
+            f"{name}: the model's experts have {biases[has_bias]}, the checkpoint's "
+            f"{biases[reader.has_bias]}"
+        )
     reader.check_layer(layer)
     return CpuExperts(layer, reader.num_experts, module_swiglu(module))

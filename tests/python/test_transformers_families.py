@@ -1,0 +1,63 @@
+"""Families whose activation the integration proves, not a list of model types."""
+
+import pytest
+import tiny_models
+import torch
+from checkpoint_tools import edit_config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+import cpumoe
+from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES
+from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
+
+TOKENS = torch.arange(3, 43)[None]
+# Names of blocks, projections and of config.json's sizes differ.
+UNLISTED = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
+
+
+@pytest.mark.parametrize(
+    ("family", "stored"),
+    [(family, "pack-quantized") for family in UNLISTED]
+    + [("qwen3_moe", "mxfp4-pack-quantized"), ("phimoe", "mxfp4-pack-quantized")],
+)
+def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, family, stored):
+    folder = tiny_models.int4_moe(tmp_path, family, stored=stored)
+    options = ExpertsOptions(isa="generic", progress=False)
+    ours = from_pretrained(folder, dtype=torch.float32, options=options)
+    assert sum(isinstance(module, CpuExperts) for module in ours.modules()) >= 2
+    hosts = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    ).float()
+    with torch.no_grad():
+        actual, expected = (model(TOKENS).logits for model in (ours, hosts))
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_reader_alone_does_not_know_their_activation(tmp_path):
+    family = UNLISTED[0]
+    assert not PLAIN_SWIGLU_MODEL_TYPES & set(UNLISTED)
+    folder = tiny_models.int4_moe(tmp_path, family)
+    with pytest.raises(cpumoe.UnsupportedFormatError, match=f"model_type '{family}': pass swiglu="):
+        cpumoe.Experts.from_checkpoint(folder, 1)
+
+
+def test_another_activation_is_refused(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, "phimoe")
+    edit_config(folder, hidden_act="gelu")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match="hidden_act 'gelu' is not supported"):
+        from_pretrained(folder)
+
+
+def test_experts_without_a_gate_are_refused_as_such(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, "nemotron_h")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match="experts without a gate projection"):
+        from_pretrained(folder)
+
+
+def test_a_config_without_a_model_type_is_not_guessed_at_by_the_path(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path / "phimoe", "phimoe")  # the host would find it in there
+    edit_config(folder, model_type=None)
+    with pytest.raises(cpumoe.CheckpointError, match=r"expected a model_type, .*'original'"):
+        from_pretrained(folder)
