@@ -3,7 +3,7 @@
 # the active virtual environment, in which cpumoe and its test extra are installed. The version that is
 # installed there is left out: tests/run.sh tests it.
 #
-#   bash tests/transformers_versions.sh              a minute and a half for each of the two
+#   bash tests/transformers_versions.sh              two minutes for each of the two
 #   bash tests/transformers_versions.sh 5.24.0       other versions than these two
 set -euo pipefail
 cd "$(dirname "$0")/.."

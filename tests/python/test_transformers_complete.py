@@ -9,7 +9,7 @@ import torch
 from checkpoint_tools import edit_config, edit_tensors
 from cli_tools import refuse
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import cpumoe
 from cpumoe.integrations.transformers import CpuExperts, disable, enable, from_pretrained
@@ -98,10 +98,15 @@ def test_a_tensor_of_another_shape_is_refused_unless_the_host_is_told_to_allow_i
     assert any("LOAD REPORT" in message for message in host_log)
 
 
+@pytest.mark.parametrize("load", [from_pretrained, from_pretrained_by_host])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_fp8_weight_without_its_scale_is_refused(v4, dtype):
+def test_an_fp8_weight_without_its_scale_is_refused(v4, load, dtype):
     edit_tensors(v4, {f"{KV_PROJ}.scale": None})
-    refused(rf".*: FP8 weights without a scale: 1 \({HOSTS_KV_PROJ}\)", v4, dtype=dtype)
+    message = rf"FP8 weights without a scale: 1 \({KV_PROJ}\.weight\)"
+    refused(message, v4, load, dtype=dtype)
+    config = AutoConfig.from_pretrained(v4)
+    if load is from_pretrained:  # config.json is not looked at then
+        refused(message, v4, dtype=dtype, config=config)
 
 
 @pytest.mark.parametrize("verbosity", [logging.WARNING, logging.ERROR])

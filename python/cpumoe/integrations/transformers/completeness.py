@@ -13,16 +13,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import override
 
-from cpumoe.checkpoint import CheckpointError
+from cpumoe.checkpoint import CheckpointError, SafetensorsFolder
 
 _NAMED = 3
 _REPORT = "LOAD REPORT"
 _LOGGER = logging.getLogger("transformers.modeling_utils")
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHT = ".weight"
+_FP8 = ("F8_E4M3", "F8_E5M2")
+# What the scales of X.weight are called: X.scale, ...
+_SCALES = (".scale", ".weight_scale", ".weight_scale_inv", ".qscale_weight")
 # Tensors that a model computes right without, beyond those that the host itself leaves out.
 _OPTIONAL = re.compile(
     # multi-token prediction
@@ -51,22 +53,42 @@ def check_complete(
         mismatched_allowed: whether tensors of another shape than the model's may stay random.
 
     Raises:
-        CheckpointError: tensors that the files lack, that the model lacks, or of another shape;
-            FP8 weights whose scales the files lack.
+        CheckpointError: tensors that the files lack, that the model lacks, or of another shape.
     """
-    unscaled = [name for name, weight in model.named_parameters() if weight.dtype in _FP8]
     mismatched = [] if mismatched_allowed else sorted(report["mismatched_keys"])
     shapes = [f"{name} {list(file)} for {list(own)}" for name, file, own in mismatched]
     faults = [
         _counted("missing tensors", report["missing_keys"]),
         _counted("tensors unknown to the model", _unexpected(model, report["unexpected_keys"])),
         _counted("tensors of another shape", shapes),
-        _counted("FP8 weights without a scale", unscaled),
     ]
     if any(faults):
         raise CheckpointError(
             f"{path}: the weights do not fit {type(model).__name__}: "
             f"{'; '.join(filter(None, faults))}. Is the download complete, and config.json its own?"
+        )
+
+
+def check_scaled(weights: SafetensorsFolder) -> None:
+    """Refuses FP8 weights whose scales no file has: transformers 5.24 takes codes for values.
+
+    Args:
+        weights: a checkpoint; the headers of all its files are read.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    stems = [name.removesuffix(_WEIGHT) for name in weights.names() if name.endswith(_WEIGHT)]
+    unscaled = [
+        f"{stem}{_WEIGHT}"
+        for stem in stems
+        if not any(f"{stem}{scale}" in weights for scale in _SCALES)
+        and weights.info(f"{stem}{_WEIGHT}").dtype in _FP8
+    ]
+    if unscaled:
+        raise CheckpointError(
+            f"{weights.path}: {_counted('FP8 weights without a scale', unscaled)}. Is the download "
+            f"complete?"
         )
 
 

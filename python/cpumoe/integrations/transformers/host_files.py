@@ -24,6 +24,7 @@ from cpumoe.checkpoint.files import (
     shown_value,
 )
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, EXPLICIT_KEY
+from cpumoe.integrations.transformers.completeness import check_scaled
 
 # What may be a name on the hub, "gpt2" or "openai/gpt-oss-20b".
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -100,6 +101,7 @@ def check_model_files(
     if not experts:
         with SafetensorsFolder(folder, variant=variant) as weights:
             _check_weights(weights)
+            check_scaled(weights)  # else our quantizer does
         return
     with open_checkpoint(folder, variant=variant) as reader:
         reader.check_supported()

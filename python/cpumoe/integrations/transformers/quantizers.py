@@ -27,6 +27,7 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader
+from cpumoe.integrations.transformers.completeness import check_scaled
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
 from cpumoe.integrations.transformers.options import current_options
@@ -58,15 +59,19 @@ class ExpertsToCpumoe(HfQuantizer):
     @override
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
+        # Unlike after `enable`, which leaves all but experts as the host has it.
+        by_name = str(self.quantization_config.quant_method).startswith(_PREFIX)
         if checkpoint_files and any(experts_modules(model)):
             self._reader = open_resolved(checkpoint_files, model.config)
+            if by_name:
+                check_scaled(self._reader.folder)
             self._swapped = swap_experts(model, self._reader)
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
             # What else is quantized becomes dense: a CPU multiplies nothing else.
             self.quantization_config.dequantize = True
-        elif str(self.quantization_config.quant_method).startswith(_PREFIX):
-            # Asked for by name, unlike after `enable`. All of it would be read to no purpose.
+        elif by_name:
+            # All of it would be read to no purpose.
             raise ValueError(
                 f"{type(model).__name__}: transformers has no experts module in it that cpumoe "
                 f"knows"
