@@ -12,3 +12,4 @@ bash tests/run.sh --full
 bash tests/transformers_versions.sh
 bash tests/extras.sh
 bash tests/clients.sh
+python -m tests.fuzz --minutes 10
