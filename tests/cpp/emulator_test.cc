@@ -220,7 +220,9 @@ TEST_F(EmulatorDeathTest, OperandsFault) {
 TEST_F(EmulatorDeathTest, OtherIllegalInstructionsKill) {
   EXPECT_EXIT(Execute({0x0F, 0x0B}), testing::KilledBySignal(SIGILL), "");  // ud2
   EXPECT_EXIT(raise(SIGILL), testing::KilledBySignal(SIGILL), "");
-  // VDPBF16PS and VCVTNEPS2BF16 with reserved encodings.
+  // VDPBF16PS and VCVTNEPS2BF16 with reserved encodings, of which CPUs that have the instructions
+  // take some: Zen 4 executes the second.
+  if (IsNative()) return;
   EXPECT_EXIT(Execute({0x62, 0xF2, 0x6E, 0x68, 0x52, 0xCB}), testing::KilledBySignal(SIGILL), "");
   EXPECT_EXIT(Execute({0x62, 0xF2, 0x6E, 0x58, 0x52, 0xCB}), testing::KilledBySignal(SIGILL), "");
   EXPECT_EXIT(Execute({0x62, 0xF2, 0x6E, 0xC8, 0x52, 0xCB}), testing::KilledBySignal(SIGILL), "");
