@@ -76,7 +76,7 @@ def error_of(reply):
     return document["error"]
 
 
-def wait_for(condition, seconds=5.0):
+def wait_for(condition, seconds=30.0):
     """Waits until a condition holds; returns after how long."""
     start = time.monotonic()
     while not condition():

@@ -168,7 +168,7 @@ def test_metrics_count_what_happens():
 def test_metrics_say_what_runs_and_waits():
     model = FakeModel()
     may_run = threading.Event()
-    model.generate = lambda *_, **__: may_run.wait(10)
+    model.generate = lambda *_, **__: may_run.wait(60)
     body = {"prompt": "x", "max_tokens": 2}
     with Server(model) as server, ThreadPoolExecutor(3) as pool:
         worker = server.app.state.service.worker
