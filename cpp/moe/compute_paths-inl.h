@@ -51,7 +51,7 @@ struct PrecisePathTraits<Isa, Codec> {
   using Type = PlanesPath<Isa, Codec>;
 };
 
-// The same where activations must not be rounded to bf16.
+// The path of compute "bf16" where activations must not be rounded to bf16.
 template <class Isa, class Codec>
 using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
 

@@ -81,7 +81,7 @@ def prepare_call(
         # Checked again: it is the caller's, who may have resized it.
         0 if mask is None else check_mask(mask, num_experts),
         output_address,
-        # Of others the engine does not ask.
+        # The engine does not ask about other calls.
         element is _FP32 and resolve_compute(compute, torch.float32) == "bf16",
     )
     output = without_gradients(output, hidden_states, topk_weights)

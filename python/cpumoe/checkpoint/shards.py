@@ -27,7 +27,7 @@ from cpumoe.checkpoint.weight_files import (
 )
 from cpumoe.formats import dtype_name
 
-# Of the hub's cache: a folder for each model, in which the checkpoint is a folder for each commit.
+# The hub's cache has a folder for each model, and in it a checkpoint's folder for each commit.
 _SNAPSHOTS = "snapshots"
 
 

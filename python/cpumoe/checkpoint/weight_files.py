@@ -29,7 +29,7 @@ SHARD_SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 # The config's key that names the weights' file, before all others.
 EXPLICIT_KEY = "transformers_weights"
-# Of a checkpoint that the host's distributed training saved, which it prefers to all other files.
+# The host's distributed training saves files of this name, and the host prefers them to all others.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 

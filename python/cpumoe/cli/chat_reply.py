@@ -18,7 +18,7 @@ from typing import Any
 
 from cpumoe.generation import Piece, ToolCall
 
-# Of one event, or of a document; much more than any answer, and little enough to be kept.
+# Bytes of one event or document: much more than any answer has, and little enough to be kept.
 MAX_BYTES = 16 << 20
 
 _SSE_LINE = re.compile(rb"(data|event|id|retry)?:")

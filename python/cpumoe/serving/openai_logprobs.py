@@ -68,7 +68,7 @@ def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
     alternatives: dict[str, float] = {}
     for other in (*token.top, token):
         if other.logprob is not None:
-            # Of tokens with the same text, the most probable one, which comes first.
+            # Several tokens may have one text: the most probable one counts, which comes first.
             alternatives.setdefault(_name(other), other.logprob)
     return alternatives
 

@@ -89,7 +89,7 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     ),
     "add_generation_prompt": (True,),
     "include_reasoning": (True,),
-    # Of beams, and for tokenizers that are slow.
+    # These belong to beams, and to tokenizers that are slow.
     "length_penalty": (1,),
     "spaces_between_special_tokens": (True, False),
     "stream_interval": (1,),
@@ -105,7 +105,7 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     ),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
-    # Of other servers' samplers.
+    # Other servers' samplers have these.
     "tfs_z": (1,),
     "typical_p": (1,),
 }

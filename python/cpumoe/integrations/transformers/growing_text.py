@@ -84,7 +84,7 @@ class GrowingText:
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Of the tokens so far; None: nobody asked."""
+        """Log probabilities of the tokens so far; None: nobody asked."""
         if self._recorder is None:
             return None
         return tuple(logprob for piece in self._pieces for logprob in piece.logprobs)
