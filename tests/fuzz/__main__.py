@@ -74,6 +74,7 @@ def run(
                 deadline=None,
                 database=None,
                 report_multiple_bugs=False,  # the others are found in a later round
+                print_blob=False,  # seed and input say it; where CI is set, the default is True
                 suppress_health_check=list(HealthCheck),
                 phases=(Phase.generate, Phase.shrink),
             )(seed(number)(given(target.strategy())(check)))

@@ -36,8 +36,7 @@ class Sums(Target):
 def test_each_fault_is_told_once_by_its_simplest_input(tmp_path, monkeypatch):
     monkeypatch.setitem(fuzz.TARGETS, "sums", Sums)
     faults, _ = fuzz.run("sums", tmp_path, examples=300, rounds=4)
-    simplest = sorted(line.strip() for fault in faults for line in fault.splitlines()[-3:])
     assert len(faults) == 2
-    assert "data=-1," in simplest
-    assert "data=100," in simplest
+    assert sum("data=-1," in fault for fault in faults) == 1
+    assert sum("data=100," in fault for fault in faults) == 1
     assert len(list(tmp_path.glob("sums-*.fault"))) == 2
