@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 import cpumoe
-from cpumoe.compute import distinct_computes
 from cpumoe.models import find_model
+from cpumoe.precision import distinct_precisions
 from cpumoe.synth import write_checkpoint
 from cpumoe.throughput import ROUTINGS, CallTimer, make_workload
 
@@ -38,19 +38,19 @@ def require(isa):
 
 
 class ForwardSuite(LayerSuite):
-    """Seconds per call, by ISA variant, compute path, number of tokens and routing.
+    """Seconds per call, by ISA variant, precision, number of tokens and routing.
 
     The routings are those of `cpumoe bench`; routing follows routing, so that no cache helps.
     """
 
-    param_names = ("isa", "compute", "tokens", "routing")
+    param_names = ("isa", "precision", "tokens", "routing")
     rounds = 1
     repeat = (1, 10, 10.0)
     warmup_time = 0  # `setup` calls once
 
-    def setup(self, folder, isa, compute, tokens, routing):
+    def setup(self, folder, isa, precision, tokens, routing):
         require(isa)
-        experts = cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa, compute=compute)
+        experts = cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa, precision=precision)
         work = make_workload(
             tokens,
             hidden_size=experts.hidden_size,
@@ -68,4 +68,4 @@ class ForwardSuite(LayerSuite):
 
 def forward_params(*tokens):
     """Parameters of a `ForwardSuite` of these numbers of tokens."""
-    return (ISAS, list(distinct_computes(torch.bfloat16)), list(tokens), list(ROUTINGS))
+    return (ISAS, list(distinct_precisions(torch.bfloat16)), list(tokens), list(ROUTINGS))

@@ -6,5 +6,5 @@ from . import common
 class Decode(common.ForwardSuite):
     params = common.forward_params(1, 4, 16)
 
-    def time_call(self, folder, isa, compute, tokens, routing):
+    def time_call(self, folder, isa, precision, tokens, routing):
         self.call()

@@ -189,28 +189,28 @@ void BindExperts(py::module_& m) {
       .value("FP16", DType::kFp16)
       .value("FP32", DType::kFp32);
 
-  py::enum_<ComputePath>(m, "ComputePath")
-      .value("BF16", ComputePath::kBf16)
-      .value("INT8", ComputePath::kInt8);
+  py::enum_<Precision>(m, "Precision")
+      .value("BF16", Precision::kBf16)
+      .value("INT8", Precision::kInt8);
 
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        float alpha, std::optional<float> limit, float up_offset, bool has_bias,
-                       ComputePath compute, bool batch_invariant, int fused_tokens) {
+                       Precision precision, bool batch_invariant, int few_token_limit) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
                               .intermediate_size = intermediate_size,
                               .swiglu = {alpha, limit.value_or(infinity), up_offset},
                               .has_bias = has_bias,
-                              .compute = compute,
+                              .precision = precision,
                               .batch_invariant = batch_invariant,
-                              .fused_tokens = fused_tokens};
+                              .few_token_limit = few_token_limit};
            }),
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
-           py::arg("has_bias"), py::arg("compute"), py::arg("batch_invariant"),
-           py::arg("fused_tokens"));
+           py::arg("has_bias"), py::arg("precision"), py::arg("batch_invariant"),
+           py::arg("few_token_limit"));
 
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,

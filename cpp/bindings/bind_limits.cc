@@ -92,20 +92,20 @@ class ReadBuffer {
 std::vector<std::string> PeakNames(const std::string& isa, const std::string& origin) {
   const VariantApi& variant = LoadVariant(isa, origin);
   std::vector<std::string> names;
-  for (size_t i = 0; i < variant.num_peaks; ++i) names.emplace_back(variant.peaks[i].compute);
+  for (size_t i = 0; i < variant.num_peaks; ++i) names.emplace_back(variant.peaks[i].precision);
   return names;
 }
 
 // Returns the multiply-accumulates done in `tasks` tasks of `rounds` rounds, and the seconds taken.
 std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
-                                   const std::string& origin, const std::string& compute,
+                                   const std::string& origin, const std::string& precision,
                                    int64_t tasks, int64_t rounds) {
   const VariantApi& variant = LoadVariant(isa, origin);
   const PeakEntry* peak = nullptr;
   for (size_t i = 0; i < variant.num_peaks; ++i) {
-    if (compute == variant.peaks[i].compute) peak = &variant.peaks[i];
+    if (precision == variant.peaks[i].precision) peak = &variant.peaks[i];
   }
-  Require(peak != nullptr, "variant ", isa, " has no compute path \"", compute, "\"");
+  Require(peak != nullptr, "variant ", isa, " has no loop for precision \"", precision, "\"");
   std::atomic<int64_t> done{0};
   double seconds = 0;
   runtime.Execute([&](ThreadPool& pool, Workspace&) {
@@ -127,10 +127,10 @@ void BindLimits(py::module_& m) {
            py::call_guard<py::gil_scoped_release>(),
            "Reads it once on all threads and returns the seconds taken.");
   m.def("peak_names", &PeakNames, py::arg("isa"), py::arg("origin"),
-        "The compute paths whose multiply-adds a variant can run by themselves.");
+        "The precisions whose multiply-adds a variant can run by themselves.");
   m.def(
       "run_dots", &RunDots, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
-      py::arg("compute"), py::arg("tasks"), py::arg("rounds"),
+      py::arg("precision"), py::arg("tasks"), py::arg("rounds"),
       py::call_guard<py::gil_scoped_release>(),
       "Multiplies and adds in registers on all threads; returns the multiply-accumulates done and "
       "the seconds taken.");

@@ -118,7 +118,7 @@ using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 //                  kQuadSumLimit. Of 16 bits there are two, one of each half of the quads.
 //
 // StartSum takes the bits that sums start with. Where they are narrow (kHasNarrowQuadSums), those
-// of planes start with zero, and FinishPlanes adds the start; elsewhere it does not.
+// of digits start with zero, and FinishDigits adds the start; elsewhere it does not.
 template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
@@ -134,19 +134,19 @@ concept ByteIsa =
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
       { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
-      { Isa::kPlaneTokens } -> std::convertible_to<int>;         // most that planes are fastest for
-      { Isa::kPrecisePlaneTokens } -> std::convertible_to<int>;  // if all groups have three digits
+      { Isa::kDigitTokens } -> std::convertible_to<int>;         // most that digits are fastest for
+      { Isa::kPreciseDigitTokens } -> std::convertible_to<int>;  // if all groups have three digits
     };
 
-// What planes of bytes need besides, on ISAs that multiply them.
+// What the digit kernel needs besides, on ISAs that have it.
 template <class Isa>
-concept PlaneIsa =
-    ByteIsa<Isa> && (Isa::kPlaneTokens > 0) &&
-    requires(const typename Isa::QuadSum (&two)[2], const typename Isa::QuadSum (&planes)[3]) {
-      { Isa::template FinishPlanes<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;
+concept DigitIsa =
+    ByteIsa<Isa> && (Isa::kDigitTokens > 0) &&
+    requires(const typename Isa::QuadSum (&two)[2], const typename Isa::QuadSum (&three)[3]) {
+      { Isa::template FinishDigits<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;
       {
-        Isa::template FinishPlanes<7>(planes, int32_t{})
-      } -> std::same_as<typename Isa::Vec>;  // (planes[0] * 2^7 + planes[1]) * 2^7 + ...
+        Isa::template FinishDigits<7>(three, int32_t{})
+      } -> std::same_as<typename Isa::Vec>;  // (three[0] * 2^7 + three[1]) * 2^7 + ...
     };
 
 // Whether sums of quads are of 16 bits.

@@ -8,7 +8,7 @@
 //          a loop of its own.
 //   QuadDots  the same for the int8 path; where product and addition are two instructions, a chain
 //          loads its factor, because an invariant product would leave the loop. Where the default
-//          path is planes of bytes for any number of tokens, Dots are these, over a group's digits.
+//          path is the digit path for any number of tokens, Dots are these, over a group's digits.
 //   Read   sum[s] += data[s][i]  for a few streams s: prefetchers stop at the end of a 4 KiB page,
 //          and other streams go on while one starts afresh (13 % more from an Ice Lake's memory).
 #pragma once
@@ -19,9 +19,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/digit_gemm-inl.h"
 #include "kernels/gemm-inl.h"
 #include "kernels/isa.h"
-#include "kernels/plane_gemm-inl.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
@@ -41,8 +41,8 @@ struct Limits {
   static int64_t Dots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);
-    } else if constexpr (Isa::kPlaneTokens == kAnyTokens) {
-      return QuadDots(rounds) / kFewPlanes;
+    } else if constexpr (Isa::kDigitTokens == kAnyTokens) {
+      return QuadDots(rounds) / kFewDigits;
     } else {
       return VectorDots(rounds);
     }

@@ -34,11 +34,11 @@ class TileGemm {
   static constexpr int64_t kPanelBytes =
       int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 
-  // The kernels for an expert's tokens, `fused_tokens` of which are still multiplied by the fused
-  // one.
-  static StagedForm FormFor(const TokenBlocks& blocks, int fused_tokens) {
-    return blocks.tokens() <= std::min(fused_tokens, Isa::kFusedTokens) ? StagedForm::kFused
-                                                                        : StagedForm::kPanel;
+  // The kernels for an expert's tokens, `few_token_limit` of which are still multiplied by the
+  // fused one.
+  static StagedForm FormFor(const TokenBlocks& blocks, int few_token_limit) {
+    return blocks.tokens() <= std::min(few_token_limit, Isa::kFusedTokens) ? StagedForm::kFused
+                                                                           : StagedForm::kPanel;
   }
 
   // Tiles of a pair that are read side by side.

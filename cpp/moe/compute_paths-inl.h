@@ -3,10 +3,10 @@
 
 #include "formats/integer_codes.h"
 #include "kernels/isa.h"
+#include "moe/digit_path-inl.h"
 #include "moe/float_path-inl.h"
 #include "moe/int8_path-inl.h"
 #include "moe/mixed_path-inl.h"
-#include "moe/planes_path-inl.h"
 
 namespace cpumoe {
 
@@ -16,8 +16,8 @@ template <class Codec>
 concept HasByteGroups =
     HasIntegerCodes<typename Codec::Format> && Codec::Format::kGroupSize % kTileRows == 0;
 template <class Isa, class Codec>
-concept HasPlanesPath =
-    HasByteGroups<Codec> && (Isa::kPlaneTokens > 0) && PlanesFit<ByteCodec<Isa, Codec>>();
+concept HasDigitPath =
+    HasByteGroups<Codec> && (Isa::kDigitTokens > 0) && DigitsFit<ByteCodec<Isa, Codec>>();
 template <class Isa, class Codec>
 concept HasInt8Path =
     HasByteGroups<Codec> && QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
@@ -27,13 +27,13 @@ struct DefaultPathTraits {
   using Type = FloatPath<Isa, Codec>;
 };
 template <class Isa, class Codec>
-  requires HasPlanesPath<Isa, Codec>
+  requires HasDigitPath<Isa, Codec>
 struct DefaultPathTraits<Isa, Codec> {
-  using Type = MixedPath<Codec, PlanesPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kPlaneTokens,
-                         Isa::kPrecisePlaneTokens>;
+  using Type = MixedPath<Codec, DigitPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kDigitTokens,
+                         Isa::kPreciseDigitTokens>;
 };
 
-// compute "bf16": planes of bytes where codes are integers, for as many tokens as the ISA gains by
+// Precision::kBf16: digits where codes are integers, for as many tokens as the ISA gains by
 // it.
 template <class Isa, class Codec>
 using DefaultPathOf = typename DefaultPathTraits<Isa, Codec>::Type;
@@ -44,14 +44,14 @@ struct PrecisePathTraits {
 };
 template <RoundsActivations Isa, class Codec>
 struct PrecisePathTraits<Isa, Codec> {
-  static_assert(HasPlanesPath<Isa, Codec>,
-                "on an ISA that rounds activations to bf16, fp32 calls are multiplied as planes of "
+  static_assert(HasDigitPath<Isa, Codec>,
+                "on an ISA that rounds activations to bf16, fp32 calls are multiplied as digits of "
                 "bytes: give the format kUnit and groups for them (formats/integer_codes.h), the "
-                "ISA kPlaneTokens > 0, or this pair a path that keeps fp32");
-  using Type = PlanesPath<Isa, Codec>;
+                "ISA kDigitTokens > 0, or this pair a path that keeps fp32");
+  using Type = DigitPath<Isa, Codec>;
 };
 
-// The path of compute "bf16" where activations must not be rounded to bf16.
+// The path of Precision::kBf16 where activations must not be rounded to bf16.
 template <class Isa, class Codec>
 using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
 
@@ -65,7 +65,7 @@ struct Int8PathTraits<Isa, Codec> {
   using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadCrossover>;
 };
 
-// compute "int8".
+// The path of Precision::kInt8.
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
 

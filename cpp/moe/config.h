@@ -14,13 +14,11 @@ struct SwiGlu {
   float up_offset = 0.0f;
 };
 
-// What the products are computed from.
-enum class ComputePath : int32_t {
-  kBf16,  // activations in the ISA's floating point type, bf16 or fp32, or as integers of 14 or 21
-          // bits (planes_path-inl.h); weights exact. In bf16 those of fp32 calls are only where the
-          // call allows it (ForwardArgs)
-  kInt8,  // activations rounded to int8 per token and group, weights exact; but see
-          // mixed_path-inl.h
+// The lowest precision to which activations may be rounded. Weights are always exact.
+enum class Precision : int32_t {
+  kBf16,  // or higher: the ISA's floating point type, or integers of 14 or 21 bits
+          // (digit_path-inl.h). fp32 calls must allow it themselves (ForwardArgs::fp32_as_bf16).
+  kInt8,  // int8 per token and group, or higher (mixed_path-inl.h)
 };
 
 struct MoeConfig {
@@ -29,11 +27,11 @@ struct MoeConfig {
   int64_t intermediate_size = 0;
   SwiGlu swiglu;
   bool has_bias = false;
-  ComputePath compute = ComputePath::kBf16;
+  Precision precision = Precision::kBf16;
   // One kernel path whatever the number of tokens: a token's result does not depend on the others.
   bool batch_invariant = false;
   // Most tokens of an expert that the few-token kernels take; negative: the ISA's crossover.
-  int fused_tokens = -1;
+  int few_token_limit = -1;
 };
 
 }  // namespace cpumoe

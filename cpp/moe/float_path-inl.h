@@ -37,8 +37,8 @@ class FloatPath {
     return Gemm::TilesAtOnce(blocks);
   }
 
-  static StagedForm FormFor(DType, const TokenBlocks& blocks, int fused_tokens) {
-    return Gemm::FormFor(blocks, fused_tokens);
+  static StagedForm FormFor(DType, const TokenBlocks& blocks, int few_token_limit) {
+    return Gemm::FormFor(blocks, few_token_limit);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,

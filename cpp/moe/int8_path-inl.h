@@ -38,7 +38,7 @@ class Int8Path {
 
   // Kernels of few and of many tokens take the same form and give the same bits; the number of
   // blocks decides.
-  static StagedForm FormFor(DType, const TokenBlocks&, int /*fused_tokens*/) {
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
     return StagedForm::kPanel;
   }
 

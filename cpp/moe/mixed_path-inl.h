@@ -2,7 +2,7 @@
 // and one that multiplies floating point numbers for many.
 //
 // On most ISAs the default path is of this kind, because codes become bytes with less work than
-// they become floating point numbers (planes_path-inl.h), and so is the int8 path where an ISA
+// they become floating point numbers (digit_path-inl.h), and so is the int8 path where an ISA
 // multiplies floating point panels in a unit of its own (AMX's tiles). With many tokens the unit
 // multiplies bf16, faster than bytes could be multiplied: sums of bytes need scaling per group, so
 // that products would have to leave the tiles after every 32 columns (docs/performance.md). So
@@ -42,11 +42,11 @@ class MixedPath {
                                       : Many::StagedBytes(form, columns);
   }
 
-  static StagedForm FormFor(DType dtype, const TokenBlocks& blocks, int fused_tokens) {
+  static StagedForm FormFor(DType dtype, const TokenBlocks& blocks, int few_token_limit) {
     const int few = dtype == DType::kBf16 ? kFewTokens : kPreciseTokens;
-    return blocks.tokens() <= std::min(fused_tokens, few)
+    return blocks.tokens() <= std::min(few_token_limit, few)
                ? StagedForm::kBytes
-               : Many::FormFor(dtype, blocks, fused_tokens);
+               : Many::FormFor(dtype, blocks, few_token_limit);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,

@@ -47,7 +47,7 @@ class MoeOperator : public Moe {
   int FusedTokens() const {
     // Batch-invariant are kernels that take any number of tokens.
     if (config().batch_invariant) return Path::kCrossover == kAnyTokens ? kAnyTokens : 0;
-    return config().fused_tokens < 0 ? Path::kCrossover : config().fused_tokens;
+    return config().few_token_limit < 0 ? Path::kCrossover : config().few_token_limit;
   }
 
   // Whether all of an expert's scales multiply its codes without rounding.
@@ -65,7 +65,7 @@ class MoeOperator : public Moe {
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
     if constexpr (HasInt8Path<Isa, Codec>) {
-      if (config().compute == ComputePath::kInt8) {
+      if (config().precision == Precision::kInt8) {
         Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);
         return;
       }
@@ -83,9 +83,10 @@ class MoeOperator : public Moe {
   static constexpr int64_t kMaxRoundPairs = 16384;
 
   static const MoeConfig& Checked(const MoeConfig& config) {
-    Require(config.compute == ComputePath::kBf16 || HasInt8Path<Isa, Codec>, Format::kName,
-            ": there is no int8 path for this format on this ISA; use compute \"bf16\", or another "
-            "ISA");
+    Require(
+        config.precision == Precision::kBf16 || HasInt8Path<Isa, Codec>, Format::kName,
+        ": there is no int8 path for this format on this ISA; use precision \"bf16\", or another "
+        "ISA");
     return config;
   }
 

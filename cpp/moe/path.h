@@ -43,7 +43,7 @@ concept PathFor =
     MultiplierFor<P, Codec> && requires(DType dtype, const TokenBlocks& blocks, int i) {
       { P::kCrossover } -> std::convertible_to<int>;    // most tokens for the few-token kernels
       { P::kBlockTokens } -> std::convertible_to<int>;  // MR
-      { P::FormFor(dtype, blocks, /*fused_tokens=*/i) } -> std::same_as<StagedForm>;
+      { P::FormFor(dtype, blocks, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
     };
 
 }  // namespace cpumoe

@@ -18,13 +18,13 @@ struct FormatEntry {
   Moe* (*create)(const MoeConfig& config);  // the caller deletes; throws std::invalid_argument
 };
 
-// The multiply-adds of a compute path and nothing else (kernels/limits-inl.h).
+// The multiply-adds of a precision's path and nothing else (kernels/limits-inl.h).
 struct PeakEntry {
-  const char* compute;             // the compute path's name
+  const char* precision;           // "bf16" or "int8"
   int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
 };
 
-// Numbers of an expert's tokens that the few-token kernels of a variant take (compute "bf16").
+// Numbers of an expert's tokens that the few-token kernels of a variant take (Precision::kBf16).
 struct FewTokens {
   int crossover;  // up to which they are used
   int most;       // that there are kernels for

@@ -11,8 +11,8 @@ import torch
 from cpumoe import _core
 from cpumoe._gradients import without_gradients
 from cpumoe._tensors import address, contiguous, describe, new_like, plain, refuse_tracing
-from cpumoe.compute import resolve_compute
 from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.precision import resolve_precision
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +41,7 @@ def prepare_call(
     mask: torch.Tensor | None,
     num_experts: int,
     hidden_size: int,
-    compute: str,
+    precision: str,
 ) -> Call:
     """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
     x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
@@ -82,7 +82,7 @@ def prepare_call(
         0 if mask is None else check_mask(mask, num_experts),
         output_address,
         # The engine does not ask about other calls.
-        element is _FP32 and resolve_compute(compute, torch.float32) == "bf16",
+        element is _FP32 and resolve_precision(precision, torch.float32) == "bf16",
     )
     output = without_gradients(output, hidden_states, topk_weights)
     return tuple.__new__(Call, (tensors, output, (x, ids, weights, mask)))  # 0.1 us faster

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['ComputePath', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
+__all__: list[str] = ['CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -140,7 +140,7 @@ class DType:
     @property
     def value(self) -> int:
         ...
-class ComputePath:
+class Precision:
     """
     Members:
     
@@ -148,11 +148,11 @@ class ComputePath:
     
       INT8
     """
-    BF16: typing.ClassVar[ComputePath]
-    INT8: typing.ClassVar[ComputePath]
-    __members__: typing.ClassVar[dict[str, ComputePath]]
+    BF16: typing.ClassVar[Precision]
+    INT8: typing.ClassVar[Precision]
+    __members__: typing.ClassVar[dict[str, Precision]]
     @typing.overload
-    def __eq__(self, other: ComputePath) -> bool:
+    def __eq__(self, other: Precision) -> bool:
         ...
     @typing.overload
     def __eq__(self, other: typing.Any) -> bool:
@@ -168,7 +168,7 @@ class ComputePath:
     def __int__(self) -> int:
         ...
     @typing.overload
-    def __ne__(self, other: ComputePath) -> bool:
+    def __ne__(self, other: Precision) -> bool:
         ...
     @typing.overload
     def __ne__(self, other: typing.Any) -> bool:
@@ -186,7 +186,7 @@ class ComputePath:
     def value(self) -> int:
         ...
 class MoeConfig:
-    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, compute: ComputePath, batch_invariant: bool, fused_tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 class Matrix:
     def __init__(self, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -251,13 +251,13 @@ def open_variant(name: str, origin: str) -> str:
     """
 def peak_names(isa: str, origin: str) -> list[str]:
     """
-    The compute paths whose multiply-adds a variant can run by themselves.
+    The precisions whose multiply-adds a variant can run by themselves.
     """
 def require_isa(name: str, origin: str) -> None:
     """
     Raises ValueError unless this CPU can run variant `name`.
     """
-def run_dots(runtime: Runtime, isa: str, origin: str, compute: str, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
+def run_dots(runtime: Runtime, isa: str, origin: str, precision: str, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
     """
     Multiplies and adds in registers on all threads; returns the multiply-accumulates done and the seconds taken.
     """

@@ -1,4 +1,4 @@
-"""What the int8 compute path makes of activations, in PyTorch."""
+"""What the int8 precision makes of activations, in PyTorch."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ _LIMIT_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Variant:
-    """What computes: an ISA variant and one of its compute paths."""
+    """What precisions: an ISA variant and one of its precisions."""
 
     isa: str
-    compute: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _LimitMeter:
             self.reads.append(self._read)
         if variant not in self._peaks:
             self._peaks[variant] = measure_dot_peak(
-                self._runtime, variant.isa, variant.compute, seconds=_LIMIT_SECONDS
+                self._runtime, variant.isa, variant.precision, seconds=_LIMIT_SECONDS
             )
         return self._read, self._peaks[variant]
 
@@ -276,7 +276,7 @@ def run(
         experts = weights.pack(
             variant.isa,
             runtime,
-            compute=variant.compute,
+            precision=variant.precision,
             batch_invariant=batch_invariant,
             progress=progress,
         )

@@ -13,7 +13,7 @@ With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`
   4. sum over experts with |w_e|, + the output's unit roundoff times its size.
 
 Path "auto" has no more than that to add for fp32 hidden states: step 3 has |Wd| |dh|. For others,
-and where PyTorch allows bf16 products of fp32, it is path "bf16" (`resolve_compute`).
+and where PyTorch allows bf16 products of fp32, it is path "bf16" (`resolve_precision`).
 
 Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
 (h to bf16, random signs), + |y(bf16 x, bf16 h) - y(x, h)|, which is what the roundings do where
@@ -46,8 +46,8 @@ from cpumoe.activations import (
     dequantize_activations,
     quantize_activations,
 )
-from cpumoe.compute import COMPUTE_PATHS, check_compute, resolve_compute
 from cpumoe.formats import dtype_name, power_of_two, weight_format
+from cpumoe.precision import PRECISIONS, check_precision, resolve_precision
 from cpumoe.swiglu import SwiGLU
 
 _U32 = 2.0**-24  # unit roundoff of float32
@@ -78,7 +78,7 @@ def experts_forward_with_bound(
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
-    compute: str = COMPUTE_PATHS[0],
+    precision: str = PRECISIONS[0],
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,13 +93,13 @@ def experts_forward_with_bound(
         gate: see there.
         up: see there.
         down: see there.
-        compute: the kernel's compute path, one of `COMPUTE_PATHS`.
+        precision: the kernel's precision, one of `PRECISIONS`.
         output_dtype: the kernel's (bfloat16, float16 or float32).
         options: see `LayerOptions`.
 
     Raises:
         IndexError: as `experts_forward`.
-        ValueError: as `experts_forward`; an unknown compute path; another output dtype; sizes that
+        ValueError: as `experts_forward`; an unknown precision; another output dtype; sizes that
             are no multiple of the group size (int8).
     """
     output, bounds = experts_forward_with_bounds(
@@ -109,11 +109,11 @@ def experts_forward_with_bound(
         gate,
         up,
         down,
-        computes=(compute,),
+        precisions=(precision,),
         output_dtype=output_dtype,
         **options,
     )
-    return output, bounds[compute]
+    return output, bounds[precision]
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
@@ -125,26 +125,26 @@ def experts_forward_with_bounds(
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
-    computes: Sequence[str],
+    precisions: Sequence[str],
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns what `experts_forward_with_bound` does for several compute paths, bounds by path."""
-    for compute in computes:
-        check_compute(compute)
+    """Returns what `experts_forward_with_bound` does for several precisions, bounds by path."""
+    for precision in precisions:
+        check_precision(precision)
     if output_dtype not in _UNIT_ROUNDOFF:
         known = " or ".join(map(dtype_name, _UNIT_ROUNDOFF))
         raise ValueError(f"output_dtype: expected {known}, got {dtype_name(output_dtype)}")
     layer = ReferenceLayer(gate, up, down, **options)
     group_size = _GROUP_SIZE if layer.format is None else weight_format(layer.format).group_size
     output = torch.zeros(hidden_states.shape, dtype=torch.float64, device="cpu")
-    bounds = {compute: torch.zeros_like(output) for compute in computes}
+    bounds = {precision: torch.zeros_like(output) for precision in precisions}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
         expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, group_size)
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
-        for compute, bound in bounds.items():
-            dy = _bound_of(expert, resolve_compute(compute, hidden_states.dtype))
+        for precision, bound in bounds.items():
+            dy = _bound_of(expert, resolve_precision(precision, hidden_states.dtype))
             # The product with the routing weight and the sum over experts round in float32.
             bound.index_add_(0, routed.tokens, (dy + 8 * _U32 * expert.y.abs()) * scale.abs())
     limits = torch.finfo(output_dtype)
@@ -162,7 +162,7 @@ def error_bound(
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
-    compute: str = COMPUTE_PATHS[0],
+    precision: str = PRECISIONS[0],
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> torch.Tensor:
@@ -173,7 +173,7 @@ def error_bound(
         topk_ids,
         topk_weights,
         *matrices,
-        compute=compute,
+        precision=precision,
         output_dtype=output_dtype,
         **options,
     )[1]
@@ -229,11 +229,11 @@ class _Expert:
         return y, error + self.down.product(_greatest_rounding(h, self.group_size), 1)
 
 
-def _bound_of(expert: _Expert, compute: str) -> torch.Tensor:
-    """The bound of steps 1 to 3 on a resolved compute path, before the routing weight."""
-    if compute == "int8":
+def _bound_of(expert: _Expert, precision: str) -> torch.Tensor:
+    """The bound of steps 1 to 3 on a resolved precision, before the routing weight."""
+    if precision == "int8":
         return torch.maximum(_bf16_bound(expert, two_digits=False), _int8_bound(expert))
-    if compute == "bf16":
+    if precision == "bf16":
         return _bf16_bound(expert, two_digits=expert.x.dtype == torch.bfloat16)
     return _fp32_bound(expert)
 

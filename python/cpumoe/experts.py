@@ -19,35 +19,36 @@ from cpumoe._arguments import (
 )
 from cpumoe._packing import checked_stack, pack_experts
 from cpumoe._progress import track
+from cpumoe._renamed import warn_renamed, with_old_arguments
 from cpumoe._tensors import refuse_tracing
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
-from cpumoe.compute import COMPUTE_PATHS, check_compute
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.future import Future
 from cpumoe.isa import select_isa
+from cpumoe.precision import PRECISIONS, check_precision
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
 
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
-_COMPUTE = {
-    "auto": _core.ComputePath.BF16,  # each call says whether fp32 may be rounded to it
-    "bf16": _core.ComputePath.BF16,
-    "int8": _core.ComputePath.INT8,
+_PRECISION = {
+    "auto": _core.Precision.BF16,  # each call says whether fp32 may be rounded to it
+    "bf16": _core.Precision.BF16,
+    "int8": _core.Precision.INT8,
 }
 
 
 class Experts:
     """The routed experts of one layer, packed for this CPU.
 
-    Calling it computes, for every token t with hidden state x,
+    Calling it precisions, for every token t with hidden state x,
 
         ``y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)``,
         ``E(x) = W_down h + b_down``,  ``h = swiglu(W_gate x + b_gate, W_up x + b_up)``
 
     (biases where the model has them; the formula of swiglu is `SwiGLU`'s). Router, shared experts
     and any scaling of the weights are the host's. The result does not depend on the number of
-    threads. Weights are always exact; what they are multiplied with is the compute path's choice:
+    threads. Weights are always exact; what they are multiplied with is the precision's choice:
 
     - "auto" (the default): fp32 accuracy for fp32 hidden states, on every variant; an error of some
       1e-6 (relative, 2-norm, random normal data). Others are multiplied as by "bf16". So are fp32
@@ -76,6 +77,7 @@ class Experts:
     Make one with `from_checkpoint` or `from_tensors`.
     """
 
+    @with_old_arguments("compute", "fused_tokens")
     def __init__(
         self,
         experts: Iterable[ExpertWeights],
@@ -87,29 +89,30 @@ class Experts:
         swiglu: SwiGLU | None = None,
         has_bias: bool = False,
         runtime: Runtime | None = None,
-        compute: str = COMPUTE_PATHS[0],
+        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
-        fused_tokens: int | None = None,
+        few_token_limit: int | None = None,
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
-        Arguments are theirs: `compute` is "auto", "bf16" or "int8", see the class.
+        Arguments are theirs: `precision` is "auto", "bf16" or "int8", see the class.
         """
-        check_compute(compute)
+        check_precision(precision)
         crossover = _ISAS_CROSSOVER
-        if fused_tokens is not None:
-            crossover = min(integer(fused_tokens, "fused_tokens"), _ANY_TOKENS)
+        if few_token_limit is not None:
+            crossover = min(integer(few_token_limit, "few_token_limit"), _ANY_TOKENS)
             if crossover < 0:
                 raise ValueError(
-                    f"fused_tokens: expected 0 or more, or None for the variant's, got {crossover}"
+                    "few_token_limit: expected 0 or more, or None for the variant's limit, "
+                    f"got {crossover}"
                 )
         self._format = weight_format(format)
         name, origin = select_isa(isa)
         self._isa = _core.open_variant(name, origin)
         self._runtime = runtime
-        self._compute = compute
+        self._precision = precision
         self._swiglu = swiglu or SwiGLU()
         self._num_experts = num_experts
         self._hidden_size = hidden_size
@@ -122,9 +125,9 @@ class Experts:
             limit=self._swiglu.limit,
             up_offset=self._swiglu.up_offset,
             has_bias=has_bias,
-            compute=_COMPUTE[compute],
+            precision=_PRECISION[precision],
             batch_invariant=batch_invariant,
-            fused_tokens=crossover,
+            few_token_limit=crossover,
         )
         self._moe = _core.Moe(self._isa, origin, self._format.name, config)
         self._mask: torch.Tensor | None = None
@@ -141,6 +144,7 @@ class Experts:
             raise ValueError(f"expected {num_experts} experts, got {len(self._biases)}")
 
     @classmethod
+    @with_old_arguments("compute", "fused_tokens")
     def from_checkpoint(
         cls,
         path: str | PathLike[str] | ExpertReader,
@@ -148,11 +152,11 @@ class Experts:
         *,
         swiglu: SwiGLU | None = None,
         runtime: Runtime | None = None,
-        compute: str = COMPUTE_PATHS[0],
+        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
-        fused_tokens: int | None = None,
+        few_token_limit: int | None = None,
         progress: bool | None = None,
     ) -> Experts:
         """Packs a layer's experts straight from a checkpoint's mapped files.
@@ -163,7 +167,7 @@ class Experts:
             layer: index of the decoder layer.
             swiglu: the activation; default: what the checkpoint's config.json says.
             runtime: threads to run on; default: the process's shared runtime.
-            compute: what weights are multiplied with: "auto", as exactly as the hidden states'
+            precision: what weights are multiplied with: "auto", as exactly as the hidden states'
                 dtype asks for; "bf16", exact to about 1.7e-3; or "int8", faster for many tokens, to
                 about 1.2e-2. See the class.
             expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
@@ -171,13 +175,12 @@ class Experts:
             batch_invariant: use the same kernels whatever the number of tokens, so that a token's
                 result does not depend on the others in the batch. Slower for few tokens, but on
                 avx512_vnni and avx2_vnni, which always do so, as avx512_bf16 and amx do for fp32
-                hidden states on compute path "auto". Compute path "int8" is so anyway, but for
+                hidden states on precision "auto". Precision "int8" is so anyway, but for
                 variant amx.
-            fused_tokens: a tuning knob: up to how many tokens of one expert the few-token kernels
-                take (at most as many as they are built for), the many-token kernels the rest.
-                Default: the variant's constant, which ``cpumoe bench --tune`` compares with this
-                machine's. Without effect where `batch_invariant` is set, where one kernel
-                takes any number of tokens, and on "int8" but for variant amx.
+            few_token_limit: the most tokens of one expert for which the few-token kernels are used,
+                which may support fewer. Default: the variant's constant. ``cpumoe bench --tune``
+                finds the best limit for this machine. It has no effect with `batch_invariant`,
+                where one kernel takes any number of tokens, and with "int8" except on amx.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:
@@ -186,7 +189,7 @@ class Experts:
             UnsupportedFormatError: its experts are in a format that cpumoe does not know, or
                 `swiglu` is None and config.json does not tell it.
             IndexError: the layer has no routed experts.
-            TypeError: `fused_tokens` is not an int.
+            TypeError: `few_token_limit` is not an int.
             ValueError: another argument is not one of those above.
         """
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
@@ -205,11 +208,11 @@ class Experts:
                 swiglu=swiglu or reader.known_swiglu(),
                 has_bias=reader.has_bias,
                 runtime=runtime,
-                compute=compute,
+                precision=precision,
                 expert_mask=expert_mask,
                 isa=isa,
                 batch_invariant=batch_invariant,
-                fused_tokens=fused_tokens,
+                few_token_limit=few_token_limit,
             )
             reader.folder.check_unchanged()
             return experts
@@ -218,6 +221,7 @@ class Experts:
                 reader.close()
 
     @classmethod
+    @with_old_arguments("compute", "fused_tokens")
     def from_tensors(
         cls,
         *,
@@ -230,11 +234,11 @@ class Experts:
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
         runtime: Runtime | None = None,
-        compute: str = COMPUTE_PATHS[0],
+        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
         isa: str | None = None,
         batch_invariant: bool = False,
-        fused_tokens: int | None = None,
+        few_token_limit: int | None = None,
     ) -> Experts:
         """Packs experts from tensors in memory; the tensors are not needed afterwards.
 
@@ -251,11 +255,11 @@ class Experts:
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
             runtime: see `from_checkpoint`, as for the remaining arguments.
-            compute: "auto", "bf16" or "int8", see the class.
+            precision: "auto", "bf16" or "int8", see the class.
             expert_mask: see `from_checkpoint`.
             isa: see `from_checkpoint`.
             batch_invariant: see `from_checkpoint`.
-            fused_tokens: see `from_checkpoint`.
+            few_token_limit: see `from_checkpoint`.
 
         Raises:
             TypeError: a dtype that the format does not have, or tensors that are not in memory on
@@ -275,11 +279,11 @@ class Experts:
             swiglu=swiglu,
             has_bias=bool(stack.biases),
             runtime=runtime,
-            compute=compute,
+            precision=precision,
             expert_mask=expert_mask,
             isa=isa,
             batch_invariant=batch_invariant,
-            fused_tokens=fused_tokens,
+            few_token_limit=few_token_limit,
         )
 
     def __call__(
@@ -362,9 +366,15 @@ class Experts:
         return self._isa
 
     @property
+    def precision(self) -> str:
+        """The lowest precision of activations, "auto", "bf16" or "int8"; see the class."""
+        return self._precision
+
+    @property
     def compute(self) -> str:
-        """Name of the compute path, "auto", "bf16" or "int8"; see the class."""
-        return self._compute
+        """The old name of `precision`; it warns."""
+        warn_renamed("Experts.compute", "Experts.precision", stacklevel=2)
+        return self._precision
 
     @property
     def swiglu(self) -> SwiGLU:
@@ -422,8 +432,8 @@ class Experts:
         )
 
     def __repr__(self) -> str:
-        """Describes format, sizes, variant and, unless it is the default, compute path."""
-        path = "" if self.compute == COMPUTE_PATHS[0] else f", compute={self.compute}"
+        """Describes format, sizes, variant and, unless it is the default, precision."""
+        path = "" if self.precision == PRECISIONS[0] else f", precision={self.precision}"
         return (
             f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
             f"intermediate={self.intermediate_size}, isa={self.isa}{path})"
@@ -439,7 +449,7 @@ class Experts:
             self._mask,
             self._num_experts,
             self._hidden_size,
-            self._compute,
+            self._precision,
         )
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:

@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from cpumoe._random import normal
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
-from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.models import ModelSpec
+from cpumoe.precision import PRECISIONS
 from cpumoe.runtime import Runtime
 from cpumoe.seed import check_seed
 from cpumoe.swiglu import SwiGLU
@@ -153,9 +153,9 @@ class LayerWeights:
         isa: str,
         runtime: Runtime,
         *,
-        compute: str = COMPUTE_PATHS[0],
+        precision: str = PRECISIONS[0],
         batch_invariant: bool = False,
-        fused_tokens: int | None = None,
+        few_token_limit: int | None = None,
         progress: Progress = silent,
     ) -> Experts:
         """Returns the experts packed for variant `isa`; the other arguments are `Experts`'."""
@@ -175,10 +175,10 @@ class LayerWeights:
             swiglu=self.swiglu,
             has_bias=self.has_bias,
             runtime=runtime,
-            compute=compute,
+            precision=precision,
             isa=isa,
             batch_invariant=batch_invariant,
-            fused_tokens=fused_tokens,
+            few_token_limit=few_token_limit,
         )
 
 

@@ -54,13 +54,13 @@ class DotPeak:
     Attributes:
         macs_per_second: multiply-accumulates per second, the best run.
         isa: the variant whose instruction multiplies.
-        compute: the compute path that uses this instruction.
+        precision: the precision that uses this instruction.
         threads: threads that multiply.
     """
 
     macs_per_second: float
     isa: str
-    compute: str
+    precision: str
     threads: int
 
 
@@ -130,27 +130,27 @@ def measure_read_bandwidth(
 
 
 def measure_dot_peak(
-    runtime: Runtime, isa: str, compute: str, *, seconds: float = 0.2
+    runtime: Runtime, isa: str, precision: str, *, seconds: float = 0.2
 ) -> DotPeak | None:
     """Measures how many multiply-accumulates a runtime's threads together do per second.
 
     Args:
         runtime: the threads.
         isa: the variant, one that this CPU supports.
-        compute: the compute path, e.g. "bf16".
+        precision: the precision, e.g. "bf16".
         seconds: time to spend (three runs at least).
 
     Returns:
-        The best run, or None where the variant has no such loop for the compute path.
+        The best run, or None where the variant has no such loop for the precision.
 
     Raises:
         ValueError: a variant that is unknown or that this CPU lacks.
     """
-    if compute not in _core.peak_names(isa, "isa"):
+    if precision not in _core.peak_names(isa, "isa"):
         return None
 
     def run(tasks: int, rounds: int) -> tuple[int, float]:
-        return _core.run_dots(runtime.core, isa, "isa", compute, tasks, rounds)
+        return _core.run_dots(runtime.core, isa, "isa", precision, tasks, rounds)
 
     first = min(run(1, _CALIBRATION_ROUNDS)[1] for _ in range(3))
     rounds = max(1, round(_CALIBRATION_ROUNDS * _TASK_SECONDS / first))
@@ -160,7 +160,7 @@ def measure_dot_peak(
         macs, taken = run(_TASKS_PER_THREAD * runtime.threads, rounds)
         rates.append(macs / taken)
         spent += taken
-    return DotPeak(max(rates), isa, compute, runtime.threads)
+    return DotPeak(max(rates), isa, precision, runtime.threads)
 
 
 def available_bytes() -> int:

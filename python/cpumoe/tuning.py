@@ -1,8 +1,8 @@
 """Measures up to how many tokens of an expert the few-token kernels of a variant are the faster.
 
-Few tokens are multiplied while the weights are decoded in registers (planes or fused), many by way
-of a decoded panel. A variant has a constant that chooses; here both forms are timed for all numbers
-of tokens that both can take, in turns, because a machine's speed changes while one measures.
+The few-token kernels decode weights in registers. The many-token kernel decodes a panel of weights
+into the cache first. Each variant has a constant that chooses between them. This module times both
+for every number of tokens that both can take. Calls alternate, because a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ class Comparison:
 
     Attributes:
         tokens: tokens of each expert.
-        fused: the few-token kernels.
-        panel: the many-token kernels.
+        few_token: the few-token kernels.
+        many_token: the many-token kernel.
     """
 
     tokens: int
-    fused: Form
-    panel: Form
+    few_token: Form
+    many_token: Form
 
     @property
     def ratio(self) -> float:
-        """Time of the fused form over that of the panel form."""
-        return self.fused.seconds / self.panel.seconds
+        """Time of the few-token kernels over that of the many-token kernel."""
+        return self.few_token.seconds / self.many_token.seconds
 
     @property
     def faster(self) -> str | None:
         """Name of the faster form; None: their rounds overlap."""
-        if self.fused.high < self.panel.low:
-            return "fused"
-        return "panel" if self.panel.high < self.fused.low else None
+        if self.few_token.high < self.many_token.low:
+            return "few-token"
+        return "many-token" if self.many_token.high < self.few_token.low else None
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Crossover:
 
     Attributes:
         isa: the variant.
-        compiled: up to how many tokens it takes the fused form, maybe `ANY_TOKENS`.
-        most: up to how many it could, maybe `ANY_TOKENS`.
+        compiled: the most tokens for which it uses the few-token kernels, maybe `ANY_TOKENS`.
+        most: the most tokens that its few-token kernels support, maybe `ANY_TOKENS`.
         rows: the comparisons.
     """
 
@@ -98,7 +98,7 @@ def measure_crossover(
     rounds: int = 5,
     progress: Progress = silent,
 ) -> Crossover:
-    """Times both forms of a variant for the numbers `TOKENS`, as far as it can fuse them.
+    """Times both forms of a variant for the numbers `TOKENS` that its few-token kernels support.
 
     The tokens of a call go to the same experts, those of successive calls to others, so that caches
     do not hold what is read next.
@@ -117,8 +117,8 @@ def measure_crossover(
     limits = _core.few_tokens(isa, "isa")
     require_memory(weights, copies=2, threads=runtime.threads)
     counts = [tokens for tokens in TOKENS if tokens <= limits.most]
-    fused, panel = (
-        weights.pack(isa, runtime, fused_tokens=tokens, progress=progress)
+    few_token, many_token = (
+        weights.pack(isa, runtime, few_token_limit=tokens, progress=progress)
         for tokens in (limits.most, 0)
     )
     cases = []
@@ -131,7 +131,7 @@ def measure_crossover(
             routing="concentrated",
             seed=tokens,
         )
-        cases.append(_Case(CallTimer(fused, work), CallTimer(panel, work)))
+        cases.append(_Case(CallTimer(few_token, work), CallTimer(many_token, work)))
     for case in cases:
         case.warm_up()
     for number in range(rounds):
@@ -143,9 +143,9 @@ def measure_crossover(
 
 
 class _Case:
-    def __init__(self, fused: CallTimer, panel: CallTimer) -> None:
-        self.tokens = fused.workload.tokens
-        self._timers = (fused, panel)
+    def __init__(self, few_token: CallTimer, many_token: CallTimer) -> None:
+        self.tokens = few_token.workload.tokens
+        self._timers = (few_token, many_token)
         self._rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
 
     def warm_up(self) -> None:
@@ -158,5 +158,5 @@ class _Case:
             self._rounds[form].append(self._timers[form].run(seconds / 2))
 
     def result(self) -> Comparison:
-        fused, panel = (Form(*median_spread(rounds)) for rounds in self._rounds)
-        return Comparison(self.tokens, fused, panel)
+        few_token, many_token = (Form(*median_spread(rounds)) for rounds in self._rounds)
+        return Comparison(self.tokens, few_token, many_token)

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from cpumoe._random import normal, uniform
 from cpumoe.checkpoint import ExpertWeights
-from cpumoe.compute import COMPUTE_PATHS
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.layer_weights import LayerWeights, Progress, silent
+from cpumoe.precision import PRECISIONS
 from cpumoe.reference import experts_forward_with_bounds
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.seed import check_seed
@@ -37,7 +37,7 @@ class Case:
         topk_weights: float32 ``[tokens, top_k]``, positive, each row's sum is 1.
         checked: int64, the tokens that the reference computed.
         expected: float64 ``[checked, hidden]``.
-        bounds: by compute path, float64 ``[checked, hidden]``, of a right kernel's error.
+        bounds: by precision, float64 ``[checked, hidden]``, of a right kernel's error.
     """
 
     hidden_states: torch.Tensor
@@ -70,7 +70,7 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How one variant did on one batch, on one compute path.
+    """How one variant did on one batch, on one precision.
 
     Attributes:
         tokens: tokens of the batch.
@@ -98,12 +98,12 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class IsaResult:
-    """How one variant did on one compute path.
+    """How one variant did on one precision.
 
     Attributes:
         isa: the variant asked for.
         ran: the variant that ran.
-        compute: the compute path.
+        precision: the precision.
         seconds: time for packing and all runs.
         inexact_exports: experts whose export differs from the checkpoint's bytes.
         cases: one per batch size.
@@ -111,7 +111,7 @@ class IsaResult:
 
     isa: str
     ran: str
-    compute: str
+    precision: str
     seconds: float
     inexact_exports: tuple[int, ...]
     cases: tuple[CaseResult, ...]
@@ -129,7 +129,7 @@ class Report:
 
     Attributes:
         reference_seconds: time that the reference took.
-        isas: one result per variant and compute path.
+        isas: one result per variant and precision.
     """
 
     reference_seconds: float
@@ -145,20 +145,20 @@ def validate(
     weights: LayerWeights,
     tokens: Sequence[int],
     isas: Sequence[str],
-    computes: Sequence[str] = COMPUTE_PATHS[:1],
+    precisions: Sequence[str] = PRECISIONS[:1],
     *,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Runs `validate_isa` for each variant and compute path against one reference.
+    """Runs `validate_isa` for each variant and precision against one reference.
 
     Args:
         weights: the layer.
         tokens: batch sizes.
         isas: names of the variants.
-        computes: names of the compute paths.
+        precisions: names of the precisions.
         dtype: of hidden states.
         seed: of hidden states and routing.
         threads: as `validate_isa`'s.
@@ -168,12 +168,12 @@ def validate(
         ValueError: as `make_cases` and `validate_isa`.
     """
     start = time.perf_counter()
-    cases = make_cases(weights, tokens, computes, dtype=dtype, seed=seed, progress=progress)
+    cases = make_cases(weights, tokens, precisions, dtype=dtype, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
     results = [
-        validate_isa(weights, cases, isa, compute, threads=threads, progress=progress)
+        validate_isa(weights, cases, isa, precision, threads=threads, progress=progress)
         for isa in isas
-        for compute in computes
+        for precision in precisions
     ]
     return Report(seconds, tuple(results))
 
@@ -181,7 +181,7 @@ def validate(
 def make_cases(
     weights: LayerWeights,
     tokens: Sequence[int],
-    computes: Sequence[str] = COMPUTE_PATHS[:1],
+    precisions: Sequence[str] = PRECISIONS[:1],
     *,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -189,7 +189,7 @@ def make_cases(
 ) -> list[Case]:
     """Draws a batch for each number of tokens and computes the reference for all of them at once.
 
-    Hidden states, and so outputs, are of `dtype`. There is a bound for each of the compute paths.
+    Hidden states, and so outputs, are of `dtype`. There is a bound for each of the precisions.
 
     The reference is float64 and dequantizes each expert once. Of a batch of more than
     `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
@@ -221,14 +221,14 @@ def make_cases(
         gate_bias=[expert.gate_bias for expert in experts],
         up_bias=[expert.up_bias for expert in experts],
         down_bias=[expert.down_bias for expert in experts],
-        computes=computes,
+        precisions=precisions,
         output_dtype=dtype,
     )
     sizes = [len(rows) for rows in checked]
     wanted = torch.split(expected, sizes)
-    limits = {compute: torch.split(bound, sizes) for compute, bound in bounds.items()}
+    limits = {precision: torch.split(bound, sizes) for precision, bound in bounds.items()}
     return [
-        Case(*batch, rows, want, {compute: limit[i] for compute, limit in limits.items()})
+        Case(*batch, rows, want, {precision: limit[i] for precision, limit in limits.items()})
         for i, (batch, rows, want) in enumerate(zip(batches, checked, wanted, strict=True))
     ]
 
@@ -237,7 +237,7 @@ def validate_isa(
     weights: LayerWeights,
     cases: Sequence[Case],
     isa: str,
-    compute: str = COMPUTE_PATHS[0],
+    precision: str = PRECISIONS[0],
     *,
     threads: int | None = None,
     progress: Progress = silent,
@@ -246,9 +246,9 @@ def validate_isa(
 
     Args:
         weights: the layer.
-        cases: from `make_cases`, with this compute path's bounds.
+        cases: from `make_cases`, with this precision's bounds.
         isa: the variant.
-        compute: the compute path.
+        precision: the precision.
         threads: threads of the run that is compared with the reference; default: the runtime's.
         progress: told about each batch, in tokens.
 
@@ -265,13 +265,13 @@ def validate_isa(
         nonlocal done
         outputs: list[torch.Tensor] = []
         for case in cases:
-            progress(f"{isa}, {compute}: {case.tokens} tokens", done, total)
+            progress(f"{isa}, {precision}: {case.tokens} tokens", done, total)
             outputs.append(case.run(experts))
             done += case.tokens
         return outputs
 
     with _quiet_runtime(main) if threads is None else Runtime(main) as runtime:
-        experts = weights.pack(isa, runtime, compute=compute)
+        experts = weights.pack(isa, runtime, precision=precision)
         ran = experts.isa
         outputs = run(experts)
         repeats = [run(experts)]
@@ -281,10 +281,10 @@ def validate_isa(
             experts.runtime = runtime
             repeats.append(run(experts))
     results = tuple(
-        _compare(case, compute, output, [repeat[i] for repeat in repeats])
+        _compare(case, precision, output, [repeat[i] for repeat in repeats])
         for i, (case, output) in enumerate(zip(cases, outputs, strict=True))
     )
-    return IsaResult(isa, ran, compute, time.perf_counter() - start, inexact, results)
+    return IsaResult(isa, ran, precision, time.perf_counter() - start, inexact, results)
 
 
 class _Announced(Sequence[QuantizedMatrix]):
@@ -350,9 +350,9 @@ def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _compare(
-    case: Case, compute: str, output: torch.Tensor, repeats: Sequence[torch.Tensor]
+    case: Case, precision: str, output: torch.Tensor, repeats: Sequence[torch.Tensor]
 ) -> CaseResult:
-    bound = case.bounds[compute]
+    bound = case.bounds[precision]
     actual = output[case.checked].double()
     error = (actual - case.expected).abs()
     ratio = (error / bound).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -91,9 +91,9 @@ class DecodeTest : public IsaFormatTest {
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(DecodeTest);
 
 TEST_P(DecodeTest, Fused) { CheckAllScales(Path::kFused, kernels().fused_tokens); }
-TEST_P(DecodeTest, Planes) {
-  if (!kernels().planes) GTEST_SKIP() << "this ISA does not multiply planes for " << format();
-  CheckAllScales(Path::kPlanes, 2 * kernels().panel_tokens + 1);
+TEST_P(DecodeTest, Digits) {
+  if (!kernels().digits) GTEST_SKIP() << "this ISA does not multiply digits for " << format();
+  CheckAllScales(Path::kDigits, 2 * kernels().panel_tokens + 1);
 }
 TEST_P(DecodeTest, ScaledPanel) { CheckAllScales(Path::kScaledPanel, 32); }
 TEST_P(DecodeTest, FoldedPanel) {

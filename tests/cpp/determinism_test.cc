@@ -91,7 +91,7 @@ TEST_P(DeterminismTest, ASharedWorkspace) {
 // fp32 calls that are not rounded to bf16 take one kernel, whatever the number of tokens.
 TEST_P(DeterminismTest, ATokenOfAnFp32CallIsTheSameInAnyBatchWhereTheIsaHasBf16) {
   if (GetParam().fp32_as_bf16) GTEST_SKIP() << "the number of tokens chooses the kernels";
-  const TestLayer layer(format(), LayerSpec{.has_bias = true, .fused_tokens = 0});
+  const TestLayer layer(format(), LayerSpec{.has_bias = true, .few_token_limit = 0});
   const auto moe = Create(layer);
   const int64_t hidden = layer.config().hidden_size;
   const Batch batch(layer.config(), BatchSpec{.tokens = 70});

@@ -24,7 +24,9 @@ struct Interval {
 };
 using Intervals = std::vector<Interval>;
 
-int Digits(DType dtype) { return dtype == DType::kBf16 ? 8 : dtype == DType::kFp16 ? 11 : 24; }
+int SignificandBits(DType dtype) {
+  return dtype == DType::kBf16 ? 8 : dtype == DType::kFp16 ? 11 : 24;
+}
 
 // Half the distance of subnormals.
 double LeastRounding(DType dtype) {
@@ -84,10 +86,10 @@ void RoundToInt8(Intervals& x) {
   }
 }
 
-// Adds what rounding to integers does (packing/planes-inl.h): a group without an outlier is off by
+// Adds what rounding to integers does (packing/digits-inl.h): a group without an outlier is off by
 // 2^-13 of its greatest magnitude in calls of bf16, others by 2^-20 of it.
 template <class F>
-void RoundToPlanes(Intervals& x, DType dtype) {
+void RoundToDigits(Intervals& x, DType dtype) {
   for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
     double greatest = 0, least_greatest = 0, sum = 0;
     for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
@@ -106,7 +108,7 @@ void RoundToPlanes(Intervals& x, DType dtype) {
 
 // (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 whatever
 // alpha is; min and clamp have slopes of at most 1. See CheckActivation for the units of exp.
-Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
+Interval Activate(const SwiGlu& s, Interval gate, Interval up, int bits) {
   const double g = std::min<double>(gate.value, s.limit);
   const double u = std::clamp<double>(up.value, -s.limit, s.limit) + s.up_offset;
   const double silu = g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
@@ -117,7 +119,7 @@ Interval Activate(const SwiGlu& s, Interval gate, Interval up, int digits) {
   const double u_error = up.error + kUnit * (std::fabs(u) + up.error);
   const double h = u * silu;
   double error = std::fabs(u) * silu_error + std::fabs(silu) * u_error + silu_error * u_error;
-  error += (kUnit + std::ldexp(1.0, -digits)) * (std::fabs(h) + error) + kFlush;
+  error += (kUnit + std::ldexp(1.0, -bits)) * (std::fabs(h) + error) + kFlush;
   return {h, error};
 }
 
@@ -165,7 +167,7 @@ class Oracle {
     for (int64_t r = 0; r < config.hidden_size; ++r) {
       sum[r].error += (terms + 1) * kUnit * magnitude[r];
       const double largest = std::fabs(sum[r].value) + sum[r].error;
-      sum[r].error += std::ldexp(largest, -Digits(dtype)) + LeastRounding(dtype);
+      sum[r].error += std::ldexp(largest, -SignificandBits(dtype)) + LeastRounding(dtype);
     }
     return sum;
   }
@@ -176,18 +178,18 @@ class Oracle {
     if (expert.empty()) {
       expert = {Decode<F>(source.gate), Decode<F>(source.up), Decode<F>(source.down)};
     }
-    const int digits = rounding_.int8 ? 24 : rounding_.digits;
-    const bool rounded = Digits(batch_.spec().dtype) > digits;
+    const int bits = rounding_.int8 ? 24 : rounding_.bits;
+    const bool rounded = SignificandBits(batch_.spec().dtype) > bits;
     Intervals x;
     for (const double value : values) {
-      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -digits) : 0.0});
+      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -bits) : 0.0});
     }
     Round(x);
     const Intervals gate = Multiply(expert[0], x, source.gate_bias);
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {
-      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], digits));
+      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], bits));
     }
     Round(h);
     return Multiply(expert[2], h, source.down_bias);
@@ -196,8 +198,8 @@ class Oracle {
   void Round(Intervals& x) const {
     if (rounding_.int8) {
       RoundToInt8<F>(x);
-    } else if (rounding_.planes) {
-      RoundToPlanes<F>(x, batch_.spec().dtype);
+    } else if (rounding_.as_digits) {
+      RoundToDigits<F>(x, batch_.spec().dtype);
     }
   }
 

@@ -16,9 +16,9 @@ struct Expectation {
 
 // How kernels round the activations that they multiply.
 struct Rounding {
-  int digits;   // significant bits kept
-  bool int8;    // instead, to 1/127 of the greatest of each group
-  bool planes;  // perhaps to integers of 21 bits, or 14 in calls of bf16
+  int bits;        // significant bits kept
+  bool int8;       // instead, to 1/127 of the greatest of each group
+  bool as_digits;  // perhaps to integers of 21 bits, or 14 in calls of bf16
 };
 
 Expectation Expect(const TestLayer& layer, const Batch& batch, Rounding rounding);

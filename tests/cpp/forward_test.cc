@@ -47,7 +47,7 @@ TEST_P(ForwardTest, SeveralTilesPerTask) {
                BatchSpec{.tokens = 3, .top_k = 2});
   CheckForward(LayerSpec{.experts = 1, .hidden = 4128, .intermediate = 32, .has_bias = true},
                BatchSpec{.tokens = 2, .top_k = 1});
-  // Pairs of tiles that take turns at 16 groups with more tokens than stream, as planes.
+  // Pairs of tiles that take turns at 16 groups with more tokens than stream, as digits.
   CheckForward(LayerSpec{.experts = 1, .hidden = 544, .intermediate = 32, .has_bias = true},
                BatchSpec{.tokens = 33, .top_k = 1});
 }
@@ -73,9 +73,9 @@ TEST_P(ForwardTest, TokensAroundTileHeights) {
 
 // Whichever kernels take an expert's tokens, also where there are no fused ones for as many.
 TEST_P(ForwardTest, AnyCrossover) {
-  for (const int fused_tokens : {0, 1, 3, 1000}) {
+  for (const int few_token_limit : {0, 1, 3, 1000}) {
     for (const int64_t tokens : {1, 2, 4, 14}) {
-      const TestLayer layer(format(), LayerSpec{.experts = 2, .fused_tokens = fused_tokens});
+      const TestLayer layer(format(), LayerSpec{.experts = 2, .few_token_limit = few_token_limit});
       CheckForward(*Create(layer), layer, Batch(layer.config(), BatchSpec{.tokens = tokens}));
     }
   }

@@ -87,16 +87,16 @@ class GemmTest : public IsaFormatTest {
 
   std::vector<Path> PathsFor(int64_t tokens) const {
     std::vector<Path> paths = {Path::kScaledPanel};
-    if (kernels().planes) paths.insert(paths.end(), {Path::kPlanes, Path::kPlanesOfBf16});
+    if (kernels().digits) paths.insert(paths.end(), {Path::kDigits, Path::kDigitsOfBf16});
     if (kernels().folds) paths.push_back(Path::kFoldedPanel);
     if (tokens <= kernels().fused_tokens) paths.push_back(Path::kFused);
     return paths;
   }
 
-  // What kernels hold: the planes path's integers of 21 bits, or of 14 if they are bf16 and there
+  // What kernels hold: the digit path's integers of 21 bits, or of 14 if they are bf16 and there
   // is no outlier beside them.
   std::vector<float> Held(Path path, std::vector<float> a) const {
-    if (path != Path::kPlanes && path != Path::kPlanesOfBf16) return a;
+    if (path != Path::kDigits && path != Path::kDigitsOfBf16) return a;
     const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
     for (auto x = a.begin(); x != a.end(); x += group) {
       double greatest = 0, sum = 0;
@@ -107,7 +107,7 @@ class GemmTest : public IsaFormatTest {
       };
       for (int64_t i = 0; i < group; ++i) sum += std::fabs(round(x[i], 13));
       const bool outlier = sum < 3 * round(greatest, 13);
-      const int bits = path == Path::kPlanes || outlier ? 20 : 13;
+      const int bits = path == Path::kDigits || outlier ? 20 : 13;
       for (int64_t i = 0; i < group; ++i) {
         x[i] = static_cast<float>(std::ldexp(round(x[i], bits), 1 - bits + std::ilogb(greatest)));
       }
@@ -143,14 +143,14 @@ class GemmTest : public IsaFormatTest {
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(GemmTest);
 
-class PlanesTest : public GemmTest {
+class DigitsTest : public GemmTest {
  protected:
   void SetUp() override {
     GemmTest::SetUp();
-    RequireKernels(&kernel_probe::FormatEntry::planes, "planes");
+    RequireKernels(&kernel_probe::FormatEntry::digits, "digits");
   }
 };
-CPUMOE_FOR_EACH_ISA_AND_FORMAT(PlanesTest);
+CPUMOE_FOR_EACH_ISA_AND_FORMAT(DigitsTest);
 
 class Int8Test : public GemmTest {
  protected:
@@ -215,7 +215,7 @@ TEST_P(Int8Test, Extremes) {
 }
 
 // Groups of the greatest and of the most different digits, two and three of them.
-TEST_P(PlanesTest, Extremes) {
+TEST_P(DigitsTest, Extremes) {
   constexpr int32_t kTwo[] = {255 << 5, (64 << 7) - 64};  // bf16 numbers
   constexpr int32_t kThree[] = {(1 << 20) - 1, (63 << 14) + (63 << 7) + 63};
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
@@ -228,14 +228,14 @@ TEST_P(PlanesTest, Extremes) {
         for (const int32_t integer : kTwo) {
           std::vector<float> a(3 * w.columns, scaled(integer));
           a[w.columns / 4] = scaled(1);  // beside the greatest, in one group
-          EXPECT_EQ(Held(Path::kPlanesOfBf16, a), a);
-          CheckProduct(Path::kPlanesOfBf16, w, a);
+          EXPECT_EQ(Held(Path::kDigitsOfBf16, a), a);
+          CheckProduct(Path::kDigitsOfBf16, w, a);
         }
         for (const int32_t integer : kThree) {
           std::vector<float> a(3 * w.columns, scaled(integer));
           a[w.columns / 4] = scaled(1);
-          EXPECT_EQ(Held(Path::kPlanes, a), a);
-          CheckProduct(Path::kPlanes, w, a);
+          EXPECT_EQ(Held(Path::kDigits, a), a);
+          CheckProduct(Path::kDigits, w, a);
         }
       }
     }
@@ -243,7 +243,7 @@ TEST_P(PlanesTest, Extremes) {
 }
 
 // Integers of 21 bits times powers of two down to the least that a group is rounded to.
-TEST_P(PlanesTest, TinyActivations) {
+TEST_P(DigitsTest, TinyActivations) {
   const Weights w = MakeWeights(2, 3);
   for (const int exponent : {-100, -126, -127, -140, -148}) {
     for (const int32_t greatest : {(1 << 20) - 1, 21, 1}) {
@@ -252,8 +252,8 @@ TEST_P(PlanesTest, TinyActivations) {
         const auto integer = static_cast<float>(greatest - static_cast<int32_t>(i % 2 * greatest));
         a[i] = std::ldexp(i % 3 == 0 ? -integer : integer, exponent);
       }
-      for (const Path path : {Path::kPlanes, Path::kPlanesOfBf16}) {
-        if (path == Path::kPlanesOfBf16 && (greatest > 255 || exponent < -133)) continue;
+      for (const Path path : {Path::kDigits, Path::kDigitsOfBf16}) {
+        if (path == Path::kDigitsOfBf16 && (greatest > 255 || exponent < -133)) continue;
         CheckSums(w, a, Multiply(path, w, a), static_cast<double>(w.columns) * 0x1p-149);
       }
     }
@@ -261,7 +261,7 @@ TEST_P(PlanesTest, TinyActivations) {
 }
 
 // Groups on either side of the rule that decides between two digits and three.
-TEST_P(PlanesTest, BesideAnOutlier) {
+TEST_P(DigitsTest, BesideAnOutlier) {
   const Weights w = MakeWeights(2, 4);
   const int64_t group = w.columns / 4;
   for (const float others : {0x1.fcp-2f, 0x1p-1f, 0x1.02p-1f}) {  // with 1/2 twice its greatest
@@ -271,27 +271,27 @@ TEST_P(PlanesTest, BesideAnOutlier) {
       a[i + 2] = others;
       a[i + 3] = 0x1.8p-14f;  // three quarters of 2^-13
     }
-    CheckProduct(Path::kPlanesOfBf16, w, a);
+    CheckProduct(Path::kDigitsOfBf16, w, a);
   }
 }
 
 // More tokens than a group is decoded for at once, and than whole rows are multiplied for.
-TEST_P(PlanesTest, ManyTokens) {
+TEST_P(DigitsTest, ManyTokens) {
   const Weights w = MakeWeights(2, 19);
   for (const int64_t tokens : {33, 128, 129, 300}) {
-    CheckProduct(Path::kPlanesOfBf16, w, MakeActivations(tokens * w.columns));
+    CheckProduct(Path::kDigitsOfBf16, w, MakeActivations(tokens * w.columns));
   }
 }
 
 // Lone infinities keep their sign, NaN and several infinities in a group become NaN, and neither
 // changes another group's or token's sums.
-TEST_P(PlanesTest, NotFinite) {
+TEST_P(DigitsTest, NotFinite) {
   const Weights w = MakeWeights(1, 3, std::byte{0x22});  // none of them zero
   const std::vector<float> ones(2 * w.columns, 1.0f);
   for (const float special : {INFINITY, -INFINITY, NAN}) {
     std::vector<float> a = ones;
     a[w.columns / 2] = special;
-    std::vector<float> c = Multiply(Path::kPlanes, w, a);
+    std::vector<float> c = Multiply(Path::kDigits, w, a);
     for (int64_t row = 0; row < kTileRows; ++row) {
       if (std::isnan(special)) {
         EXPECT_TRUE(std::isnan(c[row])) << c[row];
@@ -302,7 +302,7 @@ TEST_P(PlanesTest, NotFinite) {
       EXPECT_TRUE(std::isfinite(c[kTileRows + row]));
     }
     a[w.columns / 2 + 1] = special;
-    c = Multiply(Path::kPlanes, w, a);
+    c = Multiply(Path::kDigits, w, a);
     EXPECT_TRUE(std::isnan(c[0])) << c[0];
   }
 }

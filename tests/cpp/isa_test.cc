@@ -40,7 +40,7 @@ const kernel_probe::Api* ProbeOf(const VariantApi& variant) {
 }
 
 const char* PathName(const IsaFormat& param) {
-  if (param.compute == ComputePath::kInt8) return "int8";
+  if (param.precision == Precision::kInt8) return "int8";
   return param.fp32_as_bf16 ? "bf16" : "fp32";
 }
 
@@ -74,7 +74,7 @@ std::vector<IsaFormat> IsaFormatsAndPaths() {
       all.push_back(param);
       param.fp32_as_bf16 = true;
     }
-    param.compute = ComputePath::kInt8;
+    param.precision = Precision::kInt8;
     all.push_back(param);
   }
   return all;
@@ -140,7 +140,7 @@ void IsaRun::End() const {
 
 void IsaFormatTest::SetUp() {
   Begin(GetParam().isa);
-  if (compute() == ComputePath::kInt8)
+  if (precision() == Precision::kInt8)
     RequireKernels(&kernel_probe::FormatEntry::int8, "int8 path");
 }
 

@@ -19,7 +19,7 @@ namespace cpumoe {
 struct IsaFormat {
   std::string isa;
   std::string format;
-  ComputePath compute = ComputePath::kBf16;
+  Precision precision = Precision::kBf16;
   // Whether activations of fp32 calls may be rounded to bf16, where the ISA has it.
   bool fp32_as_bf16 = true;
 };
@@ -29,7 +29,7 @@ std::vector<std::string> IsaNames();
 // Why an ISA's tests cannot run here; empty: they can, if need be under the emulator.
 std::string ObstacleTo(const std::string& isa);
 std::vector<IsaFormat> IsaFormats();
-// With every compute path; where the ISA has bf16, also without rounding fp32 to it.
+// With every precision; where the ISA has bf16, also without rounding fp32 to it.
 std::vector<IsaFormat> IsaFormatsAndPaths();
 
 // INSTANTIATE_TEST_SUITE_P's name of a parameter: avx2, avx2_mxfp4, avx2_mxfp4_int8,
@@ -88,10 +88,10 @@ class IsaFormatTest : public IsaTestBase<IsaFormat> {
  protected:
   void SetUp() override;
 
-  ComputePath compute() const { return GetParam().compute; }
+  Precision precision() const { return GetParam().precision; }
   // Whether many tokens are multiplied in the ISA's floating point type.
   bool multiplies_floats() const {
-    return compute() == ComputePath::kBf16 && GetParam().fp32_as_bf16;
+    return precision() == Precision::kBf16 && GetParam().fp32_as_bf16;
   }
   const std::string& format() const { return GetParam().format; }
   const kernel_probe::FormatEntry& kernels() const;

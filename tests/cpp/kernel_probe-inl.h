@@ -43,30 +43,30 @@ struct Probe {
       } else {
         throw std::invalid_argument("there is no int8 path");
       }
-    } else if (path == Path::kPlanes || path == Path::kPlanesOfBf16) {
-      MultiplyPlanes(path, w, count, a, tokens, c);
+    } else if (path == Path::kDigits || path == Path::kDigitsOfBf16) {
+      MultiplyDigits(path, w, count, a, tokens, c);
     } else {
       const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
       Multiply<Floats>(w, count, form, a, tokens, c);
     }
   }
 
-  static void MultiplyPlanes(Path path, const TilePair& w, int count, const float* a,
+  static void MultiplyDigits(Path path, const TilePair& w, int count, const float* a,
                              int64_t tokens, float* c) {
     // Only where variants have them: compiling kernels takes long.
-    if constexpr (!HasPlanesPath<Isa, Codec>) {
-      throw std::invalid_argument("there are no planes");
+    if constexpr (!HasDigitPath<Isa, Codec>) {
+      throw std::invalid_argument("there is no digit path");
     } else {
-      using Planes = PlanesPath<Isa, Codec>;
-      if (path == Path::kPlanes) {
-        Multiply<Planes>(w, count, StagedForm::kBytes, a, tokens, c);
+      using Digits = DigitPath<Isa, Codec>;
+      if (path == Path::kDigits) {
+        Multiply<Digits>(w, count, StagedForm::kBytes, a, tokens, c);
         return;
       }
       std::vector<Bf16> x;
       for (int64_t i = 0; i < tokens * w.groups * Format::kGroupSize; ++i) {
         x.push_back(Bf16::FromFloat(a[i]));
       }
-      Multiply<Planes>(w, count, StagedForm::kBytes, x.data(), tokens, c);
+      Multiply<Digits>(w, count, StagedForm::kBytes, x.data(), tokens, c);
     }
   }
 
@@ -102,7 +102,7 @@ struct Probe {
   static FormatEntry Entry() {
     return {.format = InfoOf<Format>().name,
             .folds = Kernels::kFolding,
-            .planes = HasPlanesPath<Isa, Codec>,
+            .digits = HasDigitPath<Isa, Codec>,
             .int8 = HasInt8Path<Isa, Codec>,
             .fused_tokens = Isa::kFusedTokens,
             .panel_tokens = Isa::kPanelTokens,
@@ -129,7 +129,7 @@ struct IsaProbe {
       Isa::Store(out + i, Activate<Isa>(swiglu, Isa::Load(gate + i), Isa::Load(up + i)));
     }
   }
-  static constexpr int ActivationDigits() {
+  static constexpr int ActivationBits() {
     return std::is_same_v<typename Isa::Activation, float> ? std::numeric_limits<float>::digits : 8;
   }
 };

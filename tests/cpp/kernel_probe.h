@@ -10,12 +10,12 @@
 
 namespace cpumoe::kernel_probe {
 
-enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kPlanes, kPlanesOfBf16 };
+enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kDigits, kDigitsOfBf16 };
 
 struct FormatEntry {
   const char* format;
   bool folds;            // whether kFoldedPanel exists
-  bool planes;           // whether kPlanes and kPlanesOfBf16 exist
+  bool digits;           // whether kDigits and kDigitsOfBf16 exist
   bool int8;             // whether kInt8 exists
   int64_t fused_tokens;  // most tokens of kFused
   int64_t panel_tokens;  // MR of the panel paths
@@ -34,7 +34,7 @@ struct FormatEntry {
 
 struct Api {
   const char* isa;
-  int activation_digits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
+  int activation_bits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
   void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
   void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
                    int64_t count);

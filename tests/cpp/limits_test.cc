@@ -16,11 +16,11 @@ TEST_P(LimitsTest, PeaksCountEveryRound) {
   std::set<std::string> names;
   for (size_t i = 0; i < run_.variant().num_peaks; ++i) {
     const PeakEntry& peak = run_.variant().peaks[i];
-    EXPECT_TRUE(names.insert(peak.compute).second) << peak.compute << " is there twice";
+    EXPECT_TRUE(names.insert(peak.precision).second) << peak.precision << " is there twice";
     const int64_t round = peak.run(1);
-    EXPECT_GT(round, 0) << peak.compute;
-    EXPECT_EQ(peak.run(0), 0) << peak.compute;
-    EXPECT_EQ(peak.run(7), 7 * round) << peak.compute;
+    EXPECT_GT(round, 0) << peak.precision;
+    EXPECT_EQ(peak.run(0), 0) << peak.precision;
+    EXPECT_EQ(peak.run(7), 7 * round) << peak.precision;
   }
   EXPECT_EQ(names, (std::set<std::string>{"bf16", "int8"}));
 }

@@ -51,7 +51,7 @@ TestLayer::TestLayer(const std::string& format, const LayerSpec& spec, uint64_t 
               .swiglu = spec.swiglu,
               .has_bias = spec.has_bias,
               .batch_invariant = spec.batch_invariant,
-              .fused_tokens = spec.fused_tokens} {
+              .few_token_limit = spec.few_token_limit} {
   Rng rng(seed);
   const auto gate_up = [&] {
     return TestMatrix::Random(format, spec.intermediate, spec.hidden, rng, spec.gate_up_scales);
@@ -144,7 +144,7 @@ std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements)
 }
 
 std::unique_ptr<Moe> MoeTest::Create(MoeConfig config) const {
-  config.compute = compute();
+  config.precision = precision();
   return std::unique_ptr<Moe>(FindFormat(run_.variant(), format()).create(config));
 }
 
@@ -178,8 +178,8 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
   const bool keeps_fp32 = batch.spec().dtype == DType::kFp32 && !GetParam().fp32_as_bf16;
   const Rounding rounding = {
-      keeps_fp32 ? std::numeric_limits<float>::digits : run_.probe().activation_digits,
-      compute() == ComputePath::kInt8, kernels().planes};
+      keeps_fp32 ? std::numeric_limits<float>::digits : run_.probe().activation_bits,
+      precision() == Precision::kInt8, kernels().digits};
   const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
 }

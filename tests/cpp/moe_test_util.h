@@ -27,7 +27,7 @@ struct LayerSpec {
   SwiGlu swiglu = kPlain;
   bool has_bias = false;
   bool batch_invariant = false;
-  int fused_tokens = -1;
+  int few_token_limit = -1;
   Magnitudes gate_up_scales = kModerate;
   Magnitudes down_scales = kModerate;
 };
@@ -88,7 +88,7 @@ std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements)
 
 class MoeTest : public IsaFormatTest {
  protected:
-  // The operator for `config` on the test's compute path, without weights.
+  // The operator for `config` of the test's precision, without weights.
   std::unique_ptr<Moe> Create(MoeConfig config) const;
   // With all experts of the layer packed.
   std::unique_ptr<Moe> Create(const TestLayer& layer) const;

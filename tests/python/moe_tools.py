@@ -14,7 +14,7 @@ import torch
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU, _core
-from cpumoe.compute import COMPUTE_PATHS, distinct_computes
+from cpumoe.precision import PRECISIONS, distinct_precisions
 
 PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)
@@ -58,10 +58,10 @@ EVERY_ISA = pytest.mark.parametrize("isa", [_row(isa) for isa in cpumoe.known_is
 EVERY_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"), [_row(isa, fmt) for isa in cpumoe.known_isas() for fmt in formats(isa)]
 )
-BF16_COMPUTES = distinct_computes(torch.bfloat16)
-EVERY_COMPUTE = pytest.mark.parametrize("compute", BF16_COMPUTES)
+BF16_PRECISIONS = distinct_precisions(torch.bfloat16)
+EVERY_PRECISION = pytest.mark.parametrize("precision", BF16_PRECISIONS)
 # Of fp32 hidden states.
-EVERY_FP32_COMPUTE = pytest.mark.parametrize("compute", COMPUTE_PATHS)
+EVERY_FP32_COMPUTE = pytest.mark.parametrize("precision", PRECISIONS)
 EVERY_FORMAT = pytest.mark.parametrize("fmt", formats(cpumoe.supported_isas()[-1]))
 
 
@@ -168,7 +168,7 @@ def check(
     args: Inputs,
     mask: torch.Tensor | None = None,
     *,
-    compute: str = COMPUTE_PATHS[0],
+    precision: str = PRECISIONS[0],
 ) -> None:
     """Compares an output with the reference, each element against its own error bound."""
     expected, bound = cpumoe.reference.experts_forward_with_bound(
@@ -176,7 +176,7 @@ def check(
         **layer.tensors,
         expert_mask=mask,
         output_dtype=args.hidden_states.dtype,
-        compute=compute,
+        precision=precision,
     )
     limits = torch.finfo(actual.dtype)  # fp16 overflows to infinity
     overflown = actual.isinf() & (expected * actual.sign() + bound > limits.max)

@@ -309,7 +309,7 @@ def test_with_a_server():
     ("arguments", "message"),
     [
         (["--top-p", "3"], "top_p: expected above 0"),
-        (["http://x", "--compute", "int8"], "--compute: only for a model in this process"),
+        (["http://x", "--precision", "int8"], "--precision: only for a model in this process"),
         (["http://x", "--chat-template", "t"], "--chat-template: only for a model in this process"),
         (["--model-name", "x"], "--model-name: only for a server"),
         (["--timeout", "3"], "--timeout: only for a server"),

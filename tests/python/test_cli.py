@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_tools import SMALL, edit_config, edit_tensors, write_small
 from cli_tools import TINY_DEMO, read, refuse, run, succeed, unsupported_isa
-from moe_tools import BF16_COMPUTES
+from moe_tools import BF16_PRECISIONS
 from safetensors.torch import load_file
 
 import cpumoe
@@ -163,8 +163,8 @@ def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     document = read("demo", *TINY_DEMO)
     assert document["passed"]
-    assert [(r["ran"], r["compute"]) for r in document["validation"]["isas"]] == [
-        (isa, compute) for isa in cpumoe.supported_isas() for compute in BF16_COMPUTES
+    assert [(r["ran"], r["precision"]) for r in document["validation"]["isas"]] == [
+        (isa, precision) for isa in cpumoe.supported_isas() for precision in BF16_PRECISIONS
     ]
     assert document["speed"]["isa"] == cpumoe.isa()
     for row in document["speed"]["throughput"]:

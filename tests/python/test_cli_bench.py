@@ -9,7 +9,7 @@ import cli_tools
 import pytest
 import torch
 from checkpoint_tools import SMALL, write_small
-from moe_tools import BF16_COMPUTES
+from moe_tools import BF16_PRECISIONS
 
 import cpumoe
 from cpumoe import _core, benchmark, limits, models, reference, tuning
@@ -66,11 +66,11 @@ def refuse(*arguments):
 
 
 def test_checkpoint(v4):
-    document = measure("--model", v4, "--tokens", "1,3", "--isa", "all", "--compute", "all")
+    document = measure("--model", v4, "--tokens", "1,3", "--isa", "all", "--precision", "all")
     isas = cpumoe.supported_isas()
     rows = document["rows"]
-    expected = [(isa, path, m) for isa in isas for path in BF16_COMPUTES for m in (1, 3)]
-    assert [(row["isa"], row["compute"], row["tokens"]) for row in rows] == expected
+    expected = [(isa, path, m) for isa in isas for path in BF16_PRECISIONS for m in (1, 3)]
+    assert [(row["isa"], row["precision"], row["tokens"]) for row in rows] == expected
     settings = document["settings"]
     assert (settings["experts"], settings["top_k"]) == (SMALL["experts"], SMALL["top_k"])
     assert (settings["routing"], settings["format"]) == ("balanced", "mxfp4")
@@ -142,7 +142,7 @@ def test_compare(v4, tmp_path):
     arguments = ("--model", v4, "--tokens", "1,2")
     assert f"wrote {old}" in succeed(*arguments, "--json", old).replace("\n", "")
     assert "new/old speed" in succeed(*arguments, "--compare", old)
-    document = json.loads(old.read_text())
+    document = json.loads(old.read_text().replace('"precision"', '"compute"'))
     document["version"] = 1  # still compared
     document["rows"][0].update(seconds=1e3, low=1e3, high=1e3)
     document["rows"][1].update(seconds=1e-9, low=1e-9, high=1e-9)
@@ -160,7 +160,7 @@ def test_a_changed_machine_is_named():
         "cpu": "a",
         "threads": 2,
         "read_bandwidth": {"bytes_per_second": 3e10},
-        "dot_peaks": [{"isa": "x", "compute": "bf16", "macs_per_second": 1e11}],
+        "dot_peaks": [{"isa": "x", "precision": "bf16", "macs_per_second": 1e11}],
     }
     old = {"settings": {"experts": 64, "seconds": 1}, "machine": machine}
     new = copy.deepcopy(old)
@@ -190,8 +190,10 @@ def test_tune(v4, tmp_path):
         assert counts == [tokens for tokens in tuning.TOKENS if tokens <= constants.most]
         assert found["best"] in (0, *counts)
         for row in rows:
-            assert row["fused"]["low"] <= row["fused"]["seconds"] <= row["fused"]["high"]
-            ratio = row["fused"]["seconds"] / row["panel"]["seconds"]
+            assert (
+                row["few_token"]["low"] <= row["few_token"]["seconds"] <= row["few_token"]["high"]
+            )
+            ratio = row["few_token"]["seconds"] / row["many_token"]["seconds"]
             assert row["ratio"] == pytest.approx(ratio)
     path = tmp_path / "tune.json"
     text = succeed(*arguments, "--json", path)
@@ -204,7 +206,9 @@ def test_tune(v4, tmp_path):
 def test_tune_refusals(v4, monkeypatch):
     assert "--tokens: --tune has no use for it" in refuse("--tune", "--tokens", 1)
     assert "--routing: --tune has no use for it" in refuse("--tune", "--routing", "zipf")
-    assert "--tune expects bf16, got 'int8'" in refuse("--tune", "--model", v4, "--compute", "all")
+    assert "--tune expects bf16, got 'int8'" in refuse(
+        "--tune", "--model", v4, "--precision", "all"
+    )
     monkeypatch.setattr(benchmark, "available_bytes", lambda: 1000)
     assert "ask for fewer experts" in refuse("--tune", "--model", v4)
 
@@ -218,9 +222,9 @@ def test_the_best_crossover_loses_least():
     for best, fused in ratios.items():
         rows = [comparison(n, ms, 1.0) for n, ms in enumerate(fused, 1)]
         assert Crossover("avx2", 2, 4, rows).best == best
-    assert comparison(1, 0.8, 1.0).faster == "fused"
+    assert comparison(1, 0.8, 1.0).faster == "few-token"
     assert comparison(1, 0.95, 1.0).faster is None
-    assert comparison(1, 1.2, 1.0).faster == "panel"
+    assert comparison(1, 1.2, 1.0).faster == "many-token"
 
 
 def test_plot(v4, tmp_path):
@@ -315,7 +319,7 @@ def test_refusals(v4, tmp_path):
     assert "--routing: expected one of balanced, concentrated, zipf" in refuse("--routing", "x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "1,x")
     assert "--tokens: expected positive integers" in refuse("--tokens", "0")
-    assert "--compute: expected one of all, auto, bf16, " in refuse("--compute", "fp64")
+    assert "--precision: expected one of all, auto, bf16, " in refuse("--precision", "fp64")
     for seconds in ("inf", "nan", -1):
         assert "--seconds: expected 0 to 86400, got " in refuse("--seconds", seconds)
     assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")

@@ -108,7 +108,7 @@ def test_generate_with_a_seed_repeats_itself(model):
         (["-p", "a", "--top-p", "0"], "top_p: expected above 0"),
         (["-p", "a", "--dtype", "float8"], "--dtype: expected one of bfloat16, float32, auto"),
         (["-p", "a", "--isa", "avx3"], "unknown"),
-        (["-p", "a", "--compute", "int3"], "int3"),
+        (["-p", "a", "--precision", "int3"], "int3"),
         (["-p", "a" * 600], "fewer tokens than the context of 512, got 600"),
         (["--prompt-file", "/does/not/exist"], "/does/not/exist"),
     ],
@@ -167,12 +167,12 @@ app()
 def test_eval_compares_ways_to_compute_experts(model, text):
     result = run(
         *("eval", model, "--text", text, "--dtype", "float32", "--json"),
-        *("--experts", "all", "--compute", "all", "--isa", "generic"),
+        *("--experts", "all", "--precision", "all", "--isa", "generic"),
     )
     auto, bf16, int8, host = json.loads(result.stdout)["results"]
-    assert (auto["experts"], auto["isa"], auto["compute"]) == ("cpumoe", "generic", "auto")
-    assert bf16["compute"] == "bf16"
-    assert (int8["compute"], host["experts"], host["isa"]) == ("int8", "host", None)
+    assert (auto["experts"], auto["isa"], auto["precision"]) == ("cpumoe", "generic", "auto")
+    assert bf16["precision"] == "bf16"
+    assert (int8["precision"], host["experts"], host["isa"]) == ("int8", "host", None)
     assert auto["perplexity"] == pytest.approx(host["perplexity"], rel=1e-5)
     assert auto["perplexity"] == bf16["perplexity"]  # generic multiplies fp32 as it is
     assert int8["perplexity"] != bf16["perplexity"]
@@ -193,7 +193,7 @@ def test_eval_prints_a_table(model, text):
     assert "39 tokens" in output
     assert "perplexity" in output
     assert "against" not in output
-    assert "against the last" in run("eval", model, "--text", text, "--compute", "all").stdout
+    assert "against the last" in run("eval", model, "--text", text, "--precision", "all").stdout
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_eval_prints_a_table(model, text):
         (["--text", "TEXT", "--experts", "gpu"], "--experts: expected cpumoe, host or all"),
         (["--text", "TEXT", "--window", "513"], "--window: expected at most the model's context"),
         (["--text", "TEXT", "--window", "8", "--stride", "9"], "stride"),
-        (["--text", "TEXT", "--compute", "int3"], "--compute"),
-        (["--text", "TEXT", "--experts", "host", "--compute", "int8"], "host has no use for"),
+        (["--text", "TEXT", "--precision", "int3"], "--precision"),
+        (["--text", "TEXT", "--experts", "host", "--precision", "int8"], "host has no use for"),
         (["--text", "TEXT", "--experts", "host", "--isa", "generic"], "host has no use for"),
     ],
 )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from checkpoint_tools import write_small
 from cli_tools import TINY_DEMO, read, refuse, run, succeed, unsupported_isa
-from moe_tools import BF16_COMPUTES
+from moe_tools import BF16_PRECISIONS
 
 import cpumoe
 from cpumoe import validation
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 from cpumoe.synth import PATTERNS
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -31,39 +31,39 @@ def test_validate(model, tmp_path):
             assert case["relative_l2"] < 5e-3
 
 
-def test_validate_chooses_compute_paths(v4):
+def test_validate_chooses_precisions(v4):
     def ran(*arguments):
         document = read("validate", v4, "--tokens", "3,40", "--isa", "generic", *arguments)
         assert document["passed"]
-        return {result["compute"]: result["cases"] for result in document["isas"]}
+        return {result["precision"]: result["cases"] for result in document["isas"]}
 
     assert list(ran()) == ["bf16"]
-    assert list(ran("--compute", "int8")) == ["int8"]
-    assert list(ran("--compute", "int8, bf16")) == ["int8", "bf16"]
-    both = ran("--compute", "all")
-    assert list(both) == list(BF16_COMPUTES)
+    assert list(ran("--precision", "int8")) == ["int8"]
+    assert list(ran("--precision", "int8, bf16")) == ["int8", "bf16"]
+    both = ran("--precision", "all")
+    assert list(both) == list(BF16_PRECISIONS)
     for few, many in zip(both["bf16"], both["int8"], strict=True):
         assert few["relative_l2"] < 5e-3 < many["relative_l2"] < 2e-2
         errors = [abs(case["worst"]["actual"] - case["worst"]["expected"]) for case in (few, many)]
         assert errors[0] < errors[1]
-    assert list(ran("--compute", "auto,bf16")) == ["bf16"]
-    text = succeed("validate", v4, "--tokens", "3", "--isa", "generic", "--compute", "all")
+    assert list(ran("--precision", "auto,bf16")) == ["bf16"]
+    text = succeed("validate", v4, "--tokens", "3", "--isa", "generic", "--precision", "all")
     assert "passed on generic bf16, generic int8" in text
-    assert "--compute: expected one of all, auto, bf16, int8, got 'fp7'" in refuse(
-        "validate", v4, "--compute", "int8,fp7"
+    assert "--precision: expected one of all, auto, bf16, int8, got 'fp7'" in refuse(
+        "validate", v4, "--precision", "int8,fp7"
     )
 
 
 def test_validate_checks_fp32_hidden_states(v4):
-    options = ("--tokens", "3,40", "--compute", "all", "--isa", "all", "--dtype", "float32")
+    options = ("--tokens", "3,40", "--precision", "all", "--isa", "all", "--dtype", "float32")
     document = read("validate", v4, *options)
     assert document["passed"]
     assert document["dtype"] == "float32"
-    assert [(result["isa"], result["compute"]) for result in document["isas"]] == [
-        (isa, compute) for isa in cpumoe.supported_isas() for compute in COMPUTE_PATHS
+    assert [(result["isa"], result["precision"]) for result in document["isas"]] == [
+        (isa, precision) for isa in cpumoe.supported_isas() for precision in PRECISIONS
     ]
     for result in document["isas"]:
-        if result["compute"] == "auto":
+        if result["precision"] == "auto":
             assert all(case["relative_l2"] < 1e-5 for case in result["cases"])
     assert "--dtype: expected one of bfloat16, float16, float32, got 'int4'" in refuse(
         "validate", v4, "--dtype", "int4"
@@ -74,7 +74,7 @@ def test_validate_checks_fp32_hidden_states(v4):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_validate_int8_patterns(model, pattern, tmp_path):
     folder = write_small(tmp_path / "model", model)
-    options = ("--compute", "int8", "--pattern", pattern, "--tokens", "1,17")
+    options = ("--precision", "int8", "--pattern", pattern, "--tokens", "1,17")
     assert read("validate", folder, *options)["passed"]
 
 

@@ -67,7 +67,7 @@ def test_sizes_are_not_negative(make, arguments):
 def test_an_expert_needs_its_biases(missing, name):
     sizes = {"num_experts": 4, "hidden_size": 32, "intermediate_size": 32}
     formula = {"alpha": 1.0, "limit": None, "up_offset": 0.0, "has_bias": True}
-    kernels = {"compute": _core.ComputePath.BF16, "batch_invariant": False, "fused_tokens": -1}
+    kernels = {"precision": _core.Precision.BF16, "batch_invariant": False, "few_token_limit": -1}
     isa = cpumoe.supported_isas()[0]
     moe = _core.Moe(isa, "test", "mxfp4", _core.MoeConfig(**sizes, **formula, **kernels))
     weights = layer("mxfp4", experts=1, hidden=32, intermediate=32, bias=torch.float32)

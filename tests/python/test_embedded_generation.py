@@ -43,7 +43,7 @@ def test_fp32_perplexity_is_the_hosts():
 
 
 def test_int8_costs_little(host):
-    model = LanguageModel.from_pretrained(options=ExpertsOptions(compute="int8"))
+    model = LanguageModel.from_pretrained(options=ExpertsOptions(precision="int8"))
     assert measured(model) == pytest.approx(host, rel=1e-2)
 
 

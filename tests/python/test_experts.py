@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_tools import (
-    BF16_COMPUTES,
-    EVERY_COMPUTE,
+    BF16_PRECISIONS,
     EVERY_FP32_COMPUTE,
+    EVERY_PRECISION,
     EVERY_VARIANT,
     GPT_OSS,
     SWIGLUS,
@@ -29,39 +29,39 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_PRECISION
 @SWIGLUS
-def test_stays_within_the_error_bound(isa, fmt, compute, swiglu):
+def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
     weights = layer(fmt).with_swiglu(swiglu)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     # Up to the few-token kernel's tokens per expert and beyond, with remainders of every block.
     for tokens in (1, 2, 3, 7, 16, 33, 70):
         args = inputs(weights, tokens, seed=tokens)
-        check(experts(*args), weights, args, compute=compute)
+        check(experts(*args), weights, args, precision=precision)
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_PRECISION
 @pytest.mark.parametrize("bias", DTYPES, ids=str)
-def test_biases(isa, fmt, compute, bias):
+def test_biases(isa, fmt, precision, bias):
     weights = layer(fmt, swiglu=GPT_OSS, bias=bias)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     for tokens in (1, 3, 40):
         args = inputs(weights, tokens)
-        check(experts(*args), weights, args, compute=compute)
-    assert experts.nbytes > layer(fmt).pack(isa=isa, compute=compute).nbytes
+        check(experts(*args), weights, args, precision=precision)
+    assert experts.nbytes > layer(fmt).pack(isa=isa, precision=precision).nbytes
 
 
 @EVERY_VARIANT
 @EVERY_FP32_COMPUTE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_element_types(isa, fmt, compute, dtype):
+def test_element_types(isa, fmt, precision, dtype):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     for tokens in (1, 5, 40):
         args = inputs(weights, tokens, dtype=dtype)
         y = experts(*args)
-        check(y, weights, args, compute=compute)
+        check(y, weights, args, precision=precision)
         assert torch.equal(y, experts(args.hidden_states, args.topk_ids.int(), args.topk_weights))
         for narrow in (torch.bfloat16, torch.float16):
             given = args.topk_weights.to(narrow)
@@ -72,13 +72,13 @@ def test_element_types(isa, fmt, compute, dtype):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_PRECISION
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "experts"), [(32, 32, 1), (32, 224, 3), (288, 32, 2), (64, 1056, 2)]
 )
-def test_odd_sizes(isa, fmt, compute, hidden, intermediate, experts):
+def test_odd_sizes(isa, fmt, precision, hidden, intermediate, experts):
     weights = layer(fmt, hidden=hidden, intermediate=intermediate, experts=experts)
-    packed = weights.pack(isa=isa, compute=compute)
+    packed = weights.pack(isa=isa, precision=precision)
     assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (
         experts,
         hidden,
@@ -86,12 +86,12 @@ def test_odd_sizes(isa, fmt, compute, hidden, intermediate, experts):
     )
     for tokens in (1, 9, 30):
         args = inputs(weights, tokens, top_k=1)
-        check(packed(*args), weights, args, compute=compute)
+        check(packed(*args), weights, args, precision=precision)
 
 
 @EVERY_VARIANT
 @EVERY_FP32_COMPUTE
-def test_scales_of_any_size(isa, fmt, compute):
+def test_scales_of_any_size(isa, fmt, precision):
     """Scales so small or large that they cannot be folded into bf16 weights, in some experts."""
     weights = layer(fmt, experts=3)
     gate, up, down = (m.scales.clone() for m in (weights.gate, weights.up, weights.down))
@@ -107,10 +107,10 @@ def test_scales_of_any_size(isa, fmt, compute):
         QuantizedMatrix(weights.up.codes, up),
         QuantizedMatrix(weights.down.codes, down),
     )
-    experts = scaled.pack(isa=isa, compute=compute)
+    experts = scaled.pack(isa=isa, precision=precision)
     for tokens in (1, 3, 40):
         args = inputs(scaled, tokens, dtype=torch.float32)
-        check(experts(*args), scaled, args, compute=compute)
+        check(experts(*args), scaled, args, precision=precision)
 
 
 @EVERY_VARIANT
@@ -122,8 +122,8 @@ def test_v4_shape_relative_error(isa, fmt):
     args = inputs(weights, tokens=5)
     expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
     rounds_to_bf16 = any("bf16" in feature for feature in features(isa))
-    for compute, greatest in (("bf16", 2.5e-3 if rounds_to_bf16 else 2e-3), ("int8", 1.25e-2)):
-        error = weights.pack(isa=isa, compute=compute)(*args).double() - expected
+    for precision, greatest in (("bf16", 2.5e-3 if rounds_to_bf16 else 2e-3), ("int8", 1.25e-2)):
+        error = weights.pack(isa=isa, precision=precision)(*args).double() - expected
         assert float(error.norm() / expected.norm()) < greatest
 
 
@@ -137,10 +137,10 @@ def test_a_lone_tokens_activations_have_21_bits_or_more(isa, fmt):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_strided_inputs_are_not_misread(isa, fmt, compute):
+@EVERY_PRECISION
+def test_strided_inputs_are_not_misread(isa, fmt, precision):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     x, ids, w = args = inputs(weights, tokens=9)
     y = experts(*args)
 
@@ -181,20 +181,20 @@ def test_strided_weights_are_not_misread(isa, fmt):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_top_k_from_one_to_all(isa, fmt, compute):
+@EVERY_PRECISION
+def test_top_k_from_one_to_all(isa, fmt, precision):
     weights = layer(fmt, experts=7, hidden=64)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     for top_k in range(1, 8):
         args = inputs(weights, tokens=5, top_k=top_k)
-        check(experts(*args), weights, args, compute=compute)
+        check(experts(*args), weights, args, precision=precision)
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_no_tokens(isa, fmt, compute):
+@EVERY_PRECISION
+def test_no_tokens(isa, fmt, precision):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     for dtype in DTYPES:
         args = inputs(weights, tokens=0, dtype=dtype)
         for y in (experts(*args), experts.submit(*args).result()):
@@ -203,10 +203,10 @@ def test_no_tokens(isa, fmt, compute):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_ids_of_other_hosts_are_skipped(isa, fmt, compute):
+@EVERY_PRECISION
+def test_ids_of_other_hosts_are_skipped(isa, fmt, precision):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     x, ids, w = inputs(weights, tokens=6, top_k=3)
     ids[0] = -1
     ids[1] = weights.num_experts
@@ -214,25 +214,25 @@ def test_ids_of_other_hosts_are_skipped(isa, fmt, compute):
     w[ids == -1] = math.nan  # a skipped pair's weight is not read
     args = Inputs(x, ids, w)
     y = experts(*args)
-    check(y, weights, args, compute=compute)
+    check(y, weights, args, precision=precision)
     assert not y[:2].any()
     only = experts(x[3:4], ids[3:4, [0, 2]], w[3:4, [0, 2]])
     assert torch.equal(experts(x[3:4], ids[3:4], w[3:4]), only)
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_mask_is_read_at_each_call(isa, fmt, compute):
+@EVERY_PRECISION
+def test_mask_is_read_at_each_call(isa, fmt, precision):
     weights = layer(fmt)
     mask = torch.zeros(weights.num_experts, dtype=torch.bool)
-    experts = weights.pack(isa=isa, compute=compute, expert_mask=mask)
+    experts = weights.pack(isa=isa, precision=precision, expert_mask=mask)
     args = inputs(weights, tokens=8)
     unmasked = experts(*args)
-    check(unmasked, weights, args, compute=compute)
+    check(unmasked, weights, args, precision=precision)
     for masked in ([1], [0, 2], range(weights.num_experts)):
         mask[:] = False
         mask[list(masked)] = True
-        check(experts(*args), weights, args, mask, compute=compute)
+        check(experts(*args), weights, args, mask, precision=precision)
     assert not experts(*args).any()
     mask[:] = False
     assert torch.equal(experts(*args), unmasked)
@@ -242,22 +242,22 @@ def test_mask_is_read_at_each_call(isa, fmt, compute):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_repeated_ids_count_each_time(isa, fmt, compute):
+@EVERY_PRECISION
+def test_repeated_ids_count_each_time(isa, fmt, precision):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     x, _, w = inputs(weights, tokens=7, top_k=3)
     ids = torch.tensor([[2, 2, 2], [0, 1, 0], [3, 3, 1]] * 2 + [[1, 1, 1]])
     for rows in (slice(0, 1), slice(1, 2), slice(2, 5), slice(0, 7)):
         args = Inputs(x[rows], ids[rows], w[rows])
-        check(experts(*args), weights, args, compute=compute)
+        check(experts(*args), weights, args, precision=precision)
 
 
 @EVERY_VARIANT
 @EVERY_FP32_COMPUTE
-def test_nan_stays_in_its_token(isa, fmt, compute):
+def test_nan_stays_in_its_token(isa, fmt, precision):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     x, ids, w = inputs(weights, tokens=20, dtype=torch.float32)
     clean = experts(x, ids, w)
     for value in (math.nan, math.inf, -math.inf):
@@ -271,7 +271,7 @@ def test_nan_stays_in_its_token(isa, fmt, compute):
 @EVERY_VARIANT
 def test_int8_groups_too_small_to_scale_count_as_zero(isa, fmt):
     weights = layer(fmt, hidden=64, intermediate=64)
-    experts = weights.pack(isa=isa, compute="int8")
+    experts = weights.pack(isa=isa, precision="int8")
     x, ids, w = inputs(weights, tokens=3, dtype=torch.float32)
     x[:, 32:] = 0
     expected = experts(x, ids, w)
@@ -287,16 +287,18 @@ def test_int8_groups_too_small_to_scale_count_as_zero(isa, fmt):
 def test_the_path_asked_for_runs(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=3)
-    bf16, int8 = (weights.pack(isa=isa, compute=compute)(*args) for compute in BF16_COMPUTES)
+    bf16, int8 = (
+        weights.pack(isa=isa, precision=precision)(*args) for precision in BF16_PRECISIONS
+    )
     assert not torch.equal(bf16, int8)
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_PRECISION
 @pytest.mark.parametrize("bias", [None, torch.bfloat16], ids=["plain", "bias"])
-def test_export_returns_every_byte(isa, fmt, compute, bias):
+def test_export_returns_every_byte(isa, fmt, precision, bias):
     weights = layer(fmt, bias=bias)
-    experts = weights.pack(isa=isa, compute=compute)
+    experts = weights.pack(isa=isa, precision=precision)
     for index in range(weights.num_experts):
         exported = experts.export(index)
         for name in ("gate", "up", "down"):
@@ -358,15 +360,15 @@ def test_properties_and_repr():
     isa = cpumoe.supported_isas()[0]
     experts = weights.pack(isa=isa)
     assert experts.swiglu == GPT_OSS
-    assert experts.compute == "auto"
+    assert experts.precision == "auto"
     assert experts.expert_mask is None
     assert experts.runtime is cpumoe.default_runtime()
     assert experts.nbytes == sum(m.nbytes for m in (weights.gate, weights.up, weights.down))
     described = f"Experts(mxfp4, experts=4, hidden=256, intermediate=128, isa={isa}"
     assert repr(experts) == described + ")"
-    rounded = weights.pack(isa=isa, compute="int8")
-    assert rounded.compute == "int8"
-    assert repr(rounded) == described + ", compute=int8)"
+    rounded = weights.pack(isa=isa, precision="int8")
+    assert rounded.precision == "int8"
+    assert repr(rounded) == described + ", precision=int8)"
 
 
 def test_lazy_negation_is_seen():

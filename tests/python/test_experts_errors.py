@@ -191,16 +191,18 @@ def test_unknown_names(weights):
         f"weight format 'fp3' is not supported; supported: {', '.join(cpumoe.WEIGHT_FORMATS)}",
     ):
         Experts.from_tensors(**{**weights.tensors, "format": "fp3"})
-    with refused(ValueError, "compute: expected one of auto, bf16, int8, got 'fp7'"):
-        weights.pack(compute="fp7")
+    with refused(ValueError, "precision: expected one of auto, bf16, int8, got 'fp7'"):
+        weights.pack(precision="fp7")
 
 
 def test_fused_tokens(weights):
-    with refused(ValueError, "fused_tokens: expected 0 or more, or None for the variant's, got -1"):
-        weights.pack(fused_tokens=-1)
-    with refused(TypeError, "fused_tokens: expected an int, got 2.5"):
-        weights.pack(fused_tokens=2.5)
-    weights.pack(fused_tokens=2**40)  # more than the kernels are built for
+    with refused(
+        ValueError, "few_token_limit: expected 0 or more, or None for the variant's, got -1"
+    ):
+        weights.pack(few_token_limit=-1)
+    with refused(TypeError, "few_token_limit: expected an int, got 2.5"):
+        weights.pack(few_token_limit=2.5)
+    weights.pack(few_token_limit=2**40)  # more than the kernels are built for
 
 
 MXFP4_CODES = " or ".join(dtype_name(dtype) for dtype in WEIGHT_FORMATS["mxfp4"].code_dtypes)

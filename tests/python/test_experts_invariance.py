@@ -3,7 +3,7 @@
 import pytest
 import torch
 from moe_tools import (
-    EVERY_COMPUTE,
+    EVERY_PRECISION,
     EVERY_VARIANT,
     check,
     features,
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:Run
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
-def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt, compute):
+@EVERY_PRECISION
+def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt, precision):
     weights = layer(fmt, experts=3, hidden=96, intermediate=64)
     calls = [inputs(weights, tokens) for tokens in (1, 5, 33)]
     expected = None
     for threads in (1, 2, 5):
         with Runtime(threads) as runtime:
-            experts = weights.pack(isa=isa, compute=compute, runtime=runtime)
+            experts = weights.pack(isa=isa, precision=precision, runtime=runtime)
             for _ in range(2):
                 got = [experts(*args) for args in calls]
                 futures = [experts.submit(*args) for args in calls]
@@ -40,9 +40,9 @@ def test_fused_tokens_choose_the_kernels(isa, fmt):
     args = inputs(weights, tokens=6)
     outputs = {}
     own = _core.few_tokens(isa, "tests").crossover
-    for fused_tokens in (None, own, 0, 1000):
-        outputs[fused_tokens] = weights.pack(isa=isa, fused_tokens=fused_tokens)(*args)
-        check(outputs[fused_tokens], weights, args)
+    for few_token_limit in (None, own, 0, 1000):
+        outputs[few_token_limit] = weights.pack(isa=isa, few_token_limit=few_token_limit)(*args)
+        check(outputs[few_token_limit], weights, args)
     assert torch.equal(outputs[None], outputs[own])
     # Kernels that take any number of tokens need not change to be batch-invariant.
     invariant = None if own == tuning.ANY_TOKENS else 0
@@ -50,14 +50,14 @@ def test_fused_tokens_choose_the_kernels(isa, fmt):
 
 
 @EVERY_VARIANT
-@EVERY_COMPUTE
+@EVERY_PRECISION
 @pytest.mark.parametrize("tokens", [50, 150])
-def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, compute, tokens):
+def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, precision, tokens):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute=compute, batch_invariant=True)
+    experts = weights.pack(isa=isa, precision=precision, batch_invariant=True)
     x, ids, w = args = inputs(weights, tokens=tokens)
     whole = experts(*args)
-    check(whole, weights, args, compute=compute)
+    check(whole, weights, args, precision=precision)
     for rows in (slice(0, 1), slice(11, 14), slice(20, 50), slice(30, 140)):
         assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
 
@@ -65,7 +65,7 @@ def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, compute, token
 @EVERY_VARIANT
 def test_int8_rows_never_depend_on_the_batch(isa, fmt):
     weights = layer(fmt)
-    experts = weights.pack(isa=isa, compute="int8")
+    experts = weights.pack(isa=isa, precision="int8")
     # A variant with tiles promises it for up to six tokens of an expert.
     tiles = "amx-tile" in features(isa)
     tokens = 6 if tiles else 50
@@ -75,5 +75,5 @@ def test_int8_rows_never_depend_on_the_batch(isa, fmt):
         assert torch.equal(experts(x[rows], ids[rows], w[rows]), whole[rows])
     if not tiles:
         assert torch.equal(
-            whole, weights.pack(isa=isa, compute="int8", batch_invariant=True)(*args)
+            whole, weights.pack(isa=isa, precision="int8", batch_invariant=True)(*args)
         )

@@ -28,7 +28,7 @@ def test_dot_peak(runtime, isa):
         peak = measure_dot_peak(runtime, isa, name, seconds=0)
         assert peak is not None
         assert peak.macs_per_second > 0
-        assert (peak.isa, peak.compute, peak.threads) == (isa, name, 1)
+        assert (peak.isa, peak.precision, peak.threads) == (isa, name, 1)
     assert measure_dot_peak(runtime, isa, "none") is None
 
 
@@ -43,7 +43,7 @@ def test_work_is_shared_and_counted():
 def test_refusals(runtime):
     with pytest.raises(ValueError, match="unknown ISA"):
         measure_dot_peak(runtime, "sse9", "bf16")
-    with pytest.raises(ValueError, match='variant generic has no compute path "fp64"'):
+    with pytest.raises(ValueError, match='variant generic has no precision "fp64"'):
         _core.run_dots(runtime.core, "generic", "isa", "fp64", 1, 1)
     with pytest.raises(ValueError, match="bytes: must be positive, got 0"):
         _core.ReadBuffer(runtime.core, 0)

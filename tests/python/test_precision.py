@@ -8,7 +8,7 @@ import torch
 from moe_tools import EVERY_FORMAT, EVERY_VARIANT, SWIGLUS, check, features, inputs, layer
 
 import cpumoe
-from cpumoe.compute import COMPUTE_PATHS, distinct_computes, resolve_compute
+from cpumoe.precision import PRECISIONS, distinct_precisions, resolve_precision
 
 FP32_ERROR = 4e-6
 BF16_ERROR = 5e-4
@@ -35,7 +35,12 @@ def error(experts, weights, args):
 @EVERY_VARIANT
 def test_fp32_hidden_states_keep_fp32_accuracy(isa, fmt):
     weights = layer(fmt, hidden=1024, intermediate=512, std=0.02, bias=torch.float32)
-    for options in ({}, {"batch_invariant": True}, {"fused_tokens": 0}, {"fused_tokens": 1000}):
+    for options in (
+        {},
+        {"batch_invariant": True},
+        {"few_token_limit": 0},
+        {"few_token_limit": 1000},
+    ):
         experts = weights.pack(isa=isa, **options)
         for tokens in (1, 5, 40):
             args = inputs(weights, tokens, dtype=torch.float32)
@@ -46,7 +51,7 @@ def test_fp32_hidden_states_keep_fp32_accuracy(isa, fmt):
 def test_the_caller_may_allow_bf16_products_of_fp32(isa, fmt, matmul_precision):
     weights = layer(fmt, hidden=512, intermediate=256)
     args = inputs(weights, tokens=20, dtype=torch.float32)
-    auto, bf16 = (weights.pack(isa=isa, compute=compute) for compute in ("auto", "bf16"))
+    auto, bf16 = (weights.pack(isa=isa, precision=precision) for precision in ("auto", "bf16"))
     exact, rounded = auto(*args), bf16(*args)
     assert torch.equal(exact, rounded) == (not has_bf16(isa))
     assert (error(bf16, weights, args) > BF16_ERROR) == has_bf16(isa)
@@ -65,13 +70,13 @@ def test_pytorchs_newer_settings_count(matmul_precision):
     settings = torch.backends.mkldnn.matmul
     try:
         settings.fp32_precision = "bf16"
-        assert resolve_compute("auto", torch.float32) == "bf16"
+        assert resolve_precision("auto", torch.float32) == "bf16"
         settings.fp32_precision = "ieee"
-        assert resolve_compute("auto", torch.float32) == "auto"
+        assert resolve_precision("auto", torch.float32) == "auto"
         # The older setting does not notice what comes after it.
         matmul_precision("medium")
         settings.fp32_precision = "ieee"
-        assert resolve_compute("auto", torch.float32) == "auto"
+        assert resolve_precision("auto", torch.float32) == "auto"
     finally:
         settings.fp32_precision = "none"
         matmul_precision("highest")
@@ -84,7 +89,7 @@ def test_the_default_is_the_bf16_path_for_narrow_hidden_states(isa, fmt, dtype):
     for tokens in (1, 5, 40):
         args = inputs(weights, tokens, dtype=dtype)
         assert torch.equal(
-            weights.pack(isa=isa)(*args), weights.pack(isa=isa, compute="bf16")(*args)
+            weights.pack(isa=isa)(*args), weights.pack(isa=isa, precision="bf16")(*args)
         )
 
 
@@ -112,9 +117,9 @@ def test_the_bound_of_fp32_hidden_states_is_tight(fmt, matmul_precision):
         return float(bound.norm() / expected.norm())
 
     assert bound() < 1e-3
-    assert bound(compute="bf16") > 1e-2
+    assert bound(precision="bf16") > 1e-2
     matmul_precision("medium")
-    assert bound() == bound(compute="bf16")
+    assert bound() == bound(precision="bf16")
 
 
 def with_gates_of(rms, fmt, swiglu, *, bias):
@@ -139,7 +144,7 @@ def test_the_error_of_int8_is_as_documented(isa, fmt, swiglu, bias, rms):
     weights = with_gates_of(rms, fmt, swiglu, bias=bias)
     args = inputs(weights, tokens=6)
     documented = max(1.25e-2, 0.75e-2 * math.sqrt(rms / (swiglu.limit or math.inf)))
-    measured = error(weights.pack(isa=isa, compute="int8"), weights, args)
+    measured = error(weights.pack(isa=isa, precision="int8"), weights, args)
     assert documented / 2 < measured < documented
 
 
@@ -155,9 +160,9 @@ def test_tiny_fp32_hidden_states_are_not_taken_for_zero(isa, fmt, tokens):
 
 
 def test_paths_that_differ():
-    assert resolve_compute("auto", torch.bfloat16) == "bf16"
-    assert resolve_compute("auto", torch.float16) == "bf16"
-    assert resolve_compute("auto", torch.float32) == "auto"
-    assert [resolve_compute(path, torch.float32) for path in ("bf16", "int8")] == ["bf16", "int8"]
-    assert distinct_computes(torch.bfloat16) == ("bf16", "int8")
-    assert distinct_computes(torch.float32) == COMPUTE_PATHS
+    assert resolve_precision("auto", torch.bfloat16) == "bf16"
+    assert resolve_precision("auto", torch.float16) == "bf16"
+    assert resolve_precision("auto", torch.float32) == "auto"
+    assert [resolve_precision(path, torch.float32) for path in ("bf16", "int8")] == ["bf16", "int8"]
+    assert distinct_precisions(torch.bfloat16) == ("bf16", "int8")
+    assert distinct_precisions(torch.float32) == PRECISIONS

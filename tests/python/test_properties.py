@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from moe_tools import DEEPSEEK_V4, GPT_OSS, PLAIN, Inputs, check, formats, layer
 
 import cpumoe
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 
 ISAS = cpumoe.supported_isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,17 +55,17 @@ def random_call(weights, *, tokens, top_k, dtype, id_dtype, size, seed):
     call=CALLS,
     masked=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
     batch_invariant=st.booleans(),
-    compute=st.sampled_from(COMPUTE_PATHS),
+    precision=st.sampled_from(PRECISIONS),
 )
-def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant, compute):
+def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant, precision):
     weights = layer(**shape)
     mask = None if masked is None else torch.tensor(masked[: weights.num_experts])
     experts = weights.pack(
-        isa=isa, batch_invariant=batch_invariant, expert_mask=mask, compute=compute
+        isa=isa, batch_invariant=batch_invariant, expert_mask=mask, precision=precision
     )
     args = random_call(weights, **call)
     y = experts(*args)
-    check(y, weights, args, mask, compute=compute)
+    check(y, weights, args, mask, precision=precision)
     assert torch.equal(experts.submit(*args).result(), y)
 
 

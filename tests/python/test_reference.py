@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpumoe.compute import COMPUTE_PATHS, resolve_compute
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
+from cpumoe.precision import PRECISIONS, resolve_precision
 from cpumoe.reference import (
     dequantize,
     dequantize_activations,
@@ -20,7 +20,7 @@ from cpumoe.reference import (
 from cpumoe.swiglu import SwiGLU
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
-COMPUTES = pytest.mark.parametrize("compute", COMPUTE_PATHS)
+COMPUTES = pytest.mark.parametrize("precision", PRECISIONS)
 SWIGLUS = (SwiGLU(), SwiGLU(limit=10.0), SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0))
 
 
@@ -60,10 +60,10 @@ ROUNDED = {
 }
 
 
-def kernel(problem, *, compute="bf16", swiglu=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
+def kernel(problem, *, precision="bf16", swiglu=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
     """An independent kernel: rounded x and h, float32 sums; token by token."""
     x, ids, weights, gate, up, down = problem.arguments
-    rounded = ROUNDED[resolve_compute(compute, x.dtype)]
+    rounded = ROUNDED[resolve_precision(precision, x.dtype)]
     dense = [problem.fmt.dequantize(m.codes, m.scales) for m in (gate, up, down)]
     y = torch.zeros(x.shape)
     for token in range(len(x)):
@@ -158,11 +158,11 @@ def test_arguments_that_do_not_belong_together_are_refused():
         experts_forward(*p.arguments)
     with pytest.raises(ValueError, match=r"topk_ids, topk_weights: expected \[7, top_k\] each"):
         experts_forward(p.x, p.ids[:3], p.weights, p.gate, p.up, p.down, format="mxfp4")
-    with pytest.raises(ValueError, match="compute: expected one of auto, bf16, int8, got 'fp7'"):
-        error_bound(*p.arguments, format="mxfp4", compute="fp7")
+    with pytest.raises(ValueError, match="precision: expected one of auto, bf16, int8, got 'fp7'"):
+        error_bound(*p.arguments, format="mxfp4", precision="fp7")
     wide = torch.zeros(4, 48, 48)
     with pytest.raises(ValueError, match="activations: expected a multiple of 32 columns, got 48"):
-        error_bound(p.x[:, :48], p.ids, p.weights, wide, wide, wide, compute="int8")
+        error_bound(p.x[:, :48], p.ids, p.weights, wide, wide, wide, precision="int8")
     with pytest.raises(ValueError, match=r"experts.\d: expected gate and up \[I, H\] and down"):
         experts_forward(p.x, p.ids, p.weights, p.gate, p.up, p.gate, format="mxfp4")
     with pytest.raises(ValueError, match=r"expected as many experts each, got \[4, 4, 2\]"):
@@ -250,38 +250,38 @@ def test_groups_without_a_scale():
     out_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_a_correct_kernel_stays_within_the_bound(
-    fmt, compute, seed, groups, inner, swiglu, x_dtype, out_dtype
+    fmt, precision, seed, groups, inner, swiglu, x_dtype, out_dtype
 ):
     p = Problem(fmt, hidden=32 * groups, inner=32 * inner, seed=seed)
     p.x = torch.randn(7, 32 * groups, generator=torch.Generator().manual_seed(seed)).to(x_dtype)
     expected, bound = experts_forward_with_bound(
-        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype, compute=compute
+        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype, precision=precision
     )
-    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype, compute=compute).double()
+    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype, precision=precision).double()
     assert ((got - expected).abs() <= bound).all()
 
 
 @FORMATS
 @COMPUTES
 @pytest.mark.parametrize("value", [0.02, 0.3])
-def test_coherent_roundings_stay_within_the_bound(fmt, compute, value):
+def test_coherent_roundings_stay_within_the_bound(fmt, precision, value):
     """Constant weights: every h is the same number, rounded the same way."""
     p = Problem(fmt, hidden=128, inner=512)
     for name, n, k in (("gate", 512, 128), ("up", 512, 128), ("down", 128, 512)):
         setattr(p, name, QuantizedMatrix(*fmt.quantize(torch.full((4, n, k), value))))
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
-    assert ((kernel(p, compute=compute).double() - expected).abs() <= bound).all()
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
+    assert ((kernel(p, precision=precision).double() - expected).abs() <= bound).all()
 
 
 @FORMATS
 @COMPUTES
 @pytest.mark.parametrize("exponent", [-30, 20])
-def test_the_bound_follows_the_size_of_the_weights(fmt, compute, exponent):
+def test_the_bound_follows_the_size_of_the_weights(fmt, precision, exponent):
     p = Problem(fmt)
     codes, scales = fmt.quantize(torch.randn(4, 64, 96) * 2.0**exponent)
     p.down = QuantizedMatrix(codes, scales)
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
-    assert ((kernel(p, compute=compute).double() - expected).abs() <= bound).all()
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
+    assert ((kernel(p, precision=precision).double() - expected).abs() <= bound).all()
     assert bound.max() < 0.1 * expected.abs().max()
 
 
@@ -297,13 +297,13 @@ def test_the_bound_is_a_few_bf16_roundings(fmt, hidden):
 @FORMATS
 def test_the_int8_bound_is_little_more_than_the_error(fmt):
     p = Problem(fmt, hidden=256, inner=512)
-    expected, bounds = experts_forward_with_bounds(*p.arguments, format=fmt, computes=COMPUTE_PATHS)
-    assert list(bounds) == list(COMPUTE_PATHS)
-    for compute, bound in bounds.items():
-        alone = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
+    expected, bounds = experts_forward_with_bounds(*p.arguments, format=fmt, precisions=PRECISIONS)
+    assert list(bounds) == list(PRECISIONS)
+    for precision, bound in bounds.items():
+        alone = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
         assert torch.equal(alone[0], expected)
         assert torch.equal(alone[1], bound)
-    error = (kernel(p, compute="int8").double() - expected).norm()
+    error = (kernel(p, precision="int8").double() - expected).norm()
     assert 0.008 * expected.norm() < error < 0.013 * expected.norm()
     assert bounds["int8"].norm() < 3 * error
 
@@ -312,10 +312,10 @@ def test_the_int8_bound_is_little_more_than_the_error(fmt):
 @COMPUTES
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 @pytest.mark.parametrize("fault", ["swapped nibbles", "scale off by one"])
-def test_a_wrong_byte_exceeds_the_bound(fmt, compute, projection, fault):
+def test_a_wrong_byte_exceeds_the_bound(fmt, precision, projection, fault):
     """One byte's nibbles swapped, or one group's scale doubled, in one matrix of every expert."""
     p = Problem(fmt)
-    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, compute=compute)
+    expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
     right = getattr(p, projection)
     codes, scales = right.codes.clone(), right.scales.clone()
     if fault == "swapped nibbles":
@@ -329,5 +329,5 @@ def test_a_wrong_byte_exceeds_the_bound(fmt, compute, projection, fault):
     else:
         scales[:, 0, 0] *= 2
     setattr(p, projection, QuantizedMatrix(codes, scales))
-    error = (kernel(p, compute=compute).double() - expected).abs()
+    error = (kernel(p, precision=precision).double() - expected).abs()
     assert (error > bound).any(), (error / bound).max()

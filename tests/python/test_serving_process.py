@@ -196,11 +196,11 @@ def test_options_reach_model_and_server(monkeypatch):
         raise OSError("no such folder: somewhere")
 
     monkeypatch.setattr(serve, "load_text_model", load)
-    options = ("--threads", "2", "--compute", "int8", "--isa", "generic", "--dtype", "float32")
+    options = ("--threads", "2", "--precision", "int8", "--isa", "generic", "--dtype", "float32")
     assert refuse("somewhere", "--port", "0", *options) == "error: no such folder: somewhere\n"
     (folder,), keywords = calls["load"]
     assert folder == "somewhere"
-    expected = {"threads": 2, "compute": "int8", "isa": "generic", "dtype": "float32"}
+    expected = {"threads": 2, "precision": "int8", "isa": "generic", "dtype": "float32"}
     assert keywords.items() >= expected.items()
     with pytest.raises(
         ValueError, match="--dtype: expected one of bfloat16, float32, auto, got 'int4'"

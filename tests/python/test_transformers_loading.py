@@ -102,10 +102,10 @@ def test_bf16_logits_are_as_near_to_fp32s_as_the_hosts(family, isa):
 
 def test_int8_is_an_option(family):
     # Not every variant rounds many tokens to int8; generic does.
-    options = [ExpertsOptions(compute=compute, isa="generic") for compute in ("bf16", "int8")]
+    options = [ExpertsOptions(precision=precision, isa="generic") for precision in ("bf16", "int8")]
     exact = logits(from_pretrained(family[1], dtype=torch.float32, options=options[0]))
     model = from_pretrained(family[1], dtype=torch.float32, options=options[1])
-    assert all(module.experts.compute == "int8" for module in experts_of(model))
+    assert all(module.experts.precision == "int8" for module in experts_of(model))
     assert 1e-4 < typical_distance(logits(model), exact) < 0.1
 
 
@@ -340,7 +340,7 @@ def test_a_file_is_no_checkpoint(tmp_path):
         from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("options", [{"compute": "int3"}, {"isa": "avx3"}])
+@pytest.mark.parametrize("options", [{"precision": "int3"}, {"isa": "avx3"}])
 def test_mistaken_options_are_refused_at_once(options):
     with pytest.raises(ValueError, match=r"int3|avx3"):
         ExpertsOptions(**options)

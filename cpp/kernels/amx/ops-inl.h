@@ -5,8 +5,8 @@
 // Crossovers, measured on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows x 32 k in L2:
 //
 //   tokens                        1    2    3    6   12   16   32   64
-//   bytes, two planes            29   44
-//   bytes, three planes          33   56   75  138  260
+//   two digits                   29   44
+//   three digits                 33   56   75  138  260
 //   bytes (int8)                 25   30   36   55  100
 //   VDPBF16PS                    62   95
 //   tiles                        51   51   51   55   56   60   70  130

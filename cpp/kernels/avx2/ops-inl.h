@@ -34,8 +34,8 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
-  static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
-  static constexpr int kPrecisePlaneTokens = 9;
+  static constexpr int kDigitTokens = 32;  // panels are as fast with 48
+  static constexpr int kPreciseDigitTokens = 9;
   static constexpr int kQuadTokens = 4;  // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -141,7 +141,7 @@ struct Avx2 : Fp32Multiplicands {
   }
   // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>
-  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
+  static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t start) {
     Codes whole = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
     for (int p = 0; p < kDigits; ++p) {
       const __m256i worth = _mm256_set1_epi16(1 << kShift * (kDigits - 1 - p));

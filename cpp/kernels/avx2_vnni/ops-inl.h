@@ -16,9 +16,9 @@ namespace cpumoe {
 
 struct Avx2Vnni : Avx2 {
   // 512 products of a further token are 32 VPDPBUSD and 10 others, 8 of them on the same two
-  // ports, in planes of two digits (with three 48 and 14), and 64 multiply-adds in panels.
-  static constexpr int kPlaneTokens = kAnyTokens;
-  static constexpr int kPrecisePlaneTokens = kAnyTokens;
+  // ports, with two digits (48 and 14 with three), and 64 multiply-adds in panels.
+  static constexpr int kDigitTokens = kAnyTokens;
+  static constexpr int kPreciseDigitTokens = kAnyTokens;
   static constexpr int kQuadTokens = 5;  // ten sums: two units' latency of five cycles
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
@@ -41,7 +41,7 @@ struct Avx2Vnni : Avx2 {
     return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)};
   }
   template <int kShift, int kDigits>
-  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
+  static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     QuadSum whole = sums[0];
     for (int p = 1; p < kDigits; ++p) {
       whole.lo = _mm256_add_epi32(_mm256_slli_epi32(whole.lo, kShift), sums[p].lo);

@@ -29,8 +29,8 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 14;
   static constexpr int kPanelPairs = 128;  // 32 KiB of fp32; with half of it C costs twice as much
-  static constexpr int kPlaneTokens = 32;  // panels are as fast with 48
-  static constexpr int kPrecisePlaneTokens = 2;
+  static constexpr int kDigitTokens = 32;  // panels are as fast with 48
+  static constexpr int kPreciseDigitTokens = 2;
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;
@@ -127,7 +127,7 @@ struct Avx512 : Fp32Multiplicands {
   }
   // A multiplication that adds the sums of a quad's halves shifts them as well.
   template <int kShift, int kDigits>
-  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t start) {
+  static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t start) {
     __m512i whole = _mm512_set1_epi32(start);
     for (int p = 0; p < kDigits; ++p) {
       const __m512i worth = _mm512_set1_epi16(1 << kShift * (kDigits - 1 - p));

@@ -18,8 +18,8 @@ namespace cpumoe {
 
 struct Avx512Bf16 : Avx512Vnni {
   static constexpr bool kSplitsPairs = false;
-  static constexpr int kPlaneTokens = 1;  // on AMD VDPBF16PS is faster beyond
-  static constexpr int kPrecisePlaneTokens = kPlaneTokens;
+  static constexpr int kDigitTokens = 1;  // on AMD VDPBF16PS is faster beyond
+  static constexpr int kPreciseDigitTokens = kDigitTokens;
 
   using Activation = Bf16;
   struct Pair {

@@ -10,8 +10,8 @@
 namespace cpumoe {
 
 struct Avx512Vnni : Avx512 {
-  static constexpr int kPlaneTokens = kAnyTokens;  // a third faster than panels
-  static constexpr int kPrecisePlaneTokens = kAnyTokens;
+  static constexpr int kDigitTokens = kAnyTokens;  // a third faster than panels
+  static constexpr int kPreciseDigitTokens = kAnyTokens;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
 
@@ -27,7 +27,7 @@ struct Avx512Vnni : Avx512 {
   }
   static Vec FinishSum(QuadSum sum) { return _mm512_cvtepi32_ps(sum.lanes); }
   template <int kShift, int kDigits>
-  static Vec FinishPlanes(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
+  static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t /*start*/) {
     __m512i whole = sums[0].lanes;
     for (int p = 1; p < kDigits; ++p) {
       whole = _mm512_add_epi32(_mm512_slli_epi32(whole, kShift), sums[p].lanes);

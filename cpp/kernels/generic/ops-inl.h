@@ -25,8 +25,8 @@ struct Generic : Fp32Multiplicands {
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
   static constexpr bool kSplitsPairs = true;
-  static constexpr int kPlaneTokens = 0;
-  static constexpr int kPrecisePlaneTokens = 0;
+  static constexpr int kDigitTokens = 0;
+  static constexpr int kPreciseDigitTokens = 0;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;

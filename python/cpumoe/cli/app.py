@@ -20,6 +20,7 @@ from cpumoe.cli import (
     host_threads,
     info,
     inspect_model,
+    renamed_options,
     serve,
     synth,
     validate,
@@ -39,16 +40,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("info", epilog=info.EXAMPLE)(info.command)
-app.command("inspect", epilog=inspect_model.EXAMPLE)(inspect_model.command)
-app.command("synth", epilog=synth.EXAMPLE)(synth.command)
-app.command("validate", epilog=validate.EXAMPLE)(validate.command)
-app.command("bench", epilog=bench.EXAMPLE)(bench.command)
-app.command("generate", epilog=generate.EXAMPLE)(generate.command)
-app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.command)
-app.command("chat", epilog=chat.EXAMPLE)(chat.command)
-app.command("serve", epilog=serve.EXAMPLE)(serve.command)
-app.command("demo", epilog=demo.EXAMPLE)(demo.command)
+# In the order of the help.
+for _name, _module in {
+    "info": info,
+    "inspect": inspect_model,
+    "synth": synth,
+    "validate": validate,
+    "bench": bench,
+    "generate": generate,
+    "eval": evaluate,
+    "chat": chat,
+    "serve": serve,
+    "demo": demo,
+}.items():
+    app.command(_name, cls=renamed_options.Command, epilog=_module.EXAMPLE)(_module.command)
 
 
 def _print_version(wanted: bool) -> None:

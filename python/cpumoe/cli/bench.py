@@ -13,15 +13,15 @@ from cpumoe.cli import bench_compare, bench_plot, bench_report, bench_tune, cons
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
-    ComputeOption,
+    PrecisionOption,
     ThreadsOption,
     TracebackOption,
     choose_layer,
-    parse_computes,
     parse_isas_or_best,
+    parse_precisions,
     parse_token_counts,
 )
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from cpumoe.benchmark import Variant
@@ -124,7 +124,7 @@ def command(
     routing: _RoutingOption = None,
     isa: BestIsaOption = None,
     format: _FormatOption = None,
-    compute: ComputeOption = COMPUTE_PATHS[0],
+    precision: PrecisionOption = PRECISIONS[0],
     threads: ThreadsOption = None,
     experts: _ExpertsOption = None,
     seconds: _SecondsOption = 2.0,
@@ -154,7 +154,7 @@ def command(
         _require_writable(json_file, plot)
         if plot is not None:
             bench_plot.require(plot)
-        variants = _variants(isa, compute)
+        variants = _variants(isa, precision)
         if tune:
             unused = {"tokens": tokens, "routing": routing, "data": data, "plot": plot}
             _refuse("--tune has no use for it", **unused, compare=compare)
@@ -215,13 +215,13 @@ def _output(
             console.show(f"wrote {console.escape(str(plot))}")
 
 
-def _variants(isa: str | None, compute: str) -> list[Variant]:
+def _variants(isa: str | None, precision: str) -> list[Variant]:
     import torch
 
     from cpumoe.benchmark import Variant
 
-    computes = parse_computes(compute, torch.bfloat16)  # the workloads' hidden states
-    return [Variant(name, path) for name in parse_isas_or_best(isa) for path in computes]
+    precisions = parse_precisions(precision, torch.bfloat16)  # the workloads' hidden states
+    return [Variant(name, path) for name in parse_isas_or_best(isa) for path in precisions]
 
 
 def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:

@@ -10,12 +10,12 @@ from cpumoe.cli import console
 from cpumoe.cli.bench_report import VERSION
 from cpumoe.cli.errors import InputError
 
-_KEY = ("isa", "compute", "tokens")
+_KEY = ("isa", "precision", "tokens")
 # Limits that differ by more are named: then the machine has changed, not only the program.
 _SAME_LIMIT = 0.15
 _NUMBERS = ("seconds", "low", "high")
-# Version 1 had no turns; what is compared has not changed.
-_READABLE = (1, VERSION)
+# Version 1 had no turns, and up to version 2 "precision" was called "compute".
+_READABLE = (1, 2, VERSION)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def read(path: Path) -> dict[str, Any]:
             f"--compare: {path}: not written by cpumoe bench --json, version "
             f"{' or '.join(map(str, _READABLE))}"
         )
-    return dict(document)
+    renamed: dict[str, Any] = _with_new_names(document)
+    return renamed
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
         matched += 1
         table.add_row(
             row["isa"],
-            row["compute"],
+            row["precision"],
             str(row["tokens"]),
             console.format_number(1e3 * match["seconds"]),
             console.format_number(1e3 * row["seconds"]),
@@ -89,9 +90,20 @@ def _limits(document: dict[str, Any]) -> dict[str, float]:
     machine = document["machine"]
     limits = {"memory read, GB/s": machine["read_bandwidth"]["bytes_per_second"] / 1e9}
     for peak in machine["dot_peaks"]:
-        name = f"{peak['isa']}, {peak['compute']} in registers, GFLOP/s"
+        name = f"{peak['isa']}, {peak['precision']} in registers, GFLOP/s"
         limits[name] = 2e-9 * peak["macs_per_second"]
     return limits
+
+
+def _with_new_names(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_new_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        "precision" if name == "compute" else name: _with_new_names(item)
+        for name, item in value.items()
+    }
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

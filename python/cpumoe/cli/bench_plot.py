@@ -46,15 +46,15 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     bandwidth = machine["read_bandwidth"]["bytes_per_second"]
-    peaks = {(p["isa"], p["compute"]): 2 * p["macs_per_second"] for p in machine["dot_peaks"]}
+    peaks = {(p["isa"], p["precision"]): 2 * p["macs_per_second"] for p in machine["dot_peaks"]}
     low, high = min(map(_intensity, rows)) / 1.5, max(map(_intensity, rows)) * 1.5
-    variants = dict.fromkeys((row["isa"], row["compute"]) for row in rows)
+    variants = dict.fromkeys((row["isa"], row["precision"]) for row in rows)
     for variant, colour, marker in zip(variants, cycle(_COLOURS), cycle(_MARKERS), strict=False):
         peak = peaks.get(variant, math.inf)
         corners = sorted({low, min(max(low, peak / bandwidth), high), high})
         roof = [min(x * bandwidth, peak) / 1e9 for x in corners]
         axes.plot(corners, roof, linewidth=1.2, color=colour)
-        own = [row for row in rows if (row["isa"], row["compute"]) == variant]
+        own = [row for row in rows if (row["isa"], row["precision"]) == variant]
         _draw_points(axes, own, colour, marker, ", ".join(variant))
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):

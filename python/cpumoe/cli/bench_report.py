@@ -2,15 +2,15 @@
 
 The document (``--json``), times in seconds, rates per second::
 
-    {"version": 2,
+    {"version": 3,
      "settings": {"model", "data", "format", "hidden_size", "intermediate_size", "experts", "top_k",
                   "routing", "batch_invariant", "seconds"},
      "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"},
                  "read_bandwidth": {"bytes_per_second", "least", "isa", "buffer_bytes",
                                     "huge_pages"},
-                 "dot_peaks": [{"isa", "compute", "macs_per_second", "least"}],
+                 "dot_peaks": [{"isa", "precision", "macs_per_second", "least"}],
                  "steady"},
-     "rows": [{"isa", "compute", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
+     "rows": [{"isa", "precision", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
                "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second", "macs",
                "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
                "bound": "memory" or "compute", "share_of_bound", "relative_l2",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cpumoe.benchmark import Result, Timing
     from cpumoe.layer_weights import LayerWeights
 
-VERSION = 2
+VERSION = 3
 
 
 def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def render(document: dict[str, Any]) -> None:
     settings, machine, rows = document["settings"], document["machine"], document["rows"]
     columns = _columns(rows)
     invariant = ", batch-invariant" if settings["batch_invariant"] else ""
-    fixed = [str(rows[0][name]) for name in ("isa", "compute") if name not in columns]
+    fixed = [str(rows[0][name]) for name in ("isa", "precision") if name not in columns]
     title = ", ".join([f"{settings['experts']} {settings['format']} experts", *fixed])
     table = console.data_table(
         f"{title}, routing {settings['routing']}{invariant}\n"
@@ -122,7 +122,7 @@ def render(document: dict[str, Any]) -> None:
     )
     before = None
     for row in rows:
-        variant = (row["isa"], row["compute"])
+        variant = (row["isa"], row["precision"])
         if before not in (None, variant):
             table.add_section()
         table.add_row(*map(_cells(row).__getitem__, columns))
@@ -139,7 +139,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Headers of the columns to show; those that are the same in all rows, or empty, are not."""
     columns = {
         "isa": "ISA",
-        "compute": "compute",
+        "precision": "precision",
         "tokens": "tokens",
         "seconds": "ms",
         "tokens_per_second": "tokens/s",
@@ -151,7 +151,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
         "bound": "bound",
         "relative_l2": "rel. L2",
     }
-    for name in ("isa", "compute"):
+    for name in ("isa", "precision"):
         if len({row[name] for row in rows}) == 1:
             del columns[name]
     if all(row["relative_l2"] is None for row in rows):
@@ -165,7 +165,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     error = row["relative_l2"]
     return {
         "isa": row["isa"],
-        "compute": row["compute"],
+        "precision": row["precision"],
         "tokens": str(row["tokens"]),
         "seconds": number(1e3 * row["seconds"]),
         "tokens_per_second": number(row["tokens_per_second"]),
@@ -192,7 +192,7 @@ def _machine_table(machine: dict[str, Any]) -> Any:
     for peak in machine["dot_peaks"]:
         least = console.format_number(2e-9 * peak["least"])
         best = console.format_number(2e-9 * peak["macs_per_second"])
-        name = f"{peak['isa']}, {peak['compute']}"
+        name = f"{peak['isa']}, {peak['precision']}"
         facts[name] = f"{best} GFLOP/s in registers [dim](least {least})[/]"
     return console.fact_table(facts)
 

@@ -2,13 +2,14 @@
 
 The document (``--json``), times in seconds::
 
-    {"version": 1,
+    {"version": 2,
      "settings": {"model", "format", "hidden_size", "intermediate_size", "experts", "top_k",
                   "seconds", "rounds"},
      "machine": {"cpu", "threads", "versions"},
-     "crossovers": [{"isa", "compute", "compiled_in", "best", "most",
-                     "rows": [{"tokens", "ratio", "faster": "fused", "panel" or null,
-                               "fused": {"seconds", "low", "high"}, "panel": {the same}}]}]}
+     "crossovers": [{"isa", "precision", "compiled_in", "best", "most",
+                     "rows": [{"tokens", "ratio", "faster": "few-token", "many-token" or null,
+                               "few_token": {"seconds", "low", "high"},
+                               "many_token": {"seconds", "low", "high"}}]}]}
 
 ``compiled_in`` is the variant's constant, ``most`` the greatest that it could have; null: any
 number of tokens.
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from cpumoe.runtime import Runtime
     from cpumoe.tuning import Crossover
 
-VERSION = 1
-_COMPUTE = "bf16"
+VERSION = 2
+_PRECISION = "bf16"
 
 
 def run(
@@ -47,16 +48,16 @@ def run(
     """Measures the variants one after the other, and prints or writes the result.
 
     Raises:
-        InputError: a compute path that does not choose by the number of tokens.
+        InputError: a precision that does not choose by the number of tokens.
         ValueError: see `cpumoe.tuning.measure_crossover`.
     """
     from cpumoe.tuning import measure_crossover
 
     for variant in variants:
-        if variant.compute != _COMPUTE:
+        if variant.precision != _PRECISION:
             raise InputError(
-                f"--compute: --tune expects {_COMPUTE}, got {variant.compute!r}, which has the "
-                "same kernels for any number of tokens"
+                f"--precision: --tune expects {_PRECISION}, got {variant.precision!r}, which uses "
+                "one kernel for any number of tokens"
             )
     with progress_bar(still=True) as progress:
         found = [
@@ -88,7 +89,7 @@ def run(
 def _describe(crossover: Crossover) -> dict[str, Any]:
     return {
         "isa": crossover.isa,
-        "compute": _COMPUTE,
+        "precision": _PRECISION,
         "compiled_in": _count(crossover.compiled),
         "best": crossover.best,
         "most": _count(crossover.most),
@@ -97,8 +98,8 @@ def _describe(crossover: Crossover) -> dict[str, Any]:
                 "tokens": row.tokens,
                 "ratio": row.ratio,
                 "faster": row.faster,
-                "fused": vars(row.fused),
-                "panel": vars(row.panel),
+                "few_token": vars(row.few_token),
+                "many_token": vars(row.many_token),
             }
             for row in crossover.rows
         ],
@@ -121,15 +122,15 @@ def _render(document: dict[str, Any]) -> None:
     )
     for crossover in document["crossovers"]:
         table = console.data_table(
-            f"{crossover['isa']}: few-token (fused) and many-token (panel) kernels",
-            ("tokens per expert", "ms fused", "ms panel", "fused/panel", "faster"),
+            f"{crossover['isa']}: few-token and many-token kernels",
+            ("tokens per expert", "few-token ms", "many-token ms", "few/many", "faster"),
             text_columns=0,
         )
         for row in crossover["rows"]:
             table.add_row(
                 str(row["tokens"]),
-                console.format_number(1e3 * row["fused"]["seconds"]),
-                console.format_number(1e3 * row["panel"]["seconds"]),
+                console.format_number(1e3 * row["few_token"]["seconds"]),
+                console.format_number(1e3 * row["many_token"]["seconds"]),
                 f"{row['ratio']:.3f}",
                 row["faster"] or "",
             )

@@ -15,13 +15,13 @@ from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
-    DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    DEFAULT_PRECISION,
     ChatTemplateOption,
     DtypeOption,
     MaxTokensOption,
-    OneComputeOption,
     OneIsaOption,
+    OnePrecisionOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -83,7 +83,7 @@ def command(
         ),
     ] = None,
     threads: ThreadsOption = None,
-    compute: OneComputeOption = DEFAULT_COMPUTE,
+    precision: OnePrecisionOption = DEFAULT_PRECISION,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
@@ -107,7 +107,7 @@ def command(
             _refuse(
                 {
                     "--threads": threads is not None,
-                    "--compute": compute != DEFAULT_COMPUTE,
+                    "--precision": precision != DEFAULT_PRECISION,
                     "--isa": isa is not None,
                     "--dtype": dtype != DEFAULT_DTYPE,
                     "--chat-template": chat_template is not None,
@@ -132,7 +132,7 @@ def command(
                 load_text_model(
                     target,
                     threads=threads,
-                    compute=compute,
+                    precision=precision,
                     isa=isa,
                     dtype=dtype,
                     chat_template=chat_template,

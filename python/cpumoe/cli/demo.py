@@ -18,8 +18,8 @@ from cpumoe.cli.options import (
     JsonOption,
     ThreadsOption,
     TracebackOption,
-    parse_computes,
     parse_isas,
+    parse_precisions,
 )
 from cpumoe.cli.text_model import load_text_model
 from cpumoe.cli.validate import render, report_document
@@ -82,9 +82,9 @@ def command(
         loaded, layer = _load(folder, threads)
         say(f"packed them for {layer.isa}: {_speed(loaded)}")
         checked = min(experts, _VALIDATED_EXPERTS)
-        computes = _computes()
-        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(computes)}", "")
-        report = _validate(folder, isas, computes, threads)
+        precisions = _precisions()
+        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(precisions)}", "")
+        report = _validate(folder, isas, precisions, threads)
         if not json_output:
             render(report)
         speed = _time(layer)
@@ -144,13 +144,13 @@ def _load(folder: Path, threads: int | None) -> tuple[dict[str, Any], Experts]:
     return {"isa": layer.isa, "bytes": layer.nbytes, "seconds": seconds}, layer
 
 
-def _computes() -> list[str]:
+def _precisions() -> list[str]:
     import torch
 
-    return parse_computes("all", torch.bfloat16)
+    return parse_precisions("all", torch.bfloat16)
 
 
-def _validate(folder: Path, isas: list[str], computes: list[str], threads: int | None) -> Report:
+def _validate(folder: Path, isas: list[str], precisions: list[str], threads: int | None) -> Report:
     from cpumoe.checkpoint import open_checkpoint
     from cpumoe.layer_weights import LayerWeights
     from cpumoe.validation import validate
@@ -158,7 +158,7 @@ def _validate(folder: Path, isas: list[str], computes: list[str], threads: int |
     with open_checkpoint(folder) as reader, progress_bar() as progress:
         weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
         return validate(
-            weights, _VALIDATED_TOKENS, isas, computes, threads=threads, progress=progress
+            weights, _VALIDATED_TOKENS, isas, precisions, threads=threads, progress=progress
         )
 
 

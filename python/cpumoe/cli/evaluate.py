@@ -14,12 +14,12 @@ from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
-    ComputeOption,
     JsonOption,
+    PrecisionOption,
     ThreadsOption,
     TracebackOption,
-    parse_computes,
     parse_isas_or_best,
+    parse_precisions,
 )
 from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
@@ -30,14 +30,14 @@ from cpumoe.cli.text_model import (
     parse_dense_dtype,
     read_text,
 )
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
 
     from cpumoe.integrations.transformers import LanguageModel, Perplexity
 
-EXAMPLE = "Example: `cpumoe eval --isa all --compute all --experts all`"
+EXAMPLE = "Example: `cpumoe eval --isa all --precision all --experts all`"
 
 _CPUMOE, _HOST, _ALL = "cpumoe", "host", "all"
 _DEFAULT_WINDOW = 2048
@@ -49,7 +49,7 @@ class _Way:
 
     experts: str
     isa: str | None = None
-    compute: str | None = None
+    precision: str | None = None
 
 
 def command(
@@ -70,7 +70,7 @@ def command(
         ),
     ] = _CPUMOE,
     isa: BestIsaOption = None,
-    compute: ComputeOption = COMPUTE_PATHS[0],
+    precision: PrecisionOption = PRECISIONS[0],
     window: Annotated[
         int | None,
         typer.Option(
@@ -103,18 +103,18 @@ def command(
 ) -> None:
     """Measure a model's perplexity of a text: lower is better, and equal is the same model.
 
-    Use it to see what a compute path costs in quality, on text of your own. With --experts all, the
+    Use it to see what a precision costs in quality, on text of your own. With --experts all, the
     last row is transformers' own computation from dequantized weights.
     """
     with reported(traceback):
-        ways = _ways(experts, isa, compute, parse_dense_dtype(dtype, model))
+        ways = _ways(experts, isa, precision, parse_dense_dtype(dtype, model))
         content = _read(model, text)
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:
             loaded = load_text_model(
                 model,
                 threads=threads,
-                compute=way.compute or COMPUTE_PATHS[0],
+                precision=way.precision or PRECISIONS[0],
                 isa=way.isa,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -132,16 +132,18 @@ def command(
             _render(name, rows)
 
 
-def _ways(experts: str, isa: str | None, compute: str, dtype: torch.dtype) -> list[_Way]:
+def _ways(experts: str, isa: str | None, precision: str, dtype: torch.dtype) -> list[_Way]:
     if experts not in (_CPUMOE, _HOST, _ALL):
         raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
-    if experts == _HOST and (isa is not None or compute != COMPUTE_PATHS[0]):
-        raise InputError(f"--isa, --compute: --experts {_HOST} has no use for them; leave them out")
+    if experts == _HOST and (isa is not None or precision != PRECISIONS[0]):
+        raise InputError(
+            f"--isa, --precision: --experts {_HOST} has no use for them; leave them out"
+        )
     ways = []
     if experts != _HOST:
         isas = parse_isas_or_best(isa)
-        computes = parse_computes(compute, dtype)
-        ways += [_Way(_CPUMOE, name, path) for path in computes for name in isas]
+        precisions = parse_precisions(precision, dtype)
+        ways += [_Way(_CPUMOE, name, path) for path in precisions for name in isas]
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))
     return ways
@@ -180,7 +182,7 @@ def _measure(
 
 def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
     baseline = rows[-1][1].perplexity
-    columns: tuple[Any, ...] = ("experts", "isa", "compute", "perplexity", "tokens/s")
+    columns: tuple[Any, ...] = ("experts", "isa", "precision", "perplexity", "tokens/s")
     compared = len(rows) > 1
     if compared:
         columns += ("against the last",)
@@ -191,7 +193,7 @@ def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
         cells = [
             way.experts,
             way.isa or "",
-            way.compute or "",
+            way.precision or "",
             f"{result.perplexity:.4f}",
             console.format_number(result.tokens_per_second),
         ]

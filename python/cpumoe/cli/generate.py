@@ -13,13 +13,13 @@ from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
-    DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    DEFAULT_PRECISION,
     ChatTemplateOption,
     DtypeOption,
     ModelArgument,
-    OneComputeOption,
     OneIsaOption,
+    OnePrecisionOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -62,7 +62,7 @@ def command(
     stop: StopOption = None,
     seed: SeedOption = None,
     threads: ThreadsOption = None,
-    compute: OneComputeOption = DEFAULT_COMPUTE,
+    precision: OnePrecisionOption = DEFAULT_PRECISION,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
@@ -83,7 +83,7 @@ def command(
         loaded = load_text_model(
             model,
             threads=threads,
-            compute=compute,
+            precision=precision,
             isa=isa,
             dtype=dtype,
             chat_template=chat_template,

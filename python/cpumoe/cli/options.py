@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpumoe.cli.errors import InputError
-from cpumoe.compute import COMPUTE_PATHS, resolve_compute
+from cpumoe.precision import PRECISIONS, resolve_precision
 
 if TYPE_CHECKING:
     import torch
@@ -53,30 +53,30 @@ BestIsaOption = Annotated[
         show_default="CPUMOE_ISA if set, else the best",
     ),
 ]
-ComputeOption = Annotated[
+PrecisionOption = Annotated[
     str,
     typer.Option(
-        "--compute",
+        "--precision",
         metavar="all|NAME,...",
-        help="Compute paths to run; auto: fp32 accuracy for fp32 hidden states, else bf16.",
+        help="Precisions to run; auto: fp32 accuracy for fp32 hidden states, else bf16.",
     ),
 ]
 
 
-def parse_computes(text: str, dtype: torch.dtype) -> list[str]:
-    """Returns the compute paths that `--compute` names, resolved for hidden states of `dtype`.
+def parse_precisions(text: str, dtype: torch.dtype) -> list[str]:
+    """Returns the precisions that `--precision` names, resolved for hidden states of `dtype`.
 
     So no two of them are the same.
 
     Raises:
         ValueError: an unknown one.
     """
-    names = COMPUTE_PATHS if text == "all" else [name.strip() for name in text.split(",")]
+    names = PRECISIONS if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in COMPUTE_PATHS:
-            known = ", ".join(("all", *COMPUTE_PATHS))
-            raise ValueError(f"--compute: expected one of {known}, got {name!r}")
-    return list(dict.fromkeys(resolve_compute(name, dtype) for name in names))
+        if name not in PRECISIONS:
+            known = ", ".join(("all", *PRECISIONS))
+            raise ValueError(f"--precision: expected one of {known}, got {name!r}")
+    return list(dict.fromkeys(resolve_precision(name, dtype) for name in names))
 
 
 def parse_dtype(name: str, names: Sequence[str]) -> torch.dtype:

@@ -14,13 +14,13 @@ from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import ThreadsOption, TracebackOption
 from cpumoe.cli.text_model import (
-    DEFAULT_COMPUTE,
     DEFAULT_DTYPE,
+    DEFAULT_PRECISION,
     ChatTemplateOption,
     DtypeOption,
     ModelArgument,
-    OneComputeOption,
     OneIsaOption,
+    OnePrecisionOption,
     TrustRemoteCodeOption,
     load_text_model,
     require_package,
@@ -87,7 +87,7 @@ def command(
         bool, typer.Option("--quiet", "-q", help="Print no line per request.")
     ] = False,
     threads: ThreadsOption = None,
-    compute: OneComputeOption = DEFAULT_COMPUTE,
+    precision: OnePrecisionOption = DEFAULT_PRECISION,
     isa: OneIsaOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
     chat_template: ChatTemplateOption = None,
@@ -121,7 +121,7 @@ def command(
                 load_text_model(
                     model,
                     threads=threads,
-                    compute=compute,
+                    precision=precision,
                     isa=isa,
                     dtype=dtype,
                     chat_template=chat_template,

@@ -11,7 +11,7 @@ import typer
 from cpumoe.cli import host_threads
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.options import parse_dtype
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,11 @@ OneIsaOption = Annotated[
         show_default="CPUMOE_ISA if set, else the best",
     ),
 ]
-OneComputeOption = Annotated[
+OnePrecisionOption = Annotated[
     str,
     typer.Option(
-        "--compute",
-        metavar="|".join(COMPUTE_PATHS),
+        "--precision",
+        metavar="|".join(PRECISIONS),
         help="How experts are multiplied; auto: fp32 accuracy if --dtype is float32, else bf16.",
     ),
 ]
@@ -110,14 +110,14 @@ TrustRemoteCodeOption = Annotated[
 ]
 
 DEFAULT_DTYPE = DTYPES[0]
-DEFAULT_COMPUTE = COMPUTE_PATHS[0]
+DEFAULT_PRECISION = PRECISIONS[0]
 
 
 def load_text_model(
     model: str | None,
     *,
     threads: int | None = None,
-    compute: str = DEFAULT_COMPUTE,
+    precision: str = DEFAULT_PRECISION,
     isa: str | None = None,
     dtype: str = DEFAULT_DTYPE,
     chat_template: Path | None = None,
@@ -130,7 +130,7 @@ def load_text_model(
     Args:
         model: a checkpoint's folder; None: the small model that comes with cpumoe.
         threads: to compute with; None: the physical cores.
-        compute: one of `COMPUTE_PATHS`.
+        precision: one of `PRECISIONS`.
         isa: the variant; None: what `cpumoe.isa` says.
         dtype: one of `DTYPES`.
         chat_template: a file with a Jinja template, for models that come without.
@@ -140,7 +140,7 @@ def load_text_model(
 
     Raises:
         InputError: an unknown dtype, or transformers is not installed.
-        ValueError: an unknown compute path or variant, or an unsupported checkpoint.
+        ValueError: an unknown precision or variant, or an unsupported checkpoint.
         OSError: one that cannot be read.
     """
     dense_dtype = parse_dense_dtype(dtype, model)
@@ -156,7 +156,7 @@ def load_text_model(
 
     host_threads.choose_threads(threads)
     options = ExpertsOptions(
-        runtime=None if threads is None else Runtime(threads), compute=compute, isa=isa
+        runtime=None if threads is None else Runtime(threads), precision=precision, isa=isa
     )
     loaded = LanguageModel.from_pretrained(
         model,

@@ -13,24 +13,24 @@ from cpumoe._progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
 from cpumoe.cli.options import (
-    ComputeOption,
     IsaOption,
     JsonOption,
+    PrecisionOption,
     ThreadsOption,
     TracebackOption,
     choose_layer,
-    parse_computes,
     parse_dtype,
     parse_isas,
+    parse_precisions,
     parse_token_counts,
 )
-from cpumoe.compute import COMPUTE_PATHS
+from cpumoe.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from cpumoe.layer_weights import LayerWeights, Progress
     from cpumoe.validation import CaseResult, IsaResult, Report
 
-EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --compute all`"
+EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --precision all`"
 
 _CHECKPOINT = "checkpoint"
 _TOKENS = "1,3,8,33,257"
@@ -50,7 +50,7 @@ def command(
         ),
     ] = None,
     isa: IsaOption = None,
-    compute: ComputeOption = COMPUTE_PATHS[0],
+    precision: PrecisionOption = PRECISIONS[0],
     dtype: Annotated[
         str, typer.Option(metavar="|".join(_DTYPES), help="Of hidden states and outputs.")
     ] = _DTYPES[0],
@@ -77,7 +77,7 @@ def command(
 
     Each error must stay within the bound that follows from the roundings of a right kernel, results
     must be the same bit for bit on 1, 2 and 5 threads and from run to run, and each expert must
-    export to the checkpoint's bytes. Exit code 1 if not. Compute path int8 rounds activations to
+    export to the checkpoint's bytes. Exit code 1 if not. Precision int8 rounds activations to
     int8: its errors are larger and nearly all known in advance, so they come close to their bound.
     """
     with reported(traceback):
@@ -85,7 +85,7 @@ def command(
 
         isas = parse_isas(isa)
         hidden_dtype = parse_dtype(dtype, _DTYPES)
-        computes = parse_computes(compute, hidden_dtype)
+        precisions = parse_precisions(precision, hidden_dtype)
         counts = parse_token_counts(",".join(tokens or [_TOKENS]), "--tokens")
         with progress_bar() as progress:
             weights = _read(model, layer, pattern, experts, seed, progress)
@@ -93,7 +93,7 @@ def command(
                 weights,
                 counts,
                 isas,
-                computes,
+                precisions,
                 dtype=hidden_dtype,
                 seed=seed,
                 threads=threads,
@@ -131,7 +131,7 @@ def render(report: Report) -> None:
 
     columns = (
         "ISA",
-        "compute",
+        "precision",
         "tokens",
         "error/bound",
         "rel. L2",
@@ -145,7 +145,7 @@ def render(report: Report) -> None:
             exports = "" if index else _verdict(not result.inexact_exports, "exact", "NOT EXACT")
             table.add_row(
                 result.ran if index == 0 else "",
-                result.compute if index == 0 else "",
+                result.precision if index == 0 else "",
                 _tokens(case),
                 _ratio(case),
                 f"{case.relative_l2:.2e}",
@@ -253,7 +253,7 @@ def _case_problem(result: IsaResult, case: CaseResult) -> str:
 
 
 def _name(result: IsaResult) -> str:
-    return f"{result.isa} {result.compute}"
+    return f"{result.isa} {result.precision}"
 
 
 def _conclusion(report: Report) -> str:

@@ -55,7 +55,7 @@ class CpuExperts(nn.Module):
             self.layer,
             swiglu=self.swiglu,
             runtime=options.runtime,
-            compute=options.compute,
+            precision=options.precision,
             isa=options.isa,
             batch_invariant=options.batch_invariant,
             progress=False,

@@ -89,7 +89,7 @@ def _pack(module: Any) -> Experts:
         swiglu=swiglu,
         has_bias=module.has_bias,
         runtime=options.runtime,
-        compute=options.compute,
+        precision=options.precision,
         isa=options.isa,
         batch_invariant=options.batch_invariant,
     )

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from cpumoe.compute import COMPUTE_PATHS, check_compute
+from cpumoe._renamed import warn_renamed, with_old_arguments
 from cpumoe.isa import select_isa
+from cpumoe.precision import PRECISIONS, check_precision
 from cpumoe.runtime import Runtime
 
 
@@ -18,7 +19,7 @@ class ExpertsOptions:
 
     Attributes:
         runtime: threads to run on; None: the process's shared runtime.
-        compute: "auto", "bf16" or "int8", see `cpumoe.Experts`.
+        precision: "auto", "bf16" or "int8", see `cpumoe.Experts`.
         isa: the variant; None: `cpumoe.isa()`.
         batch_invariant: see `cpumoe.Experts.from_checkpoint`.
         fp32_router: run DeepSeek-V4's routers in fp32, as its reference implementation does. The
@@ -27,11 +28,11 @@ class ExpertsOptions:
         progress: show a bar while packing; None: if standard error is a terminal.
 
     Raises:
-        ValueError: an unknown compute path or variant.
+        ValueError: an unknown precision or variant.
     """
 
     runtime: Runtime | None = None
-    compute: str = COMPUTE_PATHS[0]
+    precision: str = PRECISIONS[0]
     isa: str | None = None
     batch_invariant: bool = False
     fp32_router: bool = True
@@ -39,9 +40,19 @@ class ExpertsOptions:
 
     def __post_init__(self) -> None:
         """Checks the values, so that a mistake costs no loading of a model."""
-        check_compute(self.compute)
+        check_precision(self.precision)
         select_isa(self.isa)
 
+    @property
+    def compute(self) -> str:
+        """The old name of `precision`; it warns."""
+        warn_renamed("ExpertsOptions.compute", "ExpertsOptions.precision", stacklevel=2)
+        return self.precision
+
+
+ExpertsOptions.__init__ = with_old_arguments("compute")(  # type: ignore[method-assign]
+    ExpertsOptions.__init__
+)
 
 # The host makes its quantizers itself and passes them nothing of ours, so options travel beside it.
 _current: ContextVar[ExpertsOptions | None] = ContextVar("cpumoe_experts_options", default=None)

@@ -1,14 +1,14 @@
-// C = A * W^T in bytes, but with 14 or 21 bits: the planes path's micro-kernel.
+// C = A * W^T in bytes, but with 14 or 21 bits: the digit path's micro-kernel.
 //
 // An instruction multiplies four times as many bytes as fp32, and a 4-bit code becomes a byte with
 // less work than any floating point number. So a group of activations is written as integers times
-// a power of two (PlaneGroup), and the integers as two or three signed digits of base 128, whose
+// a power of two (DigitGroup), and the integers as two or three signed digits of base 128, whose
 // products with the weights' bytes are summed apart:
 //
 //   x = scale (q0 128^2 + q1 128 + q2)              weight = w - offset, 0 <= w < 128
 //   sum weight x = scale (S0 128^2 + S1 128 + S2 + start),  Si = sum w qi
 //
-// How many digits a group has is decided when it is staged (packing/planes-inl.h). The branch costs
+// How many digits a group has is decided when it is staged (packing/digits-inl.h). The branch costs
 // next to nothing: every row of the matrix meets a token's groups in the same order.
 //
 // Everything is an exact integer of 32 bits up to there, and the Si of a whole group's every other
@@ -28,37 +28,37 @@
 
 namespace cpumoe {
 
-inline constexpr int kFewPlanes = 2;  // digits of a group: these or kPlanes
-inline constexpr int kPlanes = 3;
+inline constexpr int kFewDigits = 2;  // digits of a group: these or kMostDigits
+inline constexpr int kMostDigits = 3;
 inline constexpr int kDigitBits = 7;
 inline constexpr int kMaxDigit = 64;  // of a digit's magnitude
 
 // An integer's magnitude is at most two to this power.
-constexpr int PlaneBits(int planes) { return planes * kDigitBits - 1; }
+constexpr int IntegerBits(int digits) { return digits * kDigitBits - 1; }
 
 // A group of a token's activations.
 template <int kGroupSize>
-struct PlaneGroup {
-  int8_t digits[kPlanes][kGroupSize];  // most significant first; fours in the order kQuadOrder
-  float scale;     // what an integer product is worth before the weights' scales
-  int32_t start;   // minus the bytes' offset times the sum of the integers
-  int32_t planes;  // digits in use
+struct DigitGroup {
+  int8_t digits[kMostDigits][kGroupSize];  // most significant first; fours in the order kQuadOrder
+  float scale;    // what an integer product is worth before the weights' scales
+  int32_t start;  // minus the bytes' offset times the sum of the integers
+  int32_t count;  // digits in use
 };
 
 // Whether a group's sums fit: those of a digit 16 bits, in which an ISA may sum every other
 // product, and all of them 32 bits, of which a 64th is left for the lower digits.
 template <class Codec>
-constexpr bool PlanesFit() {
+constexpr bool DigitsFit() {
   constexpr int64_t kGroupSize = Codec::Format::kGroupSize;
   constexpr int64_t kDigitSum = kGroupSize * Codec::kGreatest * kMaxDigit;
-  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << PlaneBits(kPlanes);
+  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << IntegerBits(kMostDigits);
   return kDigitSum / 2 <= INT16_MAX &&
-         (kDigitSum << (kPlanes - 1) * kDigitBits) + kStart <= int64_t{INT32_MAX} / 64 * 63;
+         (kDigitSum << (kMostDigits - 1) * kDigitBits) + kStart <= int64_t{INT32_MAX} / 64 * 63;
 }
 
 template <class Isa, class Codec>
-class PlaneGemm {
-  static_assert(QuadCodec<Codec, Isa> && PlanesFit<Codec>());
+class DigitGemm {
+  static_assert(QuadCodec<Codec, Isa> && DigitsFit<Codec>());
   using Format = typename Codec::Format;
   using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
   using Scale = typename Format::Scale;
@@ -68,7 +68,7 @@ class PlaneGemm {
   static constexpr int kTiles = Isa::kTiles;
 
  public:
-  using Group = PlaneGroup<Format::kGroupSize>;
+  using Group = DigitGroup<Format::kGroupSize>;
 
   struct Token {
     const Group* groups;
@@ -137,15 +137,15 @@ class PlaneGemm {
   static inline __attribute__((always_inline)) void AddGroup(const Token& token, int first,
                                                              int64_t g, const Vec (&scales)[kTiles],
                                                              QuadAt quad_at) {
-    if (token.groups[g * token.stride].planes == kFewPlanes) {
-      AddPlanes<kFewPlanes>(token, first, g, scales, quad_at);
+    if (token.groups[g * token.stride].count == kFewDigits) {
+      AddDigits<kFewDigits>(token, first, g, scales, quad_at);
     } else {
-      AddPlanes<kPlanes>(token, first, g, scales, quad_at);
+      AddDigits<kMostDigits>(token, first, g, scales, quad_at);
     }
   }
 
   template <int kDigits, class QuadAt>
-  static inline __attribute__((always_inline)) void AddPlanes(const Token& token, int first,
+  static inline __attribute__((always_inline)) void AddDigits(const Token& token, int first,
                                                               int64_t g,
                                                               const Vec (&scales)[kTiles],
                                                               QuadAt quad_at) {
@@ -168,7 +168,7 @@ class PlaneGemm {
     });
     const Vec scale = Isa::Broadcast(x.scale);
     for (int r = 0; r < kTiles; ++r) {
-      const Vec value = Isa::template FinishPlanes<kDigitBits>(sum[r], x.start);
+      const Vec value = Isa::template FinishDigits<kDigitBits>(sum[r], x.start);
       float* out = token.c[first + r];
       Isa::Store(out, Isa::Fma(Isa::Mul(value, scale), scales[r], Isa::Load(out)));
     }

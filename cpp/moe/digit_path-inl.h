@@ -1,6 +1,6 @@
 // The default compute path where bytes are multiplied faster than floating point numbers: of few
 // tokens, with VPDPBUSD of any number. Exact integer weights times activations of 14 or 21 bits
-// (kernels/plane_gemm-inl.h). One half of a mixed path there (path.h), and a path of its own for
+// (kernels/digit_gemm-inl.h). One half of a mixed path there (path.h), and a path of its own for
 // fp32 calls on ISAs whose floating point kernels would round to bf16.
 //
 // A block of tokens is staged as [group][token].
@@ -15,21 +15,21 @@
 
 #include "base/bits.h"
 #include "base/float_types.h"
-#include "kernels/plane_gemm-inl.h"
+#include "kernels/digit_gemm-inl.h"
 #include "kernels/token_blocks.h"
 #include "moe/byte_codec-inl.h"
-#include "packing/planes-inl.h"
+#include "packing/digits-inl.h"
 
 namespace cpumoe {
 
 template <class Isa, class FloatCodec>
-class PlanesPath {
+class DigitPath {
   using Codec = ByteCodec<Isa, FloatCodec>;
-  using Gemm = PlaneGemm<Isa, Codec>;
-  using Stage = PlaneStage<Codec>;
+  using Gemm = DigitGemm<Isa, Codec>;
+  using Stage = DigitStage<Codec>;
   using Group = typename Stage::Group;
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
-  static_assert(PlaneIsa<Isa>, "an ISA that multiplies planes must say how their sums are added");
+  static_assert(DigitIsa<Isa>, "an ISA that multiplies digits must say how their sums are added");
 
  public:
   static constexpr int kCrossover = kAnyTokens;
@@ -40,7 +40,7 @@ class PlanesPath {
 
   static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
 
-  static StagedForm FormFor(DType, const TokenBlocks&, int /*fused_tokens*/) {
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
     return StagedForm::kBytes;
   }
 

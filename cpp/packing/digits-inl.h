@@ -1,4 +1,4 @@
-// Staged activations of the planes path: groups of PlaneGroup, [group][token] in a block.
+// Staged activations of the digit path: groups of DigitGroup, [group][token] in a block.
 //
 // Let 2^e be the least power of two above all magnitudes of a group. Where the others together are
 // at least twice its greatest, the group is rounded to multiples of 2^(e-13), two digits: nothing
@@ -16,21 +16,21 @@
 #include <limits>
 
 #include "base/float_types.h"
-#include "kernels/plane_gemm-inl.h"
+#include "kernels/digit_gemm-inl.h"
 #include "kernels/tile.h"
 #include "packing/round_group-inl.h"
 
 namespace cpumoe {
 
 template <class Codec>
-class PlaneStage {
+class DigitStage {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
-  using Group = PlaneGroup<kGroupSize>;
+  using Group = DigitGroup<kGroupSize>;
 
   // In a call of elements `dtype`.
-  explicit PlaneStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
+  explicit DigitStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
 
   // A row of activations, `columns` of any element type; its groups are `stride` apart.
   template <class Element>
@@ -47,13 +47,13 @@ class PlaneStage {
     if (greatest < kLeast) return WriteTiny(x, greatest, out);
     int32_t integers[kGroupSize];
     if (may_have_few_) {
-      const float unit = Unit(greatest, kFewPlanes);
+      const float unit = Unit(greatest, kFewDigits);
       RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
-      if (!HasOutlier(integers)) return WriteDigits<kFewPlanes>(integers, unit, out);
+      if (!HasOutlier(integers)) return WriteDigits<kFewDigits>(integers, unit, out);
     }
-    const float unit = Unit(greatest, kPlanes);
+    const float unit = Unit(greatest, kMostDigits);
     RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
-    WriteDigits<kPlanes>(integers, unit, out);
+    WriteDigits<kMostDigits>(integers, unit, out);
   }
 
  private:
@@ -63,25 +63,25 @@ class PlaneStage {
   static_assert(kLeastUnit * Codec::kUnit > 0.0f);
 
   // What an integer is worth in a group of such a greatest magnitude, 2^-106 or more.
-  static float Unit(float greatest, int planes) {
+  static float Unit(float greatest, int digits) {
     // The power of two of `greatest`'s exponent; the least one above is twice that.
     const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(greatest) & 0x7f800000u);
-    return power * (2.0f / (1 << PlaneBits(planes)));
+    return power * (2.0f / (1 << IntegerBits(digits)));
   }
 
   // Smaller groups are rounded times a power of two.
   static void WriteTiny(const float* x, float greatest, Group& out) {
     if (greatest == 0) {
-      out = {.digits = {}, .scale = 0, .start = 0, .planes = kFewPlanes};
+      out = {.digits = {}, .scale = 0, .start = 0, .count = kFewDigits};
       return;
     }
     constexpr float kLift = 0x1p64f;
     float lifted[kGroupSize];
     for (int i = 0; i < kGroupSize; ++i) lifted[i] = x[i] * kLift;
-    const float unit = std::max(Unit(greatest * kLift, kPlanes), kLeastUnit * kLift);
+    const float unit = std::max(Unit(greatest * kLift, kMostDigits), kLeastUnit * kLift);
     int32_t integers[kGroupSize];
     RoundToIntegers<kGroupSize>(lifted, 1.0f / unit, integers);
-    WriteDigits<kPlanes>(integers, unit / kLift, out);
+    WriteDigits<kMostDigits>(integers, unit / kLift, out);
   }
 
   // Whether the others together are less than twice the greatest.
@@ -105,7 +105,7 @@ class PlaneStage {
       nan = nan || std::isnan(x[i]);
     }
     const bool lone = infinities == 1 && !nan;
-    WriteDigits<kFewPlanes>(
+    WriteDigits<kFewDigits>(
         integers,
         lone ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN(),
         out);
@@ -127,7 +127,7 @@ class PlaneStage {
     }
     out.scale = unit * Codec::kUnit;
     out.start = -Codec::kOffset * sum;
-    out.planes = kDigits;
+    out.count = kDigits;
   }
 
   bool may_have_few_;

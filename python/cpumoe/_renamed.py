@@ -1,0 +1,55 @@
+"""Old names of arguments and attributes: they still work, and warn."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# Old names, and what they are called now.
+ARGUMENTS = {"compute": "precision", "fused_tokens": "few_token_limit"}
+
+
+def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
+    """Warns that a name is deprecated; `stacklevel` counts from the caller of this function."""
+    message = f"{old} is now called {new}; the old name will be removed in cpumoe 0.3"
+    # Not DeprecationWarning, which Python hides from who calls through another package.
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+
+
+def with_old_arguments(*old_names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a function take keyword arguments by their old names as well.
+
+    Args:
+        old_names: keys of `ARGUMENTS`.
+
+    Returns:
+        A decorator. The function that it makes warns where an old name is used, and raises
+        TypeError where the new name is used beside it.
+    """
+    renamed = {old: ARGUMENTS[old] for old in old_names}
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not renamed.keys().isdisjoint(kwargs):
+                _rename(kwargs, renamed, function.__qualname__)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _rename(arguments: dict[str, Any], renamed: Mapping[str, str], function: str) -> None:
+    for old, new in renamed.items():
+        if old not in arguments:
+            continue
+        if new in arguments:
+            raise TypeError(f"{function}() got both {new} and {old}, its old name")
+        warn_renamed(old, new, stacklevel=3)
+        arguments[new] = arguments.pop(old)

@@ -1,0 +1,60 @@
+"""Old names of arguments, attributes and options work and warn."""
+
+import pytest
+from checkpoint_tools import write_small
+from cli_tools import run
+
+from cpumoe import Experts
+from cpumoe._renamed import with_old_arguments
+
+
+@with_old_arguments("compute")
+def takes_precision(*, precision="auto"):
+    return precision
+
+
+def test_an_old_name_warns_where_it_is_written():
+    with pytest.warns(FutureWarning, match="compute is now called precision") as caught:
+        assert takes_precision(compute="int8") == "int8"
+    assert caught[0].filename == __file__
+
+
+def test_old_and_new_name_together_are_refused():
+    with pytest.raises(TypeError, match=r"takes_precision\(\) got both precision and compute"):
+        takes_precision(precision="auto", compute="int8")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("checkpoint"), "v4-flash")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [({"compute": "int8"}, {"precision": "int8"}), ({"fused_tokens": 0}, {"few_token_limit": 0})],
+)
+def test_experts_take_old_arguments(old, new, checkpoint):
+    with pytest.warns(FutureWarning, match=f"{next(iter(old))} is now called {next(iter(new))}"):
+        experts = Experts.from_checkpoint(checkpoint, 0, progress=False, **old)
+    expected = Experts.from_checkpoint(checkpoint, 0, progress=False, **new)
+    assert experts.precision == expected.precision
+    with pytest.warns(FutureWarning, match=r"Experts\.compute is now called Experts\.precision"):
+        assert experts.compute == experts.precision
+
+
+def test_options_take_old_arguments():
+    options = pytest.importorskip("cpumoe.integrations.transformers").ExpertsOptions
+    with pytest.warns(FutureWarning, match="compute is now called precision") as caught:
+        made = options(compute="int8")
+    assert caught[0].filename == __file__
+    assert made == options(precision="int8")
+    with pytest.warns(FutureWarning, match=r"ExpertsOptions\.precision"):
+        assert made.compute == "int8"
+
+
+@pytest.mark.parametrize("arguments", [("--compute", "int8"), ("--compute=int8",)])
+def test_commands_take_old_options(arguments, checkpoint):
+    result = run("validate", checkpoint, "--isa", "generic", "--tokens", 1, *arguments)
+    assert result.exit_code == 0
+    assert "int8" in result.stdout
+    assert "warning: --compute is now called --precision" in result.stderr
