@@ -31,7 +31,7 @@ from cpumoe.cli.streams import OutputError, standard_streams
 
 app = typer.Typer(
     name="cpumoe",
-    help="Mixture-of-Experts layers on the CPU, straight from low-precision checkpoints.",
+    help="Compute Mixture-of-Experts layers on the CPU from low-precision checkpoints.",
     epilog="Start with: `cpumoe demo`",
     no_args_is_help=True,
     add_completion=False,

@@ -46,75 +46,80 @@ _ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="NAME|DIR",
-        help="A model's name, for made-up weights of its sizes, or a checkpoint folder, whose "
-        "first MoE layer is used.",
+        help="A model's name for made-up weights of its sizes, or a checkpoint folder for the "
+        "weights of its first MoE layer.",
     ),
 ]
 _TokensOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="N,...", help="Batch sizes, one table row each.", show_default=_TOKENS),
+    typer.Option(
+        metavar="N,...",
+        help="Tokens per call, a table row for each number.",
+        show_default=_TOKENS,
+    ),
 ]
 _RoutingOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="balanced: all experts are equally likely; concentrated: all tokens of a call have "
-        "the same experts; zipf: popularity is one over rank.",
+        help="Which experts tokens use. balanced: all experts are equally likely. concentrated: "
+        "all tokens of a call use the same experts. zipf: an expert's popularity is 1/rank.",
         show_default="balanced",
     ),
 ]
 _FormatOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="Weight format of made-up weights.", show_default="the model's"
-    ),
+    typer.Option(metavar="NAME", help="Format of made-up weights.", show_default="as in the model"),
 ]
 _ExpertsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="N",
-        help="Experts of the layer: more than the caches hold.",
+        help="Experts in the layer. Use more than the caches hold.",
         show_default=f"{_EXPERTS}, or all of a checkpoint's",
     ),
 ]
 _SecondsOption = Annotated[
-    float, typer.Option(metavar="S", help="Time to spend on the calls of each table row.")
+    float, typer.Option(metavar="S", help="Seconds to spend on the calls of each table row.")
 ]
 _RoundsOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Rounds in which the rows take turns.")
+    int, typer.Option(min=1, metavar="N", help="Rounds. The rows take turns in each.")
 ]
 _BatchInvariantOption = Annotated[
-    bool, typer.Option("--batch-invariant", help="The same kernels for any number of tokens.")
+    bool, typer.Option("--batch-invariant", help="Use the same kernels for any number of tokens.")
 ]
 _TuneOption = Annotated[
     bool,
     typer.Option(
         "--tune",
-        help="Instead time the few-token and the many-token kernels for each number of tokens per "
-        "expert, and say up to which the former are faster.",
+        help="Instead, time the few-token and the many-token kernels for each number of tokens per "
+        "expert, and show up to how many tokens the few-token kernels are faster.",
     ),
 ]
 _DataOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Weights and calls from plain arrays instead: MXFP4 codes and scales in gate.q, "
-        "gate.s, up.q, up.s, down.q, down.s (uint8, \\[experts, rows, columns/2 or /32]); for M "
-        "tokens hidden states x_M (float32), expert ids ids_M (int32, \\[calls, M, top_k]) and "
-        "weights rw_M (float32); where there is a result ref_M (float32), errors are printed.",
+        help="Read weights and calls from a folder of plain arrays. MXFP4 codes and scales are in "
+        "gate.q, gate.s, up.q, up.s, down.q, down.s (uint8, \\[experts, rows, columns/2 or /32]). "
+        "Calls of M tokens are in x_M (float32 hidden states), ids_M (int32 expert ids, \\[calls, "
+        "M, top_k]) and rw_M (float32 routing weights). If ref_M (float32) has their results, the "
+        "table shows errors.",
     ),
 ]
 _JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write everything as JSON; - for standard output."),
+    typer.Option("--json", metavar="FILE", help="Write the results as JSON. -: standard output."),
 ]
 _PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw a roofline plot: .png, .svg or .pdf.")
+    Path | None, typer.Option(metavar="FILE", help="Draw a roofline plot (.png, .svg or .pdf).")
 ]
 _CompareOption = Annotated[
     Path | None,
-    typer.Option(metavar="OLD.json", help="Compare with what an earlier run wrote."),
+    typer.Option(
+        metavar="OLD.json", help="Compare with the file that --json wrote in an earlier run."
+    ),
 ]
 
 
@@ -137,11 +142,12 @@ def command(
     compare: _CompareOption = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Time an expert layer, and compare it with what this machine can do at best.
+    """Time an expert layer, and compare its speed with the limits of this machine.
 
-    Rows take turns in several rounds; a row's time is the median of all calls. Memory read
-    bandwidth and the rate of multiply-adds in registers are measured beside each turn, on the same
-    threads: no call can be faster than reading its experts once, or than its multiply-adds.
+    Rows take turns in several rounds, and a row's time is the median of all its calls. The memory's
+    read bandwidth and the rate of multiply-adds in registers are measured right before and after
+    each turn, on the same threads. They limit a call, which has to read its experts once and to do
+    its multiply-adds.
     """
     with reported(traceback):
         from cpumoe import benchmark

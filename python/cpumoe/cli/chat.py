@@ -48,7 +48,7 @@ def command(
         str | None,
         typer.Argument(
             metavar="MODEL|URL",
-            help="A checkpoint's folder, or a server with OpenAI's API.",
+            help="A checkpoint folder, or the URL of a server with OpenAI's API.",
             show_default="the small model that comes with cpumoe",
         ),
     ] = None,
@@ -66,19 +66,21 @@ def command(
             metavar="KEY",
             envvar=KEY_VARIABLE,
             show_envvar=True,
-            help="For a server; the variable hides it from `ps`.",
+            help="Key for the server. The environment variable hides it from `ps`.",
             show_default="none",
         ),
     ] = None,
     model_name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which of a server's models.", show_default="its first"),
+        typer.Option(
+            metavar="NAME", help="Which of the server's models answers.", show_default="the first"
+        ),
     ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="How long a server may be silent.",
+            help="Longest time that the server may be silent.",
             show_default=f"{DEFAULT_TIMEOUT:g}",
         ),
     ] = None,
@@ -92,9 +94,9 @@ def command(
 ) -> None:
     """Chat with a model, in this process or behind a URL.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. From a pipe, each line is a
-    question, and answers are printed without what the model thought before; exit code 1 if a
-    question was not answered.
+    Ctrl-C stops an answer, Ctrl-D ends the chat, and /help lists the commands. If input comes from
+    a pipe, each line is a question, and answers are printed without the model's reasoning. The exit
+    code is 1 if a question from a pipe was not answered.
     """
     with reported(traceback):
         from cpumoe.cli.chat_backends import ChatError, LocalBackend

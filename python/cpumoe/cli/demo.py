@@ -47,30 +47,33 @@ def command(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write the checkpoint here and keep it.",
+            help="Write the checkpoint to this folder and keep it.",
             show_default="a temporary folder",
         ),
     ] = None,
-    experts: Annotated[int, typer.Option(min=1, metavar="N", help="Experts of the layer.")] = 16,
+    experts: Annotated[int, typer.Option(min=1, metavar="N", help="Experts in the layer.")] = 16,
     hidden: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="4096, the model's"),
+        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="4096, as in the model"),
     ] = None,
     intermediate: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="An expert's inner size.", show_default="2048, the model's"
+            min=1,
+            metavar="N",
+            help="Intermediate size of an expert.",
+            show_default="2048, as in the model",
         ),
     ] = None,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Make a small DeepSeek-V4-Flash layer, check it on all ISA variants and paths, and time it.
+    """Make a small DeepSeek-V4-Flash layer, check it on all ISA variants, and time it.
 
-    Then the small model that comes with cpumoe writes a few lines, with transformers as its host.
-    Needs no arguments, about a minute, and a few hundred MB of disk and memory. Exit code 1 if a
-    variant computes something wrong.
+    Every precision is checked. Then the small model that comes with cpumoe writes a few lines,
+    which needs transformers. The demo takes about a minute and a few hundred MB of disk and memory.
+    The exit code is 1 if a variant computes a wrong result.
     """
     with reported(traceback), ExitStack() as stack:
         start = time.perf_counter()

@@ -58,15 +58,15 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="UTF-8 text.",
-            show_default="text that the model which comes with cpumoe was not trained on",
+            help="UTF-8 text to read.",
+            show_default="for the model that comes with cpumoe, text it was not trained on",
         ),
     ] = None,
     experts: Annotated[
         str,
         typer.Option(
             metavar=f"{_CPUMOE}|{_HOST}|{_ALL}",
-            help="Who computes experts; host: transformers, from dequantized weights.",
+            help="What computes the experts. host: transformers, from dequantized weights.",
         ),
     ] = _CPUMOE,
     isa: BestIsaOption = None,
@@ -76,7 +76,7 @@ def command(
         typer.Option(
             min=2,
             metavar="N",
-            help="Tokens that are read together.",
+            help="Tokens that the model reads together.",
             show_default=f"the model's context, at most {_DEFAULT_WINDOW}",
         ),
     ] = None,
@@ -85,14 +85,18 @@ def command(
         typer.Option(
             min=1,
             metavar="N",
-            help="New tokens per window; fewer give each more context, and take longer.",
+            help="New tokens per window. Fewer give each token more context and take longer.",
             show_default="the window",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", min=2, metavar="N", help="Read only so many.", show_default="all"
+            "--max-tokens",
+            min=2,
+            metavar="N",
+            help="Tokens of the text to read.",
+            show_default="all",
         ),
     ] = None,
     threads: ThreadsOption = None,
@@ -101,9 +105,9 @@ def command(
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure a model's perplexity of a text: lower is better, and equal is the same model.
+    """Measure a model's perplexity on a text. Lower is better.
 
-    Use it to see what a precision costs in quality, on text of your own. With --experts all, the
+    Compare rows to see what a precision costs in quality on your own text. With --experts all, the
     last row is transformers' own computation from dequantized weights.
     """
     with reported(traceback):

@@ -42,20 +42,21 @@ DEFAULT_MAX_TOKENS = 256
 def command(
     model: ModelArgument = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")
     ] = None,
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            "--prompt-file", metavar="FILE", help="The prompt's file; - reads from a pipe."
+            "--prompt-file", metavar="FILE", help="File with the prompt. -: standard input."
         ),
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Answer the prompt, in the model's chat format."),
+        typer.Option("--chat", help="Answer the prompt in the model's chat format."),
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="New tokens at most.")
+        int,
+        typer.Option("--max-tokens", min=1, metavar="N", help="Largest number of new tokens."),
     ] = DEFAULT_MAX_TOKENS,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -70,10 +71,10 @@ def command(
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Continue a text, token by token, and show how fast.
+    """Continue a text token by token, and show the speed.
 
-    The text goes to standard output as it comes, reasoning and speed to standard error. "Experts"
-    is the share of the time that cpumoe computes in; the rest is the host's.
+    The text goes to standard output as it is generated. Reasoning and speed go to standard error.
+    "experts" is the share of the time spent in cpumoe. transformers and PyTorch take the rest.
     """
     with reported(traceback):
         if chat_template is not None and not chat:

@@ -22,7 +22,7 @@ _ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not asked
 def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
     """Show CPU, ISA variants, threads, memory bandwidth and versions.
 
-    The memory's read bandwidth is measured, which takes about a second.
+    Measuring the memory's read bandwidth takes about a second.
     """
     with reported(traceback):
         document = collect()

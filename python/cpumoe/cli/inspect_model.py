@@ -28,7 +28,8 @@ def command(
 ) -> None:
     """Show a model's layers, experts, format and bytes, and whether cpumoe can run it.
 
-    A folder is read (headers only); for a name, what the model registry knows is shown.
+    Only the headers of a folder's files are read. For a model's name, the entry of the built-in
+    model registry is shown.
     """
     with reported(traceback):
         document = collect(model)

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 1 << 20
 
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to standard output, nothing else.")
+    bool,
+    typer.Option("--json", help="Print one JSON document to standard output and nothing else."),
 ]
 TracebackOption = Annotated[
     bool,
-    typer.Option("--traceback", envvar="CPUMOE_TRACEBACK", help="Show where an error comes from."),
+    typer.Option(
+        "--traceback", envvar="CPUMOE_TRACEBACK", help="Show the Python traceback of an error."
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,
@@ -31,7 +34,7 @@ ThreadsOption = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="Threads to compute with.",
+        help="Number of threads to compute with.",
         show_default="physical cores",
     ),
 ]
@@ -40,7 +43,7 @@ IsaOption = Annotated[
     typer.Option(
         "--isa",
         metavar="all|NAME,...",
-        help="ISA variants to run.",
+        help="ISA variants to run, separated by commas.",
         show_default="CPUMOE_ISA if set, else all supported",
     ),
 ]
@@ -49,7 +52,7 @@ BestIsaOption = Annotated[
     typer.Option(
         "--isa",
         metavar="all|NAME,...",
-        help="ISA variants to run.",
+        help="ISA variants to run, separated by commas.",
         show_default="CPUMOE_ISA if set, else the best",
     ),
 ]
@@ -58,7 +61,8 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="all|NAME,...",
-        help="Precisions to run; auto: fp32 accuracy for fp32 hidden states, else bf16.",
+        help="Precisions to run: the lowest to which activations may be rounded. auto: fp32 "
+        "accuracy for float32 hidden states, bf16 for others.",
     ),
 ]
 

@@ -42,15 +42,19 @@ def command(
     host: Annotated[
         str,
         typer.Option(
-            metavar="ADDRESS", help="Where to listen; localhost and :: mean IPv4 and IPv6."
+            metavar="ADDRESS", help="Address to listen on. localhost and :: mean IPv4 and IPv6."
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port. 0: any free one.")
     ] = 8000,
     served_model_name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What clients call it.", show_default="the model's name"),
+        typer.Option(
+            metavar="NAME",
+            help="Name of the model for clients.",
+            show_default="the checkpoint's name",
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -58,33 +62,33 @@ def command(
             metavar="KEY",
             envvar="CPUMOE_API_KEY",
             show_envvar=True,
-            help="What clients must present; the variable hides it from `ps`.",
-            show_default="none is asked for",
+            help="Key that clients must send. The environment variable hides it from `ps`.",
+            show_default="clients need none",
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests that may wait while one runs.")
+        int, typer.Option(min=0, metavar="N", help="Largest number of waiting requests.")
     ] = DEFAULT_QUEUE,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="New tokens per request, at most.",
-            show_default="what the context has room for",
+            help="Largest number of new tokens per request.",
+            show_default="as many as the context has room for",
         ),
     ] = None,
     max_request_bytes: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Size of a request, at most.")
+        int, typer.Option(min=1, metavar="N", help="Largest size of a request.")
     ] = DEFAULT_MAX_REQUEST_BYTES,
     grace: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", help="For the running answer to finish, once told to stop."
+            metavar="SECONDS", help="Time for the running answer to finish after a signal."
         ),
     ] = DEFAULT_GRACE_SECONDS,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print no line per request.")
+        bool, typer.Option("--quiet", "-q", help="Do not print a line for each request.")
     ] = False,
     threads: ThreadsOption = None,
     precision: OnePrecisionOption = DEFAULT_PRECISION,
@@ -94,10 +98,10 @@ def command(
     trust_remote_code: TrustRemoteCodeOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API and SGLang's /generate.
+    """Serve a model over HTTP with OpenAI's API and SGLang's /generate.
 
-    Requests are answered one at a time; others wait. SIGINT or SIGTERM lets the running answer
-    finish, a second one does not.
+    Requests are answered one at a time, and the others wait. The first SIGINT or SIGTERM lets the
+    running answer finish. The second one stops it.
     """
     with reported(traceback):
         for package in ("fastapi", "uvicorn"):

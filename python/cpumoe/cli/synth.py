@@ -18,37 +18,42 @@ EXAMPLE = "Example: `cpumoe synth v4 --model v4-flash --layers 1 --experts 32`"
 
 def command(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to write; created if need be.")
+        Path,
+        typer.Argument(metavar="OUT", help="The folder to write to. A missing one is created."),
     ],
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="A model's name or Hugging Face id.")
     ],
     layers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="MoE layers.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, metavar="N", help="MoE layers.", show_default="as in the model"),
     ] = None,
     experts: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Experts per layer.", show_default="the model's"),
+        typer.Option(min=1, metavar="N", help="Experts per layer.", show_default="as in the model"),
     ] = None,
     hidden: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="the model's"),
+        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="as in the model"),
     ] = None,
     intermediate: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="An expert's inner size.", show_default="the model's"
+            min=1,
+            metavar="N",
+            help="Intermediate size of an expert.",
+            show_default="as in the model",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Experts per token.", show_default="the model's"),
+        typer.Option(min=1, metavar="N", help="Experts per token.", show_default="as in the model"),
     ] = None,
     pattern: Annotated[
         str,
         typer.Option(metavar="NAME", help="Weights: normal, uniform, alternating, ramp or random."),
     ] = "normal",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random numbers.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in a non-empty folder.")
     ] = False,
@@ -57,8 +62,9 @@ def command(
 ) -> None:
     """Write a checkpoint with made-up weights in a model's exact native format.
 
-    Only routed experts and routers are written: config.json, index and safetensors files.
-    Weights are random normal, quantized to nearest, unless --pattern says otherwise.
+    The checkpoint has config.json, an index and safetensors files. Only routed experts and routers
+    are written. By default the weights are normally distributed and rounded to the nearest code;
+    --pattern chooses others.
     """
     with reported(traceback):
         from cpumoe.models import find_model

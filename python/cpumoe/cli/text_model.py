@@ -27,7 +27,7 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint's folder.",
+        help="A checkpoint folder.",
         show_default="the small model that comes with cpumoe",
     ),
 ]
@@ -36,7 +36,8 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="|".join(DTYPES),
-        help="Of what is not an expert: attention, norms, …; auto: what rounds none of it.",
+        help="Dtype of everything but the experts: attention, norms and so on. auto: bfloat16 for "
+        "a checkpoint in bfloat16, else float32.",
     ),
 ]
 # Unlike what compares variants, generation has one of each.
@@ -54,7 +55,8 @@ OnePrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="|".join(PRECISIONS),
-        help="How experts are multiplied; auto: fp32 accuracy if --dtype is float32, else bf16.",
+        help="Lowest precision to which the experts' activations may be rounded. auto: fp32 "
+        "accuracy if --dtype is float32, else bf16.",
     ),
 ]
 MaxTokensOption = Annotated[
@@ -63,16 +65,16 @@ MaxTokensOption = Annotated[
         "--max-tokens",
         min=1,
         metavar="N",
-        help="New tokens at most.",
-        show_default="what the context has room for",
+        help="Largest number of new tokens.",
+        show_default="as many as the context has room for",
     ),
 ]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(
         metavar="T",
-        help="Divides the logits; 0: the best token.",
-        show_default="the model's",
+        help="Sampling temperature. 0: always the most probable token.",
+        show_default="the model's default",
     ),
 ]
 TopPOption = Annotated[
@@ -80,16 +82,16 @@ TopPOption = Annotated[
     typer.Option(
         "--top-p",
         metavar="P",
-        help="Choose from the best tokens that together have this probability.",
-        show_default="the model's",
+        help="Sample from the most probable tokens that together have this probability.",
+        show_default="the model's default",
     ),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Of the random choice.", show_default="random")
+    int | None, typer.Option(metavar="N", help="Seed of the sampling.", show_default="random")
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="Ends the text; may be given several times."),
+    typer.Option("--stop", metavar="TEXT", help="End the text before this string. Repeatable."),
 ]
 
 ChatTemplateOption = Annotated[
@@ -97,7 +99,7 @@ ChatTemplateOption = Annotated[
     typer.Option(
         "--chat-template",
         metavar="FILE",
-        help="Jinja template of the model's chat format.",
+        help="File with a Jinja template of the chat format.",
         show_default="the model's own",
     ),
 ]
@@ -105,7 +107,7 @@ TrustRemoteCodeOption = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the checkpoint's own Python code, which some tokenizers are.",
+        help="Run Python code from the checkpoint. Some tokenizers need it.",
     ),
 ]
 

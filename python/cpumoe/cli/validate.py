@@ -41,25 +41,29 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder.")],
     layer: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Decoder layer.", show_default="the first with experts"),
+        typer.Option(
+            metavar="N", help="Decoder layer to check.", show_default="the first with experts"
+        ),
     ] = None,
     tokens: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="N,...", help="Batch sizes, one table row each.", show_default=_TOKENS
+            metavar="N,...",
+            help="Tokens per call, a table row for each number.",
+            show_default=_TOKENS,
         ),
     ] = None,
     isa: IsaOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     dtype: Annotated[
-        str, typer.Option(metavar="|".join(_DTYPES), help="Of hidden states and outputs.")
+        str, typer.Option(metavar="|".join(_DTYPES), help="Dtype of hidden states and outputs.")
     ] = _DTYPES[0],
     pattern: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="The weights: the checkpoint's, or made-up ones of its sizes and format: "
-            "uniform, alternating, ramp, random or normal.",
+            help="Weights. checkpoint: the checkpoint's. uniform, alternating, ramp, random or "
+            "normal: made-up ones of the checkpoint's sizes and format.",
         ),
     ] = _CHECKPOINT,
     experts: Annotated[
@@ -67,7 +71,7 @@ def command(
         typer.Option(min=1, metavar="N", help="Use only the first N experts.", show_default="all"),
     ] = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of hidden states, routing and made-up weights.")
+        int, typer.Option(metavar="N", help="Seed of hidden states, routing and made-up weights.")
     ] = 0,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -75,10 +79,12 @@ def command(
 ) -> None:
     """Compare every ISA variant with a float64 PyTorch reference.
 
-    Each error must stay within the bound that follows from the roundings of a right kernel, results
-    must be the same bit for bit on 1, 2 and 5 threads and from run to run, and each expert must
-    export to the checkpoint's bytes. Exit code 1 if not. Precision int8 rounds activations to
-    int8: its errors are larger and nearly all known in advance, so they come close to their bound.
+    Three things are checked. Each error stays within the bound that follows from the roundings of
+    a correct kernel. Results are bit-identical on 1, 2 and 5 threads and from run to run. Each
+    expert exports to the checkpoint's bytes. The exit code is 1 if a check fails.
+
+    Precision int8 rounds activations to int8. Its errors are larger, and nearly all of them are
+    known in advance, so they come close to their bound.
     """
     with reported(traceback):
         from cpumoe.validation import validate
