@@ -1,10 +1,18 @@
-"""docs/: the picture is what its tool makes of the checked-in measurements."""
+"""docs/measurements/: pages and picture are what the tools make of the checked-in numbers."""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
+
+import pytest
+from checkpoint_tools import write_small
+from cli_tools import make_quick, succeed
+
+import cpumoe
+from cpumoe import benchmark
+from cpumoe.cli import bench_compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,3 +30,33 @@ def test_picture_shows_the_measurements():
     drawn = tool.draw(json.loads(tool.MEASUREMENTS.read_text()))
     assert tool.PICTURE.read_text() == drawn, "run python tools/speed_picture.py"
     ElementTree.fromstring(drawn)
+
+
+def test_pages_are_made_of_their_json():
+    tool = load_tool("measurements_page")
+    made = tool.pages()
+    assert sorted(made) == sorted(path.name for path in tool.FOLDER.glob("*.md"))
+    for name, content in made.items():
+        assert (tool.FOLDER / name).read_text("utf-8") == content, (
+            "run python tools/measurements_page.py"
+        )
+
+
+def test_pages_of_todays_bench(tmp_path, monkeypatch):
+    make_quick(monkeypatch.setattr)
+    monkeypatch.setattr(benchmark, "_LIMIT_SECONDS", 0)
+    file = tmp_path / "today.json"
+    layer = ("--model", write_small(tmp_path / "v4", "v4-flash"))
+    succeed("bench", *layer, "--seconds", 0, "--rounds", 1, "--tokens", 3, "--json", file)
+    document = json.loads(file.read_text())
+    tool = load_tool("measurements_page")
+    with pytest.raises(SystemExit, match=r'today\.json: add "about"'):
+        tool.pages(tmp_path)
+    about = {"title": "A toy", "dates": "2026", "machine": "small", "command": "cpumoe bench"}
+    document["about"] = {**about, "notes": ["Not a real layer."]}
+    file.write_text(json.dumps(document))
+    page = tool.pages(tmp_path)["today.md"]
+    assert page.startswith("# A toy\n")
+    assert f"| {cpumoe.isa.usable_isas()[-1]} | " in page
+    assert page.endswith("## Notes\n\nNot a real layer.\n")
+    bench_compare.read(file)  # one key more does not make it another document
