@@ -41,40 +41,30 @@ _PRECISION = {
 class Experts:
     """The routed experts of one layer, packed for this CPU.
 
-    Calling it precisions, for every token t with hidden state x,
+    Make one with `from_checkpoint` or `from_tensors`. A call computes, for every token t with
+    hidden state x,
 
         ``y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)``,
         ``E(x) = W_down h + b_down``,  ``h = swiglu(W_gate x + b_gate, W_up x + b_up)``
 
-    (biases where the model has them; the formula of swiglu is `SwiGLU`'s). Router, shared experts
-    and any scaling of the weights are the host's. The result does not depend on the number of
-    threads. Weights are always exact; what they are multiplied with is the precision's choice:
+    Biases are added where the model has them. `SwiGLU` has the formula of swiglu. The host keeps
+    the router, shared experts and any scaling of the weights.
 
-    - "auto" (the default): fp32 accuracy for fp32 hidden states, on every variant; an error of some
-      1e-6 (relative, 2-norm, random normal data). Others are multiplied as by "bf16". So are fp32
-      ones where PyTorch's own fp32 products may be computed in bf16, which is when
-      ``torch.get_float32_matmul_precision()`` is "medium" at the call.
-    - "bf16": activations x and h in bf16 where the CPU multiplies bf16 (variants avx512_bf16 and
-      amx) and in fp32 elsewhere; products are accumulated in fp32. Expect an error of 1.7e-3 to
-      2.4e-3 with bf16 output, most of it the output's own rounding.
-    - "int8": x and h rounded to int8, to nearest, for each token and group of 32 (the weight
-      format's group size): a group with greatest magnitude A has the values q * A / 127. A group's
-      sum of products is an exact integer; groups are accumulated in fp32. Faster; expect an error
-      of 1.2e-2, and more where most gates exceed the activation's limit: 2.1e-2 at nine times the
-      limit. A token's result is the same bit for bit whatever the others in the batch. A group
-      of x or h that holds an infinity or NaN is NaN as a whole; one with A < 2^-100 counts as zero.
-      Variant amx does so up to six tokens of an expert; more are multiplied as by "bf16", which is
-      faster there; `batch_invariant` makes results independent of the batch, all as by "bf16".
+    Weights are always exact. ``precision`` names the lowest precision to which activations (x and
+    h) may be rounded; a variant may be more precise. Errors are relative, for random normal data:
 
-    On the first two, activations may be held as integers for each token and group of 32: wherever
-    the variant is avx512_vnni or avx2_vnni; elsewhere of few tokens of an expert (one on
-    avx512_bf16 and amx, 32 on avx512 and avx2, less for fp16 and fp32); and of fp32 hidden states
-    on avx512_bf16 and amx. They are off by at most 2^-20 of the group's greatest magnitude. With
-    bf16 hidden states it may be 2^-13, in groups whose other magnitudes add up to at least twice
-    the greatest: that is 2^-9 of their mean, as much as rounding to bf16. A group with a NaN or
-    several infinities is NaN as a whole.
+    - "auto" (the default): fp32 hidden states keep fp32 accuracy, with an error of about 1e-6. bf16
+      and fp16 hidden states are treated as with "bf16". So are fp32 hidden states while
+      ``torch.get_float32_matmul_precision()`` is "medium".
+    - "bf16": at least bf16. The error is 1.7e-3 to 2.4e-3 with bf16 output, most of it the rounding
+      of the output.
+    - "int8": int8 per token and group of 32 columns, which is faster with many tokens. The error is
+      1.2e-2, and more where the activation function saturates. Variant amx does this for at most
+      six tokens of an expert, and uses bf16 for more.
 
-    Make one with `from_checkpoint` or `from_tensors`.
+    Results do not depend on the number of threads. By default, a token's result may depend on how
+    many tokens share its experts, because that number chooses the kernel; see ``batch_invariant``
+    of `from_checkpoint`. ``docs/numerics.md`` says what is rounded where, on each variant.
     """
 
     @with_old_arguments("compute", "fused_tokens")
@@ -167,20 +157,19 @@ class Experts:
             layer: index of the decoder layer.
             swiglu: the activation; default: what the checkpoint's config.json says.
             runtime: threads to run on; default: the process's shared runtime.
-            precision: what weights are multiplied with: "auto", as exactly as the hidden states'
-                dtype asks for; "bf16", exact to about 1.7e-3; or "int8", faster for many tokens, to
-                about 1.2e-2. See the class.
+            precision: the lowest precision to which activations may be rounded: "auto" (as the
+                hidden states' dtype asks), "bf16" or "int8". See the class.
             expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
             isa: the variant to use; default: `cpumoe.isa()`.
-            batch_invariant: use the same kernels whatever the number of tokens, so that a token's
-                result does not depend on the others in the batch. Slower for few tokens, but on
-                avx512_vnni and avx2_vnni, which always do so, as avx512_bf16 and amx do for fp32
-                hidden states on precision "auto". Precision "int8" is so anyway, but for
-                variant amx.
-            few_token_limit: the most tokens of one expert for which the few-token kernels are used,
-                which may support fewer. Default: the variant's constant. ``cpumoe bench --tune``
-                finds the best limit for this machine. It has no effect with `batch_invariant`,
-                where one kernel takes any number of tokens, and with "int8" except on amx.
+            batch_invariant: use one kernel for any number of tokens, so that a token's result does
+                not depend on the rest of the batch. This is slower for few tokens. It changes
+                nothing where one kernel takes any number of tokens anyway: on avx512_vnni and
+                avx2_vnni, on avx512_bf16 and amx for fp32 hidden states with "auto", and with
+                "int8" on all variants except amx.
+            few_token_limit: the most tokens of one expert that the few-token kernels take. The
+                kernels may support fewer. Default: the variant's constant. ``cpumoe bench --tune``
+                finds the best limit for this machine. The limit has no effect with
+                `batch_invariant`, nor where one kernel takes any number of tokens anyway.
             progress: show a progress bar; default: if standard error is a terminal.
 
         Raises:
