@@ -1,5 +1,5 @@
-// Errors that reach the user as Python exceptions: subject, what was required, what was got,
-// remedy.
+// Errors that reach the user as Python exceptions. A message names its subject, what was required,
+// what was passed, and the remedy.
 //
 // std::invalid_argument becomes ValueError, std::out_of_range IndexError, std::runtime_error
 // RuntimeError.
@@ -20,13 +20,14 @@ std::string Message(const Parts&... parts) {
   return out.str();
 }
 
-// Throws std::invalid_argument made of `parts` unless `condition` holds.
+// Throws std::invalid_argument unless `condition` holds. The message is `parts`, joined.
 template <class... Parts>
 void Require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(Message(parts...));
 }
 
-// std::bad_alloc (MemoryError in Python) that says what was wanted.
+// A std::bad_alloc (MemoryError in Python) with a message that says how much memory was wanted for
+// what.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(std::string message) : message_(std::move(message)) {}

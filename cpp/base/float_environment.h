@@ -5,9 +5,10 @@
 
 namespace cpumoe {
 
-// While it lives, the calling thread rounds to nearest and neither flushes results to zero nor
-// reads denormals as zero. Threads inherit these modes from whoever starts them and hosts switch
-// them (torch's set_flush_denormal): results would depend on which thread ran a task.
+// While an object of this class lives, the calling thread rounds to nearest, does not flush results
+// to zero, and does not read denormals as zero. Threads inherit these modes from their creator, and
+// hosts change them (torch's set_flush_denormal). Without this class, results would depend on which
+// thread ran a task.
 class DefaultFloatEnvironment {
  public:
   DefaultFloatEnvironment() {

@@ -1,7 +1,7 @@
 // Storage types of low-precision floating point numbers and their exact scalar conversions.
 //
-// Kernels convert with vector instructions; these are the definitions that they are tested against
-// and what the cold paths (packing, the reference) use.
+// Kernels convert with vector instructions and are tested against these definitions. Cold paths
+// (packing, the reference) use the definitions directly.
 #pragma once
 
 #include <bit>
@@ -17,7 +17,7 @@ struct Bf16 {
 
   float ToFloat() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
-  // Round to nearest, ties to even; a NaN stays one (quiet).
+  // Rounds to nearest, ties to even. A NaN becomes a quiet NaN.
   static Bf16 FromFloat(float value) {
     const uint32_t u = std::bit_cast<uint32_t>(value);
     if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};
@@ -35,12 +35,12 @@ struct Fp16 {
     if (magnitude >= 0x7c00u) {  // infinity and NaN
       return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
     }
-    // Shifted into place the exponent is 112 too small; the product is exact, subnormals included.
+    // The exponent of the shifted bits is 112 too small. The product is exact, for subnormals too.
     const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
     return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
   }
 
-  // Round to nearest, ties to even; overflow gives infinity, a NaN stays one (quiet).
+  // Rounds to nearest, ties to even. Overflow gives infinity, and a NaN becomes a quiet NaN.
   static Fp16 FromFloat(float value) {
     const uint32_t u = std::bit_cast<uint32_t>(value);
     const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
@@ -57,7 +57,8 @@ struct Fp16 {
   }
 };
 
-// E8M0 of the OCP Microscaling (MX) formats 1.0: byte b is 2^(b-127); 255 is NaN, there is no zero.
+// E8M0 of the OCP Microscaling (MX) formats 1.0: byte b is 2^(b-127), and byte 255 is NaN. The type
+// has no zero.
 struct E8M0 {
   uint8_t bits;
 

@@ -1,6 +1,6 @@
-// Refuses compiler flags under which our arithmetic is not what it says: a NaN might not be seen as
-// one, sums might change their order. cmake/StrictMath.cmake keeps them away from our build; this
-// is for builds of any other kind.
+// Refuses compiler flags that would change our arithmetic: under them a NaN may not be recognised
+// as one, and sums may be reordered. cmake/StrictMath.cmake keeps these flags away from our own
+// build. This header protects every other build.
 #pragma once
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \

@@ -25,7 +25,7 @@ namespace py = pybind11;
 namespace cpumoe {
 namespace {
 
-// Throws std::invalid_argument that names the argument by `name` unless it points somewhere.
+// Throws std::invalid_argument if `address` is null. `name` names the argument in the message.
 template <class... Parts>
 void RequireAddress(uintptr_t address, const Parts&... name) {
   Require(address != 0, name..., ": expected an address, got a null pointer");
@@ -35,7 +35,7 @@ void RequireSize(int64_t size, const Parts&... name) {
   Require(size >= 0, name..., ": expected 0 or more, got ", size);
 }
 
-// A matrix as Python describes it; addresses and strides in bytes.
+// A matrix as Python describes it, with addresses and strides in bytes.
 struct MatrixArgs {
   std::string name;
   int64_t rows, columns;
@@ -66,7 +66,7 @@ struct ForwardTensors {
   bool ids_are_64_bit;
   uintptr_t weights;
   int64_t top_k;
-  uintptr_t mask;  // 0: none
+  uintptr_t mask;  // 0 if there is no mask
   uintptr_t output;
   bool fp32_as_bf16;
 
@@ -101,7 +101,8 @@ std::shared_ptr<Moe> Create(const std::string& isa, const std::string& origin,
   return std::shared_ptr<Moe>(FindFormat(LoadVariant(isa, origin), format).create(config));
 }
 
-// An expert's gate, up and down, and the addresses of its three biases where it has them.
+// The gate, up and down matrices of an expert, and the addresses of its three biases if it has
+// biases.
 using ExpertArgs = std::pair<std::array<MatrixArgs, 3>, std::optional<std::array<uintptr_t, 3>>>;
 
 void Pack(Moe& self, Runtime& runtime, int64_t first, const std::vector<ExpertArgs>& experts) {
@@ -139,8 +140,9 @@ void Forward(const Moe& self, Runtime& runtime, const ForwardTensors& tensors) {
   });
 }
 
-// A call that the driver thread makes. It owns what the call reads and writes, from before it is
-// queued until it is over: dropping it, by whatever exception, waits.
+// A call that the driver thread makes. A SubmittedCall owns everything that the call reads and
+// writes, from before the call is queued until it has ended. Therefore the destructor waits for the
+// call, even if an exception causes the destruction.
 class SubmittedCall {
  public:
   explicit SubmittedCall(py::object owned) : owned_(std::move(owned)) {}
@@ -150,7 +152,7 @@ class SubmittedCall {
     try {
       completion_->WaitFor(std::chrono::nanoseconds::max());
     } catch (const std::exception&) {
-      // This is a forked child, where nobody makes the call.
+      // This process is a forked child, in which no thread makes the call.
     }
   }
   SubmittedCall(const SubmittedCall&) = delete;

@@ -1,4 +1,4 @@
-// What the machine can do at best, on the threads that experts run on.
+// Measures the best that the machine can do on the threads that experts run on.
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -28,8 +28,8 @@ double SecondsOf(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Memory to read. A thread reads what it touched first (on NUMA machines its own node's memory),
-// and then what others have not come to yet.
+// Memory to read. A thread first reads the chunks that it touched first, which on NUMA machines lie
+// in its own node's memory. Then it reads chunks that other threads have not reached yet.
 class ReadBuffer {
  public:
   ReadBuffer(Runtime& runtime, int64_t bytes) {
@@ -43,7 +43,7 @@ class ReadBuffer {
 
   int64_t nbytes() const { return static_cast<int64_t>(buffer_.size()); }
 
-  // Returns the seconds that reading it once takes.
+  // Reads the buffer once and returns the seconds taken.
   double Read(Runtime& runtime, const std::string& isa, const std::string& origin) const {
     const VariantApi& variant = LoadVariant(isa, origin);
     double seconds = 0;
@@ -63,7 +63,7 @@ class ReadBuffer {
   static_assert(kChunkFloats % kReadGranule == 0);
 
   struct alignas(128) Share {
-    std::atomic<int64_t> next{0};  // of a thread's chunks, the first that nobody has taken
+    std::atomic<int64_t> next{0};  // the first of this thread's chunks that no thread has taken
     int64_t end = 0;
   };
 
@@ -96,7 +96,8 @@ std::vector<std::string> PeakNames(const std::string& isa, const std::string& or
   return names;
 }
 
-// Returns the multiply-accumulates done in `tasks` tasks of `rounds` rounds, and the seconds taken.
+// Runs `tasks` tasks of `rounds` rounds each. Returns the multiply-accumulates done and the seconds
+// taken.
 std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
                                    const std::string& origin, const std::string& precision,
                                    int64_t tasks, int64_t rounds) {

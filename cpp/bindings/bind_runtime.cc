@@ -41,7 +41,7 @@ void BindRuntime(py::module_& m) {
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](int threads, bool pin, std::vector<int> cpus) {
-             DetectFeatures();  // before there are threads
+             DetectFeatures();  // must run before threads exist
              return std::make_shared<Runtime>(
                  PinnedPool::Options{.threads = threads, .pin = pin, .cpus = std::move(cpus)});
            }),

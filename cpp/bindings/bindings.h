@@ -1,4 +1,4 @@
-// The parts of the extension module, one function per concept.
+// The parts of the extension module, with one function for each concept.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// cpumoe._core: what the Python package calls. Tensors arrive as addresses, checked by Python.
+// cpumoe._core, which the Python package calls. Tensors arrive as addresses that Python has
+// checked.
 #include "bindings/bindings.h"
 
 PYBIND11_MODULE(_core, m) {

@@ -14,21 +14,22 @@
 
 namespace cpumoe {
 
-// Calls may come from any thread; they run one after the other.
+// Any thread may make calls. The calls run one after the other.
 class Runtime {
  public:
   explicit Runtime(const PinnedPool::Options& options)
       : pool_(std::make_unique<PinnedPool>(options)), executor_(std::make_unique<Executor>()) {}
 
-  // Stops the threads after what is queued has run. Later calls throw std::runtime_error.
+  // Stops the threads after the queued calls have run. Later calls throw std::runtime_error.
   void Close() {
-    if (fork_guard_.forked()) return;  // the threads and perhaps the mutex's owner are not here
+    // A forked child has no threads, and perhaps not the thread that owns the mutex.
+    if (fork_guard_.forked()) return;
     std::unique_ptr<Executor> executor;
     {
       const std::lock_guard lock(submit_mutex_);
       executor = std::move(executor_);
     }
-    executor.reset();  // runs what is queued
+    executor.reset();  // runs the queued calls
     const std::lock_guard lock(run_mutex_);
     pool_.reset();
     workspace_ = Workspace();
@@ -37,7 +38,7 @@ class Runtime {
   // Runs body(pool, workspace) on the calling thread.
   template <class Body>
   void Execute(Body&& body) {
-    fork_guard_.ThrowIfForked("Runtime");  // before the mutex: its owner may not exist here
+    fork_guard_.ThrowIfForked("Runtime");  // before the mutex, whose owner may not exist in a child
     const std::lock_guard lock(run_mutex_);
     CheckOpen(pool_ != nullptr);
     body(*pool_, workspace_);
@@ -60,8 +61,8 @@ class Runtime {
   std::mutex run_mutex_;  // held while a body runs
   std::unique_ptr<PinnedPool> pool_;
   Workspace workspace_;
-  std::mutex submit_mutex_;             // apart, so that submitting never waits for a body
-  std::unique_ptr<Executor> executor_;  // last: its jobs use the members above
+  std::mutex submit_mutex_;  // separate from run_mutex_, so that submitting never waits for a body
+  std::unique_ptr<Executor> executor_;  // last, because its jobs use the members above
 };
 
 }  // namespace cpumoe

@@ -1,7 +1,7 @@
-// INT4, symmetric: codes are value + 8, one bf16 scale per 32 (compressed-tensors
+// Symmetric INT4: a code is its value + 8, and 32 codes share one bf16 scale (compressed-tensors
 // "pack-quantized").
 //
-// Kimi-K2 ships its routed experts in it.
+// The routed experts of Kimi-K2 have this format.
 #pragma once
 
 #include <array>

@@ -1,4 +1,5 @@
-// Formats whose sixteen codes are integers times one unit: what the paths of bytes multiply.
+// Formats whose sixteen codes are integers times one unit. The byte paths (digits, int8) multiply
+// such codes as bytes.
 #pragma once
 
 #include <array>
@@ -9,13 +10,13 @@
 
 namespace cpumoe {
 
-// F::kUnit: every F::Decode(code) is an integer of at most 7 bits times it.
+// Every F::Decode(code) is F::kUnit times an integer of at most 7 bits.
 template <class F>
 concept HasIntegerCodes = WeightFormat<F> && F::kCodeBits == 4 && requires {
   { F::kUnit } -> std::convertible_to<float>;
 };
 
-// The codes as unsigned bytes: Decode(code) = (kBytes[code] - kOffset) * F::kUnit.
+// A format's codes as unsigned bytes: Decode(code) = (kBytes[code] - kOffset) * F::kUnit.
 template <HasIntegerCodes F>
 struct IntegerCodes {
   static constexpr int Integer(uint32_t code) {

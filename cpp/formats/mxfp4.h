@@ -1,7 +1,7 @@
-// MXFP4: E2M1 codes and one E8M0 scale per 32 (OCP Microscaling Formats 1.0, sections 5.3.3
+// MXFP4: E2M1 codes, 32 of which share one E8M0 scale (OCP Microscaling Formats 1.0, sections 5.3.3
 // and 5.4.1).
 //
-// DeepSeek-V4-Flash and gpt-oss ship their routed experts in it.
+// The routed experts of DeepSeek-V4-Flash and gpt-oss have this format.
 #pragma once
 
 #include <array>

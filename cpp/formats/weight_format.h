@@ -1,7 +1,7 @@
-// What a weight format is: how a checkpoint stores an [N, K] matrix, without a word about CPUs.
+// A weight format: how a checkpoint stores an [N, K] matrix. Nothing here depends on a CPU.
 //
-// A matrix is N rows of K codes, packed along K (low bits of a byte first), and per row K /
-// kGroupSize scales. The weight is Decode(code) * scale.
+// A matrix has N rows. A row has K codes, packed along K (low bits of a byte first), and K /
+// kGroupSize scales. A weight is Decode(code) * scale.
 #pragma once
 
 #include <array>
@@ -14,16 +14,16 @@ namespace cpumoe {
 template <class F>
 concept WeightFormat = requires(typename F::Scale scale) {
   { F::kName } -> std::convertible_to<std::string_view>;
-  { F::kCodeBits } -> std::convertible_to<int>;      // bits of a code: divides 32
+  { F::kCodeBits } -> std::convertible_to<int>;      // bits of a code, a divisor of 32
   { F::kGroupSize } -> std::convertible_to<int>;     // successive k that share a scale
   { F::Decode(uint32_t{}) } -> std::same_as<float>;  // a code's value before scaling, exact in bf16
   { F::kMinMagnitude } -> std::convertible_to<float>;  // least and greatest non-zero |Decode(code)|
   { F::kMaxMagnitude } -> std::convertible_to<float>;
-  { F::IsValidScale(scale) } -> std::same_as<bool>;  // false: the checkpoint is refused
+  { F::IsValidScale(scale) } -> std::same_as<bool>;  // if false, the checkpoint is refused
   { scale.ToFloat() } -> std::same_as<float>;
 };
 
-// The properties that hosts need at run time.
+// The properties of a format that hosts need at run time.
 struct FormatInfo {
   const char* name;
   int code_bits;

@@ -6,8 +6,8 @@
 
 namespace cpumoe {
 
-// NaN and infinities come out as PyTorch's silu and clamp give them: Min and Max keep a NaN in
-// their second operand, and -inf * sigmoid(-inf) is NaN.
+// NaN and infinities give the results of PyTorch's silu and clamp: Min and Max keep a NaN in their
+// second operand, and -inf * sigmoid(-inf) is NaN.
 template <class Isa>
 typename Isa::Vec Activate(const SwiGlu& swiglu, typename Isa::Vec gate, typename Isa::Vec up) {
   using Vec = typename Isa::Vec;

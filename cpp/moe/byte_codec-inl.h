@@ -1,11 +1,11 @@
-// A format's codec for the paths that multiply bytes.
+// A format's codec for the byte paths (digits, int8).
 #pragma once
 
 #include "formats/integer_codes.h"
 
 namespace cpumoe {
 
-// A format's codes as bytes; what it says of scales it has from the format's own codec.
+// Decodes a format's codes to bytes. Group scales come from the format's own codec.
 template <class Isa, class FloatCodec>
 struct ByteCodec {
   using Format = typename FloatCodec::Format;

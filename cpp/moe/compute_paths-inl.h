@@ -1,4 +1,4 @@
-// Which compute paths an ISA takes for a format (path.h says what a path is).
+// The compute paths that an ISA takes for a format (path.h says what a path is).
 #pragma once
 
 #include "formats/integer_codes.h"
@@ -10,8 +10,9 @@
 
 namespace cpumoe {
 
-// Whether the paths of bytes exist: codes are integers, groups whole tiles of intermediate
-// features, and short enough for the ISA's sums.
+// Whether a format has the groups that the byte paths need: its codes are integers, and a group is
+// a whole number of tiles of intermediate features. The ISA's sums must also hold a group's
+// products, which HasDigitPath and HasInt8Path check.
 template <class Codec>
 concept HasByteGroups =
     HasIntegerCodes<typename Codec::Format> && Codec::Format::kGroupSize % kTileRows == 0;
@@ -33,8 +34,8 @@ struct DefaultPathTraits<Isa, Codec> {
                          Isa::kPreciseDigitTokens>;
 };
 
-// Precision::kBf16: digits where codes are integers, for as many tokens as the ISA gains by
-// it.
+// The path of Precision::kBf16. If codes are integers, it takes digits for as many tokens as digits
+// are faster for on this ISA.
 template <class Isa, class Codec>
 using DefaultPathOf = typename DefaultPathTraits<Isa, Codec>::Type;
 
@@ -51,7 +52,7 @@ struct PrecisePathTraits<Isa, Codec> {
   using Type = DigitPath<Isa, Codec>;
 };
 
-// The path of Precision::kBf16 where activations must not be rounded to bf16.
+// The path of Precision::kBf16 for calls whose activations must not be rounded to bf16.
 template <class Isa, class Codec>
 using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
 

@@ -7,7 +7,9 @@
 namespace cpumoe {
 
 // h = (u + up_offset) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit).
-// Plain SwiGLU is the default; DeepSeek-V4 has limit 10; gpt-oss alpha 1.702, limit 7, up_offset 1.
+//
+// Plain SwiGLU is the default. DeepSeek-V4 has limit 10. gpt-oss has alpha 1.702, limit 7 and
+// up_offset 1.
 struct SwiGlu {
   float alpha = 1.0f;
   float limit = std::numeric_limits<float>::infinity();
@@ -28,9 +30,11 @@ struct MoeConfig {
   SwiGlu swiglu;
   bool has_bias = false;
   Precision precision = Precision::kBf16;
-  // One kernel path whatever the number of tokens: a token's result does not depend on the others.
+  // Always takes the kernels that serve any number of tokens, so that a token's result does not
+  // depend on the other tokens of its batch.
   bool batch_invariant = false;
-  // Most tokens of an expert that the few-token kernels take; negative: the ISA's crossover.
+  // Most tokens of an expert that the few-token kernels take. If negative, the ISA's crossover
+  // decides.
   int few_token_limit = -1;
 };
 

@@ -1,7 +1,10 @@
-// The default compute path where bytes are multiplied faster than floating point numbers: of few
-// tokens, with VPDPBUSD of any number. Exact integer weights times activations of 14 or 21 bits
-// (kernels/digit_gemm-inl.h). One half of a mixed path there (path.h), and a path of its own for
-// fp32 calls on ISAs whose floating point kernels would round to bf16.
+// The digit path: exact integer weights times activations of 14 or 21 bits, multiplied as bytes
+// (kernels/digit_gemm-inl.h).
+//
+// It is the default path where bytes are multiplied faster than floating point numbers: for few
+// tokens, and with VPDPBUSD for any number. There it is one half of a mixed path
+// (mixed_path-inl.h). It is a path of its own for fp32 calls on ISAs whose floating point kernels
+// would round activations to bf16.
 //
 // A block of tokens is staged as [group][token].
 #pragma once
@@ -34,7 +37,8 @@ class DigitPath {
  public:
   static constexpr int kCrossover = kAnyTokens;
   static constexpr int kBlockTokens = kStreamedTokens;
-  static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once
+  static constexpr int kFeatureTiles =
+      kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = 0;
 
@@ -58,19 +62,20 @@ class DigitPath {
     });
   }
 
-  // Features [first, first + count), a group, of token t of a block.
+  // Stages features [first, first + count), which are one group, of token t of a block.
   static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int /*count*/,
                             int t, int tokens, int64_t /*columns*/, std::byte* block) {
     Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
   }
 
-  // c[pair][block][tile][token][16]
+  // The layout of c is [pair][block][tile][token][16].
   static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
                        StagedForm, const std::byte* staged, std::byte* /*panel*/, float* c) {
     const int64_t groups = w[0].groups;
     const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;
     std::memset(c, 0, sizeof(float) * w.size() * pair_size);
-    // The pairs take turns at kTurnGroups groups, whose activations then stay in L2.
+    // The pairs take turns at kTurnGroups groups each, so that the activations of these groups stay
+    // in L2.
     const int64_t turn = blocks.tokens() > kStreamedTokens ? kTurnGroups : groups;
     const int64_t rounds = CeilDiv(blocks.count(), int64_t{kMostAtOnce / blocks.Size(0)});
     const int64_t blocks_at_once = CeilDiv(blocks.count(), rounds);
@@ -81,7 +86,7 @@ class DigitPath {
         for (const TilePair& pair : w) {
           std::array<typename Gemm::Token, kMostAtOnce> tokens;
           TilePair tiles = pair;
-          if (turn < groups) {  // the next tile is another turn's
+          if (turn < groups) {  // the next tile belongs to another turn
             for (TileView& tile : tiles.tiles) tile.next = nullptr;
           }
           const int count = ListTokens(blocks, first, last, groups, staged, product, tokens.data());
@@ -94,11 +99,11 @@ class DigitPath {
   }
 
  private:
-  static constexpr int kMostAtOnce = 128;  // tokens for which a group is decoded once
+  static constexpr int kMostAtOnce = 128;  // most tokens for which a group is decoded only once
   static_assert(Isa::kPanelTokens <= kMostAtOnce && kBlockTokens <= kMostAtOnce);
   static constexpr int64_t kTurnGroups = 16;
 
-  // The tokens of blocks [first, last): their groups, and their sums of a pair.
+  // Lists the tokens of blocks [first, last), with their groups and with their sums for one pair.
   static int ListTokens(const TokenBlocks& blocks, int64_t first, int64_t last, int64_t groups,
                         const std::byte* staged, float* c, typename Gemm::Token* tokens) {
     int count = 0;

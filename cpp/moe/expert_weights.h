@@ -30,7 +30,7 @@ class ExpertWeights {
 
   const MoeConfig& config() const { return config_; }
   size_t nbytes() const { return packed_.size() + biases_.size() * sizeof(float); }
-  // One byte per expert: whether it has been packed.
+  // One byte per expert, which says whether the expert has been packed.
   const std::vector<uint8_t>& has_weights() const { return has_weights_; }
   const ScaleRange& scales(int64_t expert) const { return scales_[expert]; }
 
@@ -40,7 +40,7 @@ class ExpertWeights {
   TileView Tile(int64_t expert, Projection p, int64_t tile) const {
     return layout(p).Tile(Matrix(expert, p), tile);
   }
-  // [rows of the projection], or null where experts have no biases.
+  // [rows of the projection], or null if experts have no biases.
   const float* Bias(int64_t expert, Projection p) const {
     if (biases_.empty()) return nullptr;
     return biases_.data() + expert * BiasSize() +
@@ -98,7 +98,7 @@ class ExpertWeights {
   }
 
  private:
-  // No model comes near; products of these do not overflow 64 bits.
+  // No model comes near these limits, and products of them do not overflow 64 bits.
   static constexpr int64_t kMaxExperts = int64_t{1} << 16;
   static constexpr int64_t kMaxSize = int64_t{1} << 21;
 
@@ -127,8 +127,9 @@ class ExpertWeights {
             "] weights, got [", m.rows, ", ", m.columns, "]");
   }
 
-  // A task is a run of tiles, about half a huge page: threads that write neighbouring tiles for the
-  // first time would each clear the same page.
+  // Calls body(projection, tile, thread) for every tile. A task is a run of tiles, about half a
+  // huge page of them. If threads wrote neighbouring tiles for the first time, each of them would
+  // clear the same page.
   template <class Body>
   void ForEachTile(ThreadPool& pool, Body&& body) const {
     constexpr auto kRunBytes = static_cast<int64_t>(AlignedBuffer::kHugePage / 2);
@@ -172,12 +173,12 @@ class ExpertWeights {
   MoeConfig config_;
   PackedLayout<F> gate_up_;
   PackedLayout<F> down_;
-  // [experts], tiles of gate and up in turn, which are read together, then those of down. One after
-  // the other, both would be at the same place of their pages, and memory and caches slower by a
-  // tenth.
+  // For each expert: tiles of gate and up in turn, then the tiles of down. Tiles of gate and up are
+  // read together. If one matrix followed the other, both would lie at the same offsets of their
+  // pages, which makes memory and caches a tenth slower.
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [experts][gate | up | down], empty without biases
-  std::vector<ScaleRange> scales_;  // of all three matrices of an expert
+  std::vector<ScaleRange> scales_;  // by expert, over its three matrices
   std::vector<uint8_t> has_weights_;
 };
 

@@ -26,7 +26,7 @@ class FloatPath {
  public:
   static constexpr int kCrossover = Isa::kCrossover;  // most tokens for the fused kernels
   static constexpr int kBlockTokens = Isa::kPanelTokens;
-  static constexpr int kFeatureTiles = 1;  // tiles of intermediate features staged at once
+  static constexpr int kFeatureTiles = 1;  // tiles of intermediate features that are staged at once
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {

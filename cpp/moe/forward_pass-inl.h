@@ -7,9 +7,10 @@
 //   down      task = a few tiles of output rows, all experts in ascending order; weighted sum;
 //             convert
 //
-// A tile's result depends on its own inputs only, and sums run in a fixed order: outputs are the
-// same bit for bit for any number of threads and of tiles per task. Every task of a phase reads the
-// same number of weight bytes, but for an expert's (the outputs') last.
+// A tile's result depends only on the tile's own inputs, and sums run in a fixed order. Therefore
+// outputs are bit-identical for any number of threads and any number of tiles per task. All tasks
+// of a phase read equally many weight bytes, except the last task of an expert (gate, up) or of the
+// outputs (down).
 #pragma once
 
 #include <algorithm>
@@ -55,7 +56,7 @@ class ForwardPass {
     outputs_per_task_ = PerTask(outputs, 8, kMostPerTask);
     Reserve();
     if (experts > 0) Stage();
-    const int64_t tasks = CeilDiv(features, features_per_task_);  // of an expert
+    const int64_t tasks = CeilDiv(features, features_per_task_);  // of one expert
     pool_.For(experts * tasks, [&](int64_t task, int thread) {
       GateUp(routing_.experts()[task / tasks], task % tasks, thread);
     });
@@ -66,10 +67,12 @@ class ForwardPass {
  private:
   static constexpr int64_t kMostPerTask = 16;
 
-  // How many of `count` pieces of work a task takes, as long as there are enough tasks to go
-  // around: tasks_of_few per thread with few tokens, where weights stream without a gap from one
-  // piece to the next, and 4 with many, where pieces share what a core fetches of the activations:
-  // the more, the farther that has come.
+  // Returns how many of `count` pieces of work one task takes. The result grows as long as enough
+  // tasks remain: tasks_of_few per thread for few tokens, 4 per thread for many tokens.
+  //
+  // With few tokens, weights stream from one piece of a task to the next without a gap. With many
+  // tokens, the pieces of a task share the activations that a core fetches. Sharing pays the more,
+  // the farther away the activations are.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
     const bool few =
         MostTokens() <= std::max(Path::kBlockTokens, std::min(Path::kCrossover, kStreamedTokens));
@@ -106,7 +109,8 @@ class ForwardPass {
 
   void Stage() {
     if (shared_) {
-      // A task, too: the pool's floating-point environment need not be the caller's.
+      // Runs as a task of the pool, because the caller's floating-point environment may differ from
+      // the pool's.
       pool_.For(1, [&](int64_t, int) {
         const int32_t token = 0;
         Path::StageRows(FormOf(routing_.experts()[0]), args_.dtype, Row(0), 0, &token, 1,
@@ -130,8 +134,8 @@ class ForwardPass {
     });
   }
 
-  // The index-th features_per_task_ times kFeatureTiles tiles of intermediate features of one
-  // expert, for all its tokens.
+  // Task `index` of an expert's gate and up: features_per_task_ * kFeatureTiles tiles of
+  // intermediate features, for all the expert's tokens.
   void GateUp(const Expert& expert, int64_t index, int thread) const {
     const TokenBlocks blocks = BlocksOf(expert);
     const int64_t begin = index * features_per_task_ * Path::kFeatureTiles;
@@ -145,7 +149,7 @@ class ForwardPass {
     Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
                    shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
                    product);
-    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of a pair's product
+    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of one pair's product
     for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
       const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
       for (int64_t b = 0; b < blocks.count(); ++b) {
@@ -156,8 +160,8 @@ class ForwardPass {
     }
   }
 
-  // Activates and stages `count` tiles of features of a block of tokens; gate[tile][gate,
-  // up][token] with tiles `size` apart.
+  // Activates and stages `count` tiles of features of a block of tokens. The products are
+  // gate[tile][gate, up][token], with tiles `size` apart.
   void StageFeatures(const Expert& expert, int64_t first, int count, const float* gate,
                      int64_t size, int64_t begin, int tokens) const {
     const int64_t features = op_.weights().layout(Projection::kGate).rows();
@@ -182,8 +186,8 @@ class ForwardPass {
     }
   }
 
-  // The index-th outputs_per_task_ pairs of tiles of output features, for all tokens and all their
-  // experts.
+  // Task `index` of down: outputs_per_task_ pairs of tiles of output features, for all tokens and
+  // all their experts.
   void Down(int64_t index, int thread) const {
     const int64_t width = outputs_per_task_ * TilePair::kCount;
     const int64_t begin = index * width;
@@ -201,7 +205,7 @@ class ForwardPass {
     }
   }
 
-  // sums[token][tile][16] += weight * (down * h + bias) of the index-th expert, tiles [begin, end).
+  // sums[token][tile][16] += weight * (down * h + bias), for expert `index` and tiles [begin, end).
   void AddExpert(int64_t index, int64_t begin, int64_t end, float* sums, int thread) const {
     const std::span<const Expert> experts = routing_.experts();
     const Expert& expert = experts[index];
@@ -229,7 +233,8 @@ class ForwardPass {
     }
   }
 
-  // The same of one tile, which is the r-th of the pair that `product` belongs to.
+  // Adds the product of one tile to `sums` as AddExpert says. The tile is the r-th of its pair, and
+  // `product` is the pair's product.
   void AddTile(const Expert& expert, int64_t tile, int64_t r, const float* product,
                float* sums) const {
     const TokenBlocks blocks = BlocksOf(expert);
@@ -255,7 +260,7 @@ class ForwardPass {
             .fold = op_.FoldsExactly(expert.id)};
   }
 
-  // Of one tile's rows; zero where the last tile has none.
+  // The biases of the rows of `tile`, with zeros for rows that the last tile does not have.
   Vec BiasOf(const Expert& expert, Projection p, int64_t tile) const {
     const float* bias = op_.weights().Bias(expert.id, p);
     if (bias == nullptr) return Isa::Zero();
@@ -274,8 +279,8 @@ class ForwardPass {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.dtype);
   }
-  // Where the block of an expert's tokens from `begin` on is staged. Experts have room for any
-  // form; an expert's blocks follow each other.
+  // The address at which the block of an expert's tokens from `begin` on is staged. An expert has
+  // room for any staged form, and the blocks of an expert follow one another.
   std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t begin,
                      int64_t columns) const {
     return staged + expert.begin * MostStagedBytes(columns) +
@@ -296,7 +301,7 @@ class ForwardPass {
     return reinterpret_cast<float*>(workspace_.Scratch(thread) + sums_offset_);
   }
 
-  // fp32 sums of one token for a pair of tiles.
+  // The bytes of one token's fp32 sums for a pair of tiles.
   static constexpr int64_t kPairBytes = TilePair::kCount * kTileRows * sizeof(float);
 
   const Operator& op_;
@@ -306,12 +311,13 @@ class ForwardPass {
   Routing& routing_;
   int64_t begin_ = 0;
   int64_t tokens_ = 0;
-  bool shared_ = false;                // all experts read one block: the only token, once each
+  // All experts read one block: the only token, which each expert gets once.
+  bool shared_ = false;
   std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
-  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in the same blocks
+  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in equal blocks
   int64_t features_per_task_ = 1;      // in units of kFeatureTiles tiles
   int64_t outputs_per_task_ = 1;       // in pairs of tiles
-  int64_t product_offset_ = 0;         // in a thread's scratch: panel | product | sums
+  int64_t product_offset_ = 0;         // the layout of a thread's scratch is panel | product | sums
   int64_t sums_offset_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// Experts in symmetric INT4: sixteen integers by table, bf16 scales.
+// Experts in symmetric INT4: a table gives the sixteen integers, and scales are bf16.
 #pragma once
 
 #include "formats/int4.h"
@@ -16,8 +16,9 @@ struct Int4Codec {
     return Isa::template Lookup<kPair>(integers, packed);
   }
   static auto GroupScales(const Bf16* group) -> typename Isa::Vec { return Isa::LoadScales(group); }
-  // Code times scale has eleven significant bits: exact where multiplicands are fp32, and absent
-  // where they are bf16 (the ISA then has no LoadFold for bf16 scales).
+  // A code times a scale has eleven significant bits, which are exact in fp32 multiplicands. With
+  // bf16 multiplicands they are not, so such an ISA has no LoadFold for bf16 scales, and this
+  // function does not exist there.
   template <class Scale>
   static auto FoldScales(const Scale* group) -> decltype(Isa::LoadFold(group)) {
     return Isa::LoadFold(group);
@@ -38,7 +39,7 @@ struct OperatorTraits<Int4Moe<Isa>> {
   using Codec = Int4Codec<Isa>;
 };
 
-// Nothing but the codec is INT4's own.
+// Only the codec is specific to INT4.
 template <class Isa>
 class Int4Moe final : public MoeOperator<Int4Moe<Isa>, Isa> {
   using Base = MoeOperator<Int4Moe<Isa>, Isa>;

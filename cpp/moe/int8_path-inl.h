@@ -1,5 +1,5 @@
-// The int8 compute path: exact integer weights times activations rounded to int8, for formats whose
-// codes are integers times a unit. See path.h for what a path is.
+// The int8 path: exact integer weights times activations rounded to int8, for formats whose codes
+// are integers times a unit (path.h says what a path is).
 #pragma once
 
 #include <cstddef>
@@ -22,9 +22,10 @@ class Int8Path {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
-  static constexpr int kCrossover = 0;  // the number of blocks decides
+  static constexpr int kCrossover = 0;  // not used: the number of blocks decides
   static constexpr int kBlockTokens = Isa::kQuadTokens;
-  static constexpr int kFeatureTiles = kGroupSize / kTileRows;  // whole groups are rounded at once
+  static constexpr int kFeatureTiles =
+      kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
 
@@ -36,8 +37,8 @@ class Int8Path {
     return QuadBlock::BytesPerToken(columns, kGroupSize);
   }
 
-  // Kernels of few and of many tokens take the same form and give the same bits; the number of
-  // blocks decides.
+  // The kernels for few and for many tokens read one staged form and give bit-identical results.
+  // The number of blocks decides between them.
   static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
     return StagedForm::kPanel;
   }
@@ -50,13 +51,14 @@ class Int8Path {
     });
   }
 
-  // Features [first, first + count), a group, of token t of a block.
+  // Stages features [first, first + count), which are one group, of token t of a block.
   static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int /*count*/, int t,
                             int tokens, int64_t columns, std::byte* block) {
     Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
   }
 
-  // Activations of one byte fit the L2 cache for as many tokens as matter: pair by pair.
+  // Multiplies pair by pair. One-byte activations fit the L2 cache for as many tokens as matter, so
+  // the pairs need not take turns.
   static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
                        StagedForm, const std::byte* staged, std::byte* panel, float* c) {
     for (const TilePair& pair : w) {

@@ -1,12 +1,14 @@
-// A compute path of two: one that multiplies bytes for few tokens of an expert (or for any number),
-// and one that multiplies floating point numbers for many.
+// A compute path made of two: `Few` multiplies bytes for few tokens of an expert (or for any
+// number), and `Many` multiplies floating point numbers for many tokens.
 //
-// On most ISAs the default path is of this kind, because codes become bytes with less work than
-// they become floating point numbers (digit_path-inl.h), and so is the int8 path where an ISA
-// multiplies floating point panels in a unit of its own (AMX's tiles). With many tokens the unit
-// multiplies bf16, faster than bytes could be multiplied: sums of bytes need scaling per group, so
-// that products would have to leave the tiles after every 32 columns (docs/performance.md). So
-// nothing is gained by rounding, and nothing is rounded.
+// On most ISAs the default path is of this kind, because decoding codes to bytes takes less work
+// than decoding them to floating point numbers (digit_path-inl.h).
+//
+// The int8 path is of this kind on ISAs whose floating point panels are multiplied in a unit of
+// their own (AMX's tiles). With many tokens the unit multiplies bf16, which is faster than
+// multiplying bytes there. Sums of bytes need scaling per group, so products would have to leave
+// the tiles after every 32 columns (docs/performance.md). Since rounding would gain nothing,
+// nothing is rounded.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +23,8 @@
 
 namespace cpumoe {
 
-// Few for up to kFewTokens tokens, in calls of elements more precise than bf16 kPreciseTokens.
+// Takes `Few` for at most kFewTokens tokens, or at most kPreciseTokens if the elements of the call
+// are more precise than bf16.
 template <class Codec, MultiplierFor<Codec> Few, PathFor<Codec> Many, int kFewTokens,
           int kPreciseTokens = kFewTokens>
 class MixedPath {

@@ -1,4 +1,4 @@
-// The interface of a layer's routed experts, the same for every weight format and ISA.
+// The interface of a layer's routed experts, for every weight format and ISA.
 #pragma once
 
 #include <cstddef>
@@ -14,17 +14,17 @@
 
 namespace cpumoe {
 
-// One expert as its checkpoint stores it.
+// One expert in the form in which its checkpoint stores it.
 struct ExpertSource {
   RawMatrix gate, up;                // [intermediate_size, hidden_size]
   RawMatrix down;                    // [hidden_size, intermediate_size]
-  const float* gate_bias = nullptr;  // [intermediate_size], all three or none
+  const float* gate_bias = nullptr;  // [intermediate_size]; all three biases, or none
   const float* up_bias = nullptr;
   const float* down_bias = nullptr;  // [hidden_size]
 };
 
-// The part [intermediate_begin, intermediate_begin + gate.rows) of an expert's intermediate
-// features: all of them, or one rank's share of a tensor-parallel split.
+// Where to write the intermediate features [intermediate_begin, intermediate_begin + gate.rows) of
+// an expert. They are all features, or one rank's share of a tensor-parallel split.
 struct ExpertDestination {
   MutableRawMatrix gate, up, down;
   int64_t intermediate_begin = 0;
@@ -33,8 +33,9 @@ struct ExpertDestination {
 struct ForwardArgs {
   RoutingInput routing;
   DType dtype = DType::kBf16;  // of hidden_states and output
-  // Whether activations of an fp32 call may be rounded to bf16; else they keep 21 bits or more. Of
-  // other calls they may. (The int8 path rounds as it does.)
+  // Whether activations of an fp32 call may be rounded to bf16. Otherwise they keep 21 bits or
+  // more. Calls in other dtypes always allow it. The int8 path ignores this field and rounds to
+  // int8.
   bool fp32_as_bf16 = false;
   const void* hidden_states = nullptr;  // [tokens, hidden_size], rows hidden_stride elements apart
   int64_t hidden_stride = 0;
@@ -49,15 +50,15 @@ class Moe {
   virtual const MoeConfig& config() const = 0;
   virtual size_t nbytes() const = 0;  // of packed weights and biases
 
-  // Packs one expert. Throws std::invalid_argument if a shape or a scale is not what the config and
-  // the format require; the expert then has no weights.
+  // Packs one expert. Throws std::invalid_argument if a shape or a scale violates the config or the
+  // format. The expert then has no weights.
   virtual void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) = 0;
 
-  // Writes a packed expert's checkpoint bytes back.
+  // Writes the checkpoint bytes of a packed expert to `out`.
   virtual void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const = 0;
 
-  // output[t] = sum over the token's experts of weight * expert(hidden_states[t]). May run in one
-  // thread at a time per workspace.
+  // output[t] = sum over the token's experts of weight * expert(hidden_states[t]). Only one thread
+  // at a time may call Forward with a given workspace.
   virtual void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const = 0;
 };
 

@@ -1,8 +1,8 @@
 // MoeOperator: a layer's routed experts, for any weight format and ISA.
 //
-// The base owns what all formats share: checks, packing, export, routing, the compute paths. A
-// derived operator (mxfp4_moe-inl.h, ...) names its codec, which names the weight format and turns
-// a packed group into multiplicands, and no more:
+// The base class owns everything that formats share: checks, packing, export, routing, and the
+// compute paths. A derived operator (mxfp4_moe-inl.h, ...) only names its codec. The codec names
+// the weight format and turns a packed group into multiplicands:
 //
 //   template <class Isa> struct MyCodec { using Format = ...; Decode, GroupScales, FoldScales,
 //                                            DecodeFolded };
@@ -23,7 +23,8 @@
 
 namespace cpumoe {
 
-// A derived operator's codec, needed while the operator itself is still incomplete.
+// Names the codec of a derived operator. MoeOperator needs it while the derived class is still
+// incomplete.
 template <class Derived>
 struct OperatorTraits;
 
@@ -42,15 +43,16 @@ class MoeOperator : public Moe {
   const ExpertWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
-  // Most tokens of an expert for a path's few-token kernels.
+  // Most tokens of an expert that the few-token kernels of a path take.
   template <class Path>
   int FusedTokens() const {
-    // Batch-invariant are kernels that take any number of tokens.
+    // Batch invariance needs kernels that take any number of tokens.
     if (config().batch_invariant) return Path::kCrossover == kAnyTokens ? kAnyTokens : 0;
     return config().few_token_limit < 0 ? Path::kCrossover : config().few_token_limit;
   }
 
-  // Whether all of an expert's scales multiply its codes without rounding.
+  // Whether every product of a code and a scale of the expert is exact in the ISA's multiplicand
+  // type.
   bool FoldsExactly(int64_t expert) const {
     const ScaleRange& scales = weights_.scales(expert);
     return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
@@ -92,7 +94,7 @@ class MoeOperator : public Moe {
 
   template <class Path>
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const {
-    // Rounds keep the staged activations within bounds however long the prompt is.
+    // Rounds bound the memory for staged activations, however long the prompt is.
     const int64_t round =
         kMaxRoundPairs / std::clamp<int64_t>(args.routing.top_k, 1, kMaxRoundPairs);
     ForwardPass<Isa, MoeOperator, Path> pass(*this, args, pool, workspace);

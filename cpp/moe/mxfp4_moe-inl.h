@@ -1,4 +1,4 @@
-// Experts in MXFP4: sixteen E2M1 values by table, E8M0 scales folded into the exponent.
+// Experts in MXFP4: a table gives the sixteen E2M1 values, and E8M0 scales fold into the exponent.
 #pragma once
 
 #include "formats/mxfp4.h"
@@ -18,7 +18,7 @@ struct Mxfp4Codec {
     return Isa::template Lookup<kPair>(e2m1, codes);
   }
   static typename Isa::Vec GroupScales(const E8M0* scales) { return Isa::LoadScales(scales); }
-  // A power of two is exact in every multiplicand type.
+  // Scales are powers of two, which are exact in every multiplicand type.
   static typename Isa::Fold FoldScales(const E8M0* scales) { return Isa::LoadFold(scales); }
   template <int kPair>
   typename Isa::Pair DecodeFolded(const typename Isa::Codes& codes, typename Isa::Fold fold) const {

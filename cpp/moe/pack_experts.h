@@ -10,10 +10,10 @@
 
 namespace cpumoe {
 
-// Packs sources[i] as expert first + i; on an error some of them are left without weights.
+// Packs sources[i] as expert first + i. After an error some of these experts have no weights.
 //
-// A thread packs whole experts, as long as there are enough for all: threads then meet once per
-// call, and do not clear the same huge page, which the kernel would do for each of them.
+// If there are enough experts for all threads, each thread packs whole experts. Threads then meet
+// only once per call, and no two of them make the operating system clear the same huge page.
 inline void PackExperts(Moe& moe, int64_t first, std::span<const ExpertSource> sources,
                         ThreadPool& pool) {
   const auto count = static_cast<int64_t>(sources.size());

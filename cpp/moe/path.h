@@ -1,8 +1,9 @@
-// What a compute path is: how the forward pass multiplies with one kind of activation.
+// A compute path: how the forward pass multiplies with one kind of activation.
 //
 // A path stages the tokens of an expert, and later their intermediate features, in blocks of up to
-// kBlockTokens in the form that its kernels read, and multiplies staged blocks with pairs of tiles.
-// What lies between the two products, and the weighted sum, are the forward pass's.
+// kBlockTokens tokens. A staged block has the form that the path's kernels read. The path
+// multiplies staged blocks with pairs of tiles. The forward pass itself does the work between the
+// two products, and computes the weighted sum.
 #pragma once
 
 #include <concepts>
@@ -16,8 +17,9 @@
 
 namespace cpumoe {
 
-// What both halves of a mixed path (mixed_path-inl.h) supply; P::kPanelBytes is the scratch memory
-// that Multiply wants, P::kFeatureTiles how many tiles of features are staged at once.
+// The operations that both halves of a mixed path (mixed_path-inl.h) supply. P::kPanelBytes is the
+// scratch memory that Multiply needs. P::kFeatureTiles is the number of tiles of features that are
+// staged at once.
 template <class P, class Codec>
 concept MultiplierFor =
     requires(StagedForm form, DType dtype, const TokenBlocks& blocks, const Codec& codec,
@@ -25,13 +27,13 @@ concept MultiplierFor =
              int64_t n, int i, std::byte* block, const std::byte* staged, float* c) {
       { P::kFeatureTiles } -> std::convertible_to<int>;
       { P::kPanelBytes } -> std::convertible_to<int64_t>;
-      // Tiles of a pair that are read side by side.
+      // How many tiles of a pair are read side by side.
       { P::TilesAtOnce(form, blocks) } -> std::same_as<int>;
-      // Bytes of a staged token of n columns.
+      // The bytes of one staged token of n columns.
       { P::StagedBytes(form, n) } -> std::same_as<int64_t>;
       // block = rows token[0..i) of x [*, n columns], whose rows are n elements apart.
       P::StageRows(form, dtype, x, /*row_stride=*/n, token, i, /*columns=*/n, block);
-      // block = features [first, first + count) of its token t, from h.
+      // Writes features [first, first + count), taken from h, to token t of the block.
       P::StageFeatures(form, dtype, h, /*first=*/n, /*count=*/i, /*t=*/i, /*tokens=*/i,
                        /*columns=*/n, block);
       // c [pair][block][tile][token][16] = staged blocks * tiles^T.
@@ -41,7 +43,7 @@ concept MultiplierFor =
 template <class P, class Codec>
 concept PathFor =
     MultiplierFor<P, Codec> && requires(DType dtype, const TokenBlocks& blocks, int i) {
-      { P::kCrossover } -> std::convertible_to<int>;    // most tokens for the few-token kernels
+      { P::kCrossover } -> std::convertible_to<int>;  // most tokens that the few-token kernels take
       { P::kBlockTokens } -> std::convertible_to<int>;  // MR
       { P::FormFor(dtype, blocks, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
     };

@@ -1,7 +1,6 @@
-// The golden model: experts computed in double precision, one weight at a time, from checkpoint
-// bytes.
-//
-// It shares nothing with the kernels but the formats' scalar definitions. Tests compare against it.
+// The golden model, with which tests compare the kernels. It computes experts in double precision,
+// one weight at a time, from checkpoint bytes. It shares only the formats' scalar definitions with
+// the kernels.
 #pragma once
 
 #include <algorithm>

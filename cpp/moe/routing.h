@@ -8,8 +8,8 @@
 
 namespace cpumoe {
 
-// The router's choice for `tokens` tokens. Ids -1 and num_experts are hosts' "not mine": skipped,
-// as is an expert whose mask byte is not zero.
+// The router's choice for the tokens of a call. Hosts use the ids -1 and num_experts for "not
+// mine". Such ids are skipped, and so is an expert whose mask byte is not zero.
 struct RoutingInput {
   const void* ids = nullptr;  // [tokens, top_k] int32 or int64
   bool ids_are_64_bit = false;
@@ -23,24 +23,26 @@ struct RoutingInput {
   }
 };
 
-// The pairs in order of expert, then token, then slot: the order in which they are summed.
+// The pairs of a call in order of expert, then token, then slot. Sums are computed in this order.
 class Routing {
  public:
   struct Expert {
     int64_t id;
-    int64_t begin;  // of its pairs, in tokens() and weights()
+    // The expert's first pair, as an index into tokens() and weights().
+    int64_t begin;
     int64_t count;
   };
 
   // Takes tokens [begin, end) of `input`. `has_weights[e]` says whether expert e was packed. Throws
-  // std::out_of_range for an id that no host may pass, std::invalid_argument for an expert not
-  // packed.
+  // std::out_of_range for an id that no host may pass, and std::invalid_argument for an expert that
+  // was not packed.
   void Build(const RoutingInput& input, int64_t begin, int64_t end,
              const std::vector<uint8_t>& has_weights) {
     const int64_t num_experts = static_cast<int64_t>(has_weights.size());
     counts_.assign(num_experts, 0);
     experts_.clear();
-    // A copy: the host may change the mask at any time, and the two passes below must agree.
+    // Copies the mask, because the host may change it at any time and both passes below must use
+    // one mask.
     masked_.assign(num_experts, 0);
     if (input.mask != nullptr) masked_.assign(input.mask, input.mask + num_experts);
     const int64_t first = begin * input.top_k, last = end * input.top_k;
@@ -58,7 +60,7 @@ class Routing {
               " is routed to but has no weights: pack it first");
       experts_.push_back({id, total, counts_[id]});
       total += counts_[id];
-      counts_[id] = total - counts_[id];  // from here on: where the expert's next pair goes
+      counts_[id] = total - counts_[id];  // from here on the place of the expert's next pair
     }
     tokens_.resize(total);
     weights_.resize(total);
@@ -90,7 +92,8 @@ class Routing {
   }
 
   std::vector<uint8_t> masked_;
-  std::vector<int32_t> chosen_;  // ids by pair, -1 where skipped: the host's may change meanwhile
+  // The id of every pair, -1 if skipped. A copy, because the host may change its ids meanwhile.
+  std::vector<int32_t> chosen_;
   std::vector<int64_t> counts_;
   std::vector<Expert> experts_;
   std::vector<int32_t> tokens_;

@@ -1,5 +1,5 @@
-// Scratch memory of forward calls. It grows to the largest call and is then reused: no allocation
-// in the steady state. One workspace serves all layers that run on a pool, one call at a time.
+// Scratch memory of forward calls. It grows to the largest call and is then reused, so later calls
+// allocate nothing. One workspace serves all layers that run on a pool, one call at a time.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ namespace cpumoe {
 
 class Workspace {
  public:
-  // Uninitialised memory; valid until the same buffer is asked for again.
+  // Uninitialised memory. It is valid until the next request for that buffer.
   std::byte* Activations(size_t bytes) { return Grow(activations_, bytes); }
   std::byte* Intermediate(size_t bytes) { return Grow(intermediate_, bytes); }
 
@@ -26,7 +26,8 @@ class Workspace {
 
   Routing& routing() { return routing_; }
 
-  // A block of one expert's tokens: `tokens` pairs from `pair` on, and where they are staged.
+  // A block of one expert's tokens: its `tokens` pairs from index `pair` on, and where they are
+  // staged.
   struct Block {
     int64_t pair;
     int tokens;
@@ -38,7 +39,7 @@ class Workspace {
  private:
   static std::byte* Grow(AlignedBuffer& buffer, size_t bytes) {
     if (buffer.size() < bytes) {
-      buffer = AlignedBuffer();  // never hold the old and the new one at once
+      buffer = AlignedBuffer();  // frees the old buffer before the new one is allocated
       buffer = AlignedBuffer(bytes);
     }
     return buffer.data();

@@ -1,6 +1,8 @@
-// Waiting for another thread: poll for a short time, then park. Between polls it yields only where
-// threads outnumber the CPUs: Linux (6.18) takes a time slice from a thread that yields, so that
-// next to a busy process calls take a fifth to a third longer.
+// Waiting for another thread. A waiting thread polls for a short time, then parks.
+//
+// Between polls a thread yields only if the threads outnumber the CPUs. Linux (6.18) takes a time
+// slice from a thread that yields. Next to a busy process, yielding makes calls a fifth to a third
+// slower.
 #pragma once
 
 #include <sched.h>
@@ -18,17 +20,17 @@ inline void CpuRelax() {
 #endif
 }
 
-// One waiting place's memory of whether polling pays there. Used by one thread at a time.
+// Remembers for one place in the code whether polling pays there. One thread uses it at a time.
 class AdaptiveWait {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // Polls for at most `budget`. `crowded`: the threads outnumber the CPUs, so that whoever is
-  // waited for may need this very CPU: give way at once.
+  // Polls for at most `budget`. `crowded` says that the threads outnumber the CPUs. The thread that
+  // we wait for may then need this very CPU, so the waiting thread yields between polls.
   AdaptiveWait(std::chrono::nanoseconds budget, bool crowded)
       : budget_(budget), crowded_(crowded) {}
 
-  // Returns once ready() holds. park() may return early; it is then called again.
+  // Returns once ready() holds. park() may return early and is then called again.
   template <class Ready, class Park>
   void Wait(Ready ready, Park park) {
     if (ready()) return;
@@ -38,7 +40,7 @@ class AdaptiveWait {
       return;
     }
     while (!ready()) park();
-    // Polling pays again as soon as what we wait for comes within the full budget.
+    // A wait that ended within the full budget shows that polling pays again.
     misses_ = Clock::now() - start <= budget_ ? 0 : std::min(misses_ + 1, kMaxMisses);
   }
 
@@ -61,7 +63,8 @@ class AdaptiveWait {
 
   const std::chrono::nanoseconds budget_;
   const bool crowded_;
-  int misses_ = 0;  // waits in succession that outlasted the budget; each halves the next poll
+  // Successive waits that outlasted the budget. Each of them halves the next poll.
+  int misses_ = 0;
 };
 
 }  // namespace cpumoe

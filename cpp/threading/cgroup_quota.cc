@@ -17,11 +17,11 @@ constexpr int kMaxDepth = 1000;
 
 struct Mount {
   bool v2 = false;
-  std::string root;  // the cgroup that shows at `point`
+  std::string root;  // the cgroup that is mounted at `point`
   std::string point;
 };
 
-// The process's place in one hierarchy.
+// The process's cgroup in one hierarchy.
 struct Membership {
   bool v2 = false;
   std::string path;
@@ -58,7 +58,8 @@ std::string Unescape(const std::string& text) {
   return out;
 }
 
-// "36 35 98:0 ROOT POINT options [optional fields…] - TYPE source SUPER_OPTIONS"
+// Parses a line of mountinfo: "36 35 98:0 ROOT POINT options [optional fields…] - TYPE source
+// SUPER_OPTIONS".
 std::optional<Mount> ParseMount(const std::string& line) {
   const size_t dash = line.find(" - ");
   if (dash == std::string::npos) return std::nullopt;
@@ -72,7 +73,7 @@ std::optional<Mount> ParseMount(const std::string& line) {
   return Mount{!v1, Unescape(root), Unescape(point)};
 }
 
-// "0::/path" (version 2) or "4:cpu,cpuacct:/path"
+// Parses a line of /proc/self/cgroup: "0::/path" (version 2) or "4:cpu,cpuacct:/path".
 std::optional<Membership> ParseMembership(const std::string& line) {
   const size_t first = line.find(':');
   const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
@@ -82,8 +83,8 @@ std::optional<Membership> ParseMembership(const std::string& line) {
   return Membership{controllers.empty(), line.substr(second + 1)};
 }
 
-// `path` as seen from the mount, "" for the mount's own root; none where the mount does not show
-// it.
+// Returns `path` relative to the mount's root: "" for the root itself, nothing if the mount does
+// not show `path`.
 std::optional<std::string> PathUnder(const std::string& root, const std::string& path) {
   if (path.find("/..") != std::string::npos) return std::nullopt;  // outside our cgroup namespace
   const std::string prefix = root == "/" ? "" : root;
@@ -103,7 +104,7 @@ double QuotaOfDirectory(const std::string& directory, bool v2) {
   double quota = 0;
   double period = 0;
   if (v2) {
-    // "max 100000" does not parse as a number, and so is no limit.
+    // "max 100000" does not parse as a number, and therefore sets no limit.
     std::ifstream(directory + "/cpu.max") >> quota >> period;
   } else {
     std::ifstream(directory + "/cpu.cfs_quota_us") >> quota;
@@ -121,8 +122,8 @@ double QuotaOfPath(const std::string& point, std::string path, bool v2) {
   return quota;
 }
 
-// Prefers a mount that shows the process's cgroup; else a container runtime has mounted that cgroup
-// as some mount's root, under a name that /proc does not tell.
+// Prefers a mount that shows the process's cgroup. If there is none, a container runtime has
+// mounted that cgroup as the root of some mount, under a path that /proc does not show.
 double QuotaOfMembership(const Membership& membership, const std::vector<Mount>& mounts) {
   const Mount* fallback = nullptr;
   for (const Mount& mount : mounts) {

@@ -20,7 +20,7 @@ using Clock = AdaptiveWait::Clock;
 constexpr std::chrono::microseconds kSpin{30};
 constexpr char kSubject[] = "executor";
 
-thread_local const void* driven_queue = nullptr;  // the one whose driver this thread is
+thread_local const void* driven_queue = nullptr;  // the queue that this thread drives
 
 bool Crowded() {
   static const bool crowded = ProcessAffinity().size() < 2;
@@ -46,7 +46,8 @@ struct Executor::Queue {
   std::deque<Entry> entries;
   bool started = false;
   pthread_t driver{};
-  std::atomic<uint32_t> signal{0};  // entries announced to the driver, plus kStop; it parks here
+  // Entries announced to the driver, plus kStop. The driver parks on this word.
+  std::atomic<uint32_t> signal{0};
   std::atomic<uint32_t> driver_parked{0};
 
   void Announce(uint32_t what) {
@@ -104,7 +105,8 @@ Executor::Executor() : queue_(std::make_shared<Queue>()) {}
 
 Executor::~Executor() {
   if (fork_guard_.forked()) {
-    // Another thread of the parent may have held the queue half changed.
+    // A thread of the parent may have been changing the queue at the fork, so the child must not
+    // destroy the queue.
     new (std::nothrow) std::shared_ptr<Queue>(std::move(queue_));
     return;
   }

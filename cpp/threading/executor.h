@@ -12,18 +12,18 @@
 
 namespace cpumoe {
 
-// The outcome of one job. Any number of threads may ask and wait. What the job captured has been
-// destroyed by the time it counts as done.
+// The outcome of one job. Any number of threads may ask and wait. When the job counts as done,
+// everything that it captured has been destroyed.
 class Completion {
  public:
   bool Done() const noexcept { return done_.load(std::memory_order_acquire) != 0; }
 
-  // Returns when the job is done and rethrows the exception that it threw, if any. Instead of
-  // waiting for ever it throws std::runtime_error in a forked child, where nobody runs the job, and
-  // std::logic_error on the driver thread itself.
+  // Returns when the job is done, and rethrows the exception that the job threw, if any. Where the
+  // wait would never end, it throws std::runtime_error in a forked child, in which no thread runs
+  // the job, and std::logic_error on the driver thread itself.
   void Wait();
 
-  // The same, but at most `timeout`, and without the job's exception: returns Done().
+  // Waits for at most `timeout` and returns Done(). Does not rethrow the job's exception.
   bool WaitFor(std::chrono::nanoseconds timeout);
 
  private:
@@ -32,7 +32,7 @@ class Completion {
   explicit Completion(const void* queue) : queue_(queue) {}
   void Finish(std::exception_ptr error);
 
-  const void* const queue_;  // the executor's; only compared
+  const void* const queue_;  // the executor's queue; only compared
   const ForkGuard fork_guard_;
   std::exception_ptr error_;          // written before done_
   std::atomic<uint32_t> done_{0};     // waiters park here
@@ -42,14 +42,15 @@ class Completion {
 class Executor {
  public:
   Executor();
-  // Runs what is queued, then ends the driver. On the driver thread (a job owned the executor) the
-  // driver does so after the destructor; in a forked child the queue is leaked.
+  // Runs the queued jobs, then ends the driver. If the destructor runs on the driver thread (a job
+  // owned the executor), the driver does both after the destructor has returned. In a forked child
+  // the queue is leaked.
   ~Executor();
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  // Queues a job; any thread may call. The first call starts the driver, and throws
-  // std::system_error where it cannot. Throws std::runtime_error in a forked child.
+  // Queues a job. Any thread may call. The first call starts the driver, and throws
+  // std::system_error if it cannot. Throws std::runtime_error in a forked child.
   std::shared_ptr<Completion> Submit(std::function<void()> job);
 
  private:

@@ -7,8 +7,8 @@
 
 namespace cpumoe {
 
-// Sleeps while word == expected, until FutexWake or `timeout`. May return early: check and call
-// again.
+// Sleeps while word == expected, until FutexWake or `timeout`. It may return early, so check the
+// word and call again.
 void FutexWait(std::atomic<uint32_t>& word, uint32_t expected,
                std::chrono::nanoseconds timeout = std::chrono::nanoseconds::max());
 

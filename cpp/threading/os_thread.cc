@@ -40,7 +40,8 @@ void CountFork() { fork_generation.fetch_add(1, std::memory_order_relaxed); }
 
 pthread_t StartThread(std::string name, std::function<void()> body) {
   auto start = std::make_unique<Start>(Start{std::move(name), std::move(body)});
-  // A new thread inherits the mask; setting it from inside would leave a moment without it.
+  // A new thread inherits the mask. If the thread set the mask itself, signals could reach it
+  // before.
   const sigset_t blocked = AsynchronousSignals();
   sigset_t previous;
   pthread_sigmask(SIG_SETMASK, &blocked, &previous);

@@ -1,4 +1,4 @@
-// Operating-system threads, and the news that the process was forked.
+// Threads of the operating system, and a guard that notices a fork of the process.
 #pragma once
 
 #include <pthread.h>
@@ -9,21 +9,21 @@
 
 namespace cpumoe {
 
-// Starts a thread that runs body(), which must not throw. All signals but synchronous faults are
-// blocked in it, so that the process's handlers run elsewhere (Python's: on the main thread).
-// `name` shows in debuggers, at most 15 characters. Throws std::system_error.
+// Starts a thread that runs body(), which must not throw. The thread blocks all signals except
+// synchronous faults, so that the process's handlers run on other threads (Python's on the main
+// thread). Debuggers show `name`, at most 15 characters of it. Throws std::system_error.
 pthread_t StartThread(std::string name, std::function<void()> body);
 
-// Restricts a thread to one CPU; false where the kernel refuses.
+// Restricts a thread to one CPU. Returns false if the operating system refuses.
 bool PinThread(pthread_t thread, int cpu);
 
-// Tells whether the process was forked since this object was made: threads started before a fork do
-// not exist in the child. Costs one load.
+// Tells whether the process was forked after this object was made. Threads started before a fork do
+// not exist in the child. A check costs one load.
 class ForkGuard {
  public:
   ForkGuard();  // throws std::system_error
   bool forked() const noexcept;
-  // Throws std::runtime_error in a forked child; `subject` begins its message.
+  // Throws std::runtime_error in a forked child. The message begins with `subject`.
   void ThrowIfForked(const char* subject) const;
 
  private:

@@ -120,9 +120,9 @@ void PinnedPool::RunTasks(int thread) {
   }
 }
 
-// A wake-up costs the waker a microsecond or more, so the caller wakes two workers and each of
-// these, before it works, two more. Sequential consistency pairs this with AwaitJob: either we see
-// the parked worker, or it sees the job.
+// A wake-up costs the thread that wakes a microsecond or more. Therefore the caller wakes two
+// workers, and each of them wakes two more before it works. Sequential consistency pairs this
+// function with AwaitJob: either the caller sees the parked worker, or the worker sees the job.
 void PinnedPool::WakeWorkers() {
   const uint32_t wanted = (state_.load() & kWantedMask) / kOneWanted;
   if (wanted == 0 || parked_workers_.load() == 0) return;
@@ -153,7 +153,7 @@ void PinnedPool::WorkerMain(int thread) {
   }
 }
 
-// Returns whether the worker slept meanwhile.
+// Returns whether the worker slept while it waited.
 bool PinnedPool::AwaitJob(AdaptiveWait& wait) {
   bool parked = false;
   wait.Wait(
@@ -180,7 +180,7 @@ bool PinnedPool::EnterJob() {
 }
 
 void PinnedPool::LeaveJob() {
-  // While this worker is active the job cannot end, so this clears no later job's wanted.
+  // The job cannot end while this worker is active, so this clears `wanted` of no later job.
   if ((state_.load(std::memory_order_relaxed) & kWantedMask) != 0) state_.fetch_and(~kWantedMask);
   const uint32_t before = state_.fetch_sub(kOneActive);
   if ((before & kActiveMask) != kOneActive || caller_parked_.load() == 0) return;

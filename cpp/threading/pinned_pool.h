@@ -19,15 +19,16 @@ class PinnedPool final : public ThreadPool {
  public:
   struct Options {
     int threads = 1;  // the caller of ParallelFor included; 1 to kMaxThreads
-    // Thread t goes to cpus[t % cpus.size()]. Thread 0 is the caller, whose affinity is never
-    // touched, so that cpus[0] stays free for it. A CPU that the kernel refuses is left unpinned.
+    // Thread t runs on cpus[t % cpus.size()]. Thread 0 is the caller, whose affinity is never
+    // changed, so cpus[0] stays free for it. If the operating system refuses a CPU, the thread
+    // stays unpinned.
     bool pin = false;
     std::vector<int> cpus = {};
     std::chrono::microseconds spin{50};  // longest polling before a waiting thread parks
   };
   static constexpr int kMaxThreads = 4096;
 
-  // Throws std::invalid_argument; std::system_error where the system has no more threads to give.
+  // Throws std::invalid_argument, and std::system_error if the system cannot start enough threads.
   explicit PinnedPool(const Options& options);
   ~PinnedPool() override;
   PinnedPool(const PinnedPool&) = delete;
@@ -36,8 +37,8 @@ class PinnedPool final : public ThreadPool {
   int num_threads() const override { return threads_; }
   int num_pinned() const { return num_pinned_; }
 
-  // Also throws std::logic_error when a call is already running on this pool, and
-  // std::runtime_error in a forked child, where the pool's threads do not exist.
+  // Also throws std::logic_error if a call already runs on this pool, and std::runtime_error in a
+  // forked child, in which the pool's threads do not exist.
   void ParallelFor(int64_t num_tasks, Task task, void* context) override;
 
  private:
@@ -47,15 +48,15 @@ class PinnedPool final : public ThreadPool {
     int64_t num_tasks = 0;
   };
 
-  // `state_` is one word: bit 31 stop | bits 16..30 workers wanted | bits 0..15 workers active.
-  // A worker takes part in a job by turning one wanted into one active. Whoever finds no task left
-  // clears wanted, so a worker that comes late is not waited for; the job ends at active == 0.
+  // `state_` is one word: bit 31 stop | bits 16..30 workers wanted | bits 0..15 workers active. A
+  // worker joins a job by turning one `wanted` into one `active`. A thread that finds no task left
+  // clears `wanted`, so no thread waits for a worker that comes late. The job ends at active == 0.
   static constexpr uint32_t kOneActive = 1;
   static constexpr uint32_t kActiveMask = 0xffff;
   static constexpr uint32_t kOneWanted = 1u << 16;
   static constexpr uint32_t kWantedMask = 0x7fffu << 16;
   static constexpr uint32_t kStop = 1u << 31;
-  static constexpr size_t kCacheLine = 128;  // x86 fetches lines in pairs
+  static constexpr size_t kCacheLine = 128;  // x86 fetches cache lines in pairs
 
   void StartWorkers(const Options& options);
   void StopWorkers();
@@ -79,10 +80,10 @@ class PinnedPool final : public ThreadPool {
   Job job_;                                             // read by active workers only
   alignas(kCacheLine) std::atomic<int64_t> next_{0};    // the next task to hand out
   alignas(kCacheLine) std::atomic<uint32_t> parked_workers_{0};
-  std::atomic<uint32_t> caller_parked_{0};  // 1: the caller sleeps on this word
+  std::atomic<uint32_t> caller_parked_{0};  // 1 while the caller sleeps on this word
   std::atomic<bool> busy_{false};
   std::atomic<bool> failed_{false};
-  std::exception_ptr error_;  // written by whoever sets failed_
+  std::exception_ptr error_;  // written by the thread that sets failed_
 };
 
 }  // namespace cpumoe

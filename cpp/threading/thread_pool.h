@@ -1,7 +1,7 @@
 // The abstract thread pool that operators run on.
 //
-// An operator sees only this interface, so that the pool (one binary, baseline instructions) and
-// the operators (one library per ISA) stay apart and tests can substitute a serial pool.
+// Operators see only this interface. It keeps the pool (one binary, baseline instructions) and the
+// operators (one library per ISA) apart, and lets tests substitute a serial pool.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,19 @@ class ThreadPool {
 
   virtual ~ThreadPool() = default;
 
-  // Threads that take part in ParallelFor, the caller included.
+  // The number of threads that take part in ParallelFor, the caller included.
   virtual int num_threads() const = 0;
 
   // Runs task(context, i, thread) once for every i in [0, num_tasks), with 0 <= thread <
   // num_threads(), and returns when all have finished. Tasks are handed out in ascending order, to
-  // whichever thread is free. The caller works too, as thread 0. The first exception that a task
-  // throws is rethrown here, after all threads have stopped; tasks that had not begun by then are
-  // dropped. One call at a time: the owner of the pool serialises callers.
+  // whichever thread is free. The caller takes part as thread 0.
+  //
+  // The first exception that a task throws is rethrown here, after all threads have stopped. Tasks
+  // that had not begun by then are dropped. Only one call may run at a time, and the owner of the
+  // pool serialises callers.
   virtual void ParallelFor(int64_t num_tasks, Task task, void* context) = 0;
 
-  // The same for any callable body(int64_t task, int thread).
+  // ParallelFor for any callable body(int64_t task, int thread).
   template <class Body>
   void For(int64_t num_tasks, Body&& body) {
     using Fn = std::remove_reference_t<Body>;

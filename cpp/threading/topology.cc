@@ -30,7 +30,7 @@ std::string ReadFile(const std::string& path) {
   return text;
 }
 
-// A whole decimal number from 0 to kMaxCpus - 1, else -1.
+// Parses a decimal number from 0 to kMaxCpus - 1. Returns -1 for any other text.
 int ParseId(std::string_view text) {
   int value = -1;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
@@ -44,7 +44,7 @@ std::string_view Trim(std::string_view text) {
   return text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1);
 }
 
-// The kernel's list format, "0-3,8,10-11"; parts that make no sense are skipped.
+// Parses the Linux list format, "0-3,8,10-11". Malformed parts are skipped.
 std::vector<int> ParseCpuList(std::string_view text) {
   std::set<int> cpus;
   for (text = Trim(text); !text.empty();) {
@@ -72,7 +72,7 @@ std::vector<int> UsableCpus(const TopologySource& source) {
   return online.empty() ? std::vector<int>{0} : online;
 }
 
-// The logical CPUs of one physical core; the second name is that of kernels before 5.2.
+// The logical CPUs of one physical core. Linux before 5.2 has only the second file.
 std::vector<int> CoreSiblings(const std::string& topology_directory) {
   for (const char* name : {"/core_cpus_list", "/thread_siblings_list"}) {
     std::vector<int> siblings = ReadCpuList(topology_directory + name);
@@ -100,7 +100,7 @@ std::map<int, int> NodeOfCpu(const std::string& sysfs) {
 
 int IdInFile(const std::string& path) { return std::max(ParseId(Trim(ReadFile(path))), 0); }
 
-// Finds each CPU's place, with `core` still the lowest usable CPU of its physical core.
+// Locates each CPU. Here `core` is the lowest usable CPU of the physical core, not yet an index.
 std::vector<CpuLocation> LocateCpus(const TopologySource& source) {
   const std::map<int, int> node_of_cpu = NodeOfCpu(source.sysfs);
   std::map<int, int> core_of_cpu;
@@ -123,7 +123,7 @@ std::vector<CpuLocation> LocateCpus(const TopologySource& source) {
 }  // namespace
 
 std::vector<int> ProcessAffinity() {
-  // The kernel refuses a mask smaller than its own, and does not say how large that is.
+  // Linux refuses a mask that is smaller than its own, and does not say how large its own is.
   for (int size = 1024; size <= kMaxCpus; size *= 2) {
     cpu_set_t* const set = CPU_ALLOC(size);
     if (set == nullptr) return {};

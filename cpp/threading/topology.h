@@ -1,4 +1,5 @@
-// Which CPUs this process may use, how they hang together, and how many threads are worth starting.
+// Which CPUs this process may use, which cores and NUMA nodes they belong to, and how many threads
+// are worth starting.
 #pragma once
 
 #include <string>
@@ -6,10 +7,11 @@
 
 namespace cpumoe {
 
-// The CPUs that the calling thread may run on, ascending; empty where the kernel does not say.
+// The CPUs that the calling thread may run on, ascending. Empty if the operating system does not
+// say.
 std::vector<int> ProcessAffinity();
 
-// Where the facts are read from. Tests point it at made-up trees.
+// The folders that facts are read from. Tests use made-up trees.
 struct TopologySource {
   std::string sysfs = "/sys";
   std::string proc = "/proc";
@@ -25,19 +27,19 @@ struct CpuLocation {
 
 struct NumaNode {
   int id = 0;
-  std::vector<int> cpus;  // those of Topology::cpus that are its own
+  std::vector<int> cpus;  // the CPUs of Topology::cpus that belong to this node
 };
 
 struct Topology {
   std::vector<CpuLocation> cpus;  // logical CPUs of the affinity mask, ascending
-  std::vector<int> cores;         // one CPU per physical core, node by node: the order for pinning
-  std::vector<NumaNode> nodes;    // those with a CPU in the mask, ascending
-  double quota = 0;               // CPUs' worth of time that the cgroups grant; infinity: no limit
-  int default_threads = 1;        // cores, capped by the quota (rounded down), at least 1
+  std::vector<int> cores;       // one CPU per physical core, node by node, in the order for pinning
+  std::vector<NumaNode> nodes;  // nodes with a CPU in the mask, ascending
+  double quota = 0;             // CPU time that the cgroups grant, in CPUs; infinity if unlimited
+  int default_threads = 1;      // cores, capped by the quota (rounded down), at least 1
 };
 
-// Never throws on account of what it reads: a missing or malformed file counts as no information
-// (one thread per core, one NUMA node, no quota).
+// Never throws because of what it reads. A missing or malformed file counts as no information (one
+// thread per core, one NUMA node, no quota).
 Topology ReadTopology(const TopologySource& source = {});
 
 }  // namespace cpumoe
