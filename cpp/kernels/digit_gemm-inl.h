@@ -1,20 +1,23 @@
-// C = A * W^T in bytes, but with 14 or 21 bits: the digit path's micro-kernel.
+// The micro-kernel of the digit path: C = A * W^T, multiplied as bytes but with 14 or 21 bits.
 //
-// An instruction multiplies four times as many bytes as fp32, and a 4-bit code becomes a byte with
-// less work than any floating point number. So a group of activations is written as integers times
-// a power of two (DigitGroup), and the integers as two or three signed digits of base 128, whose
-// products with the weights' bytes are summed apart:
+// An instruction multiplies four times as many bytes as fp32 numbers, and decoding a 4-bit code to
+// a byte takes less work than decoding it to a floating point number. Therefore a group of
+// activations is held as integers times a power of two (DigitGroup), and each integer as two or
+// three signed digits of base 128. The products of each digit with the weights' bytes are summed
+// separately:
 //
 //   x = scale (q0 128^2 + q1 128 + q2)              weight = w - offset, 0 <= w < 128
 //   sum weight x = scale (S0 128^2 + S1 128 + S2 + start),  Si = sum w qi
 //
-// How many digits a group has is decided when it is staged (packing/digits-inl.h). The branch costs
-// next to nothing: every row of the matrix meets a token's groups in the same order.
+// Staging decides how many digits a group has (packing/digits-inl.h). The kernel's branch on this
+// number costs next to nothing, because every row of the matrix meets a token's groups in one
+// order.
 //
-// Everything is an exact integer of 32 bits up to there, and the Si of a whole group's every other
-// product fit 16 bits: ISAs without VPDPBUSD sum products of VPMADDUBSW as they come.
+// Everything before the multiplication by `scale` is an exact 32-bit integer. A digit's sum over
+// half of a group's products fits 16 bits, so ISAs without VPDPBUSD add the 16-bit results of
+// VPMADDUBSW as they are.
 //
-// A group is decoded once for all tokens; then a token at a time is multiplied.
+// A group is decoded once for all tokens. Then the tokens are multiplied one at a time.
 #pragma once
 
 #include <array>
@@ -28,25 +31,28 @@
 
 namespace cpumoe {
 
-inline constexpr int kFewDigits = 2;  // digits of a group: these or kMostDigits
+// The number of digits of a group is kFewDigits or kMostDigits.
+inline constexpr int kFewDigits = 2;
 inline constexpr int kMostDigits = 3;
 inline constexpr int kDigitBits = 7;
-inline constexpr int kMaxDigit = 64;  // of a digit's magnitude
+inline constexpr int kMaxDigit = 64;  // greatest magnitude of a digit
 
-// An integer's magnitude is at most two to this power.
+// An integer of so many digits has a magnitude of at most two to the power of IntegerBits.
 constexpr int IntegerBits(int digits) { return digits * kDigitBits - 1; }
 
-// A group of a token's activations.
+// One group of a token's activations, as digits.
 template <int kGroupSize>
 struct DigitGroup {
-  int8_t digits[kMostDigits][kGroupSize];  // most significant first; fours in the order kQuadOrder
-  float scale;    // what an integer product is worth before the weights' scales
+  // Most significant digit first. Four successive digits are in the order kQuadOrder.
+  int8_t digits[kMostDigits][kGroupSize];
+  float scale;    // the value of an integer product before the weights' scales
   int32_t start;  // minus the bytes' offset times the sum of the integers
-  int32_t count;  // digits in use
+  int32_t count;  // the digits in use
 };
 
-// Whether a group's sums fit: those of a digit 16 bits, in which an ISA may sum every other
-// product, and all of them 32 bits, of which a 64th is left for the lower digits.
+// Whether a group's sums fit their integers. A digit's sum over half of the products must fit 16
+// bits, because an ISA may sum in 16 bits. The sum over all digits must fit 32 bits, of which a
+// 64th is reserved for the lower digits.
 template <class Codec>
 constexpr bool DigitsFit() {
   constexpr int64_t kGroupSize = Codec::Format::kGroupSize;
@@ -72,12 +78,12 @@ class DigitGemm {
 
   struct Token {
     const Group* groups;
-    int64_t stride;                          // from a group to the next
-    std::array<float*, TilePair::kCount> c;  // [16] of either tile
+    int64_t stride;                          // distance from one group to the next
+    std::array<float*, TilePair::kCount> c;  // [16] for each of the two tiles
   };
 
-  // token.c += activations * tiles^T of every token, groups [begin, end). Both tiles are read side
-  // by side, because memory delivers two streams faster than one.
+  // For every token: token.c += activations * tiles^T, over groups [begin, end). Both tiles are
+  // read side by side, because memory delivers two streams faster than one.
   static void Run(const Codec& codec, const TilePair& w, int64_t begin, int64_t end,
                   std::span<const Token> tokens) {
     if (tokens.size() == 1) {
@@ -99,8 +105,8 @@ class DigitGemm {
         });
   }
 
-  // Group g of tiles [first, first + kTiles) of a pair. A lone token's weights are decoded where
-  // they are multiplied.
+  // Multiplies group g of tiles [first, first + kTiles) of a pair. For a lone token, weights are
+  // decoded right where they are multiplied.
   template <bool kLone>
   static inline __attribute__((always_inline)) void MultiplyGroup(const Codec& codec,
                                                                   const TileView* tiles, int first,
@@ -132,7 +138,7 @@ class DigitGemm {
     }
   }
 
-  // token.c += the product with group g of the tiles, whose quads are quad_at(quad, tile).
+  // token.c += the product with group g of the tiles. quad_at(quad, tile) returns the tiles' quads.
   template <class QuadAt>
   static inline __attribute__((always_inline)) void AddGroup(const Token& token, int first,
                                                              int64_t g, const Vec (&scales)[kTiles],

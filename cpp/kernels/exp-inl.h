@@ -1,11 +1,13 @@
-// exp for any fp32: correctly saturating, NaN propagating, within 1 ulp of 2^-23 relative.
+// exp for any fp32. It saturates correctly, propagates NaN, and has a relative error within 1 ulp
+// of 2^-23.
 #pragma once
 
 namespace cpumoe {
 
-// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by its Taylor series up to
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. exp(r) is its Taylor series up to
 // r^7 (the next term is below 2^-27). ln 2 is subtracted in two parts (Cody and Waite), so that r
-// keeps its bits. Beyond the clamps the result is +inf and 0 whatever x is.
+// keeps its bits. The clamps change no result, because exp overflows to +inf and underflows to 0
+// before them.
 template <class Isa>
 typename Isa::Vec Exp(typename Isa::Vec x) {
   using Vec = typename Isa::Vec;

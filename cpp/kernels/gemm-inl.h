@@ -1,19 +1,20 @@
-// C = A * W^T for a few tiles of W: the micro-kernels, written once in an ISA's vocabulary.
+// The micro-kernels of the floating point path: C = A * W^T for a few tiles of W. They are written
+// once, in the vocabulary of isa.h.
 //
 //   A  tokens x K, staged: [K/2][tokens][2] of Isa::Activation (a pair is one broadcast; a panel
 //      unit may want another step than 2)
 //   W  packed tiles of 16 rows x K (tile.h)
 //   C  [tiles][tokens][16] fp32
 //
-// Fused: codes are decoded in registers, each multiplicand serves all tokens at once. A group's
-// products are summed unscaled, and one multiply-add applies the 16 scales. For as many tokens as
-// registers hold.
+// The fused kernel decodes codes in registers and multiplies each multiplicand with all tokens at
+// once. It sums the products of a group unscaled, and one multiply-add applies the 16 scales. It
+// takes as many tokens as registers hold.
 //
-// Panel: a KC-deep panel of the tiles is decoded to memory (L1/L2) once, then a register-tiled GEMM
-// runs over all token blocks. Scales are folded into the multiplicands where that is exact, else
-// applied per group as in the fused form.
+// The panel kernel decodes a KC-deep panel of the tiles to memory (L1/L2) once, then runs a
+// register-tiled GEMM over all token blocks. It folds scales into the multiplicands where that is
+// exact, and applies them per group otherwise.
 //
-// Every form adds a token's products in the same order whatever the number of tokens and tiles.
+// Both kernels add a token's products in one order, for any number of tokens and tiles.
 #pragma once
 
 #include <algorithm>
@@ -30,27 +31,28 @@ namespace cpumoe {
 
 inline constexpr int64_t kCacheLine{AlignedBuffer::kCacheLine};
 
-// Must be inlined: GCC 12 takes a function that only prefetches for one without effect, and drops
+// Must be inlined. GCC 12 assumes that a function that only prefetches has no effect, and drops
 // calls of it.
 inline __attribute__((always_inline)) void Prefetch(const std::byte* at) { __builtin_prefetch(at); }
 inline __attribute__((always_inline)) void PrefetchL2(const std::byte* at) {
   __builtin_prefetch(at, /*rw=*/0, /*locality=*/2);
 }
 
-// Streams tiles: fetches their codes and scales some groups before they are read, because hardware
-// prefetchers stop at the end of every 4 KiB and do not know which tile comes next. Without that a
-// core waits for memory a quarter of the time (docs/performance.md).
+// Streams tiles: fetches codes and scales some groups before they are read. Hardware prefetchers
+// stop at the end of every 4 KiB and do not know which tile comes next. Without Stream a core waits
+// for memory a quarter of the time (docs/performance.md).
 template <class Geometry, class Scale>
 struct Stream {
-  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of a group
+  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of one group
 
-  // Calls body(g) for the groups [begin, end) of kTiles tiles of `groups`, kStep at a time. Of all
-  // the tiles or of none it is known which follows (LinkTiles for as many).
+  // Calls body(g) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each tile
+  // has `groups` groups. Either all tiles know which tile follows them, or none does (LinkTiles
+  // with kTiles tiles at once).
   template <int kTiles, int kStep = 1, class Body>
   static inline __attribute__((always_inline)) void ForGroups(const TileView* tiles, int64_t begin,
                                                               int64_t end, int64_t groups,
                                                               Body&& body) {
-    // From here on the next tiles' first groups are fetched.
+    // From group `last` on, the first groups of the next tiles are fetched.
     const int64_t last = tiles[0].next == nullptr ? end : std::clamp(groups - kAhead, begin, end);
     int64_t g = begin;
     for (; g + kStep <= last; g += kStep) {
@@ -68,7 +70,8 @@ struct Stream {
  private:
   static constexpr int64_t kAhead = 2048 / Geometry::kGroupBytes;
   static constexpr int64_t kScalesAhead = 24;
-  static constexpr int64_t kScaleGroups = kCacheLine / kScaleBytes;  // of a cache line
+  static constexpr int64_t kScaleGroups =
+      kCacheLine / kScaleBytes;  // groups whose scales share a cache line
 
   template <int kGroups>
   static inline __attribute__((always_inline)) void FetchCodes(const std::byte* codes, int64_t g) {
@@ -121,7 +124,7 @@ struct Gemm {
   template <int kTokens, int kTiles>
   static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
-    // A sum is a chain of dependent instructions: with few of them, two groups are summed at once.
+    // A sum is a chain of dependent instructions. With few sums, two groups are summed at once.
     constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
     for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
     const int64_t whole = groups / kAtOnce * kAtOnce;
@@ -132,8 +135,8 @@ struct Gemm {
     if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
   }
 
-  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]; `streams`: and
-  // fetches those to come.
+  // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]. If `streams`, also
+  // fetches later groups.
   template <int kTiles, bool kFold>
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles,
                                                    int64_t begin, int64_t end, int64_t groups,
@@ -150,7 +153,7 @@ struct Gemm {
     }
   }
 
-  // Group g of them; pair p of tile r goes to place(r, p).
+  // Decodes group g of the tiles. Pair p of tile r goes to place(r, p).
   template <int kTiles, bool kFold, class Place>
   static inline __attribute__((always_inline)) void DecodeGroup(const Codec& codec,
                                                                 const TileView* tiles, int64_t g,
@@ -177,8 +180,8 @@ struct Gemm {
     }
   }
 
-  // C += A * panel; the panel's multiplicands carry their scales. kFetches: also fetches into L2
-  // what lies `to_next` bytes from each pair of activations.
+  // C += A * panel, where the panel's multiplicands include their scales. If kFetches, the kernel
+  // also fetches into L2 the data `to_next` bytes after each pair of activations.
   template <int kTokens, int kTiles, bool kFetches>
   static void Panel(const Pair* panel, const Activation* a, int64_t pairs, int64_t to_next,
                     float* c) {
@@ -195,7 +198,8 @@ struct Gemm {
     }
   }
 
-  // The same with unscaled multiplicands: each group's sum is scaled as it is added to C.
+  // C += A * panel, where the panel's multiplicands are unscaled. Each group's sum is scaled as it
+  // is added to C.
   template <int kTokens, int kTiles, bool kFetches>
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
                           const Pair* panel, const Activation* a, int64_t to_next, float* c) {
@@ -213,7 +217,7 @@ struct Gemm {
     }
   }
 
-  // C += part * the scales of group g, for products that a panel unit left in memory.
+  // C += part * the scales of group g. The products `part` were left in memory by a panel unit.
   template <int kTiles>
   static void AddScaled(Codec codec, const TileView* tiles, int64_t g, int tokens,
                         const float* part, float* c) {
@@ -228,8 +232,8 @@ struct Gemm {
   }
 
  private:
-  // C stays in memory between groups: in registers it would displace the group's sums, and
-  // compilers spill those instead.
+  // Makes the compiler keep C in memory between groups. In registers C would displace the group's
+  // sums, which compilers would then spill instead.
   static void KeepInMemory() { asm volatile("" ::: "memory"); }
 
   // C += A * groups [g, g + kGroups) of the tiles.
@@ -273,7 +277,7 @@ struct Gemm {
     }
   }
 
-  // C += part * the scales of group g.
+  // C += part * the scales of group g. The products `part` are in registers.
   template <int kTokens, int kTiles>
   static inline __attribute__((always_inline)) void AddScaled(Codec codec, const TileView* tiles,
                                                               int64_t g,
@@ -313,7 +317,7 @@ struct Gemm {
     }
   }
 
-  // The even or the odd weights of a pair, half(tile).
+  // Adds the products of the even or the odd weights of a pair. half(tile) returns these weights.
   template <int kTokens, int kTiles, class Half>
   static inline __attribute__((always_inline)) void AddHalf(Half half, const Activation* a,
                                                             Vec (&sum)[kTiles][kTokens]) {

@@ -1,8 +1,8 @@
-// The vocabulary that an ISA supplies, and the codec that a weight format supplies.
+// The vocabulary of operations that an ISA supplies, and the codec that a weight format supplies.
 //
-// The algorithms (gemm-inl.h, activation) are written once in this vocabulary. An ISA is a class of
-// types and static functions in kernels/<isa>/ops-inl.h; it may derive from another and replace
-// what it does better.
+// The algorithms (gemm-inl.h, activation-inl.h, ...) are written once in this vocabulary. An ISA is
+// a class of types and static functions in kernels/<isa>/ops-inl.h. It may derive from another ISA
+// and replace the operations that it does better.
 #pragma once
 
 #include <array>
@@ -16,8 +16,8 @@
 
 namespace cpumoe {
 
-// What ISAs have in common whose multiplicands and activations are fp32. A code times a scale of
-// any kind has few enough bits to be exact; only an overflow would not be, for infinity times an
+// Base class of the ISAs whose multiplicands and activations are fp32. A code times a scale of any
+// type has few enough bits to be exact. Only an overflow would be wrong, because infinity times an
 // activation of zero is NaN.
 struct Fp32Multiplicands {
   using Activation = float;
@@ -30,16 +30,16 @@ struct Fp32Multiplicands {
   }
 };
 
-// Of an ISA's crossovers: however many tokens an expert has.
+// The value of a crossover that means any number of tokens of an expert.
 inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 
 // Isa::Vec         one fp32 per row of a tile
-// Isa::Activation  element of the staged activations: what a multiplicand is multiplied with
-// Isa::Pair        multiplicands: weights (k, k+1) of every row of a tile
-// Isa::Codes       one packed vector of a tile, or where it is: not to outlive its bytes
+// Isa::Activation  element type of the staged activations, which multiplicands are multiplied with
+// Isa::Pair        multiplicands: the weights (k, k+1) of every row of a tile
+// Isa::Codes       one packed vector of a tile, or its address; must not outlive the tile's bytes
 // Isa::Table16     values of the sixteen 4-bit codes, exact in bf16
-// Isa::Fold        a group's scales in the form that multiplies a Pair exactly, if it comes from a
-//                  table whose values are kFoldUnit times the codes'
+// Isa::Fold        the scales of a group, in the form that multiplies a Pair exactly if the Pair
+//                  comes from a table with kFoldUnit times the codes' values
 template <class Isa>
 concept VectorIsa = requires(
     typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
@@ -48,11 +48,13 @@ concept VectorIsa = requires(
     typename Isa::Activation* staged, const E8M0* e8m0, const Bf16* bf16) {
   { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
   { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
-  { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, not less
+  { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, >= kFusedTokens
   { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
   { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A
-  { Isa::kSplitsPairs } -> std::convertible_to<bool>;  // panel kernels load half a Pair at a time
-  { Isa::kCrossover } -> std::convertible_to<int>;     // most tokens that fused is faster for
+  // If true, panel kernels load half a Pair at a time.
+  { Isa::kSplitsPairs } -> std::convertible_to<bool>;
+  // Most tokens for which the fused kernel is faster than the panel kernel.
+  { Isa::kCrossover } -> std::convertible_to<int>;
   { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
   { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
   { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
@@ -60,32 +62,35 @@ concept VectorIsa = requires(
   { Isa::Mul(v, v) } -> std::same_as<typename Isa::Vec>;
   { Isa::Div(v, v) } -> std::same_as<typename Isa::Vec>;
   { Isa::Fma(v, v, v) } -> std::same_as<typename Isa::Vec>;  // a * b + c
-  { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;     // NaN in the second operand is kept
+  { Isa::Min(v, v) } -> std::same_as<typename Isa::Vec>;     // keeps a NaN of the second operand
   { Isa::Max(v, v) } -> std::same_as<typename Isa::Vec>;
-  { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to nearest integer
+  { Isa::Round(v) } -> std::same_as<typename Isa::Vec>;     // to the nearest integer
   { Isa::Ldexp(v, v) } -> std::same_as<typename Isa::Vec>;  // a * 2^n, |n| <= 160, saturating
   Isa::Store(out, v);
   { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
   { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
   { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
-  { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen, as fp32
+  { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen scales as fp32
   { Isa::LoadScales(bf16) } -> std::same_as<typename Isa::Vec>;
   { Isa::LoadFold(e8m0) } -> std::same_as<typename Isa::Fold>;
   { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
-  { Isa::kFoldUnit } -> std::convertible_to<float>;  // of values whose table is to be folded
+  // The factor of the values in a table for folding (TimesFoldUnit).
+  { Isa::kFoldUnit } -> std::convertible_to<float>;
   { Isa::Multiply(pair, fold) } -> std::same_as<typename Isa::Pair>;
   { Isa::FoldsExactly(1.0f, 1.0f) } -> std::same_as<bool>;
   { Isa::ToActivation(1.0f) } -> std::same_as<typename Isa::Activation>;
-  Isa::StoreActivations(staged, v);  // the same of a Vec, but subnormals that count as zero
+  // Converts a Vec as ToActivation does, except subnormals where they count as zero.
+  Isa::StoreActivations(staged, v);
 };
 
-// Whether floating point kernels round activations to less than fp32 has.
+// Whether the floating point kernels of an ISA round activations to less than fp32.
 template <class Isa>
 concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;
 
-// Where an ISA has something better for panels than vector instructions: an object of it lives as
-// long as a task multiplies panels, and keeps a block's sums C [n][tokens][16] for n = kTiles tiles
-// and up to kWideTokens tokens, or for n = 1 and up to kPanelTokens.
+// An ISA has a panel unit if something multiplies panels better than vector instructions do. A unit
+// is an object that lives as long as a task multiplies panels. It keeps the sums C [n][tokens][16]
+// of a block, for n = kTiles tiles and up to kWideTokens tokens, or for n = 1 tile and up to
+// kPanelTokens tokens.
 //
 //   unit.Begin<n>(tokens)    C = 0
 //   unit.Step<n>(panel, distance, a)
@@ -93,7 +98,8 @@ concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
 //
-// The int8 path multiplies bytes for up to Isa::kQuadCrossover tokens of an expert only.
+// On an ISA with a panel unit, the int8 path multiplies bytes for at most Isa::kQuadCrossover
+// tokens of an expert.
 template <class Isa>
 concept HasPanelUnit = requires { typename Isa::PanelUnit; };
 
@@ -109,16 +115,17 @@ struct PanelUnitTraits<Isa> {
 template <class Isa>
 using PanelUnitOf = typename PanelUnitTraits<Isa>::Type;
 
-// What the paths of bytes need besides: products of unsigned weight bytes with signed activation
+// What the byte paths need in addition: products of unsigned weight bytes with signed activation
 // bytes.
 //
 // Isa::ByteTable   bytes of the sixteen 4-bit codes
 // Isa::Quad        four weights of every row of a tile, in the order kQuadOrder
-// Isa::QuadSum     sums of products of quads, modulo 2^16 or 2^32: exact if they end within
-//                  kQuadSumLimit. Of 16 bits there are two, one of each half of the quads.
+// Isa::QuadSum     sums of products of quads, modulo 2^16 or 2^32; exact if the final sum is within
+//                  kQuadSumLimit. With 16 bits there are two sums, one per half of the quads.
 //
-// StartSum takes the bits that sums start with. Where they are narrow (kHasNarrowQuadSums), those
-// of digits start with zero, and FinishDigits adds the start; elsewhere it does not.
+// StartSum takes the bits that the sums of a row start with. Where sums are narrow
+// (kHasNarrowQuadSums), the sums of digits start with zero, and FinishDigits adds the start.
+// Elsewhere FinishDigits ignores the start.
 template <class Isa>
 concept ByteIsa =
     VectorIsa<Isa> &&
@@ -134,11 +141,13 @@ concept ByteIsa =
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
       { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
-      { Isa::kDigitTokens } -> std::convertible_to<int>;         // most that digits are fastest for
-      { Isa::kPreciseDigitTokens } -> std::convertible_to<int>;  // if all groups have three digits
+      // Most tokens of an expert for which digits are fastest. kPreciseDigitTokens is for calls
+      // whose groups all have three digits.
+      { Isa::kDigitTokens } -> std::convertible_to<int>;
+      { Isa::kPreciseDigitTokens } -> std::convertible_to<int>;
     };
 
-// What the digit kernel needs besides, on ISAs that have it.
+// What the digit kernel needs in addition.
 template <class Isa>
 concept DigitIsa =
     ByteIsa<Isa> && (Isa::kDigitTokens > 0) &&
@@ -149,15 +158,16 @@ concept DigitIsa =
       } -> std::same_as<typename Isa::Vec>;  // (three[0] * 2^7 + three[1]) * 2^7 + ...
     };
 
-// Whether sums of quads are of 16 bits.
+// Whether sums of quads have 16 bits.
 template <class Isa>
 inline constexpr bool kHasNarrowQuadSums =
     Isa::kQuadSumLimit <= std::numeric_limits<int16_t>::max();
 
-// How a format's packed tile becomes multiplicands on an ISA. A codec whose group scales multiply
-// the multiplicands exactly also has FoldScales and DecodeFolded; where they are missing, or a
-// matrix has a scale that leaves the multiplicand's range (Isa::FoldsExactly), scales are applied
-// to the fp32 sum of each group.
+// A codec says how a format's packed tile becomes multiplicands on an ISA.
+//
+// A codec whose group scales multiply the multiplicands exactly also has FoldScales and
+// DecodeFolded. If these are missing, or if a matrix has a scale that leaves the multiplicand's
+// range (Isa::FoldsExactly), scales are applied to the fp32 sum of each group.
 template <class C, class Isa>
 concept TileCodec = VectorIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
                                                const typename C::Format::Scale* scales) {
@@ -173,7 +183,7 @@ concept FoldingCodec =
       { codec.template DecodeFolded<0>(codes, fold) } -> std::same_as<typename Isa::Pair>;
     };
 
-// The values of a table that is to be folded, none of them minus zero.
+// Multiplies the values of a table for folding by `unit`. No value of the result is minus zero.
 constexpr std::array<float, 16> TimesFoldUnit(std::array<float, 16> values, float unit) {
   for (float& value : values) value = value * unit + 0.0f;
   return values;

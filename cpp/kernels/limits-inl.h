@@ -1,16 +1,16 @@
-// What a core can do at best, to compare the kernels with: an ISA's multiply-adds with nothing else
-// around them, and a streaming read. Written once in an ISA's vocabulary.
+// The best that a core can do, with which kernels are compared: an ISA's multiply-adds with nothing
+// else around them, and a streaming read. The loops are written once, in the vocabulary of isa.h.
 //
-//   Dots   for ever  sum[i] = sum[i] * x + y                 fp32 activations
-//                    sum[i] = Dot(sum[i], w, a)              others: the ISA's dot product
-//          with as many chains i as the panel kernel has sums, so that both hide the same latency;
-//          sums and factors stay in registers, the loop neither loads nor stores. A panel unit has
-//          a loop of its own.
-//   QuadDots  the same for the int8 path; where product and addition are two instructions, a chain
-//          loads its factor, because an invariant product would leave the loop. Where the default
-//          path is the digit path for any number of tokens, Dots are these, over a group's digits.
-//   Read   sum[s] += data[s][i]  for a few streams s: prefetchers stop at the end of a 4 KiB page,
-//          and other streams go on while one starts afresh (13 % more from an Ice Lake's memory).
+//   Dots   repeats  sum[i] = sum[i] * x + y                 for fp32 activations
+//                   sum[i] = Dot(sum[i], w, a)              for others: the ISA's dot product
+//          It has as many chains i as the panel kernel has sums, so that both hide equal latencies.
+//          Sums and factors stay in registers; the loop neither loads nor stores. A panel unit has
+//          a loop of its own. If the default path is the digit path for any number of tokens, Dots
+//          runs QuadDots and counts a group's digits as one product.
+//   QuadDots  is the loop of the int8 path. If product and addition are two instructions, a chain
+//          loads its factor, because the compiler would move an invariant product out of the loop.
+//   Read   sum[s] += data[s][i]  for a few streams s. Prefetchers stop at the end of a 4 KiB page,
+//          and other streams go on while one starts again (13 % more from an Ice Lake's memory).
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ struct Limits {
   static constexpr int64_t kReadFloats = kStreams * kTileRows;
   static constexpr int64_t kRoundDots = int64_t{kChains} * kTileRows * (kFp32 ? 1 : 2);
 
-  // Returns the multiply-accumulates done.
+  // Multiplies as the default path does, and returns the multiply-accumulates done.
   static int64_t Dots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);
@@ -48,7 +48,8 @@ struct Limits {
     }
   }
 
-  // The int8 path's: with many tokens a panel unit's are its products, too (moe/mixed_path-inl.h).
+  // Multiplies as the int8 path does. On an ISA with a panel unit, the unit multiplies many tokens
+  // on that path, too (moe/mixed_path-inl.h).
   static int64_t Int8Dots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);
@@ -58,7 +59,7 @@ struct Limits {
   }
 
   static int64_t QuadDots(int64_t rounds) {
-    // Enough for two units of five cycles' latency; with more, GCC 12 spills.
+    // Enough chains for two units with five cycles of latency. With more chains, GCC 12 spills.
     constexpr int kQuadChains = std::min(Isa::kTiles * Isa::kQuadTokens, 12);
     int32_t start[kQuadChains] = {};
     int8_t a[kQuadChains * kQuadDepth] = {};
@@ -82,7 +83,8 @@ struct Limits {
     return rounds * kQuadChains * kTileRows * kQuadDepth;
   }
 
-  // Reads `count` floats, a multiple of kReadFloats, none of them subnormal, as kStreams streams.
+  // Reads `count` floats as kStreams streams. `count` must be a multiple of kReadFloats, and no
+  // float may be subnormal.
   static void Read(const float* data, int64_t count) {
     Vec sum[kStreams];
     Unroll<kStreams>([&](auto s) { sum[s] = Isa::Zero(); });
@@ -98,14 +100,16 @@ struct Limits {
 
  private:
   static int64_t VectorDots(int64_t rounds) {
-    // Different and unknown to the compiler, or it would compute one chain for all of them.
+    // The start values differ and are unknown to the compiler. Otherwise it would compute one chain
+    // for all of them.
     alignas(64) float memory[kChains * kTileRows];
     for (int i = 0; i < kChains * kTileRows; ++i) memory[i] = static_cast<float>(i);
     Escape(memory);
     Vec sum[kChains];
     Unroll<kChains>([&](auto i) { sum[i] = Isa::Load(memory + i * kTileRows); });
     if constexpr (kFp32) {
-      // The sum is a factor: a product of loop invariants could leave the loop. It converges to 2.
+      // The sum is a factor, because the compiler could move a product of loop invariants out of
+      // the loop. The sum converges to 2.
       float factors[2] = {0.5f, 1.0f};
       Escape(factors);
       const Vec x = Isa::Broadcast(factors[0]), y = Isa::Broadcast(factors[1]);
@@ -125,7 +129,7 @@ struct Limits {
     return rounds * kRoundDots;
   }
 
-  // Tells the compiler that the array is read and written where it cannot see.
+  // Makes the compiler assume that code which it cannot see reads and writes the array.
   template <class T, size_t kSize>
   static void Escape(T (&array)[kSize]) {
     asm volatile("" : : "r"(array) : "memory");

@@ -1,16 +1,18 @@
-// C = A * W^T with A in int8: the micro-kernels of the int8 path and their driver, written once in
-// an ISA's vocabulary.
+// The micro-kernels of the int8 path and their driver: C = A * W^T with A in int8. They are written
+// once, in the vocabulary of isa.h.
 //
 //   A  a block of staged tokens: int8 quads, and per group a scale and a start value (QuadBlock)
 //   W  packed tiles of 16 rows x K (tile.h), decoded to unsigned bytes w = integer + offset
 //   C  [block][2 tiles][tokens][16] fp32
 //
-// A group's sum of integer * a is exact: its "start", minus offset times the sum of a, plus the sum
-// of w * a. It becomes fp32 once, times the token's scale, times the 16 weight scales, and adds up
-// in C. Sums of 16 bits may overflow on the way, but wrap around, and end where they belong.
+// A group's sum of integer * a is exact. It is the sum of w * a plus the group's "start", which is
+// minus offset times the sum of a. The sum is converted to fp32 once, multiplied by the token's
+// scale and by the 16 weight scales, and added to C. Sums of 16 bits may overflow on the way, but
+// they wrap around, and the final sum fits.
 //
-// Fused: bytes are decoded in registers, for as many tokens as registers hold. Panel: bytes are
-// decoded to memory (L1/L2) once for all blocks of tokens. Both give the same bits.
+// The fused kernel decodes bytes in registers, for as many tokens as registers hold. The panel
+// kernel decodes bytes to memory (L1/L2) once for all blocks of tokens. Both give bit-identical
+// results.
 #pragma once
 
 #include <algorithm>
@@ -28,20 +30,20 @@
 
 namespace cpumoe {
 
-// How a packed tile becomes unsigned bytes on an ISA.
+// A codec that turns a packed tile into unsigned bytes on an ISA.
 template <class C, class Isa>
 concept QuadCodec = ByteIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
                                              const typename C::Format::Scale* scales) {
-  { C::kGreatest } -> std::convertible_to<int>;  // of the bytes
+  { C::kGreatest } -> std::convertible_to<int>;  // the greatest byte
   { C::kOffset } -> std::convertible_to<int>;    // byte - offset is the weight's integer
   { C::kUnit } -> std::convertible_to<float>;    // integer * unit is the weight before scaling
   { codec.template DecodeQuad<0>(codes) } -> std::same_as<typename Isa::Quad>;
   { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;
 };
 
-inline constexpr int kMaxQuadValue = 127;  // of a staged activation's magnitude
+inline constexpr int kMaxQuadValue = 127;  // greatest magnitude of a staged activation
 
-// Whether an ISA's sums hold a group's products with activations of magnitudes up to `greatest`.
+// Whether an ISA's sums can hold a group's products with activations of magnitude up to `greatest`.
 template <class Isa, class Codec>
 constexpr bool QuadSumsFit(int64_t greatest) {
   constexpr int64_t kInteger = std::max(Codec::kOffset, Codec::kGreatest - Codec::kOffset);
@@ -49,8 +51,9 @@ constexpr bool QuadSumsFit(int64_t greatest) {
   return Codec::Format::kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
 }
 
-// What a group's sums start with: minus the bytes' offset times the sum of `quads`, [kGroupSize] in
-// the order kQuadOrder; as two words, of either half of the quads, for sums of 16 bits.
+// Returns the start of a group's sums: minus the bytes' offset times the sum of `quads`,
+// [kGroupSize] in the order kQuadOrder. For sums of 16 bits the result is two words, one for each
+// half of the quads.
 template <class Isa, class Codec>
 int32_t StartOf(const int8_t* quads) {
   int32_t halves[2] = {};
@@ -60,11 +63,12 @@ int32_t StartOf(const int8_t* quads) {
   return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
 }
 
-// A block of staged tokens: quads, scales and starts follow each other in memory.
+// A block of staged tokens. Its quads, scales and starts follow one another in memory.
 struct QuadBlock {
-  const int8_t* quads;    // [K/4][tokens][4] in the order kQuadOrder
-  const float* scales;    // [groups][tokens]: what an integer product is worth before weight scales
-  const int32_t* starts;  // [groups][tokens], StartOf
+  const int8_t* quads;  // [K/4][tokens][4] in the order kQuadOrder
+  // [groups][tokens]: the value of an integer product before the weights' scales.
+  const float* scales;
+  const int32_t* starts;  // [groups][tokens], from StartOf
 
   static constexpr int64_t BytesPerToken(int64_t columns, int group_size) {
     return columns + columns / group_size * int64_t{sizeof(float) + sizeof(int32_t)};
@@ -95,13 +99,13 @@ class QuadGemm {
   static constexpr int64_t kPanelBytes =
       int64_t{kPanelGroups} * Geometry::kGroupQuads * kTiles * static_cast<int64_t>(sizeof(Quad));
 
-  // Tiles that are read side by side. Memory delivers two streams faster than one.
+  // How many tiles are read side by side. Memory delivers two streams faster than one.
   static int TilesAtOnce(const TokenBlocks& blocks) {
     return blocks.count() == 1 ? TilePair::kCount : kTiles;
   }
 
-  // c[block][tile][token][16] = A * tiles^T. `panel` is kPanelBytes of scratch; `staged` the first
-  // block's memory.
+  // c[block][tile][token][16] = A * tiles^T. `panel` is scratch memory of kPanelBytes, `staged` is
+  // the memory of the first block.
   static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
                   const std::byte* staged, std::byte* panel, float* c) {
     std::memset(c, 0, sizeof(float) * blocks.tokens() * TilePair::kCount * kTileRows);
@@ -126,8 +130,8 @@ class QuadGemm {
   }
 
  private:
-  // Groups [begin, end) of the `groups` of TilesAtOnce tiles; `panel` is null where they are
-  // decoded in registers.
+  // Groups [begin, end) of TilesAtOnce tiles that have `groups` groups. `panel` is null if the
+  // groups are decoded in registers.
   struct Span {
     const TileView* tiles;
     const Quad* panel;  // [group][quad][tile]
@@ -183,13 +187,13 @@ class QuadGemm {
     }
   }
 
-  // Group g of kTiles tiles. x is its quads.
+  // Adds the products of group g of kTiles tiles. `x` are the group's quads of activations.
   template <int kTokens, bool kDecoded>
   static inline __attribute__((always_inline)) void AddGroup(const Codec& codec, const Span& span,
                                                              const TileView* tiles, int64_t g,
                                                              const QuadBlock& a, const int8_t* x,
                                                              float* c) {
-    // C stays in memory: in registers it would displace the sums.
+    // Keeps C in memory. In registers C would displace the sums.
     asm volatile("" ::: "memory");
     const int32_t* starts = a.starts + g * kTokens;
     typename Isa::QuadSum sum[kTiles][kTokens];
@@ -241,7 +245,7 @@ class QuadGemm {
     });
   }
 
-  // Kernels by number of tokens, entry [tokens - 1].
+  // Tables of kernels by number of tokens. The kernel for n tokens is entry [n - 1].
   using Kernel = void (*)(Codec, Span, QuadBlock, float*);
   template <bool kDecoded, int... n>
   static constexpr auto Table(std::integer_sequence<int, n...>) {

@@ -1,16 +1,18 @@
 // The packed tile: the one weight layout that every ISA computes from.
 //
 // A tile is 16 output rows of a matrix. Along K it is a sequence of 64-byte vectors of sixteen
-// 32-bit lanes; lane r holds the next 32 / code_bits codes of row r:
+// 32-bit lanes. Lane r holds the next 32 / code_bits codes of row r:
 //
 //          lane r, codes of 4 bits      bit 31 ............ 16 15 ............. 0
 //                                          k7   k3   k5   k1   k6   k2   k4   k0
 //
-// Even k are in the low half-word and odd k in the high one, each at the same place, so that one
-// shift brings the codes of a pair (k, k+1) to the bottom of both half-words: as 16-bit table
-// indices they become the bf16 pair that a dot instruction wants, and as 32-bit indices one fp32
-// per lane. Low nibbles are pairs 0 and 1, high nibbles pairs 2 and 3, which suits byte shuffles.
-// There are no horizontal sums, and the scales of a group are one vector: scales[group][16].
+// Even k are in the low half-word and odd k in the high half-word, at equal places. One shift
+// brings the codes of a pair (k, k+1) to the bottom of both half-words. Used as 16-bit table
+// indices they give the bf16 pair that a dot instruction takes; used as 32-bit indices they give
+// one fp32 per lane. Low nibbles are pairs 0 and 1, high nibbles are pairs 2 and 3, which suits
+// byte shuffles.
+//
+// There are no horizontal sums. The scales of a group are one vector: scales[group][16].
 #pragma once
 
 #include <array>
@@ -23,19 +25,19 @@ namespace cpumoe {
 inline constexpr int kTileRows = 16;
 inline constexpr int kVectorBytes = kTileRows * 4;
 
-// Bit of the low half-word at which the even code of a vector's pair (k, k+1) lies.
+// The bit of the low half-word at which the even code of a vector's pair (k, k+1) begins.
 template <int kCodeBits>
 constexpr int PairShift(int pair) {
   const int half = 16 / kCodeBits / 2;
   return half == 0 ? 0 : (pair % half * 2 + pair / half) * kCodeBits;
 }
 
-// The int8 path multiplies four successive k at once: quad q of a vector is k = 4q..4q+3, and lies
-// in the q-th nibbles of a lane's bytes in this order.
+// The byte paths multiply four successive k at once, a quad. Quad q of a vector is k = 4q..4q+3.
+// Its codes are nibble q of each byte of a lane, in the order kQuadOrder.
 inline constexpr int kQuadDepth = 4;
 inline constexpr int kQuadOrder[kQuadDepth] = {0, 2, 1, 3};
 
-// Which k of a group is the i-th in the order of its quads.
+// The k of a group that is at place i in the order of its quads.
 constexpr int InQuadOrder(int i) {
   return i / kQuadDepth * kQuadDepth + kQuadOrder[i % kQuadDepth];
 }
@@ -57,12 +59,12 @@ struct TileView {
   const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
   const std::byte* scales;  // [groups][16] of the format's scale type
 
-  // Codes of the tile, of the same geometry, that will be read after this one, its scales right
-  // behind them as PackedLayout has it; null if not known.
+  // The codes of the tile that will be read after this one, or null if that is not known. The next
+  // tile has an equal geometry, and its scales follow its codes as PackedLayout has it.
   const std::byte* next = nullptr;
 };
 
-// Two tiles that are multiplied with the same activations (perhaps the same one twice).
+// Two tiles that are multiplied with the same activations. Both may be one tile.
 struct TilePair {
   static constexpr int kCount = 2;
 
@@ -71,7 +73,7 @@ struct TilePair {
   bool fold;  // all scales multiply their codes exactly in the ISA's floating point type
 };
 
-// Tells the tiles of `w`, of which `at_once` are read side by side, which one follows.
+// Tells each tile of `w` which tile follows it, where `at_once` tiles are read side by side.
 inline void LinkTiles(std::span<TilePair> w, int at_once) {
   TileView* previous[TilePair::kCount] = {};
   for (TilePair& pair : w) {

@@ -1,12 +1,11 @@
-// The driver of the floating point path: all tokens of one expert times a few pairs of tiles, by
-// the fused or the panel kernels (gemm-inl.h), or by a unit of the ISA's own.
+// The driver of the floating point path. It multiplies all tokens of one expert with a few pairs of
+// tiles, by the fused or the panel kernel (gemm-inl.h), or by the ISA's panel unit.
 //
-// Many tokens' activations exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB), and a kernel wants
-// four bytes of them per cycle, more than a core gets from L3. So the pairs take turns at each KC
-// columns, which they find in L2.
+// The activations of many tokens exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB). A kernel
+// reads four bytes of them per cycle, more than a core gets from L3. Therefore the pairs of tiles
+// take turns at each KC columns, whose activations then stay in L2.
 //
-// A unit of the ISA's own multiplies a group's panel while vector instructions decode the next
-// ones.
+// A panel unit multiplies a group's panel while vector instructions decode the next groups.
 #pragma once
 
 #include <algorithm>
@@ -34,14 +33,14 @@ class TileGemm {
   static constexpr int64_t kPanelBytes =
       int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 
-  // The kernels for an expert's tokens, `few_token_limit` of which are still multiplied by the
-  // fused one.
+  // Returns the kernel for an expert's tokens: fused for up to `few_token_limit` tokens, panel for
+  // more.
   static StagedForm FormFor(const TokenBlocks& blocks, int few_token_limit) {
     return blocks.tokens() <= std::min(few_token_limit, Isa::kFusedTokens) ? StagedForm::kFused
                                                                            : StagedForm::kPanel;
   }
 
-  // Tiles of a pair that are read side by side.
+  // How many tiles of a pair are read side by side.
   static int TilesAtOnce([[maybe_unused]] const TokenBlocks& blocks) {
     if constexpr (HasPanelUnit<Isa>) {
       if (blocks.tokens() > PanelUnitOf<Isa>::kWideTokens) return 1;
@@ -49,8 +48,9 @@ class TileGemm {
     return kTiles;
   }
 
-  // c[pair][block][tile][token][16] = A * tiles^T for pairs `w` of one matrix or of two of the same
-  // expert; A is staged for `form`, `panel` is kPanelBytes of scratch.
+  // c[pair][block][tile][token][16] = A * tiles^T for the pairs `w`, which belong to one matrix or
+  // to two matrices of one expert. A is staged for `form`. `panel` is scratch memory of
+  // kPanelBytes.
   static void Run(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                   StagedForm form, const Activation* a, Pair* panel, float* c) {
     if (form == StagedForm::kFused) {
@@ -74,7 +74,7 @@ class TileGemm {
 
   static constexpr int kTiles = Isa::kTiles;
 
-  // Kernels by number of tokens, entry [tokens - 1].
+  // Tables of kernels by number of tokens. The kernel for n tokens is entry [n - 1].
   template <int... n>
   static constexpr auto FusedTable(std::integer_sequence<int, n...>) {
     return std::array<FusedKernel, sizeof...(n)>{&Kernels::template Fused<n + 1, kTiles>...};
@@ -92,7 +92,8 @@ class TileGemm {
   static constexpr std::array<FusedKernel, Isa::kFusedTokens> kFused =
       FusedTable(std::make_integer_sequence<int, Isa::kFusedTokens>{});
 
-  // Groups [begin, end) of the `groups` of kTiles tiles, and where they are decoded.
+  // Groups [begin, end) of kTiles tiles that have `groups` groups, and the panel that they are
+  // decoded to.
   struct Span {
     const TileView* tiles;
     Pair* panel;
@@ -119,17 +120,19 @@ class TileGemm {
     }
   }
 
-  // Fetched into L2 a little at a time, because bursts take the fill buffers that kernels need:
-  // weights, from memory, one turn ahead; the next round's activations, from L3, in a round's last
-  // turns. With a single block most of the work is decoding, which streams the weights.
+  // Multiplies by the panel kernel. Weights are fetched into L2 from memory one turn ahead. The
+  // next round's activations are fetched from L3 in the last turns of a round. Both are fetched
+  // little by little, because bursts would take the fill buffers that kernels need. With a single
+  // block most of the work is decoding, which streams the weights itself.
   template <bool kFold>
   static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                         const Activation* a, Pair* panel, float* c) {
     constexpr int64_t kPairTurns = TilePair::kCount / kTiles;
     const int64_t groups = w[0].groups;
-    const int64_t round = std::ssize(w) * kPairTurns;  // turns of the same columns
+    const int64_t round = std::ssize(w) * kPairTurns;  // turns at equal columns
     const int64_t turns = CeilDiv(groups, int64_t{Kernels::kPanelGroups}) * round;
-    const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;  // of its product
+    const int64_t pair_size =
+        blocks.tokens() * TilePair::kCount * kTileRows;  // of one pair's product
     const int64_t block_bytes = RoundUp(CeilDiv(kCodeBytes, blocks.count()), kCacheLine);
     const auto span_of = [&](int64_t turn) {
       const int64_t begin = turn / round * Kernels::kPanelGroups;
@@ -160,7 +163,7 @@ class TileGemm {
     }
   }
 
-  static constexpr int64_t kCodeBytes =  // of a tile's columns in a panel
+  static constexpr int64_t kCodeBytes =  // of one tile's columns in a panel
       int64_t{Kernels::kPanelGroups} * Geometry::kGroupBytes;
 
   static inline __attribute__((always_inline)) void FetchScales(const Span& s) {
@@ -171,7 +174,7 @@ class TileGemm {
       }
     }
   }
-  // Bytes [begin, begin + bytes) of each tile's codes.
+  // Fetches bytes [begin, begin + bytes) of each tile's codes.
   static inline __attribute__((always_inline)) void FetchCodes(const Span& s, int64_t begin,
                                                                int64_t bytes) {
     const int64_t end = std::min(begin + bytes, (s.end - s.begin) * Geometry::kGroupBytes);
@@ -182,7 +185,8 @@ class TileGemm {
     }
   }
 
-  // A block of tokens, from a span's first column on, and its product with the span's tiles.
+  // A block of tokens: its activations from the first column of a span on, and its product with the
+  // span's tiles.
   struct Block {
     int tokens;
     const Activation* a;
@@ -197,11 +201,13 @@ class TileGemm {
             c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows};
   }
 
-  // Bytes from a block's columns of this span to those of the next round; after the last one to as
-  // many of the first, because gate and up multiply the same tokens in the next task, too. A
-  // round's last turns fetch them, so that they displace nothing that earlier ones still use: the
-  // last one a line of each pair, the one before it the second line, if all tokens' pair is that
-  // long. 0: this turn fetches none.
+  // Returns the bytes from a block's columns of this span to its columns of the next round, or 0 if
+  // this turn fetches nothing. After the last round come the first columns again, because gate and
+  // up multiply the same tokens in the next task, too.
+  //
+  // Only the last turns of a round fetch, so that nothing is displaced that earlier turns still
+  // use. The last turn fetches one cache line of each pair of columns of all tokens. The turn
+  // before it fetches the second line, if the pair of columns is that long.
   static int64_t ToNextColumns(const Span& s, const Block& block, int64_t turns_left) {
     const int64_t pair_bytes = block.tokens * 2 * static_cast<int64_t>(sizeof(Activation));
     const int64_t line = turns_left * kCacheLine;
@@ -226,9 +232,10 @@ class TileGemm {
     }
   }
 
-  // Every block streams the tiles' whole depth through the unit, as many tiles at a time as it has
-  // sums for. A tile is in the nearest caches when the second block decodes it again, which costs
-  // less than writing a panel and reading it back does, because it happens beside the products.
+  // Multiplies by the panel unit. Every block streams the whole depth of the tiles through the
+  // unit, as many tiles at a time as the unit has sums for. A tile is in the nearest caches when
+  // the second block decodes it again. Decoding again costs less than writing and reading a panel,
+  // because it happens beside the products.
   template <bool kFold>
   static void RunUnit(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
                       const Activation* a, Pair* panel, float* c) {
@@ -250,8 +257,8 @@ class TileGemm {
     }
   }
 
-  // The unit multiplies a group kLag groups after vector instructions have decoded it into a ring
-  // of kRing, which stays in L1: time for the stores to arrive.
+  // Vector instructions decode groups into a ring of kRing groups, which stays in L1. The unit
+  // multiplies a group kLag groups later, so that the stores have time to arrive.
   template <bool kFold, int kAtOnce>
   __attribute__((flatten)) static void StreamToUnit(PanelUnitOf<Isa>& unit, const Codec& codec,
                                                     const Span& s, const Block& block) {
@@ -263,7 +270,7 @@ class TileGemm {
     } else {
       std::memset(block.c, 0, sizeof(float) * kAtOnce * block.tokens * kTileRows);
     }
-    // Copies, which tile instructions cannot change as far as the compiler knows.
+    // Local copies let the compiler know that tile instructions do not change them.
     const Codec decoder = codec;
     std::array<TileView, kAtOnce> tiles;
     std::copy_n(s.tiles, kAtOnce, tiles.begin());

@@ -1,4 +1,4 @@
-// How the tokens of one expert are cut into blocks of at most MR for the micro-kernels.
+// Cuts the tokens of one expert into blocks of at most MR tokens for the micro-kernels.
 #pragma once
 
 #include <cstdint>
@@ -7,19 +7,19 @@
 
 namespace cpumoe {
 
-// Up to so many tokens of an expert the weights' bytes count more than the activations': they are
-// read without a gap.
+// With at most this many tokens of an expert, the bytes of the weights matter more than those of
+// the activations. Weights are then read without a gap.
 inline constexpr int kStreamedTokens = 32;
 
-// Which kernels a block of tokens is staged for: the bytes of a mixed path, or floating point
-// numbers.
+// The kernels that a block of tokens is staged for: those that multiply bytes, or the fused or the
+// panel kernel, which multiply floating point numbers.
 enum class StagedForm { kBytes, kFused, kPanel };
 inline constexpr StagedForm kStagedForms[] = {StagedForm::kBytes, StagedForm::kFused,
                                               StagedForm::kPanel};
 
-// `tokens` in as few blocks as `most` allows, whose sizes differ by one at most: fifteen tokens
-// and MR = 14 are 8 + 7, not 14 + 1, because a block of one token reads the weights as often as one
-// of 14.
+// Cuts `tokens` into as few blocks as possible, of at most `most` tokens each. Sizes of blocks
+// differ by at most one. Fifteen tokens with MR = 14 become 8 + 7 and not 14 + 1, because a block
+// of one token reads the weights as often as a block of 14.
 class TokenBlocks {
  public:
   TokenBlocks(int64_t tokens, int most)
@@ -37,7 +37,7 @@ class TokenBlocks {
   int64_t tokens_;
   int64_t count_;
   int64_t size_;
-  int64_t larger_;  // blocks of one token more, the first ones
+  int64_t larger_;  // the number of blocks, the first ones, that have one more token
 };
 
 }  // namespace cpumoe

@@ -1,8 +1,9 @@
-// AMX: tile registers multiply panels (panel_unit.h). An expert's few tokens are multiplied as
-// bytes, by AVX512_VNNI: on Intel's CPUs VDPBF16PS takes two cycles of both ports, four times
-// VPDPBUSD.
+// AMX: tile registers multiply panels (panel_unit.h). The few tokens of an expert are multiplied as
+// bytes, by AVX512_VNNI. VDPBF16PS is no help for them: on Intel's CPUs it takes two cycles of both
+// ports, four times as long as VPDPBUSD.
 //
-// Crossovers, measured on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows x 32 k in L2:
+// The crossovers come from measurements on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows
+// x 32 k in L2:
 //
 //   tokens                        1    2    3    6   12   16   32   64
 //   two digits                   29   44
@@ -11,7 +12,7 @@
 //   VDPBF16PS                    62   95
 //   tiles                        51   51   51   55   56   60   70  130
 //
-// One core's share of the memory read such a piece, 272 bytes, in 66 cycles.
+// One core's share of the memory bandwidth reads such a piece, 272 bytes, in 66 cycles.
 #pragma once
 
 #include "kernels/amx/panel_unit.h"
@@ -23,7 +24,8 @@ struct Amx : Avx512Bf16 {
   static constexpr int kFusedTokens = 4;
   static constexpr int kCrossover = 0;  // VDPBF16PS is never the fastest
   static constexpr int kQuadCrossover = 6;
-  static constexpr int kPanelPairs = 64;  // four groups, which the unit lags behind: 8 KiB
+  // Four groups (8 KiB), because the unit multiplies groups later than they are decoded.
+  static constexpr int kPanelPairs = 64;
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;
   static constexpr int kPanelStep = 2 * amx::PanelUnit::kStepPairs;
 

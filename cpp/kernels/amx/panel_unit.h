@@ -12,8 +12,9 @@
 //   tmm6  B of tile 0                               B
 //   tmm7  B of tile 1
 //
-// A panel of W is B as it is: 16 pairs of k are 16 rows of 64 bytes. A is staged in steps of 32 k:
-// a token's 64 bytes are one row. C stays in its registers over the whole of K.
+// A panel of W has exactly the layout of B: 16 pairs of k are 16 rows of 64 bytes. A is staged in
+// steps of 32 k, so that the 64 bytes of a token are one row. C stays in its registers over the
+// whole of K.
 //
 // Cycles of a Granite Rapids core at 4.1 GHz, for 16 rows x 32 k:
 //
@@ -22,14 +23,16 @@
 //   17    storing C; 57 where a product into a cleared C has to be waited for
 //   47    decoding: 36 instructions on port 0 (VPERMW needs it besides port 5), 16 stores
 //
-// Decoding and products overlap where their operands are in L1, and then bound each other: 51
-// cycles for up to 8 tokens, 60 for 16, 70 for 32 (of 35 for the products), 130 for 64 (of 70),
-// whose A come from L2. What was tried and was slower with 96 tokens: a panel of 16 or 32 KiB,
-// decoded once for all blocks of 32 tokens (240 against 200 cycles), because C goes to memory and
-// back for every panel (180 cycles) and A pushes the panel out of L1.
+// Decoding and products overlap where their operands are in L1, and slow each other down. Together
+// they take 51 cycles for up to 8 tokens, 60 for 16 tokens, 70 for 32 tokens (35 of them for the
+// products), and 130 for 64 tokens (70 of them for the products), whose A come from L2.
 //
-// TDPBF16PS adds the products of even and of odd k in a chain each, then both to C; denormals count
-// as zero, whatever MXCSR says.
+// A panel of 16 or 32 KiB, decoded once for all blocks of 32 tokens, was slower with 96 tokens (240
+// against 200 cycles). C then goes to memory and back for every panel (180 cycles), and A pushes
+// the panel out of L1.
+//
+// TDPBF16PS adds the products of even k in one chain and those of odd k in another, then both to C.
+// It treats denormals as zero, whatever MXCSR says.
 #pragma once
 
 #include <algorithm>
@@ -41,8 +44,8 @@
 
 namespace cpumoe::amx {
 
-// Configures the calling thread's tiles when it is first used, and releases them at its end: a
-// thread that waits has no tile state to save.
+// Configures the calling thread's tiles at its first use, and releases them in its destructor. A
+// thread that waits then has no tile state to save.
 class PanelUnit {
  public:
   static constexpr int kWideTokens = 2 * kMaxRows;
@@ -56,7 +59,8 @@ class PanelUnit {
     if (tokens_ != 0) Release();
   }
 
-  // C [kTiles][tokens][16] = 0: two tiles and up to kWideTokens, or one and up to kTokens.
+  // C [kTiles][tokens][16] = 0, for two tiles and up to kWideTokens tokens, or one tile and up to
+  // kTokens tokens.
   template <int kTiles>
   void Begin(int tokens) {
     Shape(kTiles, tokens);
@@ -67,7 +71,7 @@ class PanelUnit {
     Zero<3>();
   }
 
-  // C += a[tokens][32] * panel[kTiles][16], tiles `distance` pairs apart.
+  // C += a[tokens][32] * panel[kTiles][16], where tiles are `distance` pairs apart.
   template <int kTiles, class Pair, class Activation>
   inline __attribute__((always_inline)) void Step(const Pair* panel, int64_t distance,
                                                   const Activation* a) {
@@ -81,7 +85,7 @@ class PanelUnit {
     }
   }
 
-  // c = C.
+  // Stores C to c.
   template <int kTiles>
   void End(float* c) const {
     constexpr int64_t kUpper = kMaxRows * kTileRows;
@@ -100,7 +104,7 @@ class PanelUnit {
     }
   }
 
-  // Products of full tiles and nothing else; returns their multiply-accumulates.
+  // Multiplies full tiles and does nothing else. Returns the multiply-accumulates done.
   static int64_t Dots(int64_t rounds) {
     PanelUnit unit;
     unit.Shape(2, kWideTokens);
@@ -127,7 +131,7 @@ class PanelUnit {
       config.rows[tile] = static_cast<uint8_t>(rows);
       config.row_bytes[tile] = static_cast<uint16_t>(kMaxRowBytes);
     };
-    // Up to 16 tokens each; the last ones may be fewer.
+    // A tile has 16 tokens, except that the last one may have fewer.
     const auto rows_of = [tokens](int part) {
       return std::clamp(tokens - part * kMaxRows, 1, kMaxRows);
     };
@@ -176,7 +180,7 @@ class PanelUnit {
     }
   }
 
-  // Tokens 16 * kPart to 16 * kPart + 15 of more.
+  // Multiplies tokens 16 * kPart to 16 * kPart + 15, which are not the last ones.
   template <int kPart>
   static void Full(const std::byte* x) {
     Load<4>(x + kPart * kRows, kRow);
@@ -184,8 +188,8 @@ class PanelUnit {
   }
 
   int tiles_ = 0;
-  int tokens_ = 0;  // that the tiles are shaped for; 0: not configured
-  int last_ = 0;    // 16 tokens each before the last ones
+  int tokens_ = 0;  // the tokens that the tiles are shaped for; 0 if not configured
+  int last_ = 0;    // full sets of 16 tokens before the last ones
 };
 
 }  // namespace cpumoe::amx

@@ -1,9 +1,10 @@
 // The tile instructions of AMX.
 //
-// Not the compiler's intrinsics: GCC 12's _tile_loadconfig and _tile_loadd do not tell the compiler
-// that they read memory, so that it drops or moves the stores to it just before. Here whatever
-// reads or writes memory says so. A tile's number is part of the instruction, hence a template
-// parameter. The set is complete: what the kernels do not use, the emulator's tests do.
+// The compiler's intrinsics do not serve: in GCC 12, _tile_loadconfig and _tile_loadd do not tell
+// the compiler that they read memory, so it drops or moves stores just before them. The functions
+// here declare every read and write of memory. A tile's number is part of the instruction, and
+// therefore a template parameter. The set of instructions is complete, because the emulator's tests
+// use those that the kernels do not need.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,13 @@ inline constexpr int kTileRegisters = 8;
 inline constexpr int kMaxRows = 16;
 inline constexpr int kMaxRowBytes = 64;
 
-// Operand of LDTILECFG. A tile that is used has both rows and bytes per row; others neither.
+// Operand of LDTILECFG. A tile in use has rows and bytes per row; both are 0 for other tiles.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
-  uint16_t row_bytes[2 * kTileRegisters] = {};  // from tile 8 on reserved
-  uint8_t rows[2 * kTileRegisters] = {};        // from tile 8 on reserved
+  uint16_t row_bytes[2 * kTileRegisters] = {};  // reserved from tile 8 on
+  uint8_t rows[2 * kTileRegisters] = {};        // reserved from tile 8 on
 };
 static_assert(sizeof(TileConfig) == 64);
 
@@ -31,7 +32,7 @@ template <int kC, int kA, int kB>
 concept ProductTiles =
     TileNumber<kC> && TileNumber<kA> && TileNumber<kB> && kC != kA && kC != kB && kA != kB;
 
-// Gives the calling thread's tiles their shapes, and zeros.
+// Gives the calling thread's tiles their shapes, and fills them with zeros.
 inline void LoadConfig(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
@@ -40,17 +41,17 @@ inline void StoreConfig(TileConfig* config) {
   asm volatile("sttilecfg %0" : "=m"(*config) : : "memory");
 }
 
-// Ends the use of tiles: context switches are cheaper without.
+// Ends the use of tiles. Context switches are cheaper afterwards.
 inline void Release() { asm volatile("tilerelease"); }
 
-// Row i comes from begin + i * stride bytes.
+// Loads a tile. Row i comes from begin + i * stride bytes.
 template <int kTile>
   requires TileNumber<kTile>
 inline void Load(const void* begin, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(begin), "r"(stride), "i"(kTile) : "memory");
 }
 
-// The same with the hint that the data need not be in the nearest cache.
+// Loads a tile as Load does, with the hint that the data need not be in the nearest cache.
 template <int kTile>
   requires TileNumber<kTile>
 inline void LoadStream(const void* begin, int64_t stride) {
@@ -60,7 +61,7 @@ inline void LoadStream(const void* begin, int64_t stride) {
                : "memory");
 }
 
-// Row i goes to begin + i * stride bytes.
+// Stores a tile. Row i goes to begin + i * stride bytes.
 template <int kTile>
   requires TileNumber<kTile>
 inline void Store(void* begin, int64_t stride) {

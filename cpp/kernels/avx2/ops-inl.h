@@ -1,14 +1,15 @@
 // AVX2 + FMA + F16C: a tile's sixteen rows are two registers of eight fp32.
 //
-// There is no wide permute for 4-bit codes, but byte shuffles look sixteen codes up per 128-bit
-// half. Per half of a packed vector (four rows of four bytes):
+// AVX2 has no wide permute for 4-bit codes, but byte shuffles look up sixteen codes per 128-bit
+// half. For each half of a packed vector (four rows of four bytes):
 //
 //   bytes of a row            k0|k4   k2|k6   k1|k5   k3|k7     (low nibble | high nibble)
 //   one shuffle gathers       (k0|k4 k1|k5) of four rows, then (k2|k6 k3|k7) of four rows
 //   the nibbles look up the lower and the upper byte of their bf16 value, and unpacking
 //   the two byte vectors yields bf16 pairs (k, k+1), one 32-bit lane per row.
 //
-// A bf16 pair is two fp32: the pair shifted left by 16, and the pair with its low half cleared.
+// A bf16 pair becomes two fp32: the pair shifted left by 16, and the pair with its low half
+// cleared.
 #pragma once
 
 #include <immintrin.h>
@@ -25,16 +26,16 @@
 namespace cpumoe {
 
 struct Avx2 : Fp32Multiplicands {
-  // Register budget (16), two registers per Vec: panel 6 sums, half a Pair and a broadcast
-  // activation (with a whole Pair a sum is spilled, and waits for itself in memory); fused 3 sums,
-  // because decoding needs the other registers.
+  // Register budget (16), with two registers per Vec. Panel: 6 sums, half a Pair and a broadcast
+  // activation. (With a whole Pair a sum is spilled, and each addition waits for the sum in
+  // memory.) Fused: 3 sums, because decoding needs the other registers.
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 3;
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
-  static constexpr int kDigitTokens = 32;  // panels are as fast with 48
+  static constexpr int kDigitTokens = 32;  // with 48 tokens panels are as fast
   static constexpr int kPreciseDigitTokens = 9;
   static constexpr int kQuadTokens = 4;  // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
@@ -50,13 +51,14 @@ struct Avx2 : Fp32Multiplicands {
     __m256i lo, hi;
   };
   struct Table16 {
-    __m256i lower, upper;  // bytes of the values' bf16, both halves alike
+    __m256i lower, upper;  // bytes of the values' bf16; both halves are alike
   };
   using Fold = Vec;
   using Quad = Codes;
-  using ByteTable = __m256i;  // both halves alike
+  using ByteTable = __m256i;  // both halves are alike
   struct QuadSum {
-    __m256i lo, hi;  // 16 bits: of the first and of the second two bytes, per row
+    // Two 16-bit sums per row: one of the first two bytes, one of the second two.
+    __m256i lo, hi;
   };
 
   static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -130,7 +132,8 @@ struct Avx2 : Fp32Multiplicands {
     const __m256i x = BroadcastQuad(a);
     sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, x));
     sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, x));
-    // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
+    // Keeps the order of additions. The compiler may otherwise reassociate integer sums into trees
+    // that need more registers than there are.
     asm("" : "+x"(sum.lo), "+x"(sum.hi));
     return sum;
   }
@@ -139,7 +142,7 @@ struct Avx2 : Fp32Multiplicands {
     return {_mm256_cvtepi32_ps(_mm256_madd_epi16(sum.lo, ones)),
             _mm256_cvtepi32_ps(_mm256_madd_epi16(sum.hi, ones))};
   }
-  // A multiplication that adds the sums of a quad's halves shifts them as well.
+  // The multiplication that adds the two 16-bit sums of a row also shifts them.
   template <int kShift, int kDigits>
   static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t start) {
     Codes whole = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
@@ -164,7 +167,8 @@ struct Avx2 : Fp32Multiplicands {
     const __m256i shifted = kQuad == 0 ? codes : _mm256_srli_epi16(codes, 4);
     return _mm256_shuffle_epi8(table, _mm256_and_si256(shifted, _mm256_set1_epi8(0x0f)));
   }
-  // 2^n in two factors, so that results beyond either end of the exponent range come out right.
+  // Multiplies by 2^n in two factors, so that results beyond either end of the exponent range are
+  // correct.
   static __m256 Ldexp(__m256 v, __m256 n) {
     const __m256i whole = _mm256_cvtps_epi32(n);
     const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -178,7 +182,7 @@ struct Avx2 : Fp32Multiplicands {
   static __m256 LoadScales8(const E8M0* p) {
     const __m256i bytes =
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    // Byte 0 is 2^-127, whose fp32 is subnormal: its only bit is the mantissa's highest.
+    // Byte 0 is 2^-127. As fp32 this is subnormal, and its only bit is the highest of the mantissa.
     return _mm256_castsi256_ps(
         _mm256_max_epi32(_mm256_slli_epi32(bytes, 23), _mm256_set1_epi32(0x00400000)));
   }

@@ -1,10 +1,10 @@
 // AVX-VNNI: VPDPBUSD in two registers of eight rows, for CPUs without AVX-512 (Intel's since Alder
-// Lake). It multiplies 32 pairs of bytes and adds them to eight 32-bit sums, in one instruction
-// instead of AVX2's two, and for all four bytes of a row. It serves the paths of bytes; otherwise
-// this is AVX2.
+// Lake). VPDPBUSD multiplies 32 pairs of bytes and adds all four products of a row to one of eight
+// 32-bit sums. AVX2 needs two instructions for that, and sums only two products each. VPDPBUSD
+// serves the byte paths. Everything else is as on AVX2.
 //
-// Register budget (16): ten sums, two registers of weights and a broadcast activation; fused, codes
-// and constants come from memory.
+// Register budget (16): ten sums, two registers of weights and a broadcast activation. The fused
+// kernel reads codes and constants from memory.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,11 @@
 namespace cpumoe {
 
 struct Avx2Vnni : Avx2 {
-  // 512 products of a further token are 32 VPDPBUSD and 10 others, 8 of them on the same two
-  // ports, with two digits (48 and 14 with three), and 64 multiply-adds in panels.
+  // A further token's 512 products take 32 VPDPBUSD and 10 other instructions with two digits (8 of
+  // the 10 on VPDPBUSD's two ports), 48 and 14 with three digits, and 64 multiply-adds in panels.
   static constexpr int kDigitTokens = kAnyTokens;
   static constexpr int kPreciseDigitTokens = kAnyTokens;
-  static constexpr int kQuadTokens = 5;  // ten sums: two units' latency of five cycles
+  static constexpr int kQuadTokens = 5;  // ten sums hide five cycles of latency on two units
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
 

@@ -1,8 +1,7 @@
 // AVX-512 F/BW/DQ/VL: fp32 multiply-adds, sixteen rows of a tile in one register.
 //
-// A code becomes an fp32 multiplicand by one VPERMPS: 32-bit lanes index a table of sixteen, and
-// only the low four bits of an index count, so that a shift selects the code and nothing needs
-// masking.
+// One VPERMPS turns a code into an fp32 multiplicand. 32-bit lanes index a table of sixteen, and
+// only the low four bits of an index count. So a shift selects the code, and no mask is needed.
 #pragma once
 
 #include <immintrin.h>
@@ -20,16 +19,17 @@
 namespace cpumoe {
 
 struct Avx512 : Fp32Multiplicands {
-  // Register budget (32): panel 14 tokens x 2 tiles of sums, two multiplicands and a broadcast
-  // activation (with whole pairs GCC 12 copies a register per token); fused 12 tokens, because
-  // codes and table need registers too.
+  // Register budget (32). Panel: sums of 14 tokens x 2 tiles, two multiplicands and a broadcast
+  // activation. (With whole pairs GCC 12 copies a register per token.) Fused: 12 tokens, because
+  // codes and table need registers, too.
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
   static constexpr int kCrossover = kFusedTokens;
   static constexpr int kPanelTokens = 14;
-  static constexpr int kPanelPairs = 128;  // 32 KiB of fp32; with half of it C costs twice as much
-  static constexpr int kDigitTokens = 32;  // panels are as fast with 48
+  // 32 KiB of fp32. With half of it, loading and storing C costs twice as much.
+  static constexpr int kPanelPairs = 128;
+  static constexpr int kDigitTokens = 32;  // with 48 tokens panels are as fast
   static constexpr int kPreciseDigitTokens = 2;
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
@@ -48,10 +48,11 @@ struct Avx512 : Fp32Multiplicands {
   using Fold = Vec;
   using Quad = Codes;
   struct ByteTable {
-    __m512i bytes;  // the sixteen in every 128 bits
+    __m512i bytes;  // all sixteen in every 128 bits
   };
   struct QuadSum {
-    __m512i words;  // 16 bits: of the first and of the second two bytes, per row
+    // Two 16-bit sums per row: one of the first two bytes, one of the second two.
+    __m512i words;
   };
 
   static Vec Zero() { return _mm512_setzero_ps(); }
@@ -73,7 +74,7 @@ struct Avx512 : Fp32Multiplicands {
   static Vec LoadScales(const E8M0* p) {
     const __m512i bytes =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    // Byte 0 is 2^-127, whose fp32 is subnormal: its only bit is the mantissa's highest.
+    // Byte 0 is 2^-127. As fp32 this is subnormal, and its only bit is the highest of the mantissa.
     return _mm512_castsi512_ps(
         _mm512_max_epi32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
   }
@@ -118,14 +119,15 @@ struct Avx512 : Fp32Multiplicands {
   static QuadSum StartSum(int32_t start) { return {_mm512_set1_epi32(start)}; }
   static QuadSum DotQuad(QuadSum sum, Quad w, const int8_t* a) {
     sum.words = _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w.words, BroadcastQuad(a)));
-    // Keeps the order: integer sums may be reassociated, into trees that overflow the registers.
+    // Keeps the order of additions. The compiler may otherwise reassociate integer sums into trees
+    // that need more registers than there are.
     asm("" : "+v"(sum.words));
     return sum;
   }
   static Vec FinishSum(QuadSum sum) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(sum.words, _mm512_set1_epi16(1)));
   }
-  // A multiplication that adds the sums of a quad's halves shifts them as well.
+  // The multiplication that adds the two 16-bit sums of a row also shifts them.
   template <int kShift, int kDigits>
   static Vec FinishDigits(const QuadSum (&sums)[kDigits], int32_t start) {
     __m512i whole = _mm512_set1_epi32(start);

@@ -1,10 +1,12 @@
 // AVX512_BF16: VDPBF16PS multiplies 32 bf16 pairs and adds them to sixteen fp32 sums.
 //
-// A packed vector is 32 half-words of four codes. VPERMW looks the lowest code of each up in a
-// table of 32 bf16 (the sixteen values twice, so that bit 4 of an index does not matter): 64 packed
-// bytes become 128 multiplicands in four permutes, one shift and two shuffles.
+// A packed vector is 32 half-words of four codes. VPERMW looks up the lowest code of each half-word
+// in a table of 32 bf16. The table holds the sixteen values twice, so that bit 4 of an index does
+// not matter. Four permutes, one shift and two shuffles turn 64 packed bytes into 128
+// multiplicands.
 //
-// VDPBF16PS treats denormal inputs as zero and ignores MXCSR, hence FoldsExactly.
+// VDPBF16PS treats denormal inputs as zero and ignores MXCSR. FoldsExactly therefore refuses
+// products that are denormal.
 #pragma once
 
 #include <array>
@@ -18,21 +20,23 @@ namespace cpumoe {
 
 struct Avx512Bf16 : Avx512Vnni {
   static constexpr bool kSplitsPairs = false;
-  static constexpr int kDigitTokens = 1;  // on AMD VDPBF16PS is faster beyond
+  static constexpr int kDigitTokens = 1;  // with more, VDPBF16PS is faster on AMD
   static constexpr int kPreciseDigitTokens = kDigitTokens;
 
   using Activation = Bf16;
   struct Pair {
-    __m512i words;  // lane r: bf16 of k in the low half, of k+1 in the high half
+    __m512i words;  // lane r: bf16 of k in the low half, bf16 of k+1 in the high half
   };
   struct Table16 {
     __m512i values;
   };
-  // A table to be folded holds values 2^120 times as large, so that scales only ever subtract from
-  // exponents: subtraction can stop at zero, which has to stay zero, and addition cannot.
+  // A table for folding holds values 2^120 times as large, so that applying a scale only ever
+  // subtracts from exponents. Subtraction can saturate at zero, so that zero stays zero. Addition
+  // cannot.
   static constexpr float kFoldUnit = 0x1p120f;
   struct Fold {
-    __m512i exponents;  // 120 minus the scale's, in the bf16 exponent's place, in both half-words
+    // 120 minus the scale's exponent, at the place of the bf16 exponent, in both half-words.
+    __m512i exponents;
   };
 
   static Table16 MakeTable(const std::array<float, 16>& values) {
@@ -54,7 +58,7 @@ struct Avx512Bf16 : Avx512Vnni {
     return _mm512_dpbf16_ps(sum, (__m512bh)w.words, (__m512bh)_mm512_set1_epi32(pair));
   }
 
-  // A power of two folds into bf16's exponent; other scales need more bits than bf16 has.
+  // A power of two folds into the exponent of bf16. Other scales need more bits than bf16 has.
   static Fold LoadFold(const E8M0* p) {
     const __m512i bytes =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -62,7 +66,7 @@ struct Avx512Bf16 : Avx512Vnni {
     return {_mm512_or_si512(_mm512_slli_epi32(less, 7), _mm512_slli_epi32(less, 16 + 7))};
   }
   static Pair Multiply(Pair w, Fold f) { return {_mm512_subs_epu16(w.words, f.exponents)}; }
-  // Whether all products of magnitude `least` to `greatest` are normal bf16 numbers that come from
+  // Whether all products, of magnitude `least` to `greatest`, are normal bf16 numbers and come from
   // scales of at most kFoldUnit.
   static bool FoldsExactly(float least, float greatest) {
     return least >= 0x1p-126f && greatest <= kFoldUnit;
@@ -75,8 +79,8 @@ struct Avx512Bf16 : Avx512Vnni {
   }
 
  private:
-  // Words shifted right by 8. A shuffle, because shifts and half of VPERMW compete for one of
-  // Intel's two ports.
+  // Shifts words right by 8. A shuffle is used, because shifts and half of VPERMW compete for one
+  // of Intel's two ports.
   static __m512i UpperBytes(__m512i words) {
     return _mm512_shuffle_epi8(
         words, _mm512_broadcast_i32x4(

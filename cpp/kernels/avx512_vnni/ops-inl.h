@@ -1,5 +1,5 @@
 // AVX512_VNNI: VPDPBUSD multiplies 64 pairs of bytes and adds them to sixteen 32-bit sums. It
-// serves the paths of bytes; otherwise this is AVX-512.
+// serves the byte paths. Everything else is as on AVX-512.
 #pragma once
 
 #include <cstdint>

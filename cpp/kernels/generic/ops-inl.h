@@ -1,8 +1,9 @@
-// Portable C++ for any CPU, in vectors of 16 bytes, which compilers have for every SIMD unit (and
-// split where there is none).
+// Portable C++ for any CPU, in vectors of 16 bytes. Compilers map such vectors to every SIMD unit,
+// and split them if there is none.
 //
-// This is the reference for the other ISAs' semantics, and the fallback: right, not fast. Codes
-// are looked up one at a time: there is no portable instruction that permutes a vector by another.
+// This class is the reference for the semantics of the other ISAs, and the fallback. It is correct
+// but not fast. It looks up codes one at a time, because no portable operation permutes a vector by
+// another.
 #pragma once
 
 #include <array>
@@ -44,16 +45,17 @@ struct Generic : Fp32Multiplicands {
   struct Pair {
     Vec even, odd;
   };
-  // Where they are, because they are looked up a byte at a time.
+  // The address of the codes, which are looked up byte by byte.
   struct Codes {
     const std::byte* bytes;
   };
-  // What a byte's low and high code stand for, so that a lookup need not part them.
+  // For each byte, the values of its low and its high code, so that a lookup need not split the
+  // byte.
   template <class Value>
   using CodeTable = std::array<std::array<Value, 2>, 256>;
   using Table16 = CodeTable<float>;
   using Fold = Vec;
-  // Bytes 0 and 2 of a row, and bytes 1 and 3, as 16-bit numbers.
+  // Bytes 0 and 2 of each row, and bytes 1 and 3, as 16-bit numbers.
   struct Quad {
     Shorts even[kParts], odd[kParts];
   };
@@ -97,7 +99,7 @@ struct Generic : Fp32Multiplicands {
   }
   static Vec Round(Vec v) {
     return Map([&](int i) {
-      // From 2^23 on every float is an integer; a lesser one becomes an integer by adding that.
+      // From 2^23 on every float is an integer. Adding 2^23 rounds a smaller float to an integer.
       const Floats unit = Splat(0x1p23f);
       const Words sign = std::bit_cast<Words>(v.part[i]) & 0x80000000u;
       const auto magnitude = std::bit_cast<Floats>(std::bit_cast<Words>(v.part[i]) ^ sign);
@@ -107,8 +109,8 @@ struct Generic : Fp32Multiplicands {
   }
   static Vec Ldexp(Vec v, Vec n) {
     return Map([&](int i) {
-      // In two factors, so that results beyond either end of the exponent range come out right. NaN
-      // has no integer; the product keeps it.
+      // Multiplies in two factors, so that results beyond either end of the exponent range are
+      // correct. A NaN cannot be converted to an integer, and the product keeps the NaN.
       const Floats exponent = n.part[i] == n.part[i] ? n.part[i] : Floats{};
       const auto whole = __builtin_convertvector(exponent, Integers);
       const Integers half = whole >> 1;
@@ -129,7 +131,8 @@ struct Generic : Fp32Multiplicands {
   static Pair Lookup(const Table16& table, const Codes& codes) {
     constexpr int kShift = PairShift<4>(kPair);
     constexpr int kByte = kShift / 8, kHalf = kShift % 8 / 4;
-    // Compilers would keep the indices for the next pair, far more than there are registers.
+    // Without this, compilers would keep the indices for the next pair, which are far more than
+    // there are registers.
     asm volatile("" ::: "memory");
     return {MapLanes([&](int i) { return table[Byte(codes, i, kByte)][kHalf]; }),
             MapLanes([&](int i) { return table[Byte(codes, i, kByte + 2)][kHalf]; })};
@@ -170,7 +173,7 @@ struct Generic : Fp32Multiplicands {
     for (Integers& part : sum.part) part = Integers{} + start;
     return sum;
   }
-  // Two products of a byte up to 128 and an activation fit 16 bits.
+  // The sum of two products of a byte up to 128 and an activation fits 16 bits.
   static QuadSum DotQuad(QuadSum sum, const Quad& w, const int8_t* a) {
     const Shorts even = SplatTwo(a[0], a[2]), odd = SplatTwo(a[1], a[3]);
     for (int i = 0; i < kParts; ++i) {
