@@ -1,12 +1,18 @@
-// Staged activations of the digit path: groups of DigitGroup, [group][token] in a block.
+// Staged activations of the digit path: a block holds DigitGroups, [group][token].
 //
-// Let 2^e be the least power of two above all magnitudes of a group. Where the others together are
-// at least twice its greatest, the group is rounded to multiples of 2^(e-13), two digits: nothing
-// is off by more than 2^-13 of the greatest, which is 2^-9 of the others' mean in groups of 32, as
-// much as rounding that to bf16 may be. A group with an outlier is rounded to multiples of
-// 2^(e-20), three digits: there a bf16 number is exact unless the greatest is over 2^12 times as
-// large. Where the host's elements are more precise than bf16, all groups have three digits.
-// No group is rounded to less than 2^-148, a scale that is still a number times a format's unit.
+// Let 2^e be the least power of two above all magnitudes of a group.
+//
+// A group has no outlier if its other magnitudes together are at least twice its greatest. Such a
+// group is rounded to multiples of 2^(e-13), two digits. No activation is off by more than 2^-13 of
+// the greatest. In groups of 32 that is 2^-9 of the others' mean, as much as rounding the mean to
+// bf16 may cost.
+//
+// A group with an outlier is rounded to multiples of 2^(e-20), three digits. There a bf16 number is
+// exact unless the greatest is over 2^12 times as large. If the host's elements are more precise
+// than bf16, all groups have three digits.
+//
+// No multiple is below 2^-148, the least unit whose product with a format's kUnit is still a
+// number.
 #pragma once
 
 #include <algorithm>
@@ -29,18 +35,18 @@ class DigitStage {
  public:
   using Group = DigitGroup<kGroupSize>;
 
-  // In a call of elements `dtype`.
+  // `dtype` is the element type of the call.
   explicit DigitStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
 
-  // A row of activations, `columns` of any element type; its groups are `stride` apart.
+  // Writes a row of `columns` activations of any element type. The row's groups are `stride` apart.
   template <class Element>
   void Row(const Element* x, int64_t columns, Group* out, int64_t stride) const {
     ForGroups<kGroupSize>(
         x, columns, [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
   }
 
-  // An infinity is one times an infinite scale; with two of them, or a NaN, the group is NaN as a
-  // whole.
+  // Writes one group. A lone infinity is one times an infinite scale. With two infinities or a NaN,
+  // the whole group is NaN.
   void Write(const float* x, Group& out) const {
     const float greatest = GreatestMagnitude<kGroupSize>(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
@@ -57,19 +63,22 @@ class DigitStage {
   }
 
  private:
-  // Below this the unit, which is 2^-20 of it, may be subnormal, and one over it infinite.
+  // The unit is 2^-20 of the greatest magnitude. Below kLeast the unit may be subnormal, and one
+  // over it infinite.
   static constexpr float kLeast = 0x1p-106f;
   static constexpr float kLeastUnit = 0x1p-148f;
   static_assert(kLeastUnit * Codec::kUnit > 0.0f);
 
-  // What an integer is worth in a group of such a greatest magnitude, 2^-106 or more.
+  // Returns the value of the integer 1 in a group with this greatest magnitude, which is 2^-106 or
+  // more.
   static float Unit(float greatest, int digits) {
-    // The power of two of `greatest`'s exponent; the least one above is twice that.
+    // The power of two with the exponent of `greatest`. The least power above `greatest` is twice
+    // that.
     const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(greatest) & 0x7f800000u);
     return power * (2.0f / (1 << IntegerBits(digits)));
   }
 
-  // Smaller groups are rounded times a power of two.
+  // Writes a group below kLeast: multiplies it by a power of two before rounding.
   static void WriteTiny(const float* x, float greatest, Group& out) {
     if (greatest == 0) {
       out = {.digits = {}, .scale = 0, .start = 0, .count = kFewDigits};
@@ -84,7 +93,7 @@ class DigitStage {
     WriteDigits<kMostDigits>(integers, unit / kLift, out);
   }
 
-  // Whether the others together are less than twice the greatest.
+  // Whether the other integers together are less than twice the greatest.
   static bool HasOutlier(const int32_t* integers) {
     int32_t sum = 0, greatest = 0;
     for (int i = 0; i < kGroupSize; ++i) {

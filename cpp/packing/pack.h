@@ -1,4 +1,4 @@
-// Checkpoint rows to packed tiles (kernels/tile.h) and back, bit for bit.
+// Packs checkpoint rows to tiles (kernels/tile.h) and unpacks them, bit for bit.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@
 
 namespace cpumoe {
 
-// Moves the codes of a 32-bit word from checkpoint order (k ascending from the low bits) to a
-// lane's order, and back: odd k of the low half-word change places with even k of the high one.
-// Words: one uint32_t, or a vector of them.
+// Moves the codes of a 32-bit word from checkpoint order (k ascending from the low bits) to the
+// order of a lane, and back. Odd k of the low half-word change places with even k of the high
+// half-word. Words is uint32_t or a vector of it.
 template <int kCodeBits, class Words>
 constexpr Words SwapEvenOdd(Words words) {
   uint32_t odd = 0;  // codes of odd k in the low half-word
@@ -30,7 +30,8 @@ constexpr Words SwapEvenOdd(Words words) {
   return words ^ moved ^ (moved << kDistance);
 }
 
-// Least and greatest scale of a matrix; decides whether scales fold into the multiplicands exactly.
+// The least and the greatest scale of a matrix, which decide whether scales fold into the
+// multiplicands exactly.
 struct ScaleRange {
   float least = std::numeric_limits<float>::infinity();
   float greatest = 0.0f;
@@ -41,15 +42,15 @@ struct ScaleRange {
   }
 };
 
-// Where the tiles of an [rows, columns] matrix lie. The last tile's missing rows repeat the last
-// row, so that whatever a kernel computes for them is finite and ignored.
+// The places of the tiles of an [rows, columns] matrix. The missing rows of the last tile repeat
+// the matrix's last row, so that results for them are finite. These results are ignored.
 template <WeightFormat F>
 class PackedLayout {
  public:
   using Geometry = TileGeometry<F::kCodeBits, F::kGroupSize>;
   using Scale = typename F::Scale;
 
-  // `interleaved` matrices of this shape take turns, a tile of each.
+  // `interleaved` matrices of this shape take turns in memory, one tile of each.
   PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
       : rows_(rows),
         columns_(columns),
@@ -63,7 +64,7 @@ class PackedLayout {
   int64_t columns() const { return columns_; }
   int64_t groups() const { return groups_; }
   int64_t tiles() const { return CeilDiv(rows_, kTileRows); }
-  // Of one matrix.
+  // The bytes of one matrix.
   int64_t bytes() const { return tiles() * TileBytes(); }
   int64_t TileBytes() const {
     return RoundUp(groups_ * (Geometry::kGroupBytes + kTileRows * kScaleBytes), kVectorBytes);
@@ -74,8 +75,8 @@ class PackedLayout {
     return {codes, codes + groups_ * Geometry::kGroupBytes};
   }
 
-  // Packs rows [16 * tile, 16 * tile + 16) of `source`. Throws std::invalid_argument, with the
-  // place, for a scale that the format forbids.
+  // Packs rows [16 * tile, 16 * tile + 16) of `source`. For a scale that the format forbids, throws
+  // std::invalid_argument with the scale's place.
   ScaleRange PackTile(const RawMatrix& source, int64_t tile, std::byte* packed) const {
     const TileView view = Tile(packed, tile);
     const std::byte* codes[kTileRows];
@@ -93,8 +94,9 @@ class PackedLayout {
     return range;
   }
 
-  // Writes the tile's part of rows [row_begin, row_begin + out.rows) and columns
-  // [column_begin, column_begin + out.columns) of the matrix to `out`; columns are whole groups.
+  // Unpacks the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
+  // [column_begin, column_begin + out.columns) of the matrix, and writes it to `out`. The columns
+  // must be whole groups.
   void UnpackTile(const std::byte* packed, int64_t tile, int64_t row_begin, int64_t column_begin,
                   const MutableRawMatrix& out) const {
     const TileView view = Tile(packed, tile);
@@ -102,7 +104,7 @@ class PackedLayout {
     const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, rows_});
     const int64_t group = column_begin / F::kGroupSize;
     const int64_t groups = out.columns / F::kGroupSize;
-    std::byte* codes[kTileRows] = {};  // null: a row that is not wanted
+    std::byte* codes[kTileRows] = {};  // null for a row that is not wanted
     std::byte* scales[kTileRows] = {};
     for (int64_t row = first; row < last; ++row) {
       codes[row % kTileRows] = out.codes + (row - row_begin) * out.codes_stride;
@@ -126,8 +128,10 @@ class PackedLayout {
 
   ScaleRange RangeOfRow(const RawMatrix& source, int64_t row) const {
     const std::byte* in = source.scales + row * source.scales_stride;
-    uint32_t invalid = 0;  // not a bool: only words of one size make a loop of vectors
-    uint32_t least = ~0u, greatest = 0;  // magnitudes of floats are in the order of their bits
+    // Not a bool, because compilers vectorise the loop only if all words have one size.
+    uint32_t invalid = 0;
+    // Magnitudes of floats are in the order of their bits.
+    uint32_t least = ~0u, greatest = 0;
     for (int64_t g = 0; g < groups_; ++g) {
       Scale scale;
       std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
@@ -155,7 +159,7 @@ class PackedLayout {
   int64_t rows_;
   int64_t columns_;
   int64_t groups_;
-  int64_t distance_;  // of a matrix' successive tiles, in bytes
+  int64_t distance_;  // between successive tiles of one matrix, in bytes
 };
 
 }  // namespace cpumoe

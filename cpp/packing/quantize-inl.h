@@ -1,7 +1,7 @@
-// Staged activations of the int8 path: a block of tokens as quad_gemm-inl.h reads it (QuadBlock).
+// Staged activations of the int8 path, in the layout that quad_gemm-inl.h reads (QuadBlock).
 //
-// A token's group of k is rounded to q = round(x * 127 / max|x|), which is worth q * max|x| / 127.
-// A group that holds an infinity or NaN becomes NaN as a whole.
+// Each group of k of a token is rounded to q = round(x * 127 / max|x|), and q stands for q * max|x|
+// / 127. A group that holds an infinity or NaN becomes NaN as a whole.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ class QuadStage {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
-  // `block` is the memory of `tokens` tokens of `columns` activations.
+  // `block` is the memory for `tokens` tokens of `columns` activations each.
   QuadStage(std::byte* block, int tokens, int64_t columns) : tokens_(tokens) {
     const QuadBlock at = QuadBlock::At(block, tokens, columns, kGroupSize);
     quads_ = const_cast<int8_t*>(at.quads);
@@ -28,14 +28,14 @@ class QuadStage {
     starts_ = const_cast<int32_t*>(at.starts);
   }
 
-  // Row x [columns] of the block's token `t`.
+  // Writes row x [columns] as token `t` of the block.
   template <class Element>
   void Row(const Element* x, int t, int64_t columns) const {
     ForGroups<kGroupSize>(x, columns,
                           [&](const float* values, int64_t group) { Group(values, t, group); });
   }
 
-  // One group of token `t`.
+  // Writes one group of token `t`.
   void Group(const float* x, int t, int64_t group) const {
     int32_t rounded[kGroupSize] = {};
     const float greatest = GreatestMagnitude<kGroupSize>(x);
@@ -49,7 +49,8 @@ class QuadStage {
   }
 
  private:
-  // Below this, 127 / greatest would overflow; such a group counts as zero.
+  // If a group's greatest magnitude is below kLeast, 127 / greatest could overflow. Such a group
+  // counts as zero.
   static constexpr float kLeast = 0x1p-100f;
 
   void Store(const int32_t* rounded, float scale, int t, int64_t group) const {

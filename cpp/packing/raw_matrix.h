@@ -1,4 +1,5 @@
-// A weight matrix as checkpoints store it, seen in place: rows of codes and rows of group scales.
+// A weight matrix in the memory and layout of its checkpoint: rows of codes and rows of group
+// scales.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +9,9 @@
 
 namespace cpumoe {
 
-// Byte is `const std::byte` for a source and `std::byte` for a destination. Rows may be any
-// distance apart (interleaved gate/up rows are two matrices of twice the stride); within a row,
-// bytes are dense.
+// Byte is `const std::byte` for a source and `std::byte` for a destination. Within a row, bytes are
+// dense. Rows may be any distance apart, so interleaved gate/up rows are two matrices with twice
+// the stride.
 template <class Byte>
 struct RawMatrixOf {
   int64_t rows = 0;     // N, output features
@@ -21,7 +22,7 @@ struct RawMatrixOf {
   int64_t scales_stride = 0;
   const char* name = "weight";  // for error messages
 
-  // Rows [begin, begin + count): a shard of the gate or up projection.
+  // Returns rows [begin, begin + count), which are a shard of the gate or up projection.
   RawMatrixOf Rows(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= rows, name, ": rows [", begin, ", ",
             begin + count, ") are not within the matrix's ", rows);
@@ -32,7 +33,8 @@ struct RawMatrixOf {
     return shard;
   }
 
-  // Columns [begin, begin + count), whole groups: a shard of the down projection.
+  // Returns columns [begin, begin + count), which must be whole groups. They are a shard of the
+  // down projection.
   template <class Format>
   RawMatrixOf Columns(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= columns, name, ": columns [", begin, ", ",

@@ -1,4 +1,4 @@
-// Groups of activations on their way to integers; loops that compilers vectorise.
+// Rounds groups of activations to integers, in loops that compilers vectorise.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,8 @@ void ForGroups(const Element* x, int64_t columns, Body&& body) {
   }
 }
 
-// Magnitudes compare as integers do, NaN as the greatest.
+// Returns the greatest magnitude. The bits of magnitudes compare like integers, with NaN as the
+// greatest.
 template <int kGroupSize>
 float GreatestMagnitude(const float* x) {
   uint32_t most = 0;
@@ -38,7 +39,7 @@ float GreatestMagnitude(const float* x) {
 
 inline bool IsFinite(float magnitude) { return magnitude <= std::numeric_limits<float>::max(); }
 
-// rounded = x * factor to nearest, of magnitudes up to 2^22.
+// rounded = x * factor, rounded to nearest. Results have magnitudes up to 2^22.
 template <int kGroupSize>
 void RoundToIntegers(const float* x, float factor, int32_t* rounded) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.

@@ -1,8 +1,11 @@
-// Staged activations: a block of tokens laid out as the micro-kernels read it.
+// Staged activations of the floating point path: a block of tokens in the layout that the
+// micro-kernels read.
 //
-//   [K/kStep][tokens][kStep] of Isa::Activation, kStep = 2: a token's pair (k, k+1) is one
-//   broadcast, and the pairs of all tokens of the block for one k follow each other in memory. An
-//   ISA's panel unit may have a kStep of its own.
+//   [K/kStep][tokens][kStep] of Isa::Activation
+//
+// kStep is 2 for vector instructions: a token's pair (k, k+1) is one broadcast, and the pairs of
+// all tokens of the block for one k follow one another in memory. The panel unit of an ISA may need
+// another kStep.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +30,7 @@ typename Isa::Activation ToActivation(Element value) {
   }
 }
 
-// Where element k of token t lies in a block of `tokens`.
+// The index of element k of token t in a block of `tokens` tokens.
 template <int kStep>
 int64_t StagedIndex(int64_t k, int t, int tokens) {
   return (k / kStep * tokens + t) * kStep + k % kStep;
@@ -37,7 +40,7 @@ int64_t StagedIndex(int64_t k, int t, int tokens) {
 template <class Isa, int kStep, class Element>
 void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int tokens,
                 int64_t columns, typename Isa::Activation* out) {
-  // Tokens share cache lines: in chunks, a line stays in L1 until the last token has written to it.
+  // Tokens share cache lines. Chunks keep a line in L1 until the last token has written to it.
   constexpr int64_t kChunk = 256;
   static_assert(kChunk % kStep == 0);
   for (int64_t first = 0; first < columns; first += kChunk) {
@@ -60,7 +63,8 @@ void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* t
   });
 }
 
-// Stores `count` successive k of token t, at most a tile's rows, from k = first on; both are even.
+// Stores `count` successive k of token t, beginning with k = first. `count` is at most a tile's
+// rows, and both are even.
 template <class Isa, int kStep>
 void StageFeatures(const float* values, int64_t first, int count, int t, int tokens,
                    typename Isa::Activation* out) {
@@ -75,7 +79,7 @@ void StageFeatures(const float* values, int64_t first, int count, int t, int tok
   }
 }
 
-// fp32 sums to the host's element type, round to nearest even.
+// Converts fp32 sums to the host's element type, rounding to nearest even.
 inline void ConvertRow(DType dtype, const float* in, int64_t count, std::byte* out) {
   for (int64_t i = 0; i < count; ++i) {
     if (dtype == DType::kBf16) {

@@ -1,8 +1,8 @@
-// A tile's 16 rows of words to lanes and back, by transposition of small blocks in vector registers
+// Transposes the 16 rows of words of a tile to lanes and back, in small blocks in vector registers
 // of 16 bytes, which every CPU has.
 //
-// The vectors are the compiler's (GCC and Clang), so that one source serves all ISAs: interleaving
-// is punpck on x86 and zip on aarch64.
+// The vector types are the compiler's (GCC and Clang), so one source serves all ISAs. Interleaving
+// compiles to punpck on x86 and to zip on aarch64.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +17,11 @@ namespace cpumoe {
 
 template <class Word>
 struct BlockOf {
-  static constexpr int kWords = 16 / sizeof(Word);  // rows, and columns, of a block
+  static constexpr int kWords = 16 / sizeof(Word);  // rows, and also columns, of a block
   using Vector __attribute__((vector_size(16))) = Word;
 };
 
-// Words a0 b0 a1 b1 ... of both vectors' halves that begin at kFirst.
+// Returns words a0 b0 a1 b1 ... of the halves of both vectors that begin at word kFirst.
 template <class Word, int kFirst, size_t... kIndex>
 typename BlockOf<Word>::Vector Interleave(typename BlockOf<Word>::Vector a,
                                           typename BlockOf<Word>::Vector b,
@@ -31,8 +31,8 @@ typename BlockOf<Word>::Vector Interleave(typename BlockOf<Word>::Vector a,
       a, b, (kFirst + static_cast<int>(kIndex) / 2 + static_cast<int>(kIndex) % 2 * kWords)...);
 }
 
-// Transposes the block of kWords x kWords words whose row i is load(i), a Vector; hands the rows of
-// the result to store(i, Vector).
+// Transposes a block of kWords x kWords words. load(i) returns row i as a Vector, and store(i,
+// Vector) takes row i of the result.
 template <class Word, class Load, class Store>
 inline void TransposeBlock(Load&& load, Store&& store) {
   using Block = BlockOf<Word>;
@@ -40,7 +40,8 @@ inline void TransposeBlock(Load&& load, Store&& store) {
   constexpr auto kIndices = std::make_index_sequence<kWords>{};
   typename Block::Vector rows[kWords], next[kWords];
   for (int i = 0; i < kWords; ++i) rows[i] = load(i);
-  // Seen as one sequence of words, each round halves the distance between the words of a column.
+  // If the rows are seen as one sequence of words, each round halves the distance between the words
+  // of a column.
   for (int round = 1; round < kWords; round *= 2) {
     for (int i = 0; i < kHalf; ++i) {
       next[2 * i] = Interleave<Word, 0>(rows[i], rows[i + kHalf], kIndices);
@@ -58,13 +59,14 @@ Vector LoadVector(const std::byte* from) {
   return vector;
 }
 
-// 16 rows of `count` words become out[count][16]. `map` is applied to every word, to vectors of
-// them where it can be.
+// Turns 16 rows of `count` words into out[count][16]. `map` is applied to every word, or to vectors
+// of words where possible.
 template <class Word, class Map>
 void RowsToLanes(const std::byte* const (&rows)[kTileRows], int64_t count, std::byte* out,
                  Map map) {
   using Block = BlockOf<Word>;
-  constexpr int kLine = 64 / sizeof(Word);  // words of a cache line: all are used while it is there
+  // The words of a cache line. All of them are used while the line is in cache.
+  constexpr int kLine = 64 / sizeof(Word);
   constexpr int kLaneBytes = kTileRows * sizeof(Word);
   for (int64_t line = 0; line < count; line += kLine) {
     const int64_t end = std::min(line + kLine, count);
@@ -90,7 +92,8 @@ void RowsToLanes(const std::byte* const (&rows)[kTileRows], int64_t count, std::
   }
 }
 
-// The reverse: in[count][16] becomes rows of `count` words; rows that are null are left out.
+// Turns in[count][16] into rows of `count` words, the reverse of RowsToLanes. Null rows are left
+// out.
 template <class Word, class Map>
 void LanesToRows(const std::byte* in, int64_t count, std::byte* const (&rows)[kTileRows], Map map) {
   using Block = BlockOf<Word>;
