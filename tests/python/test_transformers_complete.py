@@ -32,14 +32,14 @@ def gpt_oss(tmp_path):
 
 @pytest.fixture
 def host_log():
-    """What the host's loader logs."""
+    """What the host logs."""
     records = []
 
     class Collect(logging.Handler):
         def emit(self, record):
             records.append(record.getMessage())
 
-    logger, handler = logging.getLogger("transformers.modeling_utils"), Collect()
+    logger, handler = logging.getLogger("transformers"), Collect()
     logger.addHandler(handler)
     yield records
     logger.removeHandler(handler)
@@ -155,6 +155,11 @@ def test_a_part_of_a_model_is_complete_without_the_rest(gpt_oss):
     assert experts_of(model)
     edit_tensors(gpt_oss, {"model.layers.0.self_attn.stray": torch.ones(1)})
     refused(r".*unknown to the model: 1 \(.*stray\)", gpt_oss, model_class=AutoModel)
+
+
+def test_a_whole_checkpoint_loads_without_a_warning(v4, host_log):
+    from_pretrained(v4)
+    assert host_log == []
 
 
 def test_a_report_may_be_asked_for(gpt_oss):

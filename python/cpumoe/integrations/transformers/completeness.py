@@ -102,7 +102,9 @@ def host_report_held_back(path: object) -> Iterator[None]:
     own_level = _LOGGER.level
     held = _HeldBack(_LOGGER.getEffectiveLevel())
     _LOGGER.addFilter(held)
-    _LOGGER.setLevel(min(held.level, logging.WARNING))  # else there would be no report to read
+    # A higher level would leave no report to read. A logger's own level of WARNING would make the
+    # host warn about tensor parallelism.
+    _LOGGER.setLevel(min(held.level, logging.WARNING - 1))
     try:
         yield
     except RuntimeError as error:
