@@ -131,8 +131,8 @@ endfunction()
 # <part>_table.cc.in. The former is configured once per format, with @isa@, @isa_class@, @format@ and
 # @format_class@, and defines <format_class>Entry(); the latter once, with @declarations@ and @entries@
 # of them all. All parts of a format share a translation unit, because compiling its kernels takes
-# longer than all else. Only these translation units get the ISA's flags; nothing else is linked into
-# the library.
+# longer than all else. Only these translation units get the ISA's flags; the build id, which is data, is
+# all else that is linked into the library.
 function(cpumoe_add_isa_variant isa)
     set(target cpumoe_variant_${isa})
     set(folder ${CPUMOE_GENERATED_DIR}/${target})
@@ -169,7 +169,7 @@ function(cpumoe_add_isa_variant isa)
         list(APPEND sources ${folder}/${name}_table.cc)
     endforeach()
 
-    add_library(${target} MODULE ${sources})
+    add_library(${target} MODULE ${sources} $<TARGET_OBJECTS:cpumoe_build_id>)
     target_link_libraries(${target} PRIVATE cpumoe_options)
     set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)

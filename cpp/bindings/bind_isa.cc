@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "dispatch/cpu_features.h"
 #include "dispatch/variant_loader.h"
+#include "variant/build_id.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,11 @@ void BindIsa(py::module_& m) {
       .def_readonly("crossover", &FewTokens::crossover)
       .def_readonly("most", &FewTokens::most);
 
+  py::register_exception<VariantError>(m, "VariantError", PyExc_RuntimeError);
+  m.def("version", [] { return kVersion; }, "The version that the module was built as.");
+  m.def(
+      "build_id", [] { return kBuildId; },
+      "The id that a variant's library must have to be used by this module.");
   m.def("known_isas", &KnownIsas, "All ISA variants, from the most general to the most special.");
   m.def("cpu_features", &DetectFeatures,
         "The CPU features that ISA variants ask for and that are here.");
@@ -59,7 +65,8 @@ void BindIsa(py::module_& m) {
         return LoadVariant(name, origin).isa;
       },
       py::arg("name"), py::arg("origin"),
-      "Opens a variant's library and returns the ISA that it says it was compiled for.");
+      "Opens a variant's library and returns the ISA that it says it was compiled for. Raises "
+      "VariantError if the library is missing, damaged or of another build.");
   m.def("formats", &Formats, py::arg("isa"), py::arg("origin"), "The weight formats of a variant.");
   m.def(
       "few_tokens",

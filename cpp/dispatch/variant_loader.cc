@@ -2,11 +2,13 @@
 
 #include <dlfcn.h>
 
+#include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
-#include <stdexcept>
 
 #include "base/check.h"
+#include "variant/build_id.h"
 
 namespace cpumoe {
 namespace {
@@ -23,22 +25,39 @@ std::string OwnFolder() {
   return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
-const VariantApi* Open(const std::string& isa) {
-  const std::string path = OwnFolder() + "/cpumoe_" + isa + ".so";
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    throw std::runtime_error(
-        Message("cannot open variant ", isa, ": ", dlerror(), "; reinstall cpumoe"));
+struct CloseLibrary {
+  void operator()(void* library) const { dlclose(library); }
+};
+
+void RequireThisBuild(void* library, const std::string& path) {
+  const auto* text = static_cast<const char*>(dlsym(library, kBuildIdSymbol));
+  if (text == nullptr) {
+    throw VariantError(Message(path, " has no build id, expected ", kBuildId,
+                               ": it is from another build of cpumoe; reinstall cpumoe"));
   }
-  auto api = reinterpret_cast<VariantApiFunction>(dlsym(library, kVariantApiSymbol));
-  if (api == nullptr || api()->isa != isa) {
-    throw std::runtime_error(
-        Message(path, " is not cpumoe's library for variant ", isa, "; reinstall cpumoe"));
+  const std::string found(text, strnlen(text, kBuildIdBytes));
+  if (found != kBuildId) {
+    throw VariantError(Message(path, " has build id ", found, ", expected ", kBuildId,
+                               ": it is from another build of cpumoe; reinstall cpumoe"));
   }
-  return api();
 }
 
 }  // namespace
+
+const VariantApi* OpenVariant(const std::string& isa, const std::string& path) {
+  std::unique_ptr<void, CloseLibrary> library(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL));
+  if (library == nullptr) {
+    throw VariantError(Message("cannot open variant ", isa, ": ", dlerror(), "; reinstall cpumoe"));
+  }
+  RequireThisBuild(library.get(), path);
+  auto api = reinterpret_cast<VariantApiFunction>(dlsym(library.get(), kVariantApiSymbol));
+  if (api == nullptr || api()->isa != isa) {
+    throw VariantError(
+        Message(path, " is not cpumoe's library for variant ", isa, "; reinstall cpumoe"));
+  }
+  library.release();  // stays open for the life of the process
+  return api();
+}
 
 const VariantApi& LoadVariant(const std::string& isa, const std::string& origin) {
   RequireIsa(isa, DetectFeatures(), origin);
@@ -46,7 +65,7 @@ const VariantApi& LoadVariant(const std::string& isa, const std::string& origin)
   static std::map<std::string, const VariantApi*> opened;
   const std::lock_guard lock(mutex);
   const VariantApi*& api = opened[isa];
-  if (api == nullptr) api = Open(isa);
+  if (api == nullptr) api = OpenVariant(isa, OwnFolder() + "/cpumoe_" + isa + ".so");
   return *api;
 }
 

@@ -1,8 +1,10 @@
-// What a variant library (one per ISA, opened with dlopen) exports: one C function, one table.
+// What a variant library (one per ISA, opened with dlopen) exports: one C function, one table. (The
+// library also exports its build id, variant/build_id.h.)
 //
 // The operators behind Moe are made and destroyed in the library that they came from. Both sides
-// are built together (a Workspace's vectors grow in one and are freed in the other), for different
-// CPUs: no SIMD type crosses this border. Exceptions do; all derive from std::exception.
+// must come from one build, which the build id proves: a Workspace's vectors grow in one and are
+// freed in the other. Both sides are compiled for different CPUs, so no SIMD type crosses this
+// border. Exceptions cross it; all derive from std::exception.
 #pragma once
 
 #include <cstddef>

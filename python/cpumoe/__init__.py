@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 # Needs no PyTorch, and has to be imported before the submodule of the same name is.
+from cpumoe import _core
 from cpumoe.isa import isa, known_isas, missing_features, supported_isas
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from cpumoe.runtime import Runtime, default_runtime
     from cpumoe.swiglu import SwiGLU
 
+__version__ = _core.version()
+
 __all__ = [
     "WEIGHT_FORMATS",
     "CheckpointError",
@@ -41,6 +44,7 @@ __all__ = [
     "SwiGLU",
     "UnsupportedFormatError",
     "WeightFormat",
+    "__version__",
     "default_runtime",
     "find_model",
     "isa",

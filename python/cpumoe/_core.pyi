@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'assume_features', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology']
+__all__: list[str] = ['CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -51,6 +51,8 @@ class FewTokens:
     @property
     def most(self) -> int:
         ...
+class VariantError(RuntimeError):
+    pass
 class CpuLocation:
     @property
     def core(self) -> int:
@@ -229,6 +231,10 @@ def assume_features(features: collections.abc.Set[str]) -> None:
     """
     For tests under an instruction emulator: pretend that the CPU has these features.
     """
+def build_id() -> str:
+    """
+    The id that a variant's library must have to be used by this module.
+    """
 def cpu_features() -> set[str]:
     """
     The CPU features that ISA variants ask for and that are here.
@@ -247,7 +253,7 @@ def known_isas() -> list[IsaRow]:
     """
 def open_variant(name: str, origin: str) -> str:
     """
-    Opens a variant's library and returns the ISA that it says it was compiled for.
+    Opens a variant's library and returns the ISA that it says it was compiled for. Raises VariantError if the library is missing, damaged or of another build.
     """
 def peak_names(isa: str, origin: str) -> list[str]:
     """
@@ -270,4 +276,8 @@ def tile_steps() -> list[TileStep]:
 def topology() -> Topology:
     """
     The CPUs that this process may use.
+    """
+def version() -> str:
+    """
+    The version that the module was built as.
     """

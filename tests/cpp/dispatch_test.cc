@@ -8,6 +8,7 @@
 #include "cpp/all_formats.h"
 #include "dispatch/cpu_features.h"
 #include "dispatch/variant_loader.h"
+#include "variant/build_id.h"
 
 namespace cpumoe {
 namespace {
@@ -174,6 +175,51 @@ TEST(LoadVariantTest, LoadsEverySupportedIsaOnce) {
 
 TEST(LoadVariantTest, RefusesAnUnknownIsa) {
   EXPECT_THROW(LoadVariant("sse9", "test"), std::invalid_argument);
+}
+
+// How the loader refuses a library of tests/cpp/refused_variant.cc.
+std::string RefusalOf(const std::string& path) {
+  try {
+    OpenVariant("generic", path);
+    return "accepted";
+  } catch (const VariantError& error) {
+    return error.what();
+  }
+}
+std::string RefusedLibrary(const std::string& kind) {
+  return std::string(CPUMOE_TEST_LIBRARY_FOLDER) + "/refused_" + kind + ".so";
+}
+
+TEST(OpenVariantTest, RefusesAnotherBuildWithoutCallingIt) {
+  const std::string path = RefusedLibrary("other_build");
+  EXPECT_EQ(RefusalOf(path), path + " has build id 0.0.9+0123456789abcdef, expected " + kBuildId +
+                                 ": it is from another build of cpumoe; reinstall cpumoe");
+}
+
+TEST(OpenVariantTest, RefusesALibraryWithoutBuildIdWithoutCallingIt) {
+  const std::string path = RefusedLibrary("no_build_id");
+  EXPECT_EQ(RefusalOf(path), path + " has no build id, expected " + kBuildId +
+                                 ": it is from another build of cpumoe; reinstall cpumoe");
+}
+
+TEST(OpenVariantTest, RefusesAnotherIsa) {
+  const std::string path = RefusedLibrary("other_isa");
+  EXPECT_EQ(RefusalOf(path),
+            path + " is not cpumoe's library for variant generic; reinstall cpumoe");
+}
+
+TEST(OpenVariantTest, NamesAMissingFile) {
+  const std::string path = RefusedLibrary("missing");
+  const std::string message = RefusalOf(path);
+  EXPECT_TRUE(message.starts_with("cannot open variant generic: " + path)) << message;
+  EXPECT_TRUE(message.ends_with("; reinstall cpumoe")) << message;
+}
+
+TEST(BuildIdTest, IsTheVersionAndAHash) {
+  const std::string id = kBuildId;
+  EXPECT_TRUE(id.starts_with(std::string(kVersion) + "+")) << id;
+  EXPECT_EQ(id.size(), std::string(kVersion).size() + 17) << id;
+  EXPECT_EQ(id, std::string(cpumoe_build_id)) << "what variants export";
 }
 
 // Of a variant that was built and runs here, if there is one.

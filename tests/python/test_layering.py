@@ -31,7 +31,9 @@ MAY_INCLUDE = {
 }
 # Compiled once, with baseline flags: nothing that is compiled per ISA (-inl.h) may be reached.
 BASELINE = {"base", "threading", "dispatch", "bindings"}
-GENERATED = re.compile(r"\w+_table\.inc|kernels/@isa@/ops-inl\.h|moe/@format@_moe-inl\.h")
+GENERATED = re.compile(
+    r"\w+_table\.inc|build_id\.inc|kernels/@isa@/ops-inl\.h|moe/@format@_moe-inl\.h"
+)
 INTRINSICS = re.compile(r"#include <\w*intrin\.h>|#include <arm_\w+\.h>|\b_mm\d*_|\b__m\d+")
 TORCH = re.compile(r"#include [<\"](torch|ATen|c10)/")
 

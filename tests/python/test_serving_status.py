@@ -7,7 +7,7 @@ import pytest
 from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
-from cpumoe._version import package_version
+from cpumoe import __version__
 from cpumoe.serving import app as app_module
 from cpumoe.serving.metrics import has_metrics
 
@@ -34,9 +34,9 @@ def test_health(server, path):
 
 
 def test_version_and_index(server):
-    assert server.http.get("/version").json() == {"version": package_version()}
+    assert server.http.get("/version").json() == {"version": __version__}
     index = server.http.get("/").json()
-    assert (index["name"], index["version"]) == ("cpumoe", package_version())
+    assert (index["name"], index["version"]) == ("cpumoe", __version__)
     assert {"/health", "/generate", "/tokenize", "/v1/chat/completions"} <= set(index["paths"])
 
 

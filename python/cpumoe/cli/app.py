@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cpumoe._version import package_version
+from cpumoe import __version__
 from cpumoe.cli import (
     bench,
     chat,
@@ -58,7 +58,7 @@ for _name, _module in {
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cpumoe {package_version()}")
+        typer.echo(f"cpumoe {__version__}")
         raise typer.Exit
 
 

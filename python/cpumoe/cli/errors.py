@@ -10,6 +10,7 @@ from typing import TextIO
 
 import typer
 
+from cpumoe._core import VariantError
 from cpumoe._memory import is_out_of_memory
 from cpumoe.cli.console import print_error, print_warning
 from cpumoe.generation import ModelError
@@ -26,7 +27,8 @@ class InputError(ValueError):
 def reported(traceback: bool) -> Iterator[None]:
     """Turns bad input (ValueError, OSError) into one line on standard error and exit code 2.
 
-    Too little memory counts as bad input, and so do faults of a model's files. A reader of our
+    Too little memory counts as bad input, and so do faults of a model's files and of a variant's
+    library. A reader of our
     output that has gone away (``| head``) is no error: nothing is printed. Other exceptions are
     bugs and keep their traceback. Warnings become one line as well.
 
@@ -44,7 +46,7 @@ def reported(traceback: bool) -> Iterator[None]:
             if isinstance(error, RuntimeError):
                 if is_out_of_memory(error):
                     message = ""
-                elif not isinstance(error, ModelError):
+                elif not isinstance(error, (ModelError, VariantError)):
                     raise
             if traceback:
                 tracebacks.print_exc()

@@ -38,14 +38,18 @@ def command(json_output: JsonOption = False, traceback: TracebackOption = False)
 
 def collect() -> dict[str, Any]:
     """Returns what ``info --json`` prints."""
+    from cpumoe import _core
+
+    isas = _isas()
     return {
         "versions": versions(),
+        "build_id": _core.build_id(),
         "cpu": _cpu(),
-        "isa": _isas(),
+        "isa": isas,
         "amx": _amx(),
         "formats": _formats(),
         "host_threads": host_threads.describe(),
-        "read_bandwidth": _bandwidth(),
+        "read_bandwidth": _bandwidth(isas["variants"]),
     }
 
 
@@ -74,9 +78,12 @@ def _isas() -> dict[str, Any]:
         in_use, origin = select_isa(None)
         forced = origin == ENVIRONMENT_VARIABLE
         reason = f"{ENVIRONMENT_VARIABLE} is set" if forced else "the best that this CPU supports"
-    except ValueError as problem:
-        error = str(problem)
+    except ValueError as refusal:
+        error = str(refusal)
     supported = supported_isas()
+    problems = {name: _problem(name) for name in supported}
+    if problem := problems.get(in_use or ""):
+        in_use, reason, error = None, None, problem
     variants = [
         {
             "name": row.name,
@@ -85,10 +92,22 @@ def _isas() -> dict[str, Any]:
             "in_use": row.name == in_use,
             "features": row.features,
             "missing": missing_features(row.name),
+            "problem": problems.get(row.name),
         }
         for row in _core.known_isas()
     ]
     return {"in_use": in_use, "reason": reason, "error": error, "variants": variants}
+
+
+def _problem(isa: str) -> str | None:
+    """Why a variant that this CPU supports cannot be used, or None."""
+    from cpumoe import _core
+
+    try:
+        _core.open_variant(isa, "info")
+    except _core.VariantError as problem:
+        return str(problem)
+    return None
 
 
 def _amx() -> list[dict[str, Any]]:
@@ -115,12 +134,13 @@ def _formats() -> list[dict[str, Any]]:
     ]
 
 
-def _bandwidth() -> dict[str, Any] | None:
-    from cpumoe.isa import supported_isas
+def _bandwidth(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Measured with the best variant's loads; None if there is no such variant to use."""
     from cpumoe.limits import measure_read_bandwidth
     from cpumoe.runtime import Runtime
 
-    if not supported_isas():
+    supported = [row for row in variants if row["supported"]]
+    if not supported or supported[-1]["problem"]:
         return None
     with progress_bar() as progress, Runtime() as runtime:
         progress("measuring memory bandwidth", 0, 1)
@@ -142,10 +162,13 @@ def _render(document: dict[str, Any]) -> None:
         "memory read": _memory_read(document["read_bandwidth"]),
     }
     console.show(console.fact_table(facts))
-    table = console.data_table("ISA variants", ("name", "status", "missing"), text_columns=3)
+    table = console.data_table(
+        "ISA variants", ("name", "status", "missing or wrong"), text_columns=3
+    )
     table.columns[-1].no_wrap = False
     for row in document["isa"]["variants"]:
-        table.add_row(row["name"], _status(row, document["isa"]), " ".join(row["missing"]))
+        why = console.escape(row["problem"]) if row["problem"] else " ".join(row["missing"])
+        table.add_row(row["name"], _status(row, document["isa"]), why)
     amx = console.data_table("AMX", ("what it needs", "here", "found"), text_columns=3)
     for row in document["amx"]:
         amx.add_row(row["question"], _ANSWERS[row["passed"]], console.escape(row["found"]))
@@ -174,7 +197,7 @@ def _host_threads(used: dict[str, Any]) -> str:
 
 def _memory_read(measured: dict[str, Any] | None) -> str:
     if measured is None:
-        return "not measured: no variant runs here"
+        return "not measured: it needs this CPU's best variant"
     threads = console.format_count(measured["threads"], "thread")
     pages = "huge pages" if measured["huge_pages"] else "small pages"
     buffer = f"{measured['buffer_bytes'] >> 20} MiB on {pages}"
@@ -189,4 +212,6 @@ def _status(row: dict[str, Any], isa: dict[str, Any]) -> str:
         return f"[bold green]in use[/] [dim]({isa['reason']})[/]"
     if not row["built"]:
         return "not built"
+    if row["problem"]:
+        return "[red]unusable[/]"
     return "supported" if row["supported"] else "[yellow]not supported[/]"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from cpumoe import __version__
+
 _CPUINFO = Path("/proc/cpuinfo")
 # Where /proc/cpuinfo names the CPU on x86-64, and on other architectures.
 _MODEL_KEYS = ("model name", "Model", "cpu model", "Hardware")
@@ -26,10 +28,8 @@ def versions() -> dict[str, str]:
     """Returns the versions of cpumoe, PyTorch and Python."""
     import torch
 
-    from cpumoe._version import package_version
-
     return {
-        "cpumoe": package_version(),
+        "cpumoe": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

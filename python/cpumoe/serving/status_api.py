@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from cpumoe._version import package_version
+from cpumoe import __version__
 from cpumoe.serving.errors import ApiError, json_response
 from cpumoe.serving.metrics import Metrics
 from cpumoe.serving.service import Service
@@ -26,7 +26,7 @@ def make_router(service: Service, others: Sequence[APIRouter]) -> APIRouter:
     async def index() -> Response:
         routes = [route for one in (router, *others) for route in one.routes]
         paths = sorted({route.path for route in routes if isinstance(route, APIRoute)})
-        return json_response({"name": "cpumoe", "version": package_version(), "paths": paths})
+        return json_response({"name": "cpumoe", "version": __version__, "paths": paths})
 
     @router.get("/health")
     @router.get("/v1/health")
@@ -37,7 +37,7 @@ def make_router(service: Service, others: Sequence[APIRouter]) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
-        return json_response({"version": package_version()})
+        return json_response({"version": __version__})
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:

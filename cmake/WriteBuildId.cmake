@@ -1,0 +1,20 @@
+# A script: writes OUTPUT, a header with the version and the build id, from what INPUTS sets
+# (cmake/BuildId.cmake). The header is left alone where it would not change.
+
+include(${INPUTS})
+set(text "${version}\n${settings}\n")
+foreach(file IN LISTS files)
+    file(SHA256 ${root}/${file} digest)
+    string(APPEND text "${file} ${digest}\n")
+endforeach()
+string(SHA256 digest "${text}")
+string(SUBSTRING ${digest} 0 16 digest)
+file(
+    CONFIGURE
+    OUTPUT ${OUTPUT}
+    CONTENT
+        "#define CPUMOE_VERSION \"@version@\"
+#define CPUMOE_BUILD_ID \"@version@+@digest@\"
+"
+    @ONLY
+)
