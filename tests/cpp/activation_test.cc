@@ -1,4 +1,4 @@
-// The vector exp and the gated activation of every ISA against double precision.
+// Compares the vector exp and the gated activation of every ISA with double precision.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -17,8 +17,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr double kUnit = 0x1p-24;             // unit roundoff of fp32
-constexpr double kLeast = 0x1p-149;           // its least subnormal
-constexpr double kOverflow = 0x1.ffffffp127;  // from here on a result rounds to infinity
+constexpr double kLeast = 0x1p-149;           // the least subnormal fp32
+constexpr double kOverflow = 0x1.ffffffp127;  // from here on, results round to infinity
 
 class ActivationTest : public IsaTest {
  protected:
@@ -45,7 +45,8 @@ class ActivationTest : public IsaTest {
 };
 CPUMOE_FOR_EACH_ISA(ActivationTest);
 
-// Relative error within 2^-23 where the result is normal, one unit of the last place below.
+// The relative error is within 2^-23 if the result is normal. Below, the error is within one unit
+// of the last place.
 void CheckExp(float x, float actual) {
   const double expected = std::exp(static_cast<double>(x));
   if (std::isnan(x)) {
@@ -85,7 +86,7 @@ TEST_P(ActivationTest, ExpOfAnyFloat) {
                           -0x1p-149f,
                           std::numeric_limits<float>::max(),
                           std::numeric_limits<float>::lowest()};
-  constexpr uint32_t kStep = 10007;  // a prime: no pattern in the low bits
+  constexpr uint32_t kStep = 10007;  // a prime, so that the low bits have no pattern
   for (uint64_t bits = 0; bits <= 0xffffffffu; bits += kStep) {
     x.push_back(std::bit_cast<float>(static_cast<uint32_t>(bits)));
   }
@@ -93,7 +94,7 @@ TEST_P(ActivationTest, ExpOfAnyFloat) {
   for (size_t i = 0; i < x.size(); ++i) CheckExp(x[i], y[i]);
 }
 
-// The variants that checkpoints use, and one with every parameter unusual.
+// The activations of known checkpoints, and one with unusual values of all parameters.
 constexpr SwiGlu kVariants[] = {{},
                                 {.limit = 10.0f},
                                 {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
@@ -101,16 +102,16 @@ constexpr SwiGlu kVariants[] = {{},
 
 double Clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
-// (u + offset) * g * sigmoid(alpha g). Rounding alpha * g moves the exponential by |alpha g| units
-// (104 at most: then it is 0 or infinite), exp adds two units, the other five operations one each.
-// An fp32 exp overflows where a double does not: there, and in the subnormals, the result is only
-// near zero.
+// Checks (u + offset) * g * sigmoid(alpha g). Rounding alpha * g moves the exponential by |alpha g|
+// units, at most 104, because beyond that the exponential is 0 or infinite. exp adds two units, and
+// each of the other five operations adds one. An fp32 exp overflows where a double does not. There,
+// and in the subnormals, the result is only near zero.
 void CheckActivation(const SwiGlu& s, float gate, float up, float actual) {
   const double g = std::min<double>(gate, s.limit);
   const double u = Clamp(up, s.limit) + s.up_offset;
   const double expected = u * g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
   const double units = 8 + std::min(std::fabs(s.alpha * g), 104.0);
-  // The sum u + offset can cancel; its own rounding is one of its own units.
+  // The sum u + offset can cancel. Its rounding error is one unit of the sum itself.
   const double bound = units * kUnit * std::fabs(expected) +
                        std::fabs(u) * (std::fabs(g) / 0x1p127 + kLeast) + kLeast;
   if (std::fabs(expected) >= kOverflow * (1 - units * kUnit)) {
@@ -139,7 +140,8 @@ TEST_P(ActivationTest, GatedActivation) {
   }
 }
 
-// As PyTorch: clamp(max=limit) and clamp(-limit, limit) keep NaN, silu(-inf) is NaN, silu(inf) inf.
+// Results as in PyTorch: clamp(max=limit) and clamp(-limit, limit) keep NaN, silu(-inf) is NaN, and
+// silu(inf) is inf.
 TEST_P(ActivationTest, InfinitiesAndNans) {
   for (const SwiGlu& variant : kVariants) {
     const bool limited = variant.limit < kInfinity;

@@ -1,4 +1,4 @@
-// The weight formats of cmake/Variants.cmake as a list of types, and by name.
+// The weight formats of cmake/Variants.cmake, as a list of types and by name.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ inline std::vector<std::string> FormatNames() {
 #undef CPUMOE_FORMAT_ROW
 }
 
-// body(Format{}) for the format called `name`.
+// Calls body(Format{}) for the format called `name`.
 template <class Body>
 auto VisitFormat(const std::string& name, Body&& body) {
 #define CPUMOE_FORMAT_ROW(row, Class) \

@@ -1,6 +1,6 @@
-// The emulated tile instructions against a scalar model, bit for bit.
+// Compares the emulated tile instructions with a scalar model, bit for bit.
 //
-// On a CPU with AMX the same tests run the real instructions, which proves the model.
+// On a CPU with AMX these tests run the real instructions, which proves the model.
 #include <gtest/gtest.h>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -29,7 +29,7 @@ using Words = std::vector<uint32_t>;
 
 bool IsNative() { return TileStateUsable(DetectTileSteps()); }
 
-// C [m, n] += A [m, k] x B [k, n], in elements of four bytes.
+// C [m, n] += A [m, k] x B [k, n], where an element has four bytes.
 struct Shape {
   int m, n, k;
 };
@@ -75,7 +75,7 @@ void Multiply(const Shape& s, Operands* o) {
 
 struct Form {
   Instruction instruction;
-  void (*multiply[3])(const Shape&, Operands*);  // with different tiles
+  void (*multiply[3])(const Shape&, Operands*);  // three forms with different tiles
 };
 
 template <Instruction kDot>
@@ -122,7 +122,7 @@ Words Model(Instruction form, const Shape& s, const Operands& o) {
   return c;
 }
 
-// Finite numbers of moderate size, whose sums round.
+// Returns finite numbers of moderate size. Sums of them need rounding.
 uint32_t ModerateLane(Rng& rng) {
   const auto bits = static_cast<uint32_t>(rng());
   return (bits & 0x807F807F) | (120 + (bits >> 8 & 7)) << 23 | (120 + (bits >> 24 & 7)) << 7;
@@ -147,7 +147,7 @@ Operands RandomBytes(const Shape& s, Rng& rng) {
 void CheckProducts(const Form& form, int count, Rng& rng) {
   const auto up_to_16 = [&] { return static_cast<int>(1 + rng() % 16); };
   for (int i = 0; i < count; ++i) {
-    // With few terms, sums of special values are not all NaN.
+    // With few terms, not all sums of special values are NaN.
     const Shape s = {up_to_16(), up_to_16(), i % 3 == 0 ? 1 + i % 2 : up_to_16()};
     const Operands in = form.instruction == Instruction::kTdpbf16ps
                             ? RandomOperands(s, i % 3 == 1, rng)
@@ -167,7 +167,7 @@ class AmxEmulatorTest : public testing::Test {
  protected:
   void SetUp() override {
     if (!Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
-    DetectFeatures();  // where there is AMX, this gets the permission to use it
+    DetectFeatures();  // asks for permission to use AMX, if the CPU has it
     Install();
     ResetCounts();
   }
@@ -211,7 +211,7 @@ TEST_P(AmxProductTest, EightThreads) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// c + (a[0] b[0] + ...) for one element of C.
+// Computes c + (a[0] b[0] + ...) for one element of C.
 uint32_t DotOfPairs(uint32_t c, const Words& a, const Words& b) {
   Operands o = {a, b, {c}};
   kForms[0].multiply[0]({1, 1, static_cast<int>(a.size())}, &o);
@@ -221,25 +221,25 @@ uint32_t DotOfPairs(uint32_t c, const Words& a, const Words& b) {
 TEST_F(AmxEmulatorTest, SpecialNumbers) {
   constexpr uint32_t kOne = 0x3F80, kMinusZero = 0x8000, kInf = 0x7F80, kDenormal = 0x0040;
   constexpr uint32_t kLeastNormal = 0x0080, kHalf = 0x3F00, kMinusOne = 0xBF80, kNan = 0x7FC0;
-  // Chains begin with +0, hence no sum of products is -0; nor is C then.
+  // Chains begin with +0, so no sum of products is -0, and neither is C afterwards.
   EXPECT_EQ(DotOfPairs(0x80000000, {kMinusZero << 16 | kMinusZero}, {kOne << 16 | kOne}), 0u);
   EXPECT_EQ(DotOfPairs(0, {kInf}, {kOne}), 0x7F800000u);
   EXPECT_EQ(DotOfPairs(0, {kInf << 16 | kInf}, {kMinusOne << 16 | kOne}), 0xFFC00000u);
   EXPECT_EQ(DotOfPairs(0xFF800000, {kInf}, {kOne}), 0xFFC00000u);
   EXPECT_EQ(DotOfPairs(0, {kInf}, {0}), 0xFFC00000u);
   EXPECT_EQ(DotOfPairs(0x3F800000, {kNan}, {kOne}), 0x7FC00000u);
-  EXPECT_EQ(DotOfPairs(0, {kInf}, {kDenormal}), 0xFFC00000u);  // read as zero
-  EXPECT_EQ(DotOfPairs(0, {kLeastNormal}, {kHalf}), 0u);       // flushed
+  EXPECT_EQ(DotOfPairs(0, {kInf}, {kDenormal}), 0xFFC00000u);  // the denormal is read as zero
+  EXPECT_EQ(DotOfPairs(0, {kLeastNormal}, {kHalf}), 0u);       // the product is flushed to zero
   EXPECT_EQ(DotOfPairs(0x00400000, {0}, {0}), 0u);             // a denormal C
   EXPECT_EQ(DotOfPairs(0, {kLeastNormal}, {kOne}), 0x00800000u);
 }
 
-// Even and odd elements are summed apart: 2^24 + 1 - 2^24 keeps the 1 only if it is.
+// Even and odd elements are summed in separate chains. Only then does 2^24 + 1 - 2^24 keep the 1.
 TEST_F(AmxEmulatorTest, TwoChains) {
   constexpr uint32_t kOne = 0x3F80, kBig = 0x4B80, kMinusBig = 0xCB80;
   EXPECT_EQ(DotOfPairs(0, {kOne << 16 | kBig, kMinusBig}, {kOne << 16 | kOne, kOne}), 0x3F800000u);
   EXPECT_EQ(DotOfPairs(0, {kBig, kOne, kMinusBig}, {kOne, kOne, kOne}), 0u);
-  // C comes last.
+  // C is added last.
   EXPECT_EQ(DotOfPairs(0x4B800000, {kOne, kMinusBig}, {kOne, kOne}), 0x3F800000u);
 }
 

@@ -1,4 +1,4 @@
-// Configuration of tiles, their way from and to memory, and what is refused, under the emulator.
+// Configuration of tiles, loads and stores of tiles, and refused instructions, under the emulator.
 #include <gtest/gtest.h>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -42,7 +42,7 @@ class AmxTilesTest : public testing::Test {
  protected:
   void SetUp() override {
     if (!Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
-    DetectFeatures();  // where there is AMX, this gets the permission to use it
+    DetectFeatures();  // asks for permission to use AMX, if the CPU has it
     Install();
     ResetCounts();
     std::iota(data_.begin(), data_.end(), uint8_t{1});
@@ -105,8 +105,8 @@ TEST_F(AmxTilesTest, RowsAndBytesOfEveryShape) {
   }
 }
 
-// Loads tile 3 at several forms of address. All mean `base` and a stride of 64 bytes, but where
-// there is no index.
+// Loads tile 3 with several forms of address. All forms mean `base` and a stride of 64 bytes,
+// except forms without an index.
 #define CPUMOE_LOAD_AT(base, displacement, scale, base_register, index_register, operand)          \
   asm volatile("mov %0, %%" base_register "\n\tmov %1, %%" index_register "\n\ttileloadd " operand \
                ", %%tmm3"                                                                          \
@@ -228,7 +228,7 @@ TEST_F(AmxTilesDeathTest, ShapesOfProducts) {
   EXPECT_DEATH(dot(3, 20, 3, 28, 0, 0), "tdpbf16ps: tile 2 is not configured");
   EXPECT_DEATH(dot(3, 20, 3, 27, 7, 20), "tile 1: 27 bytes per row; must be a multiple of 4");
   amx::LoadConfig(ConfigOf(16, 64));
-  EXPECT_DEATH(Execute({0xC4, 0xE2, 0x73, 0x5E, 0xC1}),  // which no assembler writes
+  EXPECT_DEATH(Execute({0xC4, 0xE2, 0x73, 0x5E, 0xC1}),  // no assembler writes this
                "tdpbssd: tiles 0, 1 and 1; must be distinct");
 }
 
@@ -237,7 +237,7 @@ TEST_F(AmxTilesDeathTest, MemoryFaults) {
   amx::LoadConfig(ConfigOf(16, 64));
   amx::Load<0>(arena.end() - 1024, 64);
   const auto run = [&] {
-    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn it into an exit
+    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn the signal into an exit
     amx::Load<0>(arena.end() - 1020, 64);
   };
   EXPECT_EXIT(run(), testing::KilledBySignal(SIGSEGV), "");
@@ -249,7 +249,7 @@ TEST_F(AmxTilesDeathTest, ReservedEncodingsKill) {
   const std::vector<std::vector<uint8_t>> reserved = {
       {0xC4, 0xE2, 0x6E, 0x5C, 0xC1},  // L
       {0xC4, 0xE2, 0xEA, 0x5C, 0xC1},  // W
-      {0xC4, 0x62, 0x6A, 0x5C, 0xC1},  // tile 8, three ways
+      {0xC4, 0x62, 0x6A, 0x5C, 0xC1},  // tile 8, encoded in three ways
       {0xC4, 0xC2, 0x6A, 0x5C, 0xC1},       {0xC4, 0xE2, 0x3A, 0x5C, 0xC1},
       {0xC4, 0xE2, 0x6A, 0x5C, 0x01},        // a product with memory
       {0xC4, 0xE2, 0x69, 0x5C, 0xC1},        // prefix 66

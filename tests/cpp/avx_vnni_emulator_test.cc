@@ -1,7 +1,7 @@
-// The emulated VPDPBUSD against a scalar model, bit for bit.
+// Compares the emulated VPDPBUSD with a scalar model, bit for bit.
 //
-// Each form runs between a load of YMM0-15 and a store of them, and every bit of them is compared.
-// On a CPU with AVX-VNNI the same tests run the real instruction, which proves the model.
+// Each form runs between a load and a store of YMM0-15, and every stored bit is compared. On a CPU
+// with AVX-VNNI these tests run the real instruction, which proves the model.
 #include <gtest/gtest.h>
 
 #include "emulator/emulator.h"
@@ -27,7 +27,7 @@ constexpr int kMemory = -1;
 struct Form {
   const char* name;
   int lanes;
-  int sum, unsigned_bytes, signed_bytes;  // registers; the last may be kMemory
+  int sum, unsigned_bytes, signed_bytes;  // registers; signed_bytes may be kMemory
   int displacement;                       // from RAX and R13 to the operand, with RCX = 5
   void (*run)(const RegisterFile* in, RegisterFile* out, const void* base);
 };
@@ -109,7 +109,7 @@ class AvxVnniEmulatorTest : public testing::Test {
   }
   void TearDown() override { Uninstall(); }
 
-  // Half of the bytes are the greatest and the least, so that sums wrap.
+  // Half of the bytes are the greatest or the least, so that sums wrap.
   uint32_t RandomLane() {
     uint32_t lane = 0;
     for (int i = 0; i < 4; ++i) {
@@ -136,7 +136,7 @@ class AvxVnniFormTest : public AvxVnniEmulatorTest, public testing::WithParamInt
 TEST_P(AvxVnniFormTest, MatchesTheModel) {
   const Form& form = GetParam();
   Arena arena;
-  uint8_t* operand = arena.end() - form.lanes * 4;  // behind it is memory that faults
+  uint8_t* operand = arena.end() - form.lanes * 4;  // the memory after the operand faults
   for (int i = 0; i < 1000; ++i) {
     const RegisterFile in = RandomRegisters();
     RegisterFile out;
@@ -179,7 +179,7 @@ TEST_F(AvxVnniEmulatorTest, ASignalServesTheLoadsBetweenProducts) {
   EXPECT_EQ(Traps(), IsNative() ? 0 : 1);
 }
 
-// A 512-bit register's upper half becomes zero, as after every VEX instruction.
+// The upper half of a 512-bit register becomes zero, as after every VEX instruction.
 TEST_F(AvxVnniEmulatorTest, ClearsTheUpperHalf) {
   if (!__builtin_cpu_supports("avx512f")) GTEST_SKIP() << "this CPU lacks AVX-512F";
   alignas(64) uint32_t zmm[16];
@@ -201,7 +201,7 @@ TEST_F(AvxVnniEmulatorDeathTest, OperandsFault) {
   const RegisterFile in = {};
   RegisterFile out;
   const auto run = [&] {
-    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn it into an exit
+    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn the signal into an exit
     VnniMemory(&in, &out, arena.end() - 28);
   };
   EXPECT_EXIT(run(), testing::KilledBySignal(SIGSEGV), "");

@@ -1,7 +1,8 @@
-// Every byte of codes x every scale decodes bit-exactly, on every path of every ISA.
+// Every byte of codes decodes bit-exactly with every scale, on every path of every ISA.
 //
-// A tile of one group has 16 rows; for each scale, tiles hold every byte value once. Multiplied
-// with one-hot activations, each weight comes out alone: it must be code * scale in fp32.
+// The test uses tiles of one group and 16 rows. For each scale, the tiles hold every byte value
+// once. Multiplying with one-hot activations gives each weight alone, which must be code * scale in
+// fp32.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -21,8 +22,8 @@ using kernel_probe::Path;
 
 class DecodeTest : public IsaFormatTest {
  protected:
-  // All tiles with scale number `index`: byte b of the checkpoint's codes is at a place that
-  // depends on the scale, so that in the course of the test a byte meets many places.
+  // Returns all tiles with scale number `index`. The place of byte b in the checkpoint's codes
+  // depends on the scale, so that in the course of the test each byte value takes many places.
   template <class F>
   static TestMatrix AllBytes(typename F::Scale scale, size_t index) {
     constexpr int64_t kRowBytes = F::kGroupSize * F::kCodeBits / 8;
@@ -38,7 +39,7 @@ class DecodeTest : public IsaFormatTest {
     return matrix;
   }
 
-  // Code times scale in one rounding. Sums start from +0, so that a zero comes out positive.
+  // Returns code times scale, rounded once. Sums start from +0, so a zero is positive.
   template <class F>
   static float Expected(const RawMatrix& m, int64_t row, int64_t k, typename F::Scale scale) {
     uint32_t word;
@@ -48,7 +49,7 @@ class DecodeTest : public IsaFormatTest {
     return F::Decode(code) * scale.ToFloat() + 0.0f;
   }
 
-  // Runs `path` over the matrix with tokens k = 0, 1, ... one-hot at k, `batch` at once.
+  // Runs `path` over the matrix with one-hot tokens for k = 0, 1, ..., `batch` tokens at once.
   template <class F>
   void CheckPath(Path path, int64_t batch, const TestMatrix& matrix, typename F::Scale scale) {
     const RawMatrix view = matrix.View();
@@ -103,7 +104,7 @@ TEST_P(DecodeTest, FoldedPanel) {
   CheckAllScales(Path::kFoldedPanel, 32);
 }
 
-// Scales whose products leave the multiplicands' range must not fold.
+// Scales must not fold if their products leave the range of the multiplicands.
 TEST_P(DecodeTest, OverflowDoesNotFold) {
   EXPECT_FALSE(kernels().folds_exactly(1.0f, 0x1.8p127f));
   EXPECT_EQ(kernels().folds_exactly(0x1p-20f, 0x1p20f), kernels().folds);

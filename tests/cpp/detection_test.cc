@@ -1,5 +1,5 @@
-// What detection makes of the answers of CPU and operating system, for machines that we do not
-// have.
+// What detection concludes from the answers of CPU and operating system, for machines that we do
+// not have.
 #include <gtest/gtest.h>
 
 #include <cerrno>
@@ -111,7 +111,7 @@ TEST_P(DetectionTest, TileStepsFailWhereTheyShould) {
   EXPECT_EQ(failed, GetParam().failed);
 }
 
-// The kernel is asked for nothing, and nothing is tried, unless all before says yes.
+// Detection asks for permission and tries an instruction only if all earlier steps have passed.
 TEST_P(DetectionTest, EffectsOnlyWhereAllElseHolds) {
   const std::vector<TileStep> steps = TakeTileSteps(Machine());
   std::vector<std::string> expected;
@@ -141,17 +141,17 @@ TEST(TileStepsTest, SayWhatWasFound) {
 
 TEST(AskMachineTest, ThisMachineAgreesWithItself) {
   const MachineAnswers machine = AskMachine();
-  const FeatureSet detected = DetectFeatures();  // and what other tests made it assume
+  const FeatureSet detected = DetectFeatures();  // includes what other tests made it assume
   for (const std::string& feature : UsableFeatures(machine, DetectTileSteps())) {
     EXPECT_TRUE(detected.contains(feature)) << feature;
   }
-  // The builtin knows XCR0, too.
+  // The compiler's builtin knows XCR0, too.
   for (const std::string& feature : machine.advertised) {
     EXPECT_TRUE(detected.contains(feature) || feature.starts_with("amx-")) << feature;
   }
 }
 
-// Whatever this CPU is: the trial does not kill the process, and puts the earlier action back.
+// On any CPU, the trial does not kill the process, and puts the earlier action back.
 TEST(AskMachineTest, TheTrialIsHarmless) {
   const MachineAnswers machine = AskMachine();
   if (!machine.execute_tile) GTEST_SKIP() << "no tile instructions on this architecture";

@@ -1,4 +1,5 @@
-// Results are the same bits whatever runs beside: threads, runs, workspaces, other tokens.
+// Results are bit-identical for any number of threads, in any run, in any workspace, and beside any
+// other tokens.
 #include <gtest/gtest.h>
 
 #include <cfenv>
@@ -22,7 +23,7 @@ TEST_P(DeterminismTest, AnyNumberOfThreadsAndRuns) {
     const std::vector<std::byte> expected = Forward(*moe, batch);
     for (const int threads : {1, 2, 5}) {
       PinnedPool pool({.threads = threads});
-      Workspace workspace;  // reused: what an earlier run left there must not matter
+      Workspace workspace;  // reused: leftovers of an earlier run must not matter
       for (int run = 0; run < 2; ++run) {
         EXPECT_EQ(Forward(*moe, batch, pool, workspace), expected)
             << tokens << " tokens, " << threads << " threads, run " << run;
@@ -56,7 +57,7 @@ TEST_P(DeterminismTest, PackingOnAnyNumberOfThreads) {
   }
 }
 
-// Rounding to nearest is what the arithmetic is meant for, whatever the caller's thread does.
+// The arithmetic needs rounding to nearest, in whatever mode the caller's thread is.
 TEST_P(DeterminismTest, TheCallersRoundingMode) {
   const TestLayer layer(format(), LayerSpec{});
   const auto moe = Create(layer);
@@ -73,7 +74,7 @@ TEST_P(DeterminismTest, TheCallersRoundingMode) {
   }
 }
 
-// One workspace serves layers of different sizes and calls of different lengths.
+// One workspace serves layers of several sizes and calls of several lengths.
 TEST_P(DeterminismTest, ASharedWorkspace) {
   const TestLayer small(format(), LayerSpec{.hidden = 32, .intermediate = 32});
   const TestLayer large(format(), LayerSpec{.hidden = 96, .intermediate = 64});
@@ -88,7 +89,7 @@ TEST_P(DeterminismTest, ASharedWorkspace) {
   }
 }
 
-// fp32 calls that are not rounded to bf16 take one kernel, whatever the number of tokens.
+// fp32 calls that are not rounded to bf16 take one kernel for any number of tokens.
 TEST_P(DeterminismTest, ATokenOfAnFp32CallIsTheSameInAnyBatchWhereTheIsaHasBf16) {
   if (GetParam().fp32_as_bf16) GTEST_SKIP() << "the number of tokens chooses the kernels";
   const TestLayer layer(format(), LayerSpec{.has_bias = true, .few_token_limit = 0});

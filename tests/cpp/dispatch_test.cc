@@ -1,4 +1,5 @@
-// Which variants a CPU can run, for machines that we do not have, and what a refused choice says.
+// Which variants a CPU can run, for machines that we do not have, and the messages about a refused
+// choice.
 #include <gtest/gtest.h>
 
 #include <set>
@@ -18,7 +19,7 @@ using Names = std::vector<std::string>;
 struct Machine {
   const char* name;
   FeatureSet features;
-  Names supported;  // if all ISAs of x86-64 are built
+  Names supported;  // assuming that all ISAs of x86-64 are built
 };
 
 const FeatureSet kHaswell = {"avx2", "fma", "f16c"};
@@ -222,7 +223,7 @@ TEST(BuildIdTest, IsTheVersionAndAHash) {
   EXPECT_EQ(id, std::string(cpumoe_build_id)) << "what variants export";
 }
 
-// Of a variant that was built and runs here, if there is one.
+// FindFormat on a variant that was built and runs here, if there is one.
 class FindFormatTest : public testing::Test {
  protected:
   void SetUp() override {

@@ -1,4 +1,4 @@
-// Every test program ends by saying what it emulated, if anything.
+// Every test program that emulated instructions prints their counts at its end.
 #include <gtest/gtest.h>
 
 #include <cstdio>

@@ -1,8 +1,9 @@
-// The instruction emulator against a scalar model, over every form of every instruction.
+// Compares the instruction emulator with a scalar model, over every form of every instruction.
 //
-// Each form runs between a load of the whole register file (ZMM0-31, k0-k7) and a store of it, and
-// every bit of the stored file is compared. On a CPU with AVX512_BF16 the same tests run the real
-// instructions, which proves the model; there the emulator's arithmetic is compared with them, too.
+// Each form runs between a load and a store of the whole register file (ZMM0-31, k0-k7), and every
+// bit of the stored file is compared. On a CPU with AVX512_BF16 these tests run the real
+// instructions, which proves the model. There the tests also compare the emulator's arithmetic with
+// the instructions.
 #include "../emulator/emulator.h"
 
 #include <gtest/gtest.h>
@@ -211,7 +212,7 @@ TEST_F(EmulatorDeathTest, OperandsFault) {
   const RegisterFile in = RandomRegisters(rng_);
   RegisterFile out;
   const auto run = [&] {
-    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn it into an exit
+    std::signal(SIGSEGV, SIG_DFL);  // a sanitizer's handler would turn the signal into an exit
     FindForm("DotMemory").run(&in, &out, arena.end() - 60, in.zmm);
   };
   EXPECT_EXIT(run(), testing::KilledBySignal(SIGSEGV), "");
@@ -220,8 +221,8 @@ TEST_F(EmulatorDeathTest, OperandsFault) {
 TEST_F(EmulatorDeathTest, OtherIllegalInstructionsKill) {
   EXPECT_EXIT(Execute({0x0F, 0x0B}), testing::KilledBySignal(SIGILL), "");  // ud2
   EXPECT_EXIT(raise(SIGILL), testing::KilledBySignal(SIGILL), "");
-  // VDPBF16PS and VCVTNEPS2BF16 with reserved encodings, of which CPUs that have the instructions
-  // take some: Zen 4 executes the second.
+  // VDPBF16PS and VCVTNEPS2BF16 with reserved encodings. CPUs that have the instructions execute
+  // some of these: Zen 4 executes the second.
   if (IsNative()) return;
   EXPECT_EXIT(Execute({0x62, 0xF2, 0x6E, 0x68, 0x52, 0xCB}), testing::KilledBySignal(SIGILL), "");
   EXPECT_EXIT(Execute({0x62, 0xF2, 0x6E, 0x58, 0x52, 0xCB}), testing::KilledBySignal(SIGILL), "");

@@ -235,7 +235,7 @@ TEST(Executor, IdleExecutorAndParkedWaiterUseNoCpu) {
   EXPECT_LT(static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC, 0.1);
 }
 
-// What went wrong in a forked child, 0 for nothing.
+// Returns which check failed in a forked child, or 0 if none did.
 int CheckInChild(std::unique_ptr<Executor> executor, Completion& done, Completion& pending) {
   const auto throws_clearly = [](auto call) {
     try {

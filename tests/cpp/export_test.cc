@@ -1,4 +1,4 @@
-// Unpack gives the checkpoint's bytes back, for every ISA x format.
+// Unpack returns the checkpoint's bytes, for every ISA x format.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -12,7 +12,7 @@
 namespace cpumoe {
 namespace {
 
-// An expert's matrices to export to.
+// Memory for the matrices of one expert, to export to.
 struct Copy {
   TestMatrix gate, up, down;
 
@@ -33,7 +33,8 @@ class ExportTest : public MoeTest {
   int64_t GroupSize() const {
     return VisitFormat(format(), []<class F>(F) { return int64_t{F::kGroupSize}; });
   }
-  // The scales of any magnitude: every byte of the checkpoint comes back, whatever it means.
+  // Scales have any magnitude, because every byte of the checkpoint must come back, whatever it
+  // means.
   TestLayer MakeLayer(int64_t intermediate) const {
     return {
         format(),
@@ -43,7 +44,8 @@ class ExportTest : public MoeTest {
 };
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(ExportTest);
 
-// More threads than experts share each expert, fewer take one each.
+// If threads outnumber the experts, they share each expert. Otherwise each thread takes whole
+// experts.
 TEST_P(ExportTest, EveryExpertBitForBit) {
   const TestLayer layer = MakeLayer(5 * GroupSize());
   const MoeConfig& config = layer.config();
@@ -62,7 +64,7 @@ TEST_P(ExportTest, EveryExpertBitForBit) {
   }
 }
 
-// The shares of a tensor-parallel split, exported one by one, make up the whole.
+// The shares of a tensor-parallel split, exported one by one, make up the whole expert.
 TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
   const TestLayer layer = MakeLayer(4 * GroupSize());
   const MoeConfig& config = layer.config();

@@ -1,5 +1,5 @@
-// The scalar conversions against a model in double precision that knows only a format's number of
-// significant bits and its exponent range.
+// Compares the scalar conversions with a model in double precision. The model knows only the number
+// of significant bits and the exponent range of a format.
 #include "base/float_types.h"
 
 #include <gtest/gtest.h>
@@ -25,7 +25,8 @@ struct Traits<Fp16> {
   static constexpr int kDigits = 11, kMinExponent = -14, kMaxExponent = 15;
 };
 
-// The number that `bits` stand for: sign, exponent, mantissa, most significant first.
+// Returns the number that `bits` stand for. Their order is sign, exponent, mantissa, most
+// significant first.
 template <class Type>
 double Decode(uint16_t bits) {
   constexpr int kMantissaBits = Traits<Type>::kDigits - 1;
@@ -41,7 +42,7 @@ double Decode(uint16_t bits) {
   return sign * std::ldexp(significand, shift);
 }
 
-// `value` rounded to the type's precision, ties to even.
+// Returns `value` rounded to the type's precision, ties to even.
 template <class Type>
 double Round(double value) {
   if (value == 0 || !std::isfinite(value)) return value;
@@ -94,7 +95,8 @@ TYPED_TEST(FloatTypeTest, RoundTrip) {
   }
 }
 
-// Every number of the type, every tie between two of them, and the floats on both sides of each.
+// Converts every number of the type, every tie between two of them, and the floats on both sides of
+// each.
 TYPED_TEST(FloatTypeTest, FromFloatRoundsToNearestEven) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (uint32_t bits = 0; bits < 0x7fff; ++bits) {
@@ -120,7 +122,7 @@ TYPED_TEST(FloatTypeTest, FromAnyFloat) {
     CheckFromFloat<TypeParam>(value);
     CheckFromFloat<TypeParam>(-value);
   }
-  // NaNs whose payload lies only in the bits that are cut off.
+  // The payload of these NaNs lies only in the bits that are cut off.
   CheckFromFloat<TypeParam>(std::bit_cast<float>(0x7f800001u));
   CheckFromFloat<TypeParam>(std::bit_cast<float>(0xff800001u));
   std::mt19937 random(1);

@@ -1,6 +1,6 @@
-// The bound follows the computation step by step, in the usual model: a rounding to p significant
-// bits changes a value by at most 2^-p of it, a sum of n terms by at most gamma_n of the sum of
-// their magnitudes. It is a worst case; actual errors are some ten times smaller.
+// The bounds follow the computation step by step, in the usual model. Rounding to p significant
+// bits changes a value by at most 2^-p of it. A sum of n terms is off by at most gamma_n of the sum
+// of their magnitudes. This is the worst case, and actual errors are some ten times smaller.
 #include "cpp/forward_oracle.h"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,7 @@ namespace cpumoe {
 namespace {
 
 constexpr double kUnit = 0x1p-24;    // unit roundoff of fp32
-constexpr double kFlush = 0x1p-126;  // VDPBF16PS takes smaller numbers for zero
+constexpr double kFlush = 0x1p-126;  // VDPBF16PS treats smaller numbers as zero
 
 struct Interval {
   double value;
@@ -28,7 +28,7 @@ int SignificandBits(DType dtype) {
   return dtype == DType::kBf16 ? 8 : dtype == DType::kFp16 ? 11 : 24;
 }
 
-// Half the distance of subnormals.
+// Half the distance between subnormals.
 double LeastRounding(DType dtype) {
   return dtype == DType::kBf16 ? 0x1p-134 : dtype == DType::kFp16 ? 0x1p-25 : 0x1p-150;
 }
@@ -50,8 +50,9 @@ Dense Decode(const RawMatrix& m) {
   return dense;
 }
 
-// W x + b. A product passes at most K + 2 K / group + 1 roundings: 3 K covers them. Where a group's
-// unscaled sum is flushed to zero the scale, at most twice the greatest weight, comes on top.
+// Computes W x + b. A product passes at most K + 2 K / group + 1 roundings, and 3 K covers them. If
+// a group's unscaled sum is flushed to zero, the error grows by the scale, which is at most twice
+// the greatest weight.
 Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
   const double n = (3.0 * static_cast<double>(w.columns) + 1) * kUnit;
   const double gamma = n / (1 - n);
@@ -71,8 +72,8 @@ Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
   return y;
 }
 
-// Adds what rounding to int8 does: a group's numbers become multiples of 1/127 of the greatest
-// magnitude, or zero where that is tiny.
+// Adds the error of rounding to int8. The numbers of a group become multiples of 1/127 of the
+// greatest magnitude, or zero if that magnitude is tiny.
 template <class F>
 void RoundToInt8(Intervals& x) {
   for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
@@ -86,8 +87,8 @@ void RoundToInt8(Intervals& x) {
   }
 }
 
-// Adds what rounding to integers does (packing/digits-inl.h): a group without an outlier is off by
-// 2^-13 of its greatest magnitude in calls of bf16, others by 2^-20 of it.
+// Adds the error of rounding to digits (packing/digits-inl.h). In bf16 calls a group without an
+// outlier is off by 2^-13 of its greatest magnitude. All other groups are off by 2^-20 of it.
 template <class F>
 void RoundToDigits(Intervals& x, DType dtype) {
   for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
@@ -98,7 +99,7 @@ void RoundToDigits(Intervals& x, DType dtype) {
       least_greatest = std::max(least_greatest, magnitude - x[k].error);
       sum += magnitude + x[k].error;
     }
-    // The rule sees rounded numbers.
+    // The rule for outliers looks at rounded numbers.
     const bool outlier = dtype != DType::kBf16 || sum * (1 + 0x1p-7) < 3 * least_greatest;
     for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
       x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-148);
@@ -106,8 +107,9 @@ void RoundToDigits(Intervals& x, DType dtype) {
   }
 }
 
-// (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 whatever
-// alpha is; min and clamp have slopes of at most 1. See CheckActivation for the units of exp.
+// Computes (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 for
+// every alpha. min and clamp have slopes of at most 1. CheckActivation (activation_test.cc)
+// explains the units of exp.
 Interval Activate(const SwiGlu& s, Interval gate, Interval up, int bits) {
   const double g = std::min<double>(gate.value, s.limit);
   const double u = std::clamp<double>(up.value, -s.limit, s.limit) + s.up_offset;
@@ -213,7 +215,7 @@ class Oracle {
   const Batch& batch_;
   const Rounding rounding_;
   const ReferenceMoe<F> reference_{layer_.config(), Sources(layer_)};
-  std::vector<std::vector<Dense>> experts_;  // gate, up, down of those used so far
+  std::vector<std::vector<Dense>> experts_;  // gate, up, down of each expert used so far
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What a forward call should give: the reference in double precision, and how far fp32 arithmetic
-// with rounded activations may be from it.
+// The expected result of a forward call: the reference in double precision, and the greatest error
+// that fp32 arithmetic with rounded activations may have.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,13 @@ struct Expectation {
 // How kernels round the activations that they multiply.
 struct Rounding {
   int bits;        // significant bits kept
-  bool int8;       // instead, to 1/127 of the greatest of each group
-  bool as_digits;  // perhaps to integers of 21 bits, or 14 in calls of bf16
+  bool int8;       // instead of `bits`, to 1/127 of the greatest of each group
+  bool as_digits;  // perhaps to integers of 21 bits, or of 14 bits in bf16 calls
 };
 
 Expectation Expect(const TestLayer& layer, const Batch& batch, Rounding rounding);
 
-// Fails with the worst element if any is out of its bound.
+// Fails if an element is out of its bound, and shows the worst element.
 void ExpectClose(const Expectation& expected, const std::vector<double>& actual, int64_t hidden);
 
 }  // namespace cpumoe

@@ -1,4 +1,4 @@
-// The forward pass of every ISA x format against the scalar reference.
+// Compares the forward pass of every ISA x format with the scalar reference.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ TEST_P(ForwardTest, Shapes) {
   }
 }
 
-// A K of more than one panel in either product.
+// In both products K is longer than one panel.
 TEST_P(ForwardTest, DeepProducts) {
   for (const int64_t tokens : {1, 13}) {
     const BatchSpec batch = {.tokens = tokens};
@@ -35,19 +35,19 @@ TEST_P(ForwardTest, DeepProducts) {
   }
 }
 
-// Enough tiles that a task takes several, and a number that leaves the last task with fewer.
+// There are enough tiles for several per task, and the last task has fewer tiles than the others.
 TEST_P(ForwardTest, SeveralTilesPerTask) {
-  for (const int64_t tokens : {1, 15, 70}) {  // few, many; many for AMX as well
+  for (const int64_t tokens : {1, 15, 70}) {  // few, many, and many for AMX as well
     if (tokens > 15 && run_.MultipliesBySignals()) break;
     CheckForward(LayerSpec{.experts = 2, .hidden = 544, .intermediate = 288, .has_bias = true},
                  BatchSpec{.tokens = tokens, .top_k = 2});
   }
-  // With few tokens tasks are shared out more finely.
+  // With few tokens the work is divided into smaller tasks.
   CheckForward(LayerSpec{.experts = 2, .hidden = 64, .intermediate = 1056, .has_bias = true},
                BatchSpec{.tokens = 3, .top_k = 2});
   CheckForward(LayerSpec{.experts = 1, .hidden = 4128, .intermediate = 32, .has_bias = true},
                BatchSpec{.tokens = 2, .top_k = 1});
-  // Pairs of tiles that take turns at 16 groups with more tokens than stream, as digits.
+  // More tokens than stream, as digits: the pairs of tiles take turns at 16 groups.
   CheckForward(LayerSpec{.experts = 1, .hidden = 544, .intermediate = 32, .has_bias = true},
                BatchSpec{.tokens = 33, .top_k = 1});
 }
@@ -62,7 +62,7 @@ TEST_P(ForwardTest, AnyNumberOfTokens) {
   }
 }
 
-// Tokens of each expert around the heights of one and of two tile registers.
+// The tokens of each expert are around the height of one and of two tile registers.
 TEST_P(ForwardTest, TokensAroundTileHeights) {
   if (multiplies_floats()) run_.ExpectBestDots();
   const LayerSpec layer = {.experts = 2, .hidden = 96, .intermediate = 32};
@@ -71,7 +71,8 @@ TEST_P(ForwardTest, TokensAroundTileHeights) {
   }
 }
 
-// Whichever kernels take an expert's tokens, also where there are no fused ones for as many.
+// Results are right whichever kernels take an expert's tokens, even if no fused kernel takes as
+// many.
 TEST_P(ForwardTest, AnyCrossover) {
   for (const int few_token_limit : {0, 1, 3, 1000}) {
     for (const int64_t tokens : {1, 2, 4, 14}) {
@@ -91,7 +92,7 @@ TEST_P(ForwardTest, AnyTopK) {
   }
 }
 
-// Hidden states large enough that limits cut.
+// Hidden states are large enough to reach the limits.
 TEST_P(ForwardTest, SwiGluVariantsAndBiases) {
   for (const SwiGlu& swiglu : {kPlain, kDeepSeekV4, kGptOss}) {
     for (const bool has_bias : {false, true}) {
@@ -166,7 +167,7 @@ TEST_P(ForwardTest, MoreSlotsThanExperts) {
   CheckForward(LayerSpec{.experts = 2}, BatchSpec{.tokens = 4, .top_k = 7});
 }
 
-// A call is cut into rounds of at most 16384 slots: here of two tokens.
+// A call is cut into rounds of at most 16384 slots, which here are two tokens.
 TEST_P(ForwardTest, SeveralRounds) {
   const TestLayer layer(format(), LayerSpec{.intermediate = 32});
   const auto moe = Create(layer);
@@ -179,8 +180,8 @@ TEST_P(ForwardTest, SeveralRounds) {
   }
 }
 
-// Scales at both ends of the fp32 range, where folding them into the multiplicands would overflow
-// or lose bits. Hidden states are such that the result is in range.
+// Scales lie at both ends of the fp32 range, where folding them into the multiplicands would
+// overflow or lose bits. The hidden states keep the result in range.
 TEST_P(ForwardTest, ExtremeScales) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   constexpr Magnitudes kHuge = {0x1p125f, kLargest}, kTiny = {0x1p-127f, 0x1p-122f};

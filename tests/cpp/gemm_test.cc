@@ -1,4 +1,4 @@
-// The GEMM kernels of every ISA x format against sums in double precision.
+// Compares the GEMM kernels of every ISA x format with sums in double precision.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -20,7 +20,7 @@ namespace {
 
 using kernel_probe::Path;
 
-// Weights of one or two tiles, packed and in double precision.
+// The weights of one or two tiles, packed and in double precision.
 struct Weights {
   int64_t columns;
   std::vector<std::byte> packed;
@@ -32,7 +32,7 @@ struct Weights {
 
 class GemmTest : public IsaFormatTest {
  protected:
-  // Random codes, or all bytes the same.
+  // Makes weights with random codes, or with all bytes equal to `codes`.
   Weights MakeWeights(int64_t tiles, int64_t groups, std::optional<std::byte> codes = {}) {
     return VisitFormat(format(), [&]<class F>(F) {
       const int64_t rows = tiles * kTileRows, columns = groups * F::kGroupSize;
@@ -54,8 +54,8 @@ class GemmTest : public IsaFormatTest {
     });
   }
 
-  // Activations that int8 holds exactly: multiples of a power of two up to 127 times it, which
-  // every group has.
+  // Makes activations that int8 holds exactly: multiples of a power of two, up to 127 times it.
+  // Every group has that greatest multiple.
   std::vector<float> MakeInt8Activations(int64_t count) {
     std::uniform_int_distribution<int> value(-127, 127), exponent(-20, 20);
     std::vector<float> a(count);
@@ -68,7 +68,7 @@ class GemmTest : public IsaFormatTest {
     return a;
   }
 
-  // Activations that every ISA's Activation holds exactly: bf16 numbers.
+  // Makes activations that every ISA's Activation holds exactly: bf16 numbers.
   std::vector<float> MakeActivations(int64_t count) {
     std::normal_distribution<float> normal;
     std::vector<float> a(count);
@@ -93,8 +93,8 @@ class GemmTest : public IsaFormatTest {
     return paths;
   }
 
-  // What kernels hold: the digit path's integers of 21 bits, or of 14 if they are bf16 and there
-  // is no outlier beside them.
+  // Returns the activations as kernels hold them. The digit path holds integers of 21 bits, or of
+  // 14 bits if the activations are bf16 and their group has no outlier.
   std::vector<float> Held(Path path, std::vector<float> a) const {
     if (path != Path::kDigits && path != Path::kDigitsOfBf16) return a;
     const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
@@ -119,9 +119,9 @@ class GemmTest : public IsaFormatTest {
     CheckSums(w, Held(path, a), Multiply(path, w, a));
   }
 
-  // Products are exact or rounded once, and each of the K of them goes through at most K + 2 + K /
-  // group additions and scalings: |error| <= gamma * sum |w a| with gamma = n u / (1 - n u). Sums
-  // that are subnormal lose up to `lost` besides.
+  // Products are exact or rounded once. Each of the K products passes at most K + 2 + K / group
+  // additions and scalings, so |error| <= gamma * sum |w a| with gamma = n u / (1 - n u). Subnormal
+  // sums additionally lose up to `lost`.
   static void CheckSums(const Weights& w, const std::vector<float>& a, const std::vector<float>& c,
                         double lost = 0) {
     const double n =
@@ -172,7 +172,7 @@ TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
   }
 }
 
-// K of one panel, one group less, one group more, and several panels.
+// K is one panel, one group less, one group more, and several panels.
 TEST_P(GemmTest, AnyDepth) {
   const int64_t panel = kernels().panel_groups;
   for (const int64_t groups : {int64_t{1}, panel - 1, panel, panel + 1, 2 * panel + 3}) {
@@ -184,7 +184,7 @@ TEST_P(GemmTest, AnyDepth) {
   }
 }
 
-// Rounding to int8 changes nothing here, so that the kernels' sums must be the exact ones.
+// Rounding to int8 changes nothing here, so the kernels' sums must be exact.
 TEST_P(Int8Test, SumsAreExact) {
   for (const int64_t groups : {1, 3, 63, 64, 65, 130}) {
     const Weights w = MakeWeights(groups % 2 + 1, groups);
@@ -195,13 +195,13 @@ TEST_P(Int8Test, SumsAreExact) {
   }
 }
 
-// The greatest sums there are: narrow ones must not overflow.
+// The greatest possible sums. Narrow sums must not overflow.
 TEST_P(Int8Test, Extremes) {
   for (const std::byte codes : {std::byte{0x77}, std::byte{0xff}, std::byte{0x00}}) {
     const Weights w = MakeWeights(2, 2, codes);
     for (const float a : {127.0f, -127.0f}) {
       for (const int64_t tokens : {int64_t{1}, kernels().int8_tokens + 1}) {
-        // All activations, and those of even or odd k only, which are either half of every quad.
+        // Activations at all k, or at even or odd k only, each of which is half of every quad.
         for (const int64_t step : {1, 2}) {
           for (int64_t first = 0; first < step; ++first) {
             std::vector<float> x(tokens * w.columns);
@@ -214,7 +214,7 @@ TEST_P(Int8Test, Extremes) {
   }
 }
 
-// Groups of the greatest and of the most different digits, two and three of them.
+// Groups with the greatest and the most different digits, two and three of them.
 TEST_P(DigitsTest, Extremes) {
   constexpr int32_t kTwo[] = {255 << 5, (64 << 7) - 64};  // bf16 numbers
   constexpr int32_t kThree[] = {(1 << 20) - 1, (63 << 14) + (63 << 7) + 63};
@@ -227,7 +227,7 @@ TEST_P(DigitsTest, Extremes) {
         };
         for (const int32_t integer : kTwo) {
           std::vector<float> a(3 * w.columns, scaled(integer));
-          a[w.columns / 4] = scaled(1);  // beside the greatest, in one group
+          a[w.columns / 4] = scaled(1);  // in one group with the greatest
           EXPECT_EQ(Held(Path::kDigitsOfBf16, a), a);
           CheckProduct(Path::kDigitsOfBf16, w, a);
         }
@@ -242,7 +242,7 @@ TEST_P(DigitsTest, Extremes) {
   }
 }
 
-// Integers of 21 bits times powers of two down to the least that a group is rounded to.
+// Integers of 21 bits times powers of two, down to the least power that a group is rounded to.
 TEST_P(DigitsTest, TinyActivations) {
   const Weights w = MakeWeights(2, 3);
   for (const int exponent : {-100, -126, -127, -140, -148}) {
@@ -260,7 +260,7 @@ TEST_P(DigitsTest, TinyActivations) {
   }
 }
 
-// Groups on either side of the rule that decides between two digits and three.
+// Groups on both sides of the rule that decides between two digits and three.
 TEST_P(DigitsTest, BesideAnOutlier) {
   const Weights w = MakeWeights(2, 4);
   const int64_t group = w.columns / 4;
@@ -275,7 +275,7 @@ TEST_P(DigitsTest, BesideAnOutlier) {
   }
 }
 
-// More tokens than a group is decoded for at once, and than whole rows are multiplied for.
+// More tokens than a group is decoded for at once, and more than whole rows are multiplied for.
 TEST_P(DigitsTest, ManyTokens) {
   const Weights w = MakeWeights(2, 19);
   for (const int64_t tokens : {33, 128, 129, 300}) {
@@ -283,10 +283,10 @@ TEST_P(DigitsTest, ManyTokens) {
   }
 }
 
-// Lone infinities keep their sign, NaN and several infinities in a group become NaN, and neither
-// changes another group's or token's sums.
+// A lone infinity in a group keeps its sign. NaN or several infinities make the group NaN. Neither
+// changes the sums of other groups or tokens.
 TEST_P(DigitsTest, NotFinite) {
-  const Weights w = MakeWeights(1, 3, std::byte{0x22});  // none of them zero
+  const Weights w = MakeWeights(1, 3, std::byte{0x22});  // no weight is zero
   const std::vector<float> ones(2 * w.columns, 1.0f);
   for (const float special : {INFINITY, -INFINITY, NAN}) {
     std::vector<float> a = ones;
@@ -311,7 +311,7 @@ bool SameBits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, count * sizeof(float)) == 0;
 }
 
-// A token's sums are the same bits alone and beside any others, with one tile and with two.
+// A token's sums are bit-identical alone and beside any others, with one tile and with two.
 TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
   const int64_t most = 2 * kernels().panel_tokens + 1;
   const Weights w = MakeWeights(2, 5);
@@ -340,7 +340,8 @@ TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
   }
 }
 
-// Vector instructions sum the fused form and the scaled panel in the same order, to the same bits.
+// The fused kernel and the scaled panel kernel add in one order when vector instructions do both,
+// so their sums are bit-identical.
 TEST_P(GemmTest, FusedEqualsScaledPanel) {
   if (kernels().panel_unit) GTEST_SKIP() << "a unit of " << GetParam().isa << " multiplies panels";
   const Weights w = MakeWeights(2, kernels().panel_groups + 1);

@@ -15,7 +15,7 @@
 namespace cpumoe {
 namespace {
 
-// What this CPU has by itself. To be called before anything is assumed.
+// The features of this CPU itself. Must be called before any feature is assumed.
 const FeatureSet& NativeFeatures() {
   static const FeatureSet features = DetectFeatures();
   return features;
@@ -28,7 +28,7 @@ const IsaRow& Row(const std::string& name) {
   throw std::invalid_argument("no ISA is called " + name);
 }
 
-// The other table of the library that a variant came from.
+// Returns the second table of the library that a variant came from.
 const kernel_probe::Api* ProbeOf(const VariantApi& variant) {
   Dl_info info;
   if (dladdr(&variant, &info) == 0) throw std::runtime_error("cannot find a variant's library");
@@ -115,7 +115,7 @@ std::string IsaRun::Begin(const std::string& isa) {
   return "";
 }
 
-// Only emulated instructions are counted.
+// Counts cover emulated instructions only.
 void IsaRun::End() const {
   uint64_t best = 0;
   const char* best_name = nullptr;

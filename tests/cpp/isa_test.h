@@ -1,7 +1,9 @@
-// The fixture of every test of a kernel or operator: one test per ISA (x format) of the tables.
+// The fixture of every test of a kernel or operator. It runs a test once per ISA (x format) of the
+// tables.
 //
-// An ISA that this CPU lacks runs under the instruction emulator where that makes up for what is
-// missing; else the test is skipped and names the missing features.
+// If this CPU lacks the ISA, the test runs under the instruction emulator, provided that the
+// emulator supplies all missing features. Otherwise the test is skipped and names the missing
+// features.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -20,44 +22,45 @@ struct IsaFormat {
   std::string isa;
   std::string format;
   Precision precision = Precision::kBf16;
-  // Whether activations of fp32 calls may be rounded to bf16, where the ISA has it.
+  // Whether activations of fp32 calls may be rounded to bf16. Matters only on ISAs with bf16.
   bool fp32_as_bf16 = true;
 };
 void PrintTo(const IsaFormat& param, std::ostream* out);
 
 std::vector<std::string> IsaNames();
-// Why an ISA's tests cannot run here; empty: they can, if need be under the emulator.
+// Why the tests of an ISA cannot run here. Empty if they can, natively or under the emulator.
 std::string ObstacleTo(const std::string& isa);
 std::vector<IsaFormat> IsaFormats();
-// With every precision; where the ISA has bf16, also without rounding fp32 to it.
+// Every ISA and format with every precision. ISAs with bf16 come also without rounding fp32 to it.
 std::vector<IsaFormat> IsaFormatsAndPaths();
 
-// INSTANTIATE_TEST_SUITE_P's name of a parameter: avx2, avx2_mxfp4, avx2_mxfp4_int8,
+// The name of a parameter for INSTANTIATE_TEST_SUITE_P: avx2, avx2_mxfp4, avx2_mxfp4_int8,
 // avx512_bf16_mxfp4_fp32.
 std::string NameOfIsa(const testing::TestParamInfo<std::string>& info);
 std::string NameOfIsaFormat(const testing::TestParamInfo<IsaFormat>& info);
 
-// Opens the ISA's library, and checks at the end that this ISA, and no other, computed.
+// Opens the ISA's library. Checks at the end that this ISA, and no other, computed.
 class IsaRun {
  public:
-  // Why the ISA cannot run here; empty: it can, and is loaded.
+  // Returns why the ISA cannot run here. Returns an empty string if it can, and has then loaded it.
   std::string Begin(const std::string& isa);
   void End() const;
 
-  // For tests with so many tokens that the ISA multiplies floating point numbers, as best it can.
-  // With fewer it may multiply bytes, by instructions that it shares with others.
+  // Call this in tests with so many tokens that the ISA multiplies floating point numbers, by its
+  // best instruction. With fewer tokens an ISA may multiply bytes, by instructions that it shares
+  // with other ISAs.
   void ExpectBestDots() { expects_best_dots_ = true; }
 
-  // Whether AVX-VNNI is emulated, so that even the kernels of few tokens are a signal per product
-  // (a microsecond, several under sanitizers): the largest tests take fewer tokens then.
+  // Whether AVX-VNNI is emulated. In that case even the few-token kernels cost a signal per product
+  // (a microsecond, several under sanitizers), and the largest tests take fewer tokens.
   bool MultipliesBySignals() const { return emulated_.contains("avxvnni"); }
 
   const VariantApi& variant() const { return *variant_; }
   const kernel_probe::Api& probe() const { return *probe_; }
 
  private:
-  FeatureSet features_;  // that the ISA needs
-  FeatureSet emulated_;  // those of them that this CPU lacks
+  FeatureSet features_;  // features that the ISA needs
+  FeatureSet emulated_;  // those of features_ that this CPU lacks
   bool expects_best_dots_ = false;
   const VariantApi* variant_ = nullptr;
   const kernel_probe::Api* probe_ = nullptr;
@@ -96,7 +99,8 @@ class IsaFormatTest : public IsaTestBase<IsaFormat> {
   const std::string& format() const { return GetParam().format; }
   const kernel_probe::FormatEntry& kernels() const;
 
-  // Ends SetUp: skips the test, if it is not yet, where the ISA lacks such kernels for the format.
+  // Ends SetUp. Skips the test if the ISA lacks such kernels for the format, unless the test is
+  // skipped already.
   void RequireKernels(bool kernel_probe::FormatEntry::* kind, const char* name) const;
 };
 

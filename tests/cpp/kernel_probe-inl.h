@@ -1,4 +1,4 @@
-// What kernel_probe.h promises, for one ISA and format.
+// Implements kernel_probe.h for one ISA and format.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ struct Probe {
 
   static void MultiplyDigits(Path path, const TilePair& w, int count, const float* a,
                              int64_t tokens, float* c) {
-    // Only where variants have them: compiling kernels takes long.
+    // The probe instantiates only kernels that variants have, because compiling kernels takes long.
     if constexpr (!HasDigitPath<Isa, Codec>) {
       throw std::invalid_argument("there is no digit path");
     } else {
@@ -77,7 +77,7 @@ struct Probe {
     const int64_t columns = w.groups * Format::kGroupSize;
     const int64_t bytes = Compute::StagedBytes(form, columns);
     const TokenBlocks blocks(tokens, Compute::kBlockTokens);
-    // Exactly as long as needed, so that a sanitizer sees what reads beyond.
+    // The buffer is exactly as long as needed, so that a sanitizer notices reads beyond it.
     std::vector<std::byte> staged(tokens * bytes);
     std::vector<int32_t> ids(tokens);
     for (int64_t t = 0; t < tokens; ++t) ids[t] = static_cast<int32_t>(t);

@@ -1,5 +1,5 @@
-// Access to the kernels of one ISA below the operator: a second table of the variant's library, in
-// builds with tests. Tests get it from IsaRun::probe().
+// Access to the kernels of one ISA below the operator, by a second table of the variant's library.
+// Only builds with tests have this table. Tests get it from IsaRun::probe().
 #pragma once
 
 #include <cstddef>
@@ -20,22 +20,22 @@ struct FormatEntry {
   int64_t fused_tokens;  // most tokens of kFused
   int64_t panel_tokens;  // MR of the panel paths
   int64_t panel_groups;  // groups of a whole panel
-  bool panel_unit;       // panels are multiplied by a unit that sums in an order of its own
-  int64_t int8_tokens;   // MR of kInt8: fused up to here, panel beyond
+  bool panel_unit;       // a unit multiplies panels, with its own order of sums
+  int64_t int8_tokens;   // MR of kInt8: fused for up to so many tokens, panel for more
 
-  // Whether `kFoldedPanel` may be used for scales of these magnitudes.
+  // Whether kFoldedPanel may be used with scales of these magnitudes.
   bool (*folds_exactly)(float least_scale, float greatest_scale);
 
   // c [tokens, count * 16] = a [tokens, K] * tiles^T, with K = groups * group size. `count` is 1 or
-  // 2. Throws std::invalid_argument for a path that does not take these arguments.
+  // 2. Throws std::invalid_argument if a path does not take these arguments.
   void (*multiply)(Path path, const TileView* tiles, int count, int64_t groups, const float* a,
                    int64_t tokens, float* c);
 };
 
 struct Api {
   const char* isa;
-  int activation_bits;  // significant bits of Isa::Activation: 8 of bf16, 24 of fp32
-  void (*exp)(const float* in, float* out, int64_t count);  // count: a multiple of 16
+  int activation_bits;  // significant bits of Isa::Activation: 8 for bf16, 24 for fp32
+  void (*exp)(const float* in, float* out, int64_t count);  // count must be a multiple of 16
   void (*activate)(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
                    int64_t count);
   size_t num_formats;

@@ -1,4 +1,4 @@
-// The loops that measure an ISA's limits do the work that they say they did.
+// The loops that measure an ISA's limits do the work that they claim to do.
 #include <gtest/gtest.h>
 
 #include <set>
@@ -27,7 +27,8 @@ TEST_P(LimitsTest, PeaksCountEveryRound) {
 
 TEST_P(LimitsTest, ReadStaysWithinItsData) {
   for (const int64_t count : {int64_t{0}, kReadGranule, 3 * kReadGranule}) {
-    const std::vector<float> data(count, 1.0f);  // under AddressSanitizer one more would show
+    const std::vector<float> data(count,
+                                  1.0f);  // AddressSanitizer would notice a read beyond the end
     run_.variant().read(data.data(), count);
   }
 }

@@ -1,4 +1,4 @@
-// What operators refuse, and with which words.
+// What operators refuse, and the messages that they give.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -88,8 +88,8 @@ TEST_P(MoeErrorsTest, Biases) {
             "expert 0: three biases expected, as the layer's has_bias says");
 }
 
-// A failed Pack leaves no weights behind, not even those packed before; the error comes out of any
-// thread.
+// A failed Pack leaves the expert without weights, even if it had weights before. The error comes
+// out of any thread.
 TEST_P(MoeErrorsTest, InvalidScale) {
   const TestLayer layer(format(), LayerSpec{});
   const auto moe = Create(layer);
@@ -110,7 +110,7 @@ TEST_P(MoeErrorsTest, InvalidScale) {
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
 }
 
-// Of several experts at once, the damaged one alone is sure to be without weights.
+// If one of several experts is damaged, only the damaged one is sure to be without weights.
 TEST_P(MoeErrorsTest, InvalidScaleAmongSeveralExperts) {
   const TestLayer layer(format(), LayerSpec{});
   TestMatrix damaged = layer.Matrix(2, 0);

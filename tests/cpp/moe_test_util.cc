@@ -82,11 +82,11 @@ Batch::Batch(const MoeConfig& config, const BatchSpec& spec, uint64_t seed)
     : hidden_(config.hidden_size), stride_(hidden_ + spec.row_gap), spec_(spec) {
   Rng rng(seed);
   std::normal_distribution<float> normal;
-  // The last row has no gap behind it: a sanitizer sees what reads there.
+  // The last row has no gap behind it, so that a sanitizer notices reads beyond it.
   const int64_t elements = std::max<int64_t>(0, spec.tokens * stride_ - spec.row_gap);
   hidden_states_.resize(elements * ByteSize(spec.dtype));
   for (int64_t i = 0; i < elements; ++i) {
-    // What lies between the rows would be seen in any result that it reached.
+    // Values between the rows are NaN, which would show in any result that they reached.
     const float value = i % stride_ < hidden_ ? spec.magnitude * normal(rng) : NAN;
     Store(spec.dtype, value, hidden_states_.data() + i * ByteSize(spec.dtype));
   }
@@ -158,7 +158,7 @@ std::unique_ptr<Moe> MoeTest::Create(const TestLayer& layer) const {
 std::vector<std::byte> MoeTest::Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
                                         Workspace& workspace) const {
   const int64_t elements = batch.spec().tokens * moe.config().hidden_size;
-  // All ones is NaN in every dtype: what is not written cannot pass.
+  // All bits set is NaN in every dtype, so elements that are not written fail the comparison.
   std::vector<std::byte> output(elements * ByteSize(batch.spec().dtype), std::byte{0xff});
   ForwardArgs args = batch.Args(output.data());
   args.fp32_as_bf16 = GetParam().fp32_as_bf16;

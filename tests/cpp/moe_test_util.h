@@ -32,7 +32,7 @@ struct LayerSpec {
   Magnitudes down_scales = kModerate;
 };
 
-// Experts as a checkpoint holds them.
+// A layer of experts in the form in which a checkpoint holds them.
 class TestLayer {
  public:
   TestLayer(const std::string& format, const LayerSpec& spec, uint64_t seed = 1);
@@ -46,7 +46,7 @@ class TestLayer {
   std::string format_;
   MoeConfig config_;
   std::vector<std::array<TestMatrix, 3>> matrices_;        // gate, up, down
-  std::vector<std::array<std::vector<float>, 3>> biases_;  // the same, or none
+  std::vector<std::array<std::vector<float>, 3>> biases_;  // gate, up, down, or none
 };
 
 struct BatchSpec {
@@ -61,10 +61,11 @@ struct BatchSpec {
 // The input tensors of a forward call. Ids and the mask may be changed before the call.
 class Batch {
  public:
-  // Random hidden states and weights; a token's ids are distinct as far as there are experts.
+  // Makes random hidden states and weights. The ids of a token are distinct as far as there are
+  // experts.
   Batch(const MoeConfig& config, const BatchSpec& spec, uint64_t seed = 2);
 
-  // One token of this batch as a batch of its own.
+  // Returns one token of this batch as a batch of its own.
   Batch Only(int64_t token) const;
 
   const BatchSpec& spec() const { return spec_; }
@@ -83,20 +84,20 @@ class Batch {
   mutable std::vector<int32_t> narrow_ids_;
 };
 
-// Elements of any dtype as numbers.
+// Converts elements of any dtype to doubles.
 std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements);
 
 class MoeTest : public IsaFormatTest {
  protected:
-  // The operator for `config` of the test's precision, without weights.
+  // Makes the operator for `config` with the test's precision, without weights.
   std::unique_ptr<Moe> Create(MoeConfig config) const;
-  // With all experts of the layer packed.
+  // Makes the operator for `layer` and packs all its experts.
   std::unique_ptr<Moe> Create(const TestLayer& layer) const;
 
-  // Runs the forward pass; returns the output tensor.
+  // Runs the forward pass and returns the output tensor.
   std::vector<std::byte> Forward(const Moe& moe, const Batch& batch, ThreadPool& pool,
                                  Workspace& workspace) const;
-  // The same on the calling thread in a workspace of its own.
+  // Runs the forward pass on the calling thread, in a workspace of its own.
   std::vector<std::byte> Forward(const Moe& moe, const Batch& batch) const;
 
   // Compares the forward pass, on two threads, with the reference.

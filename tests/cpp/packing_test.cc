@@ -1,4 +1,4 @@
-// Packing of every weight format: checkpoint rows to tiles and back, bit for bit.
+// Packing of every weight format: checkpoint rows become tiles and rows again, bit for bit.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 namespace cpumoe {
 namespace {
 
-// Where the code of `k` lies in a lane, as kernels/tile.h draws it.
+// The bit of a lane at which the code of `k` lies, as kernels/tile.h draws it.
 template <int kCodeBits>
 constexpr int LaneBit(int k) {
-  const int per_half = 16 / kCodeBits;  // codes of a half-word
+  const int per_half = 16 / kCodeBits;  // codes per half-word
   const int even = k - k % 2;
   const int field = even < per_half ? even : even - per_half + 1;
   return (k % 2) * 16 + field * kCodeBits;
@@ -82,7 +82,7 @@ TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
   }
 }
 
-// The tile as kernels/tile.h documents it, code by code and scale by scale.
+// The tile is as kernels/tile.h documents it, code by code and scale by scale.
 TYPED_TEST(PackingTest, Layout) {
   using F = TypeParam;
   using Scale = typename F::Scale;
@@ -155,7 +155,7 @@ TYPED_TEST(PackingTest, SlicesOfTheSource) {
   const PackedLayout<F> part(row_count, column_count);
   TestMatrix from_slice(this->Name(), row_count, column_count);
   this->Unpack(part, this->Pack(part, slice), 0, 0, from_slice.MutableView());
-  // The same part, cut out on the way back.
+  // The export of a part of the whole matrix is that part.
   const PackedLayout<F> whole(rows, columns);
   TestMatrix from_whole(this->Name(), row_count, column_count);
   this->Unpack(whole, this->Pack(whole, source.View()), row_begin, column_begin,

@@ -1,4 +1,4 @@
-// Grouping of (token, slot) pairs by expert, and of an expert's tokens into blocks.
+// Grouping of (token, slot) pairs by expert, and cutting of an expert's tokens into blocks.
 #include "moe/routing.h"
 
 #include <gtest/gtest.h>
@@ -43,7 +43,8 @@ std::vector<Pair> PairsOf(const Routing& routing) {
   return pairs;
 }
 
-// Four tokens, three slots, four experts; -1 and 4 are nobody's.
+// The ids of four tokens with three slots each, for four experts. -1 and 4 belong to no expert
+// here.
 constexpr int32_t kIds[] = {2, 0, 2, -1, 4, 1, 3, 3, 0, 1, -1, 2};
 constexpr float kWeights[] = {0.f, 1.f, 2.f, 3.f, 4.f, 5.f, 6.f, 7.f, 8.f, 9.f, 10.f, 11.f};
 

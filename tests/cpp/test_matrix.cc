@@ -16,7 +16,7 @@ TestMatrix::TestMatrix(const std::string& format, int64_t rows, int64_t columns,
     scales_stride_ =
         columns / F::kGroupSize * static_cast<int64_t>(sizeof(typename F::Scale)) + gap;
   });
-  // The last row has no gap behind it: a sanitizer sees what reads there.
+  // The last row has no gap behind it, so that a sanitizer notices reads beyond it.
   codes_.assign(rows * codes_stride_ - gap, kFiller);
   scales_.assign(rows * scales_stride_ - gap, kFiller);
 }

@@ -1,4 +1,4 @@
-// Random weight matrices as a checkpoint stores them, in any format.
+// Random weight matrices in the form in which a checkpoint stores them, in any format.
 #pragma once
 
 #include <cstddef>
@@ -14,15 +14,16 @@ namespace cpumoe {
 
 using Rng = std::mt19937_64;
 
-// Magnitudes of a matrix's scales, both ends included.
+// The least and the greatest magnitude of a matrix's scales.
 struct Magnitudes {
   float least = 0.0f;
   float greatest = std::numeric_limits<float>::max();
 };
 inline constexpr Magnitudes kModerate = {0x1p-7f, 0x1p-3f};
 
-// All scales that a format allows, if they have 8 bits. Of those with 16 bits (bf16) some 500: for
-// each sign and exponent a mantissa, and for the extreme and middle exponents the extreme ones too.
+// Returns all scales that a format allows, if scales have 8 bits. For 16 bits (bf16) it returns
+// some 500: one mantissa for each sign and exponent, and also the extreme mantissas for the extreme
+// and middle exponents.
 template <class F>
 std::vector<typename F::Scale> ValidScales() {
   using Scale = typename F::Scale;
@@ -41,14 +42,14 @@ std::vector<typename F::Scale> ValidScales() {
 }
 
 // A matrix that owns its bytes. Rows of codes and of scales can be further apart than they are
-// long, as those of interleaved matrices are; what lies between is filled with a pattern.
+// long, as rows of interleaved matrices are. A pattern fills the bytes between rows.
 class TestMatrix {
  public:
   static constexpr std::byte kFiller{0xee};
 
   TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap = 0);
 
-  // Random codes, random valid scales of these magnitudes.
+  // Makes random codes and random valid scales of these magnitudes.
   static TestMatrix Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
                            const Magnitudes& scales = kModerate, int64_t gap = 0);
 

@@ -1,5 +1,5 @@
-// Prints the ISAs whose tests can run here, natively or under the emulator, as CPUMOE_ISAS takes
-// them.
+// Prints the ISAs whose tests can run here, natively or under the emulator, in the form that
+// CPUMOE_ISAS takes.
 #include <cstdio>
 #include <string>
 

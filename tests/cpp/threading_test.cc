@@ -110,7 +110,7 @@ TEST_P(PinnedPoolTest, RunsEveryTaskOnce) {
 
 TEST_P(PinnedPoolTest, SurvivesManySmallCalls) {
   constexpr int kCalls = 2000;
-  int64_t plain_sum = 0;  // the join must make the tasks' plain writes visible
+  int64_t plain_sum = 0;  // the join must make plain writes of the tasks visible
   std::vector<int64_t> results(3);
   for (int call = 0; call < kCalls; ++call) {
     pool_.For(3, [&](int64_t task, int) { results[static_cast<size_t>(task)] = call + task; });
@@ -297,13 +297,13 @@ TEST(PinnedPool, ReportsHowManyThreadsItGot) {
 #ifdef CPUMOE_SANITIZED
   GTEST_SKIP() << "a sanitizer's own allocations do not survive a limit on address space";
 #endif
-  // In a child, so that no other allocation of this process meets the limit.
+  // Runs in a child, so that no other allocation of this process meets the limit.
   const int result = ResultInChild([] {
     long pages = 0;
     std::ifstream("/proc/self/statm") >> pages;
     rlimit limit{};
     getrlimit(RLIMIT_AS, &limit);
-    // Room for a few stacks of 8 MiB.
+    // Leaves room for a few stacks of 8 MiB.
     limit.rlim_cur = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE) + (40l << 20));
     setrlimit(RLIMIT_AS, &limit);
     try {
@@ -311,7 +311,7 @@ TEST(PinnedPool, ReportsHowManyThreadsItGot) {
     } catch (const std::system_error& error) {
       const std::string text = error.what();
       if (text.find("wanted 1000 threads, got ") == std::string::npos) return 2;
-      PinnedPool small({.threads = 2});  // those that had started gave their stacks back
+      PinnedPool small({.threads = 2});  // the threads that had started gave their stacks back
       small.For(4, [](int64_t, int) {});
       return 0;
     }
@@ -322,8 +322,9 @@ TEST(PinnedPool, ReportsHowManyThreadsItGot) {
 
 TEST(PinnedPool, ForkedChildGetsAnErrorAndExits) {
   auto pool = std::make_unique<PinnedPool>(PinnedPool::Options{.threads = 3});
-  // A thread that still starts allocates, and AddressSanitizer's allocator, unlike the C library's,
-  // stays locked in a child forked meanwhile.
+  // All threads must have started before the fork. A starting thread allocates, and
+  // AddressSanitizer's allocator, unlike the C library's, stays locked in a child that is forked
+  // meanwhile.
   OnEveryThread(*pool, [](int) {});
   const int result = ResultInChild([&] {
     for (const int64_t num_tasks : {1, 10}) {

@@ -1,8 +1,8 @@
 // The wrappers of tile instructions, as an optimising compiler sees them.
 //
-// GCC 12's intrinsics do not say that they read memory: stores to a buffer just before are dropped
-// or moved behind. These tests store to local buffers just before, and again just after; they are
-// compiled with -O2 in every build.
+// GCC 12's intrinsics do not say that they read memory, so stores to a buffer just before them are
+// dropped or moved behind them. These tests store to local buffers just before and just after an
+// instruction. They are compiled with -O2 in every build.
 #include "kernels/amx/tile_instructions.h"
 
 #include <gtest/gtest.h>
@@ -22,7 +22,7 @@ class TileInstructionsTest : public testing::Test {
  protected:
   void SetUp() override {
     if (!emulator::Supports("amx-tile")) GTEST_SKIP() << "this CPU lacks AVX-512F";
-    DetectFeatures();  // where there is AMX, this gets the permission to use it
+    DetectFeatures();  // asks for permission to use AMX, if the CPU has it
     emulator::Install();
   }
   void TearDown() override {
@@ -31,7 +31,7 @@ class TileInstructionsTest : public testing::Test {
   }
 };
 
-// At last, tile t has `rows` rows of four bytes if t is even, and one less if it is odd.
+// In the end, tile t has `rows` rows of four bytes if t is even, and one row less if t is odd.
 [[gnu::noinline]] void Configure(int rows) {
   TileConfig config;
   for (const int all_rows : {16, rows}) {
@@ -58,7 +58,7 @@ TEST_F(TileInstructionsTest, ConfigurationHasTheStoresBefore) {
   }
 }
 
-// Rows of four bytes: first, first + 1, ... go to tile 0, their negatives to tile 1.
+// Uses rows of four bytes. first, first + 1, ... go to tile 0, and their negatives go to tile 1.
 template <auto kLoadFirst, auto kLoadSecond>
 [[gnu::noinline]] void Fill(int32_t first) {
   int32_t buffer[4];

@@ -98,7 +98,7 @@ TEST_F(TopologyTest, PrefersTheNewerSiblingsFile) {
   EXPECT_EQ(Read({0, 1}).cores, std::vector<int>{0});
 }
 
-// CPUs alternate between the sockets, as some firmware numbers them.
+// CPU numbers alternate between the sockets, as with some firmware.
 TEST_F(TopologyTest, TwoSocketsOrderCoresNodeByNode) {
   for (int cpu = 0; cpu < 16; ++cpu) AddCpu(cpu, Text(cpu % 8) + "," + Text(cpu % 8 + 8), cpu % 2);
   AddNode(0, "0,2,4,6,8,10,12,14");
@@ -121,7 +121,8 @@ TEST_F(TopologyTest, MaskSmallerThanTheMachine) {
     AddCpu(cpu, Text(cpu % 8) + "," + Text(cpu % 8 + 8), cpu / 4 % 2);
   AddNode(0, "0-3,8-11");
   AddNode(1, "4-7,12-15");
-  const Topology topology = Read({13, 5, 6, 5});  // 5 and 13 share a core; node 0 is not ours
+  // CPUs 5 and 13 share a core. Node 0 has no CPU of ours.
+  const Topology topology = Read({13, 5, 6, 5});
   ASSERT_EQ(topology.cpus.size(), 3u);
   EXPECT_EQ(topology.cpus[0].cpu, 5);
   EXPECT_EQ(topology.cores, (std::vector<int>{5, 6}));
@@ -177,7 +178,8 @@ TEST_F(TopologyTest, CgroupV1) {
   EXPECT_EQ(topology.default_threads, 2);
 }
 
-// Docker with v1: the container's cgroup is the root of a bind mount, /proc shows the host's path.
+// Docker with v1: the container's cgroup is the root of a bind mount, and /proc shows the host's
+// path.
 TEST_F(TopologyTest, BindMountedCgroupV1) {
   SetCgroup("4:cpu:/docker/1234\n",
             "33 32 0:30 /docker/1234 /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu\n");
@@ -186,7 +188,7 @@ TEST_F(TopologyTest, BindMountedCgroupV1) {
   EXPECT_DOUBLE_EQ(Read(Range(0, 7)).quota, 3);
 }
 
-// The path names a cgroup that the mount does not show: its root is all there is to read.
+// The path names a cgroup that the mount does not show. Only the mount's root can be read.
 TEST_F(TopologyTest, NamespacedCgroupFallsBackToTheMountRoot) {
   Write("/sys/fs/cgroup/cpu.max", "200000 100000\n");
   for (const char* path : {"/kubepods/pod7/abc", "/", "/../../other"}) {
