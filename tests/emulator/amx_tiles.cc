@@ -1,10 +1,13 @@
 // See amx_tiles.h. Compiled with baseline flags.
 //
-// TDPBF16PS follows the SDM's pseudocode: for each element of C, two chains of fused multiply-adds
-// over the even and the odd elements of k, both from +0; then their sum; then C plus that sum. All
-// round to nearest even with denormals as zero on input and output; MXCSR neither read nor updated.
-// As in avx512_bf16.cc the arithmetic is AVX-512's own, under an MXCSR of its own. Which NaN's
-// payload a sum of several inherits, the SDM leaves open; here it is as in those instructions.
+// TDPBF16PS follows the SDM's pseudocode. For each element of C there are two chains of fused
+// multiply-adds, over the even and the odd elements of k, both from +0. Then the chains are added,
+// and their sum is added to C. All operations round to nearest even and treat denormals as zero on
+// input and output. MXCSR is neither read nor updated.
+//
+// The arithmetic is AVX-512's own, under an MXCSR of its own, as in avx512_bf16.cc. The SDM leaves
+// open which NaN's payload a sum of several NaNs inherits. Here it is the payload that these
+// AVX-512 instructions choose.
 #include "amx_tiles.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -26,7 +29,7 @@ constexpr int kMaxRowBytes = 64;
 using TileData = uint32_t[kMaxRows][kMaxRowBytes / 4];
 
 struct TileConfig {
-  uint8_t bytes[64];  // all zero: not configured
+  uint8_t bytes[64];  // all zero if not configured
 
   int Rows(int tile) const { return bytes[48 + tile]; }
   int RowBytes(int tile) const { return bytes[16 + 2 * tile] | bytes[17 + 2 * tile] << 8; }
@@ -36,8 +39,8 @@ struct TileFile : TileConfig {
   TileData data[kTiles];
 };
 
-// In static thread-local storage: a signal handler must not allocate it on first use. Nor is there
-// a second one on the stack, which may be a small one for signals.
+// The tiles are in static thread-local storage, because a signal handler must not allocate them on
+// first use. There is no second copy on the stack, because stacks for signals may be small.
 [[gnu::tls_model("initial-exec")]] thread_local constinit TileFile tiles = {};
 
 struct Encoding {
@@ -46,7 +49,7 @@ struct Encoding {
   Instruction instruction;
 };
 
-// All are VEX.128, map 0F38, W0.
+// All encodings are VEX.128, map 0F38, W0.
 constexpr Encoding kEncodings[] = {
     {0x49, kNoPrefix, true, Instruction::kLdtilecfg},
     {0x49, kPrefix66, true, Instruction::kSttilecfg},
@@ -75,8 +78,8 @@ bool Identify(const DecodedInstruction& decoded, Instruction* instruction) {
   return false;
 }
 
-// Encodings of these opcodes that raise #UD on a CPU that has them, too; and tiles at 32-bit
-// addresses, which nobody uses.
+// Refuses encodings of these opcodes that raise #UD even on a CPU with AMX. Also refuses tiles at
+// 32-bit addresses, because no code uses them.
 bool IsRefused(const DecodedInstruction& decoded, Instruction instruction) {
   if (instruction >= Instruction::kTdpbf16ps) {
     return decoded.reg >= kTiles || decoded.rm >= kTiles || decoded.vvvv >= kTiles;
@@ -95,8 +98,8 @@ bool IsRefused(const DecodedInstruction& decoded, Instruction instruction) {
   }
 }
 
-// Ends the process with a message. A tile instruction has trapped, so no lock of stdio or of the
-// allocator is held by this thread.
+// Ends the process with a message. The thread holds no lock of stdio or of the allocator, because a
+// tile instruction has trapped.
 [[noreturn, gnu::format(printf, 2, 3)]] void Fault(Instruction instruction, const char* format,
                                                    ...) {
   char text[256];
@@ -149,7 +152,7 @@ void CheckTile(Instruction instruction, int tile) {
   }
 }
 
-// C [M, N] += A [M, K] x B [K, N] in elements of four bytes.
+// Checks the shapes of C [M, N] += A [M, K] x B [K, N], where an element has four bytes.
 void CheckProduct(Instruction instruction, int c, int a, int b) {
   if (c == a || c == b || a == b) {
     Fault(instruction, "tiles %d, %d and %d; must be distinct", c, a, b);
@@ -165,7 +168,7 @@ void CheckProduct(Instruction instruction, int c, int a, int b) {
   check("K", a, tiles.RowBytes(a) / 4, b, tiles.Rows(b));
 }
 
-// Moves the rows of a tile between it and memory: base + displacement + row * (index * scale).
+// Moves the rows of a tile from or to memory at base + displacement + row * (index * scale).
 void MoveTile(const DecodedInstruction& decoded, const SignalFrame& frame, Instruction instruction,
               bool to_memory) {
   const int tile = decoded.reg;
@@ -188,7 +191,7 @@ void MoveTile(const DecodedInstruction& decoded, const SignalFrame& frame, Instr
   }
 }
 
-// One row of C: c[n] += sum over k of a[k] . b[k][n], where an element is a pair of bf16.
+// Computes one row of C: c[n] += sum over k of a[k] . b[k][n], where an element is a pair of bf16.
 void DotRowBf16(const uint32_t* a, const TileData& b, int64_t depth, uint32_t* c) {
   constexpr uint32_t kMxcsr = 0x9FC0;  // nearest even, exceptions masked, denormals are zero
   uint32_t saved_mxcsr;
@@ -228,7 +231,7 @@ uint32_t ByteOf(uint32_t word, int i, bool is_signed) {
   return is_signed ? static_cast<uint32_t>(static_cast<int8_t>(byte)) : byte;
 }
 
-// The same where an element is four bytes; sums wrap.
+// Computes one row of C, where an element is four bytes. Sums wrap.
 void DotRowInt8(const uint32_t* a, const TileData& b, int64_t depth, bool a_signed, bool b_signed,
                 uint32_t* c) {
   for (int64_t k = 0; k < depth; ++k) {

@@ -20,13 +20,14 @@
 
 namespace cpumoe::emulator {
 
-// Executes `decoded` for the calling thread, except for moving RIP, and sets `executed`. False,
-// with no effect, if it is none of these instructions in an encoding that the CPU would accept.
-// What the CPU would refuse because of the configuration or of shapes ends the process.
+// Executes `decoded` for the calling thread, except for moving RIP, and sets `executed`. Returns
+// false, with no effect, if `decoded` is none of these instructions or has an encoding that the CPU
+// would refuse. An instruction that the CPU would refuse because of the configuration or of shapes
+// ends the process.
 bool EmulateAmx(const DecodedInstruction& decoded, const SignalFrame& frame, Instruction* executed);
 
-// All 16 rows of 64 bytes of a tile of the calling thread, also those outside its shape, which no
-// instruction shows.
+// All 16 rows of 64 bytes of a tile of the calling thread, including those outside the tile's
+// shape, which no instruction shows.
 const uint32_t (*TileRows(int tile))[16];
 
 }  // namespace cpumoe::emulator

@@ -1,10 +1,10 @@
 // See avx512_bf16.h. Compiled with baseline flags.
 //
 // VDPBF16PS follows the SDM's pseudocode: two fused multiply-adds in sequence, the odd elements
-// first, each rounded to nearest even with denormals as zero on input and output; MXCSR neither
-// read nor updated. The SDM's NaN priorities (a low, b low, a high, b high, sum) are what two
-// VFMADD231PS give. So the arithmetic is VFMADD231PS itself, which any CPU with AVX-512F has, under
-// an MXCSR of its own.
+// first. Each rounds to nearest even and treats denormals as zero on input and output. MXCSR is
+// neither read nor updated. Two VFMADD231PS have the SDM's NaN priorities (a low, b low, a high, b
+// high, sum). Therefore the emulator uses VFMADD231PS itself, which any CPU with AVX-512F has,
+// under an MXCSR of its own.
 #include "avx512_bf16.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -31,7 +31,7 @@ bool Identify(const DecodedInstruction& decoded, Instruction* instruction) {
   return true;
 }
 
-// Encodings of these opcodes that raise #UD on a CPU that has them, too.
+// Whether an encoding of these opcodes raises #UD even on a CPU with AVX512_BF16.
 bool IsReserved(const DecodedInstruction& decoded, Instruction instruction) {
   return decoded.vector_length == 3 || (decoded.broadcast && !decoded.has_memory) ||
          (decoded.zeroing && decoded.mask == 0) ||
@@ -40,8 +40,8 @@ bool IsReserved(const DecodedInstruction& decoded, Instruction instruction) {
 
 int NumLanes(const DecodedInstruction& decoded) { return 4 << decoded.vector_length; }
 
-// Reads ModRM.rm. Of memory, touches only the lanes whose bit is set in `wanted`; the others are
-// zero.
+// Reads the operand ModRM.rm. If the operand is in memory, only the lanes whose bit is set in
+// `wanted` are touched, and the other lanes are zero.
 void ReadLastOperand(const DecodedInstruction& decoded, const SignalFrame& frame, uint64_t wanted,
                      uint32_t lanes[16]) {
   if (!decoded.has_memory) {
@@ -70,7 +70,7 @@ void ReadLastOperand(const DecodedInstruction& decoded, const SignalFrame& frame
   }
 }
 
-// result[i], or what masking puts in its place: zero or the old destination's element.
+// Replaces each masked-off result[i] by zero, or by the old element of the destination.
 template <typename T>
 void ApplyMask(const DecodedInstruction& decoded, uint64_t mask, int count, const T* destination,
                T* result) {
@@ -92,9 +92,9 @@ void DotProduct(const DecodedInstruction& decoded, uint64_t mask, SignalFrame* f
   frame->WriteVector(decoded.reg, result);
 }
 
-// VCVTNE2PS2BF16 fills the destination's lower half from ModRM.rm and the upper from vvvv;
-// VCVTNEPS2BF16 has the lower half only. Of the two, only the latter suppresses the faults of
-// masked-off elements (exception types E4NF and E4).
+// VCVTNE2PS2BF16 fills the destination's lower half from ModRM.rm and the upper half from vvvv.
+// VCVTNEPS2BF16 writes the lower half only. VCVTNE2PS2BF16 does not suppress the faults of
+// masked-off elements (exception type E4NF), VCVTNEPS2BF16 does (E4).
 void Convert(const DecodedInstruction& decoded, bool two_sources, uint64_t mask,
              SignalFrame* frame) {
   uint32_t low[16], high[16], destination[16], result[16] = {};
@@ -117,8 +117,8 @@ void Convert(const DecodedInstruction& decoded, bool two_sources, uint64_t mask,
 
 void DotProductBf16(const uint32_t a[16], const uint32_t b[16], uint32_t sums[16]) {
   uint32_t saved_mxcsr;
-  // A bf16 is the upper half of an fp32: clear the lower half for the odd elements, shift for the
-  // even.
+  // A bf16 is the upper half of an fp32. Odd elements need a cleared lower half, even elements a
+  // shift.
   asm volatile(
       "stmxcsr %[saved]\n\t"
       "ldmxcsr %[own]\n\t"

@@ -60,7 +60,7 @@ bool EmulateLoad(const DecodedInstruction& decoded, SignalFrame* frame) {
   if (!broadcast && !aligned && !(is_move && decoded.prefix == kPrefixF3)) return false;
   const uint64_t address = AddressOf(decoded, *frame);
   const size_t bytes = VectorBytes(decoded);
-  if (aligned && address % bytes != 0) return false;  // let the CPU refuse it
+  if (aligned && address % bytes != 0) return false;  // the CPU itself must refuse it
   const auto* memory = reinterpret_cast<const std::byte*>(address);
   uint32_t lanes[16] = {};
   if (broadcast) {

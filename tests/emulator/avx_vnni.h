@@ -10,12 +10,13 @@
 namespace cpumoe::emulator {
 
 // Executes `decoded` on the registers of `frame`, except for moving RIP, and sets `executed`.
-// False, with no effect, if it is not this instruction in an encoding that the CPU would accept.
+// Returns false, with no effect, if `decoded` is not VPDPBUSD or has an encoding that the CPU would
+// refuse.
 bool EmulateAvxVnni(const DecodedInstruction& decoded, SignalFrame* frame, Instruction* executed);
 
-// The same for loads that stand between products: VMOVDQA, VMOVDQU and VPBROADCASTD from memory in
-// their VEX encodings, which every CPU with AVX2 has. Where they are executed, too, a signal serves
-// a whole group of products.
+// Executes a load that stands between products: VMOVDQA, VMOVDQU or VPBROADCASTD from memory in VEX
+// encoding. Every CPU with AVX2 has these instructions. Emulating them lets one signal serve a
+// whole group of products.
 bool EmulateLoad(const DecodedInstruction& decoded, SignalFrame* frame);
 
 }  // namespace cpumoe::emulator

@@ -1,5 +1,5 @@
-// Scalar model of bf16 arithmetic in portable C++, and random operands for it. It shares nothing
-// with the emulator: see avx512_bf16.cc and amx_tiles.cc for the semantics and their source.
+// A scalar model of bf16 arithmetic in portable C++, and random operands for it. The model shares
+// nothing with the emulator. avx512_bf16.cc and amx_tiles.cc name the semantics and their source.
 #pragma once
 
 #include <bit>
@@ -17,9 +17,9 @@ inline double ValueWithDenormalsAsZero(uint32_t bits) {
   return std::bit_cast<float>((bits & 0x7F800000) == 0 ? bits & 0x80000000 : bits);
 }
 
-// x * y + z with one rounding to nearest even, denormals as zero, for x and y that came from bf16.
-// The product is exact in double; the sum is made odd where it is inexact, so that rounding it
-// again to float rounds correctly (Boldo and Melquiond, 2008).
+// Returns x * y + z, rounded once to nearest even, with denormals as zero, for x and y that are
+// bf16. The product is exact in double. If the sum in double is inexact it is made odd, so that
+// rounding it again to float rounds correctly (Boldo and Melquiond, 2008).
 inline uint32_t ModelFma(uint32_t x, uint32_t y, uint32_t z) {
   for (uint32_t bits : std::initializer_list<uint32_t>{x, y, z}) {
     if (IsNan(bits)) return bits | 0x00400000;
@@ -35,7 +35,7 @@ inline uint32_t ModelFma(uint32_t x, uint32_t y, uint32_t z) {
     sum = std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
   }
   // x86 calls a result tiny if it is below the least normal number after rounding to 24 bits with
-  // an unbounded exponent, hence the rounding far away from the denormals.
+  // an unbounded exponent. Therefore this rounds far away from the denormals.
   const bool tiny = std::fabs(static_cast<float>(std::ldexp(sum, 64))) < std::ldexp(1.0, -126 + 64);
   return std::bit_cast<uint32_t>(static_cast<float>(tiny ? std::copysign(0.0, sum) : sum));
 }
@@ -56,7 +56,7 @@ inline uint16_t ModelConvert(uint32_t bits) {
 
 using Rng = std::mt19937_64;
 
-// A bf16 from a mix that makes sums cancel, round, overflow and vanish.
+// Returns a bf16 from a mix of values that makes sums cancel, round, overflow and vanish.
 inline uint32_t RandomBf16(Rng& rng) {
   static constexpr uint16_t kSpecial[] = {0x0000, 0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F,
                                           0x7F80, 0xFF80, 0x7F81, 0xFFC1, 0x3F80};

@@ -1,5 +1,5 @@
-// Every form of the AVX512_BF16 instructions as a function that runs it on a whole register file,
-// for emulator_test.cc. Included once: it defines assembly functions.
+// Every form of the AVX512_BF16 instructions, as a function that runs it on a whole register file.
+// Only emulator_test.cc may include this file, because it defines assembly functions.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct alignas(64) RegisterFile {
 constexpr int kMem = -1;
 constexpr int64_t kRcx = 5, kR9 = -7;  // the index registers of the memory forms
 
-// How a form finds its operand.
+// The place of a form's last operand.
 enum Place { kReg, kBase, kStack, kRip, kFs };
 
 struct Form {
@@ -39,9 +39,9 @@ struct Form {
 
 }  // namespace
 
-// An assembly function of type Form::run. Base registers: RAX, R12 (which needs a SIB byte), R13
-// and RBP (which need a displacement); index registers: RCX and R9; 64(%rsp) is a copy of the
-// operand.
+// Defines an assembly function of type Form::run. The base registers are RAX, R12 (which needs a
+// SIB byte), and R13 and RBP (which need a displacement). The index registers are RCX and R9.
+// 64(%rsp) is a copy of the operand.
 #define CPUMOE_ASM_FUNCTION(name, text)                                               \
   asm(".text\n.type " #name ",@function\n" #name                                      \
       ":\n"                                                                           \

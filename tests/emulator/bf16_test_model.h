@@ -10,7 +10,7 @@
 namespace cpumoe::emulator {
 namespace {
 
-// The register file after `form`, given its memory operand.
+// Returns the register file after `form`, given the form's memory operand.
 RegisterFile Model(const Form& form, const RegisterFile& in, const uint32_t* operand) {
   RegisterFile out = in;
   const int lanes = form.bytes / 4;

@@ -1,8 +1,8 @@
 // The SIGILL handler. See emulator.h.
 //
-// Everything that runs in the handler is async-signal-safe: no allocation, no lock, no system call
-// but arch_prctl (for FS and GS operands), sigaction (for a fatal SIGILL) and what it takes to die
-// of a fault of shape.
+// Everything that runs in the handler is async-signal-safe. It allocates nothing and takes no lock.
+// The only system calls are arch_prctl (for FS and GS operands), sigaction (for a fatal SIGILL),
+// and those that end the process because of a wrong tile shape.
 #include "emulator.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -19,14 +19,14 @@
 namespace cpumoe::emulator {
 namespace {
 
-// They only grow; a reset remembers where they stood.
+// Counts only grow. A reset stores the counts of its time.
 std::atomic<uint64_t> counts[kNumInstructions], counts_at_reset[kNumInstructions];
 std::atomic<uint64_t> traps, traps_at_reset;
 
 std::mutex mutex;
 std::atomic<bool> installed;
-// The action behind this one. A new one goes into the other slot, so that a handler running on
-// another thread reads a consistent action.
+// The action that was installed before this handler. A new action goes into the other slot, so that
+// a handler running on another thread reads a consistent action.
 struct sigaction chained_slots[2];
 std::atomic<const struct sigaction*> chained{&chained_slots[0]};
 
@@ -43,8 +43,9 @@ bool Emulate(const DecodedInstruction& decoded, SignalFrame* frame, Instruction*
          (EmulateAvx512Bf16(decoded, frame, executed) || EmulateAmx(decoded, *frame, executed));
 }
 
-// Emulates from the instruction that trapped up to the first one that is not emulated, to save the
-// signals. Each is committed before the next begins, so a faulting operand leaves a precise state.
+// Emulates from the instruction that trapped up to the first one that is not emulated, which saves
+// signals. Each instruction is committed before the next begins, so a faulting operand leaves a
+// precise state.
 bool EmulateRun(void* context) {
   SignalFrame frame(context);
   if (!frame.HasAvx()) return false;
@@ -64,17 +65,18 @@ bool EmulateRun(void* context) {
   return emulated;
 }
 
-// Does what would have happened without this handler. The chained action's mask and SA_RESETHAND
-// are not honoured: a SIGILL handler that returns is rare enough.
+// Does what would have happened without this handler. It ignores the mask and SA_RESETHAND of the
+// chained action, because few SIGILL handlers return.
 void Chain(int signal, siginfo_t* info, void* context) {
   const struct sigaction& action = *chained.load(std::memory_order_acquire);
-  const bool trapped = info->si_code > 0;  // by an instruction, not sent by kill()
+  const bool trapped = info->si_code > 0;  // false if kill() sent the signal
   if ((action.sa_flags & SA_SIGINFO) != 0) {
     action.sa_sigaction(signal, info, context);
   } else if (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN) {
     action.sa_handler(signal);
   } else if (trapped || action.sa_handler == SIG_DFL) {
-    // On return the instruction traps again and dies at its own address; a sent signal is repeated.
+    // After the return the instruction traps again, and the process dies at its address. A signal
+    // that kill() sent is raised again.
     installed.store(false);
     struct sigaction fatal = {};
     fatal.sa_handler = SIG_DFL;
@@ -108,7 +110,7 @@ void Install() {
   SetChained(previous);
   struct sigaction action = {};
   action.sa_sigaction = HandleSigill;
-  // SA_NODEFER: a handler for the fault of an operand may jump out of this one.
+  // SA_NODEFER lets a handler for the fault of an operand jump out of this handler.
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigemptyset(&action.sa_mask);
   sigaction(SIGILL, &action, nullptr);

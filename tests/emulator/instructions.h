@@ -17,7 +17,7 @@ enum class Instruction {
   kTileloadd,
   kTileloaddt1,
   kTilestored,
-  kTdpbf16ps,  // from here on products of tiles
+  kTdpbf16ps,  // from here on, all are products of tiles
   kTdpbssd,
   kTdpbsud,
   kTdpbusd,
@@ -26,8 +26,8 @@ enum class Instruction {
 
 struct InstructionInfo {
   const char* name;
-  const char* feature;  // as the compiler calls it
-  // Variants for the feature multiply by it: that it was counted proves that their code ran.
+  const char* feature;  // the compiler's name of the feature
+  // Variants for the feature multiply by this instruction. If it was counted, their code ran.
   bool is_evidence;
 };
 

@@ -1,10 +1,11 @@
-// The emulator as a library for LD_PRELOAD, so that Python tests run the variants that this CPU
+// The emulator as a library for LD_PRELOAD, so that Python tests can run the variants that this CPU
 // lacks:
 //
 //   CPUMOE_TEST_EMULATOR=1 LD_PRELOAD=<build>/lib/cpumoe_emulator.so python -m pytest
 //
-// Python's faulthandler, which pytest enables, takes SIGILL for itself: sigaction() is intercepted
-// so that it comes second. Never part of the wheel.
+// Python's faulthandler, which pytest enables, installs its own SIGILL action. Therefore
+// sigaction() is intercepted, and faulthandler's action comes second. The wheel never includes this
+// library.
 #include <dlfcn.h>
 
 #include <csignal>
@@ -33,7 +34,8 @@ extern "C" {
   return next(signal, action, old_action);
 }
 
-// For ctypes: what has been emulated so far, as JSON, valid until the next call.
+// Called through ctypes. Returns the counts of emulated instructions so far, as JSON that is valid
+// until the next call.
 [[gnu::visibility("default")]] const char* cpumoe_emulator_report() {
   static std::string report;
   report.clear();

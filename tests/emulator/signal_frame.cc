@@ -11,7 +11,7 @@
 namespace cpumoe::emulator {
 namespace {
 
-constexpr int kNumComponents = 8;  // up to SignalFrame's last
+constexpr int kNumComponents = 8;  // up to the last component that SignalFrame uses
 
 constexpr size_t kXmmOffset = 160;
 constexpr size_t kSoftwareBytesOffset = 464;
@@ -61,8 +61,8 @@ void SignalFrame::set_rip(uint64_t rip) {
   context_->uc_mcontext.gregs[REG_RIP] = static_cast<greg_t>(rip);
 }
 
-// A clear bit of XSTATE_BV says that a component is in its initial state, which for these is zero,
-// whatever the area holds.
+// A clear bit of XSTATE_BV says that a component is in its initial state. For these components that
+// is zero, whatever the area holds.
 void SignalFrame::Read(int component, size_t offset, size_t size, void* to) const {
   if ((LoadQword(area_ + kXstateBvOffset) >> component & 1) != 0) {
     std::memcpy(to, area_ + components[component].offset + offset, size);

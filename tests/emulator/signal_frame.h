@@ -1,8 +1,8 @@
-// The registers of a thread stopped by a signal, read and written in its signal frame; sigreturn
-// then loads them.
+// The registers of a thread that a signal has stopped. They are read and written in the signal
+// frame, from which sigreturn loads them.
 //
-// General registers are in the ucontext. Vector and mask registers are in the XSAVE area that it
-// points to, in standard (non-compacted) format (SDM volume 1, chapter 13):
+// General registers are in the ucontext. Vector and mask registers are in the XSAVE area that the
+// ucontext points to, in standard (non-compacted) format (SDM volume 1, chapter 13):
 //
 //   bytes      0..511  legacy region: XMM0-15 at 160, Linux's _fpx_sw_bytes at 464
 //            512..575  header: XSTATE_BV, then XCOMP_BV
@@ -23,12 +23,12 @@ namespace cpumoe::emulator {
 
 class SignalFrame {
  public:
-  // Asks CPUID where the components lie. To be called before the first signal.
+  // Asks CPUID where the components lie. Must be called before the first signal.
   static void Initialize();
 
   explicit SignalFrame(void* context);
 
-  // Whether the kernel saved the state of AVX, and of AVX-512.
+  // Whether the operating system saved the state of AVX, and of AVX-512.
   bool HasAvx() const { return HasState(kAvxState); }
   bool HasAvx512() const { return HasState(kAvx512State); }
 

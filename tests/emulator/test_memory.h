@@ -10,7 +10,7 @@
 
 namespace cpumoe::emulator {
 
-// Two pages below 4 GiB, for 32-bit addresses; the second cannot be accessed.
+// Two pages below 4 GiB, for 32-bit addresses. The second page cannot be accessed.
 class Arena {
  public:
   static constexpr size_t kPage = 4096;
@@ -29,7 +29,7 @@ class Arena {
   uint8_t* begin_;
 };
 
-// Runs the bytes of one instruction, then returns. They live in a page of their own.
+// Runs the bytes of one instruction, which lie in a page of their own, and returns.
 inline void Execute(const std::vector<uint8_t>& bytes) {
   void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   std::memcpy(page, bytes.data(), bytes.size());

@@ -37,8 +37,8 @@ class ByteReader {
   const uint8_t* next_;
 };
 
-// Reads legacy prefixes and returns the byte that follows. The ones that VEX and EVEX forbid (66,
-// F2, F3, LOCK, REX) are returned too, and then match nothing.
+// Reads legacy prefixes and returns the byte that follows. Prefixes that VEX and EVEX forbid (66,
+// F2, F3, LOCK, REX) are returned, too, and then match nothing.
 uint8_t ReadLegacyPrefixes(ByteReader* reader, MemoryOperand* memory) {
   while (reader->length() < kMaxLength) {
     const uint8_t byte = reader->Byte();
@@ -176,7 +176,7 @@ uint64_t GeneralRegister(const mcontext_t& registers, int number) {
 
 uint64_t SegmentBase(Segment segment) {
   if (segment == Segment::kFlat) return 0;
-  // The frame does not hold the bases, but the handler runs on the thread that trapped.
+  // The frame does not hold the FS and GS bases, but the handler runs on the thread that trapped.
   uint64_t base = 0;
   syscall(SYS_arch_prctl, segment == Segment::kFs ? ARCH_GET_FS : ARCH_GET_GS, &base);
   return base;

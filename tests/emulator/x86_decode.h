@@ -1,9 +1,9 @@
-// Decodes EVEX instructions, and VEX ones of the maps 0F and 0F38: prefixes, ModRM, SIB,
-// displacement (SDM volume 2, sections 2.1, 2.3 and 2.7), and computes the address of a memory
-// operand from the registers of a signal frame.
+// Decodes EVEX instructions, and VEX instructions of the maps 0F and 0F38: prefixes, ModRM, SIB,
+// displacement (SDM volume 2, sections 2.1, 2.3 and 2.7). Computes the address of a memory operand
+// from the registers of a signal frame.
 //
-// Knows the encoding and no instruction: which opcodes exist, and the scale N of a compressed
-// displacement, are the business of the files that emulate them.
+// The decoder knows the encoding and no instruction. The files that emulate instructions know which
+// opcodes exist, and the scale N of a compressed displacement.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -17,7 +17,7 @@ namespace cpumoe::emulator {
 inline constexpr int kNoRegister = -1;
 inline constexpr int kRip = -2;
 
-// How VEX and EVEX encode maps of opcodes and the prefix.
+// How VEX and EVEX encode opcode maps and the prefix.
 inline constexpr uint8_t kMap0F = 1, kMap0F38 = 2;
 inline constexpr uint8_t kNoPrefix = 0, kPrefix66 = 1, kPrefixF3 = 2, kPrefixF2 = 3;
 
@@ -28,15 +28,15 @@ struct MemoryOperand {
   int index = kNoRegister;
   int scale = 1;
   int32_t displacement = 0;
-  bool displacement_is_byte = false;  // EVEX: in units of N bytes
+  bool displacement_is_byte = false;  // EVEX: the displacement is in units of N bytes
   bool address32 = false;             // the address is truncated to 32 bits
   bool has_sib = false;
   Segment segment = Segment::kFlat;
 };
 
 struct DecodedInstruction {
-  bool is_vex = false;  // else EVEX
-  uint8_t length = 0;   // bytes, without any immediate
+  bool is_vex = false;  // false: EVEX
+  uint8_t length = 0;   // in bytes, without any immediate
   uint8_t map = 0;      // kMap0F, kMap0F38, ...
   uint8_t prefix = 0;   // kNoPrefix, kPrefix66, ...
   uint8_t opcode = 0;
@@ -52,16 +52,17 @@ struct DecodedInstruction {
   MemoryOperand memory;
 };
 
-// Reads the instruction at `code`, not a byte beyond what its encoding demands. False if it is not
-// well-formed or of another encoding.
+// Reads the instruction at `code`, and no byte beyond what its encoding demands. Returns false if
+// the instruction is not well-formed or has another encoding.
 bool Decode(const uint8_t* code, DecodedInstruction* instruction);
 
-// Address of an operand for a thread stopped in `registers`, which must be the calling thread (FS
-// and GS bases are its own). `displacement_unit` is the N of disp8*N.
+// The address of an operand for a thread stopped in `registers`. It must be the calling thread,
+// whose FS and GS bases are used. `displacement_unit` is the N of disp8*N.
 uint64_t EffectiveAddress(const MemoryOperand& memory, int displacement_unit, uint64_t next_rip,
                           const mcontext_t& registers);
 
-// The index register times the scale: the stride of a tile in memory. 0 without an index.
+// The index register times the scale, which is the stride of a tile in memory. 0 if there is no
+// index.
 int64_t ScaledIndex(const MemoryOperand& memory, const mcontext_t& registers);
 
 }  // namespace cpumoe::emulator
