@@ -1,4 +1,5 @@
-# Turns the tables of Variants.cmake into one module library per ISA and the headers that list them.
+# Turns the tables of Variants.cmake into one module library per ISA, and into the headers that list
+# ISAs, features and formats.
 
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
@@ -7,7 +8,7 @@ set(CPUMOE_GENERATED_DIR ${CMAKE_BINARY_DIR}/generated)
 set(CPUMOE_ALL_ISAS "")
 set(CPUMOE_FORMATS "")
 
-# avx512_bf16 -> Avx512Bf16
+# Turns avx512_bf16 into Avx512Bf16.
 function(cpumoe_class_name name out)
     string(REPLACE "_" ";" parts ${name})
     set(class "")
@@ -20,8 +21,8 @@ function(cpumoe_class_name name out)
     set(${out} ${class} PARENT_SCOPE)
 endfunction()
 
-# A row of the ISA table: CPUMOE_<name>_FEATURES (its parent's included) and CPUMOE_<name>_OBSTACLE,
-# why it cannot be built here (empty: it can).
+# A row of the ISA table. It sets CPUMOE_<name>_FEATURES (which includes the parent's features) and
+# CPUMOE_<name>_OBSTACLE (why the ISA cannot be built here, empty if it can).
 macro(cpumoe_isa name)
     cmake_parse_arguments(isa "" "PARENT" "ARCHITECTURES;FEATURES" ${ARGN})
     list(APPEND CPUMOE_ALL_ISAS ${name})
@@ -37,7 +38,7 @@ macro(cpumoe_isa name)
     endforeach()
 endmacro()
 
-# Whether the compiler knows a CPU feature: to generate code for it and to detect it.
+# Checks whether the compiler can generate code for a CPU feature and can detect the feature.
 function(cpumoe_check_feature feature obstacle)
     string(MAKE_C_IDENTIFIER ${feature} id)
     check_cxx_compiler_flag(-m${feature} CPUMOE_HAVE_FLAG_${id})
@@ -59,7 +60,7 @@ macro(cpumoe_format name)
     list(APPEND CPUMOE_FORMATS ${name})
 endmacro()
 
-# The variants to build: CPUMOE_ISAS, or all that this compiler and architecture can.
+# Selects the variants to build: CPUMOE_ISAS, or all that this compiler and architecture can build.
 function(cpumoe_select_isas out)
     set(selected "")
     set(left_out "")
@@ -93,9 +94,9 @@ function(cpumoe_select_isas out)
     set(${out} ${selected} PARENT_SCOPE)
 endfunction()
 
-# isa_table.inc: CPUMOE_ISA_ROW(name, built, features...) per known ISA; feature_table.inc:
-# CPUMOE_FEATURE_ROW(name) per CPU feature that this architecture can have; format_table.inc:
-# CPUMOE_FORMAT_ROW(name, Class) per format.
+# Writes three headers. isa_table.inc has CPUMOE_ISA_ROW(name, built, features...) for each known
+# ISA. feature_table.inc has CPUMOE_FEATURE_ROW(name) for each CPU feature that this architecture
+# can have. format_table.inc has CPUMOE_FORMAT_ROW(name, Class) for each format.
 function(cpumoe_write_tables built)
     set(isa_rows "")
     set(testable "")
@@ -126,13 +127,17 @@ function(cpumoe_write_tables built)
     file(CONFIGURE OUTPUT ${CPUMOE_GENERATED_DIR}/format_table.inc CONTENT "${format_rows}")
 endfunction()
 
-# Target cpumoe_variant_<isa>: the module library cpumoe_<isa>.so, compiled for one ISA. It consists of
-# parts, which CPUMOE_VARIANT_PARTS lists: pairs of templates <part>_format.cc.in and
-# <part>_table.cc.in. The former is configured once per format, with @isa@, @isa_class@, @format@ and
-# @format_class@, and defines <format_class>Entry(); the latter once, with @declarations@ and @entries@
-# of them all. All parts of a format share a translation unit, because compiling its kernels takes
-# longer than all else. Only these translation units get the ISA's flags; the build id, which is data, is
-# all else that is linked into the library.
+# Adds the target cpumoe_variant_<isa>, which is the module library cpumoe_<isa>.so, compiled for
+# one ISA.
+#
+# The library consists of parts, which CPUMOE_VARIANT_PARTS lists. A part is a pair of templates,
+# <part>_format.cc.in and <part>_table.cc.in. The format template is configured once per format,
+# with @isa@, @isa_class@, @format@ and @format_class@, and defines <format_class>Entry(). The table
+# template is configured once, with the @declarations@ and @entries@ of all formats.
+#
+# All parts of a format share a translation unit, because compiling the format's kernels takes
+# longer than anything else. Only these translation units get the ISA's flags. Besides them, only
+# the build id, which is data, is linked into the library.
 function(cpumoe_add_isa_variant isa)
     set(target cpumoe_variant_${isa})
     set(folder ${CPUMOE_GENERATED_DIR}/${target})
@@ -175,16 +180,18 @@ function(cpumoe_add_isa_variant isa)
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
         target_compile_options(${target} PRIVATE -m${feature})
     endforeach()
-    # Where panel loops begin in a line of the decoded instructions' cache must not depend on what else
-    # is compiled: they were 2 % slower on Zen 3 at 32 bytes into one.
+    # Aligns panel loops, so that their place in a line of the decoded instructions' cache does not
+    # depend on other code. At 32 bytes into a line they were 2 % slower on Zen 3.
     target_compile_options(
         ${target}
         PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> $<$<NOT:$<CONFIG:Debug>>:-falign-loops=64>
     )
-    # Lines are enough in kernels: keeping track of their variables would be a quarter of the time.
+    # In kernels, line numbers suffice. Debug information about variables would take a quarter of
+    # the compile time.
     target_compile_options(${target} PRIVATE $<$<CONFIG:RelWithDebInfo>:-g1>)
-    # False alarms of GCC 12: it mentions alignment attributes that template arguments drop (ours are
-    # unharmed), and calls the undefined pass-through operands of its own AVX-512 header uninitialized.
+    # Disables false alarms of GCC 12. It warns about alignment attributes that template arguments
+    # drop (ours are unharmed), and calls undefined pass-through operands of its own AVX-512 header
+    # uninitialized.
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
         target_compile_options(
             ${target}
@@ -196,11 +203,14 @@ function(cpumoe_add_isa_variant isa)
     endif()
 endfunction()
 
-# Kernels are many inlined lambdas, and compiling them under AddressSanitizer takes longer than running
-# all tests. What makes it several times slower, for kernels and the operators compiled with them: its
-# checks for uses after a scope, its checks of accesses in line (calls find the same), and
-# UndefinedBehaviorSanitizer's checks of pointers, most of whose findings are bad accesses as well.
-# Alignment, which AddressSanitizer does not see, is checked.
+# Turns off the slowest checks of sanitizers for kernels and the operators that are compiled with
+# them. Kernels are many inlined lambdas, and compiling them under AddressSanitizer takes longer
+# than running all tests.
+#
+# Three checks make the compilation several times slower: AddressSanitizer's check for uses after a
+# scope, its inline checks of accesses (calls find the same faults), and
+# UndefinedBehaviorSanitizer's checks of pointers (most of its findings are bad accesses as well).
+# Alignment, which AddressSanitizer does not see, is still checked.
 function(cpumoe_sanitize_kernels sources)
     set(options
         -fno-sanitize-address-use-after-scope
@@ -209,6 +219,7 @@ function(cpumoe_sanitize_kernels sources)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
         list(APPEND options --param=asan-instrumentation-with-call-threshold=0)
     endif()
-    # A target's own options would come before those of cpumoe_options, which turn all checks on.
+    # Options of the source files come last. A target's own options would come before those of
+    # cpumoe_options, which turn all checks on.
     set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "${options}")
 endfunction()

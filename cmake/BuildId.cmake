@@ -1,16 +1,18 @@
-# The version, and the build id by which _core recognises variant libraries of its own build.
+# The version of the package, and the build id by which _core recognises variant libraries of its
+# own build.
 #
-# The version stands in pyproject.toml alone.
+# The version is defined only in pyproject.toml.
 #
-# The build id is "<version>+<16 hexadecimal digits>". The digits are a hash of all C++ sources and CMake
-# files in cpp/ and cmake/, of the compiler's version and of its flags. They therefore change whenever the
-# interface between _core and a variant changes, and also when only a kernel changes: a library that is
-# out of date is refused even if its interface still fits. Tests, CPUMOE_ISAS and the folder's name do not
-# count. Two builds of equal sources have the same id, and can exchange libraries.
+# The build id is "<version>+<16 hexadecimal digits>". The digits are a hash of all C++ sources and
+# CMake files in cpp/ and cmake/, of the compiler's version and of its flags. They therefore change
+# whenever the interface between _core and a variant changes, and also when only a kernel changes. A
+# library that is out of date is refused even if its interface still fits. Tests, CPUMOE_ISAS and
+# the folder's name do not count. Two builds of equal sources have equal ids, and can exchange
+# libraries.
 #
-# The hash is a build step, because an id computed by `cmake` would be out of date after an edit. An edit
-# costs this step, one small translation unit and one link per library, besides the compilation of what
-# was edited.
+# The hash is a build step, because an id computed by `cmake` would be out of date after an edit. An
+# edit costs this step, one small translation unit and one link per library, besides the compilation
+# of the edited files.
 
 set(CPUMOE_BUILD_ID_SCRIPT ${CMAKE_CURRENT_LIST_DIR}/WriteBuildId.cmake)
 
@@ -26,8 +28,8 @@ function(cpumoe_read_version out)
     set(${out} ${version} PARENT_SCOPE)
 endfunction()
 
-# The rule that makes build_id.inc, which defines CPUMOE_VERSION and CPUMOE_BUILD_ID. One target of the
-# calling folder may have it among its sources.
+# Adds the rule that makes build_id.inc, which defines CPUMOE_VERSION and CPUMOE_BUILD_ID. One
+# target of the calling folder may have the file among its sources.
 function(cpumoe_write_build_id version)
     set(root ${PROJECT_SOURCE_DIR})
     set(names CMakeLists.txt *.cc *.h *.in)

@@ -1,4 +1,4 @@
-# Says what cpumoe needs before a build fails in the midst of it.
+# Says what cpumoe needs, before a build fails halfway.
 
 if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
     message(
@@ -7,7 +7,7 @@ if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
     )
 endif()
 
-# The first versions with the vector extensions and the names of CPU features that the code uses.
+# The first versions that have the vector extensions and the CPU feature names that the code uses.
 set(CPUMOE_OLDEST_GNU 12)
 set(CPUMOE_OLDEST_Clang 19)
 set(CPUMOE_OLDEST "${CPUMOE_OLDEST_${CMAKE_CXX_COMPILER_ID}}")

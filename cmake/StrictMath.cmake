@@ -1,11 +1,12 @@
-# Target cpumoe_strict_math: options that overrule whatever fast-math flags come from outside (CXXFLAGS,
-# LDFLAGS). A NaN must be seen as one, sums have one order, and subnormal numbers are not zero.
+# The target cpumoe_strict_math has options that overrule all fast-math flags from outside
+# (CXXFLAGS, LDFLAGS). A NaN must be recognised, sums have one order, and subnormal numbers are not
+# zero.
 
 include(CheckCXXCompilerFlag)
 
 add_library(cpumoe_strict_math INTERFACE)
-# Without contraction, a multiply-add is one rounding only where the code says so: what is rounded to
-# int8 is then the same on every ISA.
+# Without contraction, a multiply-add is rounded once only where the code says so. Activations are
+# then rounded to equal int8 on every ISA.
 target_compile_options(
     cpumoe_strict_math
     INTERFACE
@@ -22,8 +23,9 @@ target_compile_options(
         $<$<CXX_COMPILER_ID:Clang>:-fno-approx-func>
         $<$<CXX_COMPILER_ID:Clang>:-fdenormal-fp-math=ieee>
 )
-# For such a flag, and for -Ofast, compilers link start-up code that has the whole process flush subnormal
-# numbers to zero. The last flag counts, and only libraries come after those of LDFLAGS.
+# With a fast-math flag or -Ofast, compilers link start-up code that makes the whole process flush
+# subnormal numbers to zero. The last flag counts, and only libraries come after the flags of
+# LDFLAGS.
 target_link_libraries(
     cpumoe_strict_math
     INTERFACE -O2 -fno-fast-math -fno-unsafe-math-optimizations

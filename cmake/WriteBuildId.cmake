@@ -1,5 +1,5 @@
-# A script: writes OUTPUT, a header with the version and the build id, from what INPUTS sets
-# (cmake/BuildId.cmake). The header is left alone where it would not change.
+# This script writes OUTPUT, a header with the version and the build id, from the variables that
+# INPUTS sets (cmake/BuildId.cmake). It does not touch a header that would not change.
 
 include(${INPUTS})
 set(text "${version}\n${settings}\n")

@@ -9,7 +9,7 @@
 namespace cpumoe {
 namespace {
 
-// What the kernels are written for; more would do, too.
+// The palette that the kernels are written for. A larger one serves as well.
 constexpr TilePalette kNeeded = {
     .tiles = 8, .rows = 16, .row_bytes = 64, .product_depth = 16, .product_row_bytes = 64};
 

@@ -12,7 +12,8 @@ namespace {
 std::mutex assumed_mutex;
 FeatureSet assumed_features;
 
-// XCR0's bits of the registers that a feature's instructions use (SDM volume 1, section 13.1).
+// The bits of XCR0 for the registers that a feature's instructions use (SDM volume 1, section
+// 13.1).
 uint64_t StateOf(const std::string& feature) {
   constexpr uint64_t kXmm = 1 << 1, kYmm = 1 << 2, kMasksAndZmm = 7 << 5;
   if (NeedsTiles(feature)) return kTileState;
@@ -39,7 +40,8 @@ std::string Join(const std::vector<std::string>& words) {
   return text;
 }
 
-// Why tile registers are out of reach of a CPU that has them; empty for other reasons.
+// Says why a CPU that has tile registers cannot use them. Empty if features are missing for another
+// reason.
 std::string WhyNoTiles(const std::vector<std::string>& missing) {
   const std::vector<TileStep>& steps = DetectTileSteps();
   const bool wanted = std::any_of(missing.begin(), missing.end(), NeedsTiles);

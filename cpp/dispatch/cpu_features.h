@@ -1,5 +1,4 @@
-// Which ISA variants exist and which of them this CPU can run. The list comes from
-// cmake/Variants.cmake.
+// The ISA variants that exist, from cmake/Variants.cmake, and those that this CPU can run.
 #pragma once
 
 #include <string>
@@ -12,35 +11,37 @@ namespace cpumoe {
 
 struct IsaRow {
   std::string name;
-  bool built;                         // part of this installation
-  std::vector<std::string> features;  // CPU features needed
+  bool built;                         // whether this installation includes the variant
+  std::vector<std::string> features;  // the CPU features that the variant needs
 };
 
 // All known ISAs, from the most general to the most special.
 const std::vector<IsaRow>& KnownIsas();
 
-// The advertised features whose registers the operating system saves; those that need
-// tiles also need every one of `steps` to have passed.
+// Returns the advertised features whose registers the operating system saves. Features that need
+// tiles also need all `steps` to have passed.
 FeatureSet UsableFeatures(const MachineAnswers& machine, const std::vector<TileStep>& steps);
 
-// UsableFeatures of this machine, which is asked once. To be called before worker threads start:
-// asking it replaces the SIGILL action for a moment.
+// Returns UsableFeatures of this machine, which is asked only once. The first call must come before
+// worker threads start, because it replaces the SIGILL action for a moment.
 FeatureSet DetectFeatures();
 
-// How this machine answered.
+// Returns this machine's answers to the steps.
 const std::vector<TileStep>& DetectTileSteps();
 
-// Makes DetectFeatures report `features` too. For tests that run a variant under an instruction
-// emulator; without one, a variant that the CPU lacks ends the process with SIGILL.
+// Makes DetectFeatures report `features`, too. Meant for tests that run a variant under an
+// instruction emulator. Without an emulator, a variant that the CPU lacks ends the process with
+// SIGILL.
 void AssumeFeatures(const FeatureSet& features);
 
 std::vector<std::string> MissingFeatures(const IsaRow& isa, const FeatureSet& cpu);
 
-// Names of the built ISAs that `cpu` can run, in the order of KnownIsas.
+// The names of the built ISAs that `cpu` can run, in the order of KnownIsas.
 std::vector<std::string> SupportedIsas(const FeatureSet& cpu);
 
-// The row called `name`, if it is built and `cpu` can run it; else throws std::invalid_argument
-// that says what is missing and what would work. `origin` names who asked, e.g. "CPUMOE_ISA".
+// Returns the row called `name`, if it is built and `cpu` can run it. Otherwise throws
+// std::invalid_argument, which says what is missing and what would work. `origin` names the source
+// of the request, e.g. "CPUMOE_ISA".
 const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu, const std::string& origin);
 
 }  // namespace cpumoe

@@ -19,7 +19,7 @@ struct Registers {
   unsigned a, b, c, d;
 };
 
-// All zero for a leaf that the CPU does not have.
+// Returns zeros for a leaf that the CPU does not have.
 Registers Cpuid(unsigned leaf, unsigned subleaf) {
   Registers r = {};
   __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
@@ -44,10 +44,11 @@ TilePalette ReadPalette() {
           .product_row_bytes = static_cast<int>(product.b >> 8 & 0xFFFF)};
 }
 
-// The kernel saves tile data only for a process that has asked (Linux 5.16 and later). It holds for
-// all threads of the process and for its children until exec.
+// Linux (5.16 and later) saves tile data only for a process that has asked for permission. The
+// permission holds for all threads of the process, and for its children until exec.
 int PermitTiles() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // <asm/prctl.h> may be older
+  constexpr int kRequestPermission = 0x1023,
+                kTileData = 18;  // <asm/prctl.h> may be too old to name them
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
 }
 
@@ -57,21 +58,21 @@ struct sigaction action_before_trial;
 
 void HandleTrialSigill(int signal, siginfo_t* info, void* context) {
   if (pthread_equal(pthread_self(), trial_thread) != 0) siglongjmp(trial_failed, 1);
-  // Another thread's instruction: as without the trial.
+  // Another thread's instruction has trapped, which is handled as it would be without the trial.
   const struct sigaction& before = action_before_trial;
   if ((before.sa_flags & SA_SIGINFO) != 0) {
     before.sa_sigaction(signal, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(signal);
   } else if (before.sa_handler == SIG_DFL || info->si_code > 0) {
-    sigaction(SIGILL, &before, nullptr);  // it traps again, which ends the process
+    sigaction(SIGILL, &before, nullptr);  // the instruction traps again, which ends the process
   }
 }
 
 bool ExecuteTile() {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  // Palette 1; tile 0 is one row of four bytes.
+  // The configuration has palette 1, and one row of four bytes in tile 0.
   alignas(64) uint8_t config[64] = {};
   config[0] = 1;
   config[16] = 4;
@@ -81,9 +82,9 @@ bool ExecuteTile() {
   action.sa_sigaction = HandleTrialSigill;
   action.sa_flags = SA_SIGINFO;
   sigemptyset(&action.sa_mask);
-  sigaction(SIGILL, nullptr, &action_before_trial);  // to be there when the handler is
+  sigaction(SIGILL, nullptr, &action_before_trial);  // must be stored before the handler runs
   sigaction(SIGILL, &action, nullptr);
-  // A thread that blocks the signal would be killed by it.
+  // A trap of a blocked SIGILL would kill the process.
   sigset_t sigill, mask_before;
   sigemptyset(&sigill);
   sigaddset(&sigill, SIGILL);
@@ -111,7 +112,7 @@ MachineAnswers AskMachine() {
                             .palette = ReadPalette(),
                             .permit_tiles = PermitTiles,
                             .execute_tile = ExecuteTile};
-  // The builtin wants a literal, hence a test generated per feature.
+  // The builtin accepts only a literal, so a test for each feature is generated.
   __builtin_cpu_init();
 #define CPUMOE_FEATURE_ROW(feature) \
   if (__builtin_cpu_supports(feature)) answers.advertised.insert(feature);

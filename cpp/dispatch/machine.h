@@ -1,4 +1,4 @@
-// What feature detection asks of the CPU and the operating system.
+// The questions that feature detection asks the CPU and the operating system.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace cpumoe {
 
 using FeatureSet = std::set<std::string>;
 
-// Palette 1 of the tile registers: CPUID leaf 0x1D, and the limits of a product from leaf 0x1E. All
-// zero if the CPU has none.
+// Palette 1 of the tile registers (CPUID leaf 0x1D) and the limits of a product (leaf 0x1E). All
+// fields are zero if the CPU has none.
 struct TilePalette {
   int tiles;
   int rows;
@@ -21,13 +21,15 @@ struct TilePalette {
   int product_row_bytes;  // TMUL_MAXN
 };
 
-// A machine's answers. Tests make them up for machines that we do not have.
+// The answers of a machine. Tests make up answers for machines that we do not have.
 struct MachineAnswers {
-  FeatureSet advertised;         // of the features that the ISA table mentions
-  std::optional<uint64_t> xcr0;  // the states that the system saves; none without OSXSAVE
+  FeatureSet advertised;         // those features of the ISA table that the CPU advertises
+  std::optional<uint64_t> xcr0;  // states that the system saves; empty without OSXSAVE
   TilePalette palette = {};
-  std::function<int()> permit_tiles;   // lets this process use tile data: 0, or the system's errno
-  std::function<bool()> execute_tile;  // whether a tile instruction executes rather than traps
+  // Asks for permission to use tile data in this process. Returns 0, or the system's errno.
+  std::function<int()> permit_tiles;
+  // Returns whether a tile instruction executes. If not, it traps.
+  std::function<bool()> execute_tile;
 };
 
 MachineAnswers AskMachine();

@@ -13,7 +13,8 @@
 namespace cpumoe {
 namespace {
 
-// The folder of the binary that this code is linked into: the Python package, or a build folder.
+// The folder of the binary that this code is linked into, which is the Python package or a build
+// folder.
 std::string OwnFolder() {
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&LoadVariant), &info) == 0 ||

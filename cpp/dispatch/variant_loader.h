@@ -9,24 +9,24 @@
 
 namespace cpumoe {
 
-// A variant's library cannot be used: it is missing, damaged or of another build. Names the file
-// and the remedy. Python sees cpumoe._core.VariantError, a RuntimeError.
+// A variant's library cannot be used, because it is missing, damaged or from another build. The
+// message names the file and the remedy. Python sees cpumoe._core.VariantError, a RuntimeError.
 class VariantError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-// Opens the library of variant `isa` at `path`; throws VariantError. Nothing in the library but its
-// build id is used unless that is the id of this binary.
+// Opens the library of variant `isa` at `path`, or throws VariantError. If the build id of the
+// library differs from that of this binary, nothing else in the library is used.
 const VariantApi* OpenVariant(const std::string& isa, const std::string& path);
 
-// The table of variant `isa`, opened on first use and kept for the life of the process. Throws
-// std::invalid_argument if it is unknown, not built or needs features that this CPU lacks
-// (RequireIsa), VariantError if its library cannot be used.
+// Returns the table of variant `isa`, which is opened on first use and kept for the life of the
+// process. Throws std::invalid_argument if the variant is unknown, not built or needs features that
+// this CPU lacks (RequireIsa). Throws VariantError if the variant's library cannot be used.
 const VariantApi& LoadVariant(const std::string& isa, const std::string& origin);
 
-// The entry of weight format `format` in a variant; throws std::invalid_argument that lists those
-// known.
+// Returns a variant's entry for weight format `format`. For an unknown format, throws
+// std::invalid_argument with a list of the known ones.
 const FormatEntry& FindFormat(const VariantApi& variant, const std::string& format);
 
 }  // namespace cpumoe

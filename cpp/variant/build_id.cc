@@ -1,4 +1,4 @@
-// Data alone: the same object file is linked into _core and into every variant library.
+// This file has only data, and its object file is linked into _core and into every variant library.
 #include "variant/build_id.h"
 
 #include "build_id.inc"

@@ -1,10 +1,11 @@
-// What a variant library (one per ISA, opened with dlopen) exports: one C function, one table. (The
-// library also exports its build id, variant/build_id.h.)
+// The exports of a variant library (one per ISA, opened with dlopen): one C function, which returns
+// one table. The library also exports its build id (variant/build_id.h).
 //
-// The operators behind Moe are made and destroyed in the library that they came from. Both sides
-// must come from one build, which the build id proves: a Workspace's vectors grow in one and are
-// freed in the other. Both sides are compiled for different CPUs, so no SIMD type crosses this
-// border. Exceptions cross it; all derive from std::exception.
+// The operators behind Moe are created and destroyed in their own library. The caller and the
+// library must come from one build, which the build id proves, because a Workspace's vectors grow
+// in one of them and are freed in the other. The caller and the library are compiled for different
+// CPUs, so no SIMD type crosses this border. Exceptions do cross it, and all of them derive from
+// std::exception.
 #pragma once
 
 #include <cstddef>
@@ -17,19 +18,19 @@ namespace cpumoe {
 
 struct FormatEntry {
   FormatInfo info;
-  Moe* (*create)(const MoeConfig& config);  // the caller deletes; throws std::invalid_argument
+  Moe* (*create)(const MoeConfig& config);  // the caller deletes it; throws std::invalid_argument
 };
 
-// The multiply-adds of a precision's path and nothing else (kernels/limits-inl.h).
+// A loop that does the multiply-adds of a precision's path and nothing else (kernels/limits-inl.h).
 struct PeakEntry {
   const char* precision;           // "bf16" or "int8"
   int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
 };
 
-// Numbers of an expert's tokens that the few-token kernels of a variant take (Precision::kBf16).
+// How many tokens of an expert the few-token kernels of a variant take (Precision::kBf16).
 struct FewTokens {
-  int crossover;  // up to which they are used
-  int most;       // that there are kernels for
+  int crossover;  // up to so many tokens they are used
+  int most;       // up to so many tokens kernels exist
 };
 
 struct VariantApi {
@@ -38,7 +39,7 @@ struct VariantApi {
   const FormatEntry* formats;
   size_t num_peaks;
   const PeakEntry* peaks;
-  void (*read)(const float* data, int64_t count);  // count: a multiple of kReadGranule
+  void (*read)(const float* data, int64_t count);  // count must be a multiple of kReadGranule
   FewTokens few_tokens;
 };
 
