@@ -35,7 +35,7 @@ _LIMIT_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Variant:
-    """What precisions: an ISA variant and one of its precisions."""
+    """What computes: an ISA variant and one of its precisions."""
 
     isa: str
     precision: str

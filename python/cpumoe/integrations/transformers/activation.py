@@ -48,7 +48,7 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
             if torch.allclose(actual, candidate(gate, up), rtol=1e-5, atol=1e-6):
                 return candidate
     raise ValueError(
-        f"{name}._apply_gate is no activation that cpumoe precisions: expected silu(gate) * up, "
+        f"{name}._apply_gate is no activation that cpumoe computes: expected silu(gate) * up, "
         f"with a limit, or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
     )
 
