@@ -60,8 +60,8 @@ EVERY_VARIANT = pytest.mark.parametrize(
 )
 BF16_PRECISIONS = distinct_precisions(torch.bfloat16)
 EVERY_PRECISION = pytest.mark.parametrize("precision", BF16_PRECISIONS)
-# Of fp32 hidden states.
-EVERY_FP32_COMPUTE = pytest.mark.parametrize("precision", PRECISIONS)
+# Each precision means something of its own for fp32 hidden states.
+EVERY_FP32_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 EVERY_FORMAT = pytest.mark.parametrize("fmt", formats(cpumoe.supported_isas()[-1]))
 
 

@@ -22,7 +22,7 @@ TENSORS = {
 
 
 def seconds(function, *arguments):
-    """Of this process' time; collecting garbage would not be in proportion."""
+    """CPU time of a call. Garbage collection is off, because its time is not in proportion."""
     gc.collect()
     gc.disable()
     try:

@@ -15,20 +15,20 @@ from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perp
 
 @pytest.fixture(scope="module")
 def host():
-    """The host's own in fp32: in bf16 its routers pick other experts than ours, each on its CPU."""
+    """The host's perplexity in fp32. In bf16 its routers pick other experts on every CPU."""
     return measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=True))
 
 
 def measured(model, count=None):
-    """Of all held-out text, or of its first `count` tokens."""
+    """Perplexity of all held-out text, or of its first `count` tokens."""
     tokens = model.encode(embedded.held_out_path().read_text("utf-8")).tokens[:count]
     return perplexity(model.model, tokens, window=512).perplexity
 
 
 @pytest.mark.parametrize("isa", cpumoe.supported_isas())
 def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
-    # Of all the text: rounding to bf16 sends some tokens to other experts, which ones depends on
-    # the CPU. That was worth up to 0.24 % over 1,024 tokens, 0.06 % over all 5,224.
+    # All the text is needed. Rounding to bf16 sends some tokens to other experts; the CPU decides
+    # which. That changed perplexity by up to 0.24 % over 1,024 tokens, and 0.06 % over all 5,224.
     model = LanguageModel.from_pretrained(options=ExpertsOptions(isa=isa))
     assert measured(model) == pytest.approx(host, rel=2e-3)
     assert host < 40

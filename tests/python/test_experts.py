@@ -7,7 +7,7 @@ import pytest
 import torch
 from moe_tools import (
     BF16_PRECISIONS,
-    EVERY_FP32_COMPUTE,
+    EVERY_FP32_PRECISION,
     EVERY_PRECISION,
     EVERY_VARIANT,
     GPT_OSS,
@@ -53,7 +53,7 @@ def test_biases(isa, fmt, precision, bias):
 
 
 @EVERY_VARIANT
-@EVERY_FP32_COMPUTE
+@EVERY_FP32_PRECISION
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_element_types(isa, fmt, precision, dtype):
     weights = layer(fmt)
@@ -90,7 +90,7 @@ def test_odd_sizes(isa, fmt, precision, hidden, intermediate, experts):
 
 
 @EVERY_VARIANT
-@EVERY_FP32_COMPUTE
+@EVERY_FP32_PRECISION
 def test_scales_of_any_size(isa, fmt, precision):
     """Scales so small or large that they cannot be folded into bf16 weights, in some experts."""
     weights = layer(fmt, experts=3)
@@ -254,7 +254,7 @@ def test_repeated_ids_count_each_time(isa, fmt, precision):
 
 
 @EVERY_VARIANT
-@EVERY_FP32_COMPUTE
+@EVERY_FP32_PRECISION
 def test_nan_stays_in_its_token(isa, fmt, precision):
     weights = layer(fmt)
     experts = weights.pack(isa=isa, precision=precision)

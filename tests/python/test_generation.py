@@ -49,7 +49,7 @@ def first_stop(text, stop):
         (["x\n", "\n", "y"], ["\n\n"], ["x", ""]),
         # The first in the text, not the first that is named.
         (["abc"], ["c", "b"], ["a"]),
-        # Of those that end together the longest.
+        # If several end together, the longest counts.
         (["ab", "cd"], ["bcd", "cd"], ["a", ""]),
         # One that is complete does not wait for a longer one that began before it.
         (["abc"], ["abc", "b"], ["a"]),

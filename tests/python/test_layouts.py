@@ -189,7 +189,7 @@ def test_fp32_biases_are_not_rounded(gpt_oss):
     ones = computed(gpt_oss)
     edit_tensors(gpt_oss, {name: 1024 * bias})
     assert not torch.equal(before, ones)
-    # Of two experts whose weights sum to 1, and x is fp32: 1024 + 2^-10 is exact.
+    # The weights of the two experts sum to 1 and x is fp32, so 1024 + 2^-10 is exact.
     difference = computed(gpt_oss) - ones - (1023 + 2.0**-10)
     assert difference.abs().max() < 2.0**-11
 

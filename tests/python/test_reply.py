@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from cpumoe.generation import ToolCall
 from cpumoe.reply import reply_format
 
-# Of each family's template what counts: its markers.
+# The markers of each family's template, by which reply_format knows the family.
 QWEN = "{%- if tools %}<tool_call>...</tool_call>{%- endif %}<think>...</think>"
 DEEPSEEK = "<think></think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜><｜tool▁sep｜>"
 DSML = "{%- set token = '｜DSML｜' %}<think></think><{{ token }}invoke name="

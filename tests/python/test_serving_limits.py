@@ -16,7 +16,7 @@ from cpumoe.serving.errors import ApiError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-# Of a body.
+# Bytes of a request's body.
 SIZE = 8 << 20
 
 

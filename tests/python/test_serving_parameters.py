@@ -76,7 +76,7 @@ def test_neutral_sampling_is_accepted_everywhere(server, name, neutral):
         {"return_token_ids": False, "return_hidden_states": False, "thinking_token_budget": -1},
         {"separate_reasoning": True, "stream_reasoning": True, "custom_params": None},
         {"truncate_prompt_tokens": None, "prompt_logprobs": None, "structured_outputs": None},
-        # Of a version or a server that is yet to come.
+        # Names that no known version of a server has.
         {"a_new_field": False, "another": None, "one_more": [], "last": {}},
     ],
     ids=lambda fields: next(iter(fields)),

@@ -73,7 +73,7 @@ def distance(actual, expected):
 
 
 def typical_distance(actual, expected):
-    """Of most tokens. Rounding sends a few to other experts, whose output is another."""
+    """Median over tokens. Rounding sends a few to other experts, which answer differently."""
     return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
