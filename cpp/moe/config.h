@@ -18,9 +18,11 @@ struct SwiGlu {
 
 // The lowest precision to which activations may be rounded. Weights are always exact.
 enum class Precision : int32_t {
-  kBf16,  // or higher: the ISA's floating point type, or integers of 14 or 21 bits
-          // (digit_path-inl.h). fp32 calls must allow it themselves (ForwardArgs::fp32_as_bf16).
-  kInt8,  // int8 per token and group, or higher (mixed_path-inl.h)
+  // The ISA's floating point type, or integers of 14 or 21 bits (digit_path-inl.h). An fp32 call is
+  // rounded to bf16 only if the call allows it (ForwardArgs::fp32_as_bf16).
+  kBf16,
+  // int8 per token and group. Some paths are more precise (mixed_path-inl.h).
+  kInt8,
 };
 
 struct MoeConfig {
