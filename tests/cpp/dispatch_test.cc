@@ -178,7 +178,7 @@ TEST(LoadVariantTest, RefusesAnUnknownIsa) {
   EXPECT_THROW(LoadVariant("sse9", "test"), std::invalid_argument);
 }
 
-// How the loader refuses a library of tests/cpp/refused_variant.cc.
+// Returns the message with which the loader refuses a library of tests/cpp/refused_variant.cc.
 std::string RefusalOf(const std::string& path) {
   try {
     OpenVariant("generic", path);

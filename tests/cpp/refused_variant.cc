@@ -1,7 +1,8 @@
-// A library that claims to be a variant and must be refused. A macro says why:
-// CPUMOE_TEST_OTHER_BUILD: its build id is another one; CPUMOE_TEST_NO_BUILD_ID: it has none, as
-// libraries of 0.1.0's first builds; CPUMOE_TEST_OTHER_ISA: it is linked with this build's id, and
-// its table names an ISA that does not exist.
+// A library that claims to be a variant and must be refused. A macro names the reason:
+//
+// CPUMOE_TEST_OTHER_BUILD   the build id is that of another build
+// CPUMOE_TEST_NO_BUILD_ID   there is no build id, as in the libraries of 0.1.0's first builds
+// CPUMOE_TEST_OTHER_ISA     the build id is right, but the table names an ISA that does not exist
 #include <cstdlib>
 
 #include "variant/build_id.h"
@@ -13,7 +14,7 @@ extern "C" const char cpumoe_build_id[cpumoe::kBuildIdBytes] = "0.0.9+0123456789
 
 extern "C" __attribute__((visibility("default"))) const cpumoe::VariantApi* cpumoe_variant_api() {
 #ifndef CPUMOE_TEST_OTHER_ISA
-  abort();  // not to be called
+  abort();  // must not be called
 #endif
   static const cpumoe::VariantApi api = {.isa = "sse9",
                                          .num_formats = 0,
