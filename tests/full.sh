@@ -12,4 +12,5 @@ bash tests/run.sh --full
 bash tests/transformers_versions.sh
 bash tests/extras.sh
 bash tests/clients.sh
+bash tests/docs.sh
 python -m tests.fuzz --minutes 10
