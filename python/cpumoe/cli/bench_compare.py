@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
         InputError: something else.
     """
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = _with_new_names(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         raise InputError(f"--compare: {path}: no such file") from None
     except ValueError as error:
@@ -36,8 +36,7 @@ def read(path: Path) -> dict[str, Any]:
             f"--compare: {path}: not written by cpumoe bench --json, version "
             f"{' or '.join(map(str, _READABLE))}"
         )
-    renamed: dict[str, Any] = _with_new_names(document)
-    return renamed
+    return dict(document)
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:
