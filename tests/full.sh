@@ -13,4 +13,5 @@ bash tests/transformers_versions.sh
 bash tests/extras.sh
 bash tests/clients.sh
 bash tests/docs.sh
+bash tests/packaging.sh
 python -m tests.fuzz --minutes 10

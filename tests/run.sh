@@ -32,9 +32,11 @@ if ! has_googletest; then
         exit 1
     fi
 fi
-# The variable, unlike -c, holds for the build environment too.
-export PIP_CONSTRAINT=$PWD/constraints.txt
-pip install --quiet ".[test]"
+# Unlike -c, variables hold for the build environment too: the first one in old versions of pip, the second in new ones.
+export PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt
+# The first version that knows dependency groups.
+python -m pip install --quiet "pip>=25.1"
+python -m pip install --quiet ".[chat,plot,serve,transformers]" --group test
 for tool in cmake ninja; do
     command -v "$tool" >/dev/null || pip install --quiet "$tool"
 done

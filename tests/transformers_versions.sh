@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the integration with the lowest and the newest transformers that pyproject.toml allows, each laid over
-# the active virtual environment, in which cpumoe and its test extra are installed. The version that is
+# the active virtual environment, in which tests/run.sh has installed cpumoe and what tests need. The version that is
 # installed there is left out: tests/run.sh tests it.
 #
 #   bash tests/transformers_versions.sh              two minutes for each of the two
