@@ -44,8 +44,8 @@ class Experts:
     Make one with `from_checkpoint` or `from_tensors`. A call computes, for every token t with
     hidden state x,
 
-        ``y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)``,
-        ``E(x) = W_down h + b_down``,  ``h = swiglu(W_gate x + b_gate, W_up x + b_up)``
+        y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)
+        E(x) = W_down h + b_down,  h = swiglu(W_gate x + b_gate, W_up x + b_up)
 
     Biases are added where the model has them. `SwiGLU` has the formula of swiglu. The host keeps
     the router, shared experts and any scaling of the weights.

@@ -1,5 +1,6 @@
 """What tests ask of Markdown pages: fenced blocks, links, and the anchors that links may name."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
+_NOT_WRITTEN = ("build", "dist")
 _NOT_RUN = re.compile(r"<!--\s*not run:\s*(.*?)\s*-->", re.DOTALL)
 _HTML_TARGET = re.compile(r"""\b(?:href|src)=["']([^"']*)["']""")
 _HTML_ANCHOR = re.compile(r"""\b(?:id|name)=["']([^"']*)["']""")
@@ -47,12 +49,11 @@ class Page:
 
 def repository_pages():
     """All Markdown pages that people wrote."""
-    hidden = ("build", "dist", "node_modules")
-    return sorted(
-        path
-        for path in ROOT.rglob("*.md")
-        if not any(p.startswith(".") or p in hidden for p in path.relative_to(ROOT).parts)
-    )
+    pages = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in _NOT_WRITTEN]
+        pages += [Path(folder) / file for file in files if file.endswith(".md")]
+    return sorted(pages)
 
 
 def read_page(path):

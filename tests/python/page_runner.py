@@ -1,9 +1,11 @@
 """Runs the blocks of Markdown pages, as a reader would who has checked out the repository."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +21,10 @@ BLOCK_SECONDS = 120
 _HERE = Path(__file__).parent
 # What lies in the folder in which blocks run. A page may write over it.
 _COPIED = ("constraints.txt", "docs", "examples", "tools")
-# What path/to/... stands for. Other names are checkpoints.
-_FILES = {
-    "text": embedded.held_out_path(),
-    "text.txt": embedded.held_out_path(),
-    "chat_template.jinja": embedded.model_path() / "chat_template.jinja",
-}
+# What path/to/... stands for: texts, and other files. All other names are checkpoints.
+_TEXTS = ("text", "text.txt")
+_TEXT_CHARACTERS = 2000
+_FILES = {"chat_template.jinja": embedded.model_path() / "chat_template.jinja"}
 _PLACEHOLDER = re.compile(r"\bpath/to/([\w.-]*\w)")
 _PAGES_PORT = re.compile(r"(?<=:)8000\b|(?<=--port )8000\b|(?<=--port=)8000\b")
 # What would change the machine that runs the tests, or needs the network.
@@ -54,12 +54,16 @@ class CommandServer:
                 stderr=log,
                 env=_environment(),
                 text=True,
+                start_new_session=True,
             )
         assert self._process.stdout.readline() == "ready\n", self._log.read_text()
         return self
 
     def __exit__(self, *_):
         self._process.communicate(timeout=20)
+        # A command that a page gave up waiting for.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class PageRunner:
@@ -118,32 +122,43 @@ class PageRunner:
         for name in _PLACEHOLDER.findall(text):
             path = self._folder / "path" / "to" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if name in _TEXTS:
+                path.write_text(embedded.held_out_path().read_text("utf-8")[:_TEXT_CHARACTERS])
+            elif not path.exists():
                 path.symlink_to(_FILES.get(name, embedded.model_path()))
 
     def _run_shell(self, line, text):
         script = self._scripts / f"{line}.sh"
         script.write_text(f"{_ON_ERROR}\n" + "\n" * (line - 2) + text, "utf-8")
-        done = subprocess.run(
-            ["bash", "-Eeuo", "pipefail", script],
-            cwd=self._folder,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=BLOCK_SECONDS,
-        )
-        if done.returncode:
-            raise BlockError(f"{done.stdout}\n{self._page.path}:{line}: code {done.returncode}")
+        with open(self._state / "output", "w+") as output:
+            with subprocess.Popen(
+                ["bash", "-Eeuo", "pipefail", script],
+                cwd=self._folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            ) as shell:
+                try:
+                    code = shell.wait(BLOCK_SECONDS)
+                except subprocess.TimeoutExpired:
+                    shell.kill()
+                    code = f"none after {BLOCK_SECONDS} s"
+            output.seek(0)
+            if code:
+                raise BlockError(f"{output.read()}\n{self._page.path}:{line}: exit code {code}")
 
     def _run_python(self, line, text):
         if self._python is None:
             self._start_python()
         block = {"file": str(self._page.path), "line": line, "text": text}
         self._python.sendall(json.dumps(block).encode() + b"\n")
-        answer = self._answers.readline()
-        error = json.loads(answer)["error"] if answer else "the process ended"
+        try:
+            answer = self._answers.readline()
+        except TimeoutError:
+            error = f"no end after {BLOCK_SECONDS} s"
+        else:
+            error = json.loads(answer)["error"] if answer else "the process ended"
         if error:
             self._log.seek(0)
             raise BlockError(f"{self._log.read()}\n{error}\n{self._page.path}:{line}")
