@@ -70,6 +70,15 @@ def test_the_api_page_has_every_public_name(module):
     assert names <= documented, f"docs/api.md lacks {sorted(names - documented)}"
 
 
+def test_nested_lists_are_indented_as_the_site_needs():
+    """Four spaces: fewer are enough for GitHub, but not for MkDocs."""
+    for name, page in PAGES.items():
+        shown = {line for b in page.blocks for line in range(b.line, b.line + b.text.count("\n"))}
+        for line, text in enumerate(page.path.read_text("utf-8").splitlines(), 1):
+            nested = re.match(r" {1,3}([-*]|\d+\.) ", text)
+            assert line in shown or not nested, f"{name}:{line}: indent it by four spaces"
+
+
 def test_links_lead_somewhere():
     faults = [fault for page in PAGES.values() for fault in broken_links(page)]
     assert not faults, "\n".join(faults)
