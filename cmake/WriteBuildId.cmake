@@ -1,6 +1,7 @@
 # This script writes OUTPUT, a header with the version and the build id, from the variables that
 # INPUTS sets (cmake/BuildId.cmake). It does not touch a header that would not change.
 
+cmake_minimum_required(VERSION 3.25)
 include(${INPUTS})
 set(text "${version}\n${settings}\n")
 foreach(file IN LISTS files)
