@@ -95,7 +95,7 @@ def test_a_conversation_goes_on(session):
 
 
 def test_undo_and_retry(session):
-    assert enter(session, "a", "b", "/undo") == "note: taken back: b"
+    assert enter(session, "a", "b", "/undo") == "note: removed: b"
     enter(session, "c")
     assert asked(session) == [("s", "be kind"), ("u", "a"), ("a", "<a>"), ("u", "c")]
     assert enter(session, "/retry") == "<c>"
@@ -134,9 +134,9 @@ def test_a_stopped_answer_is_kept(session):
 def test_an_answer_without_text_is_a_failure_that_names_the_place(session):
     call = Piece(tool_calls=(ToolCall("look", "{}"),))
     for answer, said in (
-        (Answer("", "stop", reasoning="hm"), "no answer, but reasoning alone"),
-        (Answer("", "length"), "an empty answer (finish reason length)"),
-        (Answer("", "stop", tools=("look",)), "no answer, but calls of tools, which a chat has"),
+        (Answer("", "stop", reasoning="hm"), "the model wrote reasoning, but no answer"),
+        (Answer("", "length"), "the answer is empty (finish reason length)"),
+        (Answer("", "stop", tools=("look",)), "the model called tools, which a chat does not"),
     ):
         session._backend.next = [answer]
         assert f"error: http://echo: {said}" in enter(session, "a")
@@ -251,9 +251,7 @@ def test_what_a_model_here_thinks_is_kept_apart():
     model.reply = [Piece(reasoning="hm"), Piece(tool_calls=(ToolCall("look", "{}"),))]
     session = Session(LocalBackend(model), Paper(), Sampling(), None)
     said = enter(session, "a")
-    assert said.endswith(
-        "error: fake: no answer, but calls of tools, which a chat has none of: look"
-    )
+    assert said.endswith("error: fake: the model called tools, which a chat does not have: look")
     assert (session.messages, session.failures) == ([], 1)
 
 

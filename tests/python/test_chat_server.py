@@ -136,7 +136,7 @@ def test_errors_come_with_any_status_and_in_events(said, shown):
 
 @pytest.mark.parametrize("data", ["", " ", "<br>"])
 def test_an_error_that_says_nothing_is_still_one(data):
-    assert refused(http(f"event: error\ndata: {data}\n\n")) == "an error event without a word"
+    assert refused(http(f"event: error\ndata: {data}\n\n")) == "an error event without a message"
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ def test_a_foreign_body_is_quoted(reply, shown):
 @pytest.mark.parametrize(
     ("event", "shown"),
     [
-        ('{"choices": [', 'expected events of JSON, got: {"choices": ['),
-        ("out of memory", "expected events of JSON, got: out of memory"),
-        ("[" * 100_000, f"expected events of JSON, got: {'[' * 300}…"),
-        ('"hello"', "expected events that are JSON objects, got: hello"),
-        ([1], "expected events that are JSON objects, got: [1]"),
+        ('{"choices": [', 'expected JSON as an event\'s data, got: {"choices": ['),
+        ("out of memory", "expected JSON as an event's data, got: out of memory"),
+        ("[" * 100_000, f"expected JSON as an event's data, got: {'[' * 300}…"),
+        ('"hello"', "expected a JSON object as an event's data, got: hello"),
+        ([1], "expected a JSON object as an event's data, got: [1]"),
     ],
 )
 def test_an_event_that_cannot_be_read_is_quoted(event, shown):
@@ -183,9 +183,9 @@ def test_an_event_that_cannot_be_read_is_quoted(event, shown):
 
 
 def test_an_answer_that_breaks_off_is_no_answer():
-    cut = "the stream ended before the answer did"
+    cut = "the stream ended before the answer was complete"
     assert refused(events(delta(content="1"), done=False)) == cut
-    assert refused(events({"detail": "busy"}, done=False)) == f"{cut}; it said: busy"
+    assert refused(events({"detail": "busy"}, done=False)) == f"{cut}; the server sent: busy"
     stream = events(delta(content="1"), END)
     for missing in (1, 20, len(stream) - 120):
         assert refused(http(stream[: len(stream) - missing].partition(b"\r\n\r\n")[2], length=9999))
@@ -196,11 +196,14 @@ def test_an_answer_that_breaks_off_is_no_answer():
 
 def test_reasoning_alone_and_calls_of_tools_are_no_answer():
     for field in ("reasoning_content", "reasoning"):
-        assert refused(events(delta(**{field: "hm"}), END)) == "no answer, but reasoning alone"
+        assert (
+            refused(events(delta(**{field: "hm"}), END))
+            == "the model wrote reasoning, but no answer"
+        )
         cut_off = events(delta("length", **{field: "hm"}))
         assert "(finish reason length)" in refused(cut_off)
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
-    assert refused(events(delta(content=parts), END)) == "no answer, but reasoning alone"
+    assert refused(events(delta(content=parts), END)) == "the model wrote reasoning, but no answer"
     calls = [
         [{"index": 0, "id": "1", "function": {"name": "look", "arguments": ""}}],
         [{"index": 0, "function": {"arguments": "{}"}}],
@@ -208,11 +211,10 @@ def test_reasoning_alone_and_calls_of_tools_are_no_answer():
     ]
     said = refused(events(*(delta(tool_calls=call) for call in calls), delta("tool_calls")))
     assert said == (
-        "no answer, but calls of tools, which a chat has none of: look, find "
-        "(finish reason tool_calls)"
+        "the model called tools, which a chat does not have: look, find (finish reason tool_calls)"
     )
     assert "look" in refused(events(delta(function_call={"name": "look"}), END))
-    assert refused(events(END)) == "an empty answer"
+    assert refused(events(END)) == "the answer is empty"
 
 
 def test_reasoning_is_no_part_of_the_conversation():
@@ -250,12 +252,14 @@ def test_a_silent_server_is_waited_for_as_long_as_was_said(reply):
     with RawServer(reply) as server:
         result = chat(server, "--timeout", "0.2")
     assert result.exit_code == 1
-    assert result.stderr == f"error: {server.url}: silent for 0.2 s; --timeout allows for more\n"
+    assert (
+        result.stderr == f"error: {server.url}: no reply for 0.2 s; --timeout sets a longer time\n"
+    )
 
 
 def test_what_has_no_end_is_not_kept(monkeypatch):
     monkeypatch.setattr(chat_reply, "MAX_BYTES", 1000)
-    too_long = "expected at most 0 MiB without an end, got more"
+    too_long = "expected a reply or event of at most 0 MiB, got more"
     assert refused(http(b"x" * 2000)) == too_long
     assert refused(http(b"\n{" + b"\n" * 2000)) == too_long
     assert refused(http(b"data: " + b"x" * 2000)) == too_long
@@ -292,13 +296,13 @@ def test_the_first_model_is_found_in_any_list(models):
 @pytest.mark.parametrize(
     ("reply", "shown"),
     [
-        (http("<html>Hello"), "name one with --model-name; it said: Hello"),
-        (http(""), "name one with --model-name; it said: nothing"),
-        (http("[]"), "name one with --model-name"),
-        (http("null"), "name one with --model-name"),
-        (http('{"data": [{}]}'), "name one with --model-name"),
-        (http('{"data": {"id": "m"}}'), "name one with --model-name"),
-        (http('{"data": [{"id": 3}]}'), "name one with --model-name"),
+        (http("<html>Hello"), "expected a list of models, got: Hello; name a model"),
+        (http(""), "expected a list of models, got: nothing; name a model"),
+        (http("[]"), "name a model with --model-name"),
+        (http("null"), "name a model with --model-name"),
+        (http('{"data": [{}]}'), "name a model with --model-name"),
+        (http('{"data": {"id": "m"}}'), "name a model with --model-name"),
+        (http('{"data": [{"id": 3}]}'), "name a model with --model-name"),
         (http("<title>x", **NOT_JSON), "502: x"),
     ],
 )
@@ -386,14 +390,14 @@ def test_a_socks_proxy_needs_a_package(monkeypatch):
 def test_a_proxy_that_may_be_the_reason_is_named():
     result = chat("http://cpumoe.invalid", HTTP_PROXY="http://127.0.0.1:9")
     assert result.exit_code == 1
-    assert "HTTP_PROXY sets a proxy, which may be the reason" in result.stderr
+    assert "the proxy that HTTP_PROXY names may be the cause" in result.stderr
 
 
 def test_a_key_that_no_header_can_hold_is_not_shown():
     result = chat("http://127.0.0.1:9", "--api-key", "kéy")
     assert result.stderr == (
         "error: --api-key: expected a key of printable ASCII characters, "
-        "got another one as character 2\n"
+        "got one whose character 2 is something else\n"
     )
 
 

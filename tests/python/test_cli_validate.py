@@ -192,7 +192,7 @@ def test_validate_finds_inexact_exports(v4, monkeypatch):
 
     monkeypatch.setattr(cpumoe.Experts, "export", damaged)
     assert json.loads(fail_validation(v4, "--json"))["isas"][0]["inexact_exports"] == [1]
-    assert "do not export to their own bytes: 1" in fail_validation(v4)
+    assert "exports differ from the checkpoint for experts: 1" in fail_validation(v4)
 
 
 def test_validate_finds_the_wrong_variant(v4, monkeypatch):

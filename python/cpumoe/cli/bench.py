@@ -1,4 +1,4 @@
-"""``cpumoe bench``: how fast a layer runs, and how fast this machine would let it run."""
+"""``cpumoe bench``: how fast a layer runs, and how fast this machine allows."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def command(
         from cpumoe import benchmark
 
         if compare is not None and json_file == Path("-"):
-            raise InputError("--compare prints a table: name a file for --json")
+            raise InputError("--compare cannot be combined with --json -; name a file for --json")
         old = None if compare is None else bench_compare.read(compare)
         if not 0 <= seconds <= _MOST_SECONDS:  # nor NaN
             raise InputError(f"--seconds: expected 0 to {_MOST_SECONDS:g}, got {seconds}")
@@ -163,9 +163,9 @@ def command(
         variants = _variants(isa, precision)
         if tune:
             unused = {"tokens": tokens, "routing": routing, "data": data, "plot": plot}
-            _refuse("--tune has no use for it", **unused, compare=compare)
+            _refuse_beside("--tune", **unused, compare=compare)
             if batch_invariant:
-                raise InputError("--batch-invariant: --tune has no use for it")
+                raise InputError("--batch-invariant cannot be combined with --tune")
             weights, runtime = _weights(model, format, experts), _runtime(threads)
             bench_tune.run(model, weights, variants, runtime, seconds, rounds, json_file)
             return
@@ -174,7 +174,7 @@ def command(
             weights = _weights(model, format, experts)
             workloads = _workloads(weights, counts, routing)
         else:
-            _refuse("--data brings its own", routing=routing, format=format, experts=experts)
+            _refuse_beside("--data", routing=routing, format=format, experts=experts)
             weights, workloads = _read_data(data, model, counts)
         runtime = _runtime(threads)
         with progress_bar(still=True) as progress:
@@ -287,10 +287,10 @@ def _workloads(
     ]
 
 
-def _refuse(why: str, **options: object) -> None:
-    for name, value in options.items():
+def _refuse_beside(option: str, **others: object) -> None:
+    for name, value in others.items():
         if value is not None:
-            raise InputError(f"--{name}: {why}; leave one of the two out")
+            raise InputError(f"--{name} cannot be combined with {option}")
 
 
 def _read_data(
@@ -310,13 +310,13 @@ def _runtime(threads: int | None) -> Runtime:
 
 
 def _require_writable(*paths: Path | None) -> None:
-    """Refuses files that could not be written, before minutes are spent on their content."""
+    """Refuses files that cannot be written, before minutes are spent on their content."""
     for path in paths:
         if path is None or path == Path("-"):
             continue
         if not path.parent.is_dir():
-            raise InputError(f"{path}: no such folder: {path.parent}")
+            raise InputError(f"{path}: the folder {path.parent} does not exist")
         if path.is_dir():
             raise InputError(f"{path}: expected a file to write, got a folder")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise InputError(f"{path}: no permission to write it")
+            raise InputError(f"{path}: permission denied")

@@ -11,7 +11,7 @@ from cpumoe.cli.bench_report import VERSION
 from cpumoe.cli.errors import InputError
 
 _KEY = ("isa", "precision", "tokens")
-# Limits that differ by more are named: then the machine has changed, not only the program.
+# Limits that differ by more are reported: the machine has changed, not only the program.
 _SAME_LIMIT = 0.15
 _NUMBERS = ("seconds", "low", "high")
 # Version 1 had no turns, and up to version 2 "precision" was called "compute".
@@ -22,25 +22,25 @@ def read(path: Path) -> dict[str, Any]:
     """Returns what an earlier ``bench --json`` wrote.
 
     Raises:
-        OSError: no such file.
-        InputError: something else.
+        OSError: the file cannot be read.
+        InputError: it does not exist, or was not written by ``bench --json``.
     """
     try:
         document = _with_new_names(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         raise InputError(f"--compare: {path}: no such file") from None
     except ValueError as error:
-        raise InputError(f"--compare: {path}: not JSON ({error})") from error
+        raise InputError(f"--compare: {path}: expected JSON: {error}") from error
     if not _is_ours(document):
         raise InputError(
-            f"--compare: {path}: not written by cpumoe bench --json, version "
+            f"--compare: {path}: expected a file that cpumoe bench --json wrote, of version "
             f"{' or '.join(map(str, _READABLE))}"
         )
     return dict(document)
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Prints how much faster each row is that both runs have, and what else differs."""
+    """Prints the speeds of rows that both runs have, and how else the runs differ."""
     before = {_key(row): row for row in old["rows"]}
     table = console.data_table(
         "Compared with the earlier run",
@@ -65,13 +65,13 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
     if not matched:
         console.show("", "The earlier run has none of these rows.")
         return
-    console.show("", table, "", "[dim]faster, slower: the runs' rounds do not overlap[/]")
+    console.show("", table, "", "[dim]faster, slower: the rounds of the two runs do not overlap[/]")
     for name, was, value in differences(old, new):
         console.print_warning(f"the runs differ in {name}: {was} then, {value} now")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns name, old and new value of whatever makes two runs less comparable."""
+    """Returns name, old value and new value of all that makes two runs less comparable."""
     pairs = [(name, old["settings"].get(name), now) for name, now in new["settings"].items()]
     for name in ("cpu", "threads"):
         pairs.append((name, old["machine"].get(name), new["machine"][name]))

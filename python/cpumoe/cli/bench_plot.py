@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-# Colours that people with any colour vision tell apart (Okabe and Ito).
+# Colours that can be told apart with any colour vision (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^v*P"
 
 
 def require(path: Path) -> None:
-    """Refuses what could not be drawn.
+    """Refuses a plot that cannot be drawn.
 
     Raises:
-        InputError: matplotlib is missing, or the file's name says no format that it draws.
+        InputError: matplotlib is missing, or the file's suffix is not in `SUFFIXES`.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, got {path}")
@@ -38,7 +38,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
         path: the file to write.
         document: what `cpumoe.cli.bench_report.document` returns.
     """
-    # Without pyplot: no window system is looked for, nothing outlives the call.
+    # Unlike pyplot, a Figure needs no window system and leaves no state behind.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 

@@ -16,15 +16,17 @@ The document (``--json``), times in seconds, rates per second::
                "bound": "memory" or "compute", "share_of_bound", "relative_l2",
                "turns": [{"seconds", "bytes_per_second", "macs_per_second"}]}]}
 
-A row takes one turn per round: its median call, and two values of either limit, measured right
-before and after its calls. ``low`` and ``high`` are the least and the greatest ``seconds`` of a
-turn, ``spread`` their difference over the median of all calls, which is a row's ``seconds``. A
-turn's share is that of the greater of the two values, a row's the median of its turns' shares, and
-``share_of_bound`` the greater of a row's two. A machine's limit is the greatest of all values, with
-the ``least`` beside it.
+A row takes one turn per round. A turn has the median of its calls, and two values of each limit,
+measured right before and right after these calls. A row's ``seconds`` is the median of all its
+calls. ``low`` and ``high`` are the least and the greatest ``seconds`` of its turns, and ``spread``
+is their difference divided by the row's ``seconds``.
 
-Where a variant cannot tell its peak, ``macs_per_second`` and ``share_of_dot_peak`` are null, and
-there is no row in ``dot_peaks``; ``relative_l2`` is null without a reference result.
+A turn's share of a limit is computed with the greater of the limit's two values. A row's share is
+the median of its turns' shares, and ``share_of_bound`` is the greater of its two shares. The
+machine's limits are the greatest of all values; ``least`` is the smallest.
+
+If a variant cannot measure its peak, ``macs_per_second`` and ``share_of_dot_peak`` are null, and
+``dot_peaks`` has no row for it. ``relative_l2`` is null without a reference result.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
 
 
 def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:
-    """Returns the settings that say what layer was measured."""
+    """Returns the settings that describe the measured layer."""
     return {
         "format": weights.format,
         "hidden_size": weights.hidden_size,
@@ -130,13 +132,13 @@ def render(document: dict[str, Any]) -> None:
     console.show(_machine_table(machine), "", table, "", _legend(rows[0]["rounds"]))
     if not machine["steady"]:
         console.print_warning(
-            "the machine's limits changed during the run, other programs may have been busy; "
-            "measure again for numbers to rely on"
+            "the machine's limits changed during the run, perhaps because other programs were "
+            "busy; run it again for reliable numbers"
         )
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Headers of the columns to show; those that are the same in all rows, or empty, are not."""
+    """Headers of the columns to show, without those that are equal in all rows, or empty."""
     columns = {
         "isa": "ISA",
         "precision": "precision",
@@ -201,9 +203,9 @@ def _legend(rounds: int) -> str:
     return (
         f"[dim]ms: median of all calls of {console.format_count(rounds, 'round')}; "
         "spread: range of the rounds' medians\n"
-        "GB/s: each expert that a call uses, read once\n"
-        "memory, peak: share of the read bandwidth, and of the multiply-adds in registers, as\n"
-        "measured before and after a row's calls; median of the rounds\n"
-        "bound: the greater of these shares; at 100 % the call cannot be faster, more than that\n"
-        "means that caches held weights[/]"
+        "GB/s: weights of the experts that a call uses, each read once\n"
+        "memory, peak: share of the memory's read bandwidth, and of the rate of multiply-adds in\n"
+        "registers, both measured before and after a row's calls; median of the rounds\n"
+        "bound: the limit with the greater share; at 100 % a call cannot be faster, and more\n"
+        "than 100 % means that caches held weights[/]"
     )

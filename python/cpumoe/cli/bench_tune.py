@@ -11,8 +11,8 @@ The document (``--json``), times in seconds::
                                "few_token": {"seconds", "low", "high"},
                                "many_token": {"seconds", "low", "high"}}]}]}
 
-``compiled_in`` is the variant's constant, ``most`` the greatest that it could have; null: any
-number of tokens.
+``compiled_in`` is the variant's constant, and ``most`` is the greatest value that it could have.
+null means any number of tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(
     """Measures the variants one after the other, and prints or writes the result.
 
     Raises:
-        InputError: a precision that does not choose by the number of tokens.
+        InputError: a precision that uses one kernel for any number of tokens.
         ValueError: see `cpumoe.tuning.measure_crossover`.
     """
     from cpumoe.tuning import measure_crossover
@@ -138,8 +138,8 @@ def _render(document: dict[str, Any]) -> None:
     console.show(
         "",
         f"[dim]ms: median of all calls of {console.format_count(settings['rounds'], 'round')}; "
-        "all tokens of a call go to the same experts, those of\nthe next call to others; faster: "
-        "where the rounds of the two do not overlap[/]",
+        "all tokens of a call go to the same experts,\nand those of the next call to others; "
+        "faster: shown where the rounds of the two do not overlap[/]",
     )
 
 

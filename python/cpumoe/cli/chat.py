@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
 KEY_VARIABLE = "OPENAI_API_KEY"
 NOT_ANSWERED = 1
-# A prompt may take minutes to be read.
+# Reading a long prompt may take minutes.
 DEFAULT_TIMEOUT = 600.0
 
 
@@ -115,7 +115,7 @@ def command(
                     "--chat-template": chat_template is not None,
                     "--trust-remote-code": trust_remote_code,
                 },
-                "for a model in this process",
+                "a model in this process",
             )
             require_package("httpx2", "chat", "chatting with a server")
             seconds = DEFAULT_TIMEOUT if timeout is None else timeout
@@ -128,7 +128,7 @@ def command(
         else:
             _refuse(
                 {"--model-name": model_name is not None, "--timeout": timeout is not None},
-                "for a server",
+                "a server",
             )
             backend = LocalBackend(
                 load_text_model(
@@ -145,7 +145,7 @@ def command(
         screen = _Terminal() if terminal else _Plain()
         session = Session(backend, screen, sampling, system)
         if terminal:
-            screen.note(f"{backend.name}; /help lists commands, Ctrl-D leaves")
+            screen.note(f"{backend.name}; /help lists commands, Ctrl-D ends the chat")
         for line in _typed_lines() if terminal else _piped_lines():
             if not session.enter(line):
                 break
@@ -154,14 +154,14 @@ def command(
 
 
 def _refuse(given: Mapping[str, bool], use: str) -> None:
-    """Refuses options of the other kind of model: a server's, or one in this process."""
+    """Refuses options that are for the other kind of model: in this process, or on a server."""
     for option, is_given in given.items():
         if is_given:
-            raise InputError(f"{option}: only {use}; leave it out")
+            raise InputError(f"{option} applies only to {use}; leave it out")
 
 
 class _Plain:
-    """Answers to standard output, and nothing else there."""
+    """Writes answers to standard output, and nothing else there."""
 
     def piece(self, piece: Piece) -> None:
         self._write(piece.text)
@@ -181,7 +181,7 @@ class _Plain:
 
 
 class _Terminal(_Plain):
-    """For people: reasoning comes before the answer, which is followed by its speed."""
+    """For a terminal: shows reasoning before the answer, and the speed after it."""
 
     def __init__(self) -> None:
         self._reasons = False
@@ -220,8 +220,8 @@ def _describe(answer: Answer) -> str:
 
 
 def _typed_lines() -> Iterator[str]:
-    """What is typed, with line editing; Ctrl-C drops a line."""
-    # Makes `input` edit lines and remember them, where Python has it. They are not kept in a file.
+    """Yields typed lines, with line editing. Ctrl-C discards a line."""
+    # Where Python has readline, importing it gives `input` line editing and a history, unsaved.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
 

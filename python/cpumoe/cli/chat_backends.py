@@ -1,4 +1,7 @@
-"""Who answers in a chat; a model in this process is one of them, `chat_server` has the other."""
+"""Back ends that answer in a chat: their interface, and the one for a model in this process.
+
+`chat_server` has the other back end.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ from cpumoe.generation import Message, Piece, Sampling, TextModel
 
 
 class ChatError(Exception):
-    """A question that got no answer; the conversation can go on."""
+    """A question got no answer. The conversation can go on."""
 
 
 @dataclasses.dataclass
 class Answer:
-    """What came of a question.
+    """The answer to a question.
 
     Attributes:
-        text: all of it, or what came before Ctrl-C.
-        finish_reason: "stop", "length", "cancelled" by Ctrl-C, or what else a server says.
-        tokens: generated; None: the server does not say.
-        first_seconds: until the first piece.
-        rest_seconds: from then to the end.
-        reasoning: what the model thought before it answered.
-        tools: names of the functions that the model wants to be called.
+        text: the whole answer, or the part that came before Ctrl-C.
+        finish_reason: "stop", "length", "cancelled" (by Ctrl-C), or another that a server sends.
+        tokens: number of generated tokens; None: the server does not report it.
+        first_seconds: time until the first piece.
+        rest_seconds: time from the first piece to the end.
+        reasoning: what the model wrote before its answer.
+        tools: names of the functions that the model calls.
     """
 
     text: str = ""
@@ -40,22 +43,23 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed after the first token, if it can be told."""
+        """Speed after the first token; None: unknown."""
         if self.tokens is None or self.tokens < 2 or self.rest_seconds <= 0:
             return None
         return (self.tokens - 1) / self.rest_seconds
 
     @property
     def lack(self) -> str | None:
-        """Why there is nothing to read; None: there is, or the user stopped it."""
+        """Why there is no text; None: there is, or the user stopped the answer."""
         if self.text or self.finish_reason == "cancelled":
             return None
         end = "" if self.finish_reason == "stop" else f" (finish reason {self.finish_reason})"
         if self.tools:
-            return f"no answer, but calls of tools, which a chat has none of: {self._tools()}{end}"
+            called = ", ".join(dict.fromkeys(self.tools))
+            return f"the model called tools, which a chat does not have: {called}{end}"
         if self.reasoning:
-            return f"no answer, but reasoning alone{end}"
-        return f"an empty answer{end}"
+            return f"the model wrote reasoning, but no answer{end}"
+        return f"the answer is empty{end}"
 
     def add(self, piece: Piece) -> None:
         """Appends a piece."""
@@ -63,20 +67,17 @@ class Answer:
         self.reasoning += piece.reasoning
         self.tools += tuple(call.name for call in piece.tool_calls)
 
-    def _tools(self) -> str:
-        return ", ".join(dict.fromkeys(self.tools))
-
 
 class ChatBackend(Protocol):
     """Answers questions."""
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """The model's name."""
 
     @property
     def place(self) -> str:
-        """Where errors happen: a server's address, or the model's name."""
+        """The subject of errors: a server's address, or the model's name."""
 
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, on_piece: Callable[[Piece], None]
@@ -89,7 +90,7 @@ class ChatBackend(Protocol):
             on_piece: called with each piece of the answer.
 
         Raises:
-            ChatError: there is none, or it broke off; the message begins with `place`.
+            ChatError: there is no answer, or it broke off; the message begins with `place`.
         """
 
 
@@ -152,8 +153,8 @@ class Stopwatch:
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed.
 
-    The model then stops between two tokens, where it can be used again. A second Ctrl-C does not
-    wait for that.
+    The model asks this function between two tokens, where it can stop and be used again. A second
+    Ctrl-C raises KeyboardInterrupt at once.
     """
     pressed = False
 

@@ -1,4 +1,4 @@
-"""The way to a server: proxies, certificates and the key, as the environment has them."""
+"""The HTTP client for a server, with the environment's proxies, certificates and key."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def open_client(url: str, api_key: str | None, timeout: float) -> httpx2.Client:
-    """Returns a client for what is below a URL.
+    """Returns an HTTP client for an API.
 
     Args:
-        url: of the API. No proxy is asked for what is on this computer.
-        api_key: to be presented; None: none.
+        url: the API's address. Connections to this computer use no proxy.
+        api_key: the key to send; None: no key.
         timeout: seconds that the server may be silent.
 
     Raises:
-        ChatError: the URL, the key, or a variable of the environment is wrong; it is named.
+        ChatError: the URL, the key, or an environment variable is wrong; the message names it.
     """
     import httpx2
 
@@ -41,7 +41,7 @@ def open_client(url: str, api_key: str | None, timeout: float) -> httpx2.Client:
     if not address.host:
         raise ChatError(f"{url}: expected a server's address, got one without a host")
     here = _is_this_computer(address.host)
-    # What is neither encrypted nor remote has no use for certificates, right or wrong.
+    # An unencrypted connection to this computer needs no certificates, so wrong ones do no harm.
     plain = here and address.scheme == "http"
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else _certificates()
     try:
@@ -51,7 +51,7 @@ def open_client(url: str, api_key: str | None, timeout: float) -> httpx2.Client:
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
             verify=tls,
             trust_env=not here,
-            # Between two questions a server may close a connection, which would fail the second.
+            # A server may close an idle connection between two questions; reusing it would fail.
             limits=httpx2.Limits(max_keepalive_connections=0),
             follow_redirects=True,
         )
@@ -60,7 +60,7 @@ def open_client(url: str, api_key: str | None, timeout: float) -> httpx2.Client:
 
 
 def proxy_in_force(client: httpx2.Client) -> str | None:
-    """Returns the variable that names a proxy, which may be what a client fails to connect to."""
+    """Returns the variable that names the client's proxy, if any: a possible cause of failure."""
     if not client.trust_env:
         return None
     wanted = (f"{client.base_url.scheme}_proxy", "all_proxy")
@@ -68,19 +68,19 @@ def proxy_in_force(client: httpx2.Client) -> str | None:
 
 
 def _checked_key(key: str) -> str:
-    """Returns a key that a header can hold; the key itself is in no message."""
+    """Returns the key if a header can hold it. No error message contains the key."""
     if key.isascii() and key.isprintable():
         return key
     source = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) == key else "--api-key"
     at = next(i for i, c in enumerate(key) if not (c.isascii() and c.isprintable()))
     raise ChatError(
-        f"{source}: expected a key of printable ASCII characters, "
-        f"got another one as character {at + 1}"
+        f"{source}: expected a key of printable ASCII characters, got one whose character "
+        f"{at + 1} is something else"
     )
 
 
 def _is_this_computer(host: str) -> bool:
-    """Whether a host is this computer; servers print 0.0.0.0 as their address, which is too."""
+    """Whether a host is this computer. 0.0.0.0 counts: servers print it as their address."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -114,7 +114,7 @@ def _proxies() -> dict[str, str]:
 
 
 def _wrong_proxy(tls: ssl.SSLContext) -> str | None:
-    """Returns which variable names a proxy that cannot be used, and why."""
+    """Returns an error that names the variable with an unusable proxy; None: there is none."""
     import httpx2
 
     for name, value in _proxies().items():

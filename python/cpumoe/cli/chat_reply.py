@@ -1,9 +1,9 @@
-"""What servers send as the reply to a chat, taken apart.
+"""Parses the replies that servers send in a chat.
 
-OpenAI's API is a stream of events, each a JSON object, the last one "[DONE]". What other servers
-make of it differs: fields are null, missing or of other types, an error is a text or has a status
-of 200, ``stream`` is ignored, content types are wrong. So the body decides what it is, what says
-nothing is passed over, and what cannot be read is an error that quotes the server.
+OpenAI's API is a stream of events. Each event is a JSON object, and the last one is "[DONE]". Other
+servers deviate from it: fields are null, missing or of other types, an error is plain text or has
+status 200, ``stream`` is ignored, content types are wrong. So the kind of a reply is read from its
+body, events without content are skipped, and an unreadable reply is an error with a quotation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from cpumoe.generation import Piece, ToolCall
 
-# Bytes of one event or document: much more than any answer has, and little enough to be kept.
+# The most bytes of one event or document: more than any answer has, yet few enough to keep.
 MAX_BYTES = 16 << 20
 
 _SSE_LINE = re.compile(rb"(data|event|id|retry)?:")
@@ -28,7 +28,7 @@ _QUOTED_CHARACTERS = 300
 
 
 class ReplyError(Exception):
-    """A server that reports an error, or says what nobody can read; the message quotes it."""
+    """A server reports an error, or its reply is unreadable. The message quotes the server."""
 
 
 _NOTHING = Piece()
@@ -39,9 +39,9 @@ class Part:
     """What one event adds to the answer.
 
     Attributes:
-        piece: text, reasoning and calls of tools.
+        piece: text, reasoning and tool calls.
         finish_reason: why the answer ends here; None: it goes on.
-        tokens: generated so far; None: not said.
+        tokens: number of tokens generated so far; None: unknown.
     """
 
     piece: Piece = _NOTHING
@@ -53,10 +53,10 @@ def read_reply(body: Iterable[bytes]) -> Iterator[Part]:
     """Yields the parts of an answer as they come.
 
     Args:
-        body: of the server's reply, in pieces of any size.
+        body: the body of the server's reply, in pieces of any size.
 
     Raises:
-        ReplyError: the server reports an error, cannot be understood, or ends in the middle.
+        ReplyError: the reply is an error, is unreadable, or ends before the answer is complete.
     """
     lines = _lines(body)
     first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
@@ -78,24 +78,24 @@ def read_reply(body: Iterable[bytes]) -> Iterator[Part]:
         complete = complete or part.finish_reason is not None
         yield part
     if not complete:
-        said = f"; it said: {quote(unread)}" if unread else ""
-        raise ReplyError(f"the stream ended before the answer did{said}")
+        said = f"; the server sent: {quote(unread)}" if unread else ""
+        raise ReplyError(f"the stream ended before the answer was complete{said}")
 
 
 def read_body(body: Iterable[bytes]) -> bytes:
     """Returns the whole body of a reply.
 
     Raises:
-        ReplyError: it is longer than `MAX_BYTES`.
+        ReplyError: the body is longer than `MAX_BYTES`.
     """
     return _joined(_lines(body))
 
 
 def quote(said: Any) -> str:
-    """Returns what a server says in an error's body, or the body's beginning.
+    """Returns the message in an error's body, or the beginning of the body.
 
     Args:
-        said: the body: text, bytes, or what JSON decodes to.
+        said: the body, as text, bytes or decoded JSON.
     """
     if isinstance(said, bytes):
         said = said.decode(errors="replace")
@@ -111,7 +111,7 @@ def quote(said: Any) -> str:
 
 
 def first_model(document: Any) -> str | None:
-    """Returns the name of the first model in a list of models; None: there is none to be found."""
+    """Returns the name of the first model in a list of models; None: there is none."""
     if isinstance(document, dict):
         document = document.get("data") or document.get("models")
     first = document[0] if isinstance(document, list) and document else None
@@ -121,7 +121,7 @@ def first_model(document: Any) -> str | None:
 
 
 class _Limit:
-    """Counts bytes that must be kept until something ends."""
+    """Counts the bytes that are kept until an event or document ends."""
 
     def __init__(self) -> None:
         self._left = MAX_BYTES
@@ -129,11 +129,13 @@ class _Limit:
     def add(self, part: bytes) -> None:
         self._left -= len(part) + 1
         if self._left < 0:
-            raise ReplyError(f"expected at most {MAX_BYTES >> 20} MiB without an end, got more")
+            raise ReplyError(
+                f"expected a reply or event of at most {MAX_BYTES >> 20} MiB, got more"
+            )
 
 
 def _lines(body: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields lines without their ends, which are those of JSON and of events: no others."""
+    """Yields lines, which end with a line feed, or with a carriage return and a line feed."""
     line: list[bytes] = []
     limit = _Limit()
     for piece in body:
@@ -157,7 +159,7 @@ def _joined(lines: Iterable[bytes]) -> bytes:
 
 
 def _events(lines: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yields type and data of server-sent events, the last one even if nothing ends it."""
+    """Yields type and data of server-sent events. The last one needs no blank line at its end."""
     name, limit = "", _Limit()
     data: list[str] = []
     for line in chain(lines, [b""]):
@@ -176,26 +178,26 @@ def _events(lines: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _event(name: str, data: str) -> dict[str, Any]:
-    """Returns the object that an event is; an empty one if it says nothing.
+    """Returns an event's JSON object, which is empty for an event without content.
 
     Raises:
-        ReplyError: it is none, or an error.
+        ReplyError: the data is no JSON object, or the event reports an error.
     """
     if name == "error":
-        raise ReplyError(quote(data) or "an error event without a word")
+        raise ReplyError(quote(data) or "an error event without a message")
     try:
         document = json.loads(data) if data.strip() else None
     except (ValueError, RecursionError):
-        raise ReplyError(f"expected events of JSON, got: {quote(data)}") from None
+        raise ReplyError(f"expected JSON as an event's data, got: {quote(data)}") from None
     if not document:
         return {}
     if not isinstance(document, dict):
-        raise ReplyError(f"expected events that are JSON objects, got: {quote(document)}")
+        raise ReplyError(f"expected a JSON object as an event's data, got: {quote(document)}")
     return document
 
 
 def _whole(body: bytes) -> Part:
-    """Returns the answer of a server that sends it at once."""
+    """Returns the answer of a server that does not stream."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -209,10 +211,10 @@ def _whole(body: bytes) -> Part:
 
 
 def _part(document: dict[str, Any]) -> Part:
-    """Returns what an event says, whatever is missing in it or of another type.
+    """Returns an event's content. Missing fields and fields of other types count as empty.
 
     Raises:
-        ReplyError: it is an error.
+        ReplyError: the event reports an error.
     """
     if document.get("error") or document.get("object") == "error":
         raise ReplyError(quote(document))
@@ -230,7 +232,7 @@ def _part(document: dict[str, Any]) -> Part:
 
 
 def _text(content: Any) -> str:
-    """Returns a text, or that of a list of parts."""
+    """Returns the text of a content, which may be a list of parts."""
     if isinstance(content, list):
         parts = (_object(part).get("text", part) for part in content)
         return "".join(part for part in parts if isinstance(part, str))
@@ -245,7 +247,7 @@ def _reasoning(message: dict[str, Any]) -> str:
 
 
 def _tool_calls(message: dict[str, Any]) -> tuple[ToolCall, ...]:
-    """Returns the calls that begin here: their arguments may come in more parts, without a name."""
+    """Returns the tool calls that begin here. Later parts of a call have no name."""
     calls = message.get("tool_calls")
     calls = calls if isinstance(calls, list) else [{"function": message.get("function_call")}]
     functions = [_object(_object(call).get("function")) for call in calls]
@@ -261,7 +263,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _message(said: Any) -> str:
-    """Returns the text in an error's body, wherever servers put it; "": there is none."""
+    """Returns the message in an error's body, whichever field has it; "": there is none."""
     if isinstance(said, str):
         return said
     if isinstance(said, list):
@@ -272,7 +274,7 @@ def _message(said: Any) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """Returns the title of a page, or what a browser would show of it; other text as it is."""
+    """Returns an HTML page's title, or else its text without tags; other text unchanged."""
     if not text.lstrip().startswith("<"):
         return text
     title = re.search(r"<title[^>]*>([^<]+)", text, re.IGNORECASE)
@@ -280,7 +282,7 @@ def _without_markup(text: str) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Returns text on one line, cut where it is too long to be read."""
+    """Returns text on one line, cut to a readable length."""
     line = " ".join(text[: 4 * _QUOTED_CHARACTERS].split())
     cut = line[:_QUOTED_CHARACTERS]
     return cut if len(line) == len(cut) else f"{cut}…"

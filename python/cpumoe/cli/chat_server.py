@@ -1,4 +1,4 @@
-"""A server with OpenAI's API that answers in a chat."""
+"""The chat back end that asks a server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class ServerBackend:
         """Prepares to ask a server.
 
         Args:
-            url: of the server or its API, as in ``http://127.0.0.1:8000/v1``.
-            api_key: what it wants to see; None: nothing.
-            model: which of its models answers; None: the first that it lists.
-            timeout: seconds that it may be silent.
+            url: the address of the server or its API, as in ``http://127.0.0.1:8000/v1``.
+            api_key: the key to send; None: no key.
+            model: the name of the model that answers; None: the first that the server lists.
+            timeout: seconds that the server may be silent.
 
         Raises:
-            ChatError: it cannot be asked, or its models cannot be listed.
+            ChatError: the server cannot be reached, or does not list its models.
         """
         self._timeout = timeout
         self._client = open_client(_api_url(url), api_key, timeout)
-        # Without a password that the URL may have.
+        # A password in the URL is left out.
         self.place = str(self._client.base_url.copy_with(userinfo=b"")).rstrip("/")
         # Some servers refuse options that they do not know.
         self._wants_usage = True
@@ -101,12 +101,14 @@ class ServerBackend:
                 name = None
             if name is None:
                 said = quote(body) or "nothing"
-                raise ReplyError(f"lists no models: name one with --model-name; it said: {said}")
+                raise ReplyError(
+                    f"expected a list of models, got: {said}; name a model with --model-name"
+                )
             return name
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns what goes wrong between here and the server into one line."""
+        """Turns errors of the connection and of the reply into one line."""
         import httpx2
 
         try:
@@ -118,7 +120,7 @@ class ServerBackend:
             raise self._unreachable(f"no connection within {seconds:g} s") from error
         except httpx2.TimeoutException as error:
             raise ChatError(
-                f"{self.place}: silent for {self._timeout:g} s; --timeout allows for more"
+                f"{self.place}: no reply for {self._timeout:g} s; --timeout sets a longer time"
             ) from error
         except (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol) as error:
             raise self._unreachable(str(error)) from error
@@ -127,7 +129,7 @@ class ServerBackend:
 
     def _unreachable(self, why: str) -> ChatError:
         proxy = proxy_in_force(self._client)
-        hint = f"; {proxy} sets a proxy, which may be the reason" if proxy else ""
+        hint = f"; the proxy that {proxy} names may be the cause" if proxy else ""
         return ChatError(f"{self.place}: {why}{hint}")
 
 
@@ -136,6 +138,6 @@ def _status(response: httpx2.Response, said: str) -> str:
 
 
 def _api_url(url: str) -> str:
-    """The API's address, where only the server's is given, or that of its chat."""
+    """Returns the API's address, given that of the server, of the API or of its chat."""
     url = url.rstrip("/").removesuffix(f"/{_CHAT_PATH}")
     return url + ("/v1" if url.count("/") < 3 else "")

@@ -28,27 +28,27 @@ _ROLES = ("system", "user", "assistant")
 
 
 class Screen(Protocol):
-    """Where a session says things."""
+    """Where a session shows its output."""
 
     def piece(self, piece: Piece) -> None:
         """Shows a piece of an answer."""
 
     def end_answer(self, answer: Answer | None) -> None:
-        """Ends an answer; None: it broke off."""
+        """Ends an answer, which is None if it broke off."""
 
     def note(self, message: str) -> None:
-        """Shows what is no answer."""
+        """Shows a remark that is no part of an answer."""
 
     def error(self, message: str) -> None:
-        """Shows what went wrong."""
+        """Shows an error."""
 
 
 class Session:
     """A conversation with a back end.
 
     Attributes:
-        messages: said so far, the system's first if there is one.
-        failures: questions that got no answer.
+        messages: the conversation so far; a system message comes first.
+        failures: number of questions that got no answer.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Session:
         self._set_system(system or "")
 
     def enter(self, line: str) -> bool:
-        """Takes a line of input, a question or a command; returns False if it says to leave."""
+        """Handles a line of input, a question or a command; returns False to end the chat."""
         line = line.strip()
         if not line:
             return True
@@ -95,7 +95,7 @@ class Session:
             return
         self._screen.end_answer(answer)
         if answer.text:
-            # What a model thought is no part of the conversation: templates leave it out.
+            # Reasoning is no part of the conversation: chat templates leave it out.
             self.messages.append({"role": "assistant", "content": answer.text})
             self._answers.append(answer)
             self._unanswered = None
@@ -104,7 +104,7 @@ class Session:
             self._give_up(question, lack and f"{self._backend.place}: {lack}")
 
     def _give_up(self, question: str, failure: str | None) -> None:
-        # Templates want a question to have an answer before the next.
+        # Chat templates expect an answer between two questions.
         self.messages.pop()
         self._unanswered = question
         if failure is not None:
@@ -128,7 +128,7 @@ class Session:
 
     def _help(self, _: str) -> None:
         lines = [f"/{usage:24} {text}" for _, usage, text in _COMMANDS.values()]
-        lines += [f"/{'exit':24} leaves, as Ctrl-D does", "Ctrl-C stops an answer."]
+        lines += [f"/{'exit':24} ends the chat, as Ctrl-D does", "Ctrl-C stops an answer."]
         self._screen.note("\n".join(lines))
 
     def _clear(self, _: str) -> None:
@@ -139,7 +139,7 @@ class Session:
         self._set_system(text)
 
     def _undo(self, _: str) -> None:
-        self._screen.note(f"taken back: {self._take_back()}")
+        self._screen.note(f"removed: {self._take_back()}")
 
     def _retry(self, _: str) -> None:
         self._ask(self._unanswered or self._take_back())
@@ -196,14 +196,18 @@ _COMMANDS: dict[str, tuple[Callable[[Session, str], None], str, str]] = {
     "help": (Session._help, "help", "lists the commands"),
     "clear": (Session._clear, "clear", "forgets the conversation, but not the system message"),
     "system": (Session._system, "system TEXT", "sets the system message; without TEXT removes it"),
-    "undo": (Session._undo, "undo", "takes the last question and its answer back"),
+    "undo": (Session._undo, "undo", "removes the last question and its answer"),
     "retry": (Session._retry, "retry", "asks the last question again"),
     "save": (Session._save, "save FILE", "writes the conversation as JSON"),
-    "load": (Session._load, "load FILE", "goes on with a saved conversation"),
+    "load": (Session._load, "load FILE", "continues a saved conversation"),
     "set": (
         Session._set,
         "set NAME VALUE",
         f"{', '.join(_SETTINGS)}: a number, or 'default'; without NAME shows them",
     ),
-    "stats": (Session._stats, "stats", "shows how much was said, and how fast"),
+    "stats": (
+        Session._stats,
+        "stats",
+        "shows the number of messages, answers and tokens, and the time",
+    ),
 }

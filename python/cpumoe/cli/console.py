@@ -1,4 +1,4 @@
-"""Everything that is printed: tables and text, JSON, errors; and numbers' looks."""
+"""Printing: tables, text, JSON and errors, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from cpumoe.cli.streams import OutputError
 
-# What is not a terminal has no width of its own; tables should not be cut for lack of one.
+# A pipe or file has no width of its own. This one is wide enough to keep tables whole.
 _PIPE_WIDTH = 120
 _out = Console(highlight=False)
 if "COLUMNS" not in os.environ and not _out.file.isatty():
@@ -41,18 +41,18 @@ def show(*parts: RenderableType) -> None:
 
 
 def show_dim(text: str, *, aside: bool = False) -> None:
-    """Prints a piece of text at once, less bright than the rest.
+    """Prints a piece of text immediately and dimmed.
 
     Args:
         text: the piece.
-        aside: to standard error.
+        aside: whether to print to standard error.
     """
     console = _err if aside else _out
     console.print(Text(without_controls(text), "dim"), end="", soft_wrap=True)
 
 
 def announce(message: str) -> None:
-    """Prints a line to standard output for whoever may read it: that nobody can is no error."""
+    """Prints a line to standard output. It is no error if nobody can read it."""
     with contextlib.suppress(OutputError, BrokenPipeError):
         typer.echo(message)
 
@@ -83,12 +83,12 @@ def print_warning(message: str) -> None:
 
 
 def escape(text: str) -> str:
-    """Returns text that `show` prints as it is, without what could control the terminal."""
+    """Returns text without control characters, escaped so that `show` prints it literally."""
     return markup.escape(without_controls(text))
 
 
 def without_controls(text: str) -> str:
-    """Returns text without what could move a terminal's cursor or change its colours."""
+    """Returns text without control characters, which could move a cursor or change colours."""
     return _CONTROLS.sub("", text)
 
 
@@ -132,7 +132,7 @@ def format_rate(bytes_per_second: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Returns a number above 0.01 or so with three digits: ``"0.123"``, ``"12.3"``, ``"1,234"``."""
+    """Returns a number above about 0.01 with three digits: ``"0.123"``, ``"12.3"``, ``"1,234"``."""
     return _three_digits(value)
 
 

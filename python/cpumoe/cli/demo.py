@@ -1,4 +1,4 @@
-"""``cpumoe demo``: from a checkpoint to checked results, their speed, and a model that writes."""
+"""``cpumoe demo``: writes a checkpoint, checks and times a layer, and lets a model write."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLE = "Example: `cpumoe demo --keep v4`"
 
 _MODEL = "DeepSeek-V4-Flash"
 _LAYER = 0
-# Of the experts; the reference takes about a second for each.
+# Experts to validate. The reference takes about a second for each.
 _VALIDATED_EXPERTS = 8
 _VALIDATED_TOKENS = (1, 8, 33)
 _TIMED_TOKENS = (1, 16, 128)
@@ -83,10 +83,10 @@ def command(
         written = _synthesize(folder, experts, hidden, intermediate)
         say(f"wrote {written['experts']} experts in the format of {_MODEL}: {_speed(written)}")
         loaded, layer = _load(folder, threads)
-        say(f"packed them for {layer.isa}: {_speed(loaded)}")
+        say(f"packed the experts for {layer.isa}: {_speed(loaded)}")
         checked = min(experts, _VALIDATED_EXPERTS)
         precisions = _precisions()
-        say(f"checking {checked} of them on {', '.join(isas)}; {' and '.join(precisions)}", "")
+        say(f"checking {checked} experts on {', '.join(isas)}; {' and '.join(precisions)}", "")
         report = _validate(folder, isas, precisions, threads)
         if not json_output:
             render(report)
@@ -203,12 +203,14 @@ def _time(layer: Experts) -> dict[str, Any]:
 
 
 def _write(threads: int | None, *, show: bool) -> dict[str, Any] | None:
-    """Lets the embedded model write, where its host is installed; returns what and how fast."""
+    """Lets the embedded model write. Returns text and speed; None: transformers is missing."""
     try:
         model = load_text_model(None, threads=threads)
     except InputError as error:
         if show:
-            console.show("", f"[dim]No model writes here: {console.escape(str(error))}[/]")
+            console.show(
+                "", f"[dim]The small model cannot write here: {console.escape(str(error))}[/]"
+            )
         return None
     sampling = Sampling(max_new_tokens=_TEXT_TOKENS, temperature=0.8, top_p=0.9, seed=0)
     if show:
@@ -264,8 +266,9 @@ def _render_speed(speed: dict[str, Any]) -> None:
         "",
         table,
         "",
-        f"[dim]Memory reads {console.format_rate(memory['bytes_per_second'])}.\n"
-        "Few tokens are bound by that, many by arithmetic; `cpumoe bench` shows both.[/]",
+        f"[dim]The memory's read bandwidth is {console.format_rate(memory['bytes_per_second'])}.\n"
+        "It limits calls of few tokens; arithmetic limits calls of many. `cpumoe bench` shows "
+        "both.[/]",
     )
 
 

@@ -1,4 +1,4 @@
-"""How commands end: one line for what the user can mend, a traceback for our own mistakes."""
+"""How commands end: one line for an error that the user can correct, a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAD_INPUT = 2
 
 
 class InputError(ValueError):
-    """Something that the user asked for cannot be done."""
+    """The user asked for something that cannot be done."""
 
 
 @contextmanager
@@ -28,19 +28,18 @@ def reported(traceback: bool) -> Iterator[None]:
     """Turns bad input (ValueError, OSError) into one line on standard error and exit code 2.
 
     Too little memory counts as bad input, and so do faults of a model's files and of a variant's
-    library. A reader of our
-    output that has gone away (``| head``) is no error: nothing is printed. Other exceptions are
-    bugs and keep their traceback. Warnings become one line as well.
+    library. If the reader of the output has gone away (``| head``), the command ends without a
+    message. Other exceptions are bugs and keep their traceback. Warnings become one line as well.
 
     Args:
-        traceback: print the traceback too.
+        traceback: whether to print the traceback too.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             yield
         except BrokenPipeError:
-            raise  # Click ends the program without a word
+            raise  # Click ends the program without a message
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             message = str(error)
             if isinstance(error, RuntimeError):

@@ -1,4 +1,4 @@
-"""``cpumoe eval``: how well a model predicts a text, by who computes its experts and how."""
+"""``cpumoe eval``: how well a model predicts a text, by ISA variant, precision and host."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True)
 class _Way:
-    """Who computes the experts, and how."""
+    """What computes the experts: cpumoe with a variant and a precision, or the host."""
 
     experts: str
     isa: str | None = None
@@ -128,7 +128,7 @@ def command(
             tokens = loaded.encode(content).tokens[:max_tokens]
             rows.append((way, _measure(loaded, tokens, window, stride)))
             name = loaded.name
-            del loaded  # two models may not fit
+            del loaded  # memory may not hold two models
         if json_output:
             results = [{**asdict(way), **asdict(result)} for way, result in rows]
             console.show_json({"model": name, "dtype": dtype, "results": results})
@@ -140,9 +140,7 @@ def _ways(experts: str, isa: str | None, precision: str, dtype: torch.dtype) -> 
     if experts not in (_CPUMOE, _HOST, _ALL):
         raise InputError(f"--experts: expected {_CPUMOE}, {_HOST} or {_ALL}, got {experts!r}")
     if experts == _HOST and (isa is not None or precision != PRECISIONS[0]):
-        raise InputError(
-            f"--isa, --precision: --experts {_HOST} has no use for them; leave them out"
-        )
+        raise InputError(f"--isa and --precision cannot be combined with --experts {_HOST}")
     ways = []
     if experts != _HOST:
         isas = parse_isas_or_best(isa)
@@ -156,7 +154,7 @@ def _ways(experts: str, isa: str | None, precision: str, dtype: torch.dtype) -> 
 def _read(model: str | None, text: Path | None) -> str:
     if text is None:
         if model is not None:
-            raise InputError("--text: a model of your own needs a text to read")
+            raise InputError("--text FILE is required with MODEL")
         from cpumoe import embedded
 
         text = embedded.held_out_path()
@@ -189,7 +187,7 @@ def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
     columns: tuple[Any, ...] = ("experts", "isa", "precision", "perplexity", "tokens/s")
     compared = len(rows) > 1
     if compared:
-        columns += ("against the last",)
+        columns += ("vs. last row",)
     scored = console.format_count(rows[0][1].scored_tokens, "token")
     title = f"{console.escape(name)}, {scored}"
     table = console.data_table(title, columns, text_columns=3)

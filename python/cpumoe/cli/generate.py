@@ -78,7 +78,7 @@ def command(
     """
     with reported(traceback):
         if chat_template is not None and not chat:
-            raise InputError("--chat-template: only --chat has a use for it; leave it out")
+            raise InputError("--chat-template needs --chat")
         text = _prompt(prompt, prompt_file)
         sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
         loaded = load_text_model(
@@ -101,7 +101,7 @@ def command(
         result = loaded.generate(encoded, sampling, on_piece=writer)
         writer.end()
         if result.reasoning and not result.text:
-            console.print_warning("the model came to no answer: all that it wrote is reasoning")
+            console.print_warning("the model wrote reasoning, but no answer")
         console.show_aside(speed_line(result))
 
 
@@ -111,13 +111,13 @@ def encode(model: TextModel, text: str, chat: bool) -> Prompt:
 
 
 def write(text: str) -> None:
-    """Writes a piece of generated text at once, as it is unless people read it."""
+    """Writes a piece of generated text immediately; to a terminal, without control characters."""
     sys.stdout.write(console.without_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 class ReplyWriter:
-    """Writes a reply as it comes: the answer, and reasoning before it to standard error."""
+    """Writes a reply as it comes: the answer to standard output, reasoning to standard error."""
 
     def __init__(self) -> None:
         """Begins."""
@@ -157,7 +157,7 @@ def speed_line(result: Generation) -> str:
 
 def document(result: Generation) -> dict[str, object]:
     """Returns what ``--json`` prints of a generation."""
-    decoded = result.completion_tokens - 1  # the first token is prefill's
+    decoded = result.completion_tokens - 1  # prefill computes the first token
     given = asdict(result)
     for unasked in ("logprobs", "prompt_logprobs"):
         del given[unasked]

@@ -3,16 +3,16 @@
 cpumoe computes experts on threads of its own; the host's dense matrices run on PyTorch's OpenMP
 threads. An OpenMP thread that waits for another one spins, by default for milliseconds. As long as
 every thread has a core, spinning costs nothing. When another process takes one of the cores, the
-threads that spin hold the others, and each of a token's hundreds of parallel regions waits for the
-system's scheduler: decoding becomes ten to forty times slower.
+spinning threads keep the others busy, and each of a token's hundreds of parallel regions waits for
+the system's scheduler. Decoding becomes ten to forty times slower.
 
 Two decisions bound this loss:
 
 - A spin ends after `_SPINS` rounds, long enough for the gap between two operations of a model.
-- A model whose dense weights are small (`_SMALL_BYTES`) gets one PyTorch thread, which waits for
-  nobody: a barrier costs such a model more than a second thread saves.
+- A model whose dense weights are small (`_SMALL_BYTES`) gets one PyTorch thread, which waits for no
+  other. A barrier costs such a model more than a second thread saves.
 
-What the user says in the environment wins over both.
+The environment's variables, which the user sets, take precedence over both.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Rounds of GNU OpenMP's loop, some 100 us. Its own default is 300,000.
+# Rounds of GNU OpenMP's waiting loop, about 100 us. GNU OpenMP's default is 300,000.
 _SPINS = "10000"
-# Milliseconds that the OpenMP of LLVM and Intel spins. Its own default is 200.
+# Milliseconds that the OpenMP of LLVM and Intel spins. The default of both is 200.
 _BLOCKTIME = "1"
 _DEFAULTS = {"GOMP_SPINCOUNT": _SPINS, "KMP_BLOCKTIME": _BLOCKTIME}
 # With any of these the user has decided how threads wait.
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", *_DEFAULTS)
 # With any of these the user has decided how many threads there are.
 _COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
-# One core reads as much in about a millisecond, less than Python takes for the same token.
+# One core reads 16 MiB in about a millisecond, less than Python takes for the same token.
 _SMALL_BYTES = 16 << 20
 
 # Names in a mapped library's file name, and the variable that bounds how long its threads spin.
@@ -49,7 +49,7 @@ _set_by_cpumoe: set[str] = set()
 def bound_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
     """Bounds how long OpenMP's threads spin, unless the user has decided.
 
-    Has an effect only before PyTorch is imported: OpenMP reads the environment when it is loaded.
+    This must be called before PyTorch is imported: OpenMP reads the environment as it is loaded.
     """
     if any(name in environment for name in _WAITING_VARIABLES):
         return
@@ -63,10 +63,10 @@ def choose_threads(
     """Sets the number of PyTorch's threads.
 
     Args:
-        asked: what the command line says; None: what the environment says, or else the physical
-            cores that this process may use, within its CPU quota.
-        small: the threads serve a model that decodes as fast on one.
-        environment: where the user's own decision stands.
+        asked: the number that the command line gives; None: as the environment says, or else as
+            many as this process has physical cores, within its CPU quota.
+        small: whether the model decodes as fast on one thread.
+        environment: the variables with which the user may decide.
     """
     import torch
 
@@ -81,13 +81,14 @@ def is_small(model: torch.nn.Module) -> bool:
 
 
 def describe() -> dict[str, Any]:
-    """Returns what is in force in this process, for ``cpumoe info``.
+    """Returns the settings in force in this process, for ``cpumoe info``.
 
     Returns:
-        "threads": PyTorch's threads for models that are not small; "threads_variable": the
-        environment's variable that says so, or None; "openmp": the name of the OpenMP library that
-        PyTorch loaded, or None; "waiting": None or the variable that decides how long its threads
-        spin, with its value and whether cpumoe or the environment set it.
+        - "threads": PyTorch's threads for models that are not small.
+        - "threads_variable": the environment variable that sets them, or None.
+        - "openmp": the name of the OpenMP library that PyTorch loaded, or None.
+        - "waiting": the variable that decides how long the library's threads spin, its value, and
+          whether cpumoe or the environment set it; or None.
     """
     import torch
 
@@ -121,7 +122,7 @@ def _openmp() -> tuple[str | None, dict[str, str] | None]:
 
 
 def _waiting(bound: str) -> dict[str, str] | None:
-    # A library's own variable is more special than OpenMP's general one.
+    # A library's own variable takes precedence over OpenMP's general one.
     for name in (bound, "OMP_WAIT_POLICY"):
         if name in os.environ:
             origin = "cpumoe" if name in _set_by_cpumoe else "environment"

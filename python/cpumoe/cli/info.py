@@ -1,4 +1,4 @@
-"""``cpumoe info``: what this machine has and what of it is used."""
+"""``cpumoe info``: what this machine has, and what cpumoe uses."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _problem(isa: str) -> str | None:
 
 
 def _amx() -> list[dict[str, Any]]:
-    """What tile registers need: asked step by step, since CPUID alone does not tell."""
+    """The conditions for AMX, checked one by one because CPUID alone is not enough."""
     from cpumoe import _core
 
     return [
@@ -169,7 +169,7 @@ def _render(document: dict[str, Any]) -> None:
     for row in document["isa"]["variants"]:
         why = console.escape(row["problem"]) if row["problem"] else " ".join(row["missing"])
         table.add_row(row["name"], _status(row, document["isa"]), why)
-    amx = console.data_table("AMX", ("what it needs", "here", "found"), text_columns=3)
+    amx = console.data_table("AMX", ("requirement", "met", "found"), text_columns=3)
     for row in document["amx"]:
         amx.add_row(row["question"], _ANSWERS[row["passed"]], console.escape(row["found"]))
     formats = console.data_table(
@@ -192,7 +192,7 @@ def _host_threads(used: dict[str, Any]) -> str:
         return f"{threads}; {used['openmp'] or 'no OpenMP library found'}"
     origin = " [dim](set by cpumoe)[/]" if waiting["set_by"] == "cpumoe" else ""
     bound = console.escape(f"{waiting['variable']}={waiting['value']}")
-    return f"{threads}; {used['openmp']} waits as {bound} says{origin}"
+    return f"{threads}; {used['openmp']} waits according to {bound}{origin}"
 
 
 def _memory_read(measured: dict[str, Any] | None) -> str:

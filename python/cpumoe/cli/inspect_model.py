@@ -1,4 +1,4 @@
-"""``cpumoe inspect``: what a checkpoint holds, and what of it cpumoe runs."""
+"""``cpumoe inspect``: what a checkpoint holds, and whether cpumoe can run it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def collect(model: str) -> dict[str, Any]:
     """Returns what ``inspect --json`` prints.
 
     Raises:
-        InputError: neither a folder nor a known model.
-        OSError, ValueError: a folder that is no MoE checkpoint.
+        InputError: `model` is neither a folder nor a known model.
+        OSError, ValueError: the folder is no MoE checkpoint.
     """
     if Path(model).exists():
         from cpumoe.checkpoint import open_checkpoint
@@ -135,7 +135,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
 
 
 def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
-    """Bytes of each layer's expert tensors as far as their shards are there; damaged shards."""
+    """Returns each layer's bytes of expert tensors in shards that exist, and shards' errors."""
     from cpumoe.checkpoint import CheckpointError
 
     damaged: dict[str, None] = {}
@@ -144,7 +144,7 @@ def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
         try:
             return reader.folder.info(name).nbytes
         except FileNotFoundError:
-            pass  # a missing shard, listed as such
+            pass  # the document lists missing shards
         except CheckpointError as error:
             damaged[str(error)] = None
         return 0
@@ -154,14 +154,14 @@ def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
 
 
 def _contradictions(reader: ExpertReader) -> list[str]:
-    """The first layer's tensors, if any, that are not what config.json says."""
+    """Returns the first contradiction between config.json and a layer's tensors, if any."""
     from cpumoe.checkpoint import CheckpointError
 
     for layer in [] if reader.unsupported else reader.layers():
         try:
             reader.check_layer(layer)
         except FileNotFoundError:
-            continue  # a missing shard, listed as such
+            continue  # the document lists missing shards
         except CheckpointError as error:
             return [str(error)]
     return []

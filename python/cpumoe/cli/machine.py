@@ -1,4 +1,4 @@
-"""The CPU and the versions that results were got with."""
+"""The CPU and the software versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from cpumoe import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
-# Where /proc/cpuinfo names the CPU on x86-64, and on other architectures.
+# Keys of the CPU's name in /proc/cpuinfo: x86-64's first, then those of other architectures.
 _MODEL_KEYS = ("model name", "Model", "cpu model", "Hardware")
 
 
 def cpu_model() -> str:
-    """Returns what the CPU calls itself, or "unknown"."""
+    """Returns the name of the CPU, or "unknown"."""
     try:
         lines = _CPUINFO.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cpumoe.checkpoint import ExpertReader
 
-# Of one call: more than any context has.
+# The most tokens of one call, more than any context has.
 _MOST_TOKENS = 1 << 20
 
 JsonOption = Annotated[
@@ -70,10 +70,10 @@ PrecisionOption = Annotated[
 def parse_precisions(text: str, dtype: torch.dtype) -> list[str]:
     """Returns the precisions that `--precision` names, resolved for hidden states of `dtype`.
 
-    So no two of them are the same.
+    Each of them appears once.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: a name is unknown.
     """
     names = PRECISIONS if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
@@ -87,7 +87,7 @@ def parse_dtype(name: str, names: Sequence[str]) -> torch.dtype:
     """Returns the dtype that `--dtype` names, one of `names`.
 
     Raises:
-        InputError: it is none of them.
+        InputError: `name` is not in `names`.
     """
     import torch
 
@@ -101,7 +101,7 @@ def parse_isas(text: str | None) -> list[str]:
     """Returns the variants that `--isa` names, checked.
 
     Raises:
-        ValueError: a variant that is unknown, not built, or that this CPU lacks, or none runs here.
+        ValueError: a variant is unknown, not built or not supported by this CPU, or none runs here.
     """
     from cpumoe.isa import ENVIRONMENT_VARIABLE, select_isa, usable_isas
 
@@ -115,7 +115,7 @@ def parse_isas(text: str | None) -> list[str]:
 
 
 def parse_isas_or_best(text: str | None) -> list[str]:
-    """Returns the variants that `--isa` names; without it, that of `cpumoe.isa`.
+    """Returns the variants that `--isa` names, by default the one that `cpumoe.isa` returns.
 
     Raises:
         ValueError: see `parse_isas`.
@@ -126,10 +126,10 @@ def parse_isas_or_best(text: str | None) -> list[str]:
 
 
 def choose_layer(reader: ExpertReader, layer: int | None) -> int:
-    """Returns the layer asked for, by default the first with experts, if its experts can be read.
+    """Returns `layer`, by default the first with experts, and checks that its experts can be read.
 
     Raises:
-        InputError: it has none.
+        InputError: the layer has no experts.
         OSError, ValueError: as `ExpertReader.expert`.
     """
     layers = reader.layers()
@@ -142,10 +142,10 @@ def choose_layer(reader: ExpertReader, layer: int | None) -> int:
 
 
 def parse_token_counts(text: str, option: str) -> list[int]:
-    """Returns the comma-separated numbers of tokens per call of an option.
+    """Returns the comma-separated numbers of tokens per call that an option gives.
 
     Raises:
-        ValueError: something else.
+        ValueError: `text` is something else.
     """
     try:
         counts = [int(part) for part in text.split(",")]

@@ -32,7 +32,7 @@ from cpumoe.serving.settings import (
     Settings,
 )
 
-# The exit status of a server that has not been asked to end.
+# The exit status of a server that ends without having been told to.
 _FAILED = 1
 EXAMPLE = "Example: `cpumoe serve --port 8000`"
 
@@ -113,13 +113,14 @@ def command(
         if not grace >= 0:  # nor NaN
             raise InputError(f"--grace: expected 0 or more seconds, got {grace}")
         settings = Settings(served_model_name, api_key, queue, max_tokens, max_request_bytes)
-        # Before the model, which may take minutes to load: an address in use should not.
+        # Sockets are opened before the model is loaded, which may take minutes: an address in
+        # use is reported at once.
         with contextlib.ExitStack() as opened:
             listeners = [opened.enter_context(one) for one in open_sockets(host, port)]
             if api_key is None and not all(map(_is_loopback, listeners)):
                 console.print_warning(
-                    f"{host} can be reached from other computers, and anybody may use the model: "
-                    "set --api-key"
+                    f"{host} can be reached from other computers, so anybody can use the model; "
+                    "set --api-key to require a key"
                 )
             app = create_app(
                 load_text_model(
@@ -155,7 +156,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _urls(host: str, listeners: Sequence[socket.socket]) -> list[str]:
-    """What clients use: the name, if the host was given by one, else each address."""
+    """Returns URLs for clients: with the host's name if it was given, else with each address."""
     names = [listener.getsockname()[:2] for listener in listeners]
     try:
         ipaddress.ip_address(host.split("%")[0])

@@ -1,4 +1,4 @@
-"""The standard streams of a process, as it may find them: closed, full, or without an encoding.
+"""Standard streams that may be closed, full, or without an encoding.
 
 A character that an encoding lacks is written as a backslash escape. An answer that cannot be
 written is an error, and is reported once. A message that cannot be written is dropped.
@@ -25,7 +25,7 @@ _OUTPUT_LOST = 1
 class OutputError(Exception):
     """Standard output cannot be written.
 
-    No OSError, so that nothing takes it for the fault of a file that it reads or writes.
+    This is not an OSError, which callers would take for a fault of a file.
     """
 
 
@@ -35,7 +35,7 @@ def standard_streams() -> Iterator[None]:
 
     Raises:
         OutputError: standard output did not take all that was written.
-        SystemExit: its reader has gone away.
+        SystemExit: the reader of standard output has gone away.
     """
     _open_closed_descriptors()
     _prepare_input()
@@ -52,15 +52,15 @@ def standard_streams() -> Iterator[None]:
 
 
 def _open_closed_descriptors() -> None:
-    """Takes the descriptors 0, 1 and 2 where they are free, before a file of ours gets one of them.
+    """Occupies those of descriptors 0, 1 and 2 that are free, so that no other file gets them.
 
-    What is written to a descriptor that was closed fails, as it would have without this.
+    Writing to a descriptor that was closed still fails.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free descriptor, which is this one.
+            # os.open returns the lowest free descriptor, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
 
 
@@ -69,7 +69,7 @@ def _prepare_input() -> None:
         raw = io.FileIO(0, closefd=False)
         sys.stdin = io.TextIOWrapper(io.BufferedReader(raw), encoding="utf-8")
     elif isinstance(sys.stdin, io.TextIOWrapper):
-        # ASCII is part of UTF-8, so that nothing is read otherwise than it was meant.
+        # ASCII is a subset of UTF-8, so valid input is read as before.
         encoding = codecs.lookup(sys.stdin.encoding).name
         sys.stdin.reconfigure(
             encoding="utf-8" if encoding == "ascii" else encoding, errors="strict"
@@ -87,7 +87,7 @@ def _text_writer(raw: io.FileIO, replaced: TextIO | None, *, line_buffering: boo
 
 
 class _Patient(io.FileIO):
-    """Waits where a descriptor is full and does not block, as other programs leave them."""
+    """Waits where a non-blocking descriptor, which another program left, is full."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         while (written := super().write(data)) is None:
@@ -96,7 +96,7 @@ class _Patient(io.FileIO):
 
 
 class _Output(_Patient):
-    """Standard output; after the first error, which is raised, all is dropped."""
+    """Standard output. The first error is raised, and all later output is dropped."""
 
     def __init__(self) -> None:
         super().__init__(1, "w", closefd=False)
@@ -113,14 +113,14 @@ class _Output(_Patient):
                 raise
             if error.errno == errno.EBADF:
                 raise OutputError(
-                    "standard output is closed: expected a place for the result; "
-                    "/dev/null is one that keeps nothing"
+                    "standard output is closed and cannot take the result; redirect it to a file, "
+                    "or to /dev/null"
                 ) from None
             raise OutputError(f"standard output: {error.strerror}") from None
 
 
 class _Messages(_Patient):
-    """Standard error; what cannot be written is dropped, for there is nowhere to say so."""
+    """Standard error. Output that cannot be written is dropped: no stream is left to report it."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:

@@ -1,4 +1,4 @@
-"""``cpumoe synth``: writes checkpoints to try things on."""
+"""``cpumoe synth``: writes a checkpoint with made-up weights."""
 
 from __future__ import annotations
 

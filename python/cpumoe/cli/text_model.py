@@ -1,4 +1,4 @@
-"""The model that a command generates text with, and the options that choose it."""
+"""Loads the model that a command generates text with; the options that choose it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DtypeOption = Annotated[
         "a checkpoint in bfloat16, else float32.",
     ),
 ]
-# Unlike what compares variants, generation has one of each.
+# Generation uses one variant and one precision, where other commands compare several.
 OneIsaOption = Annotated[
     str | None,
     typer.Option(
@@ -131,19 +131,19 @@ def load_text_model(
 
     Args:
         model: a checkpoint's folder; None: the small model that comes with cpumoe.
-        threads: to compute with; None: the physical cores.
+        threads: number of threads; None: the number of physical cores.
         precision: one of `PRECISIONS`.
-        isa: the variant; None: what `cpumoe.isa` says.
+        isa: the variant; None: the one that `cpumoe.isa` returns.
         dtype: one of `DTYPES`.
-        chat_template: a file with a Jinja template, for models that come without.
-        trust_remote_code: run Python code that lies in the checkpoint.
-        host_experts: let the host compute the experts, from dequantized weights.
-        decodes: the model will write token by token; False: it will only read long texts.
+        chat_template: a file with a Jinja template, for models that have none.
+        trust_remote_code: whether to run Python code from the checkpoint.
+        host_experts: whether the host computes the experts, from dequantized weights.
+        decodes: whether the model generates text; False: it only reads long texts.
 
     Raises:
-        InputError: an unknown dtype, or transformers is not installed.
-        ValueError: an unknown precision or variant, or an unsupported checkpoint.
-        OSError: one that cannot be read.
+        InputError: the dtype is unknown, or transformers is not installed.
+        ValueError: the precision or the variant is unknown, or the checkpoint is not supported.
+        OSError: the checkpoint cannot be read.
     """
     dense_dtype = parse_dense_dtype(dtype, model)
     template = None if chat_template is None else read_text(chat_template, "--chat-template")
@@ -174,11 +174,11 @@ def load_text_model(
 
 
 def parse_dense_dtype(name: str, model: str | None) -> torch.dtype:
-    """Returns the dtype that `--dtype` names, one of `DTYPES`; auto is what `model` has.
+    """Returns the dtype that `--dtype` names; "auto" depends on `model`.
 
     Raises:
-        InputError: it is none of them.
-        FileNotFoundError, CheckpointError: auto, and the model has no config.json that tells.
+        InputError: `name` is not in `DTYPES`.
+        FileNotFoundError, CheckpointError: "auto", and config.json is missing or damaged.
     """
     if name != _AUTO:
         return parse_dtype(name, DTYPES)
@@ -193,7 +193,8 @@ def read_text(path: Path, option: str) -> str:
     """Returns the content of an option's UTF-8 file.
 
     Raises:
-        InputError: it is no UTF-8; an OSError names the file itself.
+        InputError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     try:
         return path.read_text("utf-8")
@@ -205,7 +206,7 @@ def require_package(package: str, extra: str, purpose: str) -> None:
     """Refuses to go on without an optional package.
 
     Raises:
-        InputError: it is missing; says how to install it.
+        InputError: the package is missing; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
         raise InputError(
@@ -223,7 +224,7 @@ def make_sampling(
     """Returns what the sampling options ask for.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
     from cpumoe.generation import Sampling
 

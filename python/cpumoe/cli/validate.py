@@ -163,7 +163,7 @@ def render(report: Report) -> None:
     console.show(table, "", *_problems(report))
     counts = ", ".join(map(str, THREAD_COUNTS))
     console.show(
-        "[dim]error/bound: worst element, at most 1 is right\n"
+        "[dim]error/bound: of the worst element; at most 1 is correct\n"
         f"same bits: on {counts} threads and from run to run[/]",
         _conclusion(report),
     )
@@ -186,7 +186,9 @@ def _read(
         raise InputError(f"--pattern: expected one of {known}, got {pattern!r}")
     _require_folder(model)
     if pattern != _CHECKPOINT and layer is not None:
-        raise InputError("--layer: only the checkpoint's weights have layers; leave it out")
+        raise InputError(
+            f"--layer cannot be combined with --pattern {pattern}, which has no layers"
+        )
     with open_checkpoint(model) as reader:
         chosen = choose_layer(reader, layer)
         if pattern == _CHECKPOINT:
@@ -197,7 +199,7 @@ def _read(
 
 
 def _require_folder(model: str) -> None:
-    """Refuses a registry model's name; what is no folder otherwise, `open_checkpoint` refuses."""
+    """Refuses the name of a registered model. `open_checkpoint` refuses other missing folders."""
     from cpumoe.models import find_model
 
     if Path(model).exists():
@@ -242,7 +244,7 @@ def _problems(report: Report) -> list[str]:
             lines.append(f"{_name(result)}: {result.ran} ran instead")
         if result.inexact_exports:
             ids = ", ".join(map(str, result.inexact_exports))
-            lines.append(f"{_name(result)}: these experts do not export to their own bytes: {ids}")
+            lines.append(f"{_name(result)}: exports differ from the checkpoint for experts: {ids}")
         lines.extend(_case_problem(result, case) for case in result.cases if not case.passed)
     return [f"[bold red]failed[/] {line}" for line in lines]
 
