@@ -9,7 +9,7 @@ Example::
 import importlib
 from typing import TYPE_CHECKING
 
-# Needs no PyTorch, and has to be imported before the submodule of the same name is.
+# These need no PyTorch. The function isa must be bound after its submodule of that name is imported.
 from cpumoe import _core
 from cpumoe.isa import isa, known_isas, missing_features, supported_isas
 
@@ -56,7 +56,7 @@ __all__ = [
     "weight_format",
 ]
 
-# Everything that imports PyTorch (seconds) is imported when first asked for, so that the command
+# Importing PyTorch takes seconds. Whatever needs it is imported on first use, so that the command
 # line's help and the ISA functions answer at once.
 _MODULES = {
     "cpumoe.checkpoint": (

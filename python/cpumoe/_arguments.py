@@ -1,4 +1,4 @@
-"""Checks of tensors that callers pass in, and the addresses that the engine takes instead."""
+"""Checks the tensors that callers pass, and turns them into addresses for the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ID_DTYPES = (torch.int64, torch.int32)
 
 
 class Call(NamedTuple):
-    """A forward call's addresses, its output, and what the addresses point into."""
+    """A forward call's addresses, its output, and the tensors that the addresses point into."""
 
     tensors: _core.ForwardTensors
     output: torch.Tensor
@@ -78,10 +78,10 @@ def prepare_call(
         id_dtype == torch.int64,
         weights_address,
         routed[1],
-        # Checked again: it is the caller's, who may have resized it.
+        # Checked on each call, because the caller may have resized the mask.
         0 if mask is None else check_mask(mask, num_experts),
         output_address,
-        # The engine does not ask about other calls.
+        # The engine uses this flag for fp32 calls only.
         element is _FP32 and resolve_precision(precision, torch.float32) == "bf16",
     )
     output = without_gradients(output, hidden_states, topk_weights)
@@ -92,7 +92,7 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> int:
     """Returns the address of a mask, which must be bool [num_experts] and contiguous.
 
     Raises:
-        TypeError, ValueError: it is not.
+        TypeError, ValueError: the mask is something else.
     """
     start = address(mask, "expert_mask")
     if mask.dtype != torch.bool:
@@ -106,7 +106,7 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> int:
 def normalized(
     row: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
 ) -> QuantizedMatrix:
-    """Returns a matrix, or a stack, as bytes and scales that fit together."""
+    """Returns a matrix, or a stack, as bytes of codes and scales whose shapes fit."""
     if isinstance(matrices, tuple) and len(matrices) == 2:
         matrices = QuantizedMatrix(*matrices)
     if not isinstance(matrices, QuantizedMatrix):
@@ -132,7 +132,7 @@ def _kind(value: object) -> str:
 
 
 def integer(value: object, name: str) -> int:
-    """Returns an int, or what stands for one, as an int; raises TypeError of anything else."""
+    """Returns an integer of any type as an int; raises TypeError for anything else."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -148,7 +148,7 @@ def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> Non
 def checked_biases(
     biases: Sequence[torch.Tensor | None], widths: Mapping[str, int], *experts: int
 ) -> list[torch.Tensor]:
-    """Returns the three biases, detached, or none: ``[*experts, width]`` by name in `widths`."""
+    """Returns the three biases ``[*experts, width]``, detached, or none; `widths` has names."""
     given = {n: b for n, b in zip(widths, biases, strict=True) if b is not None}
     if given and len(given) != len(widths):
         missing = ", ".join(name for name in widths if name not in given)

@@ -1,4 +1,4 @@
-"""Experts compute no gradients, and say so where one is asked for."""
+"""Experts compute no gradients, and asking for one is an error."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch.autograd import forward_ad
 from typing_extensions import override
 
 _NO_GRADIENTS = (
-    "cpumoe's experts compute no gradients: use torch.no_grad() or torch.inference_mode() if you "
-    "need none; to train, compute these layers with the host's own experts"
+    "cpumoe's experts compute no gradients; call them under torch.no_grad() or "
+    "torch.inference_mode(), or train with the model's own experts"
 )
 
 
 class _Result(NamedTuple):
-    """Hides a tensor from autograd, which else would take it for an input."""
+    """Hides a tensor from autograd, which would otherwise take it for an input."""
 
     tensor: torch.Tensor
 
 
 class _NoGradients(torch.autograd.Function):
-    """The result as it is; a derivative of it, backward or forward, is an error."""
+    """Passes the result through. Its derivative, backward or forward, is an error."""
 
     @staticmethod
     @override
@@ -43,14 +43,14 @@ def without_gradients(result: torch.Tensor, *inputs: torch.Tensor) -> torch.Tens
     """Returns a result as a function of its inputs that has no derivative.
 
     Args:
-        result: of any shape; the returned tensor has its memory.
-        inputs: what it was, or will be, computed from.
+        result: a tensor of any shape. The returned tensor shares its memory.
+        inputs: the tensors from which the result was, or will be, computed.
 
     Returns:
-        `result` itself where nothing can ask for a derivative with respect to an input.
+        `result` itself if nobody can ask for a derivative with respect to an input.
 
     Raises:
-        RuntimeError: an input has a tangent: forward-mode differentiation asks at once.
+        RuntimeError: an input has a tangent, so that forward-mode differentiation is in progress.
     """
     wanted = forward_ad._current_level >= 0
     if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""From tensors, in memory or in a mapped file, to packed weights."""
+"""Packs experts from tensors, which lie in memory or in a mapped file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.runtime import Runtime
 
-# An expert's gate, up and down biases as they were given.
+# An expert's gate, up and down biases, in the dtypes that the caller gave.
 Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Each thread packs whole experts: a batch lasts long enough for the threads to meet seldom, and is
-# short enough for a progress bar.
+# Each thread packs whole experts. A batch is long enough that threads seldom wait for each other,
+# and short enough for a progress bar.
 BATCH_PER_THREAD = 8
 
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """All experts of a layer as stacks ``[experts, N, K]``, checked; iterates over the experts."""
+    """All experts of a layer as checked stacks ``[experts, N, K]``. Iterates over the experts."""
 
     gate: QuantizedMatrix
     up: QuantizedMatrix
@@ -45,7 +45,7 @@ class ExpertStack:
         return experts, hidden, intermediate
 
     def __iter__(self) -> Iterator[ExpertWeights]:
-        """Yields expert after expert as views."""
+        """Yields each expert as views of the stacks."""
         for i in range(self.gate.shape[0]):
             biases = (bias[i] for bias in self.biases)
             yield ExpertWeights(self.gate[i], self.up[i], self.down[i], *biases)
@@ -58,7 +58,7 @@ def checked_stack(
     down: MatrixStack,
     biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
 ) -> ExpertStack:
-    """Checks what `Experts.from_tensors` is given."""
+    """Checks the tensors that `Experts.from_tensors` gets."""
     stacks = [
         normalized(row, matrices, name, stacked=True)
         for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
@@ -79,7 +79,7 @@ def pack_experts(
     intermediate_size: int,
     runtime: Runtime,
 ) -> list[Biases | None]:
-    """Packs expert 0, 1, ...; returns a copy of their biases as they were given."""
+    """Packs experts 0, 1, ... and returns copies of their biases, in the dtypes given."""
     kept: list[Biases | None] = []
     widths = _bias_widths(intermediate_size, hidden_size)
     numbered = enumerate(experts)
@@ -102,7 +102,7 @@ def pack_experts(
 
 
 def _matrices(row: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
-    """An expert's gate, up and down, checked, each with a name for the engine's errors."""
+    """Returns an expert's gate, up and down, checked and named for the engine's errors."""
     return [
         normalized(row, getattr(weights, name), f"expert {index}: {name}", stacked=False)
         for name in ("gate", "up", "down")

@@ -14,16 +14,16 @@ T = TypeVar("T")
 def progress_bar(
     enabled: bool | None = None, *, still: bool = False
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function that shows (what is being done, units done, units in all).
+    """Yields a function that shows progress: (step in words, units done, units in all).
 
     Args:
         enabled: whether to show a bar; None: if standard error is a terminal.
-        still: draw only when called, so that no thread runs beside what is being timed.
+        still: whether to draw only when called, so that no other thread runs during a measurement.
     """
     if not (sys.stderr.isatty() if enabled is None else enabled):
         yield lambda _step, _done, _total: None
         return
-    # Imported late: a call without a terminal, and the command line's help, show no bar.
+    # Imported late, because calls without a terminal and the command line's help show no bar.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -41,7 +41,7 @@ def progress_bar(
 
         def update(step: str, done: int, total: int) -> None:
             nonlocal task, stage
-            # A new total is a new stage: the estimate starts afresh.
+            # A new stage has a new total, so the estimate of the time left starts again.
             if done == 0 or not stage:
                 progress.remove_task(task)
                 task = progress.add_task(step, total=total)

@@ -1,4 +1,4 @@
-"""Random numbers that follow from their seed alone, whatever the default dtype and device are."""
+"""Random numbers that depend on their seed alone, not on the default dtype or device."""
 
 from __future__ import annotations
 

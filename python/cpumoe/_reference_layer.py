@@ -1,4 +1,4 @@
-"""A layer as the reference reads it: experts dequantized one by one, tokens grouped by expert."""
+"""A layer for the reference: dequantizes experts one by one, and groups tokens by expert."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing_extensions import TypedDict
 from cpumoe.formats import QuantizedMatrix, WeightFormat, describe, weight_format
 from cpumoe.swiglu import SwiGLU
 
-# A stack [experts, N, K] (dense or quantized) or a sequence of one matrix [N, K] per expert, which
-# may read lazily: only experts that get a token are asked for.
+# A stack [experts, N, K] (dense or quantized), or a sequence of one matrix [N, K] per expert. Only
+# experts that get a token are accessed, so that a sequence may read lazily.
 ExpertMatrices = torch.Tensor | QuantizedMatrix | Sequence[torch.Tensor] | Sequence[QuantizedMatrix]
 # [experts, N], or one [N] per expert.
 ExpertBiases = torch.Tensor | Sequence[torch.Tensor | None] | None
@@ -22,7 +22,7 @@ _BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 class LayerOptions(TypedDict, total=False):
-    """What the reference's functions take of a layer, besides its matrices; all may be left out.
+    """A layer's options for the reference's functions, besides its matrices. All are optional.
 
     Attributes:
         format: the weight format of `QuantizedMatrix` weights; None for dense ones.
@@ -63,12 +63,12 @@ class DenseExpert:
 
 @dataclass(frozen=True)
 class Routed:
-    """One expert and the tokens that are sent to it.
+    """One expert and the tokens that are routed to it.
 
     Attributes:
         expert: the expert.
-        tokens: int64, the tokens' indices; one appears as often as it names the expert.
-        weights: their routing weights.
+        tokens: int64 indices of the tokens. A token appears as often as it names the expert.
+        weights: the tokens' routing weights for this expert.
     """
 
     expert: DenseExpert
@@ -117,7 +117,7 @@ class ReferenceLayer:
         topk_weights: torch.Tensor,
         dtype: torch.dtype,
     ) -> Iterator[Routed]:
-        """Yields each expert that has tokens, in the experts' order, its weights in `dtype`."""
+        """Yields each expert that has tokens, in ascending order, with weights in `dtype`."""
         if hidden_states.dim() != 2:
             raise ValueError(
                 f"hidden_states: expected [tokens, hidden], got {list(hidden_states.shape)}"
@@ -175,7 +175,7 @@ class ReferenceLayer:
     def _dense(self, matrix: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(matrix, QuantizedMatrix):
             if self.format is None:
-                raise ValueError("format: quantized weights need their format, got None")
+                raise ValueError("format: expected the format of the quantized weights, got None")
             return dequantize(matrix.codes, matrix.scales, self.format, dtype)
         if not matrix.dtype.is_floating_point:
             raise ValueError(f"weights: expected float or QuantizedMatrix, got {describe(matrix)}")
@@ -197,8 +197,8 @@ def dequantize(
         dtype: torch.float32 or torch.float64.
 
     Raises:
-        TypeError: a dtype that the format does not have.
-        ValueError: an unknown format, shapes that do not belong together, NaN scales.
+        TypeError: codes or scales have a dtype that the format does not have.
+        ValueError: the format is unknown, the shapes do not fit together, or a scale is NaN.
     """
     fmt = weight_format(format)
     normalized = fmt.normalize_scales(scales, "scales")

@@ -17,7 +17,7 @@ ARGUMENTS = {"compute": "precision", "fused_tokens": "few_token_limit"}
 def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
     """Warns that a name is deprecated; `stacklevel` counts from the caller of this function."""
     message = f"{old} is now called {new}; the old name will be removed in cpumoe 0.3"
-    # Not DeprecationWarning, which Python hides from who calls through another package.
+    # Python hides a DeprecationWarning if the call comes from another package.
     warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
 
 
@@ -28,8 +28,8 @@ def with_old_arguments(*old_names: str) -> Callable[[Callable[_P, _R]], Callable
         old_names: keys of `ARGUMENTS`.
 
     Returns:
-        A decorator. The function that it makes warns where an old name is used, and raises
-        TypeError where the new name is used beside it.
+        A decorator. The decorated function warns if an old name is used, and raises TypeError if
+        the new name is used as well.
     """
     renamed = {old: ARGUMENTS[old] for old in old_names}
 

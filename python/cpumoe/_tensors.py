@@ -1,8 +1,9 @@
-"""The gate that every tensor passes before C++ is told its address.
+"""Checks every tensor before C++ gets its address.
 
-C++ reads and writes where it is told to. A tensor may have no memory there (fake, meta, functional
-or freed), less memory than its shape says, or values that its memory does not hold (a lazy minus
-sign, a class of its own). A result may be one that a tracer records. None of them gets through.
+C++ reads and writes at any address that it gets. A tensor may have no memory there (fake, meta,
+functional or freed tensors), or less memory than its shape says. Its memory may not hold its values
+(a lazy minus sign, a subclass with its own data), or a tracer may record it. This module refuses
+all of these.
 
 One rule for errors of tensors: TypeError for what kind of tensor it is (class, dtype, device,
 layout, memory), ValueError for its shape, strides and values.
@@ -26,38 +27,38 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def address(tensor: torch.Tensor, name: str) -> int:
-    """Returns the address of a tensor's first element, having seen that all of it is in memory.
+    """Returns the address of a tensor's first element, and checks that all of it is in memory.
 
     Args:
-        tensor: of any shape, strides and dtype.
+        tensor: a tensor of any shape, strides and dtype.
         name: the argument's name, for errors.
 
     Returns:
         The address; 0 for a tensor without elements, and for no other.
 
     Raises:
-        TypeError: see `plain`; also a view with a lazy minus sign.
+        TypeError: see `plain`. A view with a lazy minus sign is refused, too.
     """
     start = plain(tensor, name).data_ptr()
     if tensor.is_neg():
-        raise TypeError(f"{name}: expected values as memory holds them; pass .resolve_neg()")
+        raise TypeError(f"{name}: expected a tensor without lazy negation; pass .resolve_neg()")
     return start
 
 
 def contiguous(
     tensor: torch.Tensor, name: str, rows: bool = False
 ) -> tuple[torch.Tensor, int, torch.Size]:
-    """Returns a tensor, or a contiguous copy, its address as `address` does, and its shape.
+    """Returns a tensor, or a contiguous copy of it, with its address and its shape.
 
     Args:
-        tensor: of any shape, strides and dtype.
+        tensor: a tensor of any shape, strides and dtype.
         name: the argument's name, for errors.
-        rows: whether a matrix may also be one whose rows alone are contiguous.
+        rows: whether it is enough that each row of a matrix is contiguous.
 
     Raises:
         TypeError: see `plain`.
     """
-    # On the way of each call, where a property of a tensor takes 40 ns: first what is usual.
+    # The usual case comes first: each call passes here, and a tensor's property takes 40 ns.
     if type(tensor) is _Tensor:
         try:
             start = tensor.data_ptr()
@@ -66,7 +67,7 @@ def contiguous(
                 end = tensor.nbytes + (offset * tensor.itemsize if offset else 0)
                 if tensor.untyped_storage().nbytes() >= end:
                     return tensor, start, tensor.shape
-        except RuntimeError:  # it has no storage, or (a nested tensor) no shape
+        except RuntimeError:  # the tensor has no storage, or no shape if it is nested
             pass
     tensor = plain(tensor, name)
     if not (rows and tensor.dim() == 2 and tensor.stride(1) == 1):
@@ -79,10 +80,11 @@ def new_like(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
 
     Args:
         tensor: a tensor that `contiguous` returned.
-        name: what the new tensor depends on, for errors.
+        name: the name of `tensor`, for errors.
 
     Raises:
-        TypeError: what surrounds the call makes tensors without memory, or records them.
+        TypeError: a mode or tracer around the call makes new tensors without memory, or records
+            operations.
     """
     if _dispatch_modes() or _function_modes() or _tracing_state() is not None:
         refuse_tracing(name)
@@ -95,20 +97,20 @@ def new_like(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
 
 
 def plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Returns a dense CPU tensor whose values are those that its memory holds.
+    """Returns a dense CPU tensor whose memory holds its values.
 
     Args:
-        tensor: of any shape, strides and dtype.
+        tensor: a tensor of any shape, strides and dtype.
         name: the argument's name, for errors.
 
     Returns:
-        The tensor itself. For a subclass (a parameter, say): a `torch.Tensor` that shares its
-        memory. For a view with a lazy minus sign: a copy.
+        The tensor itself; for a subclass, such as a parameter, a `torch.Tensor` that shares its
+        memory; for a view with a lazy minus sign, a copy.
 
     Raises:
-        TypeError: no tensor, or one of another device or layout, of a class that decides itself
-            what its data are (fake tensors are of one), or without memory: zeros that have none,
-            storage that was freed, what `torch.func` transforms.
+        TypeError: `tensor` is no tensor, is on another device, has another layout, or is of a class
+            that manages its own data (as fake tensors do). It may also be without memory: zeros
+            that have none, freed storage, a tensor that `torch.func` transforms.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -132,7 +134,9 @@ def plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def refuse_tracing(name: str) -> None:
-    """Raises TypeError while a tracer records operations: it would take what memory held before.
+    """Raises TypeError while a tracer records operations.
+
+    A tracer does not see what C++ writes, and would record the memory's previous content.
 
     Args:
         name: what would be recorded, for the error.
@@ -140,13 +144,13 @@ def refuse_tracing(name: str) -> None:
     tracer = _tracer()
     if tracer:
         raise TypeError(
-            f"{name}: expected values, but {tracer} is at work, which sees operations of PyTorch "
-            f"only; keep cpumoe's experts out of what it traces"
+            f"{name}: {tracer} cannot record cpumoe's experts, only operations of PyTorch; keep "
+            f"the experts out of the traced code"
         )
 
 
 def _tracer() -> str:
-    """Who records operations now; a mode that looks on (a default device, a counter) does not."""
+    """Returns the name of the active tracer, if any. A mode that only observes is none."""
     if _tracing_state() is not None:
         return "torch.jit.trace"
     if _dispatch_modes() or _function_modes():
@@ -160,13 +164,13 @@ def _tracer() -> str:
 
 
 def _missing(tensor: torch.Tensor) -> str:
-    """Why a dense CPU tensor is not in memory as a whole; empty where it is."""
+    """Returns why a dense CPU tensor is not wholly in memory; empty if it is."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "which torch.func (vmap, grad, jvp) is transforming"
     if torch._is_functional_tensor(tensor):
         return "which is being functionalized"
     if tensor._is_zerotensor():
-        return "zeros without any"
+        return "zeros that have none"
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + reach + 1) * tensor.itemsize if tensor.numel() else 0
     available = tensor.untyped_storage().nbytes()

@@ -1,12 +1,12 @@
-"""What the int8 precision makes of activations, in PyTorch."""
+"""How the int8 precision rounds activations, in PyTorch."""
 
 from __future__ import annotations
 
 import torch
 
-# Of a code's magnitude.
+# The greatest magnitude of a code.
 GREATEST_CODE = 127
-# A group of nothing greater counts as zero.
+# A group whose magnitudes are all below this counts as zero.
 LEAST_MAGNITUDE = 2.0**-100
 
 
@@ -15,15 +15,16 @@ def quantize_activations(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds each group of activations to int8, to nearest, ties to even.
 
-    With a = max |x| of a group, a code is round(x * (127 / a)) and worth a / 127, both quotients in
-    float32. A group that holds an infinity or NaN has zero codes and a NaN scale; one with a <
-    2^-100 has zero codes and scale.
+    With a = max |x| of a group, a code is round(x * (127 / a)), and the scale is a / 127. Both
+    quotients are rounded to float32. A group that holds an infinity or NaN has zero codes and a NaN
+    scale. A group with a < 2^-100 has zero codes and a zero scale.
 
     Args:
         x: bf16, fp16 or fp32 ``[..., K]``, K a multiple of `group_size`.
         group_size: activations that share a scale: the weight format's group size.
-        fused: whether x * (127 / a) is rounded at once, as by a CPU's fused multiply-add, or first
-            to float32. It decides ties alone, such as x = a / 2, whose code is 63 or 64.
+        fused: whether x * (127 / a) is rounded to an integer at once, as by a CPU's fused
+            multiply-add, or to float32 first. The codes differ only for ties, such as x = a / 2,
+            whose code is 63 or 64.
 
     Returns:
         Codes int8 ``[..., K]`` and scales float32 ``[..., K / group_size]``.
@@ -38,8 +39,8 @@ def quantize_activations(
     groups = x.float().reshape(*x.shape[:-1], -1, group_size)
     greatest = groups.abs().amax(-1, keepdim=True)  # NaN where one is
     usable = (greatest >= LEAST_MAGNITUDE) & greatest.isfinite()
-    # float64 holds products of float32 exactly, and quotients so that they round as if divided in
-    # float32; PyTorch itself divides 127 by a float32 tensor less exactly.
+    # float64 holds products of float32 exactly. Its quotients, rounded to float32, are correctly
+    # rounded, while PyTorch divides 127 by a float32 tensor less exactly.
     inverse = (GREATEST_CODE / greatest.double().where(usable, torch.ones_like(greatest))).float()
     product = groups.double() * inverse.double() if fused else groups * inverse
     codes = product.round().where(usable, torch.zeros_like(product)).to(torch.int8)
@@ -49,7 +50,7 @@ def quantize_activations(
 
 
 def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Returns what codes ``[..., K]`` and their scales are worth, exactly, in float64."""
+    """Returns the exact float64 values of codes ``[..., K]`` with their scales."""
     groups = codes.double().reshape(*scales.shape, -1)
     worth: torch.Tensor = groups * scales.double().unsqueeze(-1)
     return worth.flatten(-2)

@@ -1,10 +1,10 @@
 """Times a layer's calls in interleaved rounds and compares them with the machine's limits.
 
-A machine's speed changes while one measures: other programs, clocks, temperature. Hence everything
-that is to be compared takes its turn in every round, in another order each time; a number is the
-median over all calls, and its spread the range of the turns' medians. Limits are measured on the
-same threads right before and after a turn, which is compared with the greater of the two values,
-for a limit is what can be reached.
+A machine's speed changes during a measurement, because of other programs, clocks and temperature.
+Hence all variants take a turn in every round, in another order each time. A result is the median
+over all calls, and its spread is the range of the turns' medians. The machine's limits are measured
+on the same threads right before and after a turn. The turn is compared with the greater of the two
+values, because a limit is what can be reached.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from cpumoe.limits import (
 from cpumoe.runtime import Runtime
 from cpumoe.throughput import CallTimer, Workload, relative_l2
 
-# An untimed call goes before the timed ones of a turn where it takes less than this share of it.
+# A turn begins with an untimed call if that takes less than this share of the turn.
 _WARM_UP_SHARE = 0.25
-# A limit that changes by more means that the machine was not quiet.
+# If a limit changes by more, the machine was not quiet.
 _QUIET = 0.15
-# Time to spend on a limit, each time (three runs at least).
+# Seconds to spend on each measurement of a limit (three runs at least).
 _LIMIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What computes: an ISA variant and one of its precisions."""
+    """What is timed: an ISA variant and a precision."""
 
     isa: str
     precision: str
@@ -43,11 +43,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of the machine per second.
+    """A limit of the machine, per second.
 
     Attributes:
-        best: the greatest value of all measured.
-        least: the least.
+        best: the greatest measured value.
+        least: the smallest measured value.
     """
 
     best: float
@@ -55,7 +55,7 @@ class Limit:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Limit:
-        """Returns the range of what was measured."""
+        """Returns the range of the measured values."""
         values = list(values)
         return cls(max(values), min(values))
 
@@ -70,8 +70,8 @@ class Limits:
     """What the machine can do at best.
 
     Attributes:
-        reads: every reading of memory.
-        dots: multiply-accumulates per second of each variant that can tell.
+        reads: every measurement of the memory's read bandwidth.
+        dots: multiply-accumulates per second of each variant that can measure them.
     """
 
     reads: Sequence[ReadBandwidth]
@@ -93,9 +93,10 @@ class Turn:
     """One round's calls of one variant and one workload.
 
     Attributes:
-        seconds: the median call.
-        bytes_per_second: what reading memory reached right before and after these calls.
-        macs_per_second: the same of multiply-accumulates; None: no such limit.
+        seconds: time of the median call.
+        bytes_per_second: the memory's read bandwidth right before and right after these calls.
+        macs_per_second: the rate of multiply-accumulates right before and right after these calls;
+            None: the variant cannot measure it.
     """
 
     seconds: float
@@ -103,11 +104,11 @@ class Turn:
     macs_per_second: tuple[float, float] | None
 
     def share_of_read(self, weight_bytes: float) -> float:
-        """The time that reading so many bytes takes at best, over the time taken."""
+        """The shortest time in which these bytes can be read, over the time taken."""
         return weight_bytes / max(self.bytes_per_second) / self.seconds
 
     def share_of_dots(self, macs: float) -> float | None:
-        """The same of so many multiply-accumulates; None: no such limit."""
+        """The shortest time for these multiply-accumulates, over the time taken; None: unknown."""
         return macs / max(self.macs_per_second) / self.seconds if self.macs_per_second else None
 
 
@@ -116,15 +117,15 @@ class Timing:
     """The calls of one variant and one workload.
 
     Attributes:
-        variant: what computed.
+        variant: the variant that computed.
         tokens: tokens per call.
-        seconds: the median call.
-        turns: one per round.
-        calls: timed calls of all rounds.
-        touched_experts: experts that a call read, on average.
+        seconds: time of the median call.
+        turns: one turn per round.
+        calls: number of timed calls in all rounds.
+        touched_experts: number of experts that a call read, on average.
         weight_bytes: bytes of these experts.
         macs: multiply-accumulates of a call.
-        relative_l2: error of the first routing's result, where it is known.
+        relative_l2: error of the result for the first routing; None: no reference is known.
     """
 
     variant: Variant
@@ -154,12 +155,12 @@ class Timing:
 
     @property
     def share_of_read(self) -> float:
-        """The time that reading the weights takes at best, over the time taken; turns' median."""
+        """The shortest time for reading the weights, over the time taken; median of the turns."""
         return median(turn.share_of_read(self.weight_bytes) for turn in self.turns)
 
     @property
     def share_of_dots(self) -> float | None:
-        """The same of the multiply-accumulates; None: no such limit."""
+        """The shortest time for the multiply-accumulates, over the time taken; None: unknown."""
         shares = [turn.share_of_dots(self.macs) for turn in self.turns]
         known = [share for share in shares if share is not None]
         return median(known) if known else None
@@ -167,14 +168,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """Timings, variant by variant, and the limits that they are compared with."""
+    """Timings by variant, and the limits that they are compared with."""
 
     timings: Sequence[Timing]
     limits: Limits
 
 
 class _LimitMeter:
-    """Measures the machine's limits, each of them once between two turns."""
+    """Measures the machine's limits, each at most once between two turns."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -260,15 +261,15 @@ def run(
     Args:
         weights: the layer.
         workloads: the calls, one size each.
-        variants: what to compare; all are in memory at the same time.
+        variants: the variants to compare, which are all in memory at the same time.
         runtime: the threads.
         seconds: time to spend on the calls of each workload of each variant.
-        rounds: rounds to divide it into; each makes a call at least.
+        rounds: rounds to divide the time into; each makes at least one call.
         batch_invariant: see `cpumoe.Experts`.
-        progress: told what is being done.
+        progress: called with each step.
 
     Raises:
-        ValueError: too little memory, or what the engine does not accept.
+        ValueError: memory is too small, or the engine refuses an argument.
     """
     require_memory(weights, len(variants), runtime.threads)
     cases = []
@@ -298,7 +299,7 @@ def _run_rounds(
     for number in range(rounds):
         first = number * len(cases) // rounds
         for i in range(len(cases)):
-            # Backwards every other time, so that no case always follows the same one.
+            # Every other round runs backwards, so that no case always follows the same one.
             index = (first + (i if number % 2 == 0 else -i)) % len(cases)
             case = cases[index]
             where = f"{case.variant.isa}, tokens: {case.timer.workload.tokens}"
@@ -317,13 +318,13 @@ def _limits(cases: Sequence[_Case], reads: Sequence[ReadBandwidth]) -> Limits:
 
 
 def require_memory(weights: LayerWeights, copies: int, threads: int) -> None:
-    """Raises ValueError if so many packed copies of a layer do not fit the free memory."""
+    """Raises ValueError if `copies` packed copies of a layer do not fit into free memory."""
     expert = weights.experts[0].nbytes
     unpacked = min(weights.num_experts, BATCH_PER_THREAD * threads)
     needed = (copies * weights.num_experts + unpacked) * expert
     available = available_bytes()
     if available and needed > available:
         raise ValueError(
-            f"{weights.num_experts} experts, packed {copies} times, take {needed / 1e9:.1f} GB of "
-            f"memory, {available / 1e9:.1f} GB are available; ask for fewer experts or variants"
+            f"{weights.num_experts} experts, packed {copies} times, need {needed / 1e9:.1f} GB of "
+            f"memory; {available / 1e9:.1f} GB are available; ask for fewer experts or variants"
         )

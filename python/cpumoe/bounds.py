@@ -1,34 +1,39 @@
-"""Bounds on the error of a right kernel, from the roundings that it really does.
+"""Bounds on the error of a correct kernel, from the roundings that kernels do.
 
 With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`` taken along k:
-  1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2); |g| + 3 |w.x|_2 bounds the partial sums, L
-     that n rounding errors of random sign add up to sqrt(n) of them (Higham & Mary 2019).
-     Kernels may hold x as integers of 21 bits per group, or 14 in calls of bf16, written I:
-     + |W(I(x) - x)|.
+  1. g = Wx: |dg| <= L sqrt(K) u (|g| + 3 |w.x|_2). Here |g| + 3 |w.x|_2 bounds the partial sums. K
+     rounding errors of random sign add up to at most L sqrt(K) of them (Higham & Mary 2019).
+     A kernel may hold x as integers, written I(x): 21 bits per group, or 14 in bf16 calls. This
+     adds |W(I(x) - x)|.
   2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
-     (|s''| <= a/2) + the error of exp. Clamps do not lengthen an error.
-  3. y = Wd h: the path's roundings of x and h, + float32 accumulation as in 1, + |Wd| 2^-20 A for
-     I(h), A a group's max |h|. With 14 bits also + |Wd(I(h) - h)|, and b |h| below is at least half
-     a unit of them.
-  4. sum over experts with |w_e|, + the output's unit roundoff times its size.
+     (|s''| <= a/2) + the error of exp. Clamps do not increase an error.
+  3. y = Wd h: the precision's roundings of x and h (below), plus float32 accumulation as in 1, plus
+     |Wd| 2^-20 A for I(h), where A is a group's max |h|. With 14 bits, |Wd(I(h) - h)| is added, and
+     b |h| below is at least half a unit of these integers.
+  4. The sum over experts: each expert's error times |w_e|, plus the output's unit roundoff times
+     its size.
 
-Path "auto" has no more than that to add for fp32 hidden states: step 3 has |Wd| |dh|. For others,
-and where PyTorch allows bf16 products of fp32, it is path "bf16" (`resolve_precision`).
+Precision "auto" with fp32 hidden states adds only |Wd| |dh| in step 3. For other hidden states, and
+where PyTorch allows bf16 products of fp32, "auto" is "bf16" (`resolve_precision`).
 
-Path "bf16" rounds x and h to bf16. Step 3 has |Wd| |dh| (these may be coherent), + L b |wd.h|_2
-(h to bf16, random signs), + |y(bf16 x, bf16 h) - y(x, h)|, which is what the roundings do where
-they are coherent, as for constant weights.
+Precision "bf16" rounds x and h to bf16. Step 3 has three terms:
+  - |Wd| |dh|, since these errors may be coherent;
+  - L b |wd.h|_2, for the rounding of h to bf16 with random signs;
+  - |y(bf16 x, bf16 h) - y(x, h)|, the effect of the roundings where they are coherent, as for
+    constant weights.
 
-Path "int8" rounds x and h as `quantize_activations` does, written Q: off by at most half a
-code's worth, A/254 with A the group's max |x|, so that output errors are about 1 %. But the
-rounding of x is known exactly (up to ties, for which both ways are tried), so that steps 1 and
-2 begin at Q(x), and step 3 has the error |y(Q(x), Q(h)) - y(x, h)| itself; all that is not
-known is that the kernel's h is off by dh. Hence step 3 also has |Wd| |Q(h + dh) - Q(h)|, with
-dA = max |dh| of the group: h 127/A moves by at most t = 127 (|dh| + |h| dA/A) / (A - dA) + 2^-15
-(float32 roundings), the code by floor(t + 1/2 + h's distance from its code), the code's worth
-by dA/127. Never more than both distances from h, A/254 + dh and the known one. An expert with many
-tokens may be computed without rounding where the CPU multiplies bf16 faster: hence never less than
-path "bf16"'s bound.
+Precision "int8" rounds x and h as `quantize_activations` does, written Q. A rounding is off by at
+most half a code's value, A/254 with A the group's max |x|, so that output errors are about 1 %. The
+rounding of x is known exactly, except for ties, for which both ways are tried. So steps 1 and 2
+begin at Q(x), and step 3 has the error |y(Q(x), Q(h)) - y(x, h)| itself. Unknown is only the error
+dh of the kernel's h, for which step 3 also has |Wd| |Q(h + dh) - Q(h)|. With dA = max |dh| of the
+group:
+  - h 127/A moves by at most t = 127 (|dh| + |h| dA/A) / (A - dA) + 2^-15 (float32 roundings);
+  - the code moves by at most floor(t + 1/2 + h's distance from its code);
+  - the code's value moves by at most dA/127.
+Q(h) never moves by more than the sum of both distances from h: A/254 + dh, and the known one. A
+kernel may compute an expert with many tokens in bf16 where the CPU multiplies bf16 faster, so the
+bound is at least that of "bf16".
 """
 
 from __future__ import annotations
@@ -53,11 +58,12 @@ from cpumoe.swiglu import SwiGLU
 _U32 = 2.0**-24  # unit roundoff of float32
 _UBF16 = 2.0**-8  # unit roundoff of bfloat16: 8 bits of precision
 _UNIT_ROUNDOFF = {torch.bfloat16: _UBF16, torch.float16: 2.0**-11, torch.float32: _U32}
-# Deviations that a sum of n independent rounding errors stays within, in units of its 2-norm
-# (Hoeffding: exceeded with probability < 2 exp(-LAMBDA^2 / 2) even for errors at their maximum).
+# The bound on a sum of n independent rounding errors, in units of its 2-norm. By Hoeffding, it is
+# exceeded with probability < 2 exp(-LAMBDA^2 / 2) even if all errors are at their maximum.
 _LAMBDA = 5.0
-# Activations as integers: bits of their magnitude, of two digits where the others of a group
-# together are at least twice its greatest, else and in tiny groups of three; the least unit.
+# Activations as integers: bits of the magnitude with two and with three digits. A group has two
+# digits if its other magnitudes sum to at least twice the greatest, and the greatest is not tiny.
+# The last constant is the least unit.
 _TWO_DIGITS, _THREE_DIGITS = 13, 20
 _OTHERS_TO_GREATEST = 2.0
 _LEAST_OF_TWO_DIGITS = 2.0**-106
@@ -66,7 +72,7 @@ _LEAST_UNIT = 2.0**-148
 _TINY = 2.0**-125
 # Relative error allowed to a vector exp and the division of the sigmoid.
 _ACTIVATION_EPS = 2.0**-20
-# Activations that share an int8 scale where no weight format says it.
+# Activations that share an int8 scale, for weights without a format.
 _GROUP_SIZE = 32
 
 
@@ -84,23 +90,23 @@ def experts_forward_with_bound(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the float64 output and a bound on a kernel's error, both ``[tokens, hidden]``.
 
-    The module says how it is derived.
+    The documentation of this module derives the bound.
 
     Args:
-        hidden_states: as `experts_forward`'s, like all that is not named here.
-        topk_ids: see there.
-        topk_weights: see there.
-        gate: see there.
-        up: see there.
-        down: see there.
+        hidden_states: see `experts_forward`.
+        topk_ids: see `experts_forward`.
+        topk_weights: see `experts_forward`.
+        gate: see `experts_forward`.
+        up: see `experts_forward`.
+        down: see `experts_forward`.
         precision: the kernel's precision, one of `PRECISIONS`.
-        output_dtype: the kernel's (bfloat16, float16 or float32).
+        output_dtype: dtype of the kernel's output: bfloat16, float16 or float32.
         options: see `LayerOptions`.
 
     Raises:
-        IndexError: as `experts_forward`.
-        ValueError: as `experts_forward`; an unknown precision; another output dtype; sizes that
-            are no multiple of the group size (int8).
+        IndexError: see `experts_forward`.
+        ValueError: see `experts_forward`. Also: the precision is unknown, `output_dtype` is another
+            one, or sizes are no multiple of the group size (int8).
     """
     output, bounds = experts_forward_with_bounds(
         hidden_states,
@@ -129,7 +135,7 @@ def experts_forward_with_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns what `experts_forward_with_bound` does for several precisions, bounds by path."""
+    """Returns the output and bounds by precision; see `experts_forward_with_bound`."""
     for precision in precisions:
         check_precision(precision)
     if output_dtype not in _UNIT_ROUNDOFF:
@@ -166,7 +172,7 @@ def error_bound(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Unpack[LayerOptions],
 ) -> torch.Tensor:
-    """Returns the bound of `experts_forward_with_bound` alone, float64 ``[tokens, hidden]``."""
+    """Returns only the bound of `experts_forward_with_bound`, float64 ``[tokens, hidden]``."""
     matrices = (gate, up, down)
     return experts_forward_with_bound(
         hidden_states,
@@ -180,9 +186,9 @@ def error_bound(
 
 
 class _Magnitudes:
-    """A matrix' magnitudes, normalized so that scales far from one neither overflow nor vanish.
+    """A matrix' magnitudes, normalized so that extreme scales neither overflow nor underflow.
 
-    In float32, which is twice as fast and precise enough for a bound.
+    They are float32, which is twice as fast as float64 and precise enough for a bound.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -199,7 +205,7 @@ class _Magnitudes:
 
 
 class _Expert:
-    """An expert's float64 results for its tokens x, and what bounds on all paths need."""
+    """An expert's float64 results for its tokens x, and what bounds of all precisions need."""
 
     def __init__(
         self, x: torch.Tensor, dense: DenseExpert, swiglu: SwiGLU, group_size: int
@@ -211,7 +217,7 @@ class _Expert:
     def intermediate(
         self, x: torch.Tensor, *, two_digits: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns h of a rounded x, and what float32 arithmetic may be off by from it."""
+        """Returns h of a rounded x, and a bound on the error of float32 arithmetic."""
         gate, up = self.dense.gate_up(x)
         h = self.swiglu(gate, up)
         rounding = _in_integers(x, self.group_size, two_digits=two_digits) - x
@@ -223,14 +229,14 @@ class _Expert:
         return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
 
     def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns y of a rounded h, and what float32 arithmetic may be off by from it."""
+        """Returns y of a rounded h, and a bound on the error of float32 arithmetic."""
         y = self.dense.output(h)
         error = _accumulation_error(h, self.down, y, self.dense.down_bias)
         return y, error + self.down.product(_greatest_rounding(h, self.group_size), 1)
 
 
 def _bound_of(expert: _Expert, precision: str) -> torch.Tensor:
-    """The bound of steps 1 to 3 on a resolved precision, before the routing weight."""
+    """The bound of steps 1 to 3 for a resolved precision, before the routing weight."""
     if precision == "int8":
         return torch.maximum(_bf16_bound(expert, two_digits=False), _int8_bound(expert))
     if precision == "bf16":
@@ -258,7 +264,7 @@ def _bf16_bound(expert: _Expert, *, two_digits: bool) -> torch.Tensor:
 
 
 def _int8_bound(expert: _Expert) -> torch.Tensor:
-    """The greater of both ways of ties."""
+    """The greater of the bounds for the two ways to round ties."""
     group_size = expert.group_size
     ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
     x = torch.cat([dequantize_activations(*way) for way in ways])
@@ -273,7 +279,7 @@ def _int8_bound(expert: _Expert) -> torch.Tensor:
 def _rounding_change(
     h: torch.Tensor, d_h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """How far a quantized h may be from that of codes and scales, where h itself is off by d_h."""
+    """How far Q(h) may be from the value of codes and scales if h itself is off by d_h."""
     h, d_h, codes = (t.double().reshape(*scales.shape, -1) for t in (h, d_h, codes))
     greatest, change = h.abs().amax(-1, keepdim=True), d_h.amax(-1, keepdim=True)
     known = (codes * scales.double().unsqueeze(-1) - h).abs()
@@ -284,7 +290,7 @@ def _rounding_change(
     steps = (distance + shift + 0.5).floor()
     worth = (greatest + change) / GREATEST_CODE
     moved = steps * worth + codes.abs() * (change + 4 * _U32 * greatest) / GREATEST_CODE
-    # Elsewhere the group might count as zero, or its greatest magnitude is hardly known.
+    # If not steady, the group may count as zero, or its greatest magnitude is too uncertain.
     steady = (least > greatest / 2) & (least >= LEAST_MAGNITUDE)
     return torch.where(steady, torch.minimum(moved, worst), worst).flatten(-2)
 
@@ -302,7 +308,7 @@ def _accumulation_error(
 
 
 def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch.Tensor:
-    """Returns what kernels may hold: multiples of 2^-13 or 2^-20 of the power of two above."""
+    """Returns x as kernels may hold it: multiples of 2^-13 or 2^-20 of the power of two above."""
     greatest = _group_greatest(x, group_size)
     power = power_of_two(torch.frexp(greatest).exponent)
     units = [(power * 2.0**-bits).clamp_min(_LEAST_UNIT) for bits in (_TWO_DIGITS, _THREE_DIGITS)]
@@ -314,32 +320,34 @@ def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch
 
 
 def _has_outlier(x: torch.Tensor, group_size: int, others: float) -> torch.Tensor:
-    """Whether the others of an element's group together are less than so often its greatest."""
+    """Whether an element's group has others that sum to less than `others` times its greatest."""
     groups = _groups(x, group_size)
     greatest, total = (f(-1, keepdim=True) for f in (groups.amax, groups.sum))
     return (total - greatest < others * greatest).expand_as(groups).reshape(x.shape)
 
 
 def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Returns how far any x may be from three digits."""
+    """Returns how far any x may be from its value in three digits."""
     return (_group_greatest(x, group_size) * 2.0**-_THREE_DIGITS).clamp_min(_LEAST_UNIT)
 
 
 def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The same of two digits, zero where a group is known to have an outlier."""
-    greatest = 1.01 * _group_greatest(x, group_size)  # of an x that is not quite known
+    """Returns how far x may be from its value in two digits; zero in groups with an outlier."""
+    greatest = 1.01 * _group_greatest(
+        x, group_size
+    )  # 1.01, because the kernel's x is slightly different
     half_unit = power_of_two(torch.frexp(greatest).exponent - _TWO_DIGITS - 1)
     return torch.where(_has_outlier(x, group_size, 0.98 * _OTHERS_TO_GREATEST), 0.0, half_unit)
 
 
 def _group_greatest(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The greatest magnitude of each element's group; of an element alone if none are whole."""
+    """The greatest magnitude of each element's group; see `_groups`."""
     groups = _groups(x, group_size)
     return groups.amax(-1, keepdim=True).expand_as(groups).reshape(x.shape)
 
 
 def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Magnitudes ``[..., groups, group size]``; groups of one if none are whole."""
+    """Magnitudes ``[..., groups, group size]``; groups of one element if the size does not fit."""
     return x.abs().reshape(*x.shape[:-1], -1, 1 if x.shape[-1] % group_size else group_size)
 
 

@@ -1,4 +1,4 @@
-"""A layer's routed experts."""
+"""The routed experts of a layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cpumoe.swiglu import SwiGLU
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
 _PRECISION = {
-    "auto": _core.Precision.BF16,  # each call says whether fp32 may be rounded to it
+    "auto": _core.Precision.BF16,  # each fp32 call says whether it may be rounded to bf16
     "bf16": _core.Precision.BF16,
     "int8": _core.Precision.INT8,
 }
@@ -87,7 +87,7 @@ class Experts:
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
-        Arguments are theirs: `precision` is "auto", "bf16" or "int8", see the class.
+        These two describe the arguments. `precision` is "auto", "bf16" or "int8", see the class.
         """
         check_precision(precision)
         crossover = _ISAS_CROSSOVER
@@ -155,11 +155,11 @@ class Experts:
             path: the checkpoint's folder (config.json and safetensors shards), or a reader from
                 `open_checkpoint`, which saves reading the index again for each layer.
             layer: index of the decoder layer.
-            swiglu: the activation; default: what the checkpoint's config.json says.
-            runtime: threads to run on; default: the process's shared runtime.
+            swiglu: the activation; default: as config.json of the checkpoint says.
+            runtime: the threads to run on; default: the process's shared runtime.
             precision: the lowest precision to which activations may be rounded: "auto" (as the
                 hidden states' dtype asks), "bf16" or "int8". See the class.
-            expert_mask: bool ``[experts]``, True = not ours, skipped; see `expert_mask`.
+            expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
             isa: the variant to use; default: `cpumoe.isa()`.
             batch_invariant: use one kernel for any number of tokens, so that a token's result does
                 not depend on the rest of the batch. This is slower for few tokens. It changes
@@ -170,16 +170,16 @@ class Experts:
                 kernels may support fewer. Default: the variant's constant. ``cpumoe bench --tune``
                 finds the best limit for this machine. The limit has no effect with
                 `batch_invariant`, nor where one kernel takes any number of tokens anyway.
-            progress: show a progress bar; default: if standard error is a terminal.
+            progress: whether to show a progress bar; default: if standard error is a terminal.
 
         Raises:
             FileNotFoundError: the folder or a shard is missing.
-            CheckpointError: a damaged or incomplete checkpoint (a ValueError).
-            UnsupportedFormatError: its experts are in a format that cpumoe does not know, or
-                `swiglu` is None and config.json does not tell it.
+            CheckpointError: the checkpoint is damaged or incomplete (a ValueError).
+            UnsupportedFormatError: the experts are in a format that cpumoe does not support, or
+                `swiglu` is None and config.json does not specify it.
             IndexError: the layer has no routed experts.
             TypeError: `few_token_limit` is not an int.
-            ValueError: another argument is not one of those above.
+            ValueError: another argument has none of the values above.
         """
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
         try:
@@ -229,21 +229,23 @@ class Experts:
         batch_invariant: bool = False,
         few_token_limit: int | None = None,
     ) -> Experts:
-        """Packs experts from tensors in memory; the tensors are not needed afterwards.
+        """Packs experts from tensors in memory. The tensors are not needed afterwards.
 
         Args:
             gate: codes and scales of the gate projections, a `QuantizedMatrix` or a tuple. Codes
-                uint8/int8 ``[experts, intermediate, hidden/2]``, low nibble = even k (int4 also
-                int32 ``[experts, intermediate, hidden/8]``). Scales ``[experts, intermediate,
-                hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4), bfloat16 (int4).
-            up: the same for the up projections.
+                are uint8 or int8 ``[experts, intermediate, hidden/2]``, with even k in the low
+                nibble; int4 codes may be int32 ``[experts, intermediate, hidden/8]``. Scales are
+                ``[experts, intermediate, hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4),
+                bfloat16 (int4).
+            up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``.
             format: "mxfp4" or "int4".
             swiglu: the activation's parameters; default: plain ``silu(g) * u``.
-            gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32; all three biases or none.
+            gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
+                none.
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
-            runtime: see `from_checkpoint`, as for the remaining arguments.
+            runtime: see `from_checkpoint`.
             precision: "auto", "bf16" or "int8", see the class.
             expert_mask: see `from_checkpoint`.
             isa: see `from_checkpoint`.
@@ -251,10 +253,10 @@ class Experts:
             few_token_limit: see `from_checkpoint`.
 
         Raises:
-            TypeError: a dtype that the format does not have, or tensors that are not in memory on
+            TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
                 the CPU.
-            ValueError: shapes that do not fit together, scales that are NaN, tensors that are not
-                contiguous along their last dimension.
+            ValueError: shapes do not fit together, a scale is NaN, or a tensor is not contiguous
+                along its last dimension.
         """
         biases = (gate_bias, up_bias, down_bias)
         stack = checked_stack(weight_format(format), gate, up, down, biases)
@@ -283,24 +285,25 @@ class Experts:
     ) -> torch.Tensor:
         """Computes the weighted sum of each token's experts.
 
-        Experts compute no gradients. Where an input requires one, the result requires one, too,
-        and the backward pass through it raises RuntimeError.
+        Experts compute no gradients. If an input requires a gradient, so does the result, and the
+        backward pass through it raises RuntimeError.
 
         Args:
             hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU; tokens may be 0.
-            topk_ids: ``[tokens, top_k]`` int32 or int64. -1, `num_experts` and masked experts are
-                skipped; an expert may be named more than once.
-            topk_weights: ``[tokens, top_k]`` fp32 (also bf16, fp16), used as they are.
+            topk_ids: ``[tokens, top_k]`` int32 or int64. The ids -1 and `num_experts` and those of
+                masked experts are skipped. A token may name an expert more than once.
+            topk_weights: ``[tokens, top_k]`` fp32, bf16 or fp16. They are not normalized.
 
         Returns:
-            ``[tokens, hidden]`` in hidden_states' dtype; zero for a token with no expert of ours.
+            ``[tokens, hidden]`` in the dtype of `hidden_states`. The row of a token is zero if all
+            its experts are skipped.
 
         Raises:
-            TypeError: a tensor of another kind: dtype, device or layout, one without memory (fake,
-                meta or freed tensors), one that a tracer or a transform of torch.func follows.
-            ValueError: a shape other than these.
-            IndexError: an id out of range.
-            RuntimeError: the runtime is closed, or belongs to the process that forked this one; an
+            TypeError: a tensor has another dtype, device or layout, has no memory (fake, meta or
+                freed tensors), or is followed by a tracer or a transform of torch.func.
+            ValueError: a tensor has another shape.
+            IndexError: an id is out of range.
+            RuntimeError: the runtime is closed, or belongs to the parent of a forked process, or an
                 input has a tangent of forward-mode differentiation.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
@@ -313,11 +316,12 @@ class Experts:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> Future:
-        """Like calling, but returns at once; the runtime's driver thread does the work.
+        """Starts a call on the runtime's driver thread, and returns at once.
 
-        The tensors must stay unchanged until the result is there; `expert_mask` is read when the
-        work begins. Arguments and errors are those of calling; an id out of range is reported by
-        the future. Whether gradients are enabled counts now, not when the result is asked for.
+        Arguments and errors are those of `__call__`, but the future reports an id that is out of
+        range. The tensors must stay unchanged until the result is there. `expert_mask` is read when
+        the driver thread begins the call. Whether gradients are enabled is decided here, not in
+        `Future.result`.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
         return Future(self._moe.submit(self.runtime.core, call.tensors, owned=call), call.output)
@@ -331,7 +335,7 @@ class Experts:
 
         Raises:
             TypeError: `expert_id` is not an int.
-            IndexError: no such expert.
+            IndexError: there is no such expert.
         """
         expert_id = integer(expert_id, "expert_id")
         if not 0 <= expert_id < self.num_experts:
@@ -356,12 +360,12 @@ class Experts:
 
     @property
     def precision(self) -> str:
-        """The lowest precision of activations, "auto", "bf16" or "int8"; see the class."""
+        """The lowest precision of activations: "auto", "bf16" or "int8"; see the class."""
         return self._precision
 
     @property
     def compute(self) -> str:
-        """The old name of `precision`; it warns."""
+        """The old name of `precision`. Using it warns."""
         warn_renamed("Experts.compute", "Experts.precision", stacklevel=2)
         return self._precision
 
@@ -372,7 +376,7 @@ class Experts:
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer."""
+        """Number of experts of the layer."""
         return self._num_experts
 
     @property
@@ -387,12 +391,12 @@ class Experts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the packed weights take."""
+        """Bytes of the packed weights in memory."""
         return self._moe.nbytes
 
     @property
     def runtime(self) -> Runtime:
-        """The runtime that calls run on; assign another to change it, None for the shared one."""
+        """The runtime of calls. Assign another one to change it, None for the shared one."""
         return self._runtime or default_runtime()
 
     @runtime.setter
@@ -401,9 +405,9 @@ class Experts:
 
     @property
     def expert_mask(self) -> torch.Tensor | None:
-        """Bool ``[experts]`` on the CPU, True = not ours (a GPU has it): skipped.
+        """Bool ``[experts]`` on the CPU. True: the expert is skipped, for example if a GPU has it.
 
-        The tensor is not copied: change it in place, and the next call sees it.
+        The tensor is not copied. The next call sees changes that are made in place.
         """
         return self._mask
 
@@ -416,12 +420,12 @@ class Experts:
     def __reduce__(self) -> NoReturn:
         """Refuses to be pickled or copied."""
         raise TypeError(
-            "Experts cannot be pickled or copied: packed weights belong to this process; make them "
-            "anew with from_checkpoint or from_tensors"
+            "Experts cannot be pickled or copied, because packed weights belong to this process; "
+            "make them anew with from_checkpoint or from_tensors"
         )
 
     def __repr__(self) -> str:
-        """Describes format, sizes, variant and, unless it is the default, precision."""
+        """Shows format, sizes, variant and a precision other than the default."""
         path = "" if self.precision == PRECISIONS[0] else f", precision={self.precision}"
         return (
             f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
@@ -444,7 +448,7 @@ class Experts:
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:
         row = self._format
         code_bytes, groups = columns * row.code_bits // 8, columns // row.group_size
-        # On the CPU, where the engine writes, whatever the caller's default device is.
+        # The engine writes to CPU memory, whatever the caller's default device is.
         return QuantizedMatrix(
             torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
             torch.empty(rows, groups, dtype=row.scale_storage, device="cpu"),

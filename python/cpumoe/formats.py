@@ -1,4 +1,4 @@
-"""The table of weight formats: how a group of low-precision weights is stored and what it means.
+"""The table of weight formats: how a group of low-precision weights is stored and decoded.
 
 A weight matrix is ``[N, K]`` (N output rows, K inputs along the contraction). Every format here
 stores two 4-bit codes per byte, the even ``k`` in the low nibble, and one scale per group of
@@ -29,13 +29,13 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
-# Two E2M1 codes in a byte, the even one in the low nibble; PyTorch has it since 2.8.
+# Two E2M1 codes in a byte, the even one in the low nibble. PyTorch has this dtype since 2.8.
 FLOAT4: torch.dtype | None = getattr(torch, "float4_e2m1fn_x2", None)
 
-# Quantizing works on blocks that are too small for PyTorch to share out among threads. These would
-# meet after every operation: on busy cores that costs ten times what it saves.
+# Quantizing works on blocks that are too small for PyTorch to divide among threads. Threads would
+# wait for each other after every operation, which on busy cores costs ten times what it saves.
 _BLOCK_WEIGHTS = (1 << 15) - 1
-# Adding and subtracting it rounds a float32 below 2^22 to an integer, half to even.
+# Adding and subtracting this number rounds a float32 below 2^22 to an integer, half to even.
 _ROUNDER = 1.5 * 2**23
 
 
@@ -47,7 +47,7 @@ class QuantizedMatrix:
         codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k. Rows may be
             strided; the last dimension is contiguous.
         scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4).
-        name: what errors call the scales, e.g. their tensor's name in a checkpoint; may be empty.
+        name: the scales' name in error messages, such as a checkpoint tensor's; may be empty.
     """
 
     codes: torch.Tensor
@@ -74,16 +74,16 @@ class WeightFormat:
     """One row of the format table.
 
     Attributes:
-        name: the name used in every API, e.g. ``"mxfp4"``.
-        group_size: weights that share one scale, along K.
+        name: the format's name in every API, e.g. ``"mxfp4"``.
+        group_size: number of weights along K that share one scale.
         code_bits: bits of one stored code.
-        scale_dtype: what a scale means.
-        scale_storage: the dtype in which scales are handed on (E8M0 travels as uint8 bytes).
+        scale_dtype: the dtype that a scale represents.
+        scale_storage: the dtype in which scales are stored in tensors (uint8 bytes for E8M0).
         values: the value of each of the 16 codes, before scaling.
-        code_dtypes: checkpoint dtypes accepted for codes; all are the same bytes.
+        code_dtypes: checkpoint dtypes accepted for codes; they differ in name only, not in bytes.
         scale_dtypes: checkpoint dtypes accepted for scales.
-        quantize_groups: float32 ``[..., G, group_size]`` -> nibbles uint8 of the same shape and
-            scales ``[..., G]`` in `scale_storage`.
+        quantize_groups: turns float32 ``[..., G, group_size]`` into uint8 nibbles of this shape
+            and scales ``[..., G]`` in `scale_storage`.
     """
 
     name: str
@@ -109,16 +109,16 @@ class WeightFormat:
             )
 
     def normalize_codes(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns checkpoint codes as uint8 ``[..., N, K/2]`` bytes, as a view where it can.
+        """Returns checkpoint codes as uint8 bytes ``[..., N, K/2]``, as a view where possible.
 
         Args:
             tensor: ``[..., N, K/2]`` int8, uint8 or float4_e2m1fn_x2, or ``[..., N, K/8]`` int32
-                (eight codes a word, lowest bits first); the format's `code_dtypes` say which.
+                (eight codes a word, lowest bits first). The dtype is one of `code_dtypes`.
             name: the tensor's name, for errors.
 
         Raises:
-            TypeError: not a tensor in memory on the CPU, or a dtype outside `code_dtypes`.
-            ValueError: its last dimension is not contiguous, or the only one.
+            TypeError: `tensor` is no tensor in memory on the CPU, or its dtype is another one.
+            ValueError: the last dimension is not contiguous, or is the only one.
         """
         _require_dtype(tensor, name, self.code_dtypes)
         tensor = _require_rows(tensor, name)
@@ -127,7 +127,7 @@ class WeightFormat:
         return tensor.view(torch.uint8)
 
     def normalize_scales(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns checkpoint scales in `scale_storage`, as a view where it can.
+        """Returns checkpoint scales in `scale_storage`, as a view where possible.
 
         E8M0 scales are reinterpreted, never converted: ``.to(uint8)`` would turn the scale 2^3 into
         the byte 8.
@@ -137,8 +137,8 @@ class WeightFormat:
             name: the tensor's name, for errors.
 
         Raises:
-            TypeError: not a tensor in memory on the CPU, or a dtype outside `scale_dtypes`.
-            ValueError: its last dimension is not contiguous, or the only one.
+            TypeError: `tensor` is no tensor in memory on the CPU, or its dtype is another one.
+            ValueError: the last dimension is not contiguous, or is the only one.
         """
         _require_dtype(tensor, name, self.scale_dtypes)
         return _require_rows(tensor, name).view(self.scale_storage)
@@ -151,7 +151,7 @@ class WeightFormat:
             name: the tensor's name, for errors.
 
         Raises:
-            ValueError: an E8M0 byte 255 or a NaN/Inf scale; names the first one's index.
+            ValueError: a scale is NaN or infinite (E8M0 byte 255); the message has its index.
         """
         if self._all_finite(scales):
             return
@@ -165,18 +165,18 @@ class WeightFormat:
         )
 
     def _all_finite(self, scales: torch.Tensor) -> bool:
-        """Whether they are, by their extremes: torch finds those much faster than it compares."""
+        """Whether all scales are finite, from their extremes, which PyTorch finds quickly."""
         if not scales.numel():
             return True
         if self.scale_dtype == torch.float8_e8m0fnu:
             return int(scales.max()) != E8M0_NAN
-        # Both are NaN if any is.
+        # Both extremes are NaN if any scale is.
         return all(math.isfinite(extreme.item()) for extreme in scales.aminmax())
 
     def dequantize(
         self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Returns the weights ``[..., N, K]``, exact in float32 (but beyond its range) and float64.
+        """Returns the exact weights ``[..., N, K]``; float32 rounds only beyond its range.
 
         Args:
             codes: uint8 ``[..., N, K/2]`` (see `normalize_codes`).
@@ -184,8 +184,8 @@ class WeightFormat:
             dtype: torch.float32 or torch.float64.
 
         Raises:
-            TypeError: not tensors in memory on the CPU.
-            ValueError: the shapes do not belong together.
+            TypeError: codes or scales are no tensors in memory on the CPU.
+            ValueError: the shapes do not fit together.
         """
         codes, scales = plain(codes, "codes"), plain(scales, "scales")
         k = codes.shape[-1] * 2
@@ -202,7 +202,7 @@ class WeightFormat:
         return groups.mul_(factors.unsqueeze(-1)).view(*codes.shape[:-1], k)
 
     def quantize(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantizes to nearest, in float32.
+        """Rounds weights to the nearest codes, with float32 arithmetic.
 
         Args:
             weights: floating point ``[..., N, K]``, finite.
@@ -211,7 +211,7 @@ class WeightFormat:
             codes uint8 ``[..., N, K/2]`` and scales ``[..., N, K/group_size]`` in `scale_storage`.
 
         Raises:
-            TypeError: not a tensor in memory on the CPU.
+            TypeError: `weights` is no tensor in memory on the CPU.
             ValueError: K is not a multiple of the group size, or a weight is NaN or infinite.
         """
         weights = plain(weights, "weights")
@@ -234,7 +234,9 @@ class WeightFormat:
 def _require_dtype(tensor: torch.Tensor, name: str, accepted: Iterable[torch.dtype]) -> None:
     expected = " or ".join(dtype_name(d) for d in accepted)
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor of {expected}, got {type(tensor)}")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor of {expected}, got {type(tensor).__name__}"
+        )
     if tensor.dtype not in accepted:
         raise TypeError(f"{name}: expected {expected}, got {describe(tensor)}")
 
@@ -246,7 +248,7 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.stride(-1) == 1:
         return tensor
     if tensor.shape[-1] == 1:
-        # A last dimension of one is contiguous whatever its stride says; .view(dtype) wants 1.
+        # A last dimension of one is contiguous whatever its stride is, but .view(dtype) wants 1.
         return tensor.as_strided(tensor.shape, (*tensor.stride()[:-1], 1))
     raise ValueError(
         f"{name}: the last dimension must be contiguous, got {describe(tensor)} with strides "
@@ -255,10 +257,10 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Returns 2^exponent exactly, in float64; torch.ldexp and torch.pow use the default dtype.
+    """Returns 2^exponent exactly, in float64. torch.ldexp and torch.pow use the default dtype.
 
     Args:
-        exponent: integers of any shape; beyond -1022..1023 they count as these.
+        exponent: integers of any shape, clamped to -1022..1023.
     """
     biased = exponent.long().clamp(-1022, 1023) + 1023
     return (biased << 52).view(torch.float64)
@@ -268,7 +270,7 @@ def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 def _pair_table(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
     """``[256, 2]``: the two values of each code byte, low nibble first."""
     pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
-    return torch.tensor(pairs, dtype=dtype, device="cpu")  # whatever the caller's default device
+    return torch.tensor(pairs, dtype=dtype, device="cpu")  # not the caller's default device
 
 
 def _group_amax(groups: torch.Tensor) -> torch.Tensor:
@@ -286,8 +288,8 @@ def _round_to_integers(x: torch.Tensor) -> torch.Tensor:
 def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
     """Codes 0..7 of the E2M1 values nearest to `magnitude`, ties to the even code.
 
-    E2M1's step is 2^e / 2 in [2^e, 2^(e+1)), with e = 0 below 1, and the code of r steps there is
-    r + 2e: r and code are even together, so that rounding r half to even is all there is to do.
+    The step of E2M1 is 2^e / 2 in [2^e, 2^(e+1)), with e = 0 below 1, and r steps have the code
+    r + 2e there. The code is even exactly if r is, so rounding r half to even suffices.
     """
     biased = magnitude.clamp(1, 7).view(torch.int32) >> 23  # e + 127
     steps_per_one = ((255 - biased) << 23).view(torch.float32)  # 2^(1 - e)
@@ -305,17 +307,17 @@ def _quantize_mxfp4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     amax = _group_amax(groups)
     _, exponent = torch.frexp(amax)  # amax = m * 2^exponent, m in [0.5, 1)
     shared = torch.where(amax == 0, -E8M0_BIAS, exponent - 3).clamp_(-E8M0_BIAS, E8M0_BIAS)
-    # A power of two: exact, but where the quotient underflows and rounds to zero anyway.
+    # Multiplying by a power of two is exact unless it underflows, and then rounds to zero anyway.
     scaled = groups * power_of_two(-shared).float().unsqueeze(-1)
     nibbles = (scaled < 0).view(torch.uint8) * 8 + _round_e2m1(scaled.abs())
     return nibbles, (shared + E8M0_BIAS).to(torch.uint8)
 
 
 def _quantize_int4_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric INT4 as compressed-tensors' ``calculate_qparams``: q = round(w / scale) in -8..7.
+    """Symmetric INT4 like ``calculate_qparams`` of compressed-tensors: q = round(w / scale).
 
-    scale = bf16(amax / 7.5), i.e. half of the range -8..7; a zero scale becomes bf16's epsilon, as
-    there. Codes are offset binary: nibble = q + 8.
+    q is in -8..7, and scale = bf16(amax / 7.5), where 7.5 is half of that range. A zero scale
+    becomes bf16's epsilon. Codes are offset binary: nibble = q + 8.
     """
     scales = (_group_amax(groups) / 7.5).to(torch.bfloat16)
     scales[scales == 0] = torch.finfo(torch.bfloat16).eps
@@ -353,10 +355,10 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:
-    """Returns the format called `name` (a WeightFormat is returned as it is).
+    """Returns the format called `name`, or `name` itself if it is a WeightFormat.
 
     Raises:
-        ValueError: no such format; names those that exist.
+        ValueError: the format is unknown; the message lists the known ones.
     """
     if isinstance(name, WeightFormat):
         return name

@@ -10,25 +10,25 @@ from cpumoe import _core
 
 
 class Future:
-    """The result of `Experts.submit`. Dropping it unasked waits for the call to finish."""
+    """The result of `Experts.submit`. Deleting a future waits for its call to finish."""
 
     def __init__(self, call: _core.SubmittedCall, output: torch.Tensor) -> None:
-        """Made by `Experts.submit`."""
+        """`Experts.submit` makes futures."""
         self._call = call
         self._output = output
 
     def done(self) -> bool:
-        """Whether the result (or an error) is there."""
+        """Whether the call has finished, with a result or an error."""
         return self._call.done()
 
     def result(self, timeout: float | None = None) -> torch.Tensor:
         """Waits for the result ``[tokens, hidden]``.
 
         Args:
-            timeout: seconds to wait at most; None: for ever.
+            timeout: longest time to wait, in seconds; None: no limit.
 
         Raises:
-            TimeoutError: it is not there yet; ask again later.
+            TimeoutError: the result is not there yet; ask again later.
             IndexError: an expert id was out of range.
             RuntimeError: this process was forked after `submit`.
         """

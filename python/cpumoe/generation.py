@@ -1,4 +1,4 @@
-"""Text generation as the command line and the server see it, whatever host runs the model."""
+"""The interface for text generation between the command line or server and a model."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from cpumoe.seed import check_seed
 
 Message = Mapping[str, Any]
 FinishReason = Literal["stop", "length", "cancelled"]
-# Below, decoding is greedy: logits divided by less might overflow.
+# Below this temperature decoding is greedy, because divided logits might overflow.
 LEAST_TEMPERATURE = 1e-5
 
 
 class ModelError(RuntimeError):
-    """The model's files are at fault, not what it was asked for; the message names the file."""
+    """The model's files are at fault, not the request. The message names the file."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next tokens are chosen; None leaves the choice to the model's generation config.
+    """How the next tokens are chosen. None leaves the choice to the model's generation config.
 
     Attributes:
-        max_new_tokens: at most this many tokens; 0 only reads the prompt; None: what the context
-            has room for.
-        temperature: divides the logits; 0 (and less than `LEAST_TEMPERATURE`) is greedy decoding.
-        top_p: nucleus: the most probable tokens that together have this probability, in (0, 1].
+        max_new_tokens: the most tokens to generate. 0: only read the prompt. None: as many as the
+            context has room for.
+        temperature: divides the logits. Less than `LEAST_TEMPERATURE` means greedy decoding.
+        top_p: sample from the most probable tokens that together have this probability, in (0, 1].
         stop: strings that end the text and are not part of it.
-        seed: of the random choice; the same seed, prompt and threads give the same text.
-        top_k: choose from this many most probable tokens; 0: from all.
-        min_p: choose from tokens at least this many times as probable as the most probable one,
+        seed: seed of the sampling. Equal seed, prompt and threads give equal texts.
+        top_k: sample from this many most probable tokens; 0: from all.
+        min_p: sample from tokens at least this many times as probable as the most probable one,
             0 to 1; 0: from all.
-        repetition_penalty: divides positive logits of tokens that prompt or text have already, and
-            multiplies negative ones; above 0, and 1 is none.
-        min_tokens: until so many tokens are there, nothing ends the text but `max_new_tokens`.
-        ignore_eos: the model's own end tokens do not end the text.
+        repetition_penalty: divides positive logits of tokens that are already in the prompt or the
+            text, and multiplies negative ones. It is above 0; 1 has no effect.
+        min_tokens: before this many tokens, only `max_new_tokens` ends the text.
+        ignore_eos: whether the model's end tokens do not end the text.
         stop_token_ids: tokens that end the text and are not part of it.
-        skip_special_tokens: special tokens are no part of the text.
-        logprobs: give each generated token's log probability, and this many most probable
-            alternatives; 0: none of these. Probabilities are the model's own, before temperature,
-            penalties and whatever else changes the choice.
-        prompt_logprobs: likewise for the prompt's tokens, but the first, which nothing predicts.
-        json_schema: JSON text of a schema; the text is a JSON document that it admits.
+        skip_special_tokens: whether special tokens are left out of the text.
+        logprobs: whether to return each generated token's log probability (not None), and how many
+            most probable alternatives beside it. Probabilities are the model's own, before
+            temperature and penalties.
+        prompt_logprobs: like `logprobs`, for the prompt's tokens except the first, which nothing
+            predicts.
+        json_schema: JSON text of a schema. The text is then a JSON document that it admits.
 
     Raises:
-        ValueError: a value outside these ranges; the message begins with the attribute's name.
+        ValueError: a value is outside these ranges. The message begins with the attribute's name.
     """
 
     max_new_tokens: int | None = None
@@ -71,7 +72,7 @@ class Sampling:
             count = getattr(self, name)
             if count is not None and count < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {count}")
-        # Written so that NaN fails as well.
+        # These comparisons refuse NaN as well.
         if self.temperature is not None and not 0 <= self.temperature <= 100:
             raise ValueError(f"temperature: expected 0 to 100, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -95,18 +96,18 @@ def _check_schema(text: str) -> None:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"json_schema: expected JSON, got text that is none: {error}") from None
+        raise ValueError(f"json_schema: expected JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
         raise ValueError(f"json_schema: expected a JSON object, got {type(schema).__name__}")
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model wants to be called.
+    """A function call that the model asks for.
 
     Attributes:
-        name: the function's.
-        arguments: its arguments as JSON text, an object unless the model made a mistake.
+        name: name of the function.
+        arguments: the arguments as JSON text, which is an object unless the model made a mistake.
     """
 
     name: str
@@ -118,11 +119,12 @@ class TokenLogprob:
     """How probable a token was.
 
     Attributes:
-        token_id: which token.
-        text: of this token alone; where its bytes are part of a character, replacement characters.
-        raw: its bytes.
-        logprob: natural logarithm of its probability; None: nothing predicts a prompt's first.
-        top: the most probable tokens in its place, the most probable one first.
+        token_id: the token's id.
+        text: the token's text; replacement characters if its bytes are part of a character.
+        raw: the token's bytes.
+        logprob: natural logarithm of the probability; None for a prompt's first token, which
+            nothing predicts.
+        top: the most probable tokens at this position, the most probable one first.
     """
 
     token_id: int
@@ -134,14 +136,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """What of a growing reply has become certain since the last piece.
+    """The part of a growing reply that has become certain since the last piece.
 
     Attributes:
-        text: of the answer.
-        reasoning: what the model thinks before it answers.
-        tool_calls: each of them whole.
-        logprobs: of the tokens generated since the last piece.
-        tokens: how many tokens were generated since the last piece.
+        text: text of the answer.
+        reasoning: what the model writes before its answer.
+        tool_calls: complete tool calls.
+        logprobs: log probabilities of the tokens generated since the last piece.
+        tokens: number of tokens generated since the last piece.
     """
 
     text: str = ""
@@ -151,38 +153,38 @@ class Piece:
     tokens: int = 0
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether the piece has any content."""
         return bool(self.text or self.reasoning or self.tool_calls or self.logprobs)
 
 
 class ReplyParser(Protocol):
-    """Takes one reply apart while it grows."""
+    """Splits one growing reply into reasoning, answer and tool calls."""
 
     @property
     def answering(self) -> bool:
-        """Whether what comes next is the answer, unless one of `openers` does."""
+        """Whether the next text belongs to the answer, unless it is one of `openers`."""
 
     @property
     def openers(self) -> Collection[str]:
-        """Markers that may come next instead of the answer."""
+        """Markers that may come next instead of text of the answer."""
 
     def feed(self, text: str) -> Piece:
-        """Takes the next piece of text, special tokens included; returns what is certain by now."""
+        """Takes the next piece of text, with special tokens; returns what has become certain."""
 
     def flush(self) -> Piece:
-        """Returns what is left at the reply's end."""
+        """Returns the rest at the end of the reply."""
 
 
 class ReplyFormat(Protocol):
     """How a model writes reasoning, answer and tool calls into one text.
 
     Attributes:
-        markers: what a parser has to see, where it is a token: special tokens are not text else.
+        markers: texts of special tokens that a parser must see. Others are left out of the text.
     """
 
     @property
     def markers(self) -> Collection[str]:
-        """See the class."""
+        """Texts of special tokens that a parser must see."""
 
     def parser(self) -> ReplyParser:
         """Returns a parser of one reply."""
@@ -190,11 +192,11 @@ class ReplyFormat(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked to continue.
+    """A prompt for a model to continue.
 
     Attributes:
-        tokens: of the text.
-        reply: how a chat's reply is taken apart; None: the text is given as it comes.
+        tokens: the prompt's tokens.
+        reply: the format by which a chat's reply is split; None: the reply is plain text.
     """
 
     tokens: tuple[int, ...]
@@ -206,18 +208,17 @@ class Generation:
     """A finished text.
 
     Attributes:
-        text: what was generated, without the stop string or the end token; of a chat's reply, the
-            answer.
+        text: the generated text, or a chat's answer, without the stop string or the end token.
         finish_reason: "stop" (the model ended, or a stop string came), "length" or "cancelled".
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated, an end token included.
-        prefill_seconds: until the first token was chosen.
-        decode_seconds: from then to the end.
-        experts_seconds: of both, spent in cpumoe's experts.
-        reasoning: what the model thought before it answered.
-        tool_calls: functions that the model wants to be called.
-        logprobs: of each generated token; None: not asked for.
-        prompt_logprobs: of each token of the prompt; None: not asked for.
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of generated tokens, an end token included.
+        prefill_seconds: time until the first token was chosen.
+        decode_seconds: time from the first token to the end.
+        experts_seconds: the part of both times that was spent in cpumoe's experts.
+        reasoning: what the model wrote before its answer.
+        tool_calls: function calls that the model asks for.
+        logprobs: log probabilities of the generated tokens; None: not requested.
+        prompt_logprobs: log probabilities of the prompt's tokens; None: not requested.
     """
 
     text: str
@@ -234,28 +235,29 @@ class Generation:
 
 
 class TextModel(Protocol):
-    """A model that continues text. Its methods are called by one thread at a time.
+    """A model that continues text. One thread at a time may call its methods.
 
-    Each of them may raise `ModelError`: the model's files make an answer impossible.
+    Each method may raise `ModelError` if the model's files make an answer impossible.
     """
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """The model's name for clients."""
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and continuation together."""
+        """The most tokens of prompt and continuation together."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         """Returns the prompt of a text to continue.
 
         Args:
-            text: any.
-            add_special_tokens: put before it what the tokenizer puts before a text.
+            text: any text.
+            add_special_tokens: whether to add the special tokens that the tokenizer puts before a
+                text.
 
         Raises:
-            ValueError: text that is none, such as half a surrogate pair.
+            ValueError: `text` is not valid, such as half a surrogate pair.
         """
 
     def encode_chat(
@@ -268,23 +270,24 @@ class TextModel(Protocol):
         """Returns the prompt of a conversation, up to where the assistant speaks.
 
         Args:
-            messages: in the shape of OpenAI's: each with "role" ("system", "user", "assistant" or
-                "tool") and "content", and maybe "tool_calls", "tool_call_id", "name" and
+            messages: messages in OpenAI's format. Each has "role" ("system", "user", "assistant"
+                or "tool") and "content", and optionally "tool_calls", "tool_call_id", "name" and
                 "reasoning_content".
-            tools: functions that the model may call, in OpenAI's shape.
-            template_arguments: for the chat template, such as ``{"enable_thinking": False}``.
+            tools: functions that the model may call, in OpenAI's format.
+            template_arguments: variables of the chat template, such as ``{"enable_thinking":
+                False}``.
 
         Raises:
-            ValueError: the model has no chat template, or its template refuses the messages; text
-                as in `encode`.
-            ModelError: the template fails whatever the messages are.
+            ValueError: the model has no chat template, the template refuses the messages, or a text
+                is not valid (see `encode`).
+            ModelError: the template fails for any messages.
         """
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of some tokens, special ones included.
 
         Raises:
-            ValueError: tokens that the model does not have.
+            ValueError: the model does not have one of the tokens.
         """
 
     def generate(
@@ -298,16 +301,17 @@ class TextModel(Protocol):
         """Continues a prompt.
 
         Args:
-            prompt: of at least one token and fewer than `context_length`; where nothing shall be
-                generated, `context_length` at most.
+            prompt: a prompt of at least one token and fewer than `context_length`. If nothing shall
+                be generated, the prompt may have `context_length` tokens.
             sampling: how tokens are chosen.
-            on_piece: called with each part of the reply as soon as it is certain: whole characters,
-                nothing that may turn out to be part of a stop string. The pieces' fields joined are
-                the result's. What it raises ends the generation and reaches the caller.
-            cancelled: asked after each token, and between parts of a long prompt; True ends the
-                generation.
+            on_piece: called with each part of the reply as soon as it is certain: whole characters
+                that cannot be part of a stop string. The fields of all pieces, joined, are those of
+                the result. An exception of this function ends the generation and reaches the
+                caller.
+            cancelled: called after each token, and between parts of a long prompt. If it returns
+                True, the generation ends.
 
         Raises:
-            ValueError: an empty or too long prompt, tokens that the model does not have, or a
-                sampling that it cannot honour.
+            ValueError: the prompt is empty, too long, or has tokens that the model does not have;
+                or the model does not support the sampling.
         """

@@ -10,20 +10,20 @@ ENVIRONMENT_VARIABLE = "CPUMOE_ISA"
 
 
 def known_isas() -> list[str]:
-    """Returns all ISA variants of this version, from the most general to the most special."""
+    """Returns all ISA variants of this version, the most general one first."""
     return [row.name for row in _core.known_isas()]
 
 
 def supported_isas() -> list[str]:
-    """Returns the installed variants that this CPU can run, the best last."""
+    """Returns the installed variants that this CPU can run, the best one last."""
     return _core.supported_isas()
 
 
 def usable_isas() -> list[str]:
-    """Returns `supported_isas`, of which there must be one.
+    """Returns `supported_isas`, and requires at least one.
 
     Raises:
-        ValueError: there is none; says what each installed variant lacks.
+        ValueError: there is none. The message says which features each installed variant misses.
     """
     supported = supported_isas()
     if not supported:
@@ -40,7 +40,7 @@ def missing_features(isa: str) -> list[str]:
     """Returns the CPU features that variant `isa` needs and this CPU lacks.
 
     Raises:
-        ValueError: no such variant.
+        ValueError: there is no such variant.
     """
     for row in _core.known_isas():
         if row.name == isa:
@@ -54,14 +54,14 @@ def isa() -> str:
     It is the best supported one, unless the environment variable ``CPUMOE_ISA`` names another.
 
     Raises:
-        ValueError: ``CPUMOE_ISA`` names a variant that is unknown, not installed, or needs features
-            that this CPU lacks (there is no silent fallback), or no installed variant runs here.
+        ValueError: ``CPUMOE_ISA`` names a variant that is unknown or not installed, or that needs
+            features which this CPU lacks; or no installed variant runs here. There is no fallback.
     """
     return select_isa(None)[0]
 
 
 def select_isa(requested: str | None) -> tuple[str, str]:
-    """Returns the variant to use and who asked for it, for error messages.
+    """Returns the variant to use, and what named it (for error messages).
 
     Raises:
         ValueError: see `isa`.

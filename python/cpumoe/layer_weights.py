@@ -1,4 +1,4 @@
-"""One layer's experts as a checkpoint stores them, to pack for any variant."""
+"""One layer's experts as a checkpoint stores them, ready to be packed for any variant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cpumoe.synth import Pattern, random_matrix
 
 _BIAS_STD = 0.02
 
-# Called with (what is being done, units done, units in all).
+# Called with (step in words, units done, units in all).
 Progress = Callable[[str, int, int], None]
 
 
@@ -32,11 +32,11 @@ def silent(_step: str, _done: int, _total: int) -> None:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A layer's experts as a checkpoint stores them, and what it takes to run them.
+    """A layer's experts as a checkpoint stores them, and the parameters to run them.
 
     Attributes:
         experts: the experts; views of a mapped checkpoint, or tensors in memory.
-        format: name of their weight format.
+        format: name of the weight format.
         hidden_size: width of the hidden states.
         intermediate_size: inner width of one expert.
         top_k: experts per token.
@@ -69,7 +69,7 @@ class LayerWeights:
         """Returns the experts of a checkpoint's layer, or the first `limit` of them.
 
         Raises:
-            IndexError, FileNotFoundError, ValueError: as `ExpertReader.expert`.
+            IndexError, FileNotFoundError, ValueError: see `ExpertReader.expert`.
         """
         count = _limited(reader.num_experts, limit)
         return cls._like(reader, [reader.expert(layer, i) for i in range(count)])
@@ -84,17 +84,18 @@ class LayerWeights:
         seed: int = 0,
         progress: Progress = silent,
     ) -> LayerWeights:
-        """Returns made-up experts in the sizes and format of a checkpoint's.
+        """Returns made-up experts with the sizes and the format of a checkpoint.
 
         Args:
             reader: the checkpoint; only its config is used.
             pattern: the weights (see `cpumoe.synth.random_matrix`); biases are random normal.
-            limit: number of experts; default: the checkpoint's.
-            seed: of the random numbers, 0 to 2**63 - 1.
-            progress: told about each expert.
+            limit: number of experts; default: as many as the checkpoint has.
+            seed: seed of the random numbers, 0 to 2**63 - 1.
+            progress: called for each expert.
 
         Raises:
-            ValueError: an unknown pattern, a format that is not supported, or a seed out of range.
+            ValueError: the pattern is unknown, the format is not supported, or the seed is out of
+                range.
         """
         check_seed(seed)
         sizes = reader.hidden_size, reader.intermediate_size
@@ -111,16 +112,16 @@ class LayerWeights:
     def from_model(
         cls, spec: ModelSpec, *, limit: int | None = None, format: str | None = None, seed: int = 0
     ) -> LayerWeights:
-        """Returns made-up experts of a model's layer, each made anew whenever it is asked for.
+        """Returns made-up experts of a model's layer. Each access to one makes it anew.
 
         Args:
             spec: the model.
-            limit: number of experts; default, and at most: the model's.
+            limit: number of experts; default, and at most: as many as the model has.
             format: weight format; default: the model's.
-            seed: of the random codes and scales.
+            seed: seed of the random codes and scales.
 
         Raises:
-            ValueError: a format that is not supported, or that the model's sizes do not fit.
+            ValueError: the format is not supported, or the model's sizes do not fit it.
         """
         fmt = weight_format(format or spec.weight_format)
         fmt.check_k(spec.hidden_size, "hidden_size")
@@ -158,7 +159,7 @@ class LayerWeights:
         few_token_limit: int | None = None,
         progress: Progress = silent,
     ) -> Experts:
-        """Returns the experts packed for variant `isa`; the other arguments are `Experts`'."""
+        """Returns the experts packed for variant `isa`. `Experts` has the other arguments."""
         count = self.num_experts
 
         def experts() -> Iterator[ExpertWeights]:
@@ -183,7 +184,7 @@ class LayerWeights:
 
 
 class _MadeUpExperts(Sequence[ExpertWeights]):
-    """The experts of `LayerWeights.from_model`; one by one, for there may be gigabytes."""
+    """The experts of `LayerWeights.from_model`, made one by one: all may take gigabytes."""
 
     def __init__(self, spec: ModelSpec, fmt: WeightFormat, count: int, seed: int) -> None:
         self._spec, self._format, self._count, self._seed = spec, fmt, count, seed

@@ -1,8 +1,8 @@
-"""What this machine can do at best: read its memory, multiply and add.
+"""The machine's limits: how fast it reads memory, and how fast it multiplies and adds.
 
-No call can be faster than its weights are read and its products are summed; how close it comes to
-the slower of the two says what is left to gain. Both are measured on the threads that experts run
-on, by loops that do nothing else (``cpp/kernels/limits-inl.h``).
+A call must read its weights and sum its products, so it cannot be faster than either limit allows.
+How close it comes to the slower of the two says how much is left to gain. Both limits are measured
+on the threads that experts run on, by loops that do nothing else (``cpp/kernels/limits-inl.h``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _CPUS = Path("/sys/devices/system/cpu")
 _MEMINFO = Path("/proc/meminfo")
 _SMAPS = Path("/proc/self/smaps_rollup")
 
-# Long enough for a clock, short enough that threads end together, and of all threads long enough
-# that waking them costs nothing.
+# A task is long enough for a clock, and short enough that threads end together. All tasks of a
+# thread are long enough to make the time to wake it negligible.
 _TASK_SECONDS = 0.25e-3
 _TASKS_PER_THREAD = 80
 _CALIBRATION_ROUNDS = 1000
@@ -33,9 +33,9 @@ class ReadBandwidth:
     """Memory read bandwidth, as measured.
 
     Attributes:
-        bytes_per_second: the best run.
-        isa: the variant whose loads read.
-        threads: threads that read.
+        bytes_per_second: rate of the best run.
+        isa: the variant whose load instructions read.
+        threads: number of threads that read.
         buffer_bytes: size of the buffer, several times the last-level cache.
         huge_pages: whether the kernel backed the buffer with huge pages.
     """
@@ -55,7 +55,7 @@ class DotPeak:
         macs_per_second: multiply-accumulates per second, the best run.
         isa: the variant whose instruction multiplies.
         precision: the precision that uses this instruction.
-        threads: threads that multiply.
+        threads: number of threads that multiply.
     """
 
     macs_per_second: float
@@ -65,10 +65,10 @@ class DotPeak:
 
 
 class MemoryReader:
-    """A buffer for a runtime's threads to read together, as often as one likes.
+    """A buffer that a runtime's threads read together, any number of times.
 
-    It lies on huge pages where the kernel grants them, and is read with the widest loads that this
-    CPU has. Its memory is freed with it.
+    The buffer lies on huge pages where the kernel grants them, and is read with the widest loads
+    that this CPU has. Deleting the reader frees the buffer.
     """
 
     def __init__(self, runtime: Runtime, *, buffer_bytes: int | None = None) -> None:
@@ -76,11 +76,11 @@ class MemoryReader:
 
         Args:
             runtime: the threads.
-            buffer_bytes: default: four times the last-level caches, at least 256 MiB, at most
-                8 GiB and a quarter of the free memory.
+            buffer_bytes: size of the buffer; default: four times the last-level caches, at least
+                256 MiB, at most 8 GiB and a quarter of the free memory.
 
         Raises:
-            ValueError: not a positive number of bytes, or no installed variant runs here.
+            ValueError: `buffer_bytes` is not positive, or no installed variant runs here.
             RuntimeError: the runtime is closed.
         """
         size = _default_buffer_bytes() if buffer_bytes is None else buffer_bytes
@@ -119,11 +119,11 @@ def measure_read_bandwidth(
 
     Args:
         runtime: the threads.
-        buffer_bytes: size of the buffer; default: as there.
+        buffer_bytes: size of the buffer; default: see `MemoryReader`.
         seconds: time to spend on reading (three runs at least).
 
     Raises:
-        ValueError: not a positive number of bytes, or no installed variant runs here.
+        ValueError: `buffer_bytes` is not positive, or no installed variant runs here.
         RuntimeError: the runtime is closed.
     """
     return MemoryReader(runtime, buffer_bytes=buffer_bytes).measure(seconds=seconds)
@@ -141,10 +141,10 @@ def measure_dot_peak(
         seconds: time to spend (three runs at least).
 
     Returns:
-        The best run, or None where the variant has no such loop for the precision.
+        The rate of the best run, or None if the variant has no such loop for the precision.
 
     Raises:
-        ValueError: a variant that is unknown or that this CPU lacks.
+        ValueError: the variant is unknown, or this CPU does not support it.
     """
     if precision not in _core.peak_names(isa, "isa"):
         return None
@@ -164,7 +164,7 @@ def measure_dot_peak(
 
 
 def available_bytes() -> int:
-    """Returns the memory that new allocations may take, as the kernel estimates it; 0: unknown."""
+    """Returns the kernel's estimate of the memory that new allocations may take; 0: unknown."""
     return _kilobytes(_MEMINFO, "MemAvailable") * 1024
 
 
@@ -175,7 +175,7 @@ def _default_buffer_bytes() -> int:
 
 
 def _l3_bytes() -> int:
-    """All last-level caches together (a CPU may have one per few cores); 0 where unknown."""
+    """Bytes of all last-level caches, of which a CPU may have several; 0: unknown."""
     sizes: dict[str, int] = {}
     for cache in _CPUS.glob("cpu[0-9]*/cache/index3"):
         try:
@@ -187,7 +187,7 @@ def _l3_bytes() -> int:
 
 
 def _kilobytes(path: Path, key: str) -> int:
-    """A ``key:  123 kB`` line's number; 0 where file or line is missing."""
+    """The number of a line ``key:  123 kB``; 0 if the file or the line is missing."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -19,8 +19,8 @@ PLAIN_SWIGLU = SwiGLU()
 DEEPSEEK_V4_SWIGLU = SwiGLU(limit=10.0)
 GPT_OSS_SWIGLU = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 
-# Stored bits per weight of the checkpoint formats that WEIGHT_FORMATS does not hold. fp8_block has
-# one float32 scale per 128x128 block.
+# Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. fp8_block has one
+# float32 scale per 128x128 block.
 _OTHER_FORMAT_BITS = {"bf16": 16.0, "fp8_block": 8 + 32 / 128**2}
 
 
@@ -31,18 +31,18 @@ class ModelSpec:
     Attributes:
         name: canonical name.
         aliases: Hugging Face repository ids and short names.
-        model_type: ``model_type`` of its config.json.
-        layout: tensor names and config of its checkpoint; ``"other"`` has no reader yet.
+        model_type: ``model_type`` in config.json.
+        layout: tensor names and config of the checkpoint; ``"other"`` has no reader yet.
         hidden_size: width of the residual stream.
         moe_intermediate_size: inner width of one routed expert.
-        num_hidden_layers: decoder layers, dense ones included.
-        num_experts: routed experts per MoE layer.
-        top_k: routed experts per token.
+        num_hidden_layers: number of decoder layers, dense ones included.
+        num_experts: number of routed experts per MoE layer.
+        top_k: number of routed experts per token.
         weight_format: format of the routed experts in the published checkpoint.
-        first_moe_layer: dense layers before the first MoE layer.
+        first_moe_layer: number of dense layers before the first MoE layer.
         swiglu: the experts' activation.
         has_bias: whether the experts' projections have biases.
-        extra: what else its checkpoint layout needs (``vocab_size``, ``num_hash_layers``,
+        extra: further parameters of the checkpoint layout (``vocab_size``, ``num_hash_layers``,
             ``prefix``).
     """
 
@@ -243,10 +243,10 @@ _BY_NAME = {name.lower(): spec for spec in MODELS for name in (spec.name, *spec.
 
 
 def find_model(name: str) -> ModelSpec:
-    """Returns the model called `name`: canonical name or alias, in any case.
+    """Returns the model with this canonical name or alias, in upper or lower case.
 
     Raises:
-        ValueError: unknown; names close matches and the models known.
+        ValueError: the model is unknown; the message names close matches and the known models.
     """
     spec = _BY_NAME.get(name.strip().lower())
     if spec is not None:
@@ -255,4 +255,4 @@ def find_model(name: str) -> ModelSpec:
     matches = list(dict.fromkeys(_BY_NAME[key].name for key in close))
     hint = f" (did you mean {' or '.join(matches)}?)" if matches else ""
     known = ", ".join(spec.name for spec in MODELS)
-    raise ValueError(f"unknown model {name!r}{hint}; known: {known}")
+    raise ValueError(f"unknown model {name!r}{hint}; known models: {known}")

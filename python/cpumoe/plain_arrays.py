@@ -1,6 +1,6 @@
-"""A layer and its calls in plain files, so that other programs can be given the very same bits.
+"""A layer and its calls in plain files, so that other programs can compute with identical bits.
 
-A folder holds, each file the bare array in C order and the machine's (little-endian) byte order:
+Each file is a bare array in C order and in the machine's (little-endian) byte order:
 
 =========== ======= ============================ ================================================
 file        element shape                        content
@@ -12,13 +12,13 @@ file        element shape                        content
 ``down.q``  uint8   [experts, hidden, inner/2]
 ``down.s``  uint8   [experts, hidden, inner/32]
 ``x_M``     float32 [M, hidden]                  hidden states of M tokens, bf16 values
-``ids_M``   int32   [calls, M, top_k]            their experts, routing after routing; -1: skipped
-``rw_M``    float32 [M, top_k]                   their weights
+``ids_M``   int32   [calls, M, top_k]            expert ids, one routing per call; -1: skipped
+``rw_M``    float32 [M, top_k]                   routing weights
 ``ref_M``   float32 [M, hidden]                  the result of the first routing; may be missing
 =========== ======= ============================ ================================================
 
-The activation is plain SwiGLU, ``silu(g) * u``. Sizes follow from the files and the model's hidden
-and inner size.
+The activation is plain SwiGLU, ``silu(g) * u``. The other sizes follow from the sizes of the files
+and from the model's hidden and inner size.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class PlainArrays:
         intermediate_size: inner width of one expert.
 
     Raises:
-        FileNotFoundError: the folder, or its weights or calls, are missing.
-        ValueError: files whose sizes do not fit together.
+        FileNotFoundError: the folder, its weights or its calls are missing.
+        ValueError: the files' sizes do not fit together.
     """
 
     def __init__(
         self, folder: str | PathLike[str], hidden_size: int, intermediate_size: int
     ) -> None:
-        """Reads no more than the files' sizes."""
+        """Reads only the files' sizes."""
         self.folder = Path(folder)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -74,7 +74,7 @@ class PlainArrays:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file of another size.
+            ValueError: a file has another size.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -93,8 +93,8 @@ class PlainArrays:
         """Returns the calls of `tokens` tokens.
 
         Raises:
-            FileNotFoundError: there are none, or a file of theirs is missing.
-            ValueError: a file of another size, or expert ids that are out of range or all skipped.
+            FileNotFoundError: a file of these calls is missing.
+            ValueError: a file has another size, or expert ids are out of range or all skipped.
         """
         shape = (tokens, self.hidden_size)
         ids = self._routings(tokens)
@@ -119,10 +119,10 @@ class PlainArrays:
                 f"{self.folder / name}: expected expert ids from -1 to {self.num_experts}, "
                 f"got {int(bad[0])}"
             )
-        ids[ids == self.num_experts] = -1  # hosts' other word for it
+        ids[ids == self.num_experts] = -1  # also means skipped
         if bool((ids < 0).all()):
             raise ValueError(
-                f"{self.folder / name}: expected ids of experts, got skipped ones only"
+                f"{self.folder / name}: expected at least one expert id, got skipped ones only"
             )
         return ids
 
@@ -140,12 +140,12 @@ class PlainArrays:
             raise ValueError(
                 f"{self.folder / name}: expected {expected} bytes for {list(shape)}, got {size}"
             )
-        # Copy on write: PyTorch has no read-only tensors.
+        # Copy on write, because PyTorch has no read-only tensors.
         data = np.memmap(self.folder / name, np.uint8, mode="c")
         return torch.from_numpy(data).view(dtype).view(shape)
 
     def _count(self, name: str, unit: int, what: str) -> int:
-        """How many units of so many bytes a file holds."""
+        """How many units of `unit` bytes a file holds."""
         size = self._size(name)
         if size == 0 or size % unit:
             raise ValueError(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# The default is the first. "auto" is one of the two others, or fp32: see `resolve_precision`.
+# The first is the default. "auto" stands for "bf16" or for fp32 accuracy: see `resolve_precision`.
 PRECISIONS = ("auto", "bf16", "int8")
 
 
 def check_precision(precision: str) -> None:
-    """Refuses what is no precision.
+    """Refuses an unknown precision.
 
     Raises:
         ValueError: `precision` is not in `PRECISIONS`.
@@ -39,7 +39,7 @@ def resolve_precision(precision: str, dtype: torch.dtype) -> str:
 
 
 def distinct_precisions(dtype: torch.dtype) -> tuple[str, ...]:
-    """Returns the precisions that differ for hidden states of `dtype`, the default's first."""
+    """Returns the distinct precisions for hidden states of `dtype`, the default one first."""
     return tuple(dict.fromkeys(resolve_precision(name, dtype) for name in PRECISIONS))
 
 

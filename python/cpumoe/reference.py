@@ -1,7 +1,7 @@
-"""The golden model in PyTorch: dequantize, run the routed experts, bound a kernel's error.
+"""The reference in PyTorch: dequantizes weights, runs routed experts, bounds a kernel's error.
 
-Slow and plain on purpose. Weights are dequantized one expert at a time, so that memory stays at one
-expert whatever the checkpoint's size.
+The code is slow and plain on purpose. It dequantizes one expert at a time, so that it needs memory
+for one expert, whatever the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def experts_forward(
         topk_weights: float ``[tokens, top_k]``.
         gate: ``[intermediate, hidden]`` per expert: dense float, or `QuantizedMatrix`.
         up: as `gate`.
-        down: ``[hidden, intermediate]`` per expert.
+        down: ``[hidden, intermediate]`` per expert, dense or quantized as `gate`.
         dtype: dtype of all arithmetic.
         options: format, swiglu, biases and expert_mask; see `LayerOptions`.
 
     Raises:
-        IndexError: an id below -1 or above num_experts.
-        ValueError: shapes that do not belong together, quantized weights without a format.
+        IndexError: an id is below -1 or above num_experts.
+        ValueError: shapes do not fit together, or quantized weights come without a format.
     """
     layer = ReferenceLayer(gate, up, down, **options)
     output = torch.zeros(hidden_states.shape, dtype=dtype, device="cpu")

@@ -9,30 +9,31 @@ from types import TracebackType
 
 from cpumoe import _core
 
-# More is a mistake, not a machine.
+# A larger number is a mistake: no machine has so many cores.
 MAX_THREADS = 4096
 
 
 class Runtime:
     """A pool of threads and its scratch memory, shared by any number of `Experts`.
 
-    Threads are persistent: they poll for some microseconds after a call, then sleep, so that an
-    idle runtime uses no CPU. Calls from several Python threads run one after the other. A runtime
-    does not survive ``fork()``: in the child, using it raises RuntimeError (the default runtime is
-    made anew there). Scratch memory grows to what the largest call needs (for DeepSeek-V4-Flash up
-    to 400 MB in long prompts) and stays until `close`.
+    Threads are persistent. They poll for some microseconds after a call and then sleep, so an idle
+    runtime uses no CPU. Calls from several Python threads run one after the other.
+
+    A runtime does not survive ``fork()``. Using it in the child raises RuntimeError; the default
+    runtime is made anew there. Scratch memory grows to the needs of the largest call (up to 400 MB
+    for long prompts with DeepSeek-V4-Flash) and is kept until `close`.
 
     Args:
-        threads: threads that compute, the calling one included. Default: the physical cores in
-            this process's affinity mask, capped by its cgroup's CPU quota (rounded down), at
-            least 1. More than that is honoured with a warning: threads that share a core slow each
-            other down.
+        threads: number of threads that compute, the calling one included. Default: the number of
+            physical cores in this process's affinity mask, capped by its cgroup's CPU quota
+            (rounded down), at least 1. A larger number causes a warning, because threads that share
+            a core slow each other down.
         pin: whether each thread other than the caller stays on one core.
 
     Raises:
         TypeError: `threads` is not an int.
         ValueError: `threads` is not from 1 to 4096.
-        OSError: the system has no more threads to give.
+        OSError: the system refuses to start more threads.
     """
 
     def __init__(self, threads: int | None = None, *, pin: bool = False) -> None:
@@ -41,9 +42,9 @@ class Runtime:
         self._threads = topology.default_threads if threads is None else _checked(threads)
         if self._threads > topology.default_threads:
             warnings.warn(
-                f"Runtime: {self._threads} threads asked for, but this process has "
+                f"Runtime: {self._threads} threads requested, but this process may use "
                 f"{topology.default_threads} (physical cores in its affinity mask, capped by its "
-                "cgroup's CPU quota); expect calls to be slower, not faster",
+                "cgroup's CPU quota); calls will be slower, not faster",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -53,7 +54,7 @@ class Runtime:
 
     @property
     def threads(self) -> int:
-        """Threads that compute, the caller included."""
+        """Number of threads that compute, the calling one included."""
         return self._threads
 
     @property
@@ -62,7 +63,7 @@ class Runtime:
         return self._closed
 
     def close(self) -> None:
-        """Finishes what was submitted, ends the threads, frees scratch memory.
+        """Finishes submitted calls, ends the threads and frees scratch memory.
 
         Later calls raise RuntimeError.
         """
@@ -83,7 +84,7 @@ class Runtime:
         self.close()
 
     def __repr__(self) -> str:
-        """Describes threads and state."""
+        """Shows the number of threads, pinning, and whether the runtime is closed."""
         state = ", closed" if self._closed else ""
         return f"Runtime(threads={self._threads}, pin={self._pin}{state})"
 
@@ -110,7 +111,7 @@ def default_runtime() -> Runtime:
 
 
 def _forget_default() -> None:
-    # The parent's threads are not here, nor is whoever may have held the lock.
+    # The child has none of the parent's threads, one of which may have held the lock.
     global _default, _default_lock
     _default = None
     _default_lock = threading.Lock()

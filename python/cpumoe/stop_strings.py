@@ -1,4 +1,4 @@
-"""Finding the strings that end a text while the text grows."""
+"""Finds the strings that end a text while the text grows."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Cuts a growing text at the first of some strings that is complete.
+    """Cuts a growing text at the stop string that is complete first.
 
-    Of several that end together the longest counts, so the pieces that the text comes in make no
-    difference. Text that may be the beginning of a stop string is held back until it is certain.
+    If several end at one place, the longest counts, so the result does not depend on how the text
+    is divided into pieces. Text that may be the beginning of a stop string is held back until it is
+    certain.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        """Cuts at the first of `stop`; at none if it is empty."""
+        """Cuts at the strings of `stop`, which may be empty."""
         self._stop = tuple(stop)
         self._held = ""
         self.found = False
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece of text; returns what of the text so far has become certain."""
+        """Takes the next piece of text; returns the text that has become certain."""
         if self.found:
             return ""
         text = self._held + piece
@@ -34,7 +35,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self, piece: str = "") -> str:
-        """Takes the last piece of text; returns all that is left."""
+        """Takes the last piece of text; returns the rest of the text."""
         text = self.feed(piece)
         held, self._held = self._held, ""
         return text + held

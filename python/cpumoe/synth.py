@@ -1,4 +1,4 @@
-"""Writes synthetic checkpoints in a model's exact native format, at bounded memory."""
+"""Writes checkpoints with made-up weights in a model's exact native format, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 WEIGHT_STD = 0.02
 DEFAULT_MAX_SHARD_BYTES = 4 << 30
-# E8M0 bytes that `random` draws from: 2^-10 .. 2^-5, around WEIGHT_STD once multiplied by E2M1.
+# Range of the E8M0 bytes of `random`: 2^-10 .. 2^-5, so that weights are around WEIGHT_STD.
 _RANDOM_E8M0 = (117, 123)
 
 
@@ -34,19 +34,19 @@ def random_matrix(
     """Returns one matrix ``[n, k]`` of a weight pattern, quantized to nearest.
 
     Args:
-        fmt: its weight format.
-        n: rows.
-        k: columns, a multiple of the format's group size.
+        fmt: the weight format.
+        n: number of rows.
+        k: number of columns, a multiple of the format's group size.
         pattern: ``normal``: independent normal weights of standard deviation `WEIGHT_STD`, as
             trained models have. ``uniform``: one value everywhere (a wrong scale shows).
-            ``alternating``: positive for even k, negative for odd (swapped nibbles show); sizes
-            vary, or the sums would cancel. ``ramp``: rises along k, starting elsewhere in each row
-            (permuted k or rows show). ``random``: every code is equally likely, with scales of
-            moderate size; the fastest.
-        generator: draws everything that is random, also the size of constant patterns.
+            ``alternating``: positive for even k, negative for odd (swapped nibbles show). Sizes
+            vary, because the sums would cancel otherwise. ``ramp``: rises along k, and starts
+            elsewhere in each row (permuted k or rows show). ``random``: every code is equally
+            likely, with scales of moderate size. This is the fastest pattern.
+        generator: draws all random numbers, including the size of constant patterns.
 
     Raises:
-        ValueError: an unknown pattern, or `k` that the format does not allow.
+        ValueError: the pattern is unknown, or the format does not allow `k`.
     """
     fmt.check_k(k)
     if pattern == "random":
@@ -55,7 +55,7 @@ def random_matrix(
         weights = torch.empty(n, k, dtype=torch.float32, device="cpu")
         weights.normal_(0, WEIGHT_STD, generator=generator)
         return QuantizedMatrix(*fmt.quantize(weights))
-    # A size of its own for each matrix, so that a mixed-up expert shows as well.
+    # Each matrix has a size of its own, so that confused experts show as well.
     value = WEIGHT_STD * 2 ** (4 * uniform(generator=generator).item() - 3)
     if pattern == "uniform":
         weights = torch.full((n, k), value, dtype=torch.float32, device="cpu")
@@ -87,31 +87,33 @@ def write_checkpoint(
 ) -> Path:
     """Writes routed experts and routers of `spec` to a checkpoint folder; returns its path.
 
-    Names, dtypes, packing, index and config.json are the published model's, with the sizes given.
-    Attention, embeddings and shared experts are left out. Memory stays at one expert. The result
-    depends on the arguments alone. On an error, or Ctrl-C, what was written is deleted.
+    Names, dtypes, packing, index and config.json are those of the published model, with the given
+    sizes. Attention, embeddings and shared experts are left out. Only one expert is in memory at a
+    time. The result depends on the arguments alone. After an error or Ctrl-C, the files that were
+    written are deleted.
 
     Args:
-        out: the folder; created, parents too.
+        out: the folder, which is created with its parents.
         spec: the model (see `cpumoe.models.find_model`).
-        layers: MoE layers to write (dense layers before them are counted, not written); default of
-            this and the other sizes: the model's own.
+        layers: number of MoE layers to write. Dense layers before them count for the layers'
+            numbers, but are not written. Default of this and the other sizes: as in the model.
         experts: experts per layer.
         hidden: hidden size.
-        intermediate: an expert's inner size.
-        top_k: experts per token; default the model's, at most `experts`.
+        intermediate: intermediate size of an expert.
+        top_k: experts per token; default: as in the model, at most `experts`.
         pattern: the weights (see `random_matrix`).
-        seed: of the random numbers, 0 to 2**63 - 1.
-        overwrite: whether a non-empty folder's checkpoint may be replaced: config, index,
-            model.safetensors and the shards that the index lists are deleted first, others stay.
-        max_shard_bytes: upper size of a shard that holds more than one tensor.
+        seed: seed of the random numbers, 0 to 2**63 - 1.
+        overwrite: whether the checkpoint in a non-empty folder may be replaced. Its config, index,
+            model.safetensors and the shards that the index lists are deleted first; other files
+            stay.
+        max_shard_bytes: largest size of a shard that holds more than one tensor.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        FileExistsError: `out` is a file, or not empty and `overwrite` is false, or holds
+        FileExistsError: `out` is a file, or is not empty and `overwrite` is false, or holds
             safetensors files that its index does not list.
-        OSError: not enough free disk space.
-        ValueError: a size, pattern, seed or model that cannot be written.
+        OSError: the disk has not enough free space.
+        ValueError: a size, the pattern, the seed or the model is not supported.
     """
     folder = Path(out)
     if pattern not in PATTERNS:
@@ -134,8 +136,8 @@ def _layout(spec: ModelSpec, sizes: Sizes) -> Layout:
     layout_type = LAYOUTS.get(spec.layout)
     if layout_type is None:
         raise ValueError(
-            f"{spec.name}: cannot write its {spec.weight_format} checkpoint layout yet; "
-            f"layouts that can be written: {', '.join(LAYOUTS)}"
+            f"{spec.name}: its {spec.weight_format} checkpoint layout cannot be written yet; "
+            f"layouts that can: {', '.join(LAYOUTS)}"
         )
     layout = layout_type(spec, sizes)
     layout.format.check_k(sizes.hidden, "hidden_size")
@@ -159,7 +161,7 @@ def _count(end: int) -> torch.Tensor:
 
 
 def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
-    # random_ draws one number per element: fewer and wider elements are several times faster.
+    # random_ draws one number per element, so fewer and wider elements are several times faster.
     words = torch.empty(n, k // 16, dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
     shape = (n, k // fmt.group_size)
@@ -202,34 +204,36 @@ def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
         raise FileExistsError(f"{folder}: expected a folder to write to, got a file")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{folder}: not empty; name a new folder or allow overwriting")
+            raise FileExistsError(
+                f"{folder}: expected an empty folder; name another one, or allow overwriting"
+            )
         replaced = _checkpoint_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free + sum(path.lstat().st_size for path in replaced)
     if nbytes > free:
         raise OSError(
-            f"{folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; write fewer "
-            f"layers or experts"
+            f"{folder}: the checkpoint needs {nbytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free; "
+            f"write fewer layers or experts"
         )
     for path in replaced:
         path.unlink()
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a folder's checkpoint, all of which may be deleted."""
+    """Returns the files of a folder's checkpoint, all of which may be deleted."""
     shards = {SINGLE_NAME, *_indexed_shards(folder / INDEX_NAME)}
     others = sorted({path.name for path in folder.glob("*.safetensors")} - shards)
     if others:
         raise FileExistsError(
-            f"{folder}: {others[0]} ({len(others)} such) is not in its {INDEX_NAME}; "
-            f"move it away or name a new folder"
+            f"{folder}: {INDEX_NAME} does not list {others[0]} ({len(others)} such files); "
+            f"move them away, or name another folder"
         )
     files = (folder / name for name in sorted({*shards, INDEX_NAME, CONFIG_NAME}))
     return [path for path in files if path.is_symlink() or path.is_file()]
 
 
 def _indexed_shards(index: Path) -> set[str]:
-    """The safetensors files beside an index that it lists; none where it is not readable as one."""
+    """Returns the safetensors files that an index lists; none if it cannot be read."""
     try:
         files = set(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -1,7 +1,7 @@
 """The native checkpoint layouts that `cpumoe.synth` writes: config.json, names, dtypes, packing.
 
-Each layout is the writing half of a reader in `cpumoe.checkpoint`; sources are named there. Only
-what concerns the MoE layers is written: routed experts and router, no attention, no embeddings.
+Each layout is the counterpart of a reader in `cpumoe.checkpoint`, which names the sources. Only
+routed experts and routers are written, no attention and no embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpumoe.checkpoint.writer import TensorSpec
 from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
 from cpumoe.models import ModelSpec
 
-# Tokens whose hash routing is drawn at once: bounds the [tokens, experts] temporary.
+# Tokens whose hash routing is drawn at once, which bounds the [tokens, experts] temporary.
 _HASH_CHUNK = 8192
 ROUTER_STD = 0.02
 

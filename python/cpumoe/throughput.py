@@ -1,4 +1,4 @@
-"""Calls to time: hidden states and routings, and what they have to read and to multiply."""
+"""Calls to time: hidden states, routings, and the bytes and products that they need."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cpumoe.experts import Experts
 Routing = Literal["balanced", "concentrated", "zipf"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 
-# Different routings, so that one call's experts are not in the caches because of the call before.
+# Calls have different routings, so that caches do not hold a call's experts from the call before.
 NUM_ROUTINGS = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Calls of one size, to be made one after the other, round and round.
+    """Calls of one size, which are made one after the other, again and again.
 
     Attributes:
         hidden_states: ``[tokens, hidden]`` bf16.
         topk_ids: ``[calls, tokens, top_k]`` int32; -1: skipped.
         topk_weights: ``[tokens, top_k]`` fp32.
-        reference: fp32 ``[tokens, hidden]``, the exact result of call 0, if it is known.
+        reference: fp32 ``[tokens, hidden]``, the exact result of call 0, or None if it is unknown.
     """
 
     hidden_states: torch.Tensor
@@ -48,11 +48,11 @@ class Workload:
 
     @property
     def touched_experts(self) -> float:
-        """Experts that a call reads, on average over the calls."""
+        """Number of experts that a call reads, on average over the calls."""
         return statistics.fmean(len(ids[ids >= 0].unique()) for ids in self.topk_ids)
 
     def weight_bytes(self, experts: Experts) -> float:
-        """Bytes of the experts that a call reads, each once, on average over the calls."""
+        """Bytes of the experts that a call reads, each counted once, on average over the calls."""
         return experts.nbytes / experts.num_experts * self.touched_experts
 
     def macs(self, experts: Experts) -> float:
@@ -70,19 +70,19 @@ def make_workload(
     routing: Routing = "balanced",
     seed: int = 0,
 ) -> Workload:
-    """Returns calls of random hidden states, their `NUM_ROUTINGS` routings drawn by a rule.
+    """Returns calls with random hidden states and `NUM_ROUTINGS` routings, drawn by a rule.
 
     Args:
         tokens: tokens per call, at least 1.
-        hidden_size: the layer's.
-        num_experts: the layer's.
-        top_k: experts per token, at most `num_experts`; a token's are all different.
+        hidden_size: width of the layer's hidden states.
+        num_experts: number of the layer's experts.
+        top_k: experts per token, all different; at most `num_experts`.
         routing: ``balanced``: all experts are equally likely. ``concentrated``: all tokens of a
-            call go to the same experts. ``zipf``: an expert's popularity is one over its rank.
-        seed: of the random numbers.
+            call go to the same experts. ``zipf``: an expert's popularity is 1/rank.
+        seed: seed of the random numbers.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     if tokens < 1:
         raise ValueError(f"tokens: must be at least 1, got {tokens}")
@@ -113,7 +113,7 @@ class CallTimer:
     Args:
         experts: the layer.
         workload: the calls.
-        clock: seconds, for tests.
+        clock: returns the time in seconds; tests pass their own.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class CallTimer:
         return self.experts(work.hidden_states, work.topk_ids[index], work.topk_weights)
 
     def run(self, seconds: float, least: int = 1) -> list[float]:
-        """Makes calls for about `seconds`, `least` calls at least; returns the seconds of each."""
+        """Makes calls for about `seconds`, at least `least` calls; returns each call's seconds."""
         times: list[float] = []
         end = self._clock() + seconds
         while len(times) < least or self._clock() < end:

@@ -1,4 +1,4 @@
-"""Measures up to how many tokens of an expert the few-token kernels of a variant are the faster.
+"""Measures up to how many tokens of an expert a variant's few-token kernels are faster.
 
 The few-token kernels decode weights in registers. The many-token kernel decodes a panel of weights
 into the cache first. Each variant has a constant that chooses between them. This module times both
@@ -19,16 +19,16 @@ from cpumoe.runtime import Runtime
 from cpumoe.throughput import CallTimer, make_workload, median_spread
 
 TOKENS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128)
-# Of a variant's constants: few-token kernels take any number (``kAnyTokens``, kernels/isa.h).
+# A variant's constant for few-token kernels that take any number (``kAnyTokens``, kernels/isa.h).
 ANY_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Form:
-    """The calls of one form.
+    """The calls of one form, which is the few-token kernels or the many-token kernel.
 
     Attributes:
-        seconds: the median call.
+        seconds: time of the median call.
         low: the least median of a round.
         high: the greatest median of a round.
     """
@@ -40,10 +40,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both forms with the same calls, all of whose tokens go to the same experts.
+    """Both forms with equal calls. All tokens of a call go to the same experts.
 
     Attributes:
-        tokens: tokens of each expert.
+        tokens: number of tokens of each expert.
         few_token: the few-token kernels.
         many_token: the many-token kernel.
     """
@@ -71,8 +71,8 @@ class Crossover:
 
     Attributes:
         isa: the variant.
-        compiled: the most tokens for which it uses the few-token kernels, maybe `ANY_TOKENS`.
-        most: the most tokens that its few-token kernels support, maybe `ANY_TOKENS`.
+        compiled: the most tokens for which the variant uses its few-token kernels, or `ANY_TOKENS`.
+        most: the most tokens that the variant's few-token kernels support, or `ANY_TOKENS`.
         rows: the comparisons.
     """
 
@@ -83,7 +83,7 @@ class Crossover:
 
     @property
     def best(self) -> int:
-        """The crossover with which the least time is lost, in ratios and over all rows."""
+        """The crossover that loses the least time, summed as logarithms of ratios over all rows."""
         gains = itertools.accumulate((math.log(row.ratio) for row in self.rows), initial=0.0)
         counts = [0, *(row.tokens for row in self.rows)]
         return min(zip(counts, gains, strict=True), key=lambda item: item[1])[0]
@@ -100,19 +100,19 @@ def measure_crossover(
 ) -> Crossover:
     """Times both forms of a variant for the numbers `TOKENS` that its few-token kernels support.
 
-    The tokens of a call go to the same experts, those of successive calls to others, so that caches
-    do not hold what is read next.
+    All tokens of a call go to the same experts. The next call uses other experts, so that caches do
+    not hold them.
 
     Args:
         weights: the layer.
         isa: the variant.
         runtime: the threads.
         seconds: time to spend on each number of tokens.
-        rounds: rounds to divide it into; each calls both forms once at least.
-        progress: told what is being done.
+        rounds: rounds to divide the time into; each calls both forms at least once.
+        progress: called with each step.
 
     Raises:
-        ValueError: too little memory, or a variant that this CPU lacks.
+        ValueError: memory is too small, or this CPU does not support the variant.
     """
     limits = _core.few_tokens(isa, "isa")
     require_memory(weights, copies=2, threads=runtime.threads)

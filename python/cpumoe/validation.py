@@ -1,4 +1,4 @@
-"""Checks what the kernels compute against the PyTorch reference, each error against its bound."""
+"""Compares the kernels' results with the PyTorch reference, and each error with its bound."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from cpumoe.reference import experts_forward_with_bounds
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.seed import check_seed
 
-# Results must not differ by a bit between these numbers of threads.
+# Results must be bit-identical for these numbers of threads.
 THREAD_COUNTS = (1, 2, 5)
-# Of larger batches, this many tokens are compared with the reference.
+# The most tokens of a batch that are compared with the reference.
 MAX_REFERENCE_TOKENS = 320
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch and what the reference says of it.
+    """One batch, with its results and error bounds from the reference.
 
     Attributes:
         hidden_states: ``[tokens, hidden]``, random normal.
         topk_ids: int64 ``[tokens, top_k]``, random, distinct in each row.
         topk_weights: float32 ``[tokens, top_k]``, positive, each row's sum is 1.
-        checked: int64, the tokens that the reference computed.
-        expected: float64 ``[checked, hidden]``.
-        bounds: by precision, float64 ``[checked, hidden]``, of a right kernel's error.
+        checked: int64 indices of the tokens that the reference computed.
+        expected: float64 ``[checked, hidden]``, the reference's results.
+        bounds: by precision, float64 ``[checked, hidden]``, bounds on a correct kernel's error.
     """
 
     hidden_states: torch.Tensor
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch."""
+        """Number of tokens in the batch."""
         return self.hidden_states.shape[0]
 
     def run(self, experts: Experts) -> torch.Tensor:
@@ -70,16 +70,16 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How one variant did on one batch, on one precision.
+    """The errors of one variant and precision on one batch.
 
     Attributes:
-        tokens: tokens of the batch.
-        checked_tokens: tokens that were compared with the reference.
+        tokens: number of tokens in the batch.
+        checked_tokens: number of tokens that were compared with the reference.
         worst_ratio: largest absolute error / bound; infinite where the output is NaN or infinite.
         relative_l2: 2-norm of the error over that of the expected output.
         max_abs: largest absolute error.
-        bit_identical: whether `THREAD_COUNTS` and a repeated run gave the same bits.
-        worst: where `worst_ratio` is.
+        bit_identical: whether all of `THREAD_COUNTS` and a repeated run gave identical bits.
+        worst: the element with `worst_ratio`.
     """
 
     tokens: int
@@ -92,21 +92,21 @@ class CaseResult:
 
     @property
     def passed(self) -> bool:
-        """Within its bound, and the same bits every time."""
+        """Whether all errors are within their bounds and all runs gave identical bits."""
         return self.worst_ratio <= 1 and self.bit_identical
 
 
 @dataclass(frozen=True)
 class IsaResult:
-    """How one variant did on one precision.
+    """The results of one variant with one precision.
 
     Attributes:
-        isa: the variant asked for.
+        isa: the requested variant.
         ran: the variant that ran.
         precision: the precision.
         seconds: time for packing and all runs.
         inexact_exports: experts whose export differs from the checkpoint's bytes.
-        cases: one per batch size.
+        cases: one result per batch size.
     """
 
     isa: str
@@ -118,14 +118,14 @@ class IsaResult:
 
     @property
     def passed(self) -> bool:
-        """The right variant ran, exported exactly and passed every case."""
+        """Whether the requested variant ran, exported exactly and passed every case."""
         exact = self.ran == self.isa and not self.inexact_exports
         return exact and all(case.passed for case in self.cases)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `validate` found.
+    """The results of `validate`.
 
     Attributes:
         reference_seconds: time that the reference took.
@@ -137,7 +137,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Every variant passed."""
+        """Whether every variant passed."""
         return all(result.passed for result in self.isas)
 
 
@@ -159,13 +159,13 @@ def validate(
         tokens: batch sizes.
         isas: names of the variants.
         precisions: names of the precisions.
-        dtype: of hidden states.
-        seed: of hidden states and routing.
-        threads: as `validate_isa`'s.
-        progress: told what is being done.
+        dtype: dtype of hidden states.
+        seed: seed of hidden states and routing.
+        threads: see `validate_isa`.
+        progress: called with each step.
 
     Raises:
-        ValueError: as `make_cases` and `validate_isa`.
+        ValueError: see `make_cases` and `validate_isa`.
     """
     start = time.perf_counter()
     cases = make_cases(weights, tokens, precisions, dtype=dtype, seed=seed, progress=progress)
@@ -187,15 +187,16 @@ def make_cases(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Case]:
-    """Draws a batch for each number of tokens and computes the reference for all of them at once.
+    """Draws a batch for each number of tokens, and computes the reference for all of them together.
 
-    Hidden states, and so outputs, are of `dtype`. There is a bound for each of the precisions.
+    Hidden states and outputs have dtype `dtype`. Each case has bounds for each of the precisions.
 
-    The reference is float64 and dequantizes each expert once. Of a batch of more than
-    `MAX_REFERENCE_TOKENS` tokens, that many are computed, evenly spread.
+    The reference is float64 and dequantizes each expert once. If a batch has more than
+    `MAX_REFERENCE_TOKENS` tokens, the reference computes that many of them, evenly spread.
 
     Raises:
-        ValueError: a number of tokens below 1, or none; a seed that is not from 0 to 2**63 - 1.
+        ValueError: `tokens` is empty or has a number below 1, or the seed is not from 0 to
+            2**63 - 1.
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
@@ -242,18 +243,19 @@ def validate_isa(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> IsaResult:
-    """Runs all cases on one variant: errors, exports, and bits over threads and runs.
+    """Runs all cases on one variant, and checks errors, exports, threads and repeated runs.
 
     Args:
         weights: the layer.
-        cases: from `make_cases`, with this precision's bounds.
+        cases: cases from `make_cases` that have bounds for this precision.
         isa: the variant.
         precision: the precision.
-        threads: threads of the run that is compared with the reference; default: the runtime's.
-        progress: told about each batch, in tokens.
+        threads: threads of the run that is compared with the reference; default: as many as the
+            default runtime has.
+        progress: called for each batch, in tokens.
 
     Raises:
-        ValueError: a variant that is unknown or that this CPU lacks.
+        ValueError: the variant is unknown, or this CPU does not support it.
     """
     start = time.perf_counter()
     main = default_runtime().threads if threads is None else threads
@@ -288,7 +290,7 @@ def validate_isa(
 
 
 class _Announced(Sequence[QuantizedMatrix]):
-    """Matrices that report when they are asked for, which is the reference's progress."""
+    """Matrices that report each access, which shows the reference's progress."""
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], used: int, progress: Progress) -> None:
         self._matrices = matrices
@@ -313,7 +315,7 @@ def _random_batch(
     hidden_states = normal(tokens, weights.hidden_size, generator=generator).to(dtype)
     keys = uniform(tokens, weights.num_experts, generator=generator)
     topk_ids = keys.topk(weights.top_k).indices
-    # Above zero, as a router's are.
+    # Routing weights are above zero, as a router's are.
     raw = 0.1 + uniform(tokens, weights.top_k, generator=generator)
     return hidden_states, topk_ids, raw / raw.sum(-1, keepdim=True)
 
@@ -325,7 +327,7 @@ def _checked_tokens(tokens: int) -> torch.Tensor:
 
 def _quiet_runtime(threads: int) -> Runtime:
     with warnings.catch_warnings():
-        # More threads than cores is what the test is about.
+        # More threads than cores are intended here.
         warnings.simplefilter("ignore", RuntimeWarning)
         return Runtime(threads)
 

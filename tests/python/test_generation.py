@@ -99,7 +99,7 @@ def test_no_more_is_held_back_than_may_be_a_stop_string(text, stop):
         ({"repetition_penalty": 0}, "repetition_penalty: expected above 0 and at most 100, got 0"),
         ({"min_tokens": -1}, "min_tokens: expected 0 or more, got -1"),
         ({"logprobs": -1}, "logprobs: expected 0 or more, got -1"),
-        ({"json_schema": "{"}, "json_schema: expected JSON, got text that is none"),
+        ({"json_schema": "{"}, "json_schema: expected JSON: "),
         ({"json_schema": "[]"}, "json_schema: expected a JSON object, got list"),
         ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
         ({"temperature": -0.1}, "temperature: expected 0 to 100, got -0.1"),

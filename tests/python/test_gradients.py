@@ -6,7 +6,7 @@ from moe_tools import inputs, layer
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-REMEDY = r"^cpumoe's experts compute no gradients: use torch\.no_grad\(\).*host's own experts$"
+REMEDY = r"^cpumoe's experts compute no gradients; call them under torch\.no_grad\(\).*own experts$"
 
 
 @pytest.fixture(scope="module")

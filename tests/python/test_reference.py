@@ -154,7 +154,7 @@ def test_ids_out_of_range_are_an_index_error(bad):
 
 def test_arguments_that_do_not_belong_together_are_refused():
     p = Problem(WEIGHT_FORMATS["mxfp4"])
-    with pytest.raises(ValueError, match="quantized weights need their format, got None"):
+    with pytest.raises(ValueError, match="expected the format of the quantized weights, got None"):
         experts_forward(*p.arguments)
     with pytest.raises(ValueError, match=r"topk_ids, topk_weights: expected \[7, top_k\] each"):
         experts_forward(p.x, p.ids[:3], p.weights, p.gate, p.up, p.down, format="mxfp4")

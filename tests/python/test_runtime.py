@@ -72,7 +72,7 @@ def test_more_threads_than_cores_warn_once_per_runtime(weights):
             pass
     assert [w.category for w in caught] == [RuntimeWarning]
     message = str(caught[0].message)
-    assert message.startswith(f"Runtime: {threads} threads asked for, but this process has ")
+    assert message.startswith(f"Runtime: {threads} threads requested, but this process may ")
     assert caught[0].filename == __file__
 
 

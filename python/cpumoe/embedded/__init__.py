@@ -1,7 +1,7 @@
-"""The model that is part of the package: a small DeepSeek-V4, trained on public-domain text.
+"""The model that comes with the package: a small DeepSeek-V4, trained on public-domain text.
 
-Its checkpoint has DeepSeek-V4-Flash's native format: MXFP4 experts, FP8 blocks. How it was made:
-``tools/embedded_model`` in the sources.
+The checkpoint is in DeepSeek-V4-Flash's native format, with MXFP4 experts and FP8 blocks.
+``tools/embedded_model`` in the sources trains and exports it.
 """
 
 from pathlib import Path
@@ -17,5 +17,5 @@ def model_path() -> Path:
 
 
 def held_out_path() -> Path:
-    """Returns a text that it was not trained on: chapters, a blank line between two."""
+    """Returns a text file that the model was not trained on; a blank line divides chapters."""
     return _FOLDER / "held_out.txt"
