@@ -49,7 +49,7 @@ def test_unsupported_formats_open_for_inspection(kimi, quantization, name):
 
 def test_dense_models_are_no_checkpoint_of_ours(v4):
     edit_config(v4, n_routed_experts=None, model_type="llama")
-    message = "not a Mixture-of-Experts model: .* got model_type 'llama'"
+    message = "not a Mixture-of-Experts model: .* model_type is 'llama'"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(v4)
 

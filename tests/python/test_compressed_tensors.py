@@ -90,10 +90,12 @@ def test_an_activation_that_the_config_does_not_tell_is_the_callers_to_say(kimi)
     edit_config(kimi, model_type="minimax_m3_vl")
     reader = open_checkpoint(kimi)
     assert (reader.unsupported, reader.swiglu) == ((), None)
-    message = "config.json does not tell the activation of model_type 'minimax_m3_vl': pass swiglu="
+    message = (
+        "config.json does not specify the activation of model_type 'minimax_m3_vl'; pass swiglu="
+    )
     with pytest.raises(UnsupportedFormatError, match=message):
         cpumoe.Experts.from_checkpoint(kimi, 1)
-    assert "does not tell the activation" in refuse("validate", kimi)
+    assert "does not specify the activation" in refuse("validate", kimi)
     assert "unknown" in succeed("inspect", kimi)
     experts = cpumoe.Experts.from_checkpoint(kimi, 1, swiglu=SwiGLU(limit=7.0))
     assert experts.swiglu == SwiGLU(limit=7.0)

@@ -114,7 +114,7 @@ def test_a_request_goes_before_the_models_settings(loaded):
         ({"bad_words_ids": [5]}, "bad_words_ids: "),
         ({"bad_words_ids": [[10**6]]}, "bad_words_ids: "),
         ({"suppress_tokens": "none"}, "suppress_tokens: "),
-        ({"suppress_tokens": [*range(288)]}, "suppress_tokens: no token is left to choose"),
+        ({"suppress_tokens": [*range(288)]}, "suppress_tokens: it forbids all tokens"),
         ({"forced_eos_token_id": 10**6}, "forced_eos_token_id: "),
         ({"sequence_bias": 3}, "sequence_bias: "),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size: "),
@@ -124,7 +124,7 @@ def test_a_request_goes_before_the_models_settings(loaded):
 def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, config, problem):
     model, messages = with_config(loaded, **config)
     assert len(messages) == 1
-    assert messages[0].startswith("generation_config.json: left out: ")
+    assert messages[0].startswith("generation_config.json: these settings are left out: ")
     assert problem in messages[0]
     assert "\n" not in messages[0]
     with told() as later:

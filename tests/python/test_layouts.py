@@ -216,7 +216,9 @@ def test_layers_of_two_models_in_one_file_are_not_mixed(v4):
         v4 / "model.safetensors",
     )
     reader = open_checkpoint(v4)
-    with pytest.raises(CheckpointError, match=r"layer 0: expected experts of one name, got "):
+    with pytest.raises(
+        CheckpointError, match=r"layer 0: expected one prefix of experts' names, got "
+    ):
         reader.expert(0, 0)
 
 

@@ -214,7 +214,7 @@ def test_what_is_half_written_is_deleted(tmp_path, error):
 
 def test_a_failing_last_step_deletes_all(tmp_path, monkeypatch):
     monkeypatch.setattr("cpumoe.synth._layer_pieces", lambda *_: iter(()))
-    with pytest.raises(ValueError, match="declared but not written whole"):
+    with pytest.raises(ValueError, match="expected all declared bytes, got fewer"):
         write_small(tmp_path, "kimi-k2", max_shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
 

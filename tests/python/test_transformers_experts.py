@@ -92,7 +92,7 @@ def test_an_unknown_activation_is_refused_by_name():
             gate, up = gate_up.chunk(2, dim=-1)
             return torch.tanh(gate) * up
 
-    with pytest.raises(ValueError, match=r"OddExperts\._apply_gate is no activation"):
+    with pytest.raises(ValueError, match=r"OddExperts\._apply_gate: cpumoe does not have"):
         module_swiglu(experts_module(OddExperts))
 
 

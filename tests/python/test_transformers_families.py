@@ -39,7 +39,7 @@ def test_the_reader_alone_does_not_know_their_activation(tmp_path):
     family = UNLISTED[0]
     assert not PLAIN_SWIGLU_MODEL_TYPES & set(UNLISTED)
     folder = tiny_models.int4_moe(tmp_path, family)
-    with pytest.raises(cpumoe.UnsupportedFormatError, match=f"model_type '{family}': pass swiglu="):
+    with pytest.raises(cpumoe.UnsupportedFormatError, match=f"model_type '{family}'; pass swiglu="):
         cpumoe.Experts.from_checkpoint(folder, 1)
 
 

@@ -1,4 +1,4 @@
-"""Reading routed experts from checkpoint folders, lazily and without copies."""
+"""Reads routed experts from checkpoint folders, lazily and without copies."""
 
 from cpumoe.checkpoint.files import CheckpointError
 from cpumoe.checkpoint.reader import ExpertReader, ExpertWeights, UnsupportedFormatError

@@ -1,13 +1,14 @@
 """compressed-tensors: routed experts in symmetric INT4 (Kimi-K2) or MXFP4, in groups of 32.
 
-``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``, or w1, w3, w2 as names of
-gate, up and down; block is ``mlp``, ``block_sparse_moe``, ``feed_forward`` or another single name.
+Tensors are called ``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``. Some
+checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_sparse_moe``,
+``feed_forward`` or another single name.
 
 ``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/32]``, and
-where the file has it weight_shape int64 or int32 ``[2]`` = N, K. As little-endian bytes a packed
-row is two offset-binary codes per byte, low nibble = even k. ``mxfp4-pack-quantized``:
-weight_packed uint8 ``[N, K/2]``, weight_scale uint8 (E8M0) ``[N, K/32]``. Activations that the
-checkpoint would have quantized as they come stay as they are. Source: compressed-tensors 0.20
+optionally weight_shape int64 or int32 ``[2]`` = N, K. The little-endian bytes of a packed row hold
+two offset-binary codes each, low nibble = even k. ``mxfp4-pack-quantized`` has weight_packed uint8
+``[N, K/2]`` and weight_scale uint8 (E8M0) ``[N, K/32]``. If a checkpoint asks for dynamically
+quantized activations, cpumoe does not quantize them. Source: compressed-tensors 0.20
 ``compressors/pack_quantized`` and ``compressors/mxfp4``.
 """
 
@@ -35,9 +36,9 @@ from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 
-# What gate, up and down are called.
+# Names of gate, up and down.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-# In targets and ignore, beside module names and patterns: the class of all modules.
+# The class of all modules, which targets and ignore may name beside module names and patterns.
 _CLASS = "Linear"
 _EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
 _EXPERT_MODULE = re.compile(rf"{_EXPERTS}(?P<name>\w+)(?=\.weight(?:_packed)?$)")
@@ -45,7 +46,7 @@ _EXPERT_BIAS = re.compile(rf"{_EXPERTS}\w+\.bias$")
 
 
 class _Stored(NamedTuple):
-    """A format of compressed-tensors: ours, and the dtype and type of its codes."""
+    """A format of compressed-tensors: its name here, and the dtype and type of its codes."""
 
     name: str
     codes: torch.dtype
@@ -60,7 +61,7 @@ _CODES = {stored.name: stored.codes for stored in _STORED.values()}
 
 
 class CompressedTensorsReader(ExpertReader):
-    """Reads ``quant_method: compressed-tensors`` (see the module for names)."""
+    """Reads ``quant_method: compressed-tensors``. The module's documentation has the names."""
 
     _EXPERT = re.compile(_EXPERTS)
 
@@ -74,7 +75,7 @@ class CompressedTensorsReader(ExpertReader):
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """Any compressed-tensors checkpoint, supported or not."""
+        """Whether this is a compressed-tensors checkpoint, supported or not."""
         method = config.quantization.get("quant_method")
         return method == "compressed-tensors" or "config_groups" in config.quantization
 
@@ -106,7 +107,7 @@ class CompressedTensorsReader(ExpertReader):
             (f"{name}.weight_packed", (codes,), (n, columns)),
             (f"{name}.weight_scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
         ]
-        # It says no more than the config and the other two do; not every exporter writes it.
+        # weight_shape repeats the config and the other two tensors. Some exporters leave it out.
         if f"{name}.weight_shape" in self.folder:
             tensors.append((f"{name}.weight_shape", (torch.int64, torch.int32), (2,)))
         return tensors
@@ -131,7 +132,7 @@ def _experts_format(
     modules = _expert_modules(folder)
     if not modules:
         name = shown(str(quantization.get("format")))
-        return name, ("no routed expert's tensor has a known name",)
+        return name, ("no tensor of a routed expert has a known name",)
     bias = next(filter(_EXPERT_BIAS.match, folder.names()), None)
     if bias is not None:
         reason = f"biases of experts are not supported in this layout: {shown(bias)}"
@@ -169,7 +170,7 @@ def _group_format(
     if activations is not None and not (
         isinstance(activations, Mapping) and activations.get("dynamic")
     ):
-        reasons += ("activations (input_activations) with scales of their own are not supported",)
+        reasons += ("activations with static scales (input_activations) are not supported",)
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric")
     plain = not set(wrong) & {"num_bits", "type", "symmetric"}
     if plain:
@@ -178,7 +179,7 @@ def _group_format(
 
 
 def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
-    """What a group of quantization_config must say of the experts' weights."""
+    """Returns the values that quantization_config must have for the experts' weights."""
     fmt = WEIGHT_FORMATS[stored.name]
     return {
         "num_bits": (fmt.code_bits,),
@@ -186,7 +187,7 @@ def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
         "strategy": ("group",),
         "group_size": (fmt.group_size,),
         "symmetric": (True,),
-        # "group" reorders the groups' inputs (g_idx); the others store k in order.
+        # "group" reorders the inputs of groups (g_idx). The other values store k in order.
         "actorder": (None, False, "weight", "static"),
     }
 
@@ -194,7 +195,7 @@ def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
 def _experts_group(
     groups: Mapping[str, Mapping[str, Any]], module: str, patterns: ModulePatterns
 ) -> Mapping[str, Any]:
-    """The config group that applies to an expert's projection: by name first, then by class."""
+    """Returns the config group for an expert's projection: by name first, then by class."""
     for group in groups.values():
         if any(patterns.matches(target, module) for target in group["targets"]):
             return group
@@ -217,7 +218,7 @@ def _expert_modules(folder: SafetensorsFolder) -> list[str]:
 def _ignored_expert(
     folder: SafetensorsFolder, modules: list[str], ignore: list[str], patterns: ModulePatterns
 ) -> tuple[str, str] | None:
-    """Returns an entry of the ignore list and an expert's projection that it names, if any."""
+    """Returns an entry of the ignore list that names an expert's projection, and the projection."""
     for entry in ignore:
         if entry == _CLASS:
             return entry, modules[0]

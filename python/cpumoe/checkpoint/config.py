@@ -1,4 +1,4 @@
-"""What the readers need from a checkpoint's config.json."""
+"""Reads the values of config.json that the checkpoint readers need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _NUM_LAYERS_KEY = "num_hidden_layers"
-# Some hybrids list the kinds of their layers instead.
+# Some hybrid models list the kinds of their layers instead.
 _LAYER_KINDS_KEY = "layers_block_type"
 _TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -26,8 +26,8 @@ _TOP_K_KEYS = (
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 # Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
-# may clamp, shift or leave out the gate: a reader must not guess, and its caller has to say. The
-# integration knows by the model's own code.
+# may clamp, shift or leave out the gate. A reader must not guess, so its caller has to name the
+# activation. The integration for transformers finds it by running the model's own code.
 PLAIN_SWIGLU_MODEL_TYPES = frozenset(
     {
         "deepseek_v2",
@@ -44,7 +44,7 @@ PLAIN_SWIGLU_MODEL_TYPES = frozenset(
         "qwen3_next",
     }
 )
-# What all our activations gate by, as ``hidden_act`` calls it; configs may leave it out.
+# Values of ``hidden_act`` for the sigmoid gate of SwiGLU. Configs may leave it out.
 _SILU = (None, "silu", "swish")
 
 
@@ -53,12 +53,12 @@ class MoeConfig:
     """The sizes of a model's routed experts, and where its quantization is described.
 
     Attributes:
-        model_type: the top level's ``model_type``.
-        text: the language model's part of config.json (``text_config`` where there is one).
-        quantization: ``quantization_config``, from either level; empty when unquantized.
-        num_hidden_layers: decoder layers.
-        num_experts: routed experts per layer.
-        top_k: routed experts per token.
+        model_type: ``model_type`` of the top level.
+        text: the part of config.json for the language model (``text_config`` if there is one).
+        quantization: ``quantization_config``, from either level; empty if nothing is quantized.
+        num_hidden_layers: number of decoder layers.
+        num_experts: number of routed experts per layer.
+        top_k: number of routed experts per token.
         hidden_size: width of the residual stream.
         intermediate_size: inner width of one routed expert.
     """
@@ -77,7 +77,7 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
     """Returns the MoE sizes of a parsed config.json.
 
     Raises:
-        CheckpointError: not an MoE model, or a size is missing or not a positive integer.
+        CheckpointError: the model is no MoE model, or a size is missing or not a positive integer.
     """
     text = _section(config, "text_config") or config
     _check_optional(config, "architectures", list, str)
@@ -85,8 +85,8 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
     if not any(key in text for key in _NUM_EXPERTS_KEYS):
         raise CheckpointError(
             f"config.json: not a Mixture-of-Experts model: expected one of "
-            f"{', '.join(_NUM_EXPERTS_KEYS)}, "
-            f"got model_type {shown_value(config.get('model_type'))}"
+            f"{', '.join(_NUM_EXPERTS_KEYS)}, got none; model_type is "
+            f"{shown_value(config.get('model_type'))}"
         )
     quantization = (
         _section(text, "quantization_config")
@@ -106,10 +106,10 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
 
 
 def exact_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Returns the dtype, bfloat16 or float32, that rounds nothing which is not quantized.
+    """Returns the dtype that rounds no unquantized weight: bfloat16 or float32.
 
     Args:
-        config: a config.json, or transformers' config as a dict.
+        config: the content of config.json, or transformers' config as a dict.
 
     Raises:
         CheckpointError: ``text_config`` is no object.
@@ -121,16 +121,16 @@ def exact_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def positive_number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Returns a positive, finite float of the config, `default` where it is absent.
+    """Returns a positive, finite float of the config, or `default` if the key is absent.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the value is something else.
     """
     value = config.get(key, default)
     if not isinstance(value, bool) and isinstance(value, (int, float)):
         try:
             result = float(value)
-        except OverflowError:  # an integer beyond the floats
+        except OverflowError:  # an integer beyond the range of floats
             result = math.inf
         if math.isfinite(result) and result > 0:
             return result
@@ -140,12 +140,12 @@ def positive_number(config: Mapping[str, Any], key: str, default: float) -> floa
 
 
 def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
-    """Returns a clamp of the config as `positive_number` does; null is None, no clamp."""
+    """Returns a clamp of the config, like `positive_number`. null is None, which means no clamp."""
     return None if config.get(key, default) is None else positive_number(config, key, default)
 
 
 def unsupported_activation(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns why experts with the config's ``hidden_act`` are not supported, if they are not."""
+    """Returns a reason if experts with the config's ``hidden_act`` are not supported."""
     name = config.get("hidden_act")
     return (
         () if name in _SILU else (f"hidden_act {shown_value(name)} is not supported, only 'silu'",)
@@ -164,7 +164,7 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _check_optional(
     config: Mapping[str, Any], key: str, kind: type, item_kind: type | None = None
 ) -> None:
-    """Checks what is not needed here, but believed by those who read the config after us."""
+    """Checks a value that the readers do not need, but that transformers uses without a check."""
     value = config.get(key)
     items = value if item_kind is not None and isinstance(value, list) else ()
     if value is not None and not (

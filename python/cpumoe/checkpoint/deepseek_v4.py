@@ -1,10 +1,10 @@
 """DeepSeek-V4: MXFP4 experts, one tensor pair per projection.
 
-``layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``: w1 = gate, w3 = up, w2 = down; weight
-int8, uint8 or float4_e2m1fn_x2 ``[N, K/2]``, scale float8_e8m0fnu (or its bytes as uint8) ``[N,
-K/32]``.
-The multi-token-prediction layers ``mtp.{i}`` are not decoder layers and are ignored. Source: the
-published checkpoint's index and transformers 5.23 ``deepseek_v4``.
+Tensors are called ``layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``, with w1 = gate, w3 = up
+and w2 = down. A weight is int8, uint8 or float4_e2m1fn_x2 ``[N, K/2]``. A scale is float8_e8m0fnu,
+or its bytes as uint8, ``[N, K/32]``. The multi-token-prediction layers ``mtp.{i}`` are not decoder
+layers and are ignored. Source: the published checkpoint's index and transformers 5.23
+``deepseek_v4``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WEIGHT = re.compile(rf"{MODEL}layers\.[0-9]+\.ffn\.experts\.[0-9]+\.w1\.weight$
 
 
 class DeepseekV4Reader(ExpertReader):
-    """Reads ``model_type: deepseek_v4`` (see the module for names)."""
+    """Reads ``model_type: deepseek_v4``. The module's documentation has the names."""
 
     _EXPERT = re.compile(rf"(?P<prefix>{MODEL}layers\.{LAYER}\.ffn\.experts\.)[0-9]")
 
@@ -54,7 +54,7 @@ class DeepseekV4Reader(ExpertReader):
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """DeepSeek-V4 as published; a requantized one is another reader's."""
+        """Whether this is DeepSeek-V4 as published. Other readers have requantized ones."""
         return (
             config.model_type == "deepseek_v4" and config.quantization.get("quant_method") == "fp8"
         )
@@ -86,7 +86,7 @@ class DeepseekV4Reader(ExpertReader):
 
 
 def _expert_dtype(folder: SafetensorsFolder, config: MoeConfig) -> str:
-    """``"fp4"`` or ``"fp8"``: from either level of the config, else from the first expert."""
+    """Returns ``"fp4"`` or ``"fp8"``, from either level of the config or from the first expert."""
     value = config.text.get("expert_dtype") or config.quantization.get("expert_dtype")
     if value is not None:
         return str(value)

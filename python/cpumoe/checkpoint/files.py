@@ -1,7 +1,7 @@
-"""Reading a checkpoint's files before anything in them is believed.
+"""Reads and checks a checkpoint's files, whose content may be anything.
 
-Limits are checked against a file's size before its content is read. Whatever a file holds, the
-outcome is a value or one `CheckpointError` of one line with the file's name.
+A file's size is compared with a limit before its content is read. Whatever a file holds, the
+outcome is a value, or a `CheckpointError` of one line with the file's name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Bytes of a JSON file. Published configs have up to 2 MB, mostly names of unquantized modules.
+# The most bytes of a JSON file. Published configs have up to 2 MB, mostly names of modules.
 CONFIG_LIMIT = 16 << 20
-# The limit that the safetensors format sets itself. An index names what headers name: Kimi-K2's,
-# 200,000 tensors, has 24 MB.
+# The limit of the safetensors format itself. An index has the names of all headers. The index of
+# Kimi-K2, with 200,000 tensors, has 24 MB.
 HEADER_LIMIT = INDEX_LIMIT = 100_000_000
-# Characters of a tensor's name. Published names have at most 150.
+# The most characters of a tensor's name. Published names have at most 150.
 NAME_LIMIT = 1000
 
 POINTER_START = b"version https://git-lfs.github.com/spec/"
@@ -30,11 +30,11 @@ _short.maxstring = _short.maxother = _short.maxlong = _SHOWN_CHARACTERS
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's content is not what it must be; the message says what was expected."""
+    """A checkpoint's content is wrong. The message says what was expected."""
 
 
 def shown(text: str, room: int = _SHOWN_CHARACTERS) -> str:
-    """Returns text that came from a file on one line, cut to the characters there is room for."""
+    """Returns text from a file on one line, cut to `room` characters."""
     cut = text if len(text) <= room else f"{text[: room - 1]}…"
     if cut.isprintable():
         return cut
@@ -42,7 +42,7 @@ def shown(text: str, room: int = _SHOWN_CHARACTERS) -> str:
 
 
 def shown_value(value: object) -> str:
-    """Returns the ``repr`` of a value that came from a file, without what a message cannot hold."""
+    """Returns the ``repr`` of a value from a file, shortened to fit into a message."""
     return shown(_short.repr(value))
 
 
@@ -51,27 +51,28 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
     Args:
         path: a regular file.
-        limit: of its size in bytes.
+        limit: the most bytes that the file may have.
 
     Raises:
-        CheckpointError: too large, a Git LFS pointer, malformed, another type, duplicate names.
-        OSError: it cannot be read.
+        CheckpointError: the file is too large, a Git LFS pointer, malformed, or no object, or has
+            duplicate names.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         _check_size(file, limit, path)
-        content = file.read(limit)  # no more, should it grow meanwhile
+        content = file.read(limit)  # the file may have grown since
     check_pointer(content, path)
     return parse_object(content, path)
 
 
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object of a file.
+    """Parses the JSON object in a file's content.
 
     Raises:
-        CheckpointError: malformed, no UTF-8, another type, duplicate names.
+        CheckpointError: the text is malformed, not UTF-8, or no object, or has duplicate names.
     """
     try:
-        # Decoded here, as the host does: `json` would take UTF-16 as well.
+        # Decoded here, as transformers does, because `json` would accept UTF-16 as well.
         value = json.loads(text.decode(), object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
         problem = shown(str(error)) if text.strip() else "the file is empty; download it again"
@@ -82,14 +83,14 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def check_pointer(start: bytes, path: Path) -> None:
-    """Refuses a file that only says what Git LFS would put in its place.
+    """Refuses a Git LFS pointer, which stands for a file that was not downloaded.
 
     Args:
-        start: its first bytes.
-        path: its name, for the message.
+        start: the first bytes of the file.
+        path: the name of the file, for the message.
 
     Raises:
-        CheckpointError: a pointer.
+        CheckpointError: the file is a pointer.
     """
     if start.startswith(POINTER_START):
         raise CheckpointError(
@@ -99,15 +100,15 @@ def check_pointer(start: bytes, path: Path) -> None:
 
 
 def check_content(path: Path, limit: int) -> None:
-    """Refuses a file that is too large or a pointer, for a file that others will read.
+    """Refuses a file that is too large or a Git LFS pointer, before another library reads it.
 
     Args:
         path: a regular file.
-        limit: of its size in bytes.
+        limit: the most bytes that the file may have.
 
     Raises:
-        CheckpointError: so it is.
-        OSError: it cannot be read.
+        CheckpointError: the file is too large or a pointer.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         _check_size(file, limit, path)
@@ -115,10 +116,10 @@ def check_content(path: Path, limit: int) -> None:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuses a tensor's name that is so long that searching it would take long.
+    """Refuses a tensor's name that is so long that matching it would be slow.
 
     Raises:
-        CheckpointError: longer than `NAME_LIMIT`.
+        CheckpointError: the name is longer than `NAME_LIMIT`.
     """
     if len(name) > NAME_LIMIT:
         raise CheckpointError(
@@ -128,14 +129,14 @@ def check_name(name: str, path: Path) -> None:
 
 
 class FileState:
-    """What tells whether a file that is open has been written to since.
+    """Detects that an open file has been written to.
 
-    A mapped file that shrinks takes its pages along, and a process that touches them is killed. Ask
-    shortly before: between the question and the touch nothing can protect it.
+    If a mapped file shrinks, its last pages vanish, and the system kills a process that touches
+    them. Check shortly before an access. Nothing protects the time between check and access.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        """Notes the state of `file`, of which it keeps a descriptor."""
+        """Notes the state of `file`, and keeps a descriptor of it."""
         self._path = path
         self._descriptor = os.dup(file.fileno())
         self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -143,7 +144,7 @@ class FileState:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Bytes of the file."""
         return self._state[0]
 
     def check(self) -> None:
@@ -157,7 +158,7 @@ class FileState:
             )
 
     def check_is(self, path: Path) -> None:
-        """Raises CheckpointError if `path` is another file by now."""
+        """Raises CheckpointError if `path` is now another file."""
         if not os.path.samestat(os.fstat(self._descriptor), path.stat()):
             raise CheckpointError(
                 f"{path}: replaced while it was opened; load the checkpoint again when nothing "

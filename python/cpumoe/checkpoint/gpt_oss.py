@@ -1,13 +1,16 @@
 """gpt-oss: MXFP4 experts, all of a layer in one tensor.
 
-transformers' layout: ``model.layers.{L}.mlp.experts.{gate_up,down}_proj_{blocks,scales,bias}``.
-OpenAI's own, in the folder ``original`` of the published checkpoints:
-``block.{L}.mlp.{mlp1,mlp2}_{weight.blocks,weight.scales,bias}``, and a config.json that names
-neither model type nor quantization. Both hold the same: blocks uint8 (or float4_e2m1fn_x2)
-``[experts, N, K/32, 16]``, scales uint8 ``[experts, N, K/32]``, bias bf16, fp16 or fp32
-``[experts, N]``. Rows of the first projection are interleaved: gate 0, up 0, gate 1, up 1, ...
-Sources: transformers 5.23 ``integrations/mxfp4.py`` and ``gpt_oss``; openai/gpt-oss
-``torch/weights.py`` and ``torch/model.py``.
+There are two layouts, whose tensors have equal content:
+
+- transformers': ``model.layers.{L}.mlp.experts.{gate_up,down}_proj_{blocks,scales,bias}``.
+- OpenAI's, in the folder ``original`` of the published checkpoints:
+  ``block.{L}.mlp.{mlp1,mlp2}_{weight.blocks,weight.scales,bias}``. Its config.json names neither
+  model type nor quantization.
+
+Blocks are uint8 (or float4_e2m1fn_x2) ``[experts, N, K/32, 16]``, scales uint8 ``[experts, N,
+K/32]``, and biases bf16, fp16 or fp32 ``[experts, N]``. Rows of the first projection are
+interleaved: gate 0, up 0, gate 1, up 1, ... Sources: transformers 5.23 ``integrations/mxfp4.py``
+and ``gpt_oss``; openai/gpt-oss ``torch/weights.py`` and ``torch/model.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.swiglu import SwiGLU
 
-# Published configs may leave these out; transformers' GptOssConfig has the same defaults.
+# Published configs may leave these out. The defaults are those of transformers' GptOssConfig.
 _DEFAULT_SWIGLU_ALPHA = 1.702
 _DEFAULT_SWIGLU_LIMIT = 7.0
 
@@ -45,7 +48,7 @@ _MODEL_TYPE = "gpt_oss"
 
 
 class _Names(NamedTuple):
-    """What a layout calls the tensors of a layer, after its prefix."""
+    """A layout's names of a layer's tensors, after the layer's prefix."""
 
     gate_up: str
     down: str
@@ -59,7 +62,7 @@ _ORIGINAL = _Names("mlp1", "mlp2", "_weight.blocks", "_weight.scales", "_bias")
 
 
 class GptOssReader(ExpertReader):
-    """Reads gpt-oss with MXFP4 experts (see the module for names)."""
+    """Reads gpt-oss with MXFP4 experts. The module's documentation has the names."""
 
     has_bias = True
     _NAMES = _HOSTS
@@ -80,7 +83,7 @@ class GptOssReader(ExpertReader):
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """gpt-oss as transformers has it; its bf16 conversions are another reader's."""
+        """Whether this is gpt-oss in transformers' layout. Other readers have bf16 conversions."""
         return (
             config.model_type == _MODEL_TYPE and config.quantization.get("quant_method") == "mxfp4"
         )
@@ -132,19 +135,19 @@ class GptOssReader(ExpertReader):
 
 
 class OriginalGptOssReader(GptOssReader):
-    """Reads OpenAI's own layout of the same tensors."""
+    """Reads gpt-oss in OpenAI's layout."""
 
     _EXPERT = re.compile(rf"(?P<prefix>block\.{LAYER}\.mlp\.)mlp[12]_")
     _NAMES = _ORIGINAL
 
     def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
-        """As `ExpertReader`; the config names no model type."""
+        """Opens the experts; see `ExpertReader`. The config names no model type."""
         super().__init__(folder, dataclasses.replace(config, model_type=_MODEL_TYPE))
 
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """The folder ``original`` of gpt-oss, told by the names of its tensors."""
+        """Whether this is the folder ``original`` of gpt-oss, by the names of its tensors."""
         return config.model_type in ("", _MODEL_TYPE) and any(
             map(cls._EXPERT.match, folder.names())
         )

@@ -1,8 +1,8 @@
 """The header of a safetensors file: which tensors it holds.
 
 Source of the format: https://github.com/huggingface/safetensors#format (eight bytes of header
-length, a JSON header, then the tensors' bytes). Headers are parsed here for checks and errors that
-name sizes; the tensors' bytes are `safetensors`' to read.
+length, a JSON header, then the tensors' bytes). This module parses headers, so that errors can name
+sizes. The library `safetensors` reads the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cpumoe.checkpoint.files import (
 )
 from cpumoe.formats import FLOAT4, dtype_name
 
-# safetensors' dtype names, as far as expert checkpoints use them.
+# The dtype names of safetensors that expert checkpoints use.
 TORCH_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -41,7 +41,7 @@ TORCH_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# What the file counts one by one, PyTorch counts in pairs; so does `TensorInfo.shape`.
+# The file counts FP4 values one by one. PyTorch and `TensorInfo.shape` count them in pairs.
 FLOAT4_NAME = "F4"
 if FLOAT4 is not None:
     TORCH_DTYPES[FLOAT4_NAME] = FLOAT4
@@ -52,14 +52,14 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a shard's header says of one tensor; the shape is the one that PyTorch gives it."""
+    """A tensor's entry in a shard's header. The shape is the one that PyTorch gives it."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
 
     def __str__(self) -> str:
-        """``float8_e8m0fnu [4096, 64]``, with torch's name of the dtype where there is one."""
+        """``float8_e8m0fnu [4096, 64]``, with PyTorch's name of the dtype if it has one."""
         dtype = TORCH_DTYPES.get(self.dtype)
         return f"{dtype_name(dtype) if dtype else shown(self.dtype)} {shown_value([*self.shape])}"
 
@@ -68,12 +68,12 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInf
     """Reads the header of a safetensors file, and checks the file's size against it.
 
     Args:
-        file: open at its start.
-        size: its bytes.
-        path: its name, for messages.
+        file: the open file, at its start.
+        size: bytes of the file.
+        path: name of the file, for messages.
 
     Raises:
-        CheckpointError: truncated, too long, a Git LFS pointer, or no safetensors file.
+        CheckpointError: the file is truncated, too long, a Git LFS pointer, or no safetensors file.
     """
     start = file.read(len(POINTER_START))
     check_pointer(start, path)
@@ -95,7 +95,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInf
     tensors = {}
     for name in list(header):
         check_name(name, path)
-        # Each entry is dropped when it has been read: there may be millions.
+        # Each entry is dropped after reading, because there may be millions.
         tensors[name], end = _tensor_info(name, header.pop(name), path)
         expected = max(expected, _LENGTH_BYTES + length + end)
     if size != expected:
@@ -107,7 +107,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInf
 
 
 def _tensor_info(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int]:
-    """Returns what an entry says, and where the tensor's bytes end."""
+    """Returns an entry's content, and where the tensor's bytes end."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)

@@ -1,9 +1,9 @@
-"""Module names in a quantization_config, whole or as patterns, matched in bounded time.
+"""Matches module names with the names and patterns of a quantization_config, in bounded time.
 
-A pattern is a checkpoint's, and a regular expression of few characters can take longer than anybody
-waits. So patterns are compiled under limits, and matched by `regex`, which stops when its time is
-up, unlike `re`. RE2 would need no time limit, but lacks look-ahead and back-references: it would
-refuse patterns that compressed-tensors takes.
+Patterns come from the checkpoint, and a short regular expression can take arbitrarily long. So
+patterns are compiled under limits, and matched by `regex`, which has a time limit, unlike `re`. RE2
+would need no time limit, but lacks look-ahead and back-references, so it would refuse patterns that
+compressed-tensors accepts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _PREFIX = "re:"
 _LENGTH_LIMIT = 500
-# `regex` makes copies of what is to be repeated, as often as the product of nested counts.
+# `regex` copies a repeated part as often as the product of nested counts.
 _REPEAT_LIMIT = 100
 _SECONDS = 2.0
 
@@ -28,22 +28,22 @@ _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
 class ModulePatterns:
-    """Matches modules against a checkpoint's patterns; the time is for all of them together.
+    """Matches modules with a checkpoint's patterns, within a time limit for all matches together.
 
-    A target is a module's whole name, or a Python regular expression after ``re:`` that must match
-    at its start: so compressed-tensors has it.
+    As in compressed-tensors, a target is a module's whole name, or ``re:`` and a Python regular
+    expression that must match at the start of the name.
     """
 
     def __init__(self) -> None:
-        """Starts with all of the time left."""
+        """Starts with the whole time limit."""
         self._compiled: dict[str, Any] = {}
         self._seconds = _SECONDS
 
     def checked(self, targets: Any, key: str) -> list[str]:
-        """Returns what config.json has under `key`, if it is a list of targets.
+        """Returns `targets`, the value of `key` in config.json, if it is a list of targets.
 
         Raises:
-            CheckpointError: it is something else, or a pattern is none or too costly.
+            CheckpointError: `targets` is something else, or a pattern is invalid or too costly.
         """
         if not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
             raise CheckpointError(
@@ -69,7 +69,7 @@ class ModulePatterns:
         """Whether a checked target names a module.
 
         Raises:
-            CheckpointError: no time is left.
+            CheckpointError: the time limit is exceeded.
         """
         pattern = self._compiled.get(target)
         if pattern is None:
@@ -93,11 +93,11 @@ class ModulePatterns:
 
 
 def _compile(pattern: str) -> Any:
-    """Compiles a pattern, or raises ValueError with what is wrong with it."""
+    """Compiles a pattern, or raises ValueError with its fault."""
     if len(pattern) > _LENGTH_LIMIT:
         raise ValueError(f"has {len(pattern)} characters, expected at most {_LENGTH_LIMIT}")
     try:
-        re.compile(pattern)  # `regex` has a language of its own beyond this one
+        re.compile(pattern)  # `regex` accepts patterns that `re` does not
         repeats = _repeats(pattern)
         if repeats > _REPEAT_LIMIT:
             raise ValueError(f"repeats {repeats} times, expected at most {_REPEAT_LIMIT}")
@@ -107,10 +107,10 @@ def _compile(pattern: str) -> Any:
 
 
 def _repeats(pattern: str) -> int:
-    """The product of all counts in braces; ValueError for braces that hold none."""
+    """Returns the product of all counts in braces; ValueError for braces without a count."""
     text = _ESCAPED.sub("", pattern)
     counts = [int(number) for pair in _COUNT.findall(text) for number in pair if number]
     if text.count("{") != len(_COUNT.findall(text)):
-        # To `regex` they would mean that a match need not be exact.
-        raise ValueError("has braces around something else than a count, write \\{")
+        # `regex` would take them for approximate matching.
+        raise ValueError("has braces without a count; write \\{ for a brace")
     return math.prod(max(count, 1) for count in counts)

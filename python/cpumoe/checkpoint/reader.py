@@ -23,10 +23,10 @@ from cpumoe.swiglu import SwiGLU
 # A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
 
-# What precedes ``layers.3.``: nothing, or the language model's place in a greater one.
+# The names before ``layers.3.``: none, or those of the language model within a larger model.
 MODEL = r"(?:(?:language_)?model\.|backbone\.)*"
 LAYER = r"(?P<layer>[0-9]{1,9})"
-# Any tensor of a layer, as transformers or as OpenAI names it.
+# Any tensor of a layer, with transformers' or OpenAI's name.
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
 
 
@@ -62,13 +62,13 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertsInfo:
-    """What a reader finds out about a checkpoint's experts from its config and headers.
+    """A checkpoint's experts according to its config and headers.
 
     Attributes:
         format: name of the experts' weight format, supported or not.
-        swiglu: the experts' activation, None if config.json does not tell; means nothing where
+        swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
             `unsupported` is not empty.
-        unsupported: reasons why the experts cannot be read; empty when they can.
+        unsupported: reasons why the experts cannot be read; empty if they can.
     """
 
     format: str
@@ -79,32 +79,32 @@ class ExpertsInfo:
 class ExpertReader(ABC):
     """Reads the routed experts of one kind of checkpoint.
 
-    A subclass names its checkpoints in `matches`, tells format and activation in `_identify`, finds
-    experts by `_EXPERT`, and reads in `_expert_tensors` and `_read_expert`. `open_checkpoint` picks
-    it from the registry.
+    A subclass recognizes its checkpoints in `matches`, finds format and activation in `_identify`,
+    finds experts by `_EXPERT`, and reads them in `_expert_tensors` and `_read_expert`.
+    `open_checkpoint` picks the subclass from the registry.
 
     Attributes:
         folder: the checkpoint's tensors.
-        config: its sizes.
+        config: the sizes from config.json.
         format: name of the experts' weight format, supported or not.
-        unsupported: reasons why `expert` refuses; empty when the checkpoint is supported.
-        swiglu: the experts' activation, None if config.json does not tell; means nothing where
+        unsupported: reasons why `expert` refuses; empty if the checkpoint is supported.
+        swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
             `unsupported` is not empty.
-        model_type: the checkpoint's model_type.
-        num_experts: routed experts per layer.
-        top_k: routed experts per token.
+        model_type: model_type of the checkpoint.
+        num_experts: number of routed experts per layer.
+        top_k: number of routed experts per token.
         hidden_size: width of the residual stream.
         intermediate_size: inner width of one expert.
         has_bias: whether the experts have biases.
     """
 
     has_bias = False
-    # Matches the beginning of an expert tensor's name: ``layer``, and ``prefix``, with which the
-    # names of all experts of the layer begin.
+    # Matches the beginning of an expert tensor's name. Group ``prefix`` is the common beginning of
+    # the names of all experts of group ``layer``.
     _EXPERT: ClassVar[re.Pattern[str]]
 
     def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
-        """Opens the experts of `folder`, whose config.json says `config`."""
+        """Opens the experts of `folder`, with `config` from config.json."""
         info = self._identify(folder, config)
         self.folder = folder
         self.config = config
@@ -128,19 +128,19 @@ class ExpertReader(ABC):
     @staticmethod
     @abstractmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        """Returns the experts' format and activation, or why they are not supported."""
+        """Returns the experts' format and activation, or reasons why they are not supported."""
 
     @abstractmethod
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
-        """Yields the tensors of an expert of a supported checkpoint, as the config has them."""
+        """Yields an expert's tensors, as config.json implies, in a supported checkpoint."""
 
     @abstractmethod
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        """Reads an expert of a supported checkpoint; `prefix` is the layer's, as in `_EXPERT`."""
+        """Reads an expert of a supported checkpoint; `_EXPERT` explains `prefix`."""
 
     @classmethod
     def _layer_and_prefix(cls, tensor: str) -> tuple[int, str] | None:
-        """A tensor's layer and what the names of the layer's experts begin with, if it is one's."""
+        """Returns layer and prefix of an expert's tensor; None: it belongs to no expert."""
         match = cls._EXPERT.match(tensor)
         return (int(match["layer"]), match["prefix"]) if match else None
 
@@ -149,11 +149,11 @@ class ExpertReader(ABC):
         return list(self._prefixes)
 
     def tensor_names(self) -> dict[int, list[str]]:
-        """Returns the names of each layer's expert tensors, whether they are supported or not."""
+        """Returns the names of each layer's expert tensors, supported or not."""
         names = sorted(self.folder.names())
 
         def starting_with(prefix: str) -> list[str]:
-            # By index: `islice` would walk to where it begins.
+            # By index, because `islice` would walk to the beginning of its range.
             rest = (names[i] for i in range(bisect_left(names, prefix), len(names)))
             return list(itertools.takewhile(lambda name: name.startswith(prefix), rest))
 
@@ -164,16 +164,17 @@ class ExpertReader(ABC):
 
         Args:
             layer: index of the decoder layer.
-            index: of the expert.
-            check_scales: whether to refuse NaN scales, which reads all of them; False for those who
-                check them anyway, as packing does.
+            index: index of the expert.
+            check_scales: whether to refuse NaN scales, which reads all scales. Pass False if they
+                are checked later, as packing does.
 
         Raises:
             UnsupportedFormatError: see `unsupported`.
-            IndexError: no such layer or expert.
+            IndexError: there is no such layer or expert.
             FileNotFoundError: a shard is missing.
-            CheckpointError: a damaged shard; a missing, wrongly typed or wrongly shaped tensor.
-            ValueError: NaN scales, or the checkpoint is closed.
+            CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
+                shape.
+            ValueError: a scale is NaN, or the checkpoint is closed.
         """
         prefix = self._supported_prefix(layer)
         if not 0 <= index < self.num_experts:
@@ -187,7 +188,7 @@ class ExpertReader(ABC):
         return weights
 
     def check_supported(self) -> None:
-        """Raises UnsupportedFormatError where `unsupported` has reasons."""
+        """Raises UnsupportedFormatError if `unsupported` has reasons."""
         if self.unsupported:
             raise UnsupportedFormatError(
                 f"{self.folder.path}: {self.format} experts: {'; '.join(self.unsupported)}. "
@@ -195,10 +196,10 @@ class ExpertReader(ABC):
             )
 
     def check_depth(self) -> None:
-        """Checks that the files have as many layers as the config, for whoever builds all of those.
+        """Checks that the files have all layers of the config, before a host builds these.
 
         Raises:
-            CheckpointError: no tensor is of the last layer.
+            CheckpointError: no tensor belongs to the last layer.
         """
         numbers = (_OF_A_LAYER.search(name) for name in self.folder.names())
         found = max((int(match["layer"]) for match in numbers if match), default=-1) + 1
@@ -212,26 +213,27 @@ class ExpertReader(ABC):
         """Returns the experts' activation.
 
         Raises:
-            UnsupportedFormatError: config.json does not tell which it is.
+            UnsupportedFormatError: config.json does not specify it.
         """
         if self.swiglu is None:
             raise UnsupportedFormatError(
-                f"{self.folder.path}: config.json does not tell the activation of model_type "
-                f"{shown_value(self.model_type)}: pass swiglu= to cpumoe.Experts, such as "
+                f"{self.folder.path}: config.json does not specify the activation of model_type "
+                f"{shown_value(self.model_type)}; pass swiglu= to cpumoe.Experts, such as "
                 f"cpumoe.SwiGLU() for silu(gate) * up"
             )
         return self.swiglu
 
     def check_layer(self, layer: int) -> None:
-        """Checks a layer's first and last expert against the config, from the shards' headers.
+        """Compares a layer's first and last expert with the config, from the shards' headers.
 
-        Cheap: for what must know that the config's sizes are true before it allocates for them.
+        The check is cheap. It allows a caller to allocate memory by the config's sizes.
 
         Raises:
             UnsupportedFormatError: see `unsupported`.
-            IndexError: no such layer.
+            IndexError: there is no such layer.
             FileNotFoundError: a shard is missing.
-            CheckpointError: a damaged shard; a missing, wrongly typed or wrongly shaped tensor.
+            CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
+                shape.
             ValueError: the checkpoint is closed.
         """
         prefix = self._supported_prefix(layer)
@@ -254,7 +256,7 @@ class ExpertReader(ABC):
         return self._prefixes[layer]
 
     def close(self) -> None:
-        """Drops the checkpoint's file handles; tensors read so far stay valid."""
+        """Closes the checkpoint's files. Tensors that were read stay valid."""
         self.folder.close()
 
     def __enter__(self) -> ExpertReader:
@@ -276,16 +278,16 @@ class ExpertReader(ABC):
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:
-        # From the tensors, not by counting up to what the config claims.
+        # From the tensors, because the config may claim any number of layers.
         prefixes: dict[int, str] = {}
         for layer, prefix in filter(None, map(self._layer_and_prefix, self.folder.names())):
-            if layer >= self.config.num_hidden_layers:  # of multi-token prediction
+            if layer >= self.config.num_hidden_layers:  # for multi-token prediction
                 continue
             other = prefixes.setdefault(layer, prefix)
             if other != prefix:
                 raise CheckpointError(
-                    f"{self.folder.path}: layer {layer}: expected experts of one name, got "
-                    f"{shown(other)} and {shown(prefix)}"
+                    f"{self.folder.path}: layer {layer}: expected one prefix of experts' names, "
+                    f"got {shown(other)} and {shown(prefix)}"
                 )
         return dict(sorted(prefixes.items()))
 

@@ -1,4 +1,4 @@
-"""Which reader reads which checkpoint."""
+"""Chooses the reader for a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpumoe.checkpoint.reader import ExpertReader
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.checkpoint.unsupported import UnsupportedReader
 
-# The first whose `matches` says yes. A new reader is one file and one row above the last.
+# The first reader whose `matches` is true is used. A new reader goes above the last row.
 READERS: tuple[type[ExpertReader], ...] = (
     DeepseekV4Reader,
     GptOssReader,
@@ -31,24 +31,24 @@ def open_checkpoint(
 ) -> ExpertReader:
     """Opens a checkpoint folder with the reader for its config.json and tensor names.
 
-    Weights come from the files that transformers would take: the one that config.json's
-    ``transformers_weights`` names, else model.safetensors, else model.safetensors.index.json.
+    Weights come from the files that transformers would use: the one that ``transformers_weights``
+    in config.json names, else model.safetensors, else model.safetensors.index.json.
 
-    A checkpoint whose experts are not supported opens too: its reader's `unsupported` says why, and
-    its `expert` raises.
+    A checkpoint whose experts are not supported can be opened as well. The reader's `unsupported`
+    has the reasons, and `expert` raises.
 
     Args:
         path: the folder.
-        variant: of the weights, as in transformers' `from_pretrained`: the ``fp16`` of
+        variant: the weights' variant, as in transformers' `from_pretrained`: ``fp16`` in
             ``model.fp16.safetensors``.
-        files: the safetensors files that hold the weights, for a caller who knows them better.
+        files: the safetensors files that hold the weights, instead of those above.
 
     Raises:
-        FileNotFoundError: no such folder, or it lacks config.json, index or weights.
+        FileNotFoundError: the folder does not exist, or it has no config.json, index or weights.
         NotADirectoryError: `path` is a file.
-        CheckpointError: malformed JSON, not an MoE model, sizes that are missing, weights of which
-            more than the folder decides which count.
-        ValueError: sizes that the format does not allow.
+        CheckpointError: JSON is malformed, the model is no MoE model, sizes are missing, or not the
+            folder alone decides which weights are used.
+        ValueError: the format does not allow a size.
     """
     folder = SafetensorsFolder(path, variant=variant, files=files)
     config = parse_config(folder.config)

@@ -1,6 +1,6 @@
 """Lazy, zero-copy access to the tensors of a safetensors checkpoint folder.
 
-The bytes come from `safetensors.safe_open`, whose torch tensors are views of the mapped file.
+`safetensors.safe_open` reads the tensors. They are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cpumoe.checkpoint.weight_files import (
 )
 from cpumoe.formats import dtype_name
 
-# The hub's cache has a folder for each model, and in it a checkpoint's folder for each commit.
+# The hub's cache has a folder for each model, which has a checkpoint's folder for each commit.
 _SNAPSHOTS = "snapshots"
 
 
@@ -41,26 +41,27 @@ class _Shard:
 class SafetensorsFolder:
     """A checkpoint folder: config.json and one or several safetensors files.
 
-    Shards are opened when a tensor of theirs is first asked for. Methods may be called from several
-    threads. `close` (or leaving a ``with`` block) drops the handles; a tensor keeps its own file
-    mapped for as long as it lives.
+    A shard is opened at the first access to one of its tensors. Methods may be called from several
+    threads. `close` (or leaving a ``with`` block) closes the shards. A tensor keeps its file mapped
+    as long as it lives.
 
     Args:
         path: the folder.
-        variant: of the weights, as in transformers' `from_pretrained`.
+        variant: the weights' variant, as in transformers' `from_pretrained`.
         files: the safetensors files that hold the weights, instead of those that transformers would
-            choose. They are opened at once, because nothing else says which tensors they hold.
+            choose. They are opened at once, because only they say which tensors they hold.
 
     Attributes:
         path: the folder.
         config: the content of config.json.
-        index: the index of the shards; None: there is none, or it was not asked.
-        index_metadata: what the index says of itself.
+        index: the index of the shards; None: it was not needed.
+        index_metadata: the index's ``metadata``.
 
     Raises:
-        FileNotFoundError: no such folder, no config.json, or no safetensors file or index.
+        FileNotFoundError: the folder does not exist, or it has no config.json, or no safetensors
+            file or index.
         NotADirectoryError: `path` is a file.
-        CheckpointError: malformed JSON, duplicate names, a damaged file.
+        CheckpointError: JSON is malformed, names are duplicate, or a file is damaged.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class SafetensorsFolder:
         variant: str | None = None,
         files: Sequence[str | os.PathLike[str]] | None = None,
     ) -> None:
-        """Reads config.json and the index; opens no shard unless it must."""
+        """Reads config.json and the index, and opens shards only if there is no index."""
         self.path = Path(path)
         self.config = read_config(self.path)
         self.index: Path | None = None
@@ -104,7 +105,7 @@ class SafetensorsFolder:
         self.close()
 
     def close(self) -> None:
-        """Drops the open shards; further reads raise ValueError."""
+        """Closes the shards. Further reads raise ValueError."""
         with self._lock:
             shards, self._shards = self._shards, None
         for shard in (shards or {}).values():
@@ -119,46 +120,46 @@ class SafetensorsFolder:
         return self._shard_of.keys()
 
     def shard_files(self) -> list[Path]:
-        """Returns the files that hold the tensors, whether they are there or not."""
+        """Returns the files that hold the tensors, existing or not."""
         return sorted(set(self._shard_of.values()))
 
     def missing_shards(self) -> list[str]:
-        """Returns the names of shard files that the index lists and the folder lacks."""
+        """Returns the names of shard files that the index lists but the folder does not have."""
         return [os.path.relpath(p, self.path) for p in self.shard_files() if not p.is_file()]
 
     def check_shards(self) -> None:
-        """Opens all shards: whoever goes on to read them by other means will not stumble.
+        """Opens all shards, before another library reads them.
 
         Raises:
-            FileNotFoundError, CheckpointError, ValueError: as `tensor`.
+            FileNotFoundError, CheckpointError, ValueError: see `tensor`.
         """
         wanted = {shard: name for name, shard in self._shard_of.items()}
         for shard in sorted(wanted):
             self._open(shard, wanted[shard])
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a shard that was read has been written to since."""
+        """Raises CheckpointError if an open shard has been written to."""
         with self._lock:
             shards = list((self._shards or {}).values())
         for shard in shards:
             shard.state.check()
 
     def info(self, name: str) -> TensorInfo:
-        """Returns a tensor's dtype and shape as its shard's header has them.
+        """Returns a tensor's dtype and shape, from the header of its shard.
 
         Raises:
-            FileNotFoundError, CheckpointError, ValueError: as `tensor`.
+            FileNotFoundError, CheckpointError, ValueError: see `tensor`.
         """
         return self._shard(name).tensors[name]
 
     def check(self, name: str, dtypes: Collection[torch.dtype], shape: tuple[int, ...]) -> None:
-        """Checks a tensor as `tensor` does, and raises as it does, from its shard's header."""
+        """Makes the checks of `tensor`, from the shard's header alone."""
         self._checked(name, dtypes, shape)
 
     def tensor(
         self, name: str, dtypes: Collection[torch.dtype], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Returns a tensor as a view of its mapped file: no copy, no read until touched.
+        """Returns a tensor as a view of its mapped file, without copying or reading it.
 
         Args:
             name: the tensor's name.
@@ -166,9 +167,9 @@ class SafetensorsFolder:
             shape: required shape.
 
         Raises:
-            FileNotFoundError: its shard is missing.
-            CheckpointError: the shard is truncated or malformed, has changed since it was opened,
-                the tensor is missing, or its dtype or shape differ.
+            FileNotFoundError: the tensor's shard is missing.
+            CheckpointError: the shard is truncated or malformed or has changed since it was opened,
+                or the tensor is missing or has another dtype or shape.
             ValueError: the folder is closed.
         """
         shard = self._checked(name, dtypes, shape)
@@ -192,12 +193,12 @@ class SafetensorsFolder:
         return shard
 
     def _tensors_of(self, files: Sequence[Path]) -> Mapping[str, Path]:
-        """Opens files and returns which tensor lies in which."""
+        """Opens files, and returns the file of each tensor."""
         found: dict[str, Path] = {}
         for path in files:
             if path.suffix != SHARD_SUFFIX:
                 raise CheckpointError(
-                    f"{path}: expected a {SHARD_SUFFIX} file: cpumoe reads none else"
+                    f"{path}: expected a {SHARD_SUFFIX} file; cpumoe reads no other kind"
                 )
             for name in self._open(path).tensors:
                 other = found.setdefault(name, path)
@@ -229,7 +230,7 @@ class SafetensorsFolder:
             return shard
 
     def _check_against_index(self, path: Path, shard: _Shard) -> None:
-        # The host reads every tensor of every shard, whatever the index says, and the last counts.
+        # transformers reads all tensors of all shards, whatever the index says, and keeps the last.
         for name in shard.tensors:
             other = self._shard_of.get(name, path)
             if other != path:
@@ -241,9 +242,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config.json of a checkpoint folder.
 
     Raises:
-        FileNotFoundError: no such folder, or it lacks a config.json.
-        NotADirectoryError: a file.
-        CheckpointError: malformed JSON.
+        FileNotFoundError: the folder does not exist, or it has no config.json.
+        NotADirectoryError: `folder` is a file.
+        CheckpointError: the JSON is malformed.
     """
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
@@ -258,7 +259,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _hint(folder: Path) -> str:
-    """Where the checkpoint is if `folder` is the hub cache's folder of a model."""
+    """Returns a hint at the checkpoint if `folder` is a model's folder in the hub's cache."""
     snapshots = folder if folder.name == _SNAPSHOTS else folder / _SNAPSHOTS
     found = [path.parent for path in snapshots.glob(f"*/{CONFIG_NAME}")]
     if not found:

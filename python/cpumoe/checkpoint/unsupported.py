@@ -1,4 +1,4 @@
-"""Checkpoints that have routed experts, in a format without a reader: enough for ``inspect``."""
+"""Describes checkpoints whose experts have a format without a reader, for ``inspect``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cpumoe.checkpoint.shards import SafetensorsFolder
 _NUMBER = re.compile("[0-9]{1,9}")
 _EXPERTS = "experts"
 _LAYERS = "layers"
-# Its layers, mtp.layers.0, are no decoder layers.
+# Layers such as mtp.layers.0 are no decoder layers.
 _MULTI_TOKEN_PREDICTION = "mtp"
 
 
 class UnsupportedReader(ExpertReader):
-    """Names the format, sizes and layers; `expert` always refuses."""
+    """Has format, sizes and layers. `expert` always raises."""
 
     @override
     @staticmethod
@@ -33,13 +33,13 @@ class UnsupportedReader(ExpertReader):
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
-        """Everything: it is the registry's last row."""
+        """Matches everything, as the registry's last row."""
         return True
 
     @override
     @classmethod
     def _layer_and_prefix(cls, tensor: str) -> tuple[int, str] | None:
-        # By its parts: a pattern with two gaps of any length would take the square of the name's.
+        # By parts, because a pattern with two gaps would take quadratic time.
         parts = tensor.split(".")
         try:
             layers = parts.index(_LAYERS)

@@ -1,8 +1,8 @@
-"""Which files of a folder hold a checkpoint's weights.
+"""Finds the files of a folder that hold a checkpoint's weights.
 
-The order is transformers 5.23's (`modeling_utils._get_resolved_checkpoint_files`), so that experts
-come from the files that the host takes everything else from. What the host decides by more than the
-folder is refused.
+Files are preferred in the order of transformers 5.23
+(`modeling_utils._get_resolved_checkpoint_files`), so that experts come from the files from which
+transformers takes the other weights. A folder is refused if its content alone does not decide.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CONFIG_NAME = "config.json"
 
 SHARD_SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
-# The config's key that names the weights' file, before all others.
+# The key of config.json whose file is preferred to all others.
 EXPLICIT_KEY = "transformers_weights"
-# The host's distributed training saves files of this name, and the host prefers them to all others.
+# Names of files of distributed training, which transformers prefers to all others.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def is_index(file: str) -> bool:
-    """Whether a weights' file is an index of shards."""
+    """Whether a file of weights is an index of shards."""
     return file.endswith(".json")
 
 
@@ -42,16 +42,16 @@ def weights_file(folder: Path, config: Mapping[str, Any], variant: str | None) -
     """Returns the file that holds the weights, or the index of the files that do.
 
     Args:
-        folder: the checkpoint's.
-        config: its config.json.
-        variant: as in transformers' `from_pretrained`: the ``fp16`` of ``model.fp16.safetensors``.
+        folder: the checkpoint's folder.
+        config: the content of config.json.
+        variant: as in transformers' `from_pretrained`: ``fp16`` in ``model.fp16.safetensors``.
 
     Returns:
-        Its name, relative to the folder.
+        The name, relative to the folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it depends on more than the folder which it is, or it lies outside.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the folder alone does not decide, or the file lies outside.
     """
     _check_unambiguous(folder, config)
     explicit = config.get(EXPLICIT_KEY)
@@ -70,14 +70,14 @@ def read_index(folder: Path, file: str) -> tuple[Mapping[str, str], Any]:
     """Reads an index.
 
     Args:
-        folder: the checkpoint's.
-        file: the index, relative to it.
+        folder: the checkpoint's folder.
+        file: the index, relative to the folder.
 
     Returns:
         The shard of each tensor, relative to the folder, and the index's ``metadata``.
 
     Raises:
-        CheckpointError: it is no such index.
+        CheckpointError: the file is no such index.
     """
     path = folder / file
     content = read_json(path, INDEX_LIMIT)
@@ -101,14 +101,14 @@ def read_index(folder: Path, file: str) -> tuple[Mapping[str, str], Any]:
 def _check_unambiguous(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("configuration_files"):
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: configuration_files: transformers' version decides which of "
-            f"them counts; expected one config.json for all: remove the entry"
+            f"{folder / CONFIG_NAME}: configuration_files: expected one config.json for all "
+            f"versions of transformers, got several; remove the entry"
         )
     distributed = next((p.name for p in folder.iterdir() if _DISTRIBUTED.match(p.name)), None)
     if distributed is not None:
         raise CheckpointError(
             f"{folder / distributed}: part of a checkpoint of distributed training, which "
-            f"transformers takes before all other files: expected {SINGLE_NAME} or {INDEX_NAME}"
+            f"transformers prefers to all other files; expected {SINGLE_NAME} or {INDEX_NAME}"
         )
 
 
@@ -146,7 +146,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 
 def _others(folder: Path) -> str:
-    """What else the folder has in the way of weights, for whoever misses them."""
+    """Returns a text that lists other files of weights in the folder."""
     patterns = ("*.safetensors", f"*{_INDEX_SUFFIX[:-5]}*.json", "*.bin", "*.gguf", "*.pt", "*.pth")
     found = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     if not found:

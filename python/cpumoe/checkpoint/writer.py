@@ -1,8 +1,8 @@
 """Writes a sharded safetensors checkpoint whose tensors arrive piece by piece.
 
-`safetensors.torch.save_file` wants every tensor of a shard in memory. Here all names, dtypes and
-shapes are declared first, the headers are written, and the bytes follow in any order, so that
-memory stays at one piece. Format: see `cpumoe.checkpoint.header`.
+`safetensors.torch.save_file` needs every tensor of a shard in memory. This writer needs memory for
+one piece only: all names, dtypes and shapes are declared first, the headers are written, and the
+bytes follow in any order. `cpumoe.checkpoint.header` describes the format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Bytes of the tensor in the file."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -42,10 +42,9 @@ class CheckpointWriter:
 
     Args:
         folder: an existing folder.
-        specs: every tensor of the checkpoint, in the order in which shards fill up.
+        specs: every tensor of the checkpoint, in the order in which they fill the shards.
         config: content of config.json.
-        max_shard_bytes: a shard is closed before it grows beyond this (a larger tensor gets its
-            own).
+        max_shard_bytes: the most bytes of a shard; a larger tensor gets a shard of its own.
         progress: called with (bytes written, bytes in all) after each piece.
     """
 
@@ -88,7 +87,7 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the shards; after a success, writes index and config, else deletes them."""
+        """Closes the shards, and writes index and config; after an error, deletes all files."""
         if kind is not None:
             self._discard()
             return
@@ -104,7 +103,7 @@ class CheckpointWriter:
         """Writes rows ``row, row + 1, ...`` (along the first dimension) of a declared tensor.
 
         Raises:
-            ValueError: another dtype or row shape than declared, or too many rows.
+            ValueError: dtype or row shape are not as declared, or there are too many rows.
         """
         spec = self._specs[name]
         fits = tensor.shape[1:] == spec.shape[1:] and row + tensor.shape[0] <= spec.shape[0]
@@ -126,7 +125,7 @@ class CheckpointWriter:
     def _start_shard(self, file_name: str, specs: Sequence[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        # Widest elements first keeps every tensor aligned to its element size.
+        # With the widest elements first, every tensor is aligned to its element size.
         for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
             header[spec.name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
@@ -148,7 +147,9 @@ class CheckpointWriter:
     def _finish(self) -> None:
         short = [name for name, spec in self._specs.items() if self._written[name] != spec.nbytes]
         if short:
-            raise ValueError(f"{short[0]}: declared but not written whole ({len(short)} such)")
+            raise ValueError(
+                f"{short[0]}: expected all declared bytes, got fewer ({len(short)} such tensors)"
+            )
         if len(self._files) > 1:
             index = {
                 "metadata": {"total_size": self._total},
@@ -164,7 +165,7 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # what its buffer held may not fit the disk
+            with suppress(OSError):  # the disk may have no room for the buffered bytes
                 file.close()
         for path in self._outputs:
             path.unlink(missing_ok=True)

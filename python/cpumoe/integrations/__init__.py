@@ -1,1 +1,1 @@
-"""Hosts: one package per model runtime, imported by nobody but the command line and the user."""
+"""Integrations: one package per host of models. Only the command line and users import them."""

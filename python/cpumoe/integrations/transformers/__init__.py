@@ -1,4 +1,4 @@
-"""cpumoe under transformers: the host keeps all of a model but its routed experts.
+"""cpumoe for transformers: cpumoe computes a model's routed experts, transformers all the rest.
 
 Example::
 
@@ -6,10 +6,10 @@ Example::
 
     model = from_pretrained("path/to/DeepSeek-V4-Flash")   # a transformers model like any other
 
-`from_pretrained` loads one model; `enable` makes transformers' own `from_pretrained` do the same
-(and everything built on it, such as ``transformers serve``), and adds
-``experts_implementation="cpumoe"`` for models that are in memory already. `LanguageModel` adds the
-tokenizer: text in, text out. Needs the extra: ``pip install "cpumoe[transformers]"``.
+`from_pretrained` loads one model. `enable` makes transformers' own `from_pretrained` do so, and
+thereby everything that uses it, such as ``transformers serve``. Importing this package registers
+``experts_implementation="cpumoe"`` for models that are already in memory. `LanguageModel` adds the
+tokenizer, for text in and text out. The extra is needed: ``pip install "cpumoe[transformers]"``.
 """
 
 from cpumoe.integrations.transformers._require import require_transformers

@@ -1,7 +1,7 @@
 """transformers' own command line with cpumoe's experts.
 
 ``python -m cpumoe.integrations.transformers serve DIR --device cpu`` is ``transformers serve DIR
---device cpu`` after `enable`; options come from CPUMOE_ISA alone.
+--device cpu`` after `enable`. CPUMOE_ISA may choose the variant; there are no other options.
 """
 
 from transformers.cli.transformers import app

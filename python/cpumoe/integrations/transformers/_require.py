@@ -1,10 +1,10 @@
-"""The one place that says which transformers this integration is made for."""
+"""Checks for a version of transformers that this integration supports."""
 
 import re
 from importlib import metadata
 
-# Internals of the host are used (quantizers, experts modules), which change between minor versions:
-# each of these has been tried. pyproject.toml has the same bounds.
+# The integration uses internals of transformers (quantizers, experts modules), which change between
+# minor versions. Each of these versions was tried. pyproject.toml has equal bounds.
 MAJOR = 5
 MINORS = range(23, 25)
 _PACKAGES = ("transformers", "accelerate", "compressed-tensors")
@@ -12,10 +12,11 @@ _INSTALL = 'pip install "cpumoe[transformers]"'
 
 
 def require_transformers() -> None:
-    """Checks that the extra's packages are there, before a deep import fails on one.
+    """Checks that the extra's packages are installed, before a nested import fails.
 
     Raises:
-        ImportError: one is missing, or transformers is another version; its name is the package's.
+        ImportError: a package is missing, or the version of transformers is not supported. The
+            attribute ``name`` has the package.
     """
     try:
         version = {package: metadata.version(package) for package in _PACKAGES}["transformers"]
@@ -32,6 +33,6 @@ def require_transformers() -> None:
 
 
 def _version_pair(version: str) -> tuple[int, int]:
-    """Returns major and minor number of a version as PEP 440 has it: ``(5, 24)`` of 5.24rc1."""
+    """Returns major and minor number of a PEP 440 version: ``(5, 24)`` for 5.24rc1."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,4 +1,4 @@
-"""Which SwiGLU an experts module of transformers computes."""
+"""Recognizes the SwiGLU that an experts module of transformers computes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from cpumoe.swiglu import SwiGLU
 
-# Around zero, where gates differ most, and far enough for a limit to show that the module has under
-# another name.
+# Probes lie around zero, where gates differ most, and far enough away to show a limit whose name in
+# the module is unknown.
 _FAR = [10 ** (2 + i / 2) for i in range(9)]
 _PROBES = [*range(-48, 49), *(i / 10 for i in range(-10, 11)), *_FAR, *(-far for far in _FAR)]
 
@@ -22,34 +22,34 @@ class _Gate(Protocol):
 
 
 def module_swiglu(module: nn.Module) -> SwiGLU:
-    """Returns the activation of an experts module, recognised by what it computes.
+    """Returns the activation of an experts module, recognized by its results.
 
     The module's `_apply_gate` (transformers 5.23, ``integrations/moe.py``) is evaluated on a grid
     of gate and up values and compared with each SwiGLU that the module's `alpha` and `limit` allow.
-    So an unknown model that gates like a known one needs no code here, and one that does not is
-    never guessed at.
+    So an unknown model that gates like a known one needs no code here, and one with another gate is
+    refused.
 
     Raises:
-        ValueError: none fits; names the module's class.
+        ValueError: no SwiGLU fits. The message names the module's class.
     """
     name = type(module).__name__
     if not getattr(module, "has_gate", True):
         raise ValueError(f"{name}: experts without a gate projection are not supported")
-    # The host may be inside a block that makes new tensors on the meta device; the caller may have
-    # chosen another default dtype, or autocast.
+    # transformers may run this while new tensors go to the meta device, and the caller may have
+    # chosen another default dtype or autocast.
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         beyond = 2 * (_limit(module) or 0)
         probes = torch.tensor([*_PROBES, -beyond, beyond], dtype=torch.float32, device="cpu")
         gate, up = (grid.flatten() for grid in torch.meshgrid(probes, probes, indexing="ij"))
-        # One feature: [gate; up] and interleaved columns are the same.
+        # With one feature, [gate; up] and interleaved columns are equal.
         gate_up = torch.stack((gate, up), -1)
         actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0]
         for candidate in _candidates(module):
             if torch.allclose(actual, candidate(gate, up), rtol=1e-5, atol=1e-6):
                 return candidate
     raise ValueError(
-        f"{name}._apply_gate is no activation that cpumoe computes: expected silu(gate) * up, "
-        f"with a limit, or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
+        f"{name}._apply_gate: cpumoe does not have this activation; expected silu(gate) * up, with "
+        f"or without a limit, or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
     )
 
 
@@ -67,7 +67,7 @@ def _limit(module: nn.Module) -> float | None:
 
 
 def _attribute(module: nn.Module, *names: str) -> float | None:
-    """The first of the attributes that is a positive finite number."""
+    """Returns the first of the attributes that is a positive finite number."""
     values = (getattr(module, name, None) for name in names)
     numbers = (float(value) for value in values if isinstance(value, (int, float)))
     return next((number for number in numbers if 0 < number < math.inf), None)

@@ -1,4 +1,4 @@
-"""A conversation as its model's chat template writes it."""
+"""Writes a conversation as text by the model's chat template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from cpumoe.generation import Message, ModelError
 
-# Kimi's templates write the identifiers of calls, which its models expect to be names.
+# Kimi's templates write the ids of tool calls, and its models expect names as ids.
 _NAMED_CALLS = "<|tool_call_begin|>"
 
 
@@ -28,17 +28,19 @@ def render_chat(
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         messages: see `cpumoe.generation.TextModel.encode_chat`.
-        tools: likewise.
-        arguments: for the template.
+        tools: see `cpumoe.generation.TextModel.encode_chat`.
+        arguments: variables of the template.
 
     Raises:
-        ValueError: the template refuses the messages, or an argument is none of the template's.
-        ModelError: the template fails whatever the messages are.
+        ValueError: the template refuses the messages, or an argument is not a template variable.
+        ModelError: the template fails for any messages.
     """
     taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
     if not taken.isdisjoint(arguments):
         names = ", ".join(sorted(taken.intersection(arguments)))
-        raise ValueError(f"template arguments: {names}: not the chat template's to decide")
+        raise ValueError(
+            f"template arguments: expected variables of the chat template, got reserved: {names}"
+        )
     given = {"tools": [*map(dict, tools)] or None, **arguments}
     template = str(tokenizer.chat_template)
     shaped = [_message(message, template) for message in messages]
@@ -50,7 +52,7 @@ def render_chat(
         except _Refusal as refusal:
             if refusal.meant or not any(message.get("tool_calls") for message in shaped):
                 raise
-            # DeepSeek's templates want the arguments as the text that the model wrote.
+            # DeepSeek's templates expect the arguments as the text that the model wrote.
             return _render(tokenizer, shaped, **given)
     except _Refusal as refusal:
         cause = refusal.cause
@@ -60,17 +62,17 @@ def render_chat(
 
 
 class _Refusal(Exception):  # noqa: N818
-    """A template raised something.
+    """A template raised an exception.
 
     Attributes:
-        cause: what.
-        meant: by its own decision, not by a mistake in it or in what it was given.
+        cause: the exception.
+        meant: whether the template raised it on purpose, not because of a mistake.
     """
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(cause)
         self.cause = cause
-        # What templates call raise_exception raises it; its subclasses are Jinja's own.
+        # raise_exception in a template raises TemplateError. Jinja itself raises its subclasses.
         self.meant = type(cause) is TemplateError
 
 
@@ -81,13 +83,13 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **arguments: Any) ->
         )
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # the template is the checkpoint's code, and may raise anything
+    except Exception as error:  # the template is the checkpoint's code and may raise anything
         raise _Refusal(error) from error
     return text
 
 
 def _fails_always(tokenizer: Any) -> bool:
-    """Whether a template fails for the simplest conversation there is, too."""
+    """Whether a template fails even for the simplest conversation."""
     try:
         _render(tokenizer, [{"role": "user", "content": "Hi"}])
     except _Refusal as refusal:
@@ -96,19 +98,19 @@ def _fails_always(tokenizer: Any) -> bool:
 
 
 def _message(message: Message, template: str) -> dict[str, Any]:
-    """A message in OpenAI's shape as templates expect it."""
+    """Returns a message in OpenAI's format, changed to what templates expect."""
     changed = dict(message)
     if changed["role"] == "assistant" and changed.get("content") is None:
-        changed["content"] = ""  # OpenAI's beside tool calls; many templates take no other
-    # gpt-oss' name of it, which the host gives it as well; that template refuses it beside the text
-    # of a message with calls.
+        changed["content"] = ""  # OpenAI allows null beside tool calls; many templates do not
+    # gpt-oss' template calls reasoning "thinking", and transformers sets both names. The template
+    # refuses reasoning in a message that has text and tool calls.
     if ".thinking" in template and changed.get("tool_calls") and changed.get("content"):
         changed.pop("reasoning_content", None)
     return changed
 
 
 def _with_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of calls as objects; OpenAI's protocol has JSON text."""
+    """Returns the messages with the calls' arguments as objects instead of JSON text."""
     return [
         {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")
@@ -120,14 +122,14 @@ def _with_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
-        # What is no JSON goes back to the model as it once wrote it.
+        # Arguments that are no JSON go back to the model as the model wrote them.
         with contextlib.suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(function["arguments"] or "{}")
     return {**call, "function": function}
 
 
 def _name_calls(messages: list[dict[str, Any]]) -> None:
-    """Gives calls the names that Kimi's models know them by, in the order of the conversation."""
+    """Gives calls the ids that Kimi's models expect, numbered through the conversation."""
     names: dict[str, str] = {}
     numbers = itertools.count()
     for message in messages:
@@ -135,7 +137,7 @@ def _name_calls(messages: list[dict[str, Any]]) -> None:
         for call in message.get("tool_calls") or ():
             number = next(numbers)
             name = f"functions.{(call.get('function') or {}).get('name')}:{number}"
-            # Some clients number the calls of each reply anew: a result belongs to the last one.
+            # Some clients number the calls of each reply anew. A result is the last such call's.
             names[str(call.get("id", number))] = name
             calls.append({**call, "id": name})
         if calls:

@@ -1,7 +1,7 @@
-"""Whether the host found all of a model in the checkpoint's files, and all of those in the model.
+"""Checks that a model and its checkpoint's files have the same tensors.
 
-transformers initialises what it does not find at random, leaves out what it does not know, and only
-logs a report of both. A model that is to compute right must be refused instead.
+transformers initializes tensors that it does not find at random, leaves out tensors that it does
+not know, and only logs a report of both. cpumoe refuses such a model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _REPORT = "LOAD REPORT"
 _LOGGER = logging.getLogger("transformers.modeling_utils")
 _WEIGHT = ".weight"
 _FP8 = ("F8_E4M3", "F8_E5M2")
-# What the scales of X.weight are called: X.scale, ...
+# Suffixes of the scales of X.weight: X.scale, ...
 _SCALES = (".scale", ".weight_scale", ".weight_scale_inv", ".qscale_weight")
-# Tensors that a model computes right without, beyond those that the host itself leaves out.
+# Tensors that a model does not need, beyond those that transformers itself leaves out.
 _OPTIONAL = re.compile(
     # multi-token prediction
     r"(?:^|\.)mtp(?:_\w+)?\."
-    # what quantized activations and key-value caches are scaled by
+    # scales of quantized activations and of key-value caches
     r"|(?:^|[._])(?:[qkv]|kv|input|output|activation)_(?:global_)?(?:scale|zero_point)$"
     # computed from the config
     r"|(?:^|\.)rotary_emb\.inv_freq$"
 )
-# The host's report: rows "name | CONVERSION | traceback", where the cause stands before "Error: ".
+# transformers' report has rows "name | CONVERSION | traceback", with the cause before "Error: ".
 _UNCONVERTIBLE = re.compile(r"^(\S.*?) *\| *CONVERSION\b", re.MULTILINE)
 _CAUSE = re.compile(r"^(.+)\nError: ", re.MULTILINE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -44,16 +44,16 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 def check_complete(
     model: nn.Module, report: Mapping[str, Any], path: object, *, mismatched_allowed: bool
 ) -> None:
-    """Refuses a model that is not wholly, or not only, what the checkpoint's files hold.
+    """Refuses a model if the checkpoint's files lack some of its tensors, or have more.
 
     Args:
-        model: a model as the host loaded it.
-        report: the host's, as ``output_loading_info=True`` returns it.
+        model: the model as transformers loaded it.
+        report: transformers' report, as ``output_loading_info=True`` returns it.
         path: the checkpoint, for errors.
-        mismatched_allowed: whether tensors of another shape than the model's may stay random.
+        mismatched_allowed: whether tensors whose shapes differ from the model's may stay random.
 
     Raises:
-        CheckpointError: tensors that the files lack, that the model lacks, or of another shape.
+        CheckpointError: the files or the model lack tensors, or shapes differ.
     """
     mismatched = [] if mismatched_allowed else sorted(report["mismatched_keys"])
     shapes = [f"{name} {list(file)} for {list(own)}" for name, file, own in mismatched]
@@ -65,18 +65,19 @@ def check_complete(
     if any(faults):
         raise CheckpointError(
             f"{path}: the weights do not fit {type(model).__name__}: "
-            f"{'; '.join(filter(None, faults))}. Is the download complete, and config.json its own?"
+            f"{'; '.join(filter(None, faults))}; check that the download is complete, and that "
+            f"config.json belongs to it"
         )
 
 
 def check_scaled(weights: SafetensorsFolder) -> None:
-    """Refuses FP8 weights whose scales no file has: transformers 5.24 takes codes for values.
+    """Refuses FP8 weights without scales, because transformers 5.24 takes codes for values.
 
     Args:
-        weights: a checkpoint; the headers of all its files are read.
+        weights: a checkpoint. The headers of all its files are read.
 
     Raises:
-        CheckpointError: names them.
+        CheckpointError: a weight has no scale.
     """
     stems = [name.removesuffix(_WEIGHT) for name in weights.names() if name.endswith(_WEIGHT)]
     unscaled = [
@@ -87,23 +88,23 @@ def check_scaled(weights: SafetensorsFolder) -> None:
     ]
     if unscaled:
         raise CheckpointError(
-            f"{weights.path}: {_counted('FP8 weights without a scale', unscaled)}. Is the download "
-            f"complete?"
+            f"{weights.path}: {_counted('FP8 weights without a scale', unscaled)}; check that the "
+            f"download is complete"
         )
 
 
 @contextmanager
 def host_report_held_back(path: object) -> Iterator[None]:
-    """Keeps this thread's report of the host from the log until the block ends without an error.
+    """Holds back this thread's report of transformers until the block ends without an error.
 
     Raises:
-        CheckpointError: the host could not convert tensors, which it says in its report alone.
+        CheckpointError: transformers could not convert tensors, which only its report says.
     """
     own_level = _LOGGER.level
     held = _HeldBack(_LOGGER.getEffectiveLevel())
     _LOGGER.addFilter(held)
-    # A higher level would leave no report to read. A logger's own level of WARNING would make the
-    # host warn about tensor parallelism.
+    # A higher level would leave no report to read. A logger's own level of WARNING would make
+    # transformers warn about tensor parallelism.
     _LOGGER.setLevel(min(held.level, logging.WARNING - 1))
     try:
         yield
@@ -122,7 +123,7 @@ def host_report_held_back(path: object) -> Iterator[None]:
 class _HeldBack(logging.Filter):
     def __init__(self, level: int) -> None:
         super().__init__()
-        self.level = level  # below which the log wants nothing
+        self.level = level  # the log drops records below it
         self.records: list[logging.LogRecord] = []
         self._thread = threading.get_ident()
 
@@ -139,13 +140,13 @@ def _raise_unconvertible(path: object, report: str, error: RuntimeError) -> None
     if names:
         why = f": {cause[1].rstrip('.')}" if cause else ""
         raise CheckpointError(
-            f"{path}: transformers cannot convert {_counted('tensors', names)}{why}. Is the "
-            f"download complete?"
+            f"{path}: transformers cannot convert {_counted('tensors', names)}{why}; check that "
+            f"the download is complete"
         ) from error
 
 
 def _unexpected(model: Any, names: Iterable[str]) -> set[str]:
-    """Returns those of the tensors without a place in the model that it should have one for."""
+    """Returns those of the unexpected tensors that are a fault."""
     names = {name for name in names if not _OPTIONAL.search(name)}
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", 0)
@@ -157,14 +158,14 @@ def _unexpected(model: Any, names: Iterable[str]) -> set[str]:
     )
     if not is_part:
         return names
-    # The files hold more than was asked for, such as a head or a tower for images.
+    # The files hold a larger model, with a head or a vision tower, of which this is a part.
     prefix = f"{model.base_model_prefix}."
     own = {name for name, _ in model.named_children()}
     return {name for name in names if name.removeprefix(prefix).partition(".")[0] in own}
 
 
 def _counted(fault: str, names: Collection[str]) -> str:
-    """``missing tensors: 5 (a, b, c, ...)``; empty where there are none."""
+    """Returns ``missing tensors: 5 (a, b, c, ...)``, or an empty text if there are none."""
     if not names:
         return ""
     shown = ", ".join(sorted(names)[:_NAMED])

@@ -1,4 +1,4 @@
-"""How one request's tokens are chosen, and become text."""
+"""How the tokens of a request are chosen and become text."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from cpumoe.integrations.transformers.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Continuation:
-    """A request, ready for the host's generation loop.
+    """A request, ready for transformers' generation loop.
 
     Attributes:
-        text: takes tokens.
-        processors: make scores of logits.
-        sampled: tokens are drawn; False: the best is taken.
+        text: the growing reply, which takes the tokens.
+        processors: the logits processors.
+        sampled: whether tokens are drawn; False: the most probable one is taken.
     """
 
     text: GrowingText
@@ -42,19 +42,19 @@ class Continuations:
     """Makes continuations for one checkpoint.
 
     Attributes:
-        vocabulary: its tokens.
+        vocabulary: the checkpoint's tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any, generation_config: Mapping[str, Any]) -> None:
-        """Reads what the checkpoint says.
+        """Reads the checkpoint's settings.
 
         Args:
-            model: the host's causal language model.
-            tokenizer: the host's.
+            model: the transformers model.
+            tokenizer: the transformers tokenizer.
             generation_config: content of generation_config.json.
 
         Raises:
-            ModelError: it does not say in a way that makes sense what ends a text.
+            ModelError: the end tokens or the stop strings are invalid.
         """
         logits = int(model.get_output_embeddings().weight.shape[0])
         config = model.config.get_text_config(decoder=True)
@@ -74,7 +74,7 @@ class Continuations:
         """Returns the continuation of a prompt by at most `limit` tokens.
 
         Raises:
-            ValueError: a schema that cannot be honoured.
+            ValueError: the JSON schema is not supported.
         """
         length = len(prompt.tokens)
         markers = self._added(() if prompt.reply is None else prompt.reply.markers)
@@ -106,13 +106,13 @@ class Continuations:
         return Continuation(text, processors, is_sampled(sampling, self._settings))
 
     def _stops(self, sampling: Sampling) -> tuple[tuple[str, ...], frozenset[int]]:
-        """Strings and tokens that end the text."""
+        """Returns the strings and the tokens that end the text."""
         stop = sampling.stop
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop += self._settings.stop
             ends |= self._end_tokens
-        # A string that is a token of its own may be hidden from the text.
+        # A stop string that is a token by itself may be hidden from the text.
         return stop, ends | self._added(stop)
 
     def _added(self, texts: Collection[str]) -> frozenset[int]:

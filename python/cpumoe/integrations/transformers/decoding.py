@@ -1,4 +1,4 @@
-"""The host's generation loop, with our own sampling in the place of a checkpoint's."""
+"""Runs transformers' generation loop with cpumoe's sampling instead of the checkpoint's."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def decode(
     cache: Any | None,
     cancelled: Callable[[], bool] | None,
 ) -> None:
-    """Generates tokens until the text is at its end.
+    """Generates tokens until the text ends.
 
     Args:
-        model: the host's causal language model.
+        model: the transformers model.
         tokens: the prompt.
         continuation: chooses the tokens and takes them.
-        limit: at most so many.
-        cache: of a prompt whose beginning was read; None: the host reads all of it.
-        cancelled: asked after each token.
+        limit: the most tokens to generate.
+        cache: the cache, if the beginning of the prompt was read; None: transformers reads all.
+        cancelled: called after each token.
     """
     ids = torch.tensor([tokens], device="cpu")
-    # Left out, the host would choose from the 50 best tokens.
+    # Without top_k, transformers would sample from the 50 most probable tokens.
     choice = {"do_sample": True, "top_k": 0} if continuation.sampled else {"do_sample": False}
     begun = {} if cache is None else {"past_key_values": cache}
     with _without_generation_config(model):
@@ -48,7 +48,7 @@ def decode(
 
 @contextmanager
 def _without_generation_config(model: Any) -> Iterator[None]:
-    """Keeps the host from filling in the checkpoint's settings: ours have read them already."""
+    """Keeps transformers from adding the checkpoint's settings, which the continuation has."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

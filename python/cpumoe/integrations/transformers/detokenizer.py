@@ -1,45 +1,45 @@
-"""Tokens to text, one token at a time."""
+"""Turns tokens into text, one token at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
-# What a tokenizer shows for bytes that are no whole character yet.
+# The text of bytes that are no whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# Tokens to wait for the end of a character, and those that it may still lie in: it has four bytes
-# at most.
+# How many tokens to wait for the end of a character, and how many of the last tokens may still be
+# part of one, which has at most four bytes.
 _PATIENCE = 8
 _KEPT = 3
 
 
 class Detokenizer:
-    """Turns a growing list of tokens into text whose pieces add up to the whole.
+    """Turns a growing list of tokens into pieces of text that add up to the whole.
 
-    Decoding tokens one by one would lose spaces that depend on the token before, and cut characters
-    of several tokens. So the tokens of the last piece are decoded once with and once without what
-    is new, and the difference is the next piece.
+    Decoding tokens one by one would lose spaces that depend on the token before, and would cut
+    characters of several tokens. So the tokens of the last piece are decoded with and without the
+    new tokens, and the difference is the next piece.
     """
 
     def __init__(self, tokenizer: Any, hidden: Collection[int] = ()) -> None:
-        """Uses a transformers tokenizer; tokens in `hidden` are no part of the text."""
+        """Uses a transformers tokenizer. Tokens in `hidden` are left out of the text."""
         self._tokenizer = tokenizer
         self._hidden = frozenset(hidden)
         self._shown: list[int] = []
         self._new: list[int] = []
 
     def feed(self, token: int) -> str:
-        """Takes the next token; returns the text that is whole because of it, maybe none."""
+        """Takes the next token; returns the text that it completes, which may be empty."""
         if token in self._hidden:
             return ""
         self._new.append(token)
         if not self._decode(self._shown + self._new).endswith(_INCOMPLETE):
             return self._take(len(self._new))
-        # Bytes that are no text: show them as what they are.
+        # These bytes are no text, and are shown as replacement characters.
         return self._take(len(self._new) - _KEPT) if len(self._new) >= _PATIENCE else ""
 
     def flush(self) -> str:
-        """Returns what is left, whole or not."""
+        """Returns the rest of the text, complete or not."""
         return self._take(len(self._new))
 
     def _take(self, count: int) -> str:

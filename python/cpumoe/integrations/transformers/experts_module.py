@@ -1,4 +1,4 @@
-"""The module that stands in a model where its routed experts were."""
+"""The module that replaces the routed experts of a model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cpumoe.swiglu import SwiGLU
 
 @dataclass
 class Spent:
-    """What a module's calls took so far.
+    """Number and time of a module's calls.
 
     Attributes:
-        calls: of `CpuExperts.forward`.
-        seconds: wall time in them.
+        calls: number of calls of `CpuExperts.forward`.
+        seconds: wall time of these calls.
     """
 
     calls: int = 0
@@ -29,23 +29,23 @@ class Spent:
 
 
 class CpuExperts(nn.Module):
-    """Routed experts of one layer, computed by `cpumoe.Experts`; has no parameters.
+    """Routed experts of one layer, computed by `cpumoe.Experts`. The module has no parameters.
 
     Attributes:
         layer: index of the decoder layer.
-        num_experts: routed experts of the layer.
-        experts: the packed experts; None until `pack`.
-        spent: time spent in it.
+        num_experts: number of routed experts of the layer.
+        experts: the packed experts; None before `pack`.
+        spent: number and time of the calls so far.
     """
 
     def __init__(self, layer: int, num_experts: int, swiglu: SwiGLU) -> None:
-        """Makes the module for a decoder layer; `pack` gives it weights."""
+        """Makes the module for a decoder layer. `pack` gives it weights."""
         super().__init__()
         self.layer = layer
         self.num_experts = num_experts
         self.swiglu = swiglu
         self.experts: Experts | None = None
-        # An object of its own: setting a module's attribute takes microseconds.
+        # A separate object, because setting an attribute of a module takes microseconds.
         self.spent = Spent()
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
@@ -62,7 +62,7 @@ class CpuExperts(nn.Module):
         )
 
     @override
-    # Else a graph that is compiled breaks at each of the calls inside.
+    # Without this, a compiled graph would break at each of the calls inside.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -74,14 +74,15 @@ class CpuExperts(nn.Module):
 
         Args:
             hidden_states: ``[..., hidden]`` bf16, fp16 or fp32, on any device.
-            top_k_index: ``[tokens, top_k]``; `num_experts` means "not mine".
-            top_k_weights: ``[tokens, top_k]``, normalised and scaled by the host.
+            top_k_index: ``[tokens, top_k]``. The id `num_experts` is skipped.
+            top_k_weights: ``[tokens, top_k]``, normalized and scaled by the model.
 
         Returns:
-            hidden_states' shape, dtype and device; see `cpumoe.Experts` on gradients.
+            A tensor with shape, dtype and device of `hidden_states`. See `cpumoe.Experts` for
+            gradients.
 
         Raises:
-            RuntimeError: the weights are not there yet, or the model is in training mode.
+            RuntimeError: `pack` was not called, or the model is in training mode.
         """
         start = time.perf_counter()
         experts = self._ready()
@@ -101,15 +102,15 @@ class CpuExperts(nn.Module):
 
     def _ready(self) -> Experts:
         if self.experts is None:
-            raise RuntimeError(f"layer {self.layer}: the experts have no weights yet: call pack")
+            raise RuntimeError(f"layer {self.layer}: the experts have no weights yet; call pack")
         if self.training:
             raise RuntimeError(
-                f"layer {self.layer}: cpumoe's experts compute no gradients and cannot train: "
+                f"layer {self.layer}: cpumoe's experts compute no gradients and cannot train; "
                 f"call model.eval()"
             )
         return self.experts
 
     @override
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Returns the text for ``print(model)``."""
         return f"layer={self.layer}, {self.experts or 'not packed'}"

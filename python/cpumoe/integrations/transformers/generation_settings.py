@@ -1,4 +1,4 @@
-"""What a checkpoint says about how it is to be sampled: read, checked and mapped once, at load."""
+"""A checkpoint's settings of sampling, read and checked once when the model is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cpumoe.integrations.transformers.host_processors import (
 from cpumoe.integrations.transformers.vocabulary import Vocabulary
 
 FILE = "generation_config.json"
-# What would change the text, if this integration did it, and the values that ask for nothing.
+# Settings that are not supported though they change the text, and their values without effect.
 _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -47,19 +47,19 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a model is sampled where a request does not say.
+    """A model's defaults of sampling, for requests that leave the choice to the model.
 
     Attributes:
-        sample: draw tokens; False: take the best.
+        sample: whether tokens are drawn; False: the most probable one is taken.
         temperature: divides the logits, at least `LEAST_TEMPERATURE`.
-        top_k: choose from so many tokens; 0: from all.
-        top_p: choose from the nucleus of this probability, above 0.
-        min_p: choose from tokens this many times as probable as the best.
-        repetition_penalty: above 0; 1: none.
-        min_new_tokens: before these nothing ends the text.
-        min_length: likewise, the prompt's tokens included.
+        top_k: sample from this many most probable tokens; 0: from all.
+        top_p: sample from the most probable tokens that together have this probability, above 0.
+        min_p: sample from tokens at least this many times as probable as the most probable one.
+        repetition_penalty: above 0; 1: no penalty.
+        min_new_tokens: before this many new tokens, nothing ends the text.
+        min_length: before this many tokens, including the prompt's, nothing ends the text.
         stop: strings that end the text.
-        processors: names and values of the host's further logits processors.
+        processors: transformers' further logits processors, with their values.
     """
 
     sample: bool = False
@@ -77,11 +77,11 @@ class GenerationSettings:
 def read_generation_config(
     path: str | os.PathLike[str], origin: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns what a checkpoint's generation_config.json says; None: it has none.
+    """Returns the content of a checkpoint's generation_config.json; None: there is no such file.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
-        origin: further arguments that say where it is.
+        origin: further arguments that locate the checkpoint.
 
     Raises:
         ModelError: the file is no JSON object.
@@ -97,9 +97,10 @@ def read_generation_config(
 
 
 def host_generation_config(content: Mapping[str, Any]) -> Any:
-    """Returns the host's form of a generation_config.json; one that it refuses gives its default.
+    """Returns a generation_config.json as transformers' class, or its default for invalid content.
 
-    The host would refuse to load a model for values that `GenerationSettings` can do without.
+    Otherwise transformers would refuse to load the model because of values that
+    `GenerationSettings` does not need.
     """
     try:
         return GenerationConfig.from_dict(dict(content))
@@ -108,16 +109,16 @@ def host_generation_config(content: Mapping[str, Any]) -> Any:
 
 
 def generation_settings(content: Mapping[str, Any], vocabulary: int) -> GenerationSettings:
-    """Returns the settings of a generation_config.json.
+    """Returns the settings in a generation_config.json.
 
-    What is out of its range or not supported is left out, and one warning lists it.
+    Settings that are out of range or not supported are left out, and one warning lists them.
 
     Args:
-        content: the file's.
-        vocabulary: how many logits the model computes.
+        content: content of the file.
+        vocabulary: number of logits that the model computes.
 
     Raises:
-        ModelError: stop strings that are no strings: the text would go on where it should end.
+        ModelError: the stop strings are invalid. Leaving them out would make texts too long.
     """
     problems: list[str] = []
     number = _Numbers(content, problems)
@@ -125,7 +126,7 @@ def generation_settings(content: Mapping[str, Any], vocabulary: int) -> Generati
     temperature = number("temperature", 1.0, lambda x: 0 <= x <= 100, "0 to 100")
     top_p = number("top_p", 1.0, lambda x: 0 <= x <= 1, "0 to 1")
     settings = GenerationSettings(
-        # A nucleus of nothing is the best token alone, as is the limit of low temperatures.
+        # top_p 0 and very low temperatures leave only the most probable token.
         sample=sample and temperature >= LEAST_TEMPERATURE and top_p > 0,
         temperature=max(temperature, LEAST_TEMPERATURE),
         top_k=max(0, number.count("top_k", least=-1)),
@@ -144,27 +145,27 @@ def generation_settings(content: Mapping[str, Any], vocabulary: int) -> Generati
         if value is not None and value not in neutral:
             problems.append(f"{name}: not supported, got {_short(value)}")
     if problems:
-        warnings.warn(f"{FILE}: left out: {'; '.join(problems)}", stacklevel=2)
+        warnings.warn(f"{FILE}: these settings are left out: {'; '.join(problems)}", stacklevel=2)
     return settings
 
 
 def end_tokens(content: Mapping[str, Any], config: Any, vocabulary: Vocabulary) -> frozenset[int]:
-    """Returns the tokens that end a text, as generation_config.json, config.json and tokenizer say.
+    """Returns the tokens that end a text, by generation_config.json, config.json and tokenizer.
 
     Args:
-        content: generation_config.json's.
-        config: the host's configuration of the text model.
-        vocabulary: the tokenizer's.
+        content: content of generation_config.json.
+        config: transformers' configuration of the text model.
+        vocabulary: the tokens of the tokenizer.
 
     Raises:
-        ModelError: token ids that are no integers.
+        ModelError: a token id is no integer.
     """
     named = _token_ids(FILE, content.get("eos_token_id"))
     configured = _token_ids("config.json", getattr(config, "eos_token_id", None))
-    if named == configured:  # the host makes the one of the other where a file is missing
+    if named == configured:  # transformers makes one from the other if a file is missing
         named = frozenset()
-    # Where config.json has none, the host fills in what its class was made with, whatever token
-    # that is in this vocabulary.
+    # If config.json has no end token, transformers fills in the default of the model's class, which
+    # may be any token in this vocabulary.
     if vocabulary.end is not None:
         known = vocabulary.special | frozenset(vocabulary.added.values())
         configured -= _token_ids("config.json", type(config)().eos_token_id) - known
@@ -173,7 +174,7 @@ def end_tokens(content: Mapping[str, Any], config: Any, vocabulary: Vocabulary) 
 
 
 class _Numbers:
-    """Reads numbers out of a generation config, and notes those that are out of range."""
+    """Reads numbers from a generation config, and notes those that are out of range."""
 
     def __init__(self, content: Mapping[str, Any], problems: list[str]) -> None:
         self._content = content
@@ -217,7 +218,7 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 def _processors(
     content: Mapping[str, Any], vocabulary: int, problems: list[str]
 ) -> list[tuple[Processor, Any]]:
-    """Those of the host's further processors that are asked for, and work."""
+    """Returns transformers' further processors that the config requests and that work."""
     found = []
     request = Request(prompt_length=3, limit=8, ends=(0,))
     for processor in PROCESSORS:
@@ -226,13 +227,13 @@ def _processors(
             continue
         try:
             works = leaves_a_choice(processor.make(value, request), vocabulary)
-        except Exception as error:  # whatever the host makes of a value of any kind
+        except Exception as error:  # transformers may raise anything for a wrong value
             problems.append(f"{processor.name}: {error}, got {_short(value)}")
             continue
         if works:
             found.append((processor, value))
         else:
-            problems.append(f"{processor.name}: no token is left to choose, got {_short(value)}")
+            problems.append(f"{processor.name}: it forbids all tokens, got {_short(value)}")
     return found
 
 

@@ -16,13 +16,13 @@ from cpumoe.stop_strings import StopStrings
 
 
 class GrowingText:
-    """Takes tokens one by one and makes a reply of them.
+    """Takes tokens one by one and turns them into a reply.
 
     Attributes:
-        tokens: how many came.
-        first_token_at: when the first came, by `time.perf_counter`.
+        tokens: number of tokens so far.
+        first_token_at: time of the first token, by `time.perf_counter`.
         finish_reason: why the text ends, or would end now.
-        listener_error: what `on_piece` raised.
+        listener_error: the exception that `on_piece` raised.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class GrowingText:
         """Prepares an empty reply.
 
         Args:
-            detokenizer: makes text of tokens.
-            ends: tokens that end the text, and are no part of it.
-            markers: tokens that the parser has to see, even at the end.
+            detokenizer: turns tokens into text.
+            ends: tokens that end the text and are not part of it.
+            markers: tokens that the parser must see, even at the end.
             stop: strings that end the answer.
-            min_tokens: a stop string counts after these tokens only.
-            parser: takes the text apart; None: all of it is the answer.
-            recorder: knows how probable tokens were.
-            grammar: is told what was chosen.
-            on_piece: called with what has become certain.
+            min_tokens: stop strings have no effect before this many tokens.
+            parser: splits the text; None: the whole text is the answer.
+            recorder: has the tokens' log probabilities.
+            grammar: gets each chosen token.
+            on_piece: called with each piece that has become certain.
         """
         self._detokenizer = detokenizer
         self._ends = frozenset(ends)
@@ -74,17 +74,17 @@ class GrowingText:
 
     @property
     def reasoning(self) -> str:
-        """What comes before the answer so far."""
+        """The reasoning so far."""
         return "".join(piece.reasoning for piece in self._pieces)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls so far."""
+        """The tool calls so far."""
         return tuple(call for piece in self._pieces for call in piece.tool_calls)
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Log probabilities of the tokens so far; None: nobody asked."""
+        """Log probabilities of the tokens so far; None: not requested."""
         if self._recorder is None:
             return None
         return tuple(logprob for piece in self._pieces for logprob in piece.logprobs)
@@ -102,7 +102,7 @@ class GrowingText:
             self.finish_reason = "stop"
 
     def finish(self) -> None:
-        """Adds what was held back."""
+        """Adds the text that was held back."""
         self._add(self._detokenizer.flush(), ())
         rest = Piece() if self._parser is None else self._parser.flush()
         self._emit(self._cut(rest), ())
@@ -118,7 +118,7 @@ class GrowingText:
             self.finish_reason = "stop"
 
     def _cut(self, piece: Piece) -> Piece:
-        """What of a piece is certain to come before a stop string."""
+        """Returns the part of a piece that is certain to come before a stop string."""
         if self.tokens <= self._min_tokens:
             return piece
         text = self._stop.feed(piece.text)
@@ -142,18 +142,19 @@ class GrowingText:
 
 
 class StopWhen:
-    """The host's stopping criterion: the text is at its end, or the caller has gone.
+    """transformers' stopping criterion: the text ends, or the caller has cancelled.
 
-    It hands the text each token, too: the host's streamers get it after the criteria have decided.
+    The criterion also hands each token to the text, because transformers' streamers get a token
+    only after the criteria have decided.
     """
 
     def __init__(self, text: GrowingText, cancelled: Callable[[], bool] | None) -> None:
-        """Tells and asks the text, then asks the caller."""
+        """Uses the text, and then `cancelled`, to decide."""
         self._text = text
         self._cancelled = cancelled
 
     def __call__(self, ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
-        """Takes the last of ids ``[1, length]``; returns whether the sequence ends."""
+        """Takes the last token of ids ``[1, length]``; returns whether the sequence ends."""
         self._text.add(int(ids[0, -1]))
         stop = self._text.finish_reason == "stop"
         if not stop and self._cancelled is not None and self._cancelled():
