@@ -9,7 +9,7 @@ Example::
 import importlib
 from typing import TYPE_CHECKING
 
-# These need no PyTorch. The function isa must be bound after its submodule of that name is imported.
+# Imports without PyTorch. The function isa must be bound after its submodule of that name.
 from cpumoe import _core
 from cpumoe.isa import isa, known_isas, missing_features, supported_isas
 

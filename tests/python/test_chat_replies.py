@@ -230,7 +230,7 @@ def test_messages_that_no_json_holds_are_refused(chat):
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(ValueError, match="messages: expected what JSON can hold"):
+    with pytest.raises(ValueError, match="messages: expected values that JSON can"):
         chat("qwen").encode_chat([{"role": "user", "content": deep}])
 
 

@@ -103,7 +103,7 @@ def test_texts_beyond_the_context_are_encoded_without_a_warning(model, monkeypat
 def test_a_model_without_chat_template_says_so(model, tokenizer):
     plain = LanguageModel(model.model, tokenizer, "plain")
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="plain has no chat template: it completes"):
+    with pytest.raises(ValueError, match="plain has no chat template, so it can"):
         plain.encode_chat([{"role": "user", "content": "hi"}])
 
 

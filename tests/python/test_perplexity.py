@@ -66,7 +66,7 @@ def test_progress_ends_at_all():
     [
         (1, 8, None, "text: expected at least 2 tokens, got 1"),
         (9, 1, None, "window: expected 2 or more, got 1"),
-        (9, 4, 5, "stride: expected 1 to the window's 4, got 5"),
+        (9, 4, 5, "stride: expected 1 to 4, the window, got 5"),
         (9, 4, 0, "stride"),
     ],
 )

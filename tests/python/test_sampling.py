@@ -112,5 +112,5 @@ def test_special_tokens_are_shown_on_demand(model, biased):
 
 def test_a_model_that_computes_no_numbers_is_at_fault(model, biased):
     biased[5] = torch.nan
-    with pytest.raises(ModelError, match="computes no probabilities"):
+    with pytest.raises(ModelError, match="computes NaN instead of probabilities"):
         ask(model, temperature=0)

@@ -67,7 +67,7 @@ def test_a_family_that_the_system_lacks_is_left_out(monkeypatch, opened, host, c
     monkeypatch.setattr(listening.socket, "create_server", create_server)
     (listener,) = opened(host, 0)
     assert listener.family == socket.AF_INET
-    with pytest.raises(OSError, match="cannot listen at ::1 port 0: no IPv6 here"):
+    with pytest.raises(OSError, match="cannot listen on ::1 port 0: no IPv6 here"):
         opened("::1", 0)
 
 
@@ -142,7 +142,7 @@ def test_without_descriptors_connections_wait_and_the_log_stays_short():
         status, _, errors = process.end(signal.SIGTERM)
     assert status == 0
     (line,) = errors.splitlines()
-    assert re.search(r"new connections have to wait: \d+ are open, as many as the limit", line)
+    assert re.search(r"new connections must wait: \d+ are open, and the limit of open files", line)
 
 
 def test_a_system_that_cannot_accept_is_asked_again(monkeypatch, capsys):
@@ -163,4 +163,4 @@ def test_a_system_that_cannot_accept_is_asked_again(monkeypatch, capsys):
         wait_for(lambda: len(refusals) == 20)
     log = capsys.readouterr().err
     assert log.count("\n") == 1
-    assert "new connections have to wait: Too many open files in system" in log
+    assert "new connections must wait: Too many open files in system" in log

@@ -1,4 +1,4 @@
-"""How models write reasoning, answers and tool calls into one text, and how that is taken apart."""
+"""Splits a model's reply into reasoning, answer and tool calls."""
 
 from cpumoe.reply.derive import reply_format
 

@@ -1,4 +1,4 @@
-"""The format of a reply, from the markers that its chat template contains."""
+"""Derives the format of replies from the markers in the model's chat template."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _REASONING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 def reply_format(
     template: str, prompt: str, tools: Sequence[Mapping[str, Any]] = ()
 ) -> ReplyFormat | None:
-    """Returns how the reply to a prompt is taken apart; None: all of it is the answer.
+    """Returns the format of the reply to a prompt; None: the whole reply is the answer.
 
     Args:
         template: text of the model's chat template.
-        prompt: what it made of the conversation, up to where the model speaks.
-        tools: functions that the model may call, in OpenAI's shape; without any, nothing is taken
-            for a call.
+        prompt: the conversation as the template writes it, up to where the model speaks.
+        tools: functions that the model may call, in OpenAI's format. Without functions, no text is
+            taken for a call.
     """
     if CHANNEL in template and MESSAGE in template:
         return HarmonyReply()
@@ -30,7 +30,7 @@ def reply_format(
     written = prompt.rstrip()
     begun = reasoning is not None and written.endswith(reasoning[0])
     if reasoning is not None and written.endswith(reasoning[1]):
-        reasoning = None  # the prompt has it behind it already
+        reasoning = None  # the prompt already contains it
     syntax = next((s for s in TOOL_SYNTAXES if s.is_in(template)), None) if tools else None
     if reasoning is None and syntax is None:
         return None

@@ -1,7 +1,7 @@
 """Replies of several messages on channels: gpt-oss' harmony format.
 
-A message is ``<|start|>assistant<|channel|>analysis<|message|>text<|end|>``; the prompt ends after
-the first ``<|start|>assistant``. A call's header names its recipient, ``to=functions.NAME``.
+A message is ``<|start|>assistant<|channel|>analysis<|message|>text<|end|>``. The prompt ends after
+the first ``<|start|>assistant``. The header of a call names its recipient, ``to=functions.NAME``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ CHANNEL = "<|channel|>"
 MESSAGE = "<|message|>"
 _START, _END, _RETURN, _CALL = "<|start|>", "<|end|>", "<|return|>", "<|call|>"
 _CONSTRAIN = "<|constrain|>"
-# The model may forget a message's end.
+# The end of a message may be missing, so the next message ends it as well.
 _ENDS = (_END, _RETURN, _CALL, _START, CHANNEL)
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 _CHANNEL = re.compile(re.escape(CHANNEL) + r"\s*([^\s<]+)")
-# A reply that begins otherwise is text without channels.
+# A reply that begins differently is text without channels.
 _HEADERS = (CHANNEL, _START, "to=")
 
 
 @dataclass(frozen=True)
 class HarmonyReply:
-    """A reply of messages: the analysis is reasoning, final and commentary are the answer."""
+    """A reply of messages. Analysis is reasoning; final and commentary are the answer."""
 
     @property
     def markers(self) -> Collection[str]:
-        """All that a parser looks for."""
+        """All markers that a parser looks for."""
         return (CHANNEL, MESSAGE, _START, _END, _RETURN, _CALL, _CONSTRAIN)
 
     def parser(self) -> HarmonyParser:
@@ -41,7 +41,7 @@ class HarmonyReply:
 
 
 class HarmonyParser:
-    """Takes a reply apart; text that may be the beginning of a marker waits for what follows."""
+    """Splits a reply. Text that may be the beginning of a marker is held back."""
 
     def __init__(self) -> None:
         """Begins in the first message's header."""
@@ -55,18 +55,18 @@ class HarmonyParser:
 
     @property
     def answering(self) -> bool:
-        """Whether what comes next is the answer, unless an opener comes."""
+        """Whether the next text belongs to the answer, unless it is an opener."""
         if self._header is None:
             return not self._reasons and self._recipient is None
         return self._first and not self._rest
 
     @property
     def openers(self) -> Collection[str]:
-        """What may come next instead of the answer."""
+        """Markers that may come next instead of text of the answer."""
         return (CHANNEL,) if self._first else ()
 
     def feed(self, text: str) -> Piece:
-        """Takes the next piece of text; returns what is certain by now."""
+        """Takes the next piece of text; returns what has become certain."""
         self._rest += text
         pieces = []
         while True:
@@ -76,13 +76,13 @@ class HarmonyParser:
                 return _joined(pieces)
 
     def flush(self) -> Piece:
-        """Returns what is left at the reply's end."""
+        """Returns the rest at the end of the reply."""
         rest, self._rest = self._rest, ""
         if self._header is not None:
             return Piece(rest) if self._first else Piece()
         if self._recipient is None:
             return self._body(rest)
-        # Its end may have been what ended the reply; one that was cut off is no call.
+        # The call's end marker may have ended the reply. Arguments that are cut off are no call.
         if is_object(rest):
             return Piece(tool_calls=(ToolCall(self._recipient, rest.strip()),))
         return Piece(rest)
@@ -124,7 +124,7 @@ class HarmonyParser:
             return self._body(sure)
         at, end = found
         body, self._rest = self._rest[:at], self._rest[at:]
-        if end != CHANNEL:  # which begins the next header, and belongs to it
+        if end != CHANNEL:  # CHANNEL belongs to the next header
             self._rest = self._rest[len(end) :]
         self._header = ""
         if self._recipient is not None:
@@ -134,7 +134,7 @@ class HarmonyParser:
     def _body(self, text: str) -> Piece:
         if not text:
             return Piece()
-        # Messages that end up in one text stay apart.
+        # A line feed separates messages that are joined to one text.
         text = "\n" + text if self._between else text
         self._between = False
         self._said[self._reasons] = True

@@ -1,4 +1,4 @@
-"""Replies with markers around reasoning and tool calls: ``<think>`` and its like."""
+"""Replies with markers around reasoning and tool calls, such as ``<think>``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cpumoe.stop_strings import overlap
 
 @dataclass(frozen=True)
 class MarkedReply:
-    """A reply of reasoning, if it begins so, then the answer, with calls in it or after it.
+    """A reply of optional reasoning, then the answer, with calls within or after it.
 
     Attributes:
-        reasoning: what comes before and after it; None: this reply has none.
-        begun: the prompt ends where it has begun.
-        syntax: how calls are written; None: there are none.
-        tools: what may be called, in OpenAI's shape.
+        reasoning: the markers before and after reasoning; None: the reply has no reasoning.
+        begun: whether the prompt ends with the marker that begins reasoning.
+        syntax: the syntax of calls; None: the reply has no calls.
+        tools: functions that may be called, in OpenAI's format.
     """
 
     reasoning: tuple[str, str] | None
@@ -29,7 +29,7 @@ class MarkedReply:
 
     @property
     def markers(self) -> Collection[str]:
-        """All that a parser looks for."""
+        """All markers that a parser looks for."""
         syntax = self.syntax
         calls = () if syntax is None else (syntax.begin, syntax.end, *syntax.around, *syntax.inner)
         return (*(self.reasoning or ()), *calls)
@@ -47,9 +47,9 @@ class _At(Enum):
 
 
 class MarkedParser:
-    """Takes a reply apart; text that may be the beginning of a marker waits for what follows.
+    """Splits a reply. Text that may be the beginning of a marker is held back.
 
-    White space around reasoning and calls is theirs.
+    White space around reasoning and calls is dropped.
     """
 
     def __init__(self, reply: MarkedReply) -> None:
@@ -59,34 +59,34 @@ class MarkedParser:
         if reply.reasoning is not None:
             self._at = _At.REASONING if reply.begun else _At.START
         self._rest = ""
-        self._bare = self._at is _At.REASONING  # nothing but white space came in this part yet
+        self._bare = self._at is _At.REASONING  # only white space so far in this part
         self._called = False
 
     @property
     def answering(self) -> bool:
-        """Whether what comes next is the answer, unless an opener comes."""
+        """Whether the next text belongs to the answer, unless it is an opener."""
         return self._at in (_At.START, _At.ANSWER) and not self._called
 
     @property
     def openers(self) -> Collection[str]:
-        """What may come next instead of the answer."""
+        """Markers that may come next instead of text of the answer."""
         reasoning, syntax = self._reply.reasoning, self._reply.syntax
         opener = reasoning[:1] if reasoning is not None and self._at is _At.START else ()
         calls = () if syntax is None else (syntax.begin, *syntax.around)
         return (*opener, *calls)
 
     def feed(self, text: str) -> Piece:
-        """Takes the next piece of text; returns what is certain by now."""
+        """Takes the next piece of text; returns what has become certain."""
         self._rest += text
         return self._take()
 
     def flush(self) -> Piece:
-        """Returns what is left at the reply's end."""
+        """Returns the rest at the end of the reply."""
         rest, self._rest = self._rest, ""
         if self._at is _At.REASONING:
             return Piece(reasoning=self._trimmed(rest).rstrip())
         if self._at is _At.CALL:
-            # Its end may have been what ended the reply; one that was cut off is no call.
+            # The end marker may have ended the reply. Arguments that are cut off are no call.
             call = None if self._syntax.needs_end else self._parse(rest)
             if call is not None and is_object(call.arguments):
                 return Piece(tool_calls=(call,))
@@ -112,7 +112,7 @@ class MarkedParser:
         return Piece("".join(texts), "".join(thoughts), tuple(calls))
 
     def _start(self) -> None:
-        """Decides whether there is reasoning; it comes first or not at all."""
+        """Decides whether there is reasoning, which can only come first."""
         assert self._reply.reasoning is not None
         opener = self._reply.reasoning[0]
         begin = self._rest.lstrip()
@@ -162,7 +162,7 @@ class MarkedParser:
         return self._syntax.parse(content, self._reply.tools)
 
     def _certain(self, marks: Sequence[str]) -> str:
-        """Takes what is no beginning of a marker, nor white space before one."""
+        """Takes text that neither begins a marker nor is white space before one."""
         keep = max(overlap(self._rest, mark) for mark in marks)
         sure = self._rest[: len(self._rest) - keep].rstrip()
         text = self._trimmed(sure)
@@ -170,7 +170,7 @@ class MarkedParser:
         return text
 
     def _trimmed(self, text: str) -> str:
-        """Text without the white space that a part begins with."""
+        """Returns text without white space at the beginning of a part."""
         if self._bare:
             text = text.lstrip()
             self._bare = not text
@@ -186,6 +186,6 @@ class MarkedParser:
 
 
 def _first(text: str, marks: Sequence[str]) -> tuple[int, str] | None:
-    """Where the first of some markers is, and which."""
+    """Returns position and marker of the first of some markers in a text."""
     found = [(text.find(mark), mark) for mark in marks]
     return min((f for f in found if f[0] >= 0), default=None)

@@ -1,4 +1,4 @@
-"""How models write tool calls."""
+"""The syntaxes in which models write tool calls."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ Tools = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ToolSyntax:
-    """One way of writing calls.
+    """One syntax of calls.
 
     Attributes:
-        begin: comes before each call.
-        end: comes after it.
-        parse: returns the call of the text between them; None: that is no call.
-        around: come before the first, between, or after the last call, and say nothing.
+        begin: marker before each call.
+        end: marker after each call.
+        parse: returns the call in the text between both markers; None: the text is no call.
+        around: markers before the first call, between calls, or after the last one. They have no
+            meaning.
         inner: further markers between `begin` and `end`.
-        needs_end: what has no end is no call, however whole it looks.
-        sign: by what a template that writes calls so is known; default: `begin`.
+        needs_end: whether text without the end marker is never a call.
+        sign: text in a template that uses this syntax; default: `begin`.
     """
 
     begin: str
@@ -36,12 +37,12 @@ class ToolSyntax:
     sign: str = ""
 
     def is_in(self, template: str) -> bool:
-        """Whether a chat template writes calls so."""
+        """Whether a chat template uses this syntax."""
         return (self.sign or self.begin) in template
 
 
 def is_object(arguments: str) -> bool:
-    """Whether a call's arguments are what they should be."""
+    """Whether the arguments of a call are a JSON object."""
     try:
         return isinstance(json.loads(arguments), dict)
     except (ValueError, RecursionError):
@@ -49,7 +50,7 @@ def is_object(arguments: str) -> bool:
 
 
 def _json_or_xml(content: str, tools: Tools) -> ToolCall | None:
-    """Hermes' and Qwen's ``{"name": ..., "arguments": {...}}``, Qwen3-Coder's or GLM's elements."""
+    """JSON, ``{"name": ..., "arguments": {...}}``, or the elements of Qwen3-Coder and GLM."""
     content = content.strip()
     if content.startswith("<function="):
         if not content.endswith("</function>"):
@@ -86,7 +87,7 @@ _DSML_PARAMETER = re.compile(
 
 
 def _dsml(content: str, tools: Tools) -> ToolCall | None:
-    """DeepSeek-V3.2's and V4's elements, which say whether a parameter is text."""
+    """The elements of DeepSeek-V3.2 and V4, which say whether a parameter is text."""
     return _elements(_DSML_FUNCTION, _DSML_PARAMETER, content, tools)
 
 
@@ -102,7 +103,7 @@ def _elements(
     for match in parameter.finditer(content, named.end()):
         groups = match.groupdict()
         declared = groups.get("string")
-        # Text is written as it is; without a word about it, the tool's schema knows.
+        # Text is not quoted. If the element does not say what it is, the tool's schema does.
         is_text = (
             _is_text(properties.get(groups["key"])) if declared is None else declared == "true"
         )
@@ -139,7 +140,7 @@ _FENCED = re.compile(r"\A(?P<name>\S+)\s*```json\s*(?P<arguments>.*?)\s*(?:```)?
 
 
 def _deepseek(content: str, _: Tools) -> ToolCall | None:
-    """DeepSeek-V3.1's ``NAME<sep>{...}``; V3's ``function<sep>NAME`` and a fenced block."""
+    """DeepSeek-V3.1's ``NAME<sep>{...}``, or V3's ``function<sep>NAME`` with a fenced block."""
     head, found, tail = content.partition(_SEPARATOR)
     if not found:
         return None
@@ -153,7 +154,7 @@ _KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 
 
 def _kimi(content: str, _: Tools) -> ToolCall | None:
-    """Kimi's ``functions.NAME:INDEX`` and arguments."""
+    """Kimi's ``functions.NAME:INDEX`` with arguments."""
     head, found, tail = content.partition(_KIMI_ARGUMENTS)
     name = re.sub(r":\d+\Z", "", head.strip()).removeprefix("functions.")
     return ToolCall(name, tail.strip()) if found and name else None
@@ -190,6 +191,6 @@ TOOL_SYNTAXES = (
         ),
         inner=(_DSML,),
         needs_end=True,
-        sign=_DSML,  # templates put the rest together
+        sign=_DSML,  # templates build the other markers from it
     ),
 )

@@ -1,5 +1,5 @@
 """An HTTP server for a `TextModel`: OpenAI's and SGLang's protocols over one worker thread.
 
-Start at `app.create_app`, `server.serve` and `settings.Settings`. Nothing is imported here: the
-command line wants the settings' defaults, but not to wait for a web framework.
+Start at `app.create_app`, `server.serve` and `settings.Settings`. Nothing is imported here, because
+the command line needs the settings' defaults without waiting for a web framework.
 """

@@ -1,4 +1,4 @@
-"""HTTP answers that the model gives: one document, or a stream of server-sent events."""
+"""HTTP answers with the model's text: one document, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Answered = Document | Sequence[Document]
 
 _DONE = b"data: [DONE]\n\n"
 # Signs of life. The protocol of such streams tells clients to skip comments. Some clients take each
-# line for an event; they skip empty ones.
+# line for an event, but skip empty lines.
 COMMENT = b": ping\n\n"
 BLANK_LINE = b"\n"
-# A stream without text sends its headers after this time, and from then on a sign of life at least
-# so often: proxies give up after a minute of silence.
+# A stream without text sends its headers after the first of these times, and then a sign of life
+# whenever the second has passed. Proxies give up after a minute of silence.
 _HEADERS_SECONDS = 2.0
 _PING_SECONDS = 10.0
 _HEADERS = (
@@ -37,9 +37,9 @@ _HEADERS = (
 
 
 class Shape(Protocol):
-    """How one protocol words the answer to a request, which may consist of several texts.
+    """How a protocol writes the answer to a request, which may consist of several texts.
 
-    Each text has a job; `index` says which one is meant.
+    Each text has a job. `index` selects one.
     """
 
     def whole(self, jobs: Sequence[GenerationJob], results: Sequence[Generation]) -> Answered:
@@ -61,10 +61,10 @@ class Shape(Protocol):
 
 
 class JobsAnswer(Response):
-    """The answer to a request that takes some jobs; ends them when the client disconnects."""
+    """The answer to a request that needs some jobs. Ends them when the client disconnects."""
 
     def __init__(self, worker: Worker, jobs: Sequence[Job[Any]]) -> None:
-        """Prepares the answer; nothing runs before it is called."""
+        """Prepares the answer. Nothing runs before it is called."""
         super().__init__()
         self._worker = worker
         self._submitted = jobs
@@ -89,13 +89,13 @@ class JobsAnswer(Response):
         self._withdraw()
 
     def _withdraw(self) -> None:
-        # The last first, so that none of them begins in between.
+        # The last one first, so that none of them starts in between.
         for job in reversed(self._submitted):
             self._worker.withdraw(job, gone())
 
 
 class CallAnswer(JobsAnswer):
-    """The answer to a request that one call of the model answers."""
+    """The answer to a request that needs one call of the model."""
 
     def __init__(self, worker: Worker, call: Call[Any]) -> None:
         """Prepares the answer, which is the document that the call returns."""
@@ -110,9 +110,9 @@ class CallAnswer(JobsAnswer):
 class Answer(JobsAnswer):
     """The answer to a request for text.
 
-    A stream's headers wait a little for its first text, so that what is wrong with the request is
-    still answered by a status of its own. They do not wait longer: proxies, and people, take a
-    server that sends nothing for one that is gone.
+    The headers of a stream wait a little for its first text, so that a fault of the request can
+    still decide the status. They do not wait longer, because proxies and people give up on a server
+    that sends nothing.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class Answer(JobsAnswer):
 
         Args:
             worker: runs the jobs.
-            jobs: one for each text.
-            shape: how the answer is worded.
-            streams: the client wants text as it is generated.
+            jobs: one job for each text.
+            shape: writes the answer.
+            streams: whether the client wants text as it is generated.
             sign_of_life: sent in a stream while there is no text.
         """
         super().__init__(worker, jobs)
@@ -161,7 +161,7 @@ class Answer(JobsAnswer):
                 await self._stream_text(send, index, news)
             events = self._shape.close(self._jobs)
         except ApiError as error:
-            # The status is sent: an event is the only way left to say that it went wrong.
+            # The status has been sent, so an event reports the error.
             self._worker.observer.failed(error)
             events = [error.document()]
         await _send_events(send, events, last=True)
@@ -169,7 +169,7 @@ class Answer(JobsAnswer):
     async def _stream_text(
         self, send: Send, index: int, news: tuple[list[Piece], Generation | None]
     ) -> None:
-        """Sends one text, of which `news` is the beginning."""
+        """Sends one text, which begins with `news`."""
         jobs, begun = self._jobs, False
         while True:
             pieces, result = news
@@ -189,7 +189,7 @@ class Answer(JobsAnswer):
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    """Several pieces as one."""
+    """Joins several pieces."""
     return Piece(
         "".join(piece.text for piece in pieces),
         "".join(piece.reasoning for piece in pieces),
@@ -200,7 +200,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 async def result_of(job: Job[Result]) -> Result:
-    """Returns a job's result once it is there.
+    """Waits for a job's result.
 
     Raises:
         ApiError: the job failed.

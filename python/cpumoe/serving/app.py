@@ -1,4 +1,4 @@
-"""The application: paths, who may use them, and the worker's life."""
+"""The application: paths, access to them, and the worker's lifetime."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cpumoe.serving.worker import Worker
 def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
     """Returns an ASGI application that serves a model.
 
-    The model is called by one thread of the application's own, which lives from the application's
-    start-up to its shutdown. `app.state.service` is the `Service`.
+    One thread calls the model. It runs from the application's start-up to its shutdown.
+    `app.state.service` is the `Service`.
     """
     settings = settings or Settings()
     name = settings.served_model_name or model.name
@@ -48,7 +48,7 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
         finally:
             worker.close()
 
-    # No pages of documentation: they would load scripts from elsewhere.
+    # No documentation pages, because they would load scripts from other sites.
     app = FastAPI(
         title="cpumoe", openapi_url=None, lifespan=lifespan, redirect_slashes=False, debug=False
     )
@@ -64,28 +64,28 @@ def create_app(model: TextModel, settings: Settings | None = None) -> FastAPI:
 
 
 class _Paths:
-    """Lets paths end with a slash, and HEAD ask for whatever GET may ask for."""
+    """Lets paths end with a slash, and allows HEAD wherever GET is allowed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            # A copy: the server in front leaves the body out of its answer to HEAD.
+            # A copy, because the server before it uses its own scope to omit the body for HEAD.
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
         await self._app(scope, receive, send)
 
 
 def _key_check(key: str) -> Callable[[Request], Awaitable[None]]:
-    """Returns what lets a request pass that presents the key as OpenAI's clients do."""
+    """Returns a check that a request presents the key as OpenAI's clients do."""
     expected = b"Bearer " + key.encode()
 
     async def check(request: Request) -> None:
-        # Header bytes as they came: they need not be text.
+        # The header's bytes, which may be no text.
         presented = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(presented, expected):
-            problem = "is wrong" if presented else "is missing: send 'Authorization: Bearer KEY'"
+            problem = "is wrong" if presented else "is missing; send 'Authorization: Bearer KEY'"
             raise ApiError(
                 401,
                 f"the API key {problem}",

@@ -1,4 +1,4 @@
-"""Reading a request's body within bounds of size, time, memory and work."""
+"""Reads a request's body within limits of size, time, memory and work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from starlette.requests import ClientDisconnect
 from cpumoe.serving.errors import ApiError, gone, invalid, overloaded, refusal
 
 _BODY_SECONDS = 60
-# Above, a body is parsed off the event loop.
+# Larger bodies are parsed outside of the event loop.
 _SMALL_BYTES = 1 << 16
-# Bodies that are there at the same time, unparsed, have so many times the size of the largest.
+# Bodies that wait to be parsed may together have this many times the largest allowed size.
 _LARGEST_BODIES = 8
-# Parsing takes about 0.2 us per string, list and object, and 0.03 us per number, during which no
-# other Python code runs. No conversation has so many, and few contexts so many tokens.
+# Parsing takes about 0.2 us per string, list and object, and 0.03 us per number. It stops all other
+# Python code. No conversation has so many parts, and few contexts have so many tokens.
 _MOST_PARTS = 1 << 16
 _MOST_VALUES = 1 << 19
 
@@ -37,10 +37,10 @@ def _failing_fast(schema: Any) -> Any:
 
 
 class StrictModel(BaseModel):
-    """A JSON object whose values are not converted; fields without a name stay in `model_extra`.
+    """A JSON object whose values are not converted. Unknown fields stay in `model_extra`.
 
-    Lists are read up to their first wrong element: a report of each would take longer than
-    everything else that a request may ask for.
+    Lists are read up to their first wrong element, because reporting all of them could take longer
+    than the request itself.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -58,7 +58,7 @@ class BodyReader:
     """Reads the bodies of all requests to a server.
 
     Attributes:
-        bytes: of bodies that are there, but not parsed yet.
+        bytes: bytes of bodies that are not parsed yet.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -71,12 +71,12 @@ class BodyReader:
         """Returns a request's body as a model.
 
         Raises:
-            ApiError: it is too large, too slow, no JSON, or not what the model expects.
+            ApiError: the body is too large, too slow, no JSON, or does not fit the model.
         """
         media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if media_type != "application/json":
-            # Browsers ask before they send this type to another site, so no web page that its user
-            # visits can make a server on the same computer work.
+            # Browsers ask the server before they send this type to another site, so a web page
+            # cannot use a server on its reader's computer.
             raise ApiError(415, f"Content-Type: expected application/json, got {media_type!r}")
         body = bytearray()
         try:
@@ -97,22 +97,22 @@ class BodyReader:
             body += chunk
             self.bytes += len(chunk)
             if len(body) > self._max_bytes:
-                message = f"the request's body is larger than {self._max_bytes} bytes"
+                message = f"the request's body: expected at most {self._max_bytes} bytes, got more"
                 raise ApiError(413, message, code="request_too_large")
             if self.bytes > _LARGEST_BODIES * self._max_bytes:
-                raise overloaded(1, "other requests are still being read")
+                raise overloaded(1, "is still reading other requests")
             measure.add(chunk)
 
     async def _parse(self, model: type[_Body], body: bytes) -> _Body:
         if len(body) <= _SMALL_BYTES:
             return model.model_validate_json(body)
-        # One at a time: each may take a few times its size in memory.
+        # One at a time, because each may need several times its size in memory.
         async with self._parsing:
             return await asyncio.to_thread(model.model_validate_json, body)
 
 
 class _Measure:
-    """Counts what a JSON text consists of while it comes, without parsing it."""
+    """Counts the parts of a JSON text while it arrives, without parsing it."""
 
     def __init__(self) -> None:
         self._quotes = 0
@@ -122,19 +122,19 @@ class _Measure:
 
     @property
     def parts(self) -> int:
-        """Strings, lists and objects that have begun."""
+        """Number of strings, lists and objects that have begun."""
         return (self._quotes + 1) // 2 + self._containers
 
     @property
     def values(self) -> int:
-        """Commas between values, and so about as many values."""
+        """Number of commas between values, which is about the number of values."""
         return self._commas
 
     def add(self, chunk: bytes) -> None:
         """Takes the next piece of the text.
 
         Raises:
-            ApiError: it has more parts than any request needs.
+            ApiError: the text has more parts than any request needs.
         """
         # Without escape sequences every quote begins or ends a string.
         plain = (self._escape + chunk).replace(rb"\\", b"").replace(rb"\"", b"")
@@ -151,4 +151,6 @@ class _Measure:
 
 
 def _too_many(most: int, what: str) -> ApiError:
-    return invalid(f"the request's body has more than {most} {what}", code="request_too_complex")
+    return invalid(
+        f"the request's body: expected at most {most} {what}, got more", code="request_too_complex"
+    )

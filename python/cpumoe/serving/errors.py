@@ -1,4 +1,4 @@
-"""What clients are told when a request fails, always in OpenAI's shape."""
+"""Errors that clients get, always in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("cpumoe.serving")
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _LONGEST_TEXT = 600
-# For clients of other protocols, Ollama's for one.
+# For clients of other protocols, such as Ollama's.
 _PROTOCOLS = (
     "this server has OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models) "
     "and SGLang's /generate"
@@ -28,12 +28,12 @@ class ApiError(Exception):
     """An answer other than success.
 
     Attributes:
-        status: HTTP's.
-        message: for people.
+        status: the HTTP status.
+        message: text for people.
         type: OpenAI's class of errors.
-        param: the request's field that is at fault.
-        code: for programs.
-        headers: of the answer.
+        param: the field of the request that is at fault.
+        code: name of the error for programs.
+        headers: headers of the answer.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Makes the error; see the class."""
-        # What a client sends may be part of both, and long.
+        """Makes an error; see the class."""
+        # Both may contain long texts from the client.
         message = _shortened(message)
         super().__init__(message)
         self.status = status
@@ -74,7 +74,7 @@ def _shortened(text: str) -> str:
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Returns the error for a request that makes no sense or that we cannot honour."""
+    """Returns the error for a request that is invalid or not supported."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -82,7 +82,7 @@ def overloaded(retry_after: int, why: str) -> ApiError:
     """Returns the error for a server that has no room for another request."""
     return ApiError(
         503,
-        f"the server is busy and {why}: try again later",
+        f"the server is busy: it {why}; try again later",
         type=_SERVER,
         code="overloaded",
         headers={"Retry-After": str(retry_after)},
@@ -90,7 +90,7 @@ def overloaded(retry_after: int, why: str) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """Returns the error for requests that the server's end cuts off."""
+    """Returns the error for requests that the end of the server interrupts."""
     return ApiError(
         503,
         "the server is stopping",
@@ -100,8 +100,8 @@ def stopping() -> ApiError:
     )
 
 
-def internal(message: str = "the server failed to answer; its log says why") -> ApiError:
-    """Returns the error for what no client can mend: our own mistakes, and the model's files."""
+def internal(message: str = "the server failed to answer; see its log") -> ApiError:
+    """Returns the error for faults of the server or of the model's files."""
     return ApiError(
         500,
         message,
@@ -111,12 +111,12 @@ def internal(message: str = "the server failed to answer; its log says why") -> 
 
 
 def gone() -> ApiError:
-    """Returns what ends a request whose client has disconnected; nobody will read it."""
+    """Returns the error that ends a request whose client has disconnected."""
     return ApiError(499, "the client has disconnected", code="client_closed_request")
 
 
 def refusal(error: ValidationError) -> ApiError:
-    """Returns the error for a body that is no JSON or has other fields than expected."""
+    """Returns the error for a body that is no JSON or whose fields are wrong."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return invalid(first["msg"], code="invalid_json")
@@ -128,7 +128,7 @@ def refusal(error: ValidationError) -> ApiError:
 
 
 def encode_json(document: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    """Returns the document as UTF-8; half of a surrogate pair stays an escape sequence."""
+    """Returns the document in UTF-8. Half a surrogate pair stays an escape sequence."""
     return json.dumps(document, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
@@ -137,23 +137,23 @@ def json_response(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Returns an answer that is one JSON document."""
+    """Returns an answer of one JSON document."""
     return Response(
         encode_json(document), status, headers=dict(headers or {}), media_type="application/json"
     )
 
 
 def install_handlers(app: FastAPI, on_error: Callable[[ApiError], None]) -> None:
-    """Makes every error of the application, the framework's included, an `ApiError`'s answer.
+    """Makes every error of the application and of the framework an `ApiError` for the client.
 
     Args:
         app: the application.
-        on_error: told of each of them.
+        on_error: called with each error.
     """
 
     async def answer(_: Request, error: Exception) -> Response:
         if not isinstance(error, ApiError):
-            # The framework logs it, with its traceback, after this answer.
+            # After this answer, the framework logs the error with its traceback.
             error = internal()
         on_error(error)
         return json_response(error.document(), error.status, error.headers)
@@ -162,7 +162,7 @@ def install_handlers(app: FastAPI, on_error: Callable[[ApiError], None]) -> None
         assert isinstance(error, HTTPException)
         messages = {
             404: f"no such path: {request.url.path}; {_PROTOCOLS}",
-            405: f"{request.url.path} does not take {request.method}",
+            405: f"{request.url.path} does not accept {request.method}",
         }
         codes = {404: "not_found", 405: "method_not_allowed"}
         status = error.status_code

@@ -1,4 +1,4 @@
-"""Fields of requests: which JSON values they take, and what they become."""
+"""Fields of requests: the JSON values that they accept, and their conversion."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from cpumoe.serving.errors import ApiError, invalid
 _MOST_STOPS = 16
 _MOST_STOP_TOKENS = 1024
 _MOST_PROMPTS = 1024
-# No vocabulary has as many; which tokens there are is the model's to say.
+# No vocabulary has so many tokens. The model checks whether a token exists.
 _TOKENS = 2**31
-# SGLang's way to say: all of them.
+# SGLang's value for all tokens.
 _ALL_TOKENS = 2**30
 _SEEDS = 2**63
 
 
 def _integer(value: Any) -> Any:
-    """JSON has one kind of numbers: clients write 16 as 16.0."""
+    """Accepts 16.0 for 16, because JSON has one kind of numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _unless_below(least: int) -> AfterValidator:
-    """Small numbers say what leaving the field out says."""
+    """Treats numbers below `least` as if the field were left out."""
     return AfterValidator(lambda value: None if value is None or value < least else value)
 
 
 Integer = Annotated[int, BeforeValidator(_integer)]
 Count = Annotated[Integer, Field(ge=0)]
-# As many alternatives to a token as OpenAI's chat gives.
+# At most as many alternatives to a token as OpenAI's chat offers.
 TopLogprobs = Annotated[Integer, Field(ge=0, le=20)] | None
-# -1 and, where nothing else is said about it, 0: as many as there is room for.
+# -1, and in some requests 0, mean as many tokens as there is room for.
 TokenLimit = Annotated[Annotated[Integer, Field(ge=-1)] | None, _unless_below(0)]
 Seed = Annotated[Annotated[Integer, Field(ge=-1, lt=_SEEDS)] | None, _unless_below(0)]
 
@@ -62,7 +62,7 @@ StopStrings = Annotated[Any, BeforeValidator(_stop_strings)]
 
 
 def is_tokens(value: Any) -> bool:
-    """Whether it is a list of token ids, as far as it can be told without the model."""
+    """Whether a value is a list of possible token ids."""
     return (
         isinstance(value, list)
         and set(map(type, value)) <= {int}
@@ -93,7 +93,7 @@ StopTokens = Annotated[Any, BeforeValidator(_stop_tokens)]
 
 
 class SamplingFields(StrictModel):
-    """What all protocols call the same: how the next token is chosen, and what ends the text."""
+    """The fields of sampling that have equal names in all protocols."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -106,16 +106,16 @@ class SamplingFields(StrictModel):
     skip_special_tokens: bool | None = None
 
     def sampling(self, names: Mapping[str, str], **others: Any) -> Sampling:
-        """Returns the sampling that the request asks for.
+        """Returns the sampling of the request.
 
         Args:
-            names: what the request calls attributes of `Sampling`, where that differs.
+            names: the request's names of attributes of `Sampling`, where they differ.
             **others: attributes that have no field here.
 
         Raises:
-            ApiError: a value out of its range, by the request's name of it.
+            ApiError: a value is out of its range. The message has the request's name of it.
         """
-        # The nucleus of no probability at all is the most probable token.
+        # top_p 0 leaves the most probable token only.
         greedy = self.top_p == 0
         try:
             return Sampling(
@@ -137,16 +137,16 @@ class SamplingFields(StrictModel):
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
-    """Returns the seed of one of several answers to a prompt, which shall differ.
+    """Returns the seed of one of several answers to a prompt, so that the answers differ.
 
-    The first has the request's own, so that it is the answer to the same request for one.
+    The first answer has the request's seed, as if only one were requested.
     """
-    # An odd factor near 2**63 divided by the golden ratio: neighbouring seeds share no answers.
+    # An odd factor near 2**63 divided by the golden ratio, so that near seeds share no answers.
     return None if seed is None else (seed + choice * 0x4F1BBCDCBFA53E0B) % _SEEDS
 
 
 def _prompts(value: Any) -> Any:
-    """A request's prompts, each a text or a list of token ids."""
+    """Returns the prompts of a request, each a text or a list of token ids."""
     if isinstance(value, str) or (value and is_tokens(value)):
         return [value]
     if not isinstance(value, list):
@@ -162,23 +162,23 @@ Prompts = Annotated[Any, BeforeValidator(_prompts)]
 
 
 def check_texts(prompts: int, answers: int, most: int, param: str) -> None:
-    """Refuses requests for more texts than can ever wait at the same time.
+    """Refuses requests for more texts than the queue can hold.
 
     Args:
-        prompts: of the request.
-        answers: to each prompt.
-        most: as many may wait and run.
-        param: what the request calls its prompts.
+        prompts: number of prompts.
+        answers: number of answers to each prompt.
+        most: number of texts that may wait and run together.
+        param: the request's name of its prompts.
 
     Raises:
-        ApiError: names the field.
+        ApiError: there are more texts. The message names the field.
     """
     if prompts * answers > most:
         name = "n" if answers > 1 else param
         raise ApiError(
             400,
-            f"{name}: expected at most {most} texts of one request, as many as this server lets "
-            f"wait and run, got {prompts * answers}: ask for fewer at once",
+            f"{name}: expected at most {most} texts per request, the size of this server's queue, "
+            f"got {prompts * answers}; request fewer at once",
             param=name,
             code="too_many_texts",
         )

@@ -13,15 +13,15 @@ from cpumoe.serving.job import Job
 
 @dataclass(frozen=True)
 class Terms:
-    """What all texts of a request share.
+    """The common parameters of all texts of a request.
 
     Attributes:
-        streams: the client wants text as it is generated.
-        prompt_param: what the request calls its prompt.
-        names: what the request calls attributes of `Sampling`, where that differs.
-        default_tokens: new tokens where the request does not say, as far as there is room; None:
-            what there is room for.
-        most_tokens: the operator's limit of new tokens; None: what there is room for.
+        streams: whether the client wants text as it is generated.
+        prompt_param: the request's name of its prompt.
+        names: the request's names of attributes of `Sampling`, where they differ.
+        default_tokens: the most new tokens if the request does not say; None: as many as there is
+            room for.
+        most_tokens: the operator's limit of new tokens; None: as many as there is room for.
     """
 
     streams: bool
@@ -35,9 +35,9 @@ class GenerationJob(Job[Generation]):
     """Continues a prompt.
 
     Attributes:
-        prompt_tokens: how many, once the prompt is encoded.
-        prompt_text: what the prompt says, once it is encoded; empty where nobody asked.
-        completion_tokens: how many of those that were read.
+        prompt_tokens: number of tokens of the prompt, after it is encoded.
+        prompt_text: text of the prompt, after it is encoded; empty if it was not requested.
+        completion_tokens: number of generated tokens in the pieces that were read.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class GenerationJob(Job[Generation]):
         """Makes a job of the running event loop.
 
         Args:
-            terms: of the request.
-            encode: returns the prompt; run by the worker, since it may take long.
-            sampling: as the client asks.
-            text: returns what the prompt says; likewise.
+            terms: the request's common parameters.
+            encode: returns the prompt. The worker calls it, because it may take long.
+            sampling: the sampling that the client requests.
+            text: returns the prompt's text. The worker calls it as well.
         """
         super().__init__()
         self.prompt_tokens = 0
@@ -66,7 +66,7 @@ class GenerationJob(Job[Generation]):
         self._text = text
 
     async def read(self, seconds: float | None = None) -> tuple[list[Piece], Generation | None]:
-        """Returns the pieces since the last call and, at the end, the whole; see the base class."""
+        """Returns the pieces since the last call and, at the end, the result; see `Job.read`."""
         pieces, result = await super().read(seconds)
         self.completion_tokens += sum(piece.tokens for piece in pieces)
         if result is not None:
@@ -74,7 +74,7 @@ class GenerationJob(Job[Generation]):
         return pieces, result
 
     def run(self, model: TextModel) -> Generation:
-        """Returns the whole generation; its pieces come before, where the client wants them."""
+        """Returns the generation. If the client streams, pieces are added while it runs."""
         try:
             prompt = self._encode(model)
             self.prompt_tokens = len(prompt.tokens)
@@ -93,7 +93,7 @@ class GenerationJob(Job[Generation]):
         return generation
 
     def _refused(self, message: str) -> ApiError:
-        """What the model refuses is the prompt's fault, unless the message says otherwise."""
+        """Blames the prompt, unless the message begins with an attribute of `Sampling`."""
         subject, _, problem = message.partition(":")
         if subject in (field.name for field in dataclasses.fields(Sampling)):
             name = self._terms.names.get(subject, subject)
@@ -101,14 +101,14 @@ class GenerationJob(Job[Generation]):
         return invalid(message, self._terms.prompt_param)
 
     def _limited(self, context: int) -> Sampling:
-        """The sampling within what the context and the operator allow."""
+        """Returns the sampling within the limits of the context and the operator."""
         terms, used, asked = self._terms, self.prompt_tokens, self._sampling.max_new_tokens
         if used == 0:
             raise invalid("the prompt is empty", terms.prompt_param)
         if used > context - (asked != 0):
             raise invalid(
-                f"the model's context length is {context} tokens, but the prompt has {used}: "
-                "shorten it",
+                f"the model's context length is {context} tokens, but the prompt has {used}; "
+                "shorten the prompt",
                 terms.prompt_param,
                 "context_length_exceeded",
             )

@@ -1,4 +1,4 @@
-"""One request on its way between the event loop, which asks, and the worker, which computes."""
+"""A task that the event loop gives to the worker."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 
 
 class Job(Generic[Result]):
-    """Something to do with the model, and what has come of it already.
+    """A task for the model, and its results so far.
 
-    Pieces that the client has not taken yet are kept, so a slow client holds at most its own answer
-    in memory, and never the worker.
+    Pieces are kept until the client takes them. So a slow client holds at most its own answer in
+    memory, and does not delay the worker.
 
     Attributes:
-        submitted: when it came into the queue, by `time.monotonic`.
-        cancelled: nobody waits for the answer any more.
+        submitted: time when the job was queued, by `time.monotonic`.
+        cancelled: whether the answer is no longer needed.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Job(Generic[Result]):
         self._outcome: Result | ApiError | None = None
 
     def run(self, model: TextModel) -> Result:
-        """Returns the result; called by the worker's thread.
+        """Returns the result. The worker's thread calls it.
 
         Raises:
             ApiError: the request is at fault.
@@ -43,16 +43,16 @@ class Job(Generic[Result]):
         raise NotImplementedError
 
     def add_piece(self, piece: Piece) -> None:
-        """Takes what has become certain from the worker."""
+        """Takes a piece from the worker."""
         with self._lock:
             first = not self._pieces
             self._pieces.append(piece)
-        # The reader takes all pieces at once: it need not be woken for each.
+        # The reader takes all pieces at once, so it is not woken for each.
         if first:
             self._notify()
 
     def finish(self, outcome: Result | ApiError) -> None:
-        """Ends the job, from any thread; the first outcome counts."""
+        """Ends the job, from any thread. Only the first outcome counts."""
         with self._lock:
             if self._outcome is not None:
                 return
@@ -60,7 +60,7 @@ class Job(Generic[Result]):
         self._notify()
 
     def cancel(self, reason: ApiError) -> None:
-        """Ends the job and, when it next asks, its computation."""
+        """Ends the job, and soon its computation, which checks `cancelled`."""
         self.cancelled = True
         self.finish(reason)
 
@@ -68,7 +68,7 @@ class Job(Generic[Result]):
         """Returns the pieces since the last call and, at the end, the result.
 
         Args:
-            seconds: to wait at most; then there may be neither.
+            seconds: longest time to wait. Afterwards there may be neither.
 
         Raises:
             ApiError: the job failed.
@@ -93,7 +93,7 @@ class Job(Generic[Result]):
         try:
             self._loop.call_soon_threadsafe(self._changed.set)
         except RuntimeError:
-            # The loop is closed: the server has ended and nobody reads.
+            # The loop is closed, so the server has ended and nobody reads.
             self.cancelled = True
 
 
@@ -104,15 +104,15 @@ class Call(Job[Result]):
         """Makes a job of the running event loop.
 
         Args:
-            call: what to do.
-            param: what the request calls that which a ValueError blames.
+            call: the call.
+            param: the field of the request to blame for a ValueError.
         """
         super().__init__()
         self._call = call
         self._param = param
 
     def run(self, model: TextModel) -> Result:
-        """Returns what the call returns."""
+        """Returns the result of the call."""
         try:
             return self._call(model)
         except ValueError as error:

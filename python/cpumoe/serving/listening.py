@@ -1,4 +1,4 @@
-"""Sockets that listen, and the connections that they accept."""
+"""Opens listening sockets and accepts connections."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from cpumoe.serving.errors import logger
 _BACKLOG = 1024
 # A random port that is free at one address may be taken at the other.
 _PORT_ATTEMPTS = 16
-# Names that mean an address of each family, whatever the system's table of hosts says.
+# Names that mean an address of each family, whatever the system's hosts table has.
 _FAMILIES = {"localhost": ("127.0.0.1", "::1"), "::": ("::", "0.0.0.0")}
-# How a system says that it lacks a family.
+# Errors of a system that lacks an address family.
 _LACKING = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL)
 
-# Connections inherit them. Without the first the end of an answer waits 40 ms for the client to
-# acknowledge its beginning. The others notice within a minute that a client's computer is gone.
+# Connections inherit these options. Without the first, the end of an answer waits 40 ms for the
+# client's acknowledgement of its beginning. The others detect within a minute that a client's
+# computer is gone.
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -33,23 +34,23 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
 
-# Descriptors that connections leave to the rest of the process: modules and files are opened later.
+# Descriptors that connections leave for modules and files that are opened later.
 _SPARE_DESCRIPTORS = 16
 _RETRY_SECONDS = 0.1
 _LOG_SECONDS = 10.0
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Returns sockets that listen at all addresses of a host, at the same port.
+    """Returns sockets that listen on one port of all addresses of a host.
 
-    Where a host has addresses of a family that the system lacks, these are left out.
+    Addresses of a family that the system lacks are left out.
 
     Args:
         host: a name or an address; "localhost" and "::" mean both families.
-        port: 0: any that is free.
+        port: the port; 0: any free one.
 
     Raises:
-        OSError: names the address.
+        OSError: a socket cannot listen; the message names the address.
     """
     try:
         addresses = _addresses(host, port)
@@ -62,7 +63,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                     raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen at {host} port {port}: {reason}") from error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -105,10 +106,10 @@ def _listen(addresses: Sequence[_Address]) -> list[socket.socket]:
 
 
 class Acceptor:
-    """Accepts connections as long as there are descriptors for them.
+    """Accepts connections as long as there are free descriptors.
 
-    asyncio's own servers try thousands of times a second to accept where there is none left, and
-    log each of them. Here the others wait in the system's queue until a connection ends.
+    Without a free descriptor, asyncio's own servers try to accept thousands of times a second, and
+    log each attempt. This class leaves new connections in the system's queue until one ends.
     """
 
     def __init__(
@@ -120,9 +121,9 @@ class Acceptor:
         """Starts to accept, in the running event loop.
 
         Args:
-            listeners: as `open_sockets` returns them.
-            make_protocol: makes what handles a connection.
-            count_connections: returns how many connections there are.
+            listeners: sockets from `open_sockets`.
+            make_protocol: makes the protocol of a connection.
+            count_connections: returns the number of open connections.
         """
         self._make_protocol = make_protocol
         self._count_connections = count_connections
@@ -131,14 +132,16 @@ class Acceptor:
         self._tasks = [asyncio.create_task(self._accept_all(listener)) for listener in listeners]
 
     def close(self) -> None:
-        """Accepts no more."""
+        """Stops accepting."""
         for task in self._tasks:
             task.cancel()
 
     async def _accept_all(self, listener: socket.socket) -> None:
         while True:
             if self._count_connections() >= self._most:
-                await self._pause(f"{self._most} are open, as many as the limit of files allows")
+                await self._pause(
+                    f"{self._most} are open, and the limit of open files allows no more"
+                )
                 continue
             try:
                 await self._accept(listener)
@@ -160,12 +163,12 @@ class Acceptor:
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            logger.warning("new connections have to wait: %s", why)
+            logger.warning("new connections must wait: %s", why)
         await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _spare_descriptors() -> int:
-    """How many connections the limit of open files leaves room for."""
+    """Returns how many connections the limit of open files allows."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize

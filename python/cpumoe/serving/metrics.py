@@ -1,6 +1,6 @@
-"""What happens to requests, as Prometheus collects it.
+"""Metrics of requests, for Prometheus.
 
-Metrics have the names that vLLM and SGLang give them, behind this server's own prefix.
+Metrics have the names of vLLM's and SGLang's, after this server's prefix.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _TOKEN_TIME = "time_per_output_token_seconds"
 _LATENCY = "e2e_request_latency_seconds"
 _HISTOGRAMS = (
     (_QUEUE_TIME, "Time in the queue.", _WAIT_SECONDS),
-    (_FIRST_TOKEN, "From a text's place in the queue to its first token.", _WAIT_SECONDS),
+    (_FIRST_TOKEN, "Time from queueing a text to its first token.", _WAIT_SECONDS),
     (_TOKEN_TIME, "Mean time of a text's tokens after the first.", _TOKEN_SECONDS),
-    (_LATENCY, "From a text's place in the queue to its end.", _ANSWER_SECONDS),
+    (_LATENCY, "Time from queueing a text to its end.", _ANSWER_SECONDS),
 )
 
 
 def has_metrics() -> bool:
-    """Whether Prometheus' library is installed."""
+    """Whether the Prometheus client library is installed."""
     return importlib.util.find_spec("prometheus_client") is not None
 
 
 class Metrics(Observer):
-    """Counts in a registry of its own; needs Prometheus' library."""
+    """Counts in its own registry, with the Prometheus client library."""
 
     def __init__(self, worker: Worker, model_name: str) -> None:
         """Prepares the metrics of a server.
 
         Args:
-            worker: whose queue is reported.
-            model_name: a label of all metrics, as in vLLM.
+            worker: the worker whose queue is reported.
+            model_name: label of all metrics, as in vLLM.
         """
         from prometheus_client import (
             CollectorRegistry,
@@ -72,7 +72,7 @@ class Metrics(Observer):
         self._successes = make(
             Counter, "request_success", "Texts that were finished.", "finished_reason"
         )
-        self._errors = make(Counter, "request_errors", "Errors that clients were told.", "code")
+        self._errors = make(Counter, "request_errors", "Errors that clients got.", "code")
         self._histograms = {
             name: make(Histogram, name, help, buckets=buckets)
             for name, help, buckets in _HISTOGRAMS

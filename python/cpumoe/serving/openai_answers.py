@@ -1,4 +1,4 @@
-"""Answers in the words of OpenAI's protocol, whole and as events."""
+"""Writes answers in OpenAI's protocol, whole and as events."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cpumoe.serving.tools import ForcedCalls
 
 
 class OpenAiShape:
-    """What answers of chats and of plain completions have in common."""
+    """The common part of answers to chats and to plain completions."""
 
     prefix = ""
     kind = ""
     event_kind = ""
 
     def __init__(self, model: str, body: OpenAiBody) -> None:
-        """Words the answer to a request.
+        """Prepares the answer to a request.
 
         Args:
-            model: what clients call it.
+            model: the model's name for clients.
             body: the request.
         """
         self._head = {
@@ -89,7 +89,7 @@ class OpenAiShape:
         return event
 
     def _usage(self, jobs: Sequence[GenerationJob]) -> Document:
-        # Answers to one prompt follow each other.
+        # The answers to one prompt are consecutive.
         prompt = sum(job.prompt_tokens for job in jobs[:: self._answers])
         completion = sum(job.completion_tokens for job in jobs)
         return {
@@ -106,7 +106,7 @@ class CompletionShape(OpenAiShape):
     kind = event_kind = "text_completion"
 
     def __init__(self, model: str, body: CompletionBody) -> None:
-        """Words the answer to a request; see the base class."""
+        """Prepares the answer to a request; see the base class."""
         super().__init__(model, body)
         self._echo = bool(body.echo)
         self._logprobs = body.logprobs is not None
@@ -117,13 +117,13 @@ class CompletionShape(OpenAiShape):
         """Returns a whole text as a choice."""
         text = (job.prompt_text if self._echo else "") + result.text
         prompt = result.prompt_logprobs or ()
-        # What the tokenizer puts before the text, such as a token that begins it.
+        # Characters of tokens that the tokenizer adds before the text.
         before = max(0, characters(prompt) - len(job.prompt_text))
         tokens = (*prompt, *(result.logprobs or ()))
         return self._choice(index, text, tokens, result.finish_reason, before=before)
 
     def begin(self, jobs: Sequence[GenerationJob], index: int) -> list[Document]:
-        """Returns the events before a choice's first text: the prompt, if it is wanted."""
+        """Returns the events before a choice's first text: the prompt, if it is echoed."""
         if not self._echo or self._logprobs:
             return []
         return [self.event(jobs, self._choice(index, jobs[index].prompt_text, (), None))]
@@ -131,7 +131,7 @@ class CompletionShape(OpenAiShape):
     def deltas(self, job: GenerationJob, index: int, piece: Piece) -> list[Document]:
         """Returns a piece as choices of events."""
         if self._echo and self._logprobs:
-            # The prompt's come with the result, and before those of the text.
+            # Log probabilities of the prompt come first, and are part of the result.
             return []
         self._sent[index] = self._sent.get(index, 0) + len(piece.logprobs)
         return [self._choice(index, piece.text, piece.logprobs, None)]
@@ -167,11 +167,11 @@ class ChatShape(OpenAiShape):
     event_kind = "chat.completion.chunk"
 
     def __init__(self, model: str, body: ChatBody) -> None:
-        """Words the answer to a request; see the base class."""
+        """Prepares the answer to a request; see the base class."""
         super().__init__(model, body)
         self._logprobs = bool(body.logprobs)
         self._forced: ForcedCalls | None = body.forced_calls()
-        # As many calls as the client wants at once, whatever the model does.
+        # The client's limit of calls, whatever the model does.
         self._most_calls = 1 if body.parallel_tool_calls is False else None
         self._sent: dict[int, int] = {}
         self._calls: dict[int, int] = {}
@@ -195,7 +195,7 @@ class ChatShape(OpenAiShape):
         }
 
     def begin(self, jobs: Sequence[GenerationJob], index: int) -> list[Document]:
-        """Returns the events before a choice's first text: who speaks."""
+        """Returns the events before a choice's first text: the role."""
         content = None if self._forced is not None else ""
         return [self.event(jobs, _delta(index, {"role": "assistant", "content": content}))]
 
@@ -221,7 +221,7 @@ class ChatShape(OpenAiShape):
     def last(self, job: GenerationJob, index: int, result: Generation) -> list[Document]:
         """Returns a text's end as choices of events."""
         calls = self._all_calls(result)
-        # Those that were not sent yet: calls that are forced wait until they are whole.
+        # Calls that were not sent yet. Forced calls wait until they are complete.
         new = calls[self._calls.get(index, 0) :]
         choices = [_delta(index, self._new_calls(index, new))] if new else []
         tokens = (result.logprobs or ())[self._sent.get(index, 0) :]
@@ -229,7 +229,7 @@ class ChatShape(OpenAiShape):
         return [*choices, _delta(index, {}, logprobs, _reason(result, calls))]
 
     def _all_calls(self, result: Generation) -> Sequence[ToolCall]:
-        """The calls that the model made of itself, or that its text must be."""
+        """Returns the model's calls, or those in its text if calls are forced."""
         calls = result.tool_calls
         if self._forced is not None and result.text:
             calls = self._forced.calls(result.text)
@@ -239,7 +239,7 @@ class ChatShape(OpenAiShape):
         return chat_logprobs(tokens) if self._logprobs else None
 
     def _forced_delta(self, index: int, text: str) -> Document:
-        """The arguments of a named function as they come; others wait until they are whole."""
+        """Returns new arguments of a named function. Other calls wait until they are complete."""
         assert self._forced is not None
         if not self._forced.named or not text:
             return {}
@@ -269,5 +269,5 @@ def _tool_call(call: ToolCall) -> Document:
 
 
 def _reason(result: Generation, calls: Sequence[ToolCall]) -> str:
-    """Calls end an answer, but not one that was cut off."""
+    """Returns the finish reason, which is "tool_calls" only if the answer was not cut off."""
     return "tool_calls" if calls and result.finish_reason == "stop" else result.finish_reason

@@ -15,7 +15,7 @@ from cpumoe.serving.openai_answers import ChatShape, CompletionShape
 from cpumoe.serving.openai_requests import ChatBody, CompletionBody, OpenAiBody
 from cpumoe.serving.service import Service
 
-# OpenAI's own default of /v1/completions; a chat goes on until the model ends it.
+# OpenAI's default for /v1/completions. A chat has no limit by default.
 _COMPLETION_TOKENS = 16
 
 
@@ -98,7 +98,7 @@ def _completion_jobs(service: Service, body: CompletionBody) -> list[GenerationJ
 def encoder(
     prompt: str | list[int], *, add_special_tokens: bool = True
 ) -> tuple[Callable[[TextModel], Prompt], Callable[[TextModel], str]]:
-    """Returns what encodes a prompt, and what says its text."""
+    """Returns a function that encodes a prompt, and one that returns its text."""
     if not isinstance(prompt, str):
         return lambda _: Prompt(tuple(prompt)), lambda model: model.decode(prompt)
     encode = _once(lambda model: model.encode(prompt, add_special_tokens=add_special_tokens))
@@ -106,7 +106,7 @@ def encoder(
 
 
 def _once(encode: Callable[[TextModel], Prompt]) -> Callable[[TextModel], Prompt]:
-    """Encodes for the first of several answers to a prompt, and has it for the others."""
+    """Returns a function that encodes a prompt once for several answers."""
     prompts: list[Prompt] = []
 
     def encode_once(model: TextModel) -> Prompt:

@@ -1,4 +1,4 @@
-"""Log probabilities as OpenAI's protocol words them, in its newer and in its older shape."""
+"""Log probabilities in the newer and the older format of OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Document = dict[str, Any]
 
 
 def chat_logprobs(tokens: Iterable[TokenLogprob]) -> Document:
-    """Returns log probabilities in the shape of chats."""
+    """Returns log probabilities in the format of chats."""
     content = [
         {**_token(token), "top_logprobs": [_token(other) for other in token.top]}
         for token in tokens
@@ -21,7 +21,7 @@ def chat_logprobs(tokens: Iterable[TokenLogprob]) -> Document:
 
 
 def characters(tokens: Iterable[TokenLogprob]) -> int:
-    """Returns how many characters these tokens are."""
+    """Returns the number of characters of these tokens."""
     return len(b"".join(token.raw for token in tokens).decode(errors="replace"))
 
 
@@ -30,13 +30,13 @@ def _token(token: TokenLogprob) -> Document:
 
 
 class CompletionLogprobs:
-    """Log probabilities in the shape of plain completions, for a text that comes in pieces.
+    """Log probabilities in the format of plain completions, for a text that comes in pieces.
 
-    The shape says where in the text each token begins, in characters.
+    The format has the offset of each token in the text, in characters.
     """
 
     def __init__(self) -> None:
-        """Begins at the text's start."""
+        """Begins at the start of the text."""
         # Some tokens end within a character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -45,8 +45,8 @@ class CompletionLogprobs:
         """Returns the next tokens' log probabilities.
 
         Args:
-            tokens: those that follow the last ones.
-            before: characters of the first tokens that are not part of the text.
+            tokens: the next tokens.
+            before: number of characters of these tokens that are not part of the text.
         """
         offsets = []
         self._offset -= before
@@ -62,19 +62,19 @@ class CompletionLogprobs:
 
 
 def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
-    """The most probable tokens, and the token itself if it is none of them."""
+    """Returns the most probable tokens, and the token itself."""
     if token.logprob is None:
         return None
     alternatives: dict[str, float] = {}
     for other in (*token.top, token):
         if other.logprob is not None:
-            # Several tokens may have one text: the most probable one counts, which comes first.
+            # Several tokens may have one text. The most probable one comes first and counts.
             alternatives.setdefault(_name(other), other.logprob)
     return alternatives
 
 
 def _name(token: TokenLogprob) -> str:
-    """A token's text, or OpenAI's notation of bytes that are none."""
+    """Returns a token's text, or OpenAI's notation of bytes that are no text."""
     try:
         return token.raw.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's protocol, and what they ask the model for."""
+"""The request bodies of OpenAI's protocol, and their conversion for the model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cpumoe.serving.fields import (
 from cpumoe.serving.parameters import NOTHING, refuse_common, refuse_unsupported
 from cpumoe.serving.tools import ForcedCalls, Tool, ToolChoice, forced_calls
 
-# What is said of a message and does not reach the model.
+# Fields of a message that are not supported, and their values without effect.
 _MESSAGE_UNSUPPORTED: dict[str, Sequence[Any]] = {"audio": NOTHING, "function_call": NOTHING}
 
 
 class _StreamOptions(StrictModel):
     include_usage: bool | None = None
-    # vLLM's and SGLang's: in every event.
+    # A field of vLLM and SGLang that asks for usage in every event.
     continuous_usage_stats: bool | None = None
 
 
@@ -44,7 +44,7 @@ class _ResponseFormat(StrictModel):
     json_schema: _JsonSchema | None = None
 
     def schema_text(self) -> str | None:
-        """Returns JSON text of the schema of the answer, if it shall have one."""
+        """Returns the JSON text of the answer's schema, if there is one."""
         if self.type == "text":
             return None
         if self.type == "json_schema":
@@ -57,7 +57,7 @@ class _ResponseFormat(StrictModel):
 
 
 class OpenAiBody(SamplingFields):
-    """What both kinds of completions take."""
+    """The common fields of both kinds of completions."""
 
     model: str | None = None
     max_tokens: TokenLimit = None
@@ -68,7 +68,7 @@ class OpenAiBody(SamplingFields):
     stream_options: _StreamOptions | None = None
     response_format: _ResponseFormat | None = None
 
-    # What the request calls the attributes of `Sampling`.
+    # The request's names of attributes of `Sampling`.
     names: ClassVar[Mapping[str, str]] = {
         "max_new_tokens": "max_tokens",
         "json_schema": "response_format",
@@ -77,14 +77,14 @@ class OpenAiBody(SamplingFields):
 
     @property
     def answers(self) -> int:
-        """How many answers each prompt shall have."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     def check(self) -> None:
-        """Refuses what no completion of this server has.
+        """Refuses values that this server does not support.
 
         Raises:
-            ApiError: names the field.
+            ApiError: a value is not supported; the message names the field.
         """
         options = self.stream_options
         if options is not None:
@@ -97,7 +97,7 @@ class OpenAiBody(SamplingFields):
             **others: attributes of `Sampling`.
 
         Raises:
-            ApiError: a value out of its range.
+            ApiError: a value is out of its range.
         """
         others.setdefault("min_tokens", self.min_tokens or 0)
         if self.response_format is not None:
@@ -114,7 +114,7 @@ def _json_text(value: Any) -> Any:
 
 class _FunctionCall(StrictModel):
     name: str
-    # JSON text; some clients send the object itself.
+    # JSON text. Some clients send the object instead.
     arguments: Annotated[str, BeforeValidator(_json_text)] = "{}"
 
 
@@ -125,7 +125,7 @@ class _ToolCall(StrictModel):
 
 
 def _message_text(value: Any) -> Any:
-    """A message's content; the texts of its parts are joined by line ends."""
+    """Returns the content of a message, with the texts of its parts joined by line feeds."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -143,7 +143,7 @@ def _message_text(value: Any) -> Any:
 
 
 class Message(StrictModel):
-    """A message of a chat; fields that are not listed here do not reach the model."""
+    """A message of a chat. Other fields do not reach the model."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_message_text)] = None
@@ -151,25 +151,25 @@ class Message(StrictModel):
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    # vLLM's newer name of it.
+    # vLLM's newer name of reasoning_content.
     reasoning: str | None = None
 
     def document(self, where: str) -> dict[str, Any]:
-        """Returns it as the chat template shall see it.
+        """Returns the message for the chat template.
 
         Args:
-            where: what the request calls it.
+            where: the name of the message in the request.
 
         Raises:
-            ApiError: names the field.
+            ApiError: a field is wrong; the message names it.
         """
         extra = {k: v for k, v in (self.model_extra or {}).items() if k in _MESSAGE_UNSUPPORTED}
         refuse_unsupported(extra, _MESSAGE_UNSUPPORTED, (), where=where)
-        # Replies that only reason, or only call functions, come back without text.
+        # Replies with only reasoning or only calls come back without text.
         if self.content is None and self.role not in ("assistant", "tool"):
             name = f"{where}.content"
             raise invalid(f"{name}: expected a string or a list of text parts, got none", name)
-        # OpenAI's newer name of the role; chat templates know the older.
+        # developer is OpenAI's newer name of system, which chat templates know.
         role = "system" if self.role == "developer" else self.role
         document: dict[str, Any] = {"role": role, "content": self.content or ""}
         if self.tool_calls:
@@ -183,10 +183,10 @@ class Message(StrictModel):
 
 
 def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns messages as the chat template shall see them.
+    """Returns messages for the chat template.
 
     Raises:
-        ApiError: names the message.
+        ApiError: a message is wrong; the error names it.
     """
     return [m.document(f"messages[{index}]") for index, m in enumerate(messages)]
 
@@ -209,21 +209,21 @@ class ChatBody(OpenAiBody):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    # They reach the chat template, whose matter they are.
+    # Both go to the chat template.
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
     def check(self) -> None:
-        """Refuses what no chat of this server has."""
+        """Refuses values that this server does not support in chats."""
         super().check()
         refuse_common(self.model_extra, {"add_special_tokens": (False,), "echo": NOTHING})
         if self.top_logprobs and not self.logprobs:
-            raise invalid("top_logprobs: only with logprobs=true", "top_logprobs")
+            raise invalid("top_logprobs: expected logprobs=true beside it", "top_logprobs")
         schema = self.response_format and self.response_format.schema_text()
         if schema is not None and self.offered_tools and self.forced_calls() is None:
             raise invalid(
-                "response_format: with tools, this server holds an answer to a format only where "
-                "tool_choice is none",
+                "response_format cannot be combined with tools on this server, unless tool_choice "
+                "is none",
                 "response_format",
                 "unsupported_parameter",
             )
@@ -234,7 +234,7 @@ class ChatBody(OpenAiBody):
         return [] if self.tool_choice == "none" else self.tools or []
 
     def forced_calls(self) -> ForcedCalls | None:
-        """Returns what the model must call, if anything.
+        """Returns the calls that the model must make, if any.
 
         Raises:
             ApiError: `tool_choice` names no tool.
@@ -244,17 +244,17 @@ class ChatBody(OpenAiBody):
 
     @property
     def template_arguments(self) -> Mapping[str, Any]:
-        """What the request has for the chat template."""
+        """The request's variables for the chat template."""
         arguments = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
         return arguments
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Returns the messages as the chat template shall see them.
+        """Returns the messages for the chat template.
 
         Raises:
-            ApiError: names the message.
+            ApiError: a message is wrong; the error names it.
         """
         return conversation(self.messages)
 
@@ -264,7 +264,7 @@ class ChatBody(OpenAiBody):
         if forced is not None:
             others["json_schema"] = forced.schema
         return super().samplings(
-            # 0 says nothing here: an answer without a token is none.
+            # 0 means no limit, because an answer without tokens is no answer.
             max_new_tokens=self.max_completion_tokens or self.max_tokens or None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **others,
@@ -281,9 +281,9 @@ class CompletionBody(OpenAiBody):
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
-        """Refuses what no completion of this server has."""
+        """Refuses values that this server does not support in completions."""
         super().check()
-        # Chat's fields, as clients of both send them.
+        # Some clients send the fields of chats as well.
         refuse_common(
             self.model_extra,
             {"tool_choice": (*NOTHING, "none", "auto"), "tools": NOTHING, "top_logprobs": NOTHING},
@@ -291,15 +291,15 @@ class CompletionBody(OpenAiBody):
         )
         if (self.best_of or self.answers) != self.answers:
             raise invalid(
-                f"best_of: this server returns all answers that it generates, n={self.answers}; "
-                "leave it out",
+                f"best_of: expected n={self.answers}, because this server returns all answers that "
+                f"it generates; leave it out",
                 "best_of",
                 "unsupported_parameter",
             )
 
     def samplings(self, **others: Any) -> list[Sampling]:
         """Returns the sampling of each answer to a prompt; see the base class."""
-        # No new tokens make sense where the prompt's own are the answer.
+        # With echo, 0 new tokens make sense: the prompt is the answer.
         limit = self.max_tokens if self.echo else self.max_tokens or None
         return super().samplings(
             max_new_tokens=limit,

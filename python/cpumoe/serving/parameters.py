@@ -1,4 +1,4 @@
-"""What a request may ask for that this server does not do, and how it says that it does not ask."""
+"""Parameters that this server does not support, and their values without effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cpumoe.serving.errors import invalid
 
-# What switches off whatever it is the value of.
+# Values that switch a parameter off.
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
@@ -19,20 +19,19 @@ def refuse_unsupported(
     *,
     where: str = "",
 ) -> None:
-    """Refuses fields that ask for what we do not do.
+    """Refuses fields with an effect that this server does not support.
 
-    A field that nobody has heard of is refused unless its value is one of `NOTHING`: it may be a
-    mistyped name.
+    An unknown field may be a mistyped name, and is refused unless its value is one of `NOTHING`.
 
     Args:
-        extra: the request's fields that are not read.
-        neutral: fields that we know but cannot honour, and their values that ask for nothing; null
-            always does.
-        ignored: fields that may say anything, because they do not change the answer.
-        where: what the fields are part of.
+        extra: the fields of the request that are not read.
+        neutral: known fields that are not supported, and their values without effect. null never
+            has an effect.
+        ignored: fields whose values do not matter, because they do not change the answer.
+        where: name of the object that has the fields.
 
     Raises:
-        ApiError: names the field.
+        ApiError: a field is refused; the message names it.
     """
     for name, value in (extra or {}).items():
         if value is None or name in ignored:
@@ -49,7 +48,7 @@ def refuse_unsupported(
 
 
 def _same(value: Any, other: Any) -> bool:
-    # Python's 1 is True.
+    # In Python, 1 equals True.
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -57,7 +56,7 @@ def _nothing(names: str) -> dict[str, Sequence[Any]]:
     return dict.fromkeys(names.split(), NOTHING)
 
 
-# They do not change what is generated: names for logs, hints for caches and schedulers of others.
+# Fields that do not change the text, such as names for logs and hints for caches and schedulers.
 _IGNORED = frozenset(
     _nothing(
         """
@@ -69,8 +68,8 @@ _IGNORED = frozenset(
         """
     )
 )
-# Fields of several protocols that change the answer. OpenAI's own come first, then those of vLLM
-# and of SGLang.
+# Fields of several protocols that change the answer. OpenAI's come first, then those of vLLM and of
+# SGLang.
 _UNSUPPORTED: dict[str, Sequence[Any]] = {
     **_nothing("audio frequency_penalty functions logit_bias presence_penalty reasoning suffix"),
     "function_call": (*NOTHING, "none", "auto"),
@@ -89,7 +88,7 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     ),
     "add_generation_prompt": (True,),
     "include_reasoning": (True,),
-    # These belong to beams, and to tokenizers that are slow.
+    # These concern beam search and slow tokenizers.
     "length_penalty": (1,),
     "spaces_between_special_tokens": (True, False),
     "stream_interval": (1,),
@@ -105,7 +104,7 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     ),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
-    # Other servers' samplers have these.
+    # Fields of other servers' samplers.
     "tfs_z": (1,),
     "typical_p": (1,),
 }
@@ -117,11 +116,11 @@ def refuse_common(
     *,
     ignored: Collection[str] = (),
 ) -> None:
-    """Refuses what no path of this server does; see `refuse_unsupported`.
+    """Refuses fields that no path of this server supports; see `refuse_unsupported`.
 
     Args:
-        extra: the request's fields that are not read.
-        neutral: in addition or in place of what all paths know.
-        ignored: in addition.
+        extra: the fields of the request that are not read.
+        neutral: fields that add to, or replace, those of all paths.
+        ignored: fields that add to those of all paths.
     """
     refuse_unsupported(extra, {**_UNSUPPORTED, **(neutral or {})}, _IGNORED.union(ignored))

@@ -1,4 +1,4 @@
-"""Runs an application until a signal ends it, without cutting answers off if it can be helped."""
+"""Runs an application until a signal ends it, and lets running answers finish if possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cpumoe.serving.listening import Acceptor
 from cpumoe.serving.service import Service
 from cpumoe.serving.settings import DEFAULT_GRACE_SECONDS
 
-# For clients that read the end of their answer slowly, after the model has stopped.
+# Time for clients to read the end of their answers after the model has stopped.
 _SEND_SECONDS = 5
 _HEAD_SECONDS = 30
 _READ_BYTES = 1 << 14
@@ -47,25 +47,25 @@ def serve(
     and returns. A second one ends the process at once.
 
     Args:
-        app: what to serve.
-        listeners: where, as `open_sockets` returns them; closed at the end.
-        grace_seconds: until the running generation is cancelled.
-        access_log: write a line per request to standard output.
-        on_ready: called when requests are being answered.
+        app: the application.
+        listeners: sockets from `open_sockets`, which are closed at the end.
+        grace_seconds: time until the running generation is cancelled.
+        access_log: whether to write a line per request to standard output.
+        on_ready: called when the server answers requests.
 
     Raises:
-        WorkerError: nothing can be answered any more.
+        WorkerError: the server cannot answer requests any more.
     """
     service: Service = app.state.service
     server = Server(make_config(app, access_log), service, grace_seconds, on_ready)
     server.run([*listeners])
     if server.broken:
         raise WorkerError(
-            "the thread that runs the model has ended: the server cannot go on; start it again"
+            "the thread that runs the model has ended, so the server cannot go on; start it again"
         )
     if service.worker.alive:
-        # It still computes something that nothing can interrupt; the interpreter's own end would
-        # pull the libraries from under it.
+        # The thread is in a computation that cannot be interrupted. A normal exit would unload
+        # libraries that the thread uses.
         _exit(0)
 
 
@@ -73,7 +73,7 @@ def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
     """Returns Uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,
-        # Chosen here, so that the server behaves the same whatever else is installed.
+        # Chosen here, so that the server does not depend on other installed packages.
         http=_Protocol,
         ws="none",
         loop="asyncio",
@@ -86,13 +86,13 @@ def make_config(app: FastAPI, access_log: bool) -> uvicorn.Config:
 
 
 class _Protocol(asyncio.BufferedProtocol, H11Protocol):  # type: ignore[misc]
-    """Uvicorn's HTTP, less connections that do not finish a request's head in time."""
+    """Uvicorn's HTTP protocol. Closes connections that do not finish a request's head in time."""
 
     _deadline: asyncio.TimerHandle | None = None
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        # As much as is read before others have their turn: what comes in tiny chunks takes a
-        # thousand times as long to take apart as what comes in large ones.
+        # This many bytes are read before other connections have their turn. Parsing tiny chunks
+        # would take a thousand times as long.
         self._buffer = bytearray(_READ_BYTES)
         return self._buffer
 
@@ -125,7 +125,7 @@ class _Protocol(asyncio.BufferedProtocol, H11Protocol):  # type: ignore[misc]
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, with its signals turned into a return."""
+    """A Uvicorn server that returns after a signal."""
 
     def __init__(
         self,
@@ -152,18 +152,18 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Returns whether it is time to end: after a signal, or if nothing can be answered."""
+        """Returns whether to end: after a signal, or if the worker is broken."""
         self.broken = self._service.worker.broken
         return await super().on_tick(counter) or self.broken
 
     async def main_loop(self) -> None:
-        """Serves until a signal, and then what is running."""
+        """Serves until a signal, and then finishes the running answer."""
         await super().main_loop()
-        # The sockets are still open: whoever comes now is told that the server is stopping.
+        # The sockets are still open, so that new clients are told that the server is stopping.
         await self._service.worker.drain(self._grace_seconds)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes the sockets, and connections when their answers are sent."""
+        """Closes the sockets, and the connections after their answers are sent."""
         self._acceptor.close()
         await super().shutdown(sockets)
 
@@ -182,14 +182,14 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Asks for the end, or at the second time forces it."""
+        """Requests the end; the second signal forces it."""
         if self.should_exit:
             _exit(128 + sig)
         self.should_exit = True
 
 
 def _exit(status: int) -> None:
-    """Ends the process whatever its threads do."""
+    """Ends the process regardless of its threads."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -197,7 +197,7 @@ def _exit(status: int) -> None:
 
 
 def _log_config() -> dict[str, Any]:
-    """Uvicorn's, with our errors beside its own, and without what it says at start and end."""
+    """Returns Uvicorn's logging with cpumoe's errors, without messages at start and end."""
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["loggers"]["uvicorn.error"]["level"] = "WARNING"
     config["loggers"]["cpumoe.serving"] = {"handlers": ["default"], "propagate": False}

@@ -1,4 +1,4 @@
-"""What the paths of one server share."""
+"""The common objects of a server's paths."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Service:
     """A served model.
 
     Attributes:
-        name: what clients call the model.
-        context_length: tokens of prompt and answer together.
-        created: when it came into service, in seconds since 1970.
-        settings: the operator's.
+        name: the model's name for clients.
+        context_length: the most tokens of prompt and answer together.
+        created: start of the service, in seconds since 1970.
+        settings: the operator's settings.
         worker: runs the model.
-        bodies: reads requests.
+        bodies: reads the bodies of requests.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Service:
     bodies: BodyReader
 
     def check_model(self, name: str | None) -> None:
-        """Refuses a request for another model than the one that is served.
+        """Refuses a request for another model than the served one.
 
         Raises:
-            ApiError: names both.
+            ApiError: `name` is another model; the message names both.
         """
         if name is not None and name != self.name:
             raise ApiError(

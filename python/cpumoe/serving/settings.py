@@ -1,4 +1,4 @@
-"""What an operator decides about a server."""
+"""The operator's settings of a server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Settings:
     """A server's name and limits.
 
     Attributes:
-        served_model_name: what clients call the model; None: its own name.
-        api_key: what clients must present; None: anybody is served.
-        queue: requests that wait while one runs; a further one is refused.
-        max_tokens: at most this many new tokens per request; None: what the context has room for.
-        max_request_bytes: of a request's body.
+        served_model_name: the model's name for clients; None: the checkpoint's name.
+        api_key: the key that clients must send; None: clients need none.
+        queue: the most requests that wait while one runs; further ones are refused.
+        max_tokens: the most new tokens per request; None: as many as the context has room for.
+        max_request_bytes: the most bytes of a request's body.
 
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: a value is out of its range.
     """
 
     served_model_name: str | None = None
@@ -34,7 +34,7 @@ class Settings:
         """Checks the values."""
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ValueError("served model name: expected at least one character, got none")
-        # An empty key would be one that every client without a key presents.
+        # A client without a key could present an empty one.
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api key: expected at least one character, got none")
         if self.queue < 0:

@@ -1,4 +1,4 @@
-"""SGLang's own protocol: /generate."""
+"""SGLang's protocol: /generate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cpumoe.serving.openai_api import encoder
 from cpumoe.serving.parameters import refuse_common
 from cpumoe.serving.service import Service
 
-# SGLang's own default.
+# SGLang's default.
 _MAX_NEW_TOKENS = 128
 _NAMES = {
     "min_tokens": "min_new_tokens",
@@ -41,7 +41,7 @@ _NAMES = {
 
 
 class SamplingParams(SamplingFields):
-    """How one prompt is continued."""
+    """The sampling of a request."""
 
     max_new_tokens: TokenLimit = None
     min_new_tokens: Count | None = None
@@ -53,7 +53,7 @@ class SamplingParams(SamplingFields):
         """Returns the sampling of each answer to the prompt.
 
         Raises:
-            ApiError: a value that is not supported or out of its range.
+            ApiError: a value is not supported or out of its range.
         """
         refuse_common(self.model_extra)
         return [
@@ -102,7 +102,7 @@ class GenerateBody(StrictModel):
 
     @property
     def prompt_param(self) -> str:
-        """The field that has the prompts."""
+        """Name of the field that has the prompts."""
         return "text" if self.input_ids is None else "input_ids"
 
     @property
@@ -110,7 +110,7 @@ class GenerateBody(StrictModel):
         """The prompts, each a text or a list of token ids.
 
         Raises:
-            ApiError: none, or in two places.
+            ApiError: there are no prompts, or both fields have some.
         """
         if (self.text is None) == (self.input_ids is None):
             raise invalid("text: expected either text or input_ids", "text")
@@ -130,17 +130,17 @@ class GenerateBody(StrictModel):
 
     @property
     def parameters(self) -> SamplingParams:
-        """How the prompts are continued."""
+        """The sampling of the request."""
         return self.sampling_params or SamplingParams()
 
     @property
     def answers(self) -> int:
-        """How many answers each prompt shall have."""
+        """Number of answers to each prompt."""
         return self.parameters.n or 1
 
     @property
     def ids(self) -> list[str]:
-        """A name for each answer."""
+        """An id for each answer."""
         count = len(self.prompts) * self.answers
         if isinstance(self.rid, list) and len(self.rid) == len(self.prompts):
             return [rid for rid in self.rid for _ in range(self.answers)]
@@ -150,7 +150,7 @@ class GenerateBody(StrictModel):
         return [f"{prefix}{uuid.uuid4().hex}" for _ in range(count)]
 
     def logprobs(self) -> dict[str, int]:
-        """Returns the attributes of `Sampling` that ask for log probabilities."""
+        """Returns the attributes of `Sampling` that request log probabilities."""
         if not self.return_logprob:
             return {}
         top = self.top_logprobs_num or 0
@@ -159,13 +159,13 @@ class GenerateBody(StrictModel):
 
     @property
     def logprob_start(self) -> int | None:
-        """The first token of the prompt whose log probability is wanted, if any is."""
+        """The prompt's first token whose log probability is requested, if any."""
         start = self.logprob_start_len
         return None if not self.return_logprob or start is None or start < 0 else start
 
 
 class _Shape:
-    """Answers in SGLang's words: every event has the whole text so far."""
+    """Writes answers in SGLang's format, whose events have the whole text so far."""
 
     def __init__(self, body: GenerateBody) -> None:
         self._body = body
@@ -222,7 +222,7 @@ class _Shape:
             "finish_reason": reason,
             "prompt_tokens": prompt,
             "completion_tokens": completion,
-            # Nothing is kept from one request for another.
+            # Requests do not share a cache.
             "cached_tokens": 0,
         }
 
@@ -232,7 +232,7 @@ class _Shape:
         if not self._body.return_logprob:
             return {}
         read = prompt[self._body.logprob_start or 0 :]
-        # SGLang computes from this token on, so that nothing predicts it.
+        # SGLang computes from this token on, so it has no log probability.
         first = [[None, *self._row(token)[1:]] for token in read[:1]]
         lists: dict[str, Any] = {
             "input_token_logprobs": [*first, *map(self._row, read[1:])],

@@ -1,4 +1,4 @@
-"""What operators, load balancers and monitoring ask; none of it needs a key."""
+"""Paths for operators, load balancers and monitoring, which need no key."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def make_router(service: Service, others: Sequence[APIRouter]) -> APIRouter:
     """Returns the paths of health, metrics and version.
 
     Args:
-        service: what is served.
-        others: the other paths, for a list of all.
+        service: the served model.
+        others: the other paths, for the list of all paths.
     """
     router = APIRouter()
 

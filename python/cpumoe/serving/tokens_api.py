@@ -32,10 +32,10 @@ class TokenizeBody(StrictModel):
     return_token_strs: bool | None = None
 
     def encoder(self) -> Callable[[TextModel], Prompt]:
-        """Returns what encodes the text or the conversation.
+        """Returns a function that encodes the text or the conversation.
 
         Raises:
-            ApiError: names the field.
+            ApiError: a field is wrong; the message names it.
         """
         prompt, messages = self.prompt, self.messages
         if prompt is not None and messages is None:
@@ -45,7 +45,9 @@ class TokenizeBody(StrictModel):
             raise invalid("prompt: expected either prompt or messages", "prompt")
         if self.add_special_tokens:
             name = "add_special_tokens"
-            raise invalid(f"{name}: of a chat, they are its template's matter", name)
+            raise invalid(
+                f"{name} cannot be combined with messages; the chat template adds them", name
+            )
         chat = conversation(messages)
         tools = [tool.document() for tool in self.tools or ()]
 

@@ -1,4 +1,4 @@
-"""Functions that a model may call: the request's fields, and answers that must be calls."""
+"""Tools of requests, and answers that must be tool calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpumoe.serving.errors import invalid
 
 
 class Function(StrictModel):
-    """What a tool does; other fields are the chat template's."""
+    """The function of a tool. Other fields go to the chat template."""
 
     name: str
     parameters: dict[str, Any] | None = None
@@ -28,7 +28,7 @@ class Tool(StrictModel):
     function: Function
 
     def document(self) -> dict[str, Any]:
-        """Returns it as the chat template shall see it."""
+        """Returns the tool for the chat template."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -57,15 +57,15 @@ ToolChoice = Annotated[Any, BeforeValidator(_tool_choice)]
 
 @dataclass(frozen=True)
 class ForcedCalls:
-    """An answer that consists of function calls, because the request says so.
+    """An answer that must consist of function calls.
 
-    The model's text is held to a schema, so that it can be read whatever the model was trained for:
-    the arguments alone of a function that is named, else a list of names with arguments.
+    A schema restricts the model's text, so that it can be parsed whatever the model was trained
+    for. For a named function the text is the arguments, otherwise a list of names with arguments.
 
     Attributes:
-        functions: that may be called.
-        named: there is only one, and one call.
-        several: more than one call.
+        functions: the functions that may be called.
+        named: whether exactly one named function is called once.
+        several: whether several calls are allowed.
     """
 
     functions: Sequence[Function]
@@ -85,7 +85,7 @@ class ForcedCalls:
         return json.dumps(calls if self.several else {**calls, "maxItems": 1})
 
     def calls(self, text: str) -> tuple[ToolCall, ...]:
-        """Returns the calls of the model's text, as far as it got."""
+        """Returns the calls in the model's text, which may be cut off."""
         if self.named:
             return (ToolCall(self.functions[0].name, text),)
         return tuple(
@@ -97,10 +97,10 @@ class ForcedCalls:
 def forced_calls(
     tools: Sequence[Tool], choice: str | NamedTool | None, several: bool
 ) -> ForcedCalls | None:
-    """Returns what a request's `tool_choice` forces the model to call, if anything.
+    """Returns the calls that `tool_choice` forces the model to make, if any.
 
     Raises:
-        ApiError: it names no tool of the request.
+        ApiError: `tool_choice` names no tool of the request.
     """
     if choice is None or choice in ("none", "auto"):
         return None
@@ -135,7 +135,7 @@ def _call(number: int, function: Function) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """The schema as a part of another one: its references start at its own place in that."""
+    """Returns the schema with references that fit its place in another schema."""
     if isinstance(schema, list):
         return [_moved(element, place) for element in schema]
     if not isinstance(schema, dict):
@@ -148,7 +148,7 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 def _whole_elements(text: str) -> list[Any]:
-    """The elements of a JSON list that may have been cut off."""
+    """Returns the complete elements of a JSON list that may be cut off."""
     decoder, elements = json.JSONDecoder(), []
     at = text.find("[") + 1
     while at:

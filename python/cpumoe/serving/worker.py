@@ -1,4 +1,4 @@
-"""The thread that runs the model, one request at a time, and the queue before it."""
+"""The thread that runs the model, one request at a time, and its queue."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from cpumoe.generation import ModelError, TextModel
 from cpumoe.serving.errors import ApiError, internal, logger, overloaded, stopping
 from cpumoe.serving.job import Job
 
-# A cancelled generation ends at its next token; one that is still reading a long prompt may not.
+# A cancelled generation ends at its next token, unless it is still reading a long prompt.
 _CANCEL_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 60
 
 
 class Observer:
-    """Hears what becomes of requests; this one lets it pass."""
+    """Receives the outcome of requests. This class ignores it."""
 
     def ended(self, result: object, waited_seconds: float, total_seconds: float) -> None:
-        """Takes the result of a job, from the worker's thread.
+        """Receives the outcome of a job, in the worker's thread.
 
         Args:
-            result: what came of it; its success, or an `ApiError`.
-            waited_seconds: in the queue.
-            total_seconds: these included.
+            result: the result of the job, or an `ApiError`.
+            waited_seconds: time in the queue.
+            total_seconds: time from queueing to the end.
         """
 
     def failed(self, error: ApiError) -> None:
-        """Takes an error that a client is told, from the event loop."""
+        """Receives an error that a client gets, in the event loop."""
 
 
 class Worker:
-    """Runs jobs on one thread, in the order in which they came.
+    """Runs jobs on one thread, in the order of their submission.
 
     Attributes:
-        observer: hears what becomes of jobs.
+        observer: receives the outcome of jobs.
     """
 
     def __init__(self, model: TextModel, *, queue: int) -> None:
         """Prepares a worker; `start` starts its thread.
 
         Args:
-            model: called by the worker's thread only.
-            queue: jobs that may wait while one runs.
+            model: the model, which only the worker's thread calls.
+            queue: the most jobs that may wait while one runs.
         """
         self.observer = Observer()
         self._model = model
@@ -57,14 +57,14 @@ class Worker:
         self._closed = False
         self._stuck = False
         self._typical_seconds = 0.0
-        # Guards all of the above.
+        # Guards all attributes above.
         self._changed = threading.Condition()
-        # A daemon: a prompt that takes minutes to read must not keep the process from ending.
+        # A daemon, so that a prompt that takes minutes to read does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="cpumoe-worker", daemon=True)
 
     @property
     def accepting(self) -> bool:
-        """Whether new jobs are taken."""
+        """Whether new jobs are accepted."""
         return self._accepting
 
     @property
@@ -74,28 +74,28 @@ class Worker:
 
     @property
     def broken(self) -> bool:
-        """Whether the thread has ended although nobody asked it to."""
+        """Whether the thread has ended without `close`."""
         started = self._thread.ident is not None
         return started and not self._closed and not self.alive
 
     @property
     def waiting(self) -> int:
-        """Jobs before which others run."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs that run, 0 or 1."""
+        """Number of running jobs, 0 or 1."""
         return int(self._running is not None)
 
     @property
     def capacity(self) -> int:
-        """Jobs that may be there at the same time, the running one included."""
+        """The most jobs at a time, including the running one."""
         return self._queue + 1
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no job waits or runs."""
         with self._changed:
             return not self._waiting and self._running is None
 
@@ -104,7 +104,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, *jobs: Job[Any]) -> None:
-        """Puts jobs at the end of the queue, all of them or none.
+        """Appends jobs to the queue, all of them or none.
 
         Raises:
             ApiError: the queue has no room for them, or the server is stopping.
@@ -115,21 +115,21 @@ class Worker:
             there = len(self._waiting) + (self._running is not None)
             if there + len(jobs) > self.capacity:
                 seconds = min(math.ceil(self._typical_seconds) or 1, _LONGEST_RETRY_SECONDS)
-                raise overloaded(seconds, f"{len(self._waiting)} requests wait already")
+                raise overloaded(seconds, f"already has {len(self._waiting)} waiting requests")
             for job in jobs:
                 job.submitted = time.monotonic()
                 self._waiting.append(job)
             self._changed.notify_all()
 
     def withdraw(self, job: Job[Any], reason: ApiError) -> None:
-        """Cancels a job wherever it is; one that waits gives up its place at once."""
+        """Cancels a job. A waiting job leaves the queue at once."""
         job.cancel(reason)
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Refuses new and waiting jobs and gives the running one some time to finish."""
+        """Refuses new and waiting jobs, and gives the running one some time to finish."""
         with self._changed:
             self._accepting = False
             refused = [*self._waiting]
@@ -144,7 +144,7 @@ class Worker:
             self._stuck = not await asyncio.to_thread(self._wait_until_idle, _CANCEL_SECONDS)
 
     def close(self) -> None:
-        """Ends the thread after the running job, which is cancelled, and waits a little for it."""
+        """Cancels all jobs, ends the thread, and waits a little for it."""
         with self._changed:
             self._accepting = False
             self._closed = True
@@ -157,7 +157,7 @@ class Worker:
 
     def _wait_until_idle(self, seconds: float) -> bool:
         with self._changed:
-            # The lock takes no longer timeout, and infinity least of all.
+            # Locks refuse longer timeouts, such as infinity.
             seconds = min(threading.TIMEOUT_MAX, seconds)
             return self._changed.wait_for(lambda: self._running is None, seconds)
 
@@ -165,7 +165,7 @@ class Worker:
         try:
             self._run_jobs()
         finally:
-            # Unasked only where not even the report of a failure succeeds, for want of memory.
+            # Without `close`, this happens only if memory is too small even to report a failure.
             self._abandon()
 
     def _abandon(self) -> None:
@@ -189,7 +189,7 @@ class Worker:
                 self._running = None
                 self._typical_seconds = 0.7 * self._typical_seconds + 0.3 * seconds
                 self._changed.notify_all()
-            # After its place is free: the client may send its next request at once.
+            # Last, so that the queue has room if the client sends its next request at once.
             job.finish(outcome)
 
     def _next(self) -> Job[Any] | None:
@@ -209,6 +209,6 @@ class Worker:
             logger.error("a request failed: %s", error)
             return internal(str(error))
         except BaseException:
-            # A panic of the tokenizer and SystemExit are no Exception: this thread outlives both.
+            # A panic of the tokenizer and SystemExit are no Exception. The thread survives both.
             logger.exception("a request failed")
             return internal()

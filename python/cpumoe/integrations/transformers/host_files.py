@@ -1,6 +1,6 @@
-"""The files that the host reads, checked before it does: what is wrong then has a file's name.
+"""Checks the files that transformers reads, so that an error names the file at fault.
 
-The host finds out late, and by whatever exception the wrong content happens to cause.
+transformers itself finds faults late, by whatever exception the wrong content causes.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from cpumoe.checkpoint.files import (
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, EXPLICIT_KEY
 from cpumoe.integrations.transformers.completeness import check_scaled
 
-# What may be a name on the hub, "gpt2" or "openai/gpt-oss-20b".
+# Possible names on the hub, such as "gpt2" or "openai/gpt-oss-20b".
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TOKENIZER = "tokenizer.json"
-# JSON objects.
+# These files hold JSON objects.
 _MODEL_CONFIGS = ("generation_config.json", "adapter_config.json")
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATES = ("*.jinja", "*/*.jinja")
-# Vocabularies, which the host parses soon enough, and a limit of their bytes: the greatest that are
-# published have 35 MB.
+# Vocabularies, which transformers parses early, and the most bytes of one. The largest published
+# vocabularies have 35 MB.
 _VOCABULARIES = (_TOKENIZER, "vocab.json", "tekken.json", "merges.txt", "vocab.txt", "*.model")
 _VOCABULARY_LIMIT = 256 << 20
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Refuses what is no folder and cannot be a name on the hub.
+    """Refuses a path that is no folder and cannot be a name on the hub.
 
     Raises:
-        FileNotFoundError: so it is; the host would complain of the name.
-        NotADirectoryError: a file.
+        FileNotFoundError: `path` is neither. transformers would complain of the name.
+        NotADirectoryError: `path` is a file.
     """
     if Path(path).is_file():
         raise NotADirectoryError(f"{path}: expected a checkpoint folder, got a file")
@@ -53,14 +53,14 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_tokenizer_files(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
-    """Refuses files that no tokenizer can be made of; those of a name on the hub are not looked at.
+    """Refuses a folder whose tokenizer files are damaged. A name on the hub is not checked.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
-        kwargs: the host's ``subfolder``, and others.
+        kwargs: arguments for transformers, such as ``subfolder``.
 
     Raises:
-        CheckpointError: the file that is damaged.
+        CheckpointError: a file is damaged; the message names it.
     """
     folder = _local_folder(path, kwargs)
     if folder is None:
@@ -76,19 +76,19 @@ def check_tokenizer_files(path: str | os.PathLike[str], kwargs: Mapping[str, Any
 def check_model_files(
     path: str | os.PathLike[str], kwargs: Mapping[str, Any], *, experts: bool
 ) -> None:
-    """Refuses files that no model can be made of.
+    """Refuses a folder whose model files are damaged.
 
-    Those of a name on the hub are not looked at, nor weights that a config of the caller's names:
-    our quantizer checks both, when the host has resolved them.
+    A name on the hub is not checked, and neither are the weights if the caller passes a config.
+    cpumoe's quantizer checks both after transformers has resolved them.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
-        kwargs: of the host's ``from_pretrained``.
-        experts: whether cpumoe must know the format of its experts.
+        kwargs: arguments of transformers' ``from_pretrained``.
+        experts: whether cpumoe must support the experts' format.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: no checkpoint folder, or a shard is missing.
-        CheckpointError: the file that is damaged; see `open_checkpoint`.
+        FileNotFoundError, NotADirectoryError: there is no checkpoint folder, or a shard is missing.
+        CheckpointError: a file is damaged; see `open_checkpoint`.
     """
     folder = _local_folder(path, kwargs)
     if folder is None:
@@ -101,7 +101,7 @@ def check_model_files(
     if not experts:
         with SafetensorsFolder(folder, variant=variant) as weights:
             _check_weights(weights)
-            check_scaled(weights)  # else our quantizer does
+            check_scaled(weights)  # in the other case, cpumoe's quantizer does
         return
     with open_checkpoint(folder, variant=variant) as reader:
         reader.check_supported()
@@ -110,19 +110,19 @@ def check_model_files(
 
 
 def open_resolved(files: Sequence[str], config: Any) -> ExpertReader:
-    """Opens the experts in the files that the host has resolved, and reads all of their headers.
+    """Opens the experts in the files that transformers resolved, and reads all their headers.
 
     Args:
-        files: what the host calls ``checkpoint_files``.
-        config: the model's.
+        files: transformers' ``checkpoint_files``.
+        config: the model's config.
 
     Raises:
-        FileNotFoundError: no config.json beside the files.
+        FileNotFoundError: there is no config.json beside the files.
         CheckpointError, ValueError: see `open_checkpoint`.
     """
     first, explicit = Path(files[0]), getattr(config, EXPLICIT_KEY, None)
     for folder in first.parents:
-        # Names of weights may contain folders; the config lies where those names begin.
+        # Names of weight files may contain folders. The config lies where those names begin.
         if explicit is not None:
             begins = (folder / explicit).is_file()
         else:
@@ -134,17 +134,17 @@ def open_resolved(files: Sequence[str], config: Any) -> ExpertReader:
 
 @contextmanager
 def host_reads(what: str) -> Iterator[None]:
-    """Turns what the host makes of wrong content into one error that names the file.
+    """Turns any exception for wrong content into one error that names the file.
 
-    Which exception that is depends on where the host comes across it: KeyError, AttributeError, a
-    panic of a library in Rust. Errors that say by themselves what is wrong stay as they are: those
-    of cpumoe's own code, of the system, and for lack of memory or of a package.
+    transformers may raise a KeyError, an AttributeError, or a panic of a library in Rust. Errors
+    that explain themselves pass unchanged: those of cpumoe's own code, of the system, and for too
+    little memory or a missing package.
 
     Args:
-        what: what is read: the file, or the folder.
+        what: the file or folder that is read.
 
     Raises:
-        CheckpointError: any other.
+        CheckpointError: transformers raised another exception.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def host_reads(what: str) -> Iterator[None]:
 
 @contextmanager
 def host_reads_tokenizer(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """As `host_reads`; names tokenizer.json where it is to blame."""
+    """Like `host_reads`, but names tokenizer.json if that file is at fault."""
     try:
         with host_reads(f"{path}: tokenizer"):
             yield
@@ -170,16 +170,16 @@ def host_reads_tokenizer(path: str | os.PathLike[str], kwargs: Mapping[str, Any]
 
 
 def check_vocabulary(tokenizer: Any, embeddings: int, path: str | os.PathLike[str]) -> None:
-    """Refuses a tokenizer whose vocabulary, added tokens aside, is greater than the model's.
+    """Refuses a tokenizer whose vocabulary, without added tokens, is larger than the model's.
 
     Raises:
-        CheckpointError: it is another model's.
+        CheckpointError: the tokenizer belongs to another model.
     """
     size = tokenizer.vocab_size
     if size > embeddings:
         raise CheckpointError(
             f"{path}: tokenizer: expected a vocabulary of at most {embeddings} tokens, as the "
-            f"model's, got {size}: it is another model's"
+            f"model has, got {size}; the tokenizer belongs to another model"
         )
 
 
@@ -198,12 +198,12 @@ def _check_configs(folder: Path, names: Sequence[str]) -> None:
 
 
 def _check_model_type(folder: Path) -> None:
-    """Raises CheckpointError if config.json names no model: the host would guess by the path."""
+    """Raises CheckpointError if config.json has no model_type: transformers would guess one."""
     file = folder / CONFIG_NAME
     if file.is_file() and "model_type" not in read_json(file, CONFIG_LIMIT):
         raise CheckpointError(
-            f"{file}: expected a model_type, by which transformers knows a model, got none; for "
-            f"gpt-oss, load the folder in which OpenAI's files, 'original', lie"
+            f"{file}: expected a model_type, by which transformers recognizes a model, got none; "
+            f"for gpt-oss, load the parent of OpenAI's folder 'original'"
         )
 
 
@@ -218,14 +218,13 @@ def _check_text(file: Path) -> None:
 def _diagnose_tokenizer(file: Path) -> None:
     """Raises CheckpointError if the file is no tokenizer.
 
-    For when the host has failed: a large vocabulary takes a second, and the host would read it
-    again.
+    Called only after transformers has failed, because reading a large vocabulary takes a second.
     """
     try:
         tokenizers.Tokenizer.from_file(str(file))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # panics, too
+    except BaseException as error:  # panics of Rust code as well
         raise _unreadable(str(file), "tokenizers", error) from error
 
 
@@ -238,13 +237,13 @@ def _check_weights(weights: SafetensorsFolder) -> None:
     if weights.index is not None and not isinstance(weights.index_metadata, dict):
         raise CheckpointError(
             f"{weights.index}: metadata: transformers expects an object, "
-            f'got {shown_value(weights.index_metadata)}: add "metadata": {{}}'
+            f'got {shown_value(weights.index_metadata)}; add "metadata": {{}}'
         )
     weights.check_shards()
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether cpumoe's own code has raised it: then it says what is wrong, or is a bug."""
+    """Whether cpumoe's own code raised the error, which explains itself or is a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""The host's logits processors that only a checkpoint's generation config asks for."""
+"""transformers' logits processors that only a checkpoint's generation config can request."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Request:
-    """What processors need to know of a request.
+    """The parameters of a request that processors need.
 
     Attributes:
-        prompt_length: tokens of the prompt.
-        limit: tokens of the prompt and of the longest text that may follow.
+        prompt_length: number of tokens of the prompt.
+        limit: number of tokens of the prompt and of the longest text that may follow.
         ends: tokens that end the text.
     """
 
@@ -40,13 +40,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Processor:
-    """One setting and the host's class for it.
+    """A setting, and transformers' class for it.
 
     Attributes:
-        name: the setting's, in generation_config.json.
-        make: returns the processor of a value.
-        neutral: values that ask for nothing.
-        narrows: it only narrows what is drawn from, so it comes after the temperature.
+        name: name of the setting in generation_config.json.
+        make: returns the processor for a value.
+        neutral: values without effect.
+        narrows: whether it only narrows the choice of tokens, so that it follows the temperature.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _ends(request: Request) -> torch.Tensor:
     return torch.tensor(request.ends, dtype=torch.long, device="cpu")
 
 
-# In the host's order.
+# In transformers' order.
 PROCESSORS = (
     Processor("sequence_bias", lambda value, _: SequenceBiasLogitsProcessor(value), ([], {})),
     Processor("no_repeat_ngram_size", lambda value, _: NoRepeatNGramLogitsProcessor(value), (0,)),
@@ -101,9 +101,9 @@ PROCESSORS = (
 
 
 def leaves_a_choice(processor: Any, vocabulary: int) -> bool:
-    """Whether a processor, tried at several places of a text, leaves a token to choose there."""
+    """Whether a processor leaves a token to choose, tried at several positions of a text."""
     for length in (1, 3, 4, 7):
-        # Falling logits and a text without repetition: no token is like another.
+        # Falling logits and a text without repetition make all tokens different.
         scores = torch.linspace(1, 0, vocabulary, dtype=torch.float32, device="cpu")[None]
         ids = torch.arange(length, device="cpu")[None] % vocabulary
         scores = processor(ids, scores)

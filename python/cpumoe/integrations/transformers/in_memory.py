@@ -1,8 +1,8 @@
-"""``experts_implementation="cpumoe"``: experts whose dense weights are in memory already.
+"""``experts_implementation="cpumoe"``: experts whose dense weights are already in memory.
 
-A model that the host dequantized holds, in bf16, values that are exactly E2M1 times a power of two.
-They are packed as MXFP4 again, bit for bit the checkpoint's arithmetic, on the first call. Weights
-that are not exactly so are refused: rounding them would be another model.
+If transformers dequantized an MXFP4 model, its bf16 weights are exactly E2M1 values times a power
+of two. The first call packs them as MXFP4 again, which restores the checkpoint's values exactly.
+Other weights are refused, because rounding them would change the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
 
 _FORMAT = weight_format("mxfp4")
-# By module: what its parameters were when they were packed, and the experts.
+# For each module, the state of its parameters when they were packed, and the packed experts.
 _packed: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Experts]] = WeakKeyDictionary()
 
 
@@ -32,32 +32,32 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes an experts module of transformers; the signature is the host's.
+    """Computes an experts module of transformers, which defines the signature.
 
     Args:
-        module: has `gate_up_proj` and `down_proj`, and biases where `has_bias`.
+        module: the module, with `gate_up_proj` and `down_proj`, and biases if `has_bias`.
         hidden_states: ``[tokens, hidden]``.
         top_k_index: ``[tokens, top_k]``.
         top_k_weights: ``[tokens, top_k]``.
 
     Returns:
-        ``[tokens, hidden]`` in hidden_states' dtype; see `cpumoe.Experts` on gradients.
+        ``[tokens, hidden]`` in the dtype of `hidden_states`. See `cpumoe.Experts` for gradients.
 
     Raises:
         UnsupportedFormatError: the weights are not exactly MXFP4.
         RuntimeError: the module is in training mode.
-        ValueError: it computes something else than cpumoe does, or is not on the CPU.
+        ValueError: cpumoe does not support the module's activation, or it is not on the CPU.
     """
     if module.training:
         raise RuntimeError(
-            "cpumoe's experts compute no gradients and cannot train: use model.eval()"
+            "cpumoe's experts compute no gradients and cannot train; call model.eval()"
         )
     output = _experts_of(module)(hidden_states, top_k_index, top_k_weights)
     return without_gradients(output, *module.parameters())
 
 
 def _experts_of(module: Any) -> Experts:
-    # A model loaded in inference mode has no versions: there, changes in place go unnoticed.
+    # Parameters made in inference mode have no versions, so changes in place go unnoticed there.
     state = tuple(
         (p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()
     )
@@ -69,7 +69,7 @@ def _experts_of(module: Any) -> Experts:
 
 def _pack(module: Any) -> Experts:
     name = type(module).__name__
-    swiglu = module_swiglu(module)  # first: what has no gate has no gate_up_proj either
+    swiglu = module_swiglu(module)  # first, because experts without a gate have no gate_up_proj
     if module.gate_up_proj.device.type != "cpu":
         raise ValueError(f"{name}: expected weights on the CPU, got {module.gate_up_proj.device}")
     if module.has_post_expert_norm:
@@ -126,12 +126,13 @@ def _halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _exact(weights: torch.Tensor, subject: str) -> QuantizedMatrix:
-    """Encodes ``[N, K]``; every value must be one that the format has."""
+    """Encodes weights ``[N, K]``, all of which must be values of the format."""
     weights = weights.float().contiguous()
     matrix = QuantizedMatrix(*_FORMAT.quantize(weights), name=subject)
     if not torch.equal(_FORMAT.dequantize(matrix.codes, matrix.scales), weights):
         raise UnsupportedFormatError(
-            f"{subject}: these weights are not exactly {_FORMAT.name}, and cpumoe rounds none; "
-            f"load a quantized checkpoint with cpumoe.integrations.transformers.from_pretrained"
+            f"{subject}: expected weights that are exactly {_FORMAT.name}, got others, and cpumoe "
+            f"does not round weights; load a quantized checkpoint with "
+            f"cpumoe.integrations.transformers.from_pretrained"
         )
     return matrix

@@ -1,4 +1,4 @@
-"""A model with its tokenizer: text in, text out."""
+"""A model with its tokenizer, for text in and text out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from cpumoe.reply import reply_format
 
 
 class LanguageModel:
-    """A causal language model that continues text; implements `cpumoe.generation.TextModel`.
+    """A causal language model that continues text. It implements `cpumoe.generation.TextModel`.
 
     Attributes:
         model: the transformers model.
@@ -66,17 +66,17 @@ class LanguageModel:
         *,
         generation_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Makes one of a loaded model and its tokenizer.
+        """Combines a loaded model and its tokenizer.
 
         Args:
             model: the transformers model.
-            tokenizer: its tokenizer.
-            name: what clients call the model.
-            generation_config: content of its generation_config.json; None: the model's own. What of
-                it is not honoured is told in a warning.
+            tokenizer: the model's tokenizer.
+            name: the model's name for clients.
+            generation_config: content of generation_config.json; None: the model's own. A warning
+                lists settings that are not supported.
 
         Raises:
-            ModelError: the checkpoint does not say in a way that makes sense what ends a text.
+            ModelError: the checkpoint's end tokens or stop strings are invalid.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -104,23 +104,25 @@ class LanguageModel:
         Args:
             path: a checkpoint folder, or a name on the hub; None: the small model that comes with
                 cpumoe.
-            name: what clients call it; default: the path's last part.
-            options: how experts are made, see `from_pretrained`. Its router and progress hold for
-                `host_experts` too.
-            dtype: of everything but the experts, see `from_pretrained`.
-            chat_template: a Jinja template in the place of the tokenizer's own.
-            host_experts: let transformers dequantize and compute the experts as well, for
-                comparison. Four times the memory, and slow.
-            **kwargs: for transformers.
+            name: the model's name for clients; default: the last part of `path`.
+            options: options for the experts, see `from_pretrained`. Router and progress apply to
+                `host_experts` as well.
+            dtype: dtype of everything but the experts, see `from_pretrained`.
+            chat_template: a Jinja template that replaces the tokenizer's own.
+            host_experts: whether transformers dequantizes and computes the experts, for comparison.
+                This takes four times the memory and is slow.
+            **kwargs: further arguments for transformers.
 
         Raises:
             FileNotFoundError, CheckpointError, UnsupportedFormatError, ValueError: see
-            `from_pretrained`; OSError: no tokenizer; ModelError: see `LanguageModel`.
+                `from_pretrained`.
+            OSError: there is no tokenizer.
+            ModelError: see `LanguageModel`.
         """
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
         options = options or ExpertsOptions()
-        # Before the tokenizer: for it, too, the host makes a config of as many layers as it claims.
+        # First, because for the tokenizer transformers builds a config of all layers it claims.
         check_model_files(path, kwargs, experts=not host_experts)
         check_tokenizer_files(path, kwargs)
         with host_reads_tokenizer(path, kwargs):
@@ -142,12 +144,12 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """The model's name for clients."""
         return self._name
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and continuation together."""
+        """The most tokens of prompt and continuation together."""
         return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
 
     @property
@@ -157,18 +159,19 @@ class LanguageModel:
 
     @property
     def experts_calls(self) -> int:
-        """Layer calls of cpumoe's experts so far."""
+        """Number of layer calls of cpumoe's experts so far."""
         return sum(module.spent.calls for module in self._experts)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
-        """Returns the prompt of a text, with what the tokenizer puts before it.
+        """Returns the prompt of a text to continue.
 
         Args:
-            text: any.
-            add_special_tokens: False: the text alone.
+            text: any text.
+            add_special_tokens: whether to add the special tokens that the tokenizer puts before a
+                text.
 
         Raises:
-            ValueError: half a surrogate pair in it, which no encoding has.
+            ValueError: `text` has half a surrogate pair, which no encoding can represent.
         """
         _check_text(text)
         return Prompt(self._tokens(text, add_special_tokens))
@@ -184,15 +187,17 @@ class LanguageModel:
         try:
             _check_text(json.dumps([[*messages], [*tools]], ensure_ascii=False))
         except (RecursionError, TypeError) as error:
-            raise ValueError(f"messages: expected what JSON can hold: {error}") from None
+            raise ValueError(
+                f"messages: expected values that JSON can represent: {error}"
+            ) from None
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"{self.name} has no chat template: it completes text, but cannot chat without one "
-                f"(--chat-template FILE)"
+                f"{self.name} has no chat template, so it can continue text, but not chat; pass "
+                f"one (--chat-template FILE)"
             )
         text = render_chat(self.tokenizer, messages, tools, template_arguments or {})
         template = self.tokenizer.get_chat_template(tools=[*tools] or None)
-        # The template writes all special tokens itself.
+        # The template writes all special tokens.
         tokens = self._tokens(text, add_special_tokens=False)
         return Prompt(tokens, reply_format(template, text, tools))
 
@@ -200,7 +205,7 @@ class LanguageModel:
         """Returns the text of some tokens, special ones included.
 
         Raises:
-            ValueError: tokens that the model does not have.
+            ValueError: the model does not have one of the tokens.
         """
         self._check_tokens("tokens", tokens)
         text: str = self.tokenizer.decode(
@@ -209,14 +214,15 @@ class LanguageModel:
         return text
 
     def _tokens(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        # Quietly: whether the text fits the context is the caller's to say.
+        # Without a warning about long texts: the caller decides whether the text fits the context.
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return tuple(int(token) for token in encoded["input_ids"])
 
     def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
         known = self.model.get_input_embeddings().num_embeddings
         if tokens and not 0 <= min(tokens) <= max(tokens) < known:
-            raise ValueError(f"{what}: expected tokens from 0 to {known - 1}, got others")
+            wrong = next(token for token in tokens if not 0 <= token < known)
+            raise ValueError(f"{what}: expected tokens from 0 to {known - 1}, got {wrong}")
 
     def generate(
         self,
@@ -246,7 +252,7 @@ class LanguageModel:
             except ValueError as error:
                 if error is text.listener_error:
                     raise
-                # What a request may ask for was checked above.
+                # The request was checked above, so the model is at fault.
                 raise ModelError(f"{self.name}: the model cannot generate: {error}") from error
         end = time.perf_counter()
         text.finish()
@@ -266,10 +272,10 @@ class LanguageModel:
         )
 
     def _limit(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """How many tokens may follow the prompt.
+        """Returns how many tokens may follow the prompt.
 
         Raises:
-            ValueError: none could.
+            ValueError: the prompt leaves no room, or the request has invalid tokens.
         """
         room = self.context_length - len(tokens)
         if not tokens:
@@ -290,7 +296,7 @@ class LanguageModel:
         read: list[TokenLogprob] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Any | None:
-        """Reads a prompt but its end, and notes how probable its tokens were, if that is asked."""
+        """Reads a prompt except its end, and appends its log probabilities to `read`, if given."""
         if read is None:
             return read_prompt(self.model, tokens, cancelled=cancelled)
         vocabulary = self._continuations.vocabulary
@@ -305,7 +311,7 @@ class LanguageModel:
 
 @contextmanager
 def _host_progress(enabled: bool | None) -> Iterator[None]:
-    """Keeps the host's bars out of files and pipes."""
+    """Keeps transformers' progress bars out of files and pipes."""
     wanted = sys.stderr.isatty() if enabled is None else enabled
     if wanted or not logging.is_progress_bar_enabled():
         yield
@@ -318,11 +324,11 @@ def _host_progress(enabled: bool | None) -> Iterator[None]:
 
 
 def _check_text(text: str) -> None:
-    """Tokenizers refuse such text with a TypeError that does not say what is wrong."""
+    """Refuses text that tokenizers refuse with an unclear TypeError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"text: expected Unicode characters, got {text[error.start]!a}, half a surrogate pair; "
-            f"was it UTF-8?"
+            f"check that the text was decoded as UTF-8"
         ) from None

@@ -1,4 +1,4 @@
-"""Loading a model whose experts cpumoe computes."""
+"""Loads models whose experts cpumoe computes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cpumoe.integrations.transformers.routers import use_fp32_routers
 IMPLEMENTATION = "cpumoe"
 _DTYPES = (torch.bfloat16, torch.float32)
 _AUTO = "auto"
-# Arguments that say where a checkpoint is: config and tokenizer must come from there as well.
+# Arguments that locate a checkpoint. Config and tokenizer must come from the same place.
 _ORIGIN = (
     "cache_dir",
     "code_revision",
@@ -55,7 +55,7 @@ _ORIGIN = (
 
 
 class KimiK2Config(DeepseekV3Config):
-    """Kimi-K2 is DeepSeek-V3's architecture under another name, which transformers lacks."""
+    """The config of Kimi-K2: DeepSeek-V3's under a name that transformers does not know."""
 
     model_type = "kimi_k2"
 
@@ -75,7 +75,7 @@ class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
 AutoConfig.register(KimiK2Config.model_type, KimiK2Config, exist_ok=True)
 AutoModel.register(KimiK2Config, KimiK2Model, exist_ok=True)
 AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
-# How the host makes its stacked experts of a checkpoint's: without it they would stay random.
+# Without this mapping, transformers would leave its stacked experts random.
 register_checkpoint_conversion_mapping(
     KimiK2Config.model_type,
     get_checkpoint_conversion_mapping(DeepseekV3Config.model_type),
@@ -92,30 +92,31 @@ def from_pretrained(
     dtype: torch.dtype | str = torch.bfloat16,
     **kwargs: Any,
 ) -> Any:
-    """Loads a transformers model whose routed experts cpumoe computes; patches nothing.
+    """Loads a transformers model whose routed experts cpumoe computes. It patches nothing.
 
-    Experts are packed from the checkpoint's mapped files, in its own low-precision format: memory
-    for dense ones is never allocated. Everything else is the host's, dense, in `dtype`.
+    Experts are packed from the checkpoint's mapped files, in the checkpoint's low-precision format.
+    Memory for dense experts is never allocated. transformers loads everything else, dense, in
+    `dtype`.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
         model_class: the class whose `from_pretrained` to call.
-        options: how experts are made; default: `ExpertsOptions()`.
-        dtype: of everything but the experts: bfloat16, float32, or "auto": bfloat16 where the
-            checkpoint has bfloat16, else float32, which rounds nothing.
-        **kwargs: for the class's `from_pretrained`.
+        options: options for the experts; default: `ExpertsOptions()`.
+        dtype: dtype of everything but the experts: bfloat16, float32, or "auto". "auto" is bfloat16
+            for a checkpoint in bfloat16, else float32, so that nothing is rounded.
+        **kwargs: further arguments for `from_pretrained` of the class.
 
     Returns:
         The model, in evaluation mode. Its experts record no gradients, and it cannot be saved.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: no such folder, or a file.
-        OSError: a name that the hub does not have.
-        CheckpointError: a damaged checkpoint, or not an MoE model.
-        UnsupportedFormatError: experts in a format that cpumoe does not know.
-        ValueError: experts that compute something else than cpumoe does, or none in the model.
+        FileNotFoundError, NotADirectoryError: `path` does not exist, or is a file.
+        OSError: the hub does not have the name.
+        CheckpointError: the checkpoint is damaged, or the model is no MoE model.
+        UnsupportedFormatError: cpumoe does not support the experts' format.
+        ValueError: the model has no experts, or cpumoe does not support their activation.
     """
-    if "torch_dtype" in kwargs:  # the host would let our dtype win, without a word
+    if "torch_dtype" in kwargs:  # transformers would silently ignore it
         raise ValueError("torch_dtype: this argument is called dtype")
     if dtype not in (*_DTYPES, _AUTO):
         raise ValueError(
@@ -135,19 +136,21 @@ def from_pretrained_by_host(
     dtype: torch.dtype | str = torch.bfloat16,
     **kwargs: Any,
 ) -> Any:
-    """Loads a causal language model that the host dequantizes and computes whole, to compare with.
+    """Loads a causal language model that transformers alone computes, for comparison.
+
+    Its experts are dequantized.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
         fp32_router: see `ExpertsOptions`.
-        dtype: as in `from_pretrained`.
-        **kwargs: for the host.
+        dtype: see `from_pretrained`.
+        **kwargs: further arguments for transformers.
     """
     check_model_files(path, kwargs, experts=False)
     config = _config(path, kwargs)
     owner, quantization = _quantization(config)
     if quantization is not None:
-        # Else the host keeps compressed-tensors compressed, and computes MXFP4 where it can.
+        # Without this, transformers keeps compressed-tensors compressed, and may compute in MXFP4.
         owner.quantization_config = {**quantization, "dequantize": True}
     loaded = _load(AutoModelForCausalLM, path, config, dtype, kwargs)
     if fp32_router:
@@ -158,33 +161,33 @@ def from_pretrained_by_host(
 def enable(options: ExpertsOptions | None = None) -> None:
     """Makes transformers' own `from_pretrained` give routed experts to cpumoe.
 
-    From now on, in this process, checkpoints with quantization method fp8, mxfp4 or
-    compressed-tensors load as by our `from_pretrained`; one whose routed experts are in a format
-    that cpumoe does not know is refused. Models without routed experts are not touched. Calling it
-    again changes the options.
+    After this call, checkpoints with quantization method fp8, mxfp4 or compressed-tensors load in
+    this process as with cpumoe's `from_pretrained`. A checkpoint whose routed experts have an
+    unsupported format is refused. Models without routed experts load as before. Another call of
+    `enable` changes the options.
 
     Independently of this, importing the package registers ``experts_implementation="cpumoe"``.
 
     Args:
-        options: how experts are made; default: `ExpertsOptions()`.
+        options: options for the experts; default: `ExpertsOptions()`.
     """
     set_default_options(options or ExpertsOptions())
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
 
 
 def disable() -> None:
-    """Undoes `enable`; models loaded meanwhile stay as they are."""
+    """Undoes `enable`. Models that were loaded stay as they are."""
     set_default_options(None)
     AUTO_QUANTIZER_MAPPING.update(HOST_QUANTIZERS)
 
 
 def origin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of `from_pretrained`'s arguments that say where the checkpoint is."""
+    """Returns the arguments of `from_pretrained` that locate the checkpoint."""
     return {name: kwargs[name] for name in _ORIGIN if name in kwargs}
 
 
 def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    """Takes the config out of the arguments, as a copy that may be changed, or loads it."""
+    """Takes a copy of the config out of the arguments, or loads the config."""
     config = kwargs.pop("config", None)
     if config is None:
         with host_reads(f"{path}: {CONFIG_NAME}"):
@@ -193,7 +196,7 @@ def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
 
 
 def _quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Returns what checkpoints say of their quantization, after the config that says it."""
+    """Returns the config that describes the quantization, and the description."""
     owner = config
     if getattr(owner, "quantization_config", None) is None:
         owner = config.get_text_config(decoder=True)
@@ -219,10 +222,10 @@ def _load(
     dtype: torch.dtype | str,
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Calls the host's loader, and refuses a model that is not wholly what the files hold.
+    """Calls transformers' loader, and refuses a model whose tensors differ from the files'.
 
     Returns:
-        The model, or model and report where the caller wants both.
+        The model, or model and report if the caller requests both.
     """
     if dtype == _AUTO:
         dtype = exact_dtype(config.to_dict())
@@ -231,14 +234,14 @@ def _load(
             path,
             config=config,
             dtype=dtype,
-            # Else the host raises without the names, which it logs.
+            # Without these, transformers raises without the names, which it only logs.
             **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True},
         )
         check_complete(
             model, report, path, mismatched_allowed=bool(kwargs.get("ignore_mismatched_sizes"))
         )
-    # The host's loader keeps some of the checkpoint's tensors in bf16 whatever it is asked for.
-    # Only that way: the other would round what the host keeps in fp32, rotary frequencies first.
+    # transformers' loader keeps some of the checkpoint's tensors in bf16 for any dtype. There is no
+    # conversion to bf16, which would round tensors that stay fp32, such as rotary frequencies.
     if dtype == torch.float32:
         model.to(dtype)
     return (model, report) if kwargs.get("output_loading_info") else model

@@ -1,4 +1,4 @@
-"""How probable tokens were, by the model's own logits."""
+"""Log probabilities of tokens, by the model's own logits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from cpumoe.integrations.transformers.vocabulary import Vocabulary
 
 
 class LogprobRecorder:
-    """A logits processor that remembers what the next token is chosen by.
+    """A logits processor that remembers the logits by which the next token is chosen.
 
-    It is the first one, so its probabilities are the model's: temperature, penalties, and what
-    narrows the choice come later.
+    It is the first processor, so its probabilities are the model's. Temperature, penalties and all
+    that narrows the choice follow.
     """
 
     def __init__(self, vocabulary: Vocabulary, count: int) -> None:
-        """Gives each token its log probability, and `count` most probable alternatives."""
+        """Records log probabilities, with `count` most probable alternatives for each token."""
         self._vocabulary = vocabulary
         self._count = count
         self._logits: torch.Tensor | None = None
 
     def __call__(self, _ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Takes logits ``[1, vocabulary]``, which are passed on as they are."""
+        """Takes logits ``[1, vocabulary]``, and returns them unchanged."""
         self._logits = logits
         return logits
 
     def take(self, token: int) -> TokenLogprob:
-        """Returns how probable the token was that was chosen by the last logits."""
+        """Returns the log probability of the token that was chosen by the last logits."""
         assert self._logits is not None
         rows = logprob_rows(self._vocabulary, self._logits, [token], self._count)
         self._logits = None
@@ -39,13 +39,13 @@ class LogprobRecorder:
 def logprob_rows(
     vocabulary: Vocabulary, logits: torch.Tensor, tokens: Sequence[int], count: int
 ) -> list[TokenLogprob]:
-    """Returns how probable each token was.
+    """Returns the log probability of each token.
 
     Args:
-        vocabulary: of the tokens.
-        logits: ``[rows, vocabulary]``, any floating point dtype.
-        tokens: the token that came at each row.
-        count: alternatives to give with each.
+        vocabulary: the tokens of the model.
+        logits: ``[rows, vocabulary]``, of any floating point dtype.
+        tokens: the token of each row.
+        count: number of alternatives for each token.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device="cpu")[:, None])[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""How experts are made for a model that is being loaded."""
+"""Options for the experts of a model that is being loaded."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cpumoe.runtime import Runtime
 
 @dataclass(frozen=True)
 class ExpertsOptions:
-    """What `cpumoe.Experts` is told for each layer, and how the host routes to them.
+    """Options for `cpumoe.Experts` of each layer, and for the routers.
 
     Attributes:
-        runtime: threads to run on; None: the process's shared runtime.
+        runtime: the threads to run on; None: the process's shared runtime.
         precision: "auto", "bf16" or "int8", see `cpumoe.Experts`.
         isa: the variant; None: `cpumoe.isa()`.
         batch_invariant: see `cpumoe.Experts.from_checkpoint`.
-        fp32_router: run DeepSeek-V4's routers in fp32, as its reference implementation does. The
-            host's own code runs them in the model's dtype, and in bf16 then sends one token in
-            twelve to another set of experts.
-        progress: show a bar while packing; None: if standard error is a terminal.
+        fp32_router: whether DeepSeek-V4's routers run in fp32, as in its reference implementation.
+            transformers runs them in the model's dtype; in bf16, one token in twelve then goes to
+            another set of experts.
+        progress: whether to show a bar while packing; None: if standard error is a terminal.
 
     Raises:
-        ValueError: an unknown precision or variant.
+        ValueError: the precision or the variant is unknown.
     """
 
     runtime: Runtime | None = None
@@ -39,13 +39,13 @@ class ExpertsOptions:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values, so that a mistake costs no loading of a model."""
+        """Checks the values before a model is loaded."""
         check_precision(self.precision)
         select_isa(self.isa)
 
     @property
     def compute(self) -> str:
-        """The old name of `precision`; it warns."""
+        """The old name of `precision`. Using it warns."""
         warn_renamed("ExpertsOptions.compute", "ExpertsOptions.precision", stacklevel=2)
         return self.precision
 
@@ -54,29 +54,29 @@ ExpertsOptions.__init__ = with_old_arguments("compute")(  # type: ignore[method-
     ExpertsOptions.__init__
 )
 
-# The host makes its quantizers itself and passes them nothing of ours, so options travel beside it.
+# transformers makes quantizers itself and cannot pass them these options, so they are kept here.
 _current: ContextVar[ExpertsOptions | None] = ContextVar("cpumoe_experts_options", default=None)
 _default: ExpertsOptions | None = None
 
 
 def current_options() -> ExpertsOptions:
-    """Returns the options of the load that is going on, else those of `enable`.
+    """Returns the options of the load in progress, or else those of `enable`.
 
     Raises:
-        ValueError: there are neither, and ``CPUMOE_ISA`` names no variant that runs here.
+        ValueError: there are none, and ``CPUMOE_ISA`` names no variant that runs here.
     """
     return _current.get() or _default or ExpertsOptions()
 
 
 def set_default_options(options: ExpertsOptions | None) -> None:
-    """Sets the options of loads that name none; None: as they were at first."""
+    """Sets the options of loads without options; None: restores the initial ones."""
     global _default
     _default = options
 
 
 @contextmanager
 def loading_with(options: ExpertsOptions) -> Iterator[None]:
-    """Makes `options` those of a load inside the block, in this thread."""
+    """Applies `options` to loads inside the block, in this thread."""
     token = _current.set(options)
     try:
         yield

@@ -14,14 +14,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `perplexity` found.
+    """The result of `perplexity`.
 
     Attributes:
         perplexity: ``exp`` of the mean negative log-likelihood.
-        nats_per_token: that mean.
-        scored_tokens: tokens that were predicted.
+        nats_per_token: mean negative log-likelihood.
+        scored_tokens: number of tokens that were predicted.
         seconds: wall time.
-        tokens_per_second: tokens computed, context that is not scored included, by `seconds`.
+        tokens_per_second: all computed tokens, including context that is not scored, by `seconds`.
     """
 
     perplexity: float
@@ -39,20 +39,21 @@ def perplexity(
     stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Returns a causal model's perplexity of a text.
+    """Returns a causal model's perplexity on a text.
 
-    The text is cut into windows; each token is scored once, given those before it in its window.
+    The text is cut into windows. Each token but the first is scored once, given the tokens before
+    it in its window.
 
     Args:
         model: called as ``model(input_ids).logits``.
         tokens: the text, at least two tokens.
         window: tokens per forward pass, at least 2.
-        stride: new tokens per window, 1 to `window`; the rest repeats the window before as context.
-            Default: `window`, the fastest.
+        stride: new tokens per window, 1 to `window`. The other tokens of a window repeat the window
+            before as context. Default: `window`, which is the fastest.
         progress: called with (tokens scored, tokens to score).
 
     Raises:
-        ValueError: too short a text, or a window or stride out of range.
+        ValueError: the text is too short, or window or stride is out of range.
     """
     stride = window if stride is None else stride
     if len(tokens) < 2:
@@ -60,7 +61,7 @@ def perplexity(
     if window < 2:
         raise ValueError(f"window: expected 2 or more, got {window}")
     if not 1 <= stride <= window:
-        raise ValueError(f"stride: expected 1 to the window's {window}, got {stride}")
+        raise ValueError(f"stride: expected 1 to {window}, the window, got {stride}")
     total, scored, computed = 0.0, 0, 0
     start = time.perf_counter()
     for begin, new in _windows(len(tokens), window, stride):
@@ -80,13 +81,13 @@ def perplexity(
 
 
 def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """First token of each window, and how many of its last tokens it scores."""
+    """Returns the first token of each window, and how many of its last tokens are scored."""
     windows, done = [], 1  # nothing comes before the first token
     begin = 0
     while done < length:
         end = min(begin + window, length)
         windows.append((begin, end - done))
         done = end
-        # One token of context at least: the first of a window cannot be scored.
+        # At least one token of context, because a window's first token cannot be scored.
         begin = min(begin + stride, done - 1)
     return windows

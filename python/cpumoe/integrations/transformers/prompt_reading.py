@@ -1,4 +1,4 @@
-"""A prompt's way through the model, in parts."""
+"""Reads a prompt with the model, in parts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-# As many tokens as experts compute in one round, about: more at once is no faster there, and slower
-# in attention, whose matrices grow with a part.
+# About as many tokens as experts compute in one round. More tokens would not be faster there, and
+# would slow down attention, whose matrices grow with a part.
 PART_TOKENS = 2048
-# Where all logits are wanted, at most so many at a time (in fp32: 256 MiB).
+# The most logits at a time if all are requested (256 MiB in fp32).
 _MOST_LOGITS = 1 << 26
 
 
 class CancelledError(Exception):
-    """Nobody waits for the answer any more."""
+    """The generation was cancelled."""
 
 
 def read_prompt(
@@ -27,21 +27,21 @@ def read_prompt(
     cancelled: Callable[[], bool] | None = None,
     on_logits: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Any | None:
-    """Lets a model read a prompt but its end, which the host's generation loop reads.
+    """Lets a model read a prompt except its end, which transformers' generation loop reads.
 
     Args:
-        model: the host's causal language model.
-        tokens: of the prompt.
-        cancelled: asked between parts; True ends the reading.
-        on_logits: called with the number of tokens before the next one and the logits
-            ``[rows, vocabulary]`` that predict it and those that follow; the whole prompt but its
-            last token is read then.
+        model: the transformers model.
+        tokens: tokens of the prompt.
+        cancelled: called between parts. If it returns True, the reading ends.
+        on_logits: called with the index of a token and the logits ``[rows, vocabulary]`` that
+            predict the tokens after it. If it is given, the whole prompt except its last token is
+            read.
 
     Returns:
-        The host's cache, for its `generate`; None: nothing was read, the prompt is one part.
+        The cache for transformers' `generate`; None: the prompt is one part, and was not read.
 
     Raises:
-        CancelledError: `cancelled` said so.
+        CancelledError: `cancelled` returned True.
     """
     end = len(tokens) - 1
     part_tokens = PART_TOKENS
@@ -50,7 +50,7 @@ def read_prompt(
     elif len(tokens) <= part_tokens or not model._supports_default_dynamic_cache():
         return None
     else:
-        # Whole parts, and what is left over is the host's, as long as that is a token at least.
+        # Whole parts are read here. transformers reads the rest, which has at least one token.
         end = end // part_tokens * part_tokens
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,12 +1,13 @@
 """Quantizers that leave a checkpoint's routed experts to cpumoe.
 
-transformers asks a quantizer before it reads weights, while the model is on the meta device, and
-after. Each class here is the host's own quantizer of a method with one step added on both sides:
-before, experts modules are swapped for modules without parameters, so that their tensors match
-nothing and are never read; after, cpumoe packs them from the mapped files.
+transformers calls a quantizer before it reads weights, while the model is on the meta device, and
+afterwards. Each class here is transformers' quantizer for a method with one more step before and
+after. Before, experts modules are replaced by modules without parameters, so that their tensors
+match nothing and are never read. Afterwards, cpumoe packs them from the mapped files.
 
-Under ``cpumoe-<method>`` they are registered beside the host's. `enable` also puts them in the
-place of the host's, where a model without routed experts must load as if they were not there.
+The quantizers are registered as ``cpumoe-<method>``, beside those of transformers. `enable` also
+puts them in the places of transformers' own. There, a model without routed experts must load as
+without cpumoe.
 """
 
 from __future__ import annotations
@@ -43,23 +44,23 @@ _PREFIX = "cpumoe-"
 
 
 class ExpertsToCpumoe(HfQuantizer):
-    """What the quantizers have in common; put before the host's class."""
+    """The common part of the quantizers, a base class before transformers' class."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        """As the host's."""
+        """Takes the arguments of transformers' quantizers."""
         super().__init__(quantization_config, **kwargs)
         self._options = current_options()
         self._reader: ExpertReader | None = None
         self._swapped: list[CpuExperts] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToCpumoe:
-        """Itself: the host copies its weight converters, which refer to us, for each tensor."""
+        """Returns itself, because transformers copies weight converters that refer to it."""
         return self
 
     @override
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
-        # Unlike after `enable`, which leaves all but experts as the host has it.
+        # False after `enable`, which changes nothing but the experts.
         by_name = str(self.quantization_config.quant_method).startswith(_PREFIX)
         if checkpoint_files and any(experts_modules(model)):
             self._reader = open_resolved(checkpoint_files, model.config)
@@ -68,13 +69,13 @@ class ExpertsToCpumoe(HfQuantizer):
             self._swapped = swap_experts(model, self._reader)
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
-            # What else is quantized becomes dense: a CPU multiplies nothing else.
+            # Other quantized weights become dense, because PyTorch multiplies only those on a CPU.
             self.quantization_config.dequantize = True
         elif by_name:
-            # All of it would be read to no purpose.
+            # Refused before all weights are read in vain.
             raise ValueError(
-                f"{type(model).__name__}: transformers has no experts module in it that cpumoe "
-                f"knows"
+                f"{type(model).__name__}: expected an experts module of transformers that cpumoe "
+                f"supports, got none"
             )
         super()._process_model_before_weight_loading(model, **kwargs)
 
@@ -87,28 +88,28 @@ class ExpertsToCpumoe(HfQuantizer):
             use_fp32_routers(model)
         with self._reader:
             pack_all(self._swapped, self._reader, self._options)
-        # The host drops the quantizer of a model that it has dequantized, but it is what keeps
-        # save_pretrained from writing a checkpoint that lacks the experts.
+        # transformers drops the quantizer of a dequantized model. With the quantizer,
+        # save_pretrained refuses to write a checkpoint, which would lack the experts.
         model.hf_quantizer = self
 
     @override
     def is_serializable(self) -> bool:
-        """Not where the experts are elsewhere than in the model."""
+        """Whether the model can be saved, which it cannot without its experts."""
         return not self._swapped and bool(super().is_serializable())
 
     @property
     def is_trainable(self) -> bool:
-        """No: cpumoe records no gradients."""
+        """Whether the model can be trained, which cpumoe's experts cannot."""
         return not self._swapped and bool(super().is_trainable)
 
 
 class Fp8Quantizer(ExpertsToCpumoe, FineGrainedFP8HfQuantizer):
-    """DeepSeek-V4: MXFP4 experts to cpumoe; FP8 weights become dense."""
+    """DeepSeek-V4: cpumoe gets the MXFP4 experts, and FP8 weights become dense."""
 
     @override
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized and not torch.accelerator.is_available():
-            # The host's would do the same, and warn that it was not asked.
+            # transformers would do so as well, but with a warning.
             self.quantization_config.dequantize = True
         super().validate_environment(*args, **kwargs)
 
@@ -125,13 +126,13 @@ class Mxfp4Quantizer(ExpertsToCpumoe, Mxfp4HfQuantizer):
     @override
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not torch.accelerator.is_available():
-            # The host's would warn that it dequantizes experts which it has no longer.
+            # Avoids a warning of transformers about dequantizing experts, which are already gone.
             kwargs["use_kernels"] = True
         super()._process_model_before_weight_loading(model, **kwargs)
 
 
 class CompressedTensorsQuantizer(ExpertsToCpumoe, CompressedTensorsHfQuantizer):
-    """Kimi: INT4 experts to cpumoe; what else is quantized becomes dense."""
+    """Kimi: cpumoe gets the INT4 experts, and other quantized weights become dense."""
 
 
 QUANTIZERS: dict[str, type[ExpertsToCpumoe]] = {
@@ -143,7 +144,7 @@ HOST_QUANTIZERS = {method: AUTO_QUANTIZER_MAPPING[method] for method in QUANTIZE
 
 
 def our_method(method: str) -> str:
-    """Returns the name under which our quantizer of a method is registered."""
+    """Returns the name under which cpumoe's quantizer of a method is registered."""
     return _PREFIX + method
 
 
@@ -155,7 +156,7 @@ def _register(method: str, quantizer: type[ExpertsToCpumoe]) -> None:
         host_config.__init__(self, *args, **kwargs)
         self.quant_method = name
 
-    # The host's quantization config, under our name.
+    # transformers' quantization config under the name of cpumoe's quantizer.
     config = type(f"Cpumoe{host_config.__name__}", (host_config,), {"__init__": init})
     register_quantization_config(name)(config)
     register_quantizer(name)(quantizer)

@@ -11,11 +11,11 @@ _ROUTERS = frozenset({"DeepseekV4TopKRouter", "DeepseekV4HashRouter"})
 
 
 def use_fp32_routers(model: nn.Module) -> int:
-    """Makes DeepSeek-V4's routers compute in fp32; returns how many there are.
+    """Makes DeepSeek-V4's routers compute in fp32, and returns their number.
 
-    The reference implementation does; transformers 5.24 runs them in the model's dtype. The class
-    and its code stay the host's: weights become fp32, and so do the hidden states on their way in.
-    Models of other families are left alone.
+    The reference implementation computes them in fp32, but transformers 5.24 uses the model's
+    dtype. This function keeps transformers' class and code. It converts the routers' weights and
+    their incoming hidden states to fp32. Models of other families are not changed.
     """
     routers = [module for module in model.modules() if type(module).__name__ in _ROUTERS]
     for router in routers:

@@ -1,4 +1,4 @@
-"""A request's sampling as the host's logits processors."""
+"""Turns the sampling of a request into transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cpumoe.integrations.transformers.host_processors import Request
 
 
 def is_sampled(sampling: Sampling, settings: GenerationSettings) -> bool:
-    """Whether tokens are drawn; else the best is taken."""
+    """Whether tokens are drawn; False: the most probable one is taken."""
     if sampling.temperature is None:
         return settings.sample
     return sampling.temperature >= LEAST_TEMPERATURE
 
 
 def min_new_tokens(sampling: Sampling, settings: GenerationSettings, prompt_length: int) -> int:
-    """Returns before how many tokens nothing ends the text."""
+    """Returns the number of new tokens before which nothing ends the text."""
     return max(sampling.min_tokens, settings.min_new_tokens, settings.min_length - prompt_length, 0)
 
 
@@ -40,15 +40,15 @@ def logits_processors(
     recorder: Any | None = None,
     grammar: Any | None = None,
 ) -> LogitsProcessorList:
-    """Returns what makes scores of logits, in the host's order.
+    """Returns the logits processors of a request, in transformers' order.
 
     Args:
-        sampling: what a request asks for.
-        settings: what the checkpoint says where the request does not.
-        request: its prompt's length, its limit, its end tokens.
+        sampling: the sampling of the request.
+        settings: the checkpoint's defaults, for values that the request leaves open.
+        request: the request's prompt length, limit and end tokens.
         recorder: the processor that sees the model's own logits.
-        grammar: the processor that only lets pass what a grammar admits. It comes after all that
-            forbids or forces tokens, so that it has the last word.
+        grammar: the processor that only admits tokens that fit a grammar. It comes after all
+            processors that forbid or force tokens, so that it has the last word.
     """
     penalty = _first(sampling.repetition_penalty, settings.repetition_penalty)
     least = min_new_tokens(sampling, settings, request.prompt_length)
@@ -71,15 +71,15 @@ def logits_processors(
 
 
 def check_logits(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Passes logits on if they are numbers.
+    """Returns the logits unchanged if they are numbers.
 
     Raises:
-        ModelError: they are not; any token chosen by them would be arbitrary.
+        ModelError: logits are NaN, so that any chosen token would be arbitrary.
     """
     if logits.max().isnan():
         raise ModelError(
-            "the model computes no probabilities (NaN): a damaged weight file, or values that its "
-            "dtype cannot hold"
+            "the model computes NaN instead of probabilities; a weight file may be damaged, or "
+            "values may exceed the range of the dtype"
         )
     return logits
 

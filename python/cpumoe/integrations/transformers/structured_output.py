@@ -1,4 +1,4 @@
-"""Text that a JSON schema admits, by llguidance."""
+"""Restricts text to what a JSON schema admits, with llguidance."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# A space, or a line's end and an indentation. A model that is not sure what comes next would write
-# white space without end, if it could.
+# A space, or a line feed and an indentation. Without a limit, a model that is not sure how to go on
+# would write white space forever.
 _WHITESPACE = r" |\n[ \t]{0,24}"
 
 
@@ -16,11 +16,11 @@ class StructuredOutput:
     """Makes grammars for a model's vocabulary."""
 
     def __init__(self, tokenizer: Any, logits: int, ends: Collection[int]) -> None:
-        """Prepares; what takes a second waits for the first grammar.
+        """Prepares little: the first grammar prepares the vocabulary, which takes a second.
 
         Args:
             tokenizer: a transformers tokenizer.
-            logits: how many the model computes.
+            logits: number of logits that the model computes.
             ends: tokens that end a text.
         """
         self._tokenizer = tokenizer
@@ -32,7 +32,8 @@ class StructuredOutput:
         """Returns llguidance's matcher of a JSON schema, given as JSON text.
 
         Raises:
-            ValueError: the schema is invalid or not supported, or nothing here can honour one.
+            ValueError: the schema is invalid or not supported, or llguidance is not installed or
+                does not support the tokenizer.
         """
         try:
             from llguidance import LLMatcher
@@ -42,7 +43,7 @@ class StructuredOutput:
             ) from None
         try:
             grammar = LLMatcher.grammar_from_json_schema(
-                # Both say that anything is admitted; the library takes objects only.
+                # Both admit anything, but the library takes objects only.
                 "{}" if schema.strip() == "true" else schema,
                 overrides={"whitespace_pattern": _WHITESPACE},
             )
@@ -61,18 +62,18 @@ class StructuredOutput:
                 self._prepared = from_tokenizer(
                     self._tokenizer, n_vocab=self._logits, eos_token=self._ends or None
                 )
-            except Exception as error:  # the library's, for tokenizers that it does not know
+            except Exception as error:  # for tokenizers that the library does not know
                 raise ValueError(
-                    f"json_schema: not with this model's tokenizer: {_one_line(error)}"
+                    f"json_schema: not supported with this model's tokenizer: {_one_line(error)}"
                 ) from None
         return self._prepared
 
 
 class GrammarProcessor:
-    """A logits processor that only lets tokens pass that a grammar admits.
+    """A logits processor that admits only tokens that fit a grammar.
 
     Attributes:
-        finished: the grammar admits no further token.
+        finished: whether the grammar admits no further token.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class GrammarProcessor:
         begun: Callable[[], bool],
         openers: Callable[[], Collection[int]],
     ) -> None:
-        """Holds for the answer, not for what a chat's reply has before it.
+        """Applies to the answer, not to the reasoning before it.
 
         Args:
-            matcher: llguidance's.
-            begun: whether the next token is part of the answer.
-            openers: tokens that may come in place of the answer's first.
+            matcher: llguidance's matcher.
+            begun: returns whether the next token is part of the answer.
+            openers: returns tokens that may come instead of the answer's first token.
         """
         self._matcher = matcher
         self._begun = begun
@@ -98,7 +99,7 @@ class GrammarProcessor:
         self.finished = False
 
     def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Returns the scores ``[1, vocabulary]``, minus infinity where the grammar ends."""
+        """Returns the scores ``[1, vocabulary]``, minus infinity for tokens that do not fit."""
         self._holds = self._begun()
         if not self._holds:
             return scores
@@ -112,7 +113,7 @@ class GrammarProcessor:
         forbidden[0, self._openers] = False
         masked = scores.masked_fill(forbidden, -torch.inf)
         if masked.max().isneginf():
-            # What else forbids tokens has forbidden all of them: the grammar has the last word.
+            # Other processors have forbidden all tokens that fit. The grammar has the last word.
             return torch.zeros_like(scores).masked_fill(forbidden, -torch.inf)
         return masked
 

@@ -1,4 +1,4 @@
-"""Putting cpumoe's experts where a model's own would be."""
+"""Replaces a model's experts modules by cpumoe's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.options import ExpertsOptions
 
-# Set by transformers' `use_experts_implementation` on every experts module that it knows.
+# Attributes that transformers' `use_experts_implementation` sets on every experts module.
 _MARKS = ("has_gate", "is_transposed", "is_concatenated")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Matches the renamed keys of routed experts, and no `.shared_experts.`.
@@ -21,21 +21,22 @@ EXPERT_KEYS = r"\.experts\."
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of the model's routed experts."""
+    """Yields name and module of each experts module in the model."""
     for name, module in model.named_modules():
         if all(hasattr(module, mark) for mark in _MARKS):
             yield name, module
 
 
 def swap_experts(model: nn.Module, reader: ExpertReader) -> list[CpuExperts]:
-    """Replaces every routed-experts module by one without parameters, and returns those.
+    """Replaces every experts module by one without parameters, and returns the new modules.
 
-    The model may be on the meta device: no weight is read. All checks that need none are made.
+    The model may be on the meta device, because no weight is read. All checks that need no weights
+    are made.
 
     Raises:
-        UnsupportedFormatError: the checkpoint's experts are in a format that cpumoe does not know.
+        UnsupportedFormatError: cpumoe does not support the format of the checkpoint's experts.
         CheckpointError, IndexError, FileNotFoundError: see `ExpertReader.check_layer`.
-        ValueError: experts that compute something else than cpumoe does, or sizes that differ.
+        ValueError: cpumoe does not support the activation, or sizes differ.
     """
     reader.check_supported()
     swapped = []

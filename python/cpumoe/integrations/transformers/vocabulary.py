@@ -1,4 +1,4 @@
-"""What is known of single tokens."""
+"""Properties of single tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# How SentencePiece writes a space, and a byte that is part of a character.
+# SentencePiece's notation of a space, and of a byte that is part of a character.
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -18,10 +18,10 @@ class Vocabulary:
     """A tokenizer's tokens one by one.
 
     Attributes:
-        added: tokens that are found in a text before all others, by their text; markers of a chat
-            template are among them.
-        special: tokens that are no text.
-        end: the token that the tokenizer calls the end of a sequence, if there is one.
+        added: added tokens by their text, which are found in a text before all others. Markers of a
+            chat template are among them.
+        special: tokens that are not text.
+        end: the tokenizer's token for the end of a sequence, or None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -34,7 +34,7 @@ class Vocabulary:
         self.end: int | None = None if end is None else int(end)
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes of one token, the space before a word included."""
+        """Returns the bytes of one token, including a space before a word."""
         written = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(written, str):
             return b""  # the model's vocabulary may be larger than the tokenizer's
@@ -57,7 +57,7 @@ class Vocabulary:
 
     @cached_property
     def _byte_level(self) -> bool:
-        """Whether characters of a token's name stand for bytes, as GPT-2's do."""
+        """Whether characters of a token's name stand for bytes, as in GPT-2."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
         return decoder is not None and b"ByteLevel" in decoder.__getstate__()
