@@ -1,4 +1,4 @@
-"""What the suites share: a layer of DeepSeek-V4-Flash's shape on disk, and calls of it."""
+"""The common parts of the suites: a layer of DeepSeek-V4-Flash's shape, and its calls."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class LayerSuite:
 
 
 def require(isa):
-    """Has asv skip a variant that cannot run here."""
+    """Makes asv skip a variant that cannot run here."""
     if isa not in cpumoe.supported_isas():
         raise NotImplementedError(f"{isa} cannot run here")
 
@@ -58,7 +58,7 @@ class ForwardSuite(LayerSuite):
             top_k=min(find_model(MODEL).top_k, experts.num_experts),
             routing=routing,
         )
-        # Not `timer`: asv would take it for the clock to use.
+        # Not called `timer`, which asv would take for its clock.
         self.calls = CallTimer(experts, work)
         self.calls.call()
 
@@ -67,5 +67,5 @@ class ForwardSuite(LayerSuite):
 
 
 def forward_params(*tokens):
-    """Parameters of a `ForwardSuite` of these numbers of tokens."""
+    """Returns the parameters of a `ForwardSuite` with these numbers of tokens."""
     return (ISAS, list(distinct_precisions(torch.bfloat16)), list(tokens), list(ROUTINGS))

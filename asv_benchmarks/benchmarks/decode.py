@@ -1,4 +1,4 @@
-"""Few tokens: bound by the memory that the weights are read from."""
+"""Calls of few tokens, which the memory's read bandwidth limits."""
 
 from . import common
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's mapped pages, or tensors, to packed weights; a call that does little."""
+"""Packing from mapped files or tensors, and the overhead of a call."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .peak_memory import PeakMemory
 
 
 class Load(common.LayerSuite):
-    """The checkpoint was just written, or read by an earlier sample: its pages are in memory."""
+    """Packs a checkpoint whose pages are in memory, because it was just written or read."""
 
     params = (common.ISAS, ("checkpoint", "tensors"))
     param_names = ("isa", "source")
@@ -36,7 +36,7 @@ class Load(common.LayerSuite):
     track_packed_bytes.unit = "bytes"
 
     def track_peak_memory(self, folder, isa, source):
-        """Anonymous memory at its peak, over the packed bytes; 1 is the least."""
+        """Peak anonymous memory, divided by the packed bytes; at least 1."""
         self.load(isa)
         with PeakMemory() as peak:
             experts = self.load(isa)

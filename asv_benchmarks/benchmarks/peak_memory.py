@@ -1,10 +1,10 @@
-"""How much memory a piece of code takes at its peak; tests put it before scripts of theirs."""
+"""Measures the peak memory of a piece of code. Tests put this before their scripts."""
 
 import threading
 
 
 def anonymous_bytes():
-    """Mapped pages of a checkpoint's files do not count: the system can drop them."""
+    """Anonymous memory. Mapped pages of files do not count, because the system can drop them."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 

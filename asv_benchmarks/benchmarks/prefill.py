@@ -1,4 +1,4 @@
-"""Many tokens: bound by the multiply units."""
+"""Calls of many tokens, which the multiply units limit."""
 
 from . import common
 

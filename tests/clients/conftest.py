@@ -1,4 +1,4 @@
-"""Where the server is, and how many calls passed."""
+"""The server's address, and a count of calls that passed."""
 
 import os
 
@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture
 def conversation(request):
-    """A conversation that no other test has, so that no client answers it from a cache."""
+    """A unique conversation, so that no client answers it from a cache."""
     return [{"role": "user", "content": f"Tell me of the sea ({request.node.name})."}]
 
 

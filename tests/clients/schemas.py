@@ -1,4 +1,4 @@
-"""What answers are parsed into: documents that stay short whatever a model says."""
+"""Classes into which answers are parsed, whose documents are always short."""
 
 from enum import Enum
 
@@ -14,7 +14,7 @@ class Colour(str, Enum):
 class Paint(BaseModel):
     """A pot of paint."""
 
-    # Else the schema admits any other fields, and a small model writes many.
+    # Otherwise the schema admits any other fields, and a small model writes many.
     model_config = ConfigDict(extra="forbid")
 
     colour: Colour

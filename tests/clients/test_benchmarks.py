@@ -1,4 +1,4 @@
-"""What serving benchmarks send, and what they read of the answers.
+"""The requests of serving benchmarks, and what they read from the answers.
 
 Requests and readers follow vLLM's `vllm bench serve` (vllm/benchmarks/lib/endpoint_request_func.py)
 and SGLang's `bench_serving` (sglang/benchmark/serving.py).

@@ -1,4 +1,4 @@
-"""Instructor: objects of a class, by each of the ways that it has."""
+"""Instructor: objects of a class, in each of its modes."""
 
 import instructor
 import openai
@@ -6,7 +6,7 @@ import pytest
 from schemas import Paint
 
 
-# Its mode JSON leaves the schema to the prompt, which takes a larger model than this.
+# Mode JSON leaves the schema to the prompt, which needs a larger model.
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
 def test_objects(url, model, conversation, mode):
     plain = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)

@@ -1,4 +1,4 @@
-"""OpenAI's own client: what it asks for, and the exceptions that it makes of refusals."""
+"""OpenAI's client: its requests, and its exceptions for refusals."""
 
 import asyncio
 import json

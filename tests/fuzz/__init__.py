@@ -1,7 +1,7 @@
-"""Fuzzing of what comes from outside: files, requests, servers. See __main__.py for the command."""
+"""Fuzzes input from outside: files, requests, servers. See __main__.py for the command."""
 
 import sys
 from pathlib import Path
 
-# What the tests have: small checkpoints, a fake model.
+# For the tests' small checkpoints and fake model.
 sys.path.append(str(Path(__file__).parents[1] / "python"))

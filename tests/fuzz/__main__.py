@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from .targets import TARGETS
 
 HANG_SECONDS = 5
-# Above what a process has when a target begins.
+# In addition to the process's memory when a target begins.
 MEMORY_BYTES = 2 << 30
 _ROUND = 200
 
@@ -34,9 +34,9 @@ def run(
     """Fuzzes a target in this process.
 
     Args:
-        name: of the target.
+        name: name of the target.
         folder: for the input at hand, and for those that are at fault.
-        first_seed: of the first round.
+        first_seed: seed of the first round.
         examples: inputs of a round.
         rounds: after which to end; None: as many as there is time for.
         seconds: after which to end.
@@ -61,7 +61,7 @@ def run(
             target.check(data)
         except Exception as error:
             place = _place(error)
-            if place in faults:  # one is enough of each
+            if place in faults:  # one of each kind is enough
                 return
             raise
         finally:
@@ -74,7 +74,7 @@ def run(
                 deadline=None,
                 database=None,
                 report_multiple_bugs=False,  # the others are found in a later round
-                print_blob=False,  # seed and input say it; where CI is set, the default is True
+                print_blob=False,  # seed and input suffice; the default is True if CI is set
                 suppress_health_check=list(HealthCheck),
                 phases=(Phase.generate, Phase.shrink),
             )(seed(number)(given(target.strategy())(check)))
@@ -91,13 +91,13 @@ def run(
 
 
 def _place(error):
-    """What tells faults apart: the error's type, and where it was raised."""
+    """Returns what distinguishes faults: the error's type, and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
 
 
 def _told(error):
-    """The error, where it came from, and the input that Hypothesis found to be the simplest."""
+    """Returns the error, where it came from, and the simplest input that causes it."""
     text = "".join(traceback.format_exception(error, limit=-8, chain=False))
     return text if len(text) < 6000 else f"{text[:3000]}\n...\n{text[-3000:]}"
 

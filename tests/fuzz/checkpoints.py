@@ -23,9 +23,9 @@ _LENGTH_BYTES = 8
 
 
 class _Folders(Target):
-    """Writes what was drawn into a sound checkpoint's place, and does what commands do with it."""
+    """Replaces a file of a sound checkpoint, and uses the checkpoint as commands do."""
 
-    # What `open_checkpoint`, `inspect` and `Experts.from_checkpoint` may raise.
+    # The exceptions of `open_checkpoint`, `inspect` and `Experts.from_checkpoint`.
     allowed = (
         CheckpointError,
         UnsupportedFormatError,

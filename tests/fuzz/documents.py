@@ -1,4 +1,4 @@
-"""JSON documents that are nearly right: sound ones with a few things in them changed."""
+"""JSON documents that are nearly right: sound documents with a few changes."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ def nested(depth):
     return value
 
 
-# What a reader may believe in the place of a number, a text, a list.
+# Wrong values instead of a number, a text or a list.
 ODD_VALUES = (
     None,
     True,
@@ -56,7 +56,7 @@ ODD_VALUES = (
 
 
 def places(document, at=()):
-    """The path of each value in a document, its own, (), first."""
+    """The path of each value in a document; the document's own, (), comes first."""
     yield at
     if isinstance(document, dict):
         items = document.items()
@@ -72,7 +72,7 @@ def _value(document, place):
     return document
 
 
-# Functions of `draw`, not strategies: Hypothesis would keep those of large texts for ever.
+# Functions of `draw` instead of strategies, because Hypothesis keeps strategies of large texts.
 def changed(draw, documents):
     """Draws one of the documents, with up to four changes."""
     document = copy.deepcopy(draw(st.sampled_from(documents)))
@@ -110,7 +110,7 @@ def _change(draw, document):
 
 
 def damaged(draw, data):
-    """Draws what a broken disk, a broken connection or another program would leave of bytes."""
+    """Draws bytes as a broken disk, a broken connection or another program would leave them."""
     data = bytearray(data)
     action = draw(
         st.sampled_from(["", "", "", "cut", "flip", "insert", "repeat", "deep", "utf-16"])
@@ -138,5 +138,5 @@ def dumped(document):
 
 @st.composite
 def json_bytes(draw, documents):
-    """What may be in a file where one of the documents should be."""
+    """Draws the content of a file that should be one of the documents."""
     return damaged(draw, dumped(changed(draw, documents)))

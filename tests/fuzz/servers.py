@@ -1,4 +1,4 @@
-"""Targets over HTTP: requests to our server, replies of other people's servers to the chat."""
+"""Targets over HTTP: requests to cpumoe's server, and other servers' replies to the chat."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ _TYPES = (
     "text/plain",
     "",
 )
-# What says that the server did its part; 500 says that it did not.
+# Statuses of a server that works correctly, unlike 500.
 _SOUND = frozenset({200, 400, 401, 404, 405, 408, 411, 413, 415, 429, 501, 503})
 
 
@@ -120,7 +120,7 @@ def _streams(draw):
 
 
 class Replies(Target):
-    """What a server replies to the chat client: streams of events, documents, anything."""
+    """Replies of servers to the chat client: streams of events, documents, anything."""
 
     def strategy(self):
         return st.tuples(_streams() | json_bytes(_CHUNKS), st.integers(1, 5000))

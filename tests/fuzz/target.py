@@ -1,4 +1,4 @@
-"""What a target is: how to draw its inputs, and what must hold for each."""
+"""The interface of targets: how to draw inputs, and what must hold for each."""
 
 import abc
 import traceback
@@ -11,7 +11,7 @@ _LONGEST_MESSAGE = 4000
 
 
 class Target(abc.ABC):
-    """One reader of what comes from outside."""
+    """A reader of input from outside."""
 
     @abc.abstractmethod
     def strategy(self):
@@ -19,10 +19,10 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def check(self, data):
-        """Reads one input; raises what a caller must never see."""
+        """Reads one input; raises an exception that a caller must never see."""
 
     def close(self):  # noqa: B027  most hold nothing
-        """Releases what it holds."""
+        """Releases the target's resources."""
 
 
 def in_one_line(error):

@@ -17,7 +17,7 @@ SMALL = {"layers": 2, "experts": 3, "hidden": 64, "intermediate": 96, "top_k": 2
 
 
 def write_small(folder: Path, model: str, **overrides: Any) -> Path:
-    """A few kilobytes of `model`'s native format (`tid2eid` aside)."""
+    """Writes a few kilobytes in `model`'s native format (without `tid2eid`)."""
     return write_checkpoint(folder, find_model(model), **{**SMALL, **overrides})
 
 

@@ -13,7 +13,7 @@ TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
 
 
 def make_quick(replace):
-    """Has commands measure next to nothing; `replace` is ``setattr``, or a monkeypatch's."""
+    """Makes commands measure for a very short time; `replace` is ``setattr`` or a monkeypatch's."""
     measure = limits.measure_read_bandwidth
     replace(limits, "_default_buffer_bytes", lambda: 1 << 20)
     replace(limits, "measure_read_bandwidth", lambda runtime: measure(runtime, seconds=0))
@@ -39,7 +39,7 @@ def read(*arguments):
 
 
 def refuse(*arguments):
-    """The one line that a command refuses bad input with."""
+    """Returns the one line with which a command refuses bad input."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""

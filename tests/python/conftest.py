@@ -11,12 +11,12 @@ from cli_tools import make_quick
 
 from cpumoe import _core
 
-# The reference runs on small tensors here, for which a barrier per operation costs more than it
-# saves.
+# The reference runs on small tensors in tests, for which a barrier per operation costs more than
+# threads save.
 torch.set_num_threads(1)
 
-# What tests/emulator emulates. Under it, variants that need no more than this run on any CPU that
-# has the rest; this must happen before test modules ask which variants are supported.
+# The features that tests/emulator emulates. Under the emulator, variants run on any CPU that has
+# their other features. This must happen before test modules ask for the supported variants.
 EMULATED_FEATURES = {"avxvnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"}
 UNDER_EMULATOR = os.environ.get("CPUMOE_TEST_EMULATOR") == "1"
 
@@ -41,7 +41,7 @@ def gpt_oss(tmp_path):
 
 @pytest.fixture
 def quick_commands(monkeypatch):
-    """Small buffers and no forced variant, whatever the machine and its environment are."""
+    """Sets small buffers and no forced variant, whatever the environment says."""
     make_quick(monkeypatch.setattr)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)

@@ -116,7 +116,7 @@ class FakeModel:
         )
 
     def _piece(self, token, sampling):
-        """What a token adds to the text; None: it is the end token."""
+        """Returns the text of a token; None: it is the end token."""
         end = self.end if self.reply is None else len(self.reply)
         if token > max(end, sampling.min_tokens) and not sampling.ignore_eos:
             return None
@@ -129,7 +129,7 @@ class FakeModel:
 
 
 def token_logprob(token, text, alternatives):
-    """A token's made-up log probability: a token is less probable the higher its number."""
+    """A made-up log probability: the higher a token's number, the less probable it is."""
     others = [TokenLogprob(n, f"<{n}>", b"<%d>" % n, -n / 10) for n in range(alternatives)]
     return TokenLogprob(token, text, text.encode(), -token / 10, tuple(others))
 
@@ -142,7 +142,7 @@ def _prompt_logprobs(prompt, alternatives):
 
 
 def use_fake_model(**options):
-    """Puts a `FakeModel` in the place of those that commands would load."""
+    """Makes commands use a `FakeModel` instead of loading a model."""
     from cpumoe.cli import chat, serve
 
     model = FakeModel(**options)

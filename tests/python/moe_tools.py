@@ -22,7 +22,7 @@ GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 SWIGLUS = pytest.mark.parametrize(
     "swiglu", [PLAIN, DEEPSEEK_V4, GPT_OSS], ids=["plain", "deepseek_v4", "gpt_oss"]
 )
-# The head of scripts that measure memory: `PeakMemory`, as the benchmarks have it.
+# The beginning of scripts that measure memory: `PeakMemory` from the benchmarks.
 PEAK_MEMORY = (
     Path(__file__).parents[2] / "asv_benchmarks" / "benchmarks" / "peak_memory.py"
 ).read_text()
@@ -49,7 +49,7 @@ def _row(*values: str) -> Any:
 
 
 def formats(isa: str) -> list[str]:
-    """A variant's weight formats; one that cannot run here has those of one that can."""
+    """Returns a variant's weight formats, from a variant that can run here if it cannot."""
     opened = isa if why_unsupported(isa) is None else cpumoe.supported_isas()[-1]
     return [row.name for row in _core.formats(opened, "tests")]
 
@@ -60,7 +60,7 @@ EVERY_VARIANT = pytest.mark.parametrize(
 )
 BF16_PRECISIONS = distinct_precisions(torch.bfloat16)
 EVERY_PRECISION = pytest.mark.parametrize("precision", BF16_PRECISIONS)
-# Each precision means something of its own for fp32 hidden states.
+# For fp32 hidden states, all precisions differ.
 EVERY_FP32_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 EVERY_FORMAT = pytest.mark.parametrize("fmt", formats(cpumoe.supported_isas()[-1]))
 
@@ -88,7 +88,7 @@ class Layer:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """Keyword arguments that `Experts.from_tensors` and `cpumoe.reference` share."""
+        """The common keyword arguments of `Experts.from_tensors` and `cpumoe.reference`."""
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}
         biases = {name: getattr(self, name) for name in ("gate_bias", "up_bias", "down_bias")}
         return {**matrices, **biases, "format": self.fmt, "swiglu": self.swiglu}
@@ -97,7 +97,7 @@ class Layer:
         return replace(self, swiglu=swiglu)
 
     def pack(self, **options: Any) -> Experts:
-        """Packs it; checks that the variant asked for is the one that is used."""
+        """Packs the layer, and checks that the requested variant is used."""
         experts = Experts.from_tensors(**self.tensors, **options)
         assert experts.isa == (options.get("isa") or cpumoe.isa())
         assert experts.format == self.fmt
@@ -197,7 +197,7 @@ def check(
 def python(
     script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own; `timeout` (seconds) is what counts as hanging."""
+    """Runs a script in its own process; after `timeout` seconds it counts as hanging."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,
@@ -209,7 +209,7 @@ def python(
 
 
 def output_of(script: str, *arguments: str, **options: Any) -> str:
-    """What a script prints; fails with its traceback when it fails."""
+    """Returns what a script prints; fails with the script's traceback if it fails."""
     done = python(script, *arguments, **options)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout.strip()

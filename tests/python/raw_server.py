@@ -1,4 +1,4 @@
-"""An HTTP server that sends the bytes that a test gives it, and nothing of its own."""
+"""An HTTP server that sends exactly the bytes that a test gives it."""
 
 import contextlib
 import json
@@ -11,11 +11,11 @@ class RawServer:
 
     Attributes:
         requests: what was asked, each the first line, the headers and the body.
-        url: of the API.
+        url: address of the API.
     """
 
     def __init__(self, *replies):
-        """Takes replies: bytes, or bytes and `STUCK` in a list; `STUCK` sends no more."""
+        """Takes replies: bytes, or a list of bytes and `STUCK`, which stops sending."""
         self._replies = [[reply] if isinstance(reply, bytes) else reply for reply in replies]
         self.requests = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ class RawServer:
 
     def __exit__(self, *_):
         self._ends.set()
-        # Wakes `accept`, where replies are left over.
+        # Wakes `accept` if replies are left.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -67,7 +67,7 @@ def _read_request(connection):
 
 
 def http(body, status="200 OK", content_type="text/event-stream", length=None):
-    """A whole reply; `length` where it shall not be the body's."""
+    """A whole reply; `length` replaces the body's length."""
     body = body.encode() if isinstance(body, str) else body
     length = len(body) if length is None else length
     head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {length}\r\n\r\n"

@@ -77,7 +77,7 @@ def error_of(reply):
 
 
 def wait_for(condition, seconds=30.0):
-    """Waits until a condition holds; returns after how long."""
+    """Waits until a condition holds; returns the time it took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, "waited in vain"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-# What the integration imports, so that children need not.
+# Imported here for the integration, so that children need not import it.
 HOST = (
     "torch._dynamo",
     "torch.fx.experimental.symbolic_shapes",
@@ -27,19 +27,19 @@ HOST = (
     "transformers.quantizers.auto",
     "transformers.quantizers.quantizer_compressed_tensors",
 )
-# As in all tests: on tensors so small, threads cost more than they save.
+# On small tensors, as in all tests, threads cost more than they save.
 torch.set_num_threads(1)
 
 
 class LookOn(TorchFunctionMode):
-    """Sees each function of torch, and changes nothing."""
+    """Observes each function of torch, and changes nothing."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
 
 def nothing():
-    """The settings as they are."""
+    """Returns the current settings."""
 
 
 def default_dtype(dtype):
@@ -82,7 +82,7 @@ SETTINGS = {
 
 
 def digest(*tensors):
-    """What their bits are."""
+    """Returns their bits."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist()))
@@ -90,7 +90,7 @@ def digest(*tensors):
 
 
 def checked():
-    """What cpumoe itself computes: quantizing, references with bounds, made-up weights, layers."""
+    """Results of cpumoe itself: quantizing, references with bounds, made-up weights, layers."""
     import cpumoe
     from cpumoe import bounds, synth, throughput
 
@@ -119,7 +119,7 @@ def checked():
 
 
 def generated(root):
-    """What whole models compute."""
+    """Results of whole models."""
     from cpumoe.integrations.transformers import from_pretrained
 
     results = {}
@@ -131,13 +131,13 @@ def generated(root):
 
 
 def computed(name, root):
-    """All of it under one setting."""
+    """Computes all results under one setting."""
     SETTINGS[name]()
     results = checked()
     from cpumoe.integrations.transformers import activation  # noqa: F401  its import under it, too
 
     if name == "default device meta":
-        torch.set_default_device(None)  # the host refuses to load under it
+        torch.set_default_device(None)  # transformers refuses to load under it
     return results | generated(root)
 
 

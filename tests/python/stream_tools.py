@@ -29,11 +29,11 @@ def start(arguments, *, stdin=os.devnull, stdout, stderr, encoding="utf-8", fake
     """Starts ``cpumoe`` with some arguments; returns the process.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
         stdin: a path, or `CLOSED`.
         stdout: likewise, or `GONE`: a pipe that nobody reads.
         stderr: as `stdout`.
-        encoding: of all three.
+        encoding: encoding of all three streams.
         fake: answer with a `FakeModel`.
     """
     process = _context.Process(

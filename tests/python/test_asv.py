@@ -1,4 +1,4 @@
-"""The asv suites, once each and at toy sizes: that they run, not what they measure."""
+"""Each asv suite runs once, at toy sizes. Its measurements are not checked."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ import cpumoe
 FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
 MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER / "benchmarks")])]
 HELPERS = {"common", "peak_memory"}
-# Each of these suites' combinations starts an interpreter: one is enough.
+# Each combination of these suites starts an interpreter, so one is enough.
 SLOW = {"import_time"}
 TOY = {"experts": 2, "hidden": 64, "intermediate": 32}
 

@@ -31,7 +31,7 @@ FIVE = " 1 2 3 4 5"
 
 
 class Echo:
-    """Answers with the question; breaks when told to."""
+    """A back end that answers with the question, or fails on request."""
 
     name = "echo"
     place = "http://echo"
@@ -52,7 +52,7 @@ class Echo:
 
 
 class Paper:
-    """Remembers what a session says."""
+    """A screen that remembers what a session shows."""
 
     def __init__(self):
         self.said = []
@@ -76,7 +76,7 @@ def session():
 
 
 def enter(session, *lines):
-    """Returns what is said to the last line."""
+    """Enters lines; returns what is shown for the last one."""
     for line in lines:
         session._screen.said.clear()
         assert session.enter(line)
@@ -307,10 +307,16 @@ def test_with_a_server():
     ("arguments", "message"),
     [
         (["--top-p", "3"], "top_p: expected above 0"),
-        (["http://x", "--precision", "int8"], "--precision: only for a model in this process"),
-        (["http://x", "--chat-template", "t"], "--chat-template: only for a model in this process"),
-        (["--model-name", "x"], "--model-name: only for a server"),
-        (["--timeout", "3"], "--timeout: only for a server"),
+        (
+            ["http://x", "--precision", "int8"],
+            "--precision applies only to a model in this process",
+        ),
+        (
+            ["http://x", "--chat-template", "t"],
+            "--chat-template applies only to a model in this process",
+        ),
+        (["--model-name", "x"], "--model-name applies only to a server"),
+        (["--timeout", "3"], "--timeout applies only to a server"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):

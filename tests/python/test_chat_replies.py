@@ -1,4 +1,4 @@
-"""Chats with a real tokenizer and model: templates, tools, and replies taken apart."""
+"""Chats with a real tokenizer and model: templates, tools, and splitting of replies."""
 
 import contextlib
 import json
@@ -110,7 +110,7 @@ def test_stop_strings_end_the_answer_and_not_the_reasoning(chat):
     result = ask(chat("harmony"), REPLY, stop=("The end",))
     assert (result.text, result.reasoning) == ("Good day. ", "The end? No.")
     assert result.finish_reason == "stop"
-    # A marker is a token, and ends whatever it stands in.
+    # A marker is a token, and ends the text around it.
     result = ask(chat("harmony"), REPLY, stop=("<|end|>",))
     assert (result.text, result.reasoning) == ("", "The end? No.")
 
@@ -170,7 +170,7 @@ def called(*identifiers, content=None):
 
 
 def test_templates_that_want_arguments_as_text_get_them_so(chat):
-    # As DeepSeek's do; there is always some content, too.
+    # DeepSeek's templates do so, and there is always some content.
     template = (
         "{% for m in messages %}{{ m.content + '' }}{% for c in m.tool_calls or [] %}"
         "{{ c.function.name + c.function.arguments }}{% endfor %}{% endfor %}"
@@ -199,7 +199,7 @@ def test_templates_that_write_identifiers_get_the_models_own(chat):
         "<|tool_call_begin|>functions.fp:0<|tool_call_begin|>functions.fq:1;"
         "functions.fp:0;functions.fq:1;lost;<|tool_call_begin|>functions.fr:2;"
     )
-    # Some clients begin anew with each reply.
+    # Some clients number calls anew in each reply.
     history = [called("p"), answers[0]] * 3
     assert rendered(chat, template, history) == "".join(
         f"<|tool_call_begin|>functions.fp:{i};functions.fp:{i};" for i in range(3)
@@ -207,7 +207,7 @@ def test_templates_that_write_identifiers_get_the_models_own(chat):
 
 
 def test_reasoning_does_not_go_where_a_template_refuses_it(chat):
-    # As gpt-oss' does beside the text of a message with calls.
+    # gpt-oss' template does so beside the text of a message with calls.
     template = (
         "{% for m in messages %}{% if m.content and m.thinking and m.tool_calls %}"
         "{{ raise_exception('both') }}{% endif %}{{ m.thinking }}{{ m.content }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""``cpumoe chat URL`` and what servers really send."""
+"""``cpumoe chat URL`` with replies as real servers send them."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ def chat(server, *arguments, questions="a\n", **environment):
 
 
 def answered(reply, *arguments, **environment):
-    """What a chat prints of a reply that has an answer."""
+    """Returns what a chat prints for a reply that has an answer."""
     with RawServer(reply) as server:
         result = chat(server, *arguments, **environment)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -42,7 +42,7 @@ def answered(reply, *arguments, **environment):
 
 
 def refused(*replies):
-    """What a chat says of replies without an answer; a second question is answered."""
+    """Returns a chat's error for a reply without an answer. A second question is answered."""
     with RawServer(*replies, events(delta(content="fine"), END)) as server:
         result = chat(server, questions="a\nb\n")
     assert result.exit_code == 1

@@ -28,7 +28,7 @@ def read_all(folder):
 
 
 def refusal(folder):
-    """What opening and reading a checkpoint is refused with: one line, not a long one."""
+    """Returns the error of opening and reading a checkpoint, which is one short line."""
     with pytest.raises(CheckpointError) as error:
         read_all(folder)
     message = str(error.value)
@@ -226,7 +226,7 @@ def test_a_shard_that_changes_while_a_layer_is_packed_is_named(v4, monkeypatch, 
 
 
 def test_a_file_that_is_replaced_stays_what_it_was(v4):
-    """A rename leaves the mapped file alone: it is how files are replaced without harm."""
+    """A rename leaves the mapped file unchanged, so it replaces files without harm."""
     with open_checkpoint(v4) as reader:
         expected = reader.expert(1, 0).gate.codes.clone()
         (v4 / "new").write_bytes(b"")

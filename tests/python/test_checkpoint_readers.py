@@ -141,7 +141,7 @@ def test_closed_reader_says_so_and_keeps_tensors_valid(v4):
 
 
 def test_a_full_index_opens_quickly(v4):
-    """43 layers x 256 experts: 66,048 tensors; generous, to catch only quadratic work."""
+    """43 layers x 256 experts: 66,048 tensors. The limit only catches quadratic work."""
     weight_map = {
         f"layers.{layer}.ffn.experts.{expert}.{name}.{kind}": "model-1.safetensors"
         for layer in range(43)

@@ -159,7 +159,7 @@ def test_truncated_shard_names_file_and_sizes(sharded, cut):
     path = sharded / "model-1.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
-    # Cut within the data, the header tells the whole size; cut within the header, its length does.
+    # The header tells the whole size if data is cut; its length does if the header is cut.
     expected = len(data) - (TENSORS["codes"].nbytes if cut == 20 else 0)
     message = (
         rf"model-1.safetensors: truncated.*: expected .*{expected} bytes, got {len(data) - cut}; "
@@ -195,7 +195,7 @@ def test_overlong_and_malformed_shards(sharded):
 
 
 def test_header_that_safetensors_refuses(sharded):
-    """Offsets that overlap pass the size check, and are safetensors' to refuse."""
+    """Overlapping offsets pass the size check, and safetensors refuses them."""
     header = (
         b'{"codes":{"dtype":"I8","shape":[2],"data_offsets":[0,2]},'
         b'"b":{"dtype":"I8","shape":[2],"data_offsets":[1,3]}}'

@@ -1,4 +1,4 @@
-"""The time that a checkpoint's files take to understand grows as the files do, and no faster."""
+"""The time to read a checkpoint's files grows in proportion to the files."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ from cpumoe.checkpoint import CheckpointError, open_checkpoint, patterns
 from cpumoe.cli.inspect_model import collect
 
 MODULE = "model.layers.2.mlp.experts.0.gate_proj"
-# An expert's tensors in a layer; what precedes them differs between the readers.
+# An expert's tensors in a layer. The names before them differ between the readers.
 TENSORS = {
     "v4-flash": "layers.{layer}.ffn.experts.0.w{n}.weight",
     "kimi-k2": "model.layers.{layer}.mlp.experts.{n}.gate_proj.weight_packed",
@@ -89,7 +89,7 @@ def test_patterns_that_explode_do_not(kimi, pattern):
     edit_quantization(kimi, ignore=[f"re:{pattern}"])
 
     def read():
-        with suppress(CheckpointError):  # its time is up
+        with suppress(CheckpointError):  # the time limit is exceeded
             assert open_checkpoint(kimi).unsupported == ()
 
     assert seconds(read) < 4

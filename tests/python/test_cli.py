@@ -144,7 +144,9 @@ def test_synth(tmp_path):
     assert document["model"] == "gpt-oss-20b"
     assert document["bytes"] == (tmp_path / "a" / "model.safetensors").stat().st_size
     assert "cpumoe validate" in succeed("synth", tmp_path / "b", "--model", "kimi-k2", *sizes)
-    assert "not empty" in refuse("synth", tmp_path / "b", "--model", "kimi-k2", *sizes)
+    assert "expected an empty folder" in refuse(
+        "synth", tmp_path / "b", "--model", "kimi-k2", *sizes
+    )
     succeed("synth", tmp_path / "b", "--model", "kimi-k2", *sizes, "--overwrite")
     assert read("inspect", tmp_path / "b")["hidden_size"] == SMALL["hidden"]
 
@@ -181,7 +183,7 @@ def test_demo_keeps_its_checkpoint_and_fails_if_validation_does(tmp_path, monkey
     kept = tmp_path / "kept"
     assert f"cpumoe validate {kept}" in succeed("demo", *TINY_DEMO, "--keep", kept)
     assert read("validate", kept, "--tokens", "1")["passed"]
-    assert "not empty" in refuse("demo", *TINY_DEMO, "--keep", kept)
+    assert "expected an empty folder" in refuse("demo", *TINY_DEMO, "--keep", kept)
     monkeypatch.setattr(cpumoe.Experts, "isa", "another")
     assert run("demo", *TINY_DEMO).exit_code == 1
 

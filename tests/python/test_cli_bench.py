@@ -1,4 +1,4 @@
-"""``cpumoe bench`` on toy sizes: what it writes and refuses, not how fast anything is."""
+"""``cpumoe bench`` with toy sizes: its output and its errors, not its results."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(limits, "_TASKS_PER_THREAD", 4)
     monkeypatch.setattr(benchmark, "_LIMIT_SECONDS", 0)
-    # Whether the machine is quiet is not what is tested.
+    # The tests do not depend on a quiet machine.
     monkeypatch.setattr(Limits, "steady", True)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
@@ -329,11 +329,15 @@ def test_refusals(v4, tmp_path):
     assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
     assert "is mxfp4, got 'int4'" in refuse("--model", v4, "--format", "int4")
     assert "--plot: expected a name that ends in .png" in refuse("--plot", "roofline.gif")
-    assert "no such folder" in refuse("--json", tmp_path / "nowhere" / "a.json")
+    assert "nowhere does not exist" in refuse("--json", tmp_path / "nowhere" / "a.json")
     assert "expected a file to write, got a folder" in refuse("--json", tmp_path)
     assert "no such file" in refuse("--compare", tmp_path / "old.json")
     old = tmp_path / "old.json"
-    for text, message in (("{", "not JSON"), ("[]", "not written by"), ("{}", "not written by")):
+    for text, message in (
+        ("{", "expected JSON"),
+        ("[]", "bench --json wrote"),
+        ("{}", "bench --json wrote"),
+    ):
         old.write_text(text)
         assert message in refuse("--compare", old)
 

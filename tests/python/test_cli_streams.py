@@ -1,4 +1,4 @@
-"""Standard streams as daemons, pipes and old terminals have them: commands work, or say why not."""
+"""Standard streams of daemons, pipes and old terminals: commands work, or say why not."""
 
 import json
 import os
@@ -29,7 +29,7 @@ COMMANDS = {
 FAILED = 2
 READER_GONE = 1
 every_command = pytest.mark.parametrize("command", COMMANDS)
-# The demo runs others, and takes as long as all of them.
+# The demo runs several commands, and takes as long as all of them.
 most_commands = pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
 
 
@@ -158,7 +158,7 @@ def _answers(port):
 
 
 def started(redirection, *arguments, **environment):
-    """A command in a process of its own, which the tests above make up by forking."""
+    """A command in its own process, which the tests above imitate by forking."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "cpumoe", *arguments],
         capture_output=True,

@@ -118,7 +118,7 @@ def test_validate_warns_of_too_many_threads(v4):
     assert result.stderr.startswith(f"warning: Runtime: {threads} threads")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        succeed("validate", v4, "--tokens", "1")  # the five threads of the check warn nobody
+        succeed("validate", v4, "--tokens", "1")  # the check's five threads cause no warning
 
 
 def test_validate_refusals(v4, tmp_path, monkeypatch):

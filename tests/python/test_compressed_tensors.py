@@ -168,7 +168,7 @@ def test_mxfp4_pack_quantized_is_read_as_compressed_tensors_writes_it(kimi, pres
             continue
         stem = name.removesuffix("_packed")
         n, k = tensor.shape[0], tensor.shape[1] * 8
-        # The exponents of scales, as the library has them before it packs: powers of two.
+        # The library has scales as powers of two before it packs their exponents.
         scale = torch.exp2(torch.randint(-6, 2, (n, k // 32), generator=generator)).bfloat16()
         weight = torch.randn(n, k, generator=generator).bfloat16()
         packed = mxfp4.MXFP4PackedCompressor.compress(

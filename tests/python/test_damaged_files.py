@@ -63,7 +63,7 @@ def test_a_damaged_file_is_named(model, file, damage):
     path = model / file
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     line = refuse(*generation(model))
-    # What is valid in itself may be found out beside the rest of the folder.
+    # A valid file may contradict the rest of the folder.
     assert file in line or (damage == "wrong values" and str(model) in line)
     assert len(line) < 700
 
@@ -150,7 +150,7 @@ def test_as_many_layers_as_the_config_claims_must_be_there(model):
 
 
 def test_a_truncated_dense_shard_is_found_whoever_loads(tmp_path):
-    """It holds no expert, so that only the host would read it."""
+    """The shard holds no expert, so that only transformers would read it."""
     single, folder = tmp_path / "single", tmp_path / "model"
     folder.mkdir()
     tiny_models.gpt_oss(single)

@@ -15,7 +15,7 @@ from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perp
 
 @pytest.fixture(scope="module")
 def host():
-    """The host's perplexity in fp32. In bf16 its routers pick other experts on every CPU."""
+    """transformers' perplexity in fp32. In bf16 its routers pick other experts on every CPU."""
     return measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=True))
 
 

@@ -28,13 +28,13 @@ print(json.dumps([int(status), emulated_instructions()]))
 
 
 def emulated_isas() -> list[str]:
-    """Installed variants that lack here nothing but what the emulator supplies."""
+    """Installed variants for which this CPU lacks only emulated features."""
     built = [row.name for row in _core.known_isas() if row.built]
     missing = {isa: set(cpumoe.missing_features(isa)) for isa in built}
     return [isa for isa, lacks in missing.items() if lacks and lacks <= EMULATED_FEATURES]
 
 
-# No parameters where this CPU has all that the emulator supplies, or lacks more: pytest skips then.
+# Without such variants there are no parameters, and pytest skips.
 @pytest.mark.parametrize("fmt", cpumoe.WEIGHT_FORMATS)
 @pytest.mark.parametrize("isa", emulated_isas())
 @pytest.mark.skipif(not LIBRARY, reason="CPUMOE_EMULATOR_LIBRARY does not name the emulator")
@@ -51,7 +51,7 @@ def test_numerics_under_the_emulator(isa, fmt):
 
 
 def check_counts(isa, instructions):
-    """That the variant's best dot product was used, and nothing that the variant may not use."""
+    """Checks that the variant used its best dot product, and no instruction of others."""
     assert {row["feature"] for row in instructions} == EMULATED_FEATURES
     needed = next(row.features for row in _core.known_isas() if row.name == isa)
     evidence = [row for row in instructions if row["is_evidence"] and row["feature"] in needed]

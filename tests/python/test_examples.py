@@ -11,7 +11,7 @@ import pytest
 from tiny_models import byte_tokenizer, gpt_oss
 
 FOLDER = Path(__file__).parents[2] / "examples"
-# What each program prints, and nothing else.
+# The exact output of each program.
 OUTPUT = {
     "bar_chart": r"wrote bar_chart\.svg: .*generic.*\n",
     "layer_from_tensors": r"Experts\(mxfp4, .*\)\nrelative error .*: \d\.\de-0[67]\n",

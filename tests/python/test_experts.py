@@ -1,4 +1,4 @@
-"""What a layer's experts compute, on every ISA variant in every weight format."""
+"""Results of a layer's experts, on every ISA variant and in every weight format."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Arguments that are refused: each error says what, what is required and what it got."""
+"""Arguments that are refused: each error says what was expected and what it got."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from cpumoe.formats import WEIGHT_FORMATS, dtype_name
 
 
 def refused(kind, message):
-    """The context in which exactly this message must be raised."""
+    """A context in which exactly this message must be raised."""
     return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
@@ -385,7 +385,7 @@ def test_mask(weights, mask, kind, message):
 
 
 def _packed(weights, **changes):
-    """Packs expert by expert, as a reader's experts are."""
+    """Packs expert by expert, like the experts of a reader."""
     first = cpumoe.ExpertWeights(weights.gate[0], weights.up[0], weights.down[0])
     options = {
         "format": weights.fmt,

@@ -1,4 +1,4 @@
-"""What results do not depend on: threads, runs, and the rest of a batch where that is promised."""
+"""Results do not depend on threads or runs, nor, if promised, on the rest of a batch."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_batch_invariant_rows_never_depend_on_the_batch(isa, fmt, precision, tok
 def test_int8_rows_never_depend_on_the_batch(isa, fmt):
     weights = layer(fmt)
     experts = weights.pack(isa=isa, precision="int8")
-    # A variant with tiles promises it for up to six tokens of an expert.
+    # A variant with tiles promises this for up to six tokens of an expert.
     tiles = "amx-tile" in features(isa)
     tokens = 6 if tiles else 50
     x, ids, w = args = inputs(weights, tokens=tokens)

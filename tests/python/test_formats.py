@@ -99,7 +99,7 @@ def test_zero_weights_stay_zero(fmt):
 def test_quantizing_dequantized_weights_keeps_them(fmt):
     torch.manual_seed(0)
     w = torch.randn(2, 3, 128)
-    if fmt is INT4:  # else amax / 7.5 gives another scale
+    if fmt is INT4:  # otherwise amax / 7.5 gives another scale
         w.view(2, 3, 4, 32)[..., 0] = -8
     first = fmt.dequantize(*fmt.quantize(w))
     assert first.shape == w.shape

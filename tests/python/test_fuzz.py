@@ -1,4 +1,4 @@
-"""A few inputs of each target of tests/fuzz, and that its runner finds faults."""
+"""Each target of tests/fuzz stands a few inputs, and the runner finds faults."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_nearly_right_inputs_end_as_documented(name, tmp_path):
 
 
 class Sums(Target):
-    """A reader that cannot stand large numbers, nor negative ones."""
+    """A reader that fails for large and for negative numbers."""
 
     def strategy(self):
         return st.integers(-1000, 1000)

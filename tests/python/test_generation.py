@@ -1,4 +1,4 @@
-"""What the protocol of text generation promises by itself: stop strings and sampling."""
+"""The protocol of text generation without a model: stop strings and sampling."""
 
 import itertools
 import math
@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from cpumoe.generation import Sampling
 from cpumoe.stop_strings import StopStrings
 
-# Few letters, so that stop strings, their beginnings and overlaps occur.
+# Few letters, so that stop strings, their beginnings and overlaps are frequent.
 TEXT = st.text("ab", max_size=20)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
 def cut(pieces, stop):
-    """What comes of a text in pieces: each piece's certain text, and whether a stop was found."""
+    """Returns the certain text of each piece, and whether a stop string was found."""
     strings = StopStrings(stop)
     out = []
     for piece in pieces:
@@ -28,7 +28,7 @@ def cut(pieces, stop):
 
 
 def first_stop(text, stop):
-    """Where the text ends by definition: read letter by letter, until it ends with a stop."""
+    """Returns where the text ends by definition: at the first letter that completes a stop."""
     for end in range(len(text) + 1):
         lengths = [len(s) for s in stop if text[:end].endswith(s)]
         if lengths:
@@ -44,14 +44,14 @@ def first_stop(text, stop):
         (["one ST", "OP two"], ["STOP"], ["one ", ""]),
         (["one ST", "ART"], ["STOP"], ["one ", "START", ""]),
         (["one ST"], ["STOP"], ["one ", "ST"]),
-        # The beginning of a beginning: "aa" may yet become "aab".
+        # "aa" may become "aab".
         (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""]),
         (["x\n", "\n", "y"], ["\n\n"], ["x", ""]),
-        # The first in the text, not the first that is named.
+        # The first one in the text counts, not the first one in the list.
         (["abc"], ["c", "b"], ["a"]),
         # If several end together, the longest counts.
         (["ab", "cd"], ["bcd", "cd"], ["a", ""]),
-        # One that is complete does not wait for a longer one that began before it.
+        # A complete stop string does not wait for a longer one that began before it.
         (["abc"], ["abc", "b"], ["a"]),
         (["ab", "c"], ["abx", "c"], ["", "ab"]),
     ],

@@ -1,4 +1,4 @@
-"""generation_config.json: what is honoured, what is left out with a warning, what is an error."""
+"""generation_config.json: supported settings, those left out with a warning, and errors."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def told():
 
 
 def with_config(loaded, **content):
-    """The model as a checkpoint with this generation_config.json gives it; what loading said."""
+    """Returns the model of a checkpoint with this generation_config.json, and warnings."""
     with told() as messages:
         model = LanguageModel(
             loaded.model, loaded.tokenizer, "tiny", generation_config={"eos_token_id": 2, **content}
@@ -52,7 +52,7 @@ def answer(model, sampling=SEEDED):
 
 
 def same(loaded, config, **sampling):
-    """Whether a configured model's default is what a request asks of one without settings."""
+    """Whether a model's defaults equal a request to a model without settings."""
     model, messages = with_config(loaded, **config)
     plain, _ = with_config(loaded)
     asked = Sampling(16, seed=3, **sampling)
@@ -74,7 +74,7 @@ def test_values_mean_what_they_mean_in_a_request(loaded):
     assert same(loaded, {"repetition_penalty": 3.0}, temperature=0, repetition_penalty=3)
     assert same(loaded, {"min_new_tokens": 12}, temperature=0, min_tokens=12)
     assert same(loaded, {"min_length": 16}, temperature=0, min_tokens=12)
-    # Without do_sample the host takes the best token, whatever the temperature.
+    # Without do_sample, transformers takes the most probable token at any temperature.
     assert same(loaded, {"temperature": 0.7, "top_p": 0.9}, temperature=0)
 
 
@@ -245,7 +245,7 @@ def test_end_tokens_of_all_files_end_the_text(copied):
 
 
 class HostConfig:
-    """A host's configuration whose class was made with an end token."""
+    """A configuration of transformers whose class has an end token."""
 
     def __init__(self, eos_token_id=40):
         self.eos_token_id = eos_token_id
@@ -255,7 +255,7 @@ class HostConfig:
     ("content", "configured", "expected"),
     [
         ({}, None, {2}),
-        ({}, 40, {2}),  # nobody knows whether a file says so, but it is a letter in this vocabulary
+        ({}, 40, {2}),  # a letter in this vocabulary, which no file may have named
         ({}, 41, {2, 41}),
         ({}, [4, 5], {2, 4, 5}),
         ({"eos_token_id": [6, 7]}, 40, {2, 6, 7}),

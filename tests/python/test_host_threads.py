@@ -1,4 +1,4 @@
-"""How many threads PyTorch has beside ours, and how long they spin."""
+"""The number of PyTorch's threads, and how long they spin."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def environment(**changes):
 
 @pytest.fixture
 def seven_threads(monkeypatch):
-    """PyTorch at another number of threads than any test expects; back to the suite's after it."""
+    """Gives PyTorch a number of threads that no test expects, and restores it afterwards."""
     for name in COUNTS:
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()

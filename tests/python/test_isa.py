@@ -1,4 +1,4 @@
-"""Which ISA variant runs, and what is said when it cannot."""
+"""The choice of the ISA variant, and errors if it cannot run."""
 
 import os
 import re
@@ -106,7 +106,7 @@ def test_unknown_variant(monkeypatch):
 
 
 def test_no_installed_variant_runs_here(monkeypatch):
-    """As in a build for one variant (CPUMOE_ISAS) on another machine."""
+    """Imitates a build for one variant (CPUMOE_ISAS) on another machine."""
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(_core, "supported_isas", list)
     with pytest.raises(ValueError, match="this CPU can run none of the installed variants"):

@@ -1,4 +1,4 @@
-"""Text in, text out, with a tokenizer of one token per byte."""
+"""A language model with a tokenizer of one token per byte."""
 
 import runpy
 from pathlib import Path
@@ -212,7 +212,7 @@ def test_an_error_of_the_listener_reaches_the_caller(model):
 
     with pytest.raises(BrokenPipeError):
         model.generate(model.encode("Once"), GREEDY, on_piece=refuse)
-    assert model.generate(model.encode("Once"), GREEDY).text  # and the model works on
+    assert model.generate(model.encode("Once"), GREEDY).text  # the model can still be used
 
 
 def test_the_context_is_the_limit(model):
@@ -258,5 +258,5 @@ def test_detokenized_bytes_that_are_no_text_add_up_too(tokenizer, tokens):
     pieces = [detokenizer.feed(token) for token in tokens]
     text = "".join([*pieces, detokenizer.flush()])
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    # Where bytes are no text, how many replacement characters stand for them is a matter of taste.
+    # For bytes that are no text, the number of replacement characters is not fixed.
     assert text.replace("\ufffd", "") == whole.replace("\ufffd", "")

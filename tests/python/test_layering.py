@@ -29,7 +29,7 @@ MAY_INCLUDE = {
     "dispatch": {"base", "threading", "variant"},
     "bindings": {"base", "threading", "variant", "dispatch", "moe"},
 }
-# Compiled once, with baseline flags: nothing that is compiled per ISA (-inl.h) may be reached.
+# Compiled once, with baseline flags. Must not reach code that is compiled per ISA (-inl.h).
 BASELINE = {"base", "threading", "dispatch", "bindings"}
 GENERATED = re.compile(
     r"\w+_table\.inc|build_id\.inc|kernels/@isa@/ops-inl\.h|moe/@format@_moe-inl\.h"

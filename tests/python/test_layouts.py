@@ -1,4 +1,4 @@
-"""Layouts that hold the bytes of a known checkpoint under other names, dtypes or shapes."""
+"""Layouts with the bytes of a known checkpoint under other names, dtypes or shapes."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_float4_codes_dequantize_as_ml_dtypes_does(v4):
     stored = tensors_of(v4)
     expected = mxfp4(stored[f"{name}.weight"], stored[f"{name}.scale"])
     edit_tensors(v4, {f"{name}.weight": stored[f"{name}.weight"].view(FLOAT4)})
-    edit_config(v4, expert_dtype=None)  # then the tensors tell
+    edit_config(v4, expert_dtype=None)  # then the tensors' dtypes decide
     assert torch.equal(dense(open_checkpoint(v4).expert(1, 2).up), expected)
 
 
@@ -163,7 +163,7 @@ def test_gpt_oss_original_files_are_named_where_they_are_damaged(gpt_oss):
         open_checkpoint(gpt_oss).check_layer(0)
 
 
-# Dtypes of biases, names of layers and of config.json's sizes
+# Variants of gpt-oss: dtypes of biases, names of layers, keys of sizes in config.json.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""The machine's limits: that they are measured, not how great they are."""
+"""The machine's limits are measured. Their values are not checked."""
 
 import pytest
 

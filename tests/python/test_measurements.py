@@ -1,4 +1,4 @@
-"""docs/measurements/: pages and picture are what the tools make of the checked-in numbers."""
+"""docs/measurements/: the tools make pages and picture from the checked-in numbers."""
 
 import importlib.util
 import json

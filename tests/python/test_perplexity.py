@@ -1,4 +1,4 @@
-"""Perplexity, against its definition."""
+"""Perplexity, compared with its definition."""
 
 import math
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def test_every_token_but_the_first_is_scored_once(length, window, data):
     scored = []
     for begin, new in _windows(length, window, stride):
         end = min(begin + window, length)
-        assert 1 <= new < end - begin  # something comes before each scored token
+        assert 1 <= new < end - begin  # each scored token has context
         scored.extend(range(end - new, end))
     assert scored == list(range(1, length))
 

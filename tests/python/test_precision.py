@@ -1,4 +1,4 @@
-"""How exactly hidden states of each dtype are multiplied, and who may lower it."""
+"""The precision of products for each dtype of hidden states, and what may lower it."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_the_caller_may_allow_bf16_products_of_fp32(isa, fmt, matmul_precision):
         matmul_precision(precision)
         assert torch.equal(auto(*args), expected)
         check(expected, weights, args)
-        # What counts is the setting at the call, not when its work is done.
+        # The setting at the call counts, not the one when the work is done.
         future = auto.submit(*args)
         matmul_precision("highest")
         assert torch.equal(future.result(), expected)
@@ -73,7 +73,7 @@ def test_pytorchs_newer_settings_count(matmul_precision):
         assert resolve_precision("auto", torch.float32) == "bf16"
         settings.fp32_precision = "ieee"
         assert resolve_precision("auto", torch.float32) == "auto"
-        # The older setting does not notice what comes after it.
+        # The older setting does not notice later changes of the newer one.
         matmul_precision("medium")
         settings.fp32_precision = "ieee"
         assert resolve_precision("auto", torch.float32) == "auto"
@@ -140,7 +140,7 @@ def with_gates_of(rms, fmt, swiglu, *, bias):
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("rms", [1, 8, 64])
 def test_the_error_of_int8_is_as_documented(isa, fmt, swiglu, bias, rms):
-    """docs/numerics.md has the formula; six tokens are what every variant rounds to int8."""
+    """docs/numerics.md has the formula. Every variant rounds to int8 for six tokens."""
     weights = with_gates_of(rms, fmt, swiglu, bias=bias)
     args = inputs(weights, tokens=6)
     documented = max(1.25e-2, 0.75e-2 * math.sqrt(rms / (swiglu.limit or math.inf)))

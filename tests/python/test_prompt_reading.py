@@ -1,4 +1,4 @@
-"""Long prompts are read in parts, and given up between them."""
+"""Long prompts are read in parts, and reading may be cancelled between them."""
 
 import pytest
 import tiny_models
@@ -21,7 +21,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture
 def parts(model, monkeypatch):
-    """Makes parts short; returns the lengths of what the model was given."""
+    """Makes parts short; returns the lengths of the model's inputs."""
     lengths = []
     monkeypatch.setattr(prompt_reading, "PART_TOKENS", PART)
     embedding = model.model.get_input_embeddings()
@@ -69,4 +69,4 @@ def test_a_prompt_that_nobody_waits_for_is_read_no_further(model, parts):
     assert (result.text, result.completion_tokens) == ("", 0)
     assert asked == [1, 2]
     assert parts == [PART, PART]
-    assert ask(model, 8).finish_reason != "cancelled"  # and the model works on
+    assert ask(model, 8).finish_reason != "cancelled"  # the model can still be used

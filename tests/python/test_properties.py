@@ -14,7 +14,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 SIZES = st.integers(1, 8).map(lambda groups: 32 * groups)
 
-# Parameters, not tensors: an example that fails is short to print.
+# Parameters instead of tensors, so that a failing example is short.
 LAYERS = st.fixed_dictionaries(
     {
         "fmt": st.sampled_from(formats(ISAS[-1])),
@@ -39,7 +39,7 @@ CALLS = st.fixed_dictionaries(
 
 
 def random_call(weights, *, tokens, top_k, dtype, id_dtype, size, seed):
-    """Any ids that are allowed, repeated and skipped ones too; weights of both signs."""
+    """Any allowed ids, including repeated and skipped ones, and weights of both signs."""
     top_k = min(top_k, weights.num_experts)
     generator = torch.Generator().manual_seed(seed)
     hidden_states = size * torch.randn(tokens, weights.hidden, generator=generator)
@@ -79,7 +79,7 @@ def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invaria
     seed=st.integers(0, 99),
 )
 def test_any_bytes_come_back(isa, name, experts, hidden, inner, seed):
-    """Export of random codes and scales, not only of those that quantizing gives."""
+    """Exports random codes and scales, not only those that quantizing gives."""
     fmt = cpumoe.weight_format(name)
     generator = torch.Generator().manual_seed(seed)
 

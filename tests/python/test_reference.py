@@ -319,7 +319,7 @@ def test_a_wrong_byte_exceeds_the_bound(fmt, precision, projection, fault):
     right = getattr(p, projection)
     codes, scales = right.codes.clone(), right.scales.clone()
     if fault == "swapped nibbles":
-        # The byte whose two weights differ most: swapping equal ones is no fault.
+        # The byte whose two weights differ most, because swapping equal ones is no fault.
         pairs = fmt.dequantize(codes, scales).unflatten(-1, (-1, 2))[:, 0]
         column = int((pairs[..., 0] - pairs[..., 1]).abs().amin(0).argmax())
         byte = codes[:, 0, column]

@@ -1,4 +1,4 @@
-"""Replies taken apart: reasoning, answer and tool calls, by the markers of chat templates."""
+"""Splitting of replies into reasoning, answer and tool calls, by templates' markers."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ CALL = ToolCall("weather", '{"city": "Oslo", "days": 2}')
 
 
 def apart(format, pieces):
-    """Text, reasoning and calls of a reply that comes in these pieces."""
+    """Returns text, reasoning and calls of a reply that comes in these pieces."""
     if format is None:
         return "".join(pieces), "", []
     parser = format.parser()
@@ -41,7 +41,7 @@ def apart(format, pieces):
 
 
 def check(template, reply, expected, *, prompt="<|assistant|>", tools=TOOLS):
-    """However a reply is cut into pieces, it is taken apart alike."""
+    """The pieces in which a reply comes do not change how it is split."""
     format = reply_format(template, prompt, tools)
     text, reasoning, calls = expected
     for size in (1, 2, 3, 7, len(reply) or 1):
@@ -155,16 +155,16 @@ def test_reasoning(template, tools):
     expect("<think>\nHm.\n\nYes.\n</think>\n\nGood day.", "Good day.", "Hm.\n\nYes.")
     expect("\n<think>Hm.</think>Good day.", "Good day.", "Hm.")
     expect("Hm.\n</think>\n\nGood day.", "Good day.", "Hm.", prompt="<|assistant|><think>\n")
-    # The prompt has it behind it: what looks like a marker now is none.
+    # The prompt has already closed the reasoning, so this is no marker.
     for behind in ("<|assistant|><think>\n\n</think>\n\n", "<|assistant|></think>"):
         expect("<think>a</think>", "<think>a</think>", "", prompt=behind)
-    # Without any it is all answer, and reasoning that comes late is none.
+    # A reply without reasoning is all answer, and late reasoning is not recognized.
     expect("Good day.", "Good day.", "")
     expect("  indented", "  indented", "")
     expect("One writes <think>a</think>.", "One writes <think>a</think>.", "")
     expect("<thin", "<thin", "")
     expect("<think>a</think>b</think>c", "b</think>c", "a")
-    # Cut off.
+    # The reply is cut off.
     expect("<think>Hm.\n", "", "Hm.")
     expect("<think>Hm.</thi", "", "Hm.</thi")
     expect("<think>", "", "")
@@ -218,9 +218,9 @@ def test_channels():
         "c",
         "a\nb",
     )
-    # A preamble is for the reader.
+    # A preamble belongs to the answer.
     harmony(f"<|channel|>commentary<|message|>I look.<|end|>{FINAL}Done.", "I look.\nDone.")
-    # Ends that the model forgot.
+    # Messages without an end marker.
     harmony(f"<|channel|>analysis<|message|>a{FINAL}b", "b", "a")
     harmony("<|channel|>analysis<|message|>a<|channel|>final<|message|>b", "b", "a")
 

@@ -122,7 +122,7 @@ def test_close_ends_the_threads(weights):
 
 @EVERY_FORMAT
 def test_many_python_threads_at_once(fmt):
-    """On one layer and on several, on one runtime and on several; the results are those alone."""
+    """Calls on one or several layers and runtimes give the results of single calls."""
     layers = [layer(fmt, seed=seed) for seed in range(3)]
     runtimes = [Runtime(1), Runtime(2)] if _core.topology().default_threads > 1 else [Runtime(1)]
     packed = [
@@ -166,7 +166,7 @@ def test_futures_finish_in_any_order_and_when_dropped(weights):
 
 
 def test_a_submitted_call_owns_its_tensors(weights):
-    # An exception may come before there is a future (Ctrl-C does, between any two steps).
+    # An exception such as Ctrl-C may come before there is a future.
     experts = weights.pack(isa="generic")
     call = experts._prepare(*inputs(weights, tokens=50))
     submitted = experts._moe.submit(experts.runtime.core, call.tensors, owned=call)
@@ -178,7 +178,7 @@ def test_a_submitted_call_owns_its_tensors(weights):
 
 
 def test_future_keeps_what_the_call_reads(weights):
-    """Copies made for the call, the layer, the runtime: nobody else holds them here."""
+    """The call alone refers to its copies, the layer and the runtime here."""
     expected = weights.pack()(*inputs(weights, tokens=40))
 
     def submit():
@@ -217,7 +217,7 @@ def test_close_with_queued_work(weights):
 
 
 def test_the_gil_is_released_during_a_call(weights):
-    """Python never takes the GIL away here: others run only when a call itself lets go of it."""
+    """Python never takes the GIL away here, so other threads run only if a call releases it."""
     experts = weights.pack()
     call = experts._prepare(*inputs(weights, tokens=30))
     core, forward = experts.runtime.core, experts._moe.forward
@@ -313,7 +313,7 @@ assert torch.equal(experts(x, ids, weights), expected)
 def test_fork():
     lines = output_of(SET_UP + FORK, timeout=60).splitlines()
     assert lines[0] == "works"
-    assert len(lines) == 5, lines  # close() says nothing
+    assert len(lines) == 5, lines  # close() prints nothing
     for line in lines[1:]:
         assert line.startswith("RuntimeError: "), lines
         assert "fork" in line
@@ -324,7 +324,7 @@ def test_submit_does_not_wait_for_the_running_call():
     experts = weights.pack(isa="generic")
     long = experts.submit(*inputs(weights, tokens=2000))
     short = inputs(weights, tokens=1)
-    time.sleep(0.05)  # the driver is at work
+    time.sleep(0.05)  # the driver thread is working
     running = not long.done()
     future = experts.submit(*short)
     assert not (running and long.done())
@@ -352,6 +352,6 @@ def test_results_do_not_depend_on_the_callers_floating_point_modes(tokens, dtype
         results.append(experts.submit(tiny, ids, topk_weights).result())
     finally:
         torch.set_flush_denormal(False)
-    # Compared as bits: with flushing on, equality itself would flush.
+    # Compared as bits, because equality would flush subnormal numbers as well.
     assert all(torch.equal(r.view(torch.uint8), expected.view(torch.uint8)) for r in results)
     runtime.close()

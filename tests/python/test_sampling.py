@@ -1,4 +1,4 @@
-"""What requests ask for beyond temperature and nucleus, on a tiny model of one token per byte."""
+"""Sampling beyond temperature and top_p, on a tiny model of one token per byte."""
 
 import pytest
 import tiny_models
@@ -39,7 +39,7 @@ def test_one_best_token_is_greedy(model):
 
 
 def test_all_tokens_may_be_drawn_unless_somebody_says_otherwise(model):
-    # The host's own default is the 50 best.
+    # transformers' default is the 50 most probable tokens.
     handle = model.model.lm_head.register_forward_hook(lambda _, __, logits: logits * 0)
     try:
         result = ask(model, temperature=1, seed=1, max_new_tokens=200, ignore_eos=True, logprobs=0)
@@ -80,7 +80,7 @@ def test_asked_for_tokens_end_the_text(model):
     result = ask(model, temperature=0, logprobs=0, stop_token_ids=(end,))
     assert (result.completion_tokens, result.finish_reason) == (first + 1, "stop")
     assert result.logprobs == whole.logprobs[: first + 1]
-    # Not before the least number of tokens, and these tokens are not drawn till then.
+    # Before min_tokens, end tokens are not drawn and do not end the text.
     later = ask(model, temperature=0, logprobs=0, stop_token_ids=(end,), min_tokens=first + 1)
     assert end not in [token.token_id for token in later.logprobs[: first + 1]]
     with pytest.raises(ValueError, match="stop_token_ids: expected tokens from 0 to"):

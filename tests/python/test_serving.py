@@ -1,4 +1,4 @@
-"""What a server answers when all is well, asked by the clients that people use."""
+"""A server's answers to valid requests of the clients that people use."""
 
 import itertools
 import json

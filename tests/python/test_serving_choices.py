@@ -1,4 +1,4 @@
-"""Several texts of one request, and log probabilities, in the shapes of both protocols."""
+"""Several texts per request, and log probabilities, in both protocols."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_all_texts_of_a_request_find_room_or_none():
     with Server(FakeModel(end=10**6, delay=0.01), queue=2) as server:
         worker = server.app.state.service.worker
         with server.http.stream("POST", COMPLETIONS, json={"prompt": "x", "stream": True}) as reply:
-            # Kept: what drops it closes the connection.
+            # Kept, because dropping it closes the connection.
             chunks = reply.iter_raw()
             next(chunks)
             refused = server.http.post(COMPLETIONS, json={"prompt": ["a"] * 3})
@@ -117,7 +117,7 @@ def test_a_client_that_leaves_withdraws_all_texts_of_its_request():
         worker = server.app.state.service.worker
         body = {"prompt": ["a"] * 5, "stream": True, "max_tokens": 900}
         with server.http.stream("POST", COMPLETIONS, json=body) as reply:
-            # Kept: what drops it closes the connection.
+            # Kept, because dropping it closes the connection.
             chunks = reply.iter_raw()
             next(chunks)
             assert worker.waiting == 4
@@ -173,7 +173,7 @@ def test_log_probabilities_of_a_completion(client, stream):
     tokens = [token for part in parts for token in part.tokens]
     assert tokens == [" 1", " 2", " 3"]
     assert [p for part in parts for p in part.token_logprobs] == pytest.approx([-0.1, -0.2, -0.3])
-    # The token itself is beside its alternatives.
+    # The alternatives include the token itself.
     top = [top for part in parts for top in part.top_logprobs]
     assert top[2] == pytest.approx({"<0>": 0.0, "<1>": -0.1, " 3": -0.3})
     assert [offset for part in parts for offset in part.text_offset] == [0, 2, 4]
@@ -217,7 +217,7 @@ def test_a_prompt_can_be_scored_alone(server, client):
 
 
 def test_offsets_of_an_echo_begin_with_the_text(server, client):
-    """Also where the tokenizer puts a token before it."""
+    """The tokenizer may put a token before the prompt."""
     encode = server.model.encode
     server.model.encode = lambda text, **_: encode("<s>" + text)
     try:
@@ -242,7 +242,7 @@ def test_sglangs_log_probabilities(server):
         "sampling_params": {"max_new_tokens": 2},
     }
     information = server.http.post(GENERATE, json=body).json()["meta_info"]
-    # The first of those that were asked for has none, as in SGLang's answers.
+    # The first requested token has none, as in SGLang's answers.
     assert information["input_token_logprobs"] == [
         [None, 98, "b"],
         [pytest.approx(-9.9), 99, "c"],

@@ -1,4 +1,4 @@
-"""What a server refuses, and how it says so."""
+"""Requests that a server refuses, and its errors."""
 
 import http.client
 import json
@@ -248,7 +248,7 @@ def test_clients_of_other_protocols_are_told_which_ones_there_are(server, path):
 
 
 def test_only_json_is_read(server):
-    """Else a web page could make its visitor's browser send requests to a local server."""
+    """Otherwise a web page could send requests to its visitor's local server."""
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         status, error = server.refuse(COMPLETIONS, "{}", headers={"Content-Type": kind})
         assert status == 415

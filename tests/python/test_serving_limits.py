@@ -1,4 +1,4 @@
-"""What one request may cost the others: time on the event loop, memory, and the log."""
+"""Limits of one request: time on the event loop, memory, and lines in the log."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def peak_bytes(process):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_hostile_body_costs_is_bounded(process, name):
-    """An error object per element of the first once took half a minute and several gigabytes."""
+    """An error object per wrong element would take half a minute and several gigabytes."""
     path, content = HOSTILE[name]
     before = peak_bytes(process)
     headers = {"Content-Type": "application/json"}

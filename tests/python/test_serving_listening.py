@@ -146,7 +146,7 @@ def test_without_descriptors_connections_wait_and_the_log_stays_short():
 
 
 def test_a_system_that_cannot_accept_is_asked_again(monkeypatch, capsys):
-    """The process's own limit leaves room; the system's may not, and so is met by accident only."""
+    """The process's limit leaves room. The system's limit can only be simulated."""
     monkeypatch.setattr(listening, "_RETRY_SECONDS", 0.01)
     accept = socket.socket.accept
     refusals = []

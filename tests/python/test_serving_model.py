@@ -1,4 +1,4 @@
-"""Server and chat with a real, tiny model: they say what the model says."""
+"""Server and chat with a real, tiny model give the model's text."""
 
 import json
 
@@ -137,7 +137,7 @@ def test_refusals_of_the_model(server):
 
 def test_a_disconnect_stops_the_model(server):
     worker = server.app.state.service.worker
-    # Else the model, whose weights are random, may end by itself before the client has left.
+    # Without this, the random model may end before the client has left.
     body = {"prompt": "Once", "max_tokens": 500, "stream": True, "ignore_eos": True}
     with server.http.stream("POST", "/v1/completions", json=body) as reply:
         next(reply.iter_raw())

@@ -1,4 +1,4 @@
-"""What clients send by default is accepted; what they ask for reaches the model."""
+"""Clients' default parameters are accepted, and requested ones reach the model."""
 
 import json
 
@@ -18,7 +18,7 @@ def server():
 
 
 def ask(server, path, **fields):
-    """Returns the answer to a request that must succeed, and the sampling that came of it."""
+    """Returns the answer to a request that must succeed, and its sampling."""
     reply = server.http.post(path, json={**BODIES[path], **fields})
     assert reply.status_code == 200, reply.text
     return reply.json(), server.model.samplings[-1]
@@ -76,7 +76,7 @@ def test_neutral_sampling_is_accepted_everywhere(server, name, neutral):
         {"return_token_ids": False, "return_hidden_states": False, "thinking_token_budget": -1},
         {"separate_reasoning": True, "stream_reasoning": True, "custom_params": None},
         {"truncate_prompt_tokens": None, "prompt_logprobs": None, "structured_outputs": None},
-        # Names that no known version of a server has.
+        # Fields of no known version of a server.
         {"a_new_field": False, "another": None, "one_more": [], "last": {}},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -201,7 +201,7 @@ def test_sixteen_stop_strings(server):
 
 
 def test_replayed_history(server):
-    """As clients send back what they got, with whatever other servers put in it."""
+    """Clients send back messages with fields that other servers added."""
     call = {
         "id": "call_1",
         "type": "function",

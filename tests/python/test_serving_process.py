@@ -74,7 +74,7 @@ def test_a_signal_ends_an_idle_server(number):
         assert complete(process).json()["choices"][0]["text"] == " 1 2 3 4 5"
         status, output, errors = process.end(number)
     assert (status, errors) == (0, "")
-    # An access log, and nothing else.
+    # Only an access log is printed.
     assert [line.split('"')[1] for line in output.splitlines()] == [
         "GET /health HTTP/1.1",
         "POST /v1/completions HTTP/1.1",
@@ -116,7 +116,7 @@ def test_a_signal_cancels_what_takes_longer_than_the_grace_period(stream):
 
 
 def test_a_prompt_that_cannot_be_interrupted_does_not_keep_the_server():
-    # One token takes longer than anybody waits.
+    # One token takes longer than the test waits.
     with (
         serving("--grace", "0", "--quiet", delay=60) as process,
         ThreadPoolExecutor(1) as pool,
@@ -145,7 +145,7 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_the_log():
         _, output, errors = process.end(signal.SIGTERM)
     assert "401" in output
     assert "s3cret" not in output
-    # Who has set a key is not warned that others can reach the server.
+    # With a key, there is no warning that others can reach the server.
     assert errors == ""
 
 
@@ -177,7 +177,7 @@ def test_mistakes_are_one_line():
     with listener:
         port = str(listener.getsockname()[1])
         assert f"127.0.0.1 port {port}: Address already in use" in refuse("--port", port)
-    # An address for documentation, which no computer has.
+    # An address that is reserved for documentation.
     assert "192.0.2.1 port 1: Cannot assign" in refuse("--host", "192.0.2.1", "--port", "1")
     assert "api key: expected" in refuse("--api-key", " ")
 

@@ -1,4 +1,4 @@
-"""Requests that wait, clients that go away, and what is slow on either side."""
+"""Waiting requests, clients that disconnect, and slow clients and models."""
 
 import json
 import socket
@@ -17,9 +17,9 @@ from cpumoe.serving import answer
 from cpumoe.serving import body as body_module
 from cpumoe.serving import server as server_module
 
-# Slow enough that nothing ends by itself, and prompt to notice that nobody waits.
+# A slow model that notices quickly that its answer is not needed.
 SLOW = {"end": 10**6, "delay": 0.01}
-# A test fails by waiting this long, not by being slow.
+# A test fails only after waiting this long.
 SOON = 3.0
 
 
@@ -30,7 +30,7 @@ def post(body, path="/v1/completions"):
 
 
 def reset(connection):
-    """Ends a connection as the end of a client's process does, with data still unread."""
+    """Ends a connection with unread data, as the end of a client's process does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -135,7 +135,7 @@ def test_a_client_that_does_not_read_blocks_nobody():
         assert model.started.wait(SOON)
         wait_for(lambda: server.app.state.service.worker.idle, 10)
         assert_serves(server)
-        # It gets all of it once it does read.
+        # The client gets the whole answer when it reads.
         received = b""
         while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
             received += (new := stalled.recv(1 << 20))
@@ -165,7 +165,7 @@ def test_requests_that_take_too_long_to_come_are_ended(monkeypatch):
         body = server.raw(whole[:-1])
         assert b" 408 " in body.recv(1000)
         body.close()
-        # A connection that is used again, and whose first request is long past.
+        # A connection that is used again a long time after its first request.
         again = server.raw(whole)
         assert b" 200 " in again.recv(1000)
         time.sleep(0.5)
@@ -177,7 +177,7 @@ def test_requests_that_take_too_long_to_come_are_ended(monkeypatch):
 
 
 def test_no_client_is_read_from_for_long_at_a_time(monkeypatch):
-    """A body in tiny chunks takes long to take apart: meanwhile others are answered."""
+    """A body in tiny chunks takes long to parse. Other requests are answered meanwhile."""
     sizes = []
     receive = server_module._Protocol.data_received
 
@@ -235,13 +235,13 @@ def held_model():
     ],
 )
 def test_a_stream_without_text_shows_that_it_lives(path, body):
-    """Proxies give up on a server that sends nothing; comments of a stream mean nothing."""
+    """Comments in a stream keep proxies from giving up on a silent server."""
     model, may_write = held_model()
     with Server(model) as server:
         with server.http.stream("POST", path, json={**body, "stream": True}) as reply:
             assert reply.status_code == 200
             lines = reply.iter_lines()
-            # SGLang's own clients take each line that is not empty for an event.
+            # SGLang's clients take each line that is not empty for an event.
             sign = [""] if path == "/generate" else [": ping", ""]
             assert [next(lines) for _ in range(4)] == sign * (4 // len(sign))
             may_write.set()
@@ -281,7 +281,7 @@ def test_an_error_after_a_sign_of_life_is_an_event():
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read_ends_the_reading(slow):
-    """The model asks between parts of a long prompt whether anybody waits for the answer."""
+    """The model checks between parts of a long prompt whether it was cancelled."""
     noticed = threading.Event()
 
     def read_prompt(prompt, sampling, *, on_piece=None, cancelled=None):

@@ -1,4 +1,4 @@
-"""What operators, load balancers, monitoring and tokenizing clients ask."""
+"""Paths for operators, load balancers, monitoring and tokenizing clients."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ def test_head_is_get_without_a_body(server, path):
 
 
 def test_a_path_may_end_with_a_slash(server):
-    """No redirection: clients would follow it without their body or their key."""
+    """There is no redirection, which clients would follow without body or key."""
     for path in ("/health/", "/v1/models/", "/v1/models/fake/"):
         assert server.http.get(path).status_code == 200
     assert server.http.post(f"{COMPLETIONS}/", json={"prompt": "x"}).status_code == 200

@@ -1,4 +1,4 @@
-"""Function calls, formats of answers, and reasoning, as OpenAI's protocol has them."""
+"""Function calls, answer formats and reasoning in OpenAI's protocol."""
 
 import json
 
@@ -42,7 +42,7 @@ def said(server, *texts):
 
 
 def collect(stream):
-    """The message that a stream's events amount to, and why it ended."""
+    """Returns the message in a stream's events, and its finish reason."""
     message = {"content": "", "reasoning_content": "", "tool_calls": []}
     for chunk in stream:
         choice = chunk.choices[0]

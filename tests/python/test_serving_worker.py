@@ -1,4 +1,4 @@
-"""What the thread that runs the model survives, and what happens where it does not."""
+"""Errors that the worker's thread survives, and the end of the thread."""
 
 import threading
 
@@ -15,7 +15,7 @@ COMPLETIONS = "/v1/completions"
 
 
 class Panic(BaseException):
-    """As pyo3 raises it for a panic of Rust code, such as the tokenizer's."""
+    """The kind of exception that pyo3 raises for a panic of Rust code."""
 
 
 def raising(error):

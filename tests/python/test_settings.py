@@ -1,4 +1,4 @@
-"""What cpumoe computes depends on no setting of the process; see settings_script.py."""
+"""cpumoe's results depend on no setting of the process; see settings_script.py."""
 
 import ast
 import json
@@ -14,10 +14,10 @@ import cpumoe
 
 FAMILIES = ("deepseek_v4", "gpt_oss")
 PACKAGE = Path(cpumoe.__file__).parent
-# What makes new tensors on the default device, and which of it in the default dtype.
+# Functions whose new tensors are on the default device, and those in the default dtype.
 FLOATING = {"empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
 MAKERS = FLOATING | {"arange", "as_tensor", "randint", "randperm", "tensor"}
-# Their powers of two pass through the default dtype.
+# These compute powers of two in the default dtype.
 THROUGH_THE_DEFAULT_DTYPE = {"ldexp"}
 
 
@@ -40,7 +40,7 @@ def test_importing_and_computing_depends_on_no_setting(lines, setting):
     line = lines[setting]
     assert "error" not in line, line["error"]
     computed, expected = line["computed"], dict(lines["nothing"]["computed"])
-    if setting == "autocast, three threads":  # the host's own sums follow both
+    if setting == "autocast, three threads":  # transformers' sums depend on both
         expected |= {family: computed[family] for family in FAMILIES}
     assert computed == expected
     assert "not finite" not in computed.values()

@@ -112,7 +112,7 @@ def test_schemas_that_cannot_be_honoured_are_refused(embedded, schema, problem):
 
 
 class _Reply:
-    """A reply whose answer comes after "</think>"; stands in for a chat's format."""
+    """A format of chats whose answer comes after "</think>"."""
 
     markers = ("<think>", "</think>")
     openers = ()

@@ -20,7 +20,7 @@ HEADER = """\
 def generate() -> str:
     """The stub of the installed module."""
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own: stubgen changes how the modules that it reads are set up.
+        # In its own process, because stubgen changes the modules that it reads.
         command = [sys.executable, "-m", "pybind11_stubgen", "cpumoe._core", "-o", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

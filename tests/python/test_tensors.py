@@ -1,4 +1,4 @@
-"""The gate before C++: tensors that are not in memory as they seem are refused, by name."""
+"""Checks before C++: a tensor that is not in memory as it seems is refused by name."""
 
 import re
 
@@ -52,7 +52,7 @@ def zeros(tensor):
     return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
 
 
-# What a tensor of each kind is refused for.
+# Tensors of each kind, and the reason for refusing them.
 WITHOUT_MEMORY = {
     "fake": (lambda t: FakeTensorMode().from_tensor(t), "with memory, got FakeTensor"),
     "wrapper": (Wrapped, "with memory, got Wrapped"),

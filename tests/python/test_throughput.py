@@ -21,7 +21,7 @@ from cpumoe.throughput import (
 
 
 class Clock:
-    """Every look at it takes a second."""
+    """A clock that advances by a second at each reading."""
 
     def __init__(self):
         self.now = 0.0
@@ -94,7 +94,7 @@ def test_timer(experts):
     timer = CallTimer(experts, work, Clock())
     assert timer.run(0) == [1]
     assert timer.run(0, least=3) == [1, 1, 1]
-    assert timer.run(7) == [1, 1, 1]  # three looks at the clock per call
+    assert timer.run(7) == [1, 1, 1]  # three readings of the clock per call
     first = CallTimer(experts, work)
     outputs = [first.call() for _ in range(NUM_ROUTINGS + 1)]
     assert torch.equal(outputs[0], outputs[-1])

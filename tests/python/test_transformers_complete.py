@@ -1,4 +1,4 @@
-"""Checkpoints whose dense tensors do not fit the model: the host makes them up, ours refuses."""
+"""Checkpoints whose dense tensors do not fit the model are refused."""
 
 import logging
 import re
@@ -32,7 +32,7 @@ def gpt_oss(tmp_path):
 
 @pytest.fixture
 def host_log():
-    """What the host logs."""
+    """Collects transformers' log."""
     records = []
 
     class Collect(logging.Handler):
@@ -77,7 +77,7 @@ def test_of_many_missing_tensors_the_first_are_named_and_all_counted(gpt_oss, ho
     edit_tensors(gpt_oss, dict.fromkeys(names))
     first = ", ".join(sorted(names)[:3])
     refused(rf".*missing tensors: 5 \({first}, \.\.\.\); check that the download", gpt_oss)
-    assert not any("LOAD REPORT" in message for message in host_log)  # said in one line
+    assert not any("LOAD REPORT" in message for message in host_log)  # the error's one line says it
 
 
 @pytest.mark.parametrize("name", ["stray.weight", "model.layers.0.self_attn.q_norm.weight"])
@@ -105,7 +105,7 @@ def test_an_fp8_weight_without_its_scale_is_refused(v4, load, dtype):
     message = rf"FP8 weights without a scale: 1 \({KV_PROJ}\.weight\)"
     refused(message, v4, load, dtype=dtype)
     config = AutoConfig.from_pretrained(v4)
-    if load is from_pretrained:  # config.json is not looked at then
+    if load is from_pretrained:  # config.json is not read then
         refused(message, v4, dtype=dtype, config=config)
 
 

@@ -68,7 +68,7 @@ def routing(tokens=5, experts=4):
 def test_activations_are_recognised_by_what_they_compute(module_class, changes, expected):
     module = experts_module(module_class, **changes)
     assert module_swiglu(module) == expected
-    with torch.device("meta"):  # where the host builds models
+    with torch.device("meta"):  # where transformers builds models
         assert module_swiglu(experts_module(module_class, **changes)) == expected
 
 
@@ -134,7 +134,7 @@ def test_a_limit_beyond_the_usual_ones_is_seen():
 
 
 class Block(torch.nn.Module):
-    """The least that has a name as in a model."""
+    """The smallest model whose experts module has a usual name."""
 
     def __init__(self, experts):
         super().__init__()

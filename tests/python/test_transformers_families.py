@@ -1,4 +1,4 @@
-"""Families whose activation the integration proves, not a list of model types."""
+"""Families whose activation is recognized by evaluation, not by a list of types."""
 
 import pytest
 import tiny_models
@@ -11,7 +11,7 @@ from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
 
 TOKENS = torch.arange(3, 43)[None]
-# Names of blocks, projections and of config.json's sizes differ.
+# Families differ in the names of blocks, projections and sizes in config.json.
 UNLISTED = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
 
 
@@ -57,7 +57,9 @@ def test_experts_without_a_gate_are_refused_as_such(tmp_path):
 
 
 def test_a_config_without_a_model_type_is_not_guessed_at_by_the_path(tmp_path):
-    folder = tiny_models.int4_moe(tmp_path / "phimoe", "phimoe")  # the host would find it in there
+    folder = tiny_models.int4_moe(
+        tmp_path / "phimoe", "phimoe"
+    )  # transformers would find it in the folder
     edit_config(folder, model_type=None)
     with pytest.raises(cpumoe.CheckpointError, match=r"expected a model_type, .*'original'"):
         from_pretrained(folder)

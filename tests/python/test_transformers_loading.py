@@ -1,4 +1,4 @@
-"""Models of transformers with cpumoe's experts, against the host's own dequantized ones."""
+"""Models with cpumoe's experts, compared with transformers' dequantized experts."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def family(request, tmp_path_factory):
 
 
 def write(family, folder):
-    if family == "kimi":  # under its own name the host knows no such model
+    if family == "kimi":  # transformers does not know the type under its own name
         return tiny_models.kimi(folder, model_type="deepseek_v3")
     return tiny_models.FAMILIES[family].write(folder)
 
@@ -64,7 +64,7 @@ def logits(model):
 
 
 def greedy(model):
-    never = torch.tensor([-1])  # 32 tokens whatever they are
+    never = torch.tensor([-1])  # 32 tokens, whatever their values
     return model.generate(TOKENS[:1], max_new_tokens=32, do_sample=False, eos_token_id=never)
 
 
@@ -171,7 +171,7 @@ def test_kimi_loads_under_its_own_name(tmp_path):
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_host_computes_the_same_from_its_own_dense_experts(family, tmp_path):
-    folder = tiny_models.FAMILIES[family].write(tmp_path)  # each under its own name
+    folder = tiny_models.FAMILIES[family].write(tmp_path)  # each with its own model type
     theirs = from_pretrained_by_host(folder, dtype=torch.float32)
     assert experts_of(theirs) == []
     ours = from_pretrained(folder, dtype=torch.float32, options=ExpertsOptions())
@@ -309,7 +309,7 @@ def test_dtype_auto_rounds_nothing(tmp_path, dtype, load):
     name = "model.norm.weight"
     weight = torch.full((tiny_models.HIDDEN,), 1 + 2.0**-7)
     if dtype in ("float16", "float32"):
-        weight += 2.0**-10  # more than bfloat16 has
+        weight += 2.0**-10  # more digits than bfloat16 has
     edit_tensors(folder, {name: weight.to(getattr(torch, dtype or "bfloat16"))})
     edit_config(folder, dtype=dtype)
     model = load(folder, dtype="auto")
@@ -373,7 +373,7 @@ import json, sys
 import torch
 from cpumoe.integrations.transformers import CpuExperts, from_pretrained
 
-from_pretrained(sys.argv[1])  # what every load needs once
+from_pretrained(sys.argv[1])  # allocates what only the first load needs
 with PeakMemory() as peak:
     model = from_pretrained(sys.argv[2])
 packed = sum(m.experts.nbytes for m in model.modules() if isinstance(m, CpuExperts))

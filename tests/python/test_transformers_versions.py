@@ -1,4 +1,4 @@
-"""Which versions of transformers are allowed; tests/transformers_versions.sh tests them."""
+"""The allowed versions of transformers. tests/transformers_versions.sh tests them."""
 
 import re
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Tokens one by one."""
+"""Bytes of single tokens."""
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -11,7 +11,7 @@ TOKENS = {
     "\N{LOWER ONE EIGHTH BLOCK}a": b" a",
     "<0x41>": b"A",
     "<0xfF>": b"\xff",
-    # Names that only begin as a byte's.
+    # Names that only begin like a byte's name.
     "<0x": b"<0x",
     "<0xff;": b"<0xff;",
     "<0x411>": b"<0x411>",

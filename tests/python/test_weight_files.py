@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def beside_an_index(folder, other):
-    """What the host takes is the single file."""
+    """transformers takes the single file."""
     split_into_shards(other, folder, 2)
     return {}
 
@@ -107,7 +107,7 @@ def versions(tmp_path_factory):
 
 @pytest.fixture(params=CASES, ids=[case.__name__ for case in CASES])
 def mixed(request, versions, tmp_path):
-    """A folder that holds both, and how to ask for `ours`."""
+    """A folder with both checkpoints, and the arguments that select `ours`."""
     folder, other = (copied(source, tmp_path / source.name) for source in versions)
     return folder, request.param(folder, other)
 

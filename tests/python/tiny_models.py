@@ -25,7 +25,7 @@ from cpumoe.swiglu import SwiGLU
 
 EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 288
 _FP8_BLOCK = 128
-# What the families' configs call the same.
+# Settings with equal names in the configs of all families.
 _COMMON = {
     "vocab_size": VOCABULARY,
     "num_attention_heads": 4,
@@ -192,7 +192,7 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
         weight = tensors.pop(name).float()
         codes, scales = fmt.quantize(weight)
         if is_int4:
-            # Four bits of significand: code * scale is exact in bf16, which the host rounds it to.
+            # Four bits of significand, so that code * scale is exact in bf16, transformers' dtype.
             scales = (scales.view(torch.int16) & ~0xF).view(torch.bfloat16)
             codes = codes.view(torch.int32)
             tensors[f"{name}_shape"] = torch.tensor(weight.shape)
@@ -219,7 +219,7 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
 
 
 class Family(NamedTuple):
-    """What writes a model of it, and its experts' activation."""
+    """A family: the function that writes a model, and the experts' activation."""
 
     write: Callable[[Path], Path]
     swiglu: SwiGLU
@@ -241,7 +241,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(folder, chat_template=CHAT_TEMPLATE):
-    """One token per byte, after the special ones."""
+    """A tokenizer with one token per byte, after the special tokens."""
     special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))

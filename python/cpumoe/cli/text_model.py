@@ -36,8 +36,8 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="|".join(DTYPES),
-        help="Dtype of everything but the experts: attention, norms and so on. auto: bfloat16 for "
-        "a checkpoint in bfloat16, else float32.",
+        help="Dtype of everything but the experts (attention, norms, …). auto: bfloat16 for a "
+        "checkpoint in bfloat16, else float32.",
     ),
 ]
 # Generation uses one variant and one precision, where other commands compare several.
