@@ -48,9 +48,9 @@ void BindIsa(py::module_& m) {
       "The id that a variant's library must have to be used by this module.");
   m.def("known_isas", &KnownIsas, "All ISA variants, from the most general to the most special.");
   m.def("cpu_features", &DetectFeatures,
-        "The CPU features that ISA variants ask for and that are here.");
+        "The CPU features that ISA variants need and that this CPU has.");
   m.def("tile_steps", &DetectTileSteps,
-        "What had to hold for AMX, in order, and whether it does; None: not asked.");
+        "The conditions for AMX, in order, and whether each holds; None: not checked.");
   m.def("supported_isas", [] { return SupportedIsas(DetectFeatures()); });
   m.def(
       "require_isa",
@@ -74,7 +74,7 @@ void BindIsa(py::module_& m) {
         return LoadVariant(isa, origin).few_tokens;
       },
       py::arg("isa"), py::arg("origin"),
-      "Up to how many tokens of an expert a variant uses its few-token kernels, and could.");
+      "The most tokens of an expert for which a variant uses its few-token kernels, and could.");
   m.def("assume_features", &AssumeFeatures, py::arg("features"),
         "For tests under an instruction emulator: pretend that the CPU has these features.");
 }

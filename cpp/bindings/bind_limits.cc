@@ -126,9 +126,9 @@ void BindLimits(py::module_& m) {
       .def_property_readonly("nbytes", &ReadBuffer::nbytes)
       .def("read", &ReadBuffer::Read, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
            py::call_guard<py::gil_scoped_release>(),
-           "Reads it once on all threads and returns the seconds taken.");
+           "Reads the buffer once on all threads and returns the seconds taken.");
   m.def("peak_names", &PeakNames, py::arg("isa"), py::arg("origin"),
-        "The precisions whose multiply-adds a variant can run by themselves.");
+        "The precisions for which a variant can time multiply-adds in registers.");
   m.def(
       "run_dots", &RunDots, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
       py::arg("precision"), py::arg("tasks"), py::arg("rounds"),

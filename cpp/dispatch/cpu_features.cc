@@ -48,7 +48,7 @@ std::string WhyNoTiles(const std::vector<std::string>& missing) {
   if (!wanted || !steps.front().passed.value_or(false)) return "";
   for (const TileStep& step : steps) {
     if (step.passed.value_or(false)) continue;
-    return " (CPUID advertises AMX, but it does not hold that " + step.question +
+    return " (CPUID advertises AMX, but this condition does not hold: " + step.question +
            (step.found.empty() ? ")" : ": " + step.found + ")");
   }
   return "";

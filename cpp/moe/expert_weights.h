@@ -155,9 +155,8 @@ class ExpertWeights {
     try {
       return AlignedBuffer(static_cast<size_t>(experts * expert_bytes));
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory(Message(experts, " experts of ", expert_bytes >> 20, " MiB need ",
-                                (experts * expert_bytes) >> 20,
-                                " MiB of memory, which the system does not give"));
+      throw OutOfMemory(Message("cannot allocate ", (experts * expert_bytes) >> 20, " MiB for ",
+                                experts, " experts of ", expert_bytes >> 20, " MiB each"));
     }
   }
 

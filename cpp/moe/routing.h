@@ -57,7 +57,7 @@ class Routing {
     for (int64_t id = 0; id < num_experts; ++id) {
       if (counts_[id] == 0) continue;
       Require(has_weights[id] != 0, "expert ", id,
-              " is routed to but has no weights: pack it first");
+              " has no weights, but a token is routed to it; pack it first");
       experts_.push_back({id, total, counts_[id]});
       total += counts_[id];
       counts_[id] = total - counts_[id];  // from here on the place of the expert's next pair

@@ -222,7 +222,7 @@ class ReadBuffer:
         ...
     def read(self, runtime: Runtime, isa: str, origin: str) -> float:
         """
-        Reads it once on all threads and returns the seconds taken.
+        Reads the buffer once on all threads and returns the seconds taken.
         """
     @property
     def nbytes(self) -> int:
@@ -237,11 +237,11 @@ def build_id() -> str:
     """
 def cpu_features() -> set[str]:
     """
-    The CPU features that ISA variants ask for and that are here.
+    The CPU features that ISA variants need and that this CPU has.
     """
 def few_tokens(isa: str, origin: str) -> FewTokens:
     """
-    Up to how many tokens of an expert a variant uses its few-token kernels, and could.
+    The most tokens of an expert for which a variant uses its few-token kernels, and could.
     """
 def formats(isa: str, origin: str) -> list[FormatInfo]:
     """
@@ -257,7 +257,7 @@ def open_variant(name: str, origin: str) -> str:
     """
 def peak_names(isa: str, origin: str) -> list[str]:
     """
-    The precisions whose multiply-adds a variant can run by themselves.
+    The precisions for which a variant can time multiply-adds in registers.
     """
 def require_isa(name: str, origin: str) -> None:
     """
@@ -271,7 +271,7 @@ def supported_isas() -> list[str]:
     ...
 def tile_steps() -> list[TileStep]:
     """
-    What had to hold for AMX, in order, and whether it does; None: not asked.
+    The conditions for AMX, in order, and whether each holds; None: not checked.
     """
 def topology() -> Topology:
     """

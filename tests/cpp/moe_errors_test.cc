@@ -105,7 +105,7 @@ TEST_P(MoeErrorsTest, InvalidScale) {
   EXPECT_TRUE(message.starts_with("test.weight: scale [41, 0] is ")) << message;
   Batch batch(layer.config(), BatchSpec{.tokens = 2, .top_k = 4});
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
-            "expert 1 is routed to but has no weights: pack it first");
+            "expert 1 has no weights, but a token is routed to it; pack it first");
   moe->Pack(1, layer.Source(1), pool);
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
 }
@@ -128,7 +128,7 @@ TEST_P(MoeErrorsTest, InvalidScaleAmongSeveralExperts) {
     Batch batch(layer.config(), BatchSpec{.tokens = 1, .top_k = 1});
     batch.ids = {2};
     EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
-              "expert 2 is routed to but has no weights: pack it first");
+              "expert 2 has no weights, but a token is routed to it; pack it first");
   }
 }
 
@@ -151,7 +151,7 @@ TEST_P(MoeErrorsTest, UnpackedExperts) {
   Batch batch(layer.config(), BatchSpec{.tokens = 2});
   batch.ids = {0, -1, 0, 3};
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
-            "expert 3 is routed to but has no weights: pack it first");
+            "expert 3 has no weights, but a token is routed to it; pack it first");
   batch.mask = {0, 0, 0, 1};
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
 }
