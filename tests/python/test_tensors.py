@@ -192,7 +192,7 @@ def test_make_fx_is_refused(weights, experts, mode, pre_dispatch):
         return experts(x, ids, w)
 
     trace = make_fx(call, tracing_mode=mode, pre_dispatch=pre_dispatch)
-    with pytest.raises(TypeError, match=r"^hidden_states: expected .*(make_fx|FakeTensor)"):
+    with pytest.raises(TypeError, match=r"^hidden_states: .*(make_fx|FakeTensor)"):
         trace(*inputs(weights, tokens=3))
 
 

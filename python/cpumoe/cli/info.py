@@ -16,7 +16,7 @@ from cpumoe.cli.options import JsonOption, TracebackOption
 
 EXAMPLE = "Example: `cpumoe info --json`"
 
-_ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not asked[/]"}
+_ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not checked[/]"}
 
 
 def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
