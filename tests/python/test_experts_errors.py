@@ -197,7 +197,8 @@ def test_unknown_names(weights):
 
 def test_fused_tokens(weights):
     with refused(
-        ValueError, "few_token_limit: expected 0 or more, or None for the variant's, got -1"
+        ValueError,
+        "few_token_limit: expected 0 or more, or None for the variant's limit, got -1",
     ):
         weights.pack(few_token_limit=-1)
     with refused(TypeError, "few_token_limit: expected an int, got 2.5"):

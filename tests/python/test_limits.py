@@ -43,7 +43,7 @@ def test_work_is_shared_and_counted():
 def test_refusals(runtime):
     with pytest.raises(ValueError, match="unknown ISA"):
         measure_dot_peak(runtime, "sse9", "bf16")
-    with pytest.raises(ValueError, match='variant generic has no precision "fp64"'):
+    with pytest.raises(ValueError, match='variant generic has no loop for precision "fp64"'):
         _core.run_dots(runtime.core, "generic", "isa", "fp64", 1, 1)
     with pytest.raises(ValueError, match="bytes: must be positive, got 0"):
         _core.ReadBuffer(runtime.core, 0)
