@@ -256,7 +256,7 @@ def test_saving_is_refused(family, tmp_path):
 
 def test_training_is_refused(family):
     model = from_pretrained(family[1]).train()
-    with pytest.raises(RuntimeError, match=r"cannot train: call model\.eval"):
+    with pytest.raises(RuntimeError, match=r"cannot train; call model\.eval"):
         model(TOKENS)
 
 
