@@ -200,7 +200,7 @@ def test_eval_prints_a_table(model, text):
     ("arguments", "message"),
     [
         ([], "--text FILE is required with MODEL"),
-        (["--text", "/does/not/exist"], "/does/not/exist"),
+        (["--text", "/does/not/exist"], "--text: /does/not/exist: No such file or directory"),
         (["--text", "TEXT", "--experts", "gpu"], "--experts: expected cpumoe, host or all"),
         (["--text", "TEXT", "--window", "513"], "--window: expected at most the model's context"),
         (["--text", "TEXT", "--window", "8", "--stride", "9"], "stride"),

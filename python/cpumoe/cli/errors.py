@@ -41,7 +41,7 @@ def reported(traceback: bool) -> Iterator[None]:
         except BrokenPipeError:
             raise  # Click ends the program without a message
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            message = str(error)
+            message = _worded(error)
             if isinstance(error, RuntimeError):
                 if is_out_of_memory(error):
                     message = ""
@@ -51,6 +51,13 @@ def reported(traceback: bool) -> Iterator[None]:
                 tracebacks.print_exc()
             print_error(message or "not enough memory")
             raise typer.Exit(BAD_INPUT) from None
+
+
+def _worded(error: Exception) -> str:
+    # The system's own errors begin with "[Errno 2]", which tells a user nothing.
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _show_warning(

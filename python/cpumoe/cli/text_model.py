@@ -193,11 +193,12 @@ def read_text(path: Path, option: str) -> str:
     """Returns the content of an option's UTF-8 file.
 
     Raises:
-        InputError: the file is not UTF-8.
-        OSError: the file cannot be read.
+        InputError: the file cannot be read or is not UTF-8.
     """
     try:
         return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"{option}: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{option}: {path}: expected UTF-8 text: {error}") from None
 
