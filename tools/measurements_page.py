@@ -25,7 +25,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "measurements"
 INDEX = "README.md"
 _WIDTH = 120
-_BY_HAND = "The numbers of this page were entered by hand, from what the programs printed."
+_BY_HAND = (
+    "The numbers of this page were entered by hand into JSON, from what the programs printed."
+)
 _BY_BENCH = (
     "The numbers of this page are those that `cpumoe bench` wrote. "
     "[performance.md](../performance.md#how-to-read-the-table-of-cpumoe-bench) explains the "
@@ -212,7 +214,7 @@ def _index(documents: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, document in reversed(documents.items()):
         about = document.get("about", document)
-        source = "`cpumoe bench`" if "settings" in document else "entered by hand"
+        source = "`cpumoe bench`" if "settings" in document else "entered by hand into the JSON"
         rows.append((about["dates"], f"[{about['title']}]({name}.md)", source))
     columns = ("measured", "page", "numbers")
     return _join(["# Measurements", _wrap(_INTRODUCTION), _table(columns, rows)])
