@@ -28,6 +28,13 @@ def test_help_has_an_example(command):
     assert command in succeed("--help")
 
 
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_shows_no_type_for_flags(command):
+    text = succeed(*command, "--help")
+    assert "--help" in text
+    assert "bool" not in text.lower()
+
+
 def test_version():
     assert succeed("--version").startswith("cpumoe ")
 

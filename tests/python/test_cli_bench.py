@@ -105,7 +105,7 @@ def test_rows_add_up(v4):
         assert (limit["least"], limit[rate]) == (min(values), max(values))
     both = row["share_of_read_bandwidth"], row["share_of_dot_peak"]
     assert row["share_of_bound"] == max(both)
-    assert row["bound"] == ("memory" if both[0] >= both[1] else "compute")
+    assert row["bound"] == ("memory" if both[0] >= both[1] else "arithmetic")
     assert machine["threads"] == 1
     assert row["relative_l2"] is None
 

@@ -192,8 +192,24 @@ def test_eval_prints_a_table(model, text):
     output = run("eval", model, "--text", text, "--max-tokens", "40").stdout
     assert "39 tokens" in output
     assert "perplexity" in output
-    assert "last row" not in output
-    assert "vs. last row" in run("eval", model, "--text", text, "--precision", "all").stdout
+    assert "vs." not in output
+
+
+def test_eval_compares_with_the_host_or_the_first_row(model, text):
+    options = ("eval", model, "--text", text, "--max-tokens", "40", "--isa", "generic")
+    output = run(*options, "--precision", "bf16,int8").stdout
+    bf16, int8 = (
+        next(line for line in output.splitlines() if name in line.split())
+        for name in ("bf16", "int8")
+    )
+    assert "vs. first row" in output
+    assert "+0.000 %" in bf16
+    assert "0.000 %" not in int8
+    output = run(*options, "--precision", "int8", "--experts", "all").stdout
+    (host,) = (line for line in output.splitlines() if "host" in line.split()[:1])
+    assert "vs. host" in output
+    assert "+0.000 %" in host
+    assert output.count("0.000 %") == 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cpumoe.cli import (
     demo,
     evaluate,
     generate,
+    help_text,
     host_threads,
     info,
     inspect_model,
@@ -31,6 +32,7 @@ from cpumoe.cli.streams import OutputError, standard_streams
 
 app = typer.Typer(
     name="cpumoe",
+    cls=help_text.Group,
     help="Compute Mixture-of-Experts layers on the CPU from low-precision checkpoints.",
     epilog="Start with: `cpumoe demo`",
     no_args_is_help=True,

@@ -76,7 +76,7 @@ _ExpertsOption = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Experts in the layer. Use more than the caches hold.",
+        help="Experts in the layer. Choose so many that their weights do not fit the caches.",
         show_default=f"{_EXPERTS}, or all of a checkpoint's",
     ),
 ]
@@ -93,8 +93,9 @@ _TuneOption = Annotated[
     bool,
     typer.Option(
         "--tune",
-        help="Instead, time the few-token and the many-token kernels for each number of tokens per "
-        "expert, and show up to how many tokens the few-token kernels are faster.",
+        help="Do not print the usual table. Time the few-token and the many-token kernels for each "
+        "number of tokens per expert, and show up to how many tokens the few-token kernels are "
+        "faster.",
     ),
 ]
 _DataOption = Annotated[

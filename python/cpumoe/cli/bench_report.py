@@ -13,7 +13,7 @@ The document (``--json``), times in seconds, rates per second::
      "rows": [{"isa", "precision", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
                "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second", "macs",
                "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
-               "bound": "memory" or "compute", "share_of_bound", "relative_l2",
+               "bound": "memory" or "arithmetic", "share_of_bound", "relative_l2",
                "turns": [{"seconds", "bytes_per_second", "macs_per_second"}]}]}
 
 A row takes one turn per round. A turn has the median of its calls, and two values of each limit,
@@ -101,7 +101,7 @@ def _row(timing: Timing) -> dict[str, Any]:
         "flops_per_second": 2 * timing.macs / timing.seconds,
         "share_of_read_bandwidth": read,
         "share_of_dot_peak": dots,
-        "bound": "memory" if dots is None or read >= dots else "compute",
+        "bound": "memory" if dots is None or read >= dots else "arithmetic",
         "share_of_bound": read if dots is None else max(read, dots),
         "relative_l2": timing.relative_l2,
         "turns": [vars(turn) for turn in timing.turns],

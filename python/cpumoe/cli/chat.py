@@ -97,6 +97,10 @@ def command(
     Ctrl-C stops an answer, Ctrl-D ends the chat, and /help lists the commands. If input comes from
     a pipe, each line is a question, and answers are printed without the model's reasoning. The exit
     code is 1 if a question from a pipe was not answered.
+
+    Only a URL takes --api-key, --model-name and --timeout. Only a model in this process takes
+    --threads, --precision, --isa, --dtype, --chat-template and --trust-remote-code. All other
+    options are for both.
     """
     with reported(traceback):
         from cpumoe.cli.chat_backends import ChatError, LocalBackend

@@ -72,7 +72,8 @@ def command(
     """Make a small DeepSeek-V4-Flash layer, check it on all ISA variants, and time it.
 
     Every precision is checked. Then the small model that comes with cpumoe writes a few lines,
-    which needs transformers. The demo takes about a minute and a few hundred MB of disk and memory.
+    which needs transformers. The demo takes one to three minutes, and a few hundred MB of disk and
+    memory.
     The exit code is 1 if a variant computes a wrong result.
     """
     with reported(traceback), ExitStack() as stack:

@@ -107,8 +107,9 @@ def command(
 ) -> None:
     """Measure a model's perplexity on a text. Lower is better.
 
-    Compare rows to see what a precision costs in quality on your own text. With --experts all, the
-    last row is transformers' own computation from dequantized weights.
+    Compare rows to see what a precision costs in quality on your own text. The last column is the
+    change of the perplexity against the first row. With --experts all, the last row is
+    transformers' own computation from dequantized weights, and the others are compared with it.
     """
     with reported(traceback):
         ways = _ways(experts, isa, precision, parse_dense_dtype(dtype, model))
@@ -183,11 +184,11 @@ def _measure(
 
 
 def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
-    baseline = rows[-1][1].perplexity
+    reference, baseline = _baseline(rows)
     columns: tuple[Any, ...] = ("experts", "isa", "precision", "perplexity", "tokens/s")
     compared = len(rows) > 1
     if compared:
-        columns += ("vs. last row",)
+        columns += (f"vs. {reference}",)
     scored = console.format_count(rows[0][1].scored_tokens, "token")
     title = f"{console.escape(name)}, {scored}"
     table = console.data_table(title, columns, text_columns=3)
@@ -203,3 +204,11 @@ def _render(name: str, rows: list[tuple[_Way, Perplexity]]) -> None:
             cells.append(f"{100 * (result.perplexity / baseline - 1):+.3f} %")
         table.add_row(*cells)
     console.show(table)
+
+
+def _baseline(rows: list[tuple[_Way, Perplexity]]) -> tuple[str, float]:
+    """The name and the perplexity of the row that the others are compared with."""
+    for way, result in rows:
+        if way.experts == _HOST:
+            return _HOST, result.perplexity
+    return "first row", rows[0][1].perplexity

@@ -22,7 +22,8 @@ _ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not check
 def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
     """Show CPU, ISA variants, threads, memory bandwidth and versions.
 
-    Measuring the memory's read bandwidth takes about a second.
+    Measuring the memory's read bandwidth takes about a second. Measure on an idle machine: other
+    programs take a part of the bandwidth.
     """
     with reported(traceback):
         document = collect()

@@ -61,8 +61,9 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="all|NAME,...",
-        help="Precisions to run: the lowest to which activations may be rounded. auto: fp32 "
-        "accuracy for float32 hidden states, bf16 for others.",
+        help="Precisions to test, separated by commas. Each names the lowest precision to which "
+        "activations may be rounded. auto: fp32 accuracy for float32 hidden states, bf16 for "
+        "others.",
     ),
 ]
 

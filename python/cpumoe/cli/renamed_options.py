@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperCommand
-
+from cpumoe.cli import help_text
 from cpumoe.cli.console import print_warning
 
 _OPTIONS = {"--compute": "--precision"}
 
 
-class Command(TyperCommand):
+class Command(help_text.Command):
     """A command that takes options by their old names as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
