@@ -83,8 +83,8 @@ def command(
     a correct kernel. Results are bit-identical on 1, 2 and 5 threads and from run to run. Each
     expert exports to the checkpoint's bytes. The exit code is 1 if a check fails.
 
-    Precision int8 rounds activations to int8. Its errors are larger than those of bf16, and its
-    bound is tighter: the greatest error is more than half of its bound.
+    Precision int8 rounds activations to int8. Its errors are larger than those of bf16. Its bound
+    predicts them better, so error/bound is closer to 1.
     """
     with reported(traceback):
         from cpumoe.validation import validate
