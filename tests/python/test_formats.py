@@ -170,7 +170,7 @@ def test_single_group_columns_are_contiguous():
         (
             None,
             TypeError,
-            r"w: expected a torch.Tensor of uint8 or int8.*, got <class 'None",
+            r"w: expected a torch.Tensor of uint8 or int8.*, got NoneType",
         ),
         (
             torch.zeros(16, 4, dtype=torch.uint8).T,
