@@ -34,8 +34,9 @@ _BY_BENCH = (
     "columns."
 )
 _INTRODUCTION = (
-    "Each page has the numbers of one machine at one time. Numbers of different pages cannot be "
-    "compared: machines, versions and what else a machine was busy with differ. "
+    "Each page has the numbers of one machine at one time. Do not compare numbers of "
+    "different pages. They come from different machines and versions, and other programs ran "
+    "beside some of them. "
     "[performance.md](../performance.md) explains what the numbers depend on. "
     "`python tools/measurements_page.py` makes these pages from the JSON files in this folder."
 )
