@@ -6,10 +6,13 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <system_error>
 #include <utility>
 
 #include "base/bits.h"
@@ -41,6 +44,18 @@ class AlignedBuffer {
 
   std::byte* data() const { return base_; }
   size_t size() const { return size_; }
+
+  // Gives the memory of bytes [begin, begin + count) back to the system, as far as they are whole
+  // pages. The content of these bytes is undefined afterwards. Writing to them takes memory again.
+  // Throws std::system_error if the system keeps the memory, e.g. because it is locked.
+  void GiveBack(size_t begin, size_t count) const {
+    const auto page = static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+    const int64_t first = RoundUp(static_cast<int64_t>(begin), page);
+    const int64_t end = static_cast<int64_t>(begin + count) / page * page;
+    if (first < end && madvise(base_ + first, end - first, MADV_DONTNEED) != 0) {
+      throw std::system_error(errno, std::generic_category(), "cannot give memory back");
+    }
+  }
 
  private:
   void Map() {

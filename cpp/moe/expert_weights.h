@@ -76,6 +76,12 @@ class ExpertWeights {
     has_weights_[expert] = 1;
   }
 
+  void Evict(int64_t expert) {
+    CheckExpert(expert);
+    has_weights_[expert] = 0;
+    packed_.GiveBack(expert * ExpertBytes(), ExpertBytes());
+  }
+
   void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
     CheckExpert(expert);
     Require(has_weights_[expert] != 0, "expert ", expert, " has no weights to export");

@@ -5,7 +5,7 @@
 //   gate, up  task = a few tiles of gate and of up of one expert, all its tokens; activation;
 //             stage h
 //   down      task = a few tiles of output rows, all experts in ascending order; weighted sum;
-//             convert
+//             convert to the output's dtype, or add onto the output
 //
 // A tile's result depends only on the tile's own inputs, and sums run in a fixed order. Therefore
 // outputs are bit-identical for any number of threads and any number of tiles per task. All tasks
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -62,6 +63,7 @@ class ForwardPass {
     });
     pool_.For(CeilDiv(outputs, outputs_per_task_),
               [&](int64_t task, int thread) { Down(task, thread); });
+    if (args_.counters != nullptr) Count(*args_.counters);
   }
 
  private:
@@ -104,7 +106,16 @@ class ForwardPass {
   }
 
   StagedForm FormOf(const Expert& expert) const {
-    return Path::FormFor(args_.dtype, BlocksOf(expert), op_.template FusedTokens<Path>());
+    return Path::FormFor(args_.input_dtype, BlocksOf(expert), op_.template FusedTokens<Path>());
+  }
+
+  void Count(LayerCounters& counters) const {
+    for (const Expert& expert : routing_.experts()) {
+      counters.expert_tokens[expert.id].fetch_add(expert.count, std::memory_order_relaxed);
+    }
+    const auto bytes = static_cast<int64_t>(op_.weights().nbytes()) / op_.config().num_experts;
+    const auto experts = static_cast<int64_t>(routing_.experts().size());
+    counters.bytes_read.fetch_add(experts * bytes, std::memory_order_relaxed);
   }
 
   void Stage() {
@@ -113,7 +124,7 @@ class ForwardPass {
       // the pool's.
       pool_.For(1, [&](int64_t, int) {
         const int32_t token = 0;
-        Path::StageRows(FormOf(routing_.experts()[0]), args_.dtype, Row(0), 0, &token, 1,
+        Path::StageRows(FormOf(routing_.experts()[0]), args_.input_dtype, Row(0), 0, &token, 1,
                         HiddenSize(), staged_);
       });
       return;
@@ -129,7 +140,7 @@ class ForwardPass {
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
-      Path::StageRows(block.form, args_.dtype, Row(0), args_.hidden_stride,
+      Path::StageRows(block.form, args_.input_dtype, Row(0), args_.hidden_stride,
                       &routing_.tokens()[block.pair], block.tokens, HiddenSize(), block.staged);
     });
   }
@@ -181,8 +192,8 @@ class ForwardPass {
                    Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(g), gate_bias[i]),
                                  Isa::Add(Isa::Load(g + tokens * kTileRows), up_bias[i])));
       }
-      Path::StageFeatures(FormOf(expert), args_.dtype, h, row, static_cast<int>(rows), t, tokens,
-                          Intermediate(), block);
+      Path::StageFeatures(FormOf(expert), args_.input_dtype, h, row, static_cast<int>(rows), t,
+                          tokens, Intermediate(), block);
     }
   }
 
@@ -200,8 +211,13 @@ class ForwardPass {
     const int64_t rows = std::min(end * kTileRows, HiddenSize()) - row;
     for (int64_t t = 0; t < tokens_; ++t) {
       std::byte* out = static_cast<std::byte*>(args_.output) +
-                       ((begin_ + t) * HiddenSize() + row) * ByteSize(args_.dtype);
-      ConvertRow(args_.dtype, sums + t * width * kTileRows, rows, out);
+                       ((begin_ + t) * HiddenSize() + row) * ByteSize(args_.output_dtype);
+      const float* sum = sums + t * width * kTileRows;
+      if (args_.accumulate) {
+        AddRow(sum, rows, reinterpret_cast<float*>(out));
+      } else {
+        ConvertRow(args_.output_dtype, sum, rows, out);
+      }
     }
   }
 
@@ -277,7 +293,7 @@ class ForwardPass {
   int64_t Intermediate() const { return op_.config().intermediate_size; }
   const std::byte* Row(int64_t token) const {
     return static_cast<const std::byte*>(args_.hidden_states) +
-           (begin_ + token) * args_.hidden_stride * ByteSize(args_.dtype);
+           (begin_ + token) * args_.hidden_stride * ByteSize(args_.input_dtype);
   }
   // The address at which the block of an expert's tokens from `begin` on is staged. An expert has
   // room for any staged form, and the blocks of an expert follow one another.

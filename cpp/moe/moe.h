@@ -7,6 +7,7 @@
 #include "base/float_types.h"
 #include "formats/weight_format.h"
 #include "moe/config.h"
+#include "moe/counters.h"
 #include "moe/routing.h"
 #include "moe/workspace.h"
 #include "packing/raw_matrix.h"
@@ -32,7 +33,12 @@ struct ExpertDestination {
 
 struct ForwardArgs {
   RoutingInput routing;
-  DType dtype = DType::kBf16;  // of hidden_states and output
+  DType input_dtype = DType::kBf16;   // of hidden_states
+  DType output_dtype = DType::kBf16;  // of output; any combination is possible
+  // Whether the results are added onto what `output` holds, which must then be fp32. The sum over a
+  // token's experts is complete before it is added, so that the addition rounds once. Otherwise
+  // `output` is overwritten.
+  bool accumulate = false;
   // Whether activations of an fp32 call may be rounded to bf16. Otherwise they keep 21 bits or
   // more. Calls in other dtypes always allow it. The int8 path ignores this field and rounds to
   // int8.
@@ -40,7 +46,8 @@ struct ForwardArgs {
   const void* hidden_states = nullptr;  // [tokens, hidden_size], rows hidden_stride elements apart
   int64_t hidden_stride = 0;
   int64_t tokens = 0;
-  void* output = nullptr;  // [tokens, hidden_size], dense, overwritten
+  LayerCounters* counters = nullptr;  // to which the call adds; may be null
+  void* output = nullptr;             // [tokens, hidden_size], dense; undefined after an exception
 };
 
 class Moe {
@@ -54,11 +61,16 @@ class Moe {
   // format. The expert then has no weights.
   virtual void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) = 0;
 
+  // Gives the memory of an expert's weights back to the system. The expert then has no weights, and
+  // takes memory again when it is packed again. Throws std::out_of_range and std::system_error.
+  virtual void Evict(int64_t expert) = 0;
+
   // Writes the checkpoint bytes of a packed expert to `out`.
   virtual void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const = 0;
 
-  // output[t] = sum over the token's experts of weight * expert(hidden_states[t]). Only one thread
-  // at a time may call Forward with a given workspace.
+  // output[t] = sum over the token's experts of weight * expert(hidden_states[t]), or += (see
+  // ForwardArgs::accumulate). Only one thread at a time may call Forward with a given workspace.
+  // Throws std::invalid_argument and std::out_of_range.
   virtual void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const = 0;
 };
 

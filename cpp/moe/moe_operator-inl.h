@@ -62,10 +62,13 @@ class MoeOperator : public Moe {
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) final {
     weights_.Pack(expert, source, pool);
   }
+  void Evict(int64_t expert) final { weights_.Evict(expert); }
   void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const final {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
+    Require(!args.accumulate || args.output_dtype == DType::kFp32,
+            "output: results can be added onto fp32 only");
     if constexpr (HasInt8Path<Isa, Codec>) {
       if (config().precision == Precision::kInt8) {
         Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);
@@ -73,7 +76,7 @@ class MoeOperator : public Moe {
       }
     }
     if constexpr (RoundsActivations<Isa>) {
-      if (args.dtype == DType::kFp32 && !args.fp32_as_bf16) {
+      if (args.input_dtype == DType::kFp32 && !args.fp32_as_bf16) {
         Forward<PrecisePathOf<Isa, Codec>>(args, pool, workspace);
         return;
       }

@@ -92,4 +92,9 @@ inline void ConvertRow(DType dtype, const float* in, int64_t count, std::byte* o
   }
 }
 
+// out[i] += in[i].
+inline void AddRow(const float* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] += in[i];
+}
+
 }  // namespace cpumoe

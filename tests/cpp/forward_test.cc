@@ -116,6 +116,55 @@ TEST_P(ForwardTest, DTypesIdsAndStrides) {
   }
 }
 
+// The output's dtype decides how the fp32 sum is rounded, and nothing else.
+TEST_P(ForwardTest, AnyOutputDTypeForAnyInputDType) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32});
+  const auto moe = Create(layer);
+  for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+    for (const int64_t tokens : {1, 15}) {
+      BatchSpec spec = {.tokens = tokens, .dtype = dtype, .output_dtype = DType::kFp32};
+      const std::vector<double> exact =
+          Numbers(DType::kFp32, Forward(*moe, Batch(layer.config(), spec)));
+      for (const DType output : {DType::kBf16, DType::kFp16}) {
+        spec.output_dtype = output;
+        const std::vector<double> rounded =
+            Numbers(output, Forward(*moe, Batch(layer.config(), spec)));
+        ASSERT_EQ(rounded.size(), exact.size());
+        for (size_t i = 0; i < exact.size(); ++i) {
+          const auto sum = static_cast<float>(exact[i]);
+          EXPECT_EQ(rounded[i], output == DType::kBf16 ? Bf16::FromFloat(sum).ToFloat()
+                                                       : Fp16::FromFloat(sum).ToFloat());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ForwardTest, AccumulateAddsTheWholeSumOnce) {
+  const TestLayer layer(format(), LayerSpec{.intermediate = 32, .has_bias = true});
+  const auto moe = Create(layer);
+  SerialPool pool;
+  Workspace workspace;
+  for (const DType dtype : {DType::kBf16, DType::kFp32}) {
+    const BatchSpec spec = {.tokens = 17, .dtype = dtype, .output_dtype = DType::kFp32};
+    Batch batch(layer.config(), spec);
+    batch.ids[2] = batch.ids[3] = -1;  // token 1 keeps what is there
+    ForwardArgs args = batch.Args(nullptr);
+    args.fp32_as_bf16 = GetParam().fp32_as_bf16;
+    std::vector<float> sums(spec.tokens * layer.config().hidden_size, NAN);
+    args.output = sums.data();
+    moe->Forward(args, pool, workspace);
+    std::vector<float> output(sums.size());
+    for (size_t i = 0; i < output.size(); ++i) output[i] = 0.37f * static_cast<float>(i % 13);
+    std::vector<float> expected = output;
+    for (size_t i = 0; i < output.size(); ++i) expected[i] += sums[i];
+    args.output = output.data();
+    args.accumulate = true;
+    moe->Forward(args, pool, workspace);
+    EXPECT_EQ(output, expected);
+  }
+}
+
 TEST_P(ForwardTest, SkipsWhatIsNotOurs) {
   const TestLayer layer(format(), LayerSpec{.intermediate = 32});
   const auto moe = Create(layer);

@@ -171,6 +171,36 @@ TEST_P(MoeErrorsTest, IdsOutOfRange) {
   }
 }
 
+TEST_P(MoeErrorsTest, AnEvictedExpertHasNoWeightsUntilItIsPackedAgain) {
+  const TestLayer layer(format(), LayerSpec{.has_bias = true});
+  const auto moe = Create(layer);
+  const Batch batch(layer.config(), BatchSpec{.tokens = 2, .top_k = 4});
+  const std::vector<std::byte> expected = Forward(*moe, batch);
+  moe->Evict(2);
+  moe->Evict(2);
+  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }),
+            "expert 2 has no weights, but a token is routed to it; pack it first");
+  SerialPool pool;
+  moe->Pack(2, layer.Source(2), pool);
+  EXPECT_EQ(Forward(*moe, batch), expected);
+  EXPECT_EQ(MessageOf<std::out_of_range>([&] { moe->Evict(4); }),
+            "expert 4 is not one of the layer's 4");
+}
+
+TEST_P(MoeErrorsTest, AccumulateNeedsAnFp32Output) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer);
+  SerialPool pool;
+  Workspace workspace;
+  for (const DType output : {DType::kBf16, DType::kFp16}) {
+    const Batch batch(layer.config(), BatchSpec{.output_dtype = output});
+    ForwardArgs args = batch.Args(nullptr);
+    args.accumulate = true;
+    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { moe->Forward(args, pool, workspace); }),
+              "output: results can be added onto fp32 only");
+  }
+}
+
 TEST_P(MoeErrorsTest, NbytesIsAboutTheCheckpointsSize) {
   const TestLayer layer(format(), LayerSpec{.has_bias = true});
   const auto moe = Create(layer.config());

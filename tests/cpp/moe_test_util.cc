@@ -128,7 +128,8 @@ ForwardArgs Batch::Args(void* output) const {
                       .weights = weights.data(),
                       .mask = mask.empty() ? nullptr : mask.data(),
                       .top_k = spec_.top_k},
-          .dtype = spec_.dtype,
+          .input_dtype = spec_.dtype,
+          .output_dtype = spec_.OutputDType(),
           .hidden_states = hidden_states_.data(),
           .hidden_stride = stride_,
           .tokens = spec_.tokens,
@@ -159,7 +160,7 @@ std::vector<std::byte> MoeTest::Forward(const Moe& moe, const Batch& batch, Thre
                                         Workspace& workspace) const {
   const int64_t elements = batch.spec().tokens * moe.config().hidden_size;
   // All bits set is NaN in every dtype, so elements that are not written fail the comparison.
-  std::vector<std::byte> output(elements * ByteSize(batch.spec().dtype), std::byte{0xff});
+  std::vector<std::byte> output(elements * ByteSize(batch.spec().OutputDType()), std::byte{0xff});
   ForwardArgs args = batch.Args(output.data());
   args.fp32_as_bf16 = GetParam().fp32_as_bf16;
   moe.Forward(args, pool, workspace);
@@ -181,7 +182,7 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
       keeps_fp32 ? std::numeric_limits<float>::digits : run_.probe().activation_bits,
       precision() == Precision::kInt8, kernels().digits};
   const Expectation expected = Expect(layer, batch, rounding);
-  ExpectClose(expected, Numbers(batch.spec().dtype, output), layer.config().hidden_size);
+  ExpectClose(expected, Numbers(batch.spec().OutputDType(), output), layer.config().hidden_size);
 }
 
 void MoeTest::CheckForward(const LayerSpec& layer_spec, const BatchSpec& batch_spec) const {

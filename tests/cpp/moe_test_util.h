@@ -52,10 +52,13 @@ class TestLayer {
 struct BatchSpec {
   int64_t tokens = 5;
   int64_t top_k = 2;
-  DType dtype = DType::kFp32;
+  DType dtype = DType::kFp32;              // of hidden_states
+  std::optional<DType> output_dtype = {};  // of the output; none: as hidden_states
   bool ids_are_64_bit = true;
   int64_t row_gap = 0;     // elements between the rows of hidden_states
   float magnitude = 1.0f;  // of hidden_states
+
+  DType OutputDType() const { return output_dtype.value_or(dtype); }
 };
 
 // The input tensors of a forward call. Ids and the mask may be changed before the call.
