@@ -23,17 +23,23 @@ from cpumoe.integrations.transformers import CpuExperts, LanguageModel
 
 
 class TimedEngine:
-    """Stands before a layer's engine and notes the seconds of each call."""
+    """Stands before a layer's calls and notes the seconds of each."""
 
-    def __init__(self, engine: Any) -> None:
-        """Stands before `engine`."""
-        self._engine = engine
+    def __init__(self, calls: Any) -> None:
+        """Stands before `calls`."""
+        self._calls = calls
+        self._call: Any = None
         self.seconds: list[float] = []
 
-    def forward(self, runtime: Any, tensors: Any) -> None:
+    def get(self, *properties: Any) -> TimedEngine:
+        """Stands before the call that has these properties."""
+        self._call = self._calls.get(*properties)
+        return self
+
+    def run(self, *addresses: int) -> None:
         """Makes the engine's call."""
         start = time.perf_counter()
-        self._engine.forward(runtime, tensors)
+        self._call.run(*addresses)
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -45,7 +51,7 @@ def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
     engines, python = [], []
     for module in modules:
         experts: Any = module.experts
-        engine = experts._moe = TimedEngine(experts._moe)
+        engine = experts._calls = TimedEngine(experts._calls)
         module.register_forward_hook(_note_python(module, engine, python))
         engines.append(engine)
     result = model.generate(ids, Sampling(tokens, temperature=0))
@@ -80,11 +86,11 @@ def _dispatch(module: CpuExperts, repeats: int = 2000) -> float:
     experts.expert_mask = torch.ones(experts.num_experts, dtype=torch.bool)
     x = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)
     ids, weights = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6)
-    experts._moe.seconds.clear()
+    experts._calls.seconds.clear()
     with torch.inference_mode():
         for _ in range(repeats):
             module(x, ids, weights)
-    return float(statistics.median(experts._moe.seconds))
+    return float(statistics.median(experts._calls.seconds))
 
 
 def main() -> None:

@@ -13,8 +13,8 @@
 #include "base/bits.h"
 #include "base/check.h"
 #include "bindings/bindings.h"
-#include "bindings/runtime.h"
 #include "dispatch/variant_loader.h"
+#include "engine/runtime.h"
 
 namespace py = pybind11;
 
@@ -36,8 +36,8 @@ class ReadBuffer {
     Require(bytes > 0, "bytes: must be positive, got ", bytes);
     chunks_ = CeilDiv(bytes, kChunkBytes);
     buffer_ = AlignedBuffer(static_cast<size_t>(chunks_ * kChunkBytes));
-    runtime.Execute([&](ThreadPool& pool, Workspace&) {
-      ForChunks(pool, [](std::byte* chunk) { std::memset(chunk, 0, kChunkBytes); });
+    runtime.Execute([&](Node& node) {
+      ForChunks(node.pool(), [](std::byte* chunk) { std::memset(chunk, 0, kChunkBytes); });
     });
   }
 
@@ -47,9 +47,9 @@ class ReadBuffer {
   double Read(Runtime& runtime, const std::string& isa, const std::string& origin) const {
     const VariantApi& variant = LoadVariant(isa, origin);
     double seconds = 0;
-    runtime.Execute([&](ThreadPool& pool, Workspace&) {
+    runtime.Execute([&](Node& node) {
       seconds = SecondsOf([&] {
-        ForChunks(pool, [&](const std::byte* chunk) {
+        ForChunks(node.pool(), [&](const std::byte* chunk) {
           variant.read(reinterpret_cast<const float*>(chunk), kChunkFloats);
         });
       });
@@ -109,9 +109,9 @@ std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
   Require(peak != nullptr, "variant ", isa, " has no loop for precision \"", precision, "\"");
   std::atomic<int64_t> done{0};
   double seconds = 0;
-  runtime.Execute([&](ThreadPool& pool, Workspace&) {
+  runtime.Execute([&](Node& node) {
     seconds = SecondsOf([&] {
-      pool.For(tasks, [&](int64_t /*task*/, int /*thread*/) { done += peak->run(rounds); });
+      node.pool().For(tasks, [&](int64_t /*task*/, int /*thread*/) { done += peak->run(rounds); });
     });
   });
   return {done, seconds};

@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "bindings/runtime.h"
-#include "dispatch/cpu_features.h"
+#include "engine/runtime.h"
 #include "threading/topology.h"
 
 namespace py = pybind11;
@@ -40,12 +39,11 @@ void BindRuntime(py::module_& m) {
   m.def("topology", [] { return ReadTopology(); }, "The CPUs that this process may use.");
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
-      .def(py::init([](int threads, bool pin, std::vector<int> cpus) {
-             DetectFeatures();  // must run before threads exist
-             return std::make_shared<Runtime>(
-                 PinnedPool::Options{.threads = threads, .pin = pin, .cpus = std::move(cpus)});
+      .def(py::init([](int threads, std::vector<int> cpus, bool callers_compute) {
+             return Runtime::Create({.node = {.threads = threads, .cpus = std::move(cpus)},
+                                     .callers_compute = callers_compute});
            }),
-           py::arg("threads"), py::arg("pin"), py::arg("cpus"))
+           py::kw_only(), py::arg("threads"), py::arg("cpus"), py::arg("callers_compute") = true)
       .def("close", &Runtime::Close, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -7,7 +7,8 @@ namespace cpumoe {
 
 void BindIsa(pybind11::module_& m);
 void BindRuntime(pybind11::module_& m);
-void BindExperts(pybind11::module_& m);
+void BindLayer(pybind11::module_& m);
+void BindCall(pybind11::module_& m);
 void BindLimits(pybind11::module_& m);
 
 }  // namespace cpumoe

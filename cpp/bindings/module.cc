@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Bindings of cpumoe's C++ engine; use the cpumoe package instead.";
   cpumoe::BindIsa(m);
   cpumoe::BindRuntime(m);
-  cpumoe::BindExperts(m);
+  cpumoe::BindLayer(m);
+  cpumoe::BindCall(m);
   cpumoe::BindLimits(m);
 }

@@ -106,6 +106,12 @@ std::vector<std::string> SupportedIsas(const FeatureSet& cpu) {
   return names;
 }
 
+std::string BestIsa(const FeatureSet& cpu) {
+  const std::vector<std::string> supported = SupportedIsas(cpu);
+  if (supported.empty()) throw std::runtime_error("this CPU can run none of the built variants");
+  return supported.back();
+}
+
 const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu,
                          const std::string& origin) {
   const std::string works = Join(SupportedIsas(cpu));

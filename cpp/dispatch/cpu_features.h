@@ -39,6 +39,9 @@ std::vector<std::string> MissingFeatures(const IsaRow& isa, const FeatureSet& cp
 // The names of the built ISAs that `cpu` can run, in the order of KnownIsas.
 std::vector<std::string> SupportedIsas(const FeatureSet& cpu);
 
+// Returns the last of SupportedIsas, which is the best. Throws std::runtime_error if there is none.
+std::string BestIsa(const FeatureSet& cpu);
+
 // Returns the row called `name`, if it is built and `cpu` can run it. Otherwise throws
 // std::invalid_argument, which says what is missing and what would work. `origin` names the source
 // of the request, e.g. "CPUMOE_ISA".

@@ -101,7 +101,7 @@ bool Completion::WaitFor(std::chrono::nanoseconds timeout) {
   return Done();
 }
 
-Executor::Executor() : queue_(std::make_shared<Queue>()) {}
+Executor::Executor(int cpu) : cpu_(cpu), queue_(std::make_shared<Queue>()) {}
 
 Executor::~Executor() {
   if (fork_guard_.forked()) {
@@ -127,6 +127,7 @@ std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
     if (!queue_->started) {
       queue_->driver = StartThread("cpumoe-exec", [queue = queue_] { Drive(*queue); });
       queue_->started = true;
+      if (cpu_ != kAnyCpu) PinThread(queue_->driver, cpu_);
     }
     queue_->entries.push_back({std::move(job), completion});
   }

@@ -41,7 +41,11 @@ class Completion {
 
 class Executor {
  public:
-  Executor();
+  static constexpr int kAnyCpu = -1;
+
+  // The driver will run on `cpu`, or, if that is kAnyCpu or the operating system refuses, wherever
+  // the operating system puts it.
+  explicit Executor(int cpu = kAnyCpu);
   // Runs the queued jobs, then ends the driver. If the destructor runs on the driver thread (a job
   // owned the executor), the driver does both after the destructor has returned. In a forked child
   // the queue is leaked.
@@ -58,6 +62,7 @@ class Executor {
   static void Drive(Queue& queue);
 
   const ForkGuard fork_guard_;
+  const int cpu_;
   std::shared_ptr<Queue> queue_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -25,6 +26,12 @@ int CheckedThreads(int threads) {
   return threads;
 }
 
+// The CPUs that the pool's threads share.
+size_t UsableCpus(const PinnedPool::Options& options) {
+  if (!options.pin || options.cpus.empty()) return ProcessAffinity().size();
+  return std::set<int>(options.cpus.begin(), options.cpus.end()).size();
+}
+
 class BusyScope {
  public:
   explicit BusyScope(std::atomic<bool>& busy) : busy_(busy) {
@@ -46,7 +53,7 @@ class BusyScope {
 
 PinnedPool::PinnedPool(const Options& options)
     : threads_(CheckedThreads(options.threads)),
-      crowded_(static_cast<size_t>(threads_) > ProcessAffinity().size()),
+      crowded_(static_cast<size_t>(threads_) > UsableCpus(options)),
       spin_(options.spin),
       caller_wait_(spin_, crowded_) {
   StartWorkers(options);

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'ForwardTensors', 'IsaRow', 'Matrix', 'Moe', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology', 'version']
+__all__: list[str] = ['Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -90,57 +90,9 @@ class Topology:
     def quota(self) -> float:
         ...
 class Runtime:
-    def __init__(self, threads: typing.SupportsInt | typing.SupportsIndex, pin: bool, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+    def __init__(self, *, threads: typing.SupportsInt | typing.SupportsIndex, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], callers_compute: bool = True) -> None:
         ...
     def close(self) -> None:
-        ...
-class DType:
-    """
-    Members:
-    
-      BF16
-    
-      FP16
-    
-      FP32
-    """
-    BF16: typing.ClassVar[DType]
-    FP16: typing.ClassVar[DType]
-    FP32: typing.ClassVar[DType]
-    __members__: typing.ClassVar[dict[str, DType]]
-    @typing.overload
-    def __eq__(self, other: DType) -> bool:
-        ...
-    @typing.overload
-    def __eq__(self, other: typing.Any) -> bool:
-        ...
-    def __getstate__(self) -> int:
-        ...
-    def __hash__(self) -> int:
-        ...
-    def __index__(self) -> int:
-        ...
-    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __int__(self) -> int:
-        ...
-    @typing.overload
-    def __ne__(self, other: DType) -> bool:
-        ...
-    @typing.overload
-    def __ne__(self, other: typing.Any) -> bool:
-        ...
-    def __repr__(self) -> str:
-        ...
-    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __str__(self) -> str:
-        ...
-    @property
-    def name(self) -> str:
-        ...
-    @property
-    def value(self) -> int:
         ...
 class Precision:
     """
@@ -191,10 +143,86 @@ class MoeConfig:
     def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 class Matrix:
-    def __init__(self, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-class ForwardTensors:
-    def __init__(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, element: DType, ids: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, weights: typing.SupportsInt | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, fp32_as_bf16: bool = False) -> None:
+class LayerStatistics:
+    @property
+    def bytes_read(self) -> int:
+        ...
+    @property
+    def calls(self) -> int:
+        ...
+    @property
+    def expert_tokens(self) -> list[int]:
+        ...
+    @property
+    def seconds(self) -> float:
+        ...
+class Layer:
+    def __init__(self, *, isa: str, origin: str, format: str, config: MoeConfig) -> None:
+        ...
+    def evict(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Gives the memory of an expert's weights back to the system, once no call uses them.
+        """
+    def pack(self, *, runtime: Runtime, first: typing.SupportsInt | typing.SupportsIndex, experts: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"] | None]]) -> None:
+        ...
+    def statistics(self) -> LayerStatistics:
+        """
+        Sums over all calls since the layer was made.
+        """
+    def unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, matrices: typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], intermediate_begin: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    @property
+    def nbytes(self) -> int:
+        ...
+class DType:
+    """
+    Members:
+    
+      BF16
+    
+      FP16
+    
+      FP32
+    """
+    BF16: typing.ClassVar[DType]
+    FP16: typing.ClassVar[DType]
+    FP32: typing.ClassVar[DType]
+    __members__: typing.ClassVar[dict[str, DType]]
+    @typing.overload
+    def __eq__(self, other: DType) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: DType) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
         ...
 class SubmittedCall:
     def done(self) -> bool:
@@ -203,19 +231,12 @@ class SubmittedCall:
         ...
     def wait_for(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
         ...
-class Moe:
-    def __init__(self, isa: str, origin: str, format: str, config: MoeConfig) -> None:
+class Call:
+    def __init__(self, *, runtime: Runtime, layer: Layer, input_dtype: DType, output_dtype: DType, accumulate: bool = False, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, mask: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         ...
-    def forward(self, runtime: Runtime, tensors: ForwardTensors) -> None:
+    def run(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def pack(self, runtime: Runtime, first: typing.SupportsInt | typing.SupportsIndex, experts: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"] | None]]) -> None:
-        ...
-    def submit(self, runtime: Runtime, tensors: ForwardTensors, owned: typing.Any) -> SubmittedCall:
-        ...
-    def unpack(self, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, matrices: typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], intermediate_begin: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    @property
-    def nbytes(self) -> int:
+    def submit(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, *, owned: typing.Any, copy_inputs: bool = False) -> SubmittedCall:
         ...
 class ReadBuffer:
     def __init__(self, runtime: Runtime, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:

@@ -71,7 +71,7 @@ def checked_stack(
 
 
 def pack_experts(
-    moe: _core.Moe,
+    layer: _core.Layer,
     experts: Iterable[ExpertWeights],
     *,
     row: WeightFormat,
@@ -97,7 +97,7 @@ def pack_experts(
             arguments.append((views, starts or None))
             own = [bias.clone() for bias in given]
             kept.append((own[0], own[1], own[2]) if own else None)
-        moe.pack(runtime.core, first, arguments)
+        layer.pack(runtime=runtime.core, first=first, experts=arguments)
     return kept
 
 

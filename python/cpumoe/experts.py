@@ -11,6 +11,7 @@ import torch
 from cpumoe import _core
 from cpumoe._arguments import (
     Call,
+    Calls,
     MatrixStack,
     check_mask,
     integer,
@@ -119,11 +120,14 @@ class Experts:
             batch_invariant=batch_invariant,
             few_token_limit=crossover,
         )
-        self._moe = _core.Moe(self._isa, origin, self._format.name, config)
+        self._layer = _core.Layer(
+            isa=self._isa, origin=origin, format=self._format.name, config=config
+        )
+        self._calls = Calls(self._layer)
         self._mask: torch.Tensor | None = None
         self.expert_mask = expert_mask
         self._biases = pack_experts(
-            self._moe,
+            self._layer,
             experts,
             row=self._format,
             hidden_size=hidden_size,
@@ -307,7 +311,7 @@ class Experts:
                 input has a tangent of forward-mode differentiation.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
-        self._moe.forward(self.runtime.core, call.tensors)
+        call.engine.run(*call.addresses)
         return call.output
 
     def submit(
@@ -324,7 +328,7 @@ class Experts:
         `Future.result`.
         """
         call = self._prepare(hidden_states, topk_ids, topk_weights)
-        return Future(self._moe.submit(self.runtime.core, call.tensors, owned=call), call.output)
+        return Future(call.engine.submit(*call.addresses, owned=call), call.output)
 
     def export(self, expert_id: int) -> ExpertWeights:
         """Returns an expert's weights as its checkpoint stores them, bit for bit.
@@ -345,7 +349,9 @@ class Experts:
         gate, up = self._empty(inner, hidden), self._empty(inner, hidden)
         down = self._empty(hidden, inner)
         views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
-        self._moe.unpack(self.runtime.core, expert_id, views, 0)
+        self._layer.unpack(
+            runtime=self.runtime.core, expert=expert_id, matrices=views, intermediate_begin=0
+        )
         return ExpertWeights(gate, up, down, *(self._biases[expert_id] or ()))
 
     @property
@@ -392,7 +398,7 @@ class Experts:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights in memory."""
-        return self._moe.nbytes
+        return self._layer.nbytes
 
     @property
     def runtime(self) -> Runtime:
@@ -402,6 +408,7 @@ class Experts:
     @runtime.setter
     def runtime(self, runtime: Runtime | None) -> None:
         self._runtime = runtime
+        self._calls = Calls(self._layer)  # which would keep the other runtime alive
 
     @property
     def expert_mask(self) -> torch.Tensor | None:
@@ -443,6 +450,8 @@ class Experts:
             self._num_experts,
             self._hidden_size,
             self._precision,
+            self._calls,
+            self.runtime.core,
         )
 
     def _empty(self, rows: int, columns: int) -> QuantizedMatrix:

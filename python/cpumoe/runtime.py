@@ -50,7 +50,7 @@ class Runtime:
             )
         self._pin = pin
         self._closed = False
-        self.core = _core.Runtime(self._threads, pin, topology.cores if pin else [])
+        self.core = _core.Runtime(threads=self._threads, cpus=topology.cores if pin else [])
 
     @property
     def threads(self) -> int:

@@ -3,8 +3,6 @@
 #include <gtest/gtest.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpp/forked_child.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
@@ -260,20 +259,9 @@ TEST(Executor, ForkedChildGetsErrorsAndExits) {
   const auto done = executor->Submit([] {});
   done->Wait();
   const auto pending = executor->Submit([&] { gate.Pass(); });
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(60);
-    int result = 100;
-    try {
-      result = CheckInChild(std::move(executor), *done, *pending);
-    } catch (...) {
-    }
-    _exit(result);
-  }
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status)) << "the child hung or died";
-  EXPECT_EQ(WEXITSTATUS(status), 0);
+  const int result =
+      ResultInChild([&] { return CheckInChild(std::move(executor), *done, *pending); });
+  EXPECT_EQ(result, 0);
   gate.Open();
   pending->Wait();
 }

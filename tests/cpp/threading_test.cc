@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpp/forked_child.h"
 #include "threading/os_thread.h"
 #include "threading/pinned_pool.h"
 #include "threading/thread_pool.h"
@@ -44,24 +45,6 @@ double CpuSeconds() {
     return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
   };
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
-// Runs body() in a forked child and returns its result; -1 if the child hung or died.
-template <class Body>
-int ResultInChild(Body body) {
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(60);
-    int result = 100;
-    try {
-      result = body();
-    } catch (...) {
-    }
-    _exit(result);
-  }
-  int status = 0;
-  if (waitpid(child, &status, 0) != child || !WIFEXITED(status)) return -1;
-  return WEXITSTATUS(status);
 }
 
 // Runs body(thread) once on every thread of the pool at the same time.

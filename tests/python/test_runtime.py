@@ -169,7 +169,7 @@ def test_a_submitted_call_owns_its_tensors(weights):
     # An exception such as Ctrl-C may come before there is a future.
     experts = weights.pack(isa="generic")
     call = experts._prepare(*inputs(weights, tokens=50))
-    submitted = experts._moe.submit(experts.runtime.core, call.tensors, owned=call)
+    submitted = call.engine.submit(*call.addresses, owned=call)
     output = weakref.ref(call.output)
     del call
     assert output() is not None
@@ -220,7 +220,6 @@ def test_the_gil_is_released_during_a_call(weights):
     """Python never takes the GIL away here, so other threads run only if a call releases it."""
     experts = weights.pack()
     call = experts._prepare(*inputs(weights, tokens=30))
-    core, forward = experts.runtime.core, experts._moe.forward
     inside = False
     seen = threading.Event()
 
@@ -229,7 +228,7 @@ def test_the_gil_is_released_during_a_call(weights):
         deadline = time.monotonic() + 60
         while not seen.is_set() and time.monotonic() < deadline:
             inside = True
-            forward(core, call.tensors)
+            call.engine.run(*call.addresses)
             inside = False
 
     interval = exchange_switch_interval(1000.0)

@@ -1,0 +1,152 @@
+// The weights of a layer: its configuration, the matrices to pack, the layer itself.
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "bindings/bindings.h"
+#include "engine/layer.h"
+#include "engine/runtime.h"
+#include "moe/moe.h"
+
+namespace py = pybind11;
+
+namespace cpumoe {
+namespace {
+
+// Throws std::invalid_argument if `address` is null. `name` names the argument in the message.
+template <class... Parts>
+void RequireAddress(uintptr_t address, const Parts&... name) {
+  Require(address != 0, name..., ": expected an address, got a null pointer");
+}
+template <class... Parts>
+void RequireSize(int64_t size, const Parts&... name) {
+  Require(size >= 0, name..., ": expected 0 or more, got ", size);
+}
+
+// A matrix as Python describes it, with addresses and strides in bytes.
+struct MatrixArgs {
+  std::string name;
+  int64_t rows, columns;
+  uintptr_t codes;
+  int64_t codes_stride;
+  uintptr_t scales;
+  int64_t scales_stride;
+
+  template <class Byte>
+  RawMatrixOf<Byte> View() const {
+    return {rows,
+            columns,
+            reinterpret_cast<Byte*>(codes),
+            codes_stride,
+            reinterpret_cast<Byte*>(scales),
+            scales_stride,
+            name.c_str()};
+  }
+};
+
+// The gate, up and down matrices of an expert, and the addresses of its three biases if it has
+// biases.
+using ExpertArgs = std::pair<std::array<MatrixArgs, 3>, std::optional<std::array<uintptr_t, 3>>>;
+
+void Pack(Layer& self, Runtime& runtime, int64_t first, const std::vector<ExpertArgs>& experts) {
+  std::vector<ExpertSource> sources;
+  sources.reserve(experts.size());
+  for (const auto& [matrices, biases] : experts) {
+    ExpertSource& source = sources.emplace_back();
+    source.gate = matrices[0].View<const std::byte>();
+    source.up = matrices[1].View<const std::byte>();
+    source.down = matrices[2].View<const std::byte>();
+    if (!biases) continue;
+    constexpr std::array kNames = {"gate_bias", "up_bias", "down_bias"};
+    for (size_t i = 0; i < kNames.size(); ++i) {
+      RequireAddress((*biases)[i], "expert ", first + std::ssize(sources) - 1, ": ", kNames[i]);
+    }
+    source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
+    source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
+    source.down_bias = reinterpret_cast<const float*>((*biases)[2]);
+  }
+  self.Pack(runtime, first, sources);
+}
+
+void Unpack(const Layer& self, Runtime& runtime, int64_t expert,
+            const std::array<MatrixArgs, 3>& matrices, int64_t intermediate_begin) {
+  const ExpertDestination out = {.gate = matrices[0].View<std::byte>(),
+                                 .up = matrices[1].View<std::byte>(),
+                                 .down = matrices[2].View<std::byte>(),
+                                 .intermediate_begin = intermediate_begin};
+  self.Unpack(runtime, expert, out);
+}
+
+}  // namespace
+
+void BindLayer(py::module_& m) {
+  py::enum_<Precision>(m, "Precision")
+      .value("BF16", Precision::kBf16)
+      .value("INT8", Precision::kInt8);
+
+  py::class_<MoeConfig>(m, "MoeConfig")
+      .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                       float alpha, std::optional<float> limit, float up_offset, bool has_bias,
+                       Precision precision, bool batch_invariant, int few_token_limit) {
+             const float infinity = std::numeric_limits<float>::infinity();
+             return MoeConfig{.num_experts = num_experts,
+                              .hidden_size = hidden_size,
+                              .intermediate_size = intermediate_size,
+                              .swiglu = {alpha, limit.value_or(infinity), up_offset},
+                              .has_bias = has_bias,
+                              .precision = precision,
+                              .batch_invariant = batch_invariant,
+                              .few_token_limit = few_token_limit};
+           }),
+           py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
+           py::arg("has_bias"), py::arg("precision"), py::arg("batch_invariant"),
+           py::arg("few_token_limit"));
+
+  py::class_<MatrixArgs>(m, "Matrix")
+      .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
+                       int64_t codes_stride, uintptr_t scales, int64_t scales_stride) {
+             RequireSize(rows, name, " rows");
+             RequireSize(columns, name, " columns");
+             if (rows > 0 && columns > 0) {
+               RequireAddress(codes, name, " codes");
+               RequireAddress(scales, name, " scales");
+             }
+             return MatrixArgs{std::move(name), rows,   columns,      codes,
+                               codes_stride,    scales, scales_stride};
+           }),
+           py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
+           py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"));
+
+  py::class_<Layer::Statistics>(m, "LayerStatistics")
+      .def_readonly("calls", &Layer::Statistics::calls)
+      .def_readonly("seconds", &Layer::Statistics::seconds)
+      .def_readonly("bytes_read", &Layer::Statistics::bytes_read)
+      .def_readonly("expert_tokens", &Layer::Statistics::expert_tokens);
+
+  py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
+      .def(py::init(&Layer::Create), py::kw_only(), py::arg("isa"), py::arg("origin"),
+           py::arg("format"), py::arg("config"))
+      .def_property_readonly("nbytes", &Layer::nbytes)
+      .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("first"), py::arg("experts"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("evict", &Layer::Evict, py::kw_only(), py::arg("expert"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Gives the memory of an expert's weights back to the system, once no call uses them.")
+      .def("statistics", &Layer::statistics, "Sums over all calls since the layer was made.")
+      .def("unpack", &Unpack, py::kw_only(), py::arg("runtime"), py::arg("expert"),
+           py::arg("matrices"), py::arg("intermediate_begin"),
+           py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,69 @@
+// A layer of routed experts: a handle that calls share with the host.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <shared_mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/node.h"
+#include "engine/runtime.h"
+#include "moe/moe.h"
+
+namespace cpumoe {
+
+// Any thread may use a layer. A forward call never meets an expert that is half packed: packing
+// waits for the layer's calls on all runtimes, and they wait for it.
+class Layer {
+ public:
+  // A layer without weights, on variant `isa`. `origin` names who asked for the variant, for
+  // errors. Throws std::invalid_argument, OutOfMemory, and std::runtime_error if the variant's
+  // library is missing or damaged.
+  static std::shared_ptr<Layer> Create(const std::string& isa, const std::string& origin,
+                                       const std::string& format, const MoeConfig& config);
+
+  const std::string& isa() const { return isa_; }
+  const FormatInfo& format() const { return format_; }
+  const MoeConfig& config() const { return moe_->config(); }
+  size_t nbytes() const { return moe_->nbytes(); }
+
+  // Packs sources[i] as expert first + i. After an exception some of these experts have no weights.
+  void Pack(Runtime& runtime, int64_t first, std::span<const ExpertSource> sources);
+
+  // Gives the memory of an expert's weights back to the system, once no call uses them. Calls that
+  // need the expert fail until it is packed again. Throws std::out_of_range and std::system_error.
+  void Evict(int64_t expert);
+
+  // Writes the checkpoint bytes of a packed expert to `out`.
+  void Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const;
+
+  // Sums over all calls since the layer was made.
+  struct Statistics {
+    int64_t calls;                       // that have succeeded
+    double seconds;                      // that these calls took, waiting for their turn excluded
+    int64_t bytes_read;                  // of weights, see LayerCounters
+    std::vector<int64_t> expert_tokens;  // [num_experts], tokens that each expert has computed
+  };
+  Statistics statistics() const;
+
+  // The forward call itself, for a body that a runtime runs on `node`. Counts it, so that
+  // `args.counters` has no effect.
+  void Forward(const ForwardArgs& args, Node& node) const;
+
+ private:
+  Layer(std::string isa, const FormatInfo& format, std::unique_ptr<Moe> moe);
+
+  const std::string isa_;
+  const FormatInfo format_;
+  const std::unique_ptr<Moe> moe_;
+  mutable LayerCounters counters_;
+  mutable std::atomic<int64_t> calls_{0};
+  mutable std::atomic<int64_t> nanoseconds_{0};
+  mutable std::shared_mutex weights_;  // taken after the runtime's mutex
+};
+
+}  // namespace cpumoe

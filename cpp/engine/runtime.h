@@ -1,0 +1,76 @@
+// A runtime: the nodes that calls of all layers run on, and the order of these calls.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "engine/node.h"
+#include "threading/executor.h"
+#include "threading/os_thread.h"
+
+namespace cpumoe {
+
+// Any thread may make calls, also one that this process did not start through us. The calls run one
+// after the other. In a forked child every function but Close throws std::runtime_error.
+class Runtime : public std::enable_shared_from_this<Runtime> {
+ public:
+  struct Options {
+    Node::Options node;
+    // Whether a thread that makes a call computes, too. Otherwise the driver takes its place and
+    // the caller waits, so that nothing but the driver and the pool computes, on the CPUs that
+    // `node` names.
+    bool callers_compute = true;
+  };
+
+  // What runs on a node. It may throw, and must not make calls on the runtime itself.
+  using Body = std::function<void(Node&)>;
+
+  // Throws what Node throws.
+  static std::shared_ptr<Runtime> Create(const Options& options);
+
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  // Stops the threads after the queued calls have run. Later calls throw std::runtime_error. Any
+  // thread may close a runtime, also one that others use or close, but none of its own threads may.
+  void Close();
+
+  // Runs body(node), and returns when it has ended. Rethrows what the body throws.
+  template <class F>
+  void Execute(F&& body) {
+    fork_guard_.ThrowIfForked(kSubject);  // before a mutex, whose owner may not exist in a child
+    if (callers_compute_) {
+      Run(body);
+    } else {
+      ExecuteOnDriver([&body](Node& node) { body(node); });
+    }
+  }
+
+  // Queues body(node) for the driver thread. The queued body keeps the runtime alive.
+  std::shared_ptr<Completion> Submit(Body body);
+
+ private:
+  static constexpr char kSubject[] = "Runtime";
+
+  explicit Runtime(const Options& options);
+
+  template <class F>
+  void Run(F& body) {
+    const std::lock_guard lock(run_mutex_);
+    RequireOpen(node_ != nullptr);
+    body(*node_);
+  }
+  void ExecuteOnDriver(const Body& body);
+  static void RequireOpen(bool open);
+
+  const ForkGuard fork_guard_;
+  const bool callers_compute_;
+  // Locked in this order. Submitting takes submit_mutex_ alone, and never waits for a body.
+  std::mutex close_mutex_;      // held by the thread that closes
+  std::mutex run_mutex_;        // held while a body runs
+  std::mutex submit_mutex_;     // guards the node's driver
+  std::unique_ptr<Node> node_;  // null once closed; reset under all three mutexes
+};
+
+}  // namespace cpumoe
