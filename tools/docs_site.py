@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parents[1]
 # The repository's pages, and what they show or link.
 _CONTENT = ("*.md", "docs/**/*", "examples/*.md")
 # Files that get a page which shows them, and the language in which it does.
-_SOURCES = {".py": "python", ".sh": "sh", "": "text", ".txt": "text", ".json": "json"}
+_SOURCES = {".py": "python", ".h": "c", ".sh": "sh", "": "text", ".txt": "text", ".json": "json"}
 _LINK = re.compile(r"(?<=\]\()([\w./-]+)(?=[)#])")
 
 

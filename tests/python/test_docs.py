@@ -20,7 +20,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): read_page(path) for path in reposito
 EXECUTED = [n for n in PAGES if n == "README.md" or n.startswith(("docs/", "examples/"))]
 WITH_BLOCKS = [n for n in EXECUTED if any(b.language in RUN for b in PAGES[n].blocks)]
 # Languages of blocks that show something. An empty one is for output and drawings.
-SHOWN = ("", "text", "json", "toml", "yaml", "cmake", "cpp")
+SHOWN = ("", "text", "json", "toml", "yaml", "cmake", "c", "cpp")
 
 
 @pytest.fixture(scope="module")

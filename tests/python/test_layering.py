@@ -1,7 +1,7 @@
 """The direction of dependencies, read from the sources: `#include "..."` and `import` lines.
 
 base <- {threading, formats} <- kernels <- packing <- moe <- variant
-base, threading, moe, variant API <- dispatch <- engine <- bindings
+base, threading, moe, variant API <- dispatch <- engine <- {bindings, capi}
 bindings <- python <- {integrations, serving}
 {integrations, serving} <- cli
 """
@@ -30,9 +30,10 @@ MAY_INCLUDE = {
     "dispatch": {"base", "threading", "variant"},
     "engine": {"base", "threading", "variant", "dispatch", "moe"},
     "bindings": {"base", "threading", "variant", "dispatch", "moe", "engine"},
+    "capi": {"base", "threading", "variant", "dispatch", "moe", "engine"},
 }
 # Compiled once, with baseline flags. Must not reach code that is compiled per ISA (-inl.h).
-BASELINE = {"base", "threading", "dispatch", "engine", "bindings"}
+BASELINE = {"base", "threading", "dispatch", "engine", "bindings", "capi"}
 GENERATED = re.compile(
     r"\w+_table\.inc|build_id\.inc|kernels/@isa@/ops-inl\.h|moe/@format@_moe-inl\.h"
 )

@@ -1,0 +1,357 @@
+// The C interface: checks what a C program passes, and turns exceptions into statuses.
+#include "capi/cpumoe.h"
+
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <exception>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <new>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "dispatch/cpu_features.h"
+#include "engine/call.h"
+#include "engine/layer.h"
+#include "engine/pending_call.h"
+#include "engine/runtime.h"
+#include "threading/topology.h"
+#include "variant/build_id.h"
+
+struct cpumoe_runtime {
+  std::shared_ptr<cpumoe::Runtime> runtime;
+};
+struct cpumoe_layer {
+  std::shared_ptr<cpumoe::Layer> layer;
+  bool fp32_as_bf16 = false;  // of its calls
+};
+struct cpumoe_call {
+  cpumoe_call(const std::shared_ptr<cpumoe::Runtime>& runtime,
+              const std::shared_ptr<cpumoe::Layer>& layer, const cpumoe::Call::Options& options)
+      : call(runtime, layer, options) {}
+
+  cpumoe::Call call;
+  cpumoe::Call::Tensors tensors;  // those that are bound
+};
+struct cpumoe_pending {
+  cpumoe::PendingCall call;
+};
+
+namespace cpumoe {
+namespace {
+
+thread_local std::string last_error;
+
+cpumoe_status Fail(cpumoe_status status, const char* text) noexcept {
+  try {
+    last_error = text;
+  } catch (const std::bad_alloc&) {
+    last_error.clear();
+  }
+  return status;
+}
+
+cpumoe_status FailWith(const std::exception_ptr& error) noexcept {
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::invalid_argument& e) {
+    return Fail(CPUMOE_INVALID_ARGUMENT, e.what());
+  } catch (const std::out_of_range& e) {
+    return Fail(CPUMOE_OUT_OF_RANGE, e.what());
+  } catch (const OutOfMemory& e) {
+    return Fail(CPUMOE_OUT_OF_MEMORY, e.what());
+  } catch (const std::bad_alloc&) {
+    return Fail(CPUMOE_OUT_OF_MEMORY, "the system does not give the memory that this needs");
+  } catch (const std::system_error& e) {
+    return Fail(CPUMOE_SYSTEM_ERROR, e.what());
+  } catch (const std::exception& e) {
+    return Fail(CPUMOE_FAILED, e.what());
+  } catch (...) {
+    return Fail(CPUMOE_FAILED, "unknown error");
+  }
+}
+
+// Runs body(), which throws or returns a status.
+template <class Body>
+cpumoe_status Guarded(Body&& body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    return FailWith(std::current_exception());
+  }
+}
+
+template <class T>
+T& Given(T* pointer, const char* name) {
+  Require(pointer != nullptr, name, ": expected an address, got a null pointer");
+  return *pointer;
+}
+
+// A value of an enumeration whose values are 0 to `last`. C may pass any number.
+int32_t Known(int32_t value, int32_t last, const char* name) {
+  Require(value >= 0 && value <= last, name, ": unknown value ", value);
+  return value;
+}
+
+DType ToDType(int32_t dtype, const char* name) {
+  constexpr std::array kDTypes = {DType::kBf16, DType::kFp16, DType::kFp32};
+  return kDTypes[Known(dtype, CPUMOE_FP32, name)];
+}
+
+Node::Options NodeOptions(const cpumoe_runtime_options& options) {
+  Require(options.num_cpus >= 0, "num_cpus: expected 0 or more, got ", options.num_cpus);
+  if (options.num_cpus > 0) Given(options.cpus, "cpus");
+  Node::Options node;
+  for (int32_t i = 0; i < options.num_cpus; ++i) {
+    Require(options.cpus[i] >= 0, "cpus[", i, "]: expected 0 or more, got ", options.cpus[i]);
+    node.cpus.push_back(options.cpus[i]);
+  }
+  node.threads = options.threads;
+  if (node.threads == 0) {
+    node.threads = node.cpus.empty() ? ReadTopology().default_threads : options.num_cpus;
+  }
+  return node;
+}
+
+SwiGlu ToSwiGlu(const cpumoe_swiglu& swiglu) {
+  Require(std::isfinite(swiglu.alpha) && swiglu.alpha > 0,
+          "swiglu.alpha: expected a positive and finite number, got ", swiglu.alpha);
+  Require(std::isfinite(swiglu.limit) && swiglu.limit >= 0,
+          "swiglu.limit: expected a positive and finite number, or 0 for none, got ", swiglu.limit);
+  Require(std::isfinite(swiglu.up_offset), "swiglu.up_offset: expected a finite number, got ",
+          swiglu.up_offset);
+  const float infinity = std::numeric_limits<float>::infinity();
+  return {swiglu.alpha, swiglu.limit == 0 ? infinity : swiglu.limit, swiglu.up_offset};
+}
+
+std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
+  const int32_t precision = Known(options.precision, CPUMOE_PRECISION_INT8, "precision");
+  const MoeConfig config = {
+      .num_experts = options.num_experts,
+      .hidden_size = options.hidden_size,
+      .intermediate_size = options.intermediate_size,
+      .swiglu = options.swiglu == nullptr ? SwiGlu{} : ToSwiGlu(*options.swiglu),
+      .has_bias = options.has_bias != 0,
+      .precision = precision == CPUMOE_PRECISION_INT8 ? Precision::kInt8 : Precision::kBf16,
+      .batch_invariant = options.batch_invariant != 0};
+  const std::string format = &Given(options.format, "format");
+  if (options.variant != nullptr) return Layer::Create(options.variant, "variant", format, config);
+  const char* forced = std::getenv("CPUMOE_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    return Layer::Create(forced, "CPUMOE_ISA", format, config);
+  }
+  return Layer::Create(BestIsa(DetectFeatures()), "variant", format, config);
+}
+
+// A matrix, whose name must live as long as the view.
+RawMatrix View(const cpumoe_matrix& matrix, const FormatInfo& format, const std::string& name) {
+  Require(matrix.rows >= 0, name, ".rows: expected 0 or more, got ", matrix.rows);
+  Require(matrix.columns >= 0, name, ".columns: expected 0 or more, got ", matrix.columns);
+  const auto stride = [&](int64_t given, int64_t row, const char* what) {
+    Require(given == 0 || given >= row, name, ".", what, ": expected at least the ", row,
+            " bytes of a row, or 0 for rows that follow each other, got ", given);
+    return given == 0 ? row : given;
+  };
+  return {
+      .rows = matrix.rows,
+      .columns = matrix.columns,
+      .codes = &Given(static_cast<const std::byte*>(matrix.codes), (name + ".codes").c_str()),
+      .codes_stride =
+          stride(matrix.codes_stride, matrix.columns * format.code_bits / 8, "codes_stride"),
+      .scales = &Given(static_cast<const std::byte*>(matrix.scales), (name + ".scales").c_str()),
+      .scales_stride =
+          stride(matrix.scales_stride, matrix.columns / format.group_size * format.scale_bytes,
+                 "scales_stride"),
+      .name = name.c_str()};
+}
+
+void Pack(Layer& layer, Runtime& runtime, int64_t first, std::span<const cpumoe_expert> experts) {
+  std::vector<std::array<std::string, 3>> names(experts.size());
+  std::vector<ExpertSource> sources(experts.size());
+  for (size_t i = 0; i < experts.size(); ++i) {
+    const cpumoe_expert& expert = experts[i];
+    const std::string name = Message("expert ", first + static_cast<int64_t>(i), ": ");
+    names[i] = {name + "gate", name + "up", name + "down"};
+    sources[i] = {.gate = View(expert.gate, layer.format(), names[i][0]),
+                  .up = View(expert.up, layer.format(), names[i][1]),
+                  .down = View(expert.down, layer.format(), names[i][2]),
+                  .gate_bias = expert.gate_bias,
+                  .up_bias = expert.up_bias,
+                  .down_bias = expert.down_bias};
+  }
+  layer.Pack(runtime, first, sources);
+}
+
+Call::Options CallOptions(const cpumoe_call_options& options, const cpumoe_layer& layer) {
+  return {.input_dtype = ToDType(options.input_dtype, "input_dtype"),
+          .output_dtype = ToDType(options.output_dtype, "output_dtype"),
+          .accumulate = options.accumulate != 0,
+          .fp32_as_bf16 = layer.fp32_as_bf16,
+          .top_k = options.top_k,
+          .ids_are_64_bit = options.ids_are_64_bit != 0,
+          .mask = options.mask};
+}
+
+Call::Tensors ToTensors(const cpumoe_tensors& tensors, int64_t hidden_size) {
+  Require(tensors.hidden_stride == 0 || tensors.hidden_stride >= hidden_size,
+          "hidden_stride: expected at least the ", hidden_size,
+          " elements of a row, or 0 for rows that follow each other, got ", tensors.hidden_stride);
+  return {.hidden_states = tensors.hidden_states,
+          .hidden_stride = tensors.hidden_stride == 0 ? hidden_size : tensors.hidden_stride,
+          .tokens = tensors.tokens,
+          .ids = tensors.ids,
+          .weights = tensors.weights,
+          .output = tensors.output};
+}
+
+}  // namespace
+}  // namespace cpumoe
+
+using namespace cpumoe;  // NOLINT(google-build-using-namespace): all of the file below is C
+
+const char* cpumoe_get_version(void) noexcept { return kVersion; }
+const char* cpumoe_get_build_id(void) noexcept { return kBuildId; }
+const char* cpumoe_last_error(void) noexcept { return last_error.c_str(); }
+
+cpumoe_status cpumoe_runtime_create(const cpumoe_runtime_options* options,
+                                    cpumoe_runtime** out) noexcept {
+  return Guarded([&] {
+    Given(out, "out");
+    const cpumoe_runtime_options given = options == nullptr ? cpumoe_runtime_options{} : *options;
+    auto made = std::make_unique<cpumoe_runtime>();
+    made->runtime =
+        Runtime::Create({.node = NodeOptions(given), .callers_compute = given.callers_wait == 0});
+    *out = made.release();
+    return CPUMOE_OK;
+  });
+}
+
+void cpumoe_runtime_destroy(cpumoe_runtime* runtime) noexcept {
+  if (runtime != nullptr) runtime->runtime->Close();
+  delete runtime;
+}
+
+cpumoe_status cpumoe_layer_create(const cpumoe_layer_options* options,
+                                  cpumoe_layer** out) noexcept {
+  return Guarded([&] {
+    Given(out, "out");
+    const cpumoe_layer_options& given = Given(options, "options");
+    auto made = std::make_unique<cpumoe_layer>();
+    made->layer = CreateLayer(given);
+    made->fp32_as_bf16 = given.precision == CPUMOE_PRECISION_BF16;
+    *out = made.release();
+    return CPUMOE_OK;
+  });
+}
+
+void cpumoe_layer_destroy(cpumoe_layer* layer) noexcept { delete layer; }
+
+const char* cpumoe_layer_variant(const cpumoe_layer* layer) noexcept {
+  return layer == nullptr ? "" : layer->layer->isa().c_str();
+}
+
+size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) noexcept {
+  return layer == nullptr ? 0 : layer->layer->nbytes();
+}
+
+cpumoe_status cpumoe_layer_pack(cpumoe_layer* layer, cpumoe_runtime* runtime, int64_t first,
+                                const cpumoe_expert* experts, int64_t count) noexcept {
+  return Guarded([&] {
+    Require(count >= 0, "count: expected 0 or more, got ", count);
+    cpumoe_layer& into = Given(layer, "layer");
+    cpumoe_runtime& on = Given(runtime, "runtime");
+    if (count > 0) Given(experts, "experts");
+    Pack(*into.layer, *on.runtime, first, {experts, static_cast<size_t>(count)});
+    return CPUMOE_OK;
+  });
+}
+
+cpumoe_status cpumoe_layer_evict(cpumoe_layer* layer, int64_t expert) noexcept {
+  return Guarded([&] {
+    Given(layer, "layer").layer->Evict(expert);
+    return CPUMOE_OK;
+  });
+}
+
+cpumoe_status cpumoe_call_create(cpumoe_runtime* runtime, cpumoe_layer* layer,
+                                 const cpumoe_call_options* options, cpumoe_call** out) noexcept {
+  return Guarded([&] {
+    Given(out, "out");
+    cpumoe_runtime& on = Given(runtime, "runtime");
+    cpumoe_layer& of = Given(layer, "layer");
+    const Call::Options fixed = CallOptions(Given(options, "options"), of);
+    *out = std::make_unique<cpumoe_call>(on.runtime, of.layer, fixed).release();
+    return CPUMOE_OK;
+  });
+}
+
+void cpumoe_call_destroy(cpumoe_call* call) noexcept { delete call; }
+
+cpumoe_status cpumoe_call_bind(cpumoe_call* call, const cpumoe_tensors* tensors) noexcept {
+  return Guarded([&] {
+    cpumoe_call& self = Given(call, "call");
+    const Call::Tensors given =
+        ToTensors(Given(tensors, "tensors"), self.call.layer().config().hidden_size);
+    self.call.Bind(given);
+    self.tensors = given;
+    return CPUMOE_OK;
+  });
+}
+
+cpumoe_status cpumoe_call_run(cpumoe_call* call) noexcept {
+  return Guarded([&] {
+    const cpumoe_call& self = Given(call, "call");
+    self.call.Execute(self.tensors);
+    return CPUMOE_OK;
+  });
+}
+
+void cpumoe_call_callback(void* call) noexcept {
+  if (call != nullptr) static_cast<cpumoe_call*>(call)->call.Run();
+}
+
+cpumoe_status cpumoe_call_take_error(cpumoe_call* call) noexcept {
+  return Guarded([&] {
+    const std::exception_ptr error = Given(call, "call").call.TakeError();
+    if (error != nullptr) std::rethrow_exception(error);
+    return CPUMOE_OK;
+  });
+}
+
+cpumoe_status cpumoe_call_submit(cpumoe_call* call, int32_t copy_inputs,
+                                 cpumoe_pending** out) noexcept {
+  return Guarded([&] {
+    Given(out, "out");
+    cpumoe_call& self = Given(call, "call");
+    // Allocated before the run is queued. Nothing can fail once the run uses the caller's memory.
+    auto pending = std::make_unique<cpumoe_pending>();
+    pending->call = PendingCall(self.call.Submit(self.tensors, copy_inputs != 0));
+    *out = pending.release();
+    return CPUMOE_OK;
+  });
+}
+
+cpumoe_status cpumoe_pending_wait(cpumoe_pending* pending, double seconds) noexcept {
+  return Guarded([&] {
+    PendingCall& call = Given(pending, "pending").call;
+    Require(!std::isnan(seconds), "seconds: expected a number, got nan");
+    if (std::isinf(seconds) && seconds > 0) {
+      call.Wait();
+      return CPUMOE_OK;
+    }
+    if (!call.WaitFor(seconds)) {
+      return Fail(CPUMOE_TIMEOUT, Message("the call has not ended within ", seconds, " s").c_str());
+    }
+    call.Wait();  // rethrows what the run threw
+    return CPUMOE_OK;
+  });
+}
+
+void cpumoe_pending_destroy(cpumoe_pending* pending) noexcept { delete pending; }

@@ -1,0 +1,209 @@
+/* cpumoe in C: the routed experts of a mixture-of-experts layer, computed on the CPU.
+ *
+ * A runtime owns threads. A layer owns the packed weights of its experts. A call says once how a
+ * layer is called (types, top_k, mask), and is then run with new addresses. docs/c_api.md has a
+ * complete program.
+ *
+ * Every function may be called from any thread, unless its comment says otherwise. No function
+ * throws. Functions that can fail return a cpumoe_status, and write nothing through their last
+ * argument if they fail. Text that functions return is UTF-8 and belongs to cpumoe. A structure
+ * whose bytes are all zero has the defaults that its comments name. The binary interface may change
+ * with each version.
+ */
+#ifndef CPUMOE_H_
+#define CPUMOE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define CPUMOE_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+#define CPUMOE_NOEXCEPT noexcept
+extern "C" {
+#else
+#define CPUMOE_NOEXCEPT
+#endif
+
+typedef enum cpumoe_status {
+  CPUMOE_OK = 0,
+  CPUMOE_INVALID_ARGUMENT =
+      1, /* a null pointer, a size, an unknown name, an expert that is not packed */
+  CPUMOE_OUT_OF_RANGE = 2, /* an expert's index or id */
+  CPUMOE_OUT_OF_MEMORY = 3,
+  CPUMOE_SYSTEM_ERROR = 4, /* the system cannot start enough threads */
+  CPUMOE_FAILED = 5,       /* a destroyed runtime, a forked process, a variant's damaged library */
+  CPUMOE_TIMEOUT = 6       /* a submitted call has not ended yet */
+} cpumoe_status;
+
+typedef enum cpumoe_dtype { CPUMOE_BF16 = 0, CPUMOE_FP16 = 1, CPUMOE_FP32 = 2 } cpumoe_dtype;
+
+/* The lowest precision to which activations may be rounded. Weights are always exact. */
+typedef enum cpumoe_precision {
+  CPUMOE_PRECISION_AUTO = 0, /* fp32 hidden states keep fp32 accuracy; others as BF16 */
+  CPUMOE_PRECISION_BF16 = 1,
+  CPUMOE_PRECISION_INT8 = 2
+} cpumoe_precision;
+
+typedef struct cpumoe_runtime cpumoe_runtime;
+typedef struct cpumoe_layer cpumoe_layer;
+typedef struct cpumoe_call cpumoe_call;
+typedef struct cpumoe_pending cpumoe_pending;
+
+/* ---- This library ---- */
+
+CPUMOE_API const char* cpumoe_get_version(void) CPUMOE_NOEXCEPT;
+/* Differs between any two builds from different sources or settings. */
+CPUMOE_API const char* cpumoe_get_build_id(void) CPUMOE_NOEXCEPT;
+
+/* One line about the last failure of a function on the calling thread; empty if there was none. The
+ * text is valid until the next failure on this thread. */
+CPUMOE_API const char* cpumoe_last_error(void) CPUMOE_NOEXCEPT;
+
+/* ---- Threads ---- */
+
+typedef struct cpumoe_runtime_options {
+  /* Threads that compute one call, the thread that makes the call included. 0: as many as there are
+   * `cpus`, or without `cpus` one for each physical core that this process may use. */
+  int32_t threads;
+  /* The CPUs to run on, for thread 0, 1, ... in turn. NULL: the system chooses. */
+  const int32_t* cpus;
+  int32_t num_cpus;
+  /* 0: the thread that makes a call computes as thread 0, and keeps its own affinity. 1: the
+   * runtime's driver thread takes its place, so that only `cpus` compute. */
+  int32_t callers_wait;
+} cpumoe_runtime_options;
+
+/* `options` may be NULL. A runtime does not survive fork(): make another in the child. */
+CPUMOE_API cpumoe_status cpumoe_runtime_create(const cpumoe_runtime_options* options,
+                                               cpumoe_runtime** out) CPUMOE_NOEXCEPT;
+/* Finishes the submitted calls and ends the threads. Calls of this runtime that still exist fail
+ * from then on. NULL is allowed. */
+CPUMOE_API void cpumoe_runtime_destroy(cpumoe_runtime* runtime) CPUMOE_NOEXCEPT;
+
+/* ---- Weights ---- */
+
+/* h = (u + up_offset) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit).
+ */
+typedef struct cpumoe_swiglu {
+  float alpha; /* positive; plain SwiGLU has 1 */
+  float limit; /* positive; 0: no limit */
+  float up_offset;
+} cpumoe_swiglu;
+
+typedef struct cpumoe_layer_options {
+  const char* format; /* "mxfp4" or "int4" */
+  int64_t num_experts;
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  const cpumoe_swiglu* swiglu; /* NULL: plain SwiGLU */
+  int32_t has_bias;            /* 1: experts have three biases each */
+  int32_t precision;           /* a cpumoe_precision */
+  int32_t batch_invariant; /* 1: a token's result does not depend on the other tokens of its call */
+  const char* variant;     /* "avx2", ...; NULL: the environment's CPUMOE_ISA, or the best here */
+} cpumoe_layer_options;
+
+/* A layer whose experts have no weights yet. */
+CPUMOE_API cpumoe_status cpumoe_layer_create(const cpumoe_layer_options* options,
+                                             cpumoe_layer** out) CPUMOE_NOEXCEPT;
+/* Calls of the layer keep its weights until they are destroyed, too. NULL is allowed. */
+CPUMOE_API void cpumoe_layer_destroy(cpumoe_layer* layer) CPUMOE_NOEXCEPT;
+/* The name of the variant that computes; empty if `layer` is NULL. */
+CPUMOE_API const char* cpumoe_layer_variant(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
+/* Bytes of the packed weights; 0 if `layer` is NULL. */
+CPUMOE_API size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
+
+/* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
+ * low half first. Each row has columns / 32 scales: one byte each (mxfp4, E8M0) or two (int4,
+ * bf16).
+ */
+typedef struct cpumoe_matrix {
+  int64_t rows;
+  int64_t columns;
+  const void* codes;
+  int64_t codes_stride; /* bytes from one row to the next; 0: rows follow each other */
+  const void* scales;
+  int64_t scales_stride; /* the same for scales */
+} cpumoe_matrix;
+
+typedef struct cpumoe_expert {
+  cpumoe_matrix gate;     /* [intermediate_size, hidden_size] */
+  cpumoe_matrix up;       /* [intermediate_size, hidden_size] */
+  cpumoe_matrix down;     /* [hidden_size, intermediate_size] */
+  const float* gate_bias; /* [intermediate_size]; all three if the layer has biases, else NULL */
+  const float* up_bias;   /* [intermediate_size] */
+  const float* down_bias; /* [hidden_size] */
+} cpumoe_expert;
+
+/* Packs experts[0 .. count) as the layer's experts first, first + 1, ... They are copied. If there
+ * are at least as many experts as threads, each thread packs whole experts, which is fastest. After
+ * a failure some of these experts have no weights. */
+CPUMOE_API cpumoe_status cpumoe_layer_pack(cpumoe_layer* layer, cpumoe_runtime* runtime,
+                                           int64_t first, const cpumoe_expert* experts,
+                                           int64_t count) CPUMOE_NOEXCEPT;
+
+/* Gives the memory of an expert's weights back to the system, once no call uses them. Calls that
+ * need the expert fail until it is packed again. */
+CPUMOE_API cpumoe_status cpumoe_layer_evict(cpumoe_layer* layer, int64_t expert) CPUMOE_NOEXCEPT;
+
+/* ---- Calls ---- */
+
+typedef struct cpumoe_call_options {
+  int32_t input_dtype;  /* of hidden_states, a cpumoe_dtype */
+  int32_t output_dtype; /* of output, a cpumoe_dtype */
+  int32_t accumulate;   /* 1: results are added onto the output, which must be fp32 */
+  int64_t top_k;
+  int32_t ids_are_64_bit; /* 0: int32_t, 1: int64_t */
+  /* [num_experts], not 0: skipped. NULL: none is skipped. Read whenever the call runs, so the bytes
+   * may change between two runs. */
+  const uint8_t* mask;
+} cpumoe_call_options;
+
+typedef struct cpumoe_tensors {
+  int64_t tokens;
+  const void* hidden_states; /* [tokens, hidden_size] */
+  int64_t hidden_stride;     /* elements from one row to the next; 0: rows follow each other */
+  const void* ids;           /* [tokens, top_k]; -1 and num_experts are skipped */
+  const float* weights;      /* [tokens, top_k] */
+  void* output;              /* [tokens, hidden_size]; undefined after a failure */
+} cpumoe_tensors;
+
+CPUMOE_API cpumoe_status cpumoe_call_create(cpumoe_runtime* runtime, cpumoe_layer* layer,
+                                            const cpumoe_call_options* options,
+                                            cpumoe_call** out) CPUMOE_NOEXCEPT;
+/* Not while the call runs. Submitted runs may be under way. NULL is allowed. */
+CPUMOE_API void cpumoe_call_destroy(cpumoe_call* call) CPUMOE_NOEXCEPT;
+
+/* Names the tensors of later runs; until then there are no tokens. Not while the call runs. The
+ * structure is copied; the addresses in it are read when the call runs. */
+CPUMOE_API cpumoe_status cpumoe_call_bind(cpumoe_call* call,
+                                          const cpumoe_tensors* tensors) CPUMOE_NOEXCEPT;
+
+/* output[t] = the sum over slots s of weights[t, s] * expert ids[t, s] of hidden_states[t], or +=.
+ * Returns when this is done. Several threads may run one call at once. */
+CPUMOE_API cpumoe_status cpumoe_call_run(cpumoe_call* call) CPUMOE_NOEXCEPT;
+
+/* cpumoe_call_run for hosts that take a function and an address, e.g. cudaLaunchHostFunc. A failure
+ * is kept in the call. */
+CPUMOE_API void cpumoe_call_callback(void* call) CPUMOE_NOEXCEPT;
+/* The first failure of cpumoe_call_callback since the last time that this function was called, with
+ * its text in cpumoe_last_error; CPUMOE_OK if there was none. */
+CPUMOE_API cpumoe_status cpumoe_call_take_error(cpumoe_call* call) CPUMOE_NOEXCEPT;
+
+/* Lets the runtime's driver thread run the call with the tensors that are bound now. They must stay
+ * as they are until the run has ended. If `copy_inputs` is 1, this holds for the output alone:
+ * hidden states, ids and weights have been copied when the function returns. */
+CPUMOE_API cpumoe_status cpumoe_call_submit(cpumoe_call* call, int32_t copy_inputs,
+                                            cpumoe_pending** out) CPUMOE_NOEXCEPT;
+/* Returns what the run returned, or CPUMOE_TIMEOUT after `seconds` (INFINITY: no limit, 0: only
+ * asks). May be called again. */
+CPUMOE_API cpumoe_status cpumoe_pending_wait(cpumoe_pending* pending,
+                                             double seconds) CPUMOE_NOEXCEPT;
+/* Waits for the run to end, because it reads and writes the caller's memory. NULL is allowed. */
+CPUMOE_API void cpumoe_pending_destroy(cpumoe_pending* pending) CPUMOE_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CPUMOE_H_ */

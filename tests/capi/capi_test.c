@@ -1,0 +1,176 @@
+/* The C interface, from C: a layer is computed and compared with plain loops. */
+#include "capi_test.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void TestCalls(cpumoe_runtime* runtime, cpumoe_layer* packed, const Layer* layer) {
+  static Batch batch;
+  FillBatch(&batch, layer);
+  const cpumoe_tensors tensors = Tensors(&batch);
+  cpumoe_call* call = NULL;
+  CHECK(cpumoe_call_create(runtime, packed, &kFp32, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK); /* no tokens yet */
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 1));
+
+  memset(batch.output, 0, sizeof(batch.output));
+  void (*const function)(void*) = cpumoe_call_callback;
+  function(call);
+  CHECK(cpumoe_call_take_error(call) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 1));
+
+  memset(batch.output, 0, sizeof(batch.output));
+  cpumoe_pending* pending = NULL;
+  CHECK(cpumoe_call_submit(call, 1, &pending) == CPUMOE_OK);
+  memset(batch.ids, 0x55, sizeof(batch.ids)); /* they have been copied */
+  CHECK(cpumoe_pending_wait(pending, INFINITY) == CPUMOE_OK);
+  CHECK(cpumoe_pending_wait(pending, 0) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 1));
+  cpumoe_pending_destroy(pending);
+  cpumoe_call_destroy(call);
+}
+
+static void TestEviction(cpumoe_runtime* runtime, cpumoe_layer* packed, const Layer* layer) {
+  static Batch batch;
+  FillBatch(&batch, layer);
+  const cpumoe_tensors tensors = Tensors(&batch);
+  const cpumoe_expert expert = Expert(layer, 1);
+  cpumoe_call* call = NULL;
+  CHECK(cpumoe_call_create(runtime, packed, &kFp32, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  CHECK(cpumoe_layer_evict(packed, 1) == CPUMOE_OK);
+  CHECK_FAILS(cpumoe_call_run(call), CPUMOE_INVALID_ARGUMENT,
+              "expert 1 has no weights, but a token is routed to it; pack it first");
+  CHECK(cpumoe_layer_pack(packed, runtime, 1, &expert, 1) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 1));
+  cpumoe_call_destroy(call);
+}
+
+static void TestOptionsOfCalls(cpumoe_runtime* runtime, cpumoe_layer* packed, const Layer* layer) {
+  static Batch batch;
+  FillBatch(&batch, layer);
+  const cpumoe_tensors tensors = Tensors(&batch);
+  uint8_t mask[EXPERTS] = {1, 1, 1};
+  cpumoe_call_options options = kFp32;
+  options.accumulate = 1;
+  options.mask = mask;
+  cpumoe_call* call = NULL;
+  CHECK(cpumoe_call_create(runtime, packed, &options, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK); /* adds nothing */
+  memset(mask, 0, sizeof(mask));
+  for (int i = 0; i < 3; ++i) CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 3));
+  cpumoe_call_destroy(call);
+
+  options = kFp32;
+  options.output_dtype = CPUMOE_BF16;
+  CHECK(cpumoe_call_create(runtime, packed, &options, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+  uint16_t bits;
+  memcpy(&bits, batch.output, sizeof(bits));
+  const uint32_t wide = (uint32_t)bits << 16;
+  float first;
+  memcpy(&first, &wide, sizeof(first));
+  CHECK(fabs(first - batch.expected[0][0]) <= fabs(batch.expected[0][0]) / 256);
+  cpumoe_call_destroy(call);
+}
+
+/* A runtime of one named CPU, whose callers compute or wait. */
+static void TestRuntimes(cpumoe_layer* packed, const Layer* layer) {
+  const int32_t cpu = 0;
+  static Batch batch;
+  FillBatch(&batch, layer);
+  const cpumoe_tensors tensors = Tensors(&batch);
+  for (int waits = 0; waits < 2; ++waits) {
+    const cpumoe_runtime_options one = {.cpus = &cpu, .num_cpus = 1, .callers_wait = waits};
+    cpumoe_runtime* runtime = NULL;
+    cpumoe_call* call = NULL;
+    cpumoe_pending* pending = NULL;
+    CHECK(cpumoe_runtime_create(&one, &runtime) == CPUMOE_OK);
+    CHECK(cpumoe_call_create(runtime, packed, &kFp32, &call) == CPUMOE_OK);
+    CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+    CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+    CHECK(IsExpected(&batch, 1));
+    memset(batch.output, 0, sizeof(batch.output));
+    CHECK(cpumoe_call_submit(call, 0, &pending) == CPUMOE_OK);
+    cpumoe_runtime_destroy(runtime); /* finishes what was submitted */
+    CHECK(cpumoe_pending_wait(pending, 0) == CPUMOE_OK);
+    CHECK(IsExpected(&batch, 1));
+    CHECK_FAILS(cpumoe_call_run(call), CPUMOE_FAILED, "this Runtime is closed; create a new one");
+    cpumoe_call_callback(call);
+    CHECK_FAILS(cpumoe_call_take_error(call), CPUMOE_FAILED,
+                "this Runtime is closed; create a new one");
+    cpumoe_pending_destroy(pending);
+    cpumoe_call_destroy(call);
+  }
+}
+
+/* A call that takes longer than it takes to ask twice. */
+static void TestTimeout(cpumoe_runtime* runtime, cpumoe_layer* packed) {
+  enum { MANY = 20000 };
+  uint16_t* hidden = calloc((size_t)MANY * HIDDEN, sizeof(*hidden));
+  uint16_t* output = malloc((size_t)MANY * HIDDEN * sizeof(*output));
+  int32_t* ids = calloc(MANY, sizeof(*ids));
+  float* weights = calloc(MANY, sizeof(*weights));
+  const cpumoe_call_options options = {.top_k = 1}; /* bf16 */
+  const cpumoe_tensors tensors = {
+      .tokens = MANY, .hidden_states = hidden, .ids = ids, .weights = weights, .output = output};
+  cpumoe_call* call = NULL;
+  cpumoe_pending* pending[3] = {NULL};
+  CHECK(cpumoe_call_create(runtime, packed, &options, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  for (int i = 0; i < 3; ++i) CHECK(cpumoe_call_submit(call, 0, &pending[i]) == CPUMOE_OK);
+  cpumoe_call_destroy(call); /* does not wait */
+  CHECK_FAILS(cpumoe_pending_wait(pending[2], 0), CPUMOE_TIMEOUT,
+              "the call has not ended within 0 s");
+  for (int i = 2; i >= 0; --i) {
+    CHECK(cpumoe_pending_wait(pending[i], 300) == CPUMOE_OK);
+    cpumoe_pending_destroy(pending[i]);
+  }
+  free(hidden);
+  free(output);
+  free(ids);
+  free(weights);
+}
+
+int main(void) {
+  static Layer layer;
+  FillLayer(&layer);
+  CHECK(strcmp(cpumoe_last_error(), "") == 0);
+  CHECK(strncmp(cpumoe_get_build_id(), cpumoe_get_version(), strlen(cpumoe_get_version())) == 0);
+  CHECK(strlen(cpumoe_get_build_id()) > strlen(cpumoe_get_version()));
+
+  cpumoe_runtime* runtime = NULL;
+  const cpumoe_runtime_options two = {.threads = 2};
+  CHECK(cpumoe_runtime_create(&two, &runtime) == CPUMOE_OK);
+  cpumoe_layer* packed = NULL;
+  const cpumoe_layer_options options = LayerOptions();
+  CHECK(cpumoe_layer_create(&options, &packed) == CPUMOE_OK);
+  CHECK(strlen(cpumoe_layer_variant(packed)) > 0);
+  CHECK(cpumoe_layer_nbytes(packed) >= EXPERTS * 3 * HIDDEN * INNER / 2);
+  cpumoe_expert experts[EXPERTS];
+  for (int e = 0; e < EXPERTS; ++e) experts[e] = Expert(&layer, e);
+  CHECK(cpumoe_layer_pack(packed, runtime, 0, experts, EXPERTS) == CPUMOE_OK);
+
+  TestCalls(runtime, packed, &layer);
+  TestEviction(runtime, packed, &layer);
+  TestOptionsOfCalls(runtime, packed, &layer);
+  TestErrorsOfCalls(runtime, packed, &layer);
+  TestErrorsOfLayers(runtime, &layer);
+  TestErrorsOfRuntimes();
+  TestRuntimes(packed, &layer);
+  TestTimeout(runtime, packed);
+
+  cpumoe_layer_destroy(packed);
+  cpumoe_runtime_destroy(runtime);
+  if (failures > 0) fprintf(stderr, "%d checks failed\n", failures);
+  return failures > 0;
+}
