@@ -225,6 +225,9 @@ def _processors(
         value = content.get(processor.name)
         if value is None or value in processor.neutral:
             continue
+        if _has_booleans(value):  # Python and transformers count them as the tokens 0 and 1
+            problems.append(f"{processor.name}: expected numbers, got {_short(value)}")
+            continue
         try:
             works = leaves_a_choice(processor.make(value, request), vocabulary)
         except Exception as error:  # transformers may raise anything for a wrong value
@@ -235,6 +238,14 @@ def _processors(
         else:
             problems.append(f"{processor.name}: it forbids all tokens, got {_short(value)}")
     return found
+
+
+def _has_booleans(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_booleans, value))
+    return isinstance(value, bool)
 
 
 def _token_ids(file: str, ids: Any) -> frozenset[int]:
