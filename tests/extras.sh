@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Installs exactly what each documented extra brings, in an environment of its own, and runs its commands there;
-# where an extra is missing, its commands must say how to install it. What the tests' environment has besides
-# is not there.
+# Installs each documented extra into an environment of its own and runs the commands of this extra there.
+# Without the extra, these commands must say how to install it. Packages of the test environment are not there.
 #
 #   bash tests/extras.sh            builds the package first, from what build/ has of it
 #   bash tests/extras.sh WHEEL      tests a built one; needs some 2 GB of disk, and two to three minutes
@@ -9,13 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PIP_CONSTRAINT=$PWD/constraints.txt
-work=$(mktemp -d)
-server=
-finish() {
-    [[ -z $server ]] || kill "$server" 2>/dev/null || true
-    rm -rf "$work"
-}
-trap finish EXIT
+. tests/server.sh
 
 if [[ $# -gt 0 ]]; then
     wheel=$(realpath "$1")
@@ -23,7 +16,7 @@ else
     pip wheel --quiet --no-deps --wheel-dir "$work" .
     wheel=$(echo "$work"/cpumoe-*.whl)
 fi
-# Away from the sources, which Python would import otherwise.
+# In the folder of the sources, Python would import them instead of the installed package.
 cd "$work"
 unset PYTHONPATH OPENAI_API_KEY CPUMOE_API_KEY
 
@@ -63,20 +56,6 @@ expect() { # expect CODE TEXT COMMAND...: the command ends with the code, and pr
 
 ask() { # ask [URL]: a question from a pipe
     echo "In the beginning" | cpumoe chat "$@" --max-tokens 8
-}
-
-start_server() { # starts a server in the current environment; sets its address
-    rm -f served
-    "$inside" -m cpumoe serve --port 0 >served 2>server.log &
-    server=$!
-    for _ in {1..240}; do
-        url=$(sed -nE 's/^serving .* at ([^ ]+) .*/\1/p' served 2>/dev/null || true)
-        [[ -z $url ]] || return 0
-        kill -0 "$server" || break
-        sleep 0.5
-    done
-    cat server.log
-    exit 1
 }
 
 complete() { # complete URL: asks a server with the standard library, once for JSON
@@ -145,7 +124,7 @@ missing transformers serve --port 0
 
 echo "== serve,transformers, and chat in an environment of its own"
 environment serve,transformers
-start_server
+start_server "$inside"
 expect 0 "chat.completion" complete "$url"
 expect 0 "# TYPE" fetch "${url%/v1}/metrics"
 environment chat
@@ -161,7 +140,7 @@ echo "== transformers,serve,chat"
 environment transformers,serve,chat
 kill "$server"
 wait "$server" || true
-start_server
+start_server "$inside"
 expect 0 "" ask "$url"
 
 echo "extras: $passed passed, $failed failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -213,3 +214,8 @@ def output_of(script: str, *arguments: str, **options: Any) -> str:
     done = python(script, *arguments, **options)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout.strip()
+
+
+def refused(kind: type[Exception], message: str) -> Any:
+    """A context in which exactly this message must be raised."""
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")

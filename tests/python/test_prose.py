@@ -140,6 +140,12 @@ def opens_badly(text):
     return [(line, found) for line, found in sentences(text) if OPENS_BADLY.match(found)]
 
 
+def sentences_of_pages():
+    for path in pages():
+        for line, sentence in sentences(path.read_text("utf-8")):
+            yield f"{path.relative_to(ROOT)}:{line}", sentence
+
+
 def test_every_comment_names_its_subject():
     found = [
         f"{path.relative_to(ROOT)}:{first + line - 1}: {sentence}"
@@ -151,26 +157,21 @@ def test_every_comment_names_its_subject():
 
 
 def test_every_sentence_of_the_documents_names_its_subject():
-    found = [
-        f"{path.relative_to(ROOT)}:{line}: {sentence}"
-        for path in pages()
-        for line, sentence in opens_badly(path.read_text("utf-8"))
-    ]
+    found = [f"{place}: {text}" for place, text in sentences_of_pages() if OPENS_BADLY.match(text)]
     assert not found, "\n".join(["sentences that cannot be read alone:", *found])
 
 
 def test_no_sentence_of_the_documents_is_too_long():
     found = [
-        f"{path.relative_to(ROOT)}:{line}: {word_count(sentence)} words: {sentence}"
-        for path in pages()
-        for line, sentence in sentences(path.read_text("utf-8"))
-        if word_count(sentence) > MOST_WORDS and not sentence.startswith(tuple(LONG_SENTENCES))
+        f"{place}: {word_count(text)} words: {text}"
+        for place, text in sentences_of_pages()
+        if word_count(text) > MOST_WORDS and not text.startswith(tuple(LONG_SENTENCES))
     ]
     assert not found, "\n".join([f"sentences of more than {MOST_WORDS} words:", *found])
 
 
 def test_every_sentence_that_may_be_long_exists():
-    existing = [text for path in pages() for _, text in sentences(path.read_text("utf-8"))]
+    existing = [text for _, text in sentences_of_pages()]
     unused = [o for o in LONG_SENTENCES if not any(text.startswith(o) for text in existing)]
     assert not unused
 
