@@ -217,7 +217,7 @@ def _index(documents: dict[str, dict[str, Any]]) -> str:
         about = document.get("about", document)
         source = "`cpumoe bench`" if "settings" in document else "entered by hand into the JSON"
         rows.append((about["dates"], f"[{about['title']}]({name}.md)", source))
-    columns = ("measured", "page", "numbers")
+    columns = ("measured", "page", "where its numbers come from")
     return _join(["# Measurements", _wrap(_INTRODUCTION), _table(columns, rows)])
 
 
