@@ -35,5 +35,4 @@ python -m cpumoe eval --text "$CPUMOE_TEXT" --json >"$CPUMOE_EVAL"
 # Clients talk to the server alone.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=$work/huggingface LITELLM_LOCAL_MODEL_COST_MAP=True
 export LANGSMITH_TRACING=false NO_PROXY=127.0.0.1 TOKENIZERS_PARALLELISM=false
-unset PYTHONPATH OPENAI_API_KEY
 "$clients/bin/python" -m pytest -q -p no:cacheprovider -W ignore "$PWD"

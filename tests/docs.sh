@@ -28,6 +28,10 @@ export PATH=$environment/bin:$PATH NO_MKDOCS_2_WARNING=1
 "${offline[@]}" mkdocs build --strict
 
 remote='<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|url\(["'\'']?(https?:)?//|@import'
+if [[ ! -f build/site/index.html ]]; then
+    echo "build/site has no index.html" >&2
+    exit 1
+fi
 if grep -rnoE --include='*.html' --include='*.css' "$remote" build/site; then
     echo "these parts of the site come from other computers" >&2
     exit 1

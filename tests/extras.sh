@@ -18,7 +18,6 @@ else
 fi
 # In the folder of the sources, Python would import them instead of the installed package.
 cd "$work"
-unset PYTHONPATH OPENAI_API_KEY CPUMOE_API_KEY
 
 passed=0
 failed=0
@@ -54,8 +53,10 @@ expect() { # expect CODE TEXT COMMAND...: the command ends with the code, and pr
     fi
 }
 
-ask() { # ask [URL]: a question from a pipe
-    echo "In the beginning" | cpumoe chat "$@" --max-tokens 8
+ask() { # ask [URL]: a question from a pipe; says whether there is an answer
+    local answer
+    answer=$(echo "In the beginning" | cpumoe chat "$@" --max-tokens 8) || return
+    [[ $answer != *[![:space:]]* ]] || echo "answered: $answer"
 }
 
 complete() { # complete URL: asks a server with the standard library, once for JSON
@@ -115,7 +116,7 @@ environment transformers
 expect 0 "In the beginning" cpumoe generate -p "In the beginning" --max-tokens 8
 expect 0 '"completion_tokens"' cpumoe generate -p "Hello" --chat --max-tokens 4 --json
 expect 0 "perplexity" cpumoe eval --max-tokens 32
-expect 0 "" ask
+expect 0 "answered: " ask
 missing serve serve --port 0
 
 echo "== serve, without a host for its model"
@@ -128,20 +129,22 @@ start_server "$inside"
 expect 0 "chat.completion" complete "$url"
 expect 0 "# TYPE" fetch "${url%/v1}/metrics"
 environment chat
-expect 0 "" ask "$url"
+expect 0 "answered: " ask "$url"
 missing transformers chat
 lowest=$("$inside" -c '
 import importlib.metadata as m, re
 print(*(re.search(r"httpx2.*>=([0-9.]+)", r)[1] for r in m.requires("cpumoe") if "httpx2" in r))')
 "$inside" -m pip install --quiet "httpx2==$lowest"
-expect 0 "" ask "$url"
+expect 0 "answered: " ask "$url"
 
 echo "== transformers,serve,chat"
 environment transformers,serve,chat
 kill "$server"
-wait "$server" || true
+code=0
+wait "$server" || code=$?
+expect 0 "ended with 0" echo "ended with $code"
 start_server "$inside"
-expect 0 "" ask "$url"
+expect 0 "answered: " ask "$url"
 
 echo "extras: $passed passed, $failed failed"
 [[ $failed == 0 ]]

@@ -6,6 +6,8 @@ finish() {
     rm -rf "$work"
 }
 trap finish EXIT
+# A key or a variant of the caller would change what is tested.
+unset PYTHONPATH OPENAI_API_KEY CPUMOE_API_KEY
 
 start_server() { # start_server PYTHON [OPTION...]: starts a server; sets the name of its model, and its url
     local python=$1 line=

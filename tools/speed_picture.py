@@ -63,7 +63,11 @@ def draw(measurements: dict[str, Any]) -> str:
         left = NAMES + index * (PANEL + GAP)
         parts.append(_text(left, TOP - 18, title, "own"))
         parts += _bars(left, [speed[column] for speed in speeds.values()])
-    where = f"{measurements['machine'].partition(':')[0]}, two threads. {measurements['dates']}."
+    machine, threads = (
+        measurements["machine"].partition(":")[0],
+        measurements["method"].partition(";")[0],
+    )
+    where = f"{machine}, {threads}. {measurements['dates']}."
     parts += [
         _text(0, bottom + 24, f"{_capital(measurements['layer'])}.", "note"),
         _text(0, bottom + 42, where, "note"),

@@ -1,4 +1,4 @@
-"""Packs experts from tensors, which lie in memory or in a mapped file."""
+"""Packs experts from tensors, in memory or in a mapped file, and gives them back."""
 
 from __future__ import annotations
 
@@ -99,6 +99,33 @@ def pack_experts(
             kept.append((own[0], own[1], own[2]) if own else None)
         layer.pack(runtime=runtime.core, first=first, experts=arguments)
     return kept
+
+
+def unpack_expert(
+    layer: _core.Layer,
+    expert: int,
+    *,
+    row: WeightFormat,
+    hidden_size: int,
+    intermediate_size: int,
+    runtime: Runtime,
+) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
+    """Returns an expert's gate, up and down as its checkpoint stores them."""
+    gate = _empty_matrix(row, intermediate_size, hidden_size)
+    up = _empty_matrix(row, intermediate_size, hidden_size)
+    down = _empty_matrix(row, hidden_size, intermediate_size)
+    views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
+    layer.unpack(runtime=runtime.core, expert=expert, matrices=views, intermediate_begin=0)
+    return gate, up, down
+
+
+def _empty_matrix(row: WeightFormat, rows: int, columns: int) -> QuantizedMatrix:
+    code_bytes, groups = columns * row.code_bits // 8, columns // row.group_size
+    # The engine writes to CPU memory, whatever the caller's default device is.
+    return QuantizedMatrix(
+        torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
+        torch.empty(rows, groups, dtype=row.scale_storage, device="cpu"),
+    )
 
 
 def _matrices(row: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:

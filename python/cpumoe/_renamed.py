@@ -11,14 +11,22 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 # Old names, and what they are called now.
-ARGUMENTS = {"compute": "precision", "fused_tokens": "few_token_limit"}
+ARGUMENTS = {
+    "compute": "precision",
+    "computes": "precisions",
+    "fused_tokens": "few_token_limit",
+}
+
+
+def renamed_message(old: str, new: str) -> str:
+    """Returns the warning about a deprecated name."""
+    return f"{old} is now called {new}; the old name will be removed in cpumoe 0.3"
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
     """Warns that a name is deprecated; `stacklevel` counts from the caller of this function."""
-    message = f"{old} is now called {new}; the old name will be removed in cpumoe 0.3"
     # Python hides a DeprecationWarning if the call comes from another package.
-    warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+    warnings.warn(renamed_message(old, new), FutureWarning, stacklevel=stacklevel + 1)
 
 
 def with_old_arguments(*old_names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

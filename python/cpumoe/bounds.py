@@ -45,6 +45,7 @@ import torch
 from typing_extensions import Unpack
 
 from cpumoe._reference_layer import DenseExpert, ExpertMatrices, LayerOptions, ReferenceLayer
+from cpumoe._renamed import with_old_arguments
 from cpumoe.activations import (
     GREATEST_CODE,
     LEAST_MAGNITUDE,
@@ -76,6 +77,7 @@ _ACTIVATION_EPS = 2.0**-20
 _GROUP_SIZE = 32
 
 
+@with_old_arguments("compute")
 def experts_forward_with_bound(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -122,6 +124,7 @@ def experts_forward_with_bound(
     return output, bounds[precision]
 
 
+@with_old_arguments("computes")
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def experts_forward_with_bounds(
     hidden_states: torch.Tensor,
@@ -160,6 +163,7 @@ def experts_forward_with_bounds(
     return output, bounds
 
 
+@with_old_arguments("compute")
 def error_bound(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -333,9 +337,8 @@ def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """Returns how far x may be from its value in two digits; zero in groups with an outlier."""
-    greatest = 1.01 * _group_greatest(
-        x, group_size
-    )  # 1.01, because the kernel's x is slightly different
+    # 1.01, because the kernel's x is slightly different.
+    greatest = 1.01 * _group_greatest(x, group_size)
     half_unit = power_of_two(torch.frexp(greatest).exponent - _TWO_DIGITS - 1)
     return torch.where(_has_outlier(x, group_size, 0.98 * _OTHERS_TO_GREATEST), 0.0, half_unit)
 

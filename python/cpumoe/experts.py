@@ -15,28 +15,20 @@ from cpumoe._arguments import (
     MatrixStack,
     check_mask,
     integer,
-    matrix_view,
     prepare_call,
 )
-from cpumoe._packing import checked_stack, pack_experts
+from cpumoe._config import layer_config
+from cpumoe._packing import checked_stack, pack_experts, unpack_expert
 from cpumoe._progress import track
 from cpumoe._renamed import warn_renamed, with_old_arguments
 from cpumoe._tensors import refuse_tracing
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
-from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.formats import weight_format
 from cpumoe.future import Future
 from cpumoe.isa import select_isa
-from cpumoe.precision import PRECISIONS, check_precision
+from cpumoe.precision import PRECISIONS
 from cpumoe.runtime import Runtime, default_runtime
 from cpumoe.swiglu import SwiGLU
-
-_ISAS_CROSSOVER = -1
-_ANY_TOKENS = 2**31 - 1  # as many as the engine can count
-_PRECISION = {
-    "auto": _core.Precision.BF16,  # each fp32 call says whether it may be rounded to bf16
-    "bf16": _core.Precision.BF16,
-    "int8": _core.Precision.INT8,
-}
 
 
 class Experts:
@@ -55,8 +47,8 @@ class Experts:
     h) may be rounded; a variant may be more precise. Errors are relative, for random normal data:
 
     - "auto" (the default): fp32 hidden states keep fp32 accuracy, with an error of about 1e-6. bf16
-      and fp16 hidden states are treated as with "bf16". So are fp32 hidden states while
-      ``torch.get_float32_matmul_precision()`` is "medium".
+      and fp16 hidden states are treated as with "bf16". So are fp32 hidden states after
+      ``torch.set_float32_matmul_precision("medium")``.
     - "bf16": at least bf16. The error is 1.7e-3 to 2.4e-3 with bf16 output, most of it the rounding
       of the output.
     - "int8": int8 per token and group of 32 columns, which is faster with many tokens. The error is
@@ -90,36 +82,25 @@ class Experts:
 
         These two describe the arguments. `precision` is "auto", "bf16" or "int8", see the class.
         """
-        check_precision(precision)
-        crossover = _ISAS_CROSSOVER
-        if few_token_limit is not None:
-            crossover = min(integer(few_token_limit, "few_token_limit"), _ANY_TOKENS)
-            if crossover < 0:
-                raise ValueError(
-                    "few_token_limit: expected 0 or more, or None for the variant's limit, "
-                    f"got {crossover}"
-                )
+        self._swiglu = swiglu or SwiGLU()
+        config = layer_config(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            swiglu=self._swiglu,
+            has_bias=has_bias,
+            precision=precision,
+            batch_invariant=batch_invariant,
+            few_token_limit=few_token_limit,
+        )
         self._format = weight_format(format)
         name, origin = select_isa(isa)
         self._isa = _core.open_variant(name, origin)
         self._runtime = runtime
         self._precision = precision
-        self._swiglu = swiglu or SwiGLU()
         self._num_experts = num_experts
         self._hidden_size = hidden_size
         self._intermediate_size = intermediate_size
-        config = _core.MoeConfig(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            alpha=self._swiglu.alpha,
-            limit=self._swiglu.limit,
-            up_offset=self._swiglu.up_offset,
-            has_bias=has_bias,
-            precision=_PRECISION[precision],
-            batch_invariant=batch_invariant,
-            few_token_limit=crossover,
-        )
         self._layer = _core.Layer(
             isa=self._isa, origin=origin, format=self._format.name, config=config
         )
@@ -345,14 +326,15 @@ class Experts:
         if not 0 <= expert_id < self.num_experts:
             raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
         refuse_tracing("export")
-        inner, hidden = self.intermediate_size, self.hidden_size
-        gate, up = self._empty(inner, hidden), self._empty(inner, hidden)
-        down = self._empty(hidden, inner)
-        views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
-        self._layer.unpack(
-            runtime=self.runtime.core, expert=expert_id, matrices=views, intermediate_begin=0
+        matrices = unpack_expert(
+            self._layer,
+            expert_id,
+            row=self._format,
+            hidden_size=self._hidden_size,
+            intermediate_size=self._intermediate_size,
+            runtime=self.runtime,
         )
-        return ExpertWeights(gate, up, down, *(self._biases[expert_id] or ()))
+        return ExpertWeights(*matrices, *(self._biases[expert_id] or ()))
 
     @property
     def format(self) -> str:
@@ -408,7 +390,7 @@ class Experts:
     @runtime.setter
     def runtime(self, runtime: Runtime | None) -> None:
         self._runtime = runtime
-        self._calls = Calls(self._layer)  # which would keep the other runtime alive
+        self._calls = Calls(self._layer)  # The call that is kept would keep the old runtime alive.
 
     @property
     def expert_mask(self) -> torch.Tensor | None:
@@ -433,10 +415,10 @@ class Experts:
 
     def __repr__(self) -> str:
         """Shows format, sizes, variant and a precision other than the default."""
-        path = "" if self.precision == PRECISIONS[0] else f", precision={self.precision}"
+        precision = "" if self.precision == PRECISIONS[0] else f", precision={self.precision}"
         return (
             f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
-            f"intermediate={self.intermediate_size}, isa={self.isa}{path})"
+            f"intermediate={self.intermediate_size}, isa={self.isa}{precision})"
         )
 
     def _prepare(
@@ -452,13 +434,4 @@ class Experts:
             self._precision,
             self._calls,
             self.runtime.core,
-        )
-
-    def _empty(self, rows: int, columns: int) -> QuantizedMatrix:
-        row = self._format
-        code_bytes, groups = columns * row.code_bits // 8, columns // row.group_size
-        # The engine writes to CPU memory, whatever the caller's default device is.
-        return QuantizedMatrix(
-            torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
-            torch.empty(rows, groups, dtype=row.scale_storage, device="cpu"),
         )

@@ -46,8 +46,8 @@ def distinct_precisions(dtype: torch.dtype) -> tuple[str, ...]:
 def _torch_allows_bf16() -> bool:
     import torch
 
-    # PyTorch 2.9 brought a setting for the CPU alone. `set_float32_matmul_precision` sets it, too,
-    # but does not notice when it is changed afterwards.
+    # PyTorch 2.9 brought a setting for the CPU alone. `set_float32_matmul_precision` sets it, too.
+    # `get_float32_matmul_precision` does not see later changes of it.
     cpu = getattr(torch.backends.mkldnn, "matmul", None)
     if cpu is not None:
         precision: str = cpu.fp32_precision

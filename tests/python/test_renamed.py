@@ -1,10 +1,12 @@
 """Old names of arguments, attributes and options work and warn."""
 
 import pytest
+import torch
 from checkpoint_tools import write_small
 from cli_tools import run
+from moe_tools import inputs, layer
 
-from cpumoe import Experts
+from cpumoe import Experts, reference
 from cpumoe._renamed import with_old_arguments
 
 
@@ -13,10 +15,35 @@ def takes_precision(*, precision="auto"):
     return precision
 
 
+@with_old_arguments("fused_tokens")
+def takes_limit(*, few_token_limit=None):
+    return few_token_limit
+
+
 def test_an_old_name_warns_where_it_is_written():
     with pytest.warns(FutureWarning, match="compute is now called precision") as caught:
         assert takes_precision(compute="int8") == "int8"
     assert caught[0].filename == __file__
+
+
+def test_a_value_by_an_old_name_arrives():
+    with pytest.warns(FutureWarning, match="fused_tokens is now called few_token_limit"):
+        assert takes_limit(fused_tokens=0) == 0
+
+
+def test_references_take_old_arguments():
+    weights = layer("mxfp4", hidden=64, intermediate=32)
+    call = (*inputs(weights, tokens=2), weights.gate, weights.up, weights.down)
+    with pytest.warns(FutureWarning, match="compute is now called precision"):
+        old = reference.error_bound(*call, format="mxfp4", compute="int8")
+    assert torch.equal(old, reference.error_bound(*call, format="mxfp4", precision="int8"))
+
+
+def test_an_old_option_is_not_new_to_commands_without_it():
+    result = run("info", "--compute", "int8")
+    assert result.exit_code == 2
+    assert "--compute" in result.stderr
+    assert "is now called" not in result.stderr
 
 
 def test_old_and_new_name_together_are_refused():

@@ -228,7 +228,7 @@ def _variants(isa: str | None, precision: str) -> list[Variant]:
     from cpumoe.benchmark import Variant
 
     precisions = parse_precisions(precision, torch.bfloat16)  # the workloads' hidden states
-    return [Variant(name, path) for name in parse_isas_or_best(isa) for path in precisions]
+    return [Variant(name, each) for name in parse_isas_or_best(isa) for each in precisions]
 
 
 def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:

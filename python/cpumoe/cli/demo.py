@@ -73,8 +73,7 @@ def command(
 
     Every precision is checked. Then the small model that comes with cpumoe writes a few lines,
     which needs transformers. The demo takes one to three minutes, and a few hundred MB of disk and
-    memory.
-    The exit code is 1 if a variant computes a wrong result.
+    memory. The exit code is 1 if a variant computes a wrong result.
     """
     with reported(traceback), ExitStack() as stack:
         start = time.perf_counter()

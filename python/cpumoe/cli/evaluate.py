@@ -146,7 +146,7 @@ def _ways(experts: str, isa: str | None, precision: str, dtype: torch.dtype) -> 
     if experts != _HOST:
         isas = parse_isas_or_best(isa)
         precisions = parse_precisions(precision, dtype)
-        ways += [_Way(_CPUMOE, name, path) for path in precisions for name in isas]
+        ways += [_Way(_CPUMOE, name, each) for each in precisions for name in isas]
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))
     return ways

@@ -61,7 +61,7 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="all|NAME,...",
-        help="Precisions to test, separated by commas. Each names the lowest precision to which "
+        help="auto, bf16 and int8, separated by commas. Each names the lowest precision to which "
         "activations may be rounded. auto: fp32 accuracy for float32 hidden states, bf16 for "
         "others.",
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
+from cpumoe._renamed import renamed_message
 from cpumoe.cli import help_text
 from cpumoe.cli.console import print_warning
 
@@ -15,13 +17,14 @@ class Command(help_text.Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses a command line; warns for each old name in it."""
-        return super().parse_args(ctx, [_renamed(argument) for argument in args])
+        known = {name for parameter in self.params for name in parameter.opts}
+        return super().parse_args(ctx, [_renamed(argument, known) for argument in args])
 
 
-def _renamed(argument: str) -> str:
+def _renamed(argument: str, known: Container[str]) -> str:
     name, equals, value = argument.partition("=")
     new = _OPTIONS.get(name)
-    if new is None:
+    if new is None or new not in known:
         return argument
-    print_warning(f"{name} is now called {new}; the old name will be removed in cpumoe 0.3")
+    print_warning(renamed_message(name, new))
     return f"{new}{equals}{value}"
