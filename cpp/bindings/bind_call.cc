@@ -26,8 +26,8 @@ Call::Tensors Tensors(uintptr_t hidden_states, int64_t hidden_stride, int64_t to
           .output = reinterpret_cast<void*>(output)};
 }
 
-// A call that the driver thread makes, with everything that it reads and writes. Both are there
-// before the call is queued and until it has ended.
+// A call that the driver thread makes, and the Python objects whose memory the call reads and
+// writes. The objects live from before the call is queued until the call has ended.
 class SubmittedCall {
  public:
   explicit SubmittedCall(py::object owned) : owned_(std::move(owned)) {}

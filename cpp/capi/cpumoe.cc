@@ -30,7 +30,7 @@ struct cpumoe_runtime {
 };
 struct cpumoe_layer {
   std::shared_ptr<cpumoe::Layer> layer;
-  bool fp32_as_bf16 = false;  // of its calls
+  bool fp32_as_bf16 = false;  // whether its calls may round fp32 activations to bf16
 };
 struct cpumoe_call {
   cpumoe_call(const std::shared_ptr<cpumoe::Runtime>& runtime,
@@ -38,7 +38,7 @@ struct cpumoe_call {
       : call(runtime, layer, options) {}
 
   cpumoe::Call call;
-  cpumoe::Call::Tensors tensors;  // those that are bound
+  cpumoe::Call::Tensors tensors;  // the last argument of cpumoe_call_bind
 };
 struct cpumoe_pending {
   cpumoe::PendingCall call;

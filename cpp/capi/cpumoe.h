@@ -110,7 +110,7 @@ CPUMOE_API cpumoe_status cpumoe_layer_create(const cpumoe_layer_options* options
 CPUMOE_API void cpumoe_layer_destroy(cpumoe_layer* layer) CPUMOE_NOEXCEPT;
 /* The name of the variant that computes; empty if `layer` is NULL. */
 CPUMOE_API const char* cpumoe_layer_variant(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
-/* Bytes of the packed weights; 0 if `layer` is NULL. */
+/* Bytes that the layer takes when all its experts are packed; 0 if `layer` is NULL. */
 CPUMOE_API size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
 
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
@@ -123,7 +123,7 @@ typedef struct cpumoe_matrix {
   const void* codes;
   int64_t codes_stride; /* bytes from one row to the next; 0: rows follow each other */
   const void* scales;
-  int64_t scales_stride; /* the same for scales */
+  int64_t scales_stride; /* bytes from one row of scales to the next; 0: they follow each other */
 } cpumoe_matrix;
 
 typedef struct cpumoe_expert {
@@ -174,8 +174,9 @@ CPUMOE_API cpumoe_status cpumoe_call_create(cpumoe_runtime* runtime, cpumoe_laye
 /* Not while the call runs. Submitted runs may be under way. NULL is allowed. */
 CPUMOE_API void cpumoe_call_destroy(cpumoe_call* call) CPUMOE_NOEXCEPT;
 
-/* Names the tensors of later runs; until then there are no tokens. Not while the call runs. The
- * structure is copied; the addresses in it are read when the call runs. */
+/* Names the tensors of later runs. Until then there are no tokens. No other thread may be in a
+ * function of this call meanwhile; submitted runs may be under way. The structure is copied. The
+ * addresses in it are read when the call runs. */
 CPUMOE_API cpumoe_status cpumoe_call_bind(cpumoe_call* call,
                                           const cpumoe_tensors* tensors) CPUMOE_NOEXCEPT;
 

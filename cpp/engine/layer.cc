@@ -1,7 +1,7 @@
 #include "engine/layer.h"
 
 #include <chrono>
-#include <mutex>
+#include <stdexcept>
 #include <utility>
 
 #include "dispatch/variant_loader.h"
@@ -22,27 +22,40 @@ std::shared_ptr<Layer> Layer::Create(const std::string& isa, const std::string& 
   return std::shared_ptr<Layer>(new Layer(isa, entry.info, std::move(moe)));
 }
 
+Layer::Writing Layer::LockForChange() {
+  if (fork_guard_.forked()) {
+    throw std::runtime_error(
+        "Layer: a forked process may use its parent's experts, but not pack or evict them; create "
+        "a new layer in this process");
+  }
+  return Writing(weights_mutex_);
+}
+
+Layer::Reading Layer::LockForUse() const {
+  return fork_guard_.forked() ? Reading() : Reading(weights_mutex_);
+}
+
 void Layer::Pack(Runtime& runtime, int64_t first, std::span<const ExpertSource> sources) {
   runtime.Execute([&](Node& node) {
-    const std::unique_lock lock(weights_);
+    const Writing lock = LockForChange();
     PackExperts(*moe_, first, sources, node.pool());
   });
 }
 
 void Layer::Evict(int64_t expert) {
-  const std::unique_lock lock(weights_);
+  const Writing lock = LockForChange();
   moe_->Evict(expert);
 }
 
 void Layer::Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const {
   runtime.Execute([&](Node& node) {
-    const std::shared_lock lock(weights_);
+    const Reading lock = LockForUse();
     moe_->Unpack(expert, out, node.pool());
   });
 }
 
 void Layer::Forward(const ForwardArgs& args, Node& node) const {
-  const std::shared_lock lock(weights_);
+  const Reading lock = LockForUse();
   ForwardArgs counted = args;
   counted.counters = &counters_;
   const auto start = std::chrono::steady_clock::now();

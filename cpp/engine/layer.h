@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <shared_mutex>
 #include <span>
 #include <string>
@@ -13,11 +14,13 @@
 #include "engine/node.h"
 #include "engine/runtime.h"
 #include "moe/moe.h"
+#include "threading/os_thread.h"
 
 namespace cpumoe {
 
 // Any thread may use a layer. A forward call never meets an expert that is half packed: packing
-// waits for the layer's calls on all runtimes, and they wait for it.
+// waits for the layer's calls on all runtimes, and they wait for it. A forked child may compute
+// with its parent's layers on a runtime of its own, but not pack or evict experts.
 class Layer {
  public:
   // A layer without weights, on variant `isa`. `origin` names who asked for the variant, for
@@ -57,13 +60,23 @@ class Layer {
  private:
   Layer(std::string isa, const FormatInfo& format, std::unique_ptr<Moe> moe);
 
+  using Writing = std::unique_lock<std::shared_mutex>;
+  using Reading = std::shared_lock<std::shared_mutex>;
+
+  // Locks the weights for a change. Throws std::runtime_error in a forked child.
+  Writing LockForChange();
+  // Locks the weights against changes. A forked child gets no lock. In the child nothing changes
+  // weights, and a thread that exists in the parent alone may own the mutex.
+  Reading LockForUse() const;
+
+  const ForkGuard fork_guard_;
   const std::string isa_;
   const FormatInfo format_;
   const std::unique_ptr<Moe> moe_;
   mutable LayerCounters counters_;
   mutable std::atomic<int64_t> calls_{0};
   mutable std::atomic<int64_t> nanoseconds_{0};
-  mutable std::shared_mutex weights_;  // taken after the runtime's mutex
+  mutable std::shared_mutex weights_mutex_;  // locked after the runtime's mutex
 };
 
 }  // namespace cpumoe

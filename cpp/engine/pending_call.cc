@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
+#include <stdexcept>
 
 namespace cpumoe {
 
@@ -17,7 +17,7 @@ void PendingCall::WaitQuietly() noexcept {
   if (completion_ == nullptr) return;
   try {
     completion_->WaitFor(std::chrono::nanoseconds::max());
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  } catch (const std::runtime_error&) {  // NOLINT(bugprone-empty-catch)
     // This process is a forked child.
   }
 }

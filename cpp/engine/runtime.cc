@@ -16,6 +16,10 @@ std::shared_ptr<Runtime> Runtime::Create(const Options& options) {
   return std::shared_ptr<Runtime>(new Runtime(options));
 }
 
+Runtime::~Runtime() {
+  if (fork_guard_.forked()) static_cast<void>(node_.release());
+}
+
 void Runtime::Close() {
   // A forked child has no threads, and perhaps not the thread that owns a mutex.
   if (fork_guard_.forked()) return;

@@ -29,6 +29,8 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   // Throws what Node throws.
   static std::shared_ptr<Runtime> Create(const Options& options);
 
+  // A forked child leaks the node, because another thread of the parent may have been changing it.
+  ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 

@@ -106,7 +106,7 @@ class ForwardPass {
   }
 
   StagedForm FormOf(const Expert& expert) const {
-    return Path::FormFor(args_.input_dtype, BlocksOf(expert), op_.template FusedTokens<Path>());
+    return Path::FormFor(args_.input_dtype, BlocksOf(expert), op_.template FewTokenLimit<Path>());
   }
 
   void Count(LayerCounters& counters) const {
@@ -330,7 +330,7 @@ class ForwardPass {
   // All experts read one block: the only token, which each expert gets once.
   bool shared_ = false;
   std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
-  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in equal blocks
+  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in token blocks
   int64_t features_per_task_ = 1;      // in units of kFeatureTiles tiles
   int64_t outputs_per_task_ = 1;       // in pairs of tiles
   int64_t product_offset_ = 0;         // the layout of a thread's scratch is panel | product | sums

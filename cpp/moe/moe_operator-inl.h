@@ -45,7 +45,7 @@ class MoeOperator : public Moe {
 
   // Most tokens of an expert that the few-token kernels of a path take.
   template <class Path>
-  int FusedTokens() const {
+  int FewTokenLimit() const {
     // Batch invariance needs kernels that take any number of tokens.
     if (config().batch_invariant) return Path::kCrossover == kAnyTokens ? kAnyTokens : 0;
     return config().few_token_limit < 0 ? Path::kCrossover : config().few_token_limit;

@@ -29,8 +29,8 @@ struct PeakEntry {
 
 // How many tokens of an expert the few-token kernels of a variant take (Precision::kBf16).
 struct FewTokens {
-  int crossover;  // up to so many tokens they are used
-  int most;       // up to so many tokens kernels exist
+  int crossover;  // the most tokens for which the variant uses few-token kernels
+  int most;       // the most tokens for which few-token kernels exist
 };
 
 struct VariantApi {

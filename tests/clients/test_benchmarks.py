@@ -18,12 +18,12 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Tell me of th
 async def events(url, body):
     async with aiohttp.ClientSession() as session, session.post(url, json=body) as reply:
         assert reply.status == 200, await reply.text()
-        documents, buffer = [], ""
+        documents, buffer = [], b""
         async for chunk in reply.content.iter_any():
-            buffer += chunk.decode()
-            *lines, buffer = buffer.split("\n\n")
-            lines = [line for line in lines if line and not line.startswith(":")]
-            documents += [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+            buffer += chunk
+            *lines, buffer = buffer.split(b"\n\n")
+            lines = [line for line in lines if line and not line.startswith(b":")]
+            documents += [json.loads(line[6:]) for line in lines if line != b"data: [DONE]"]
     return documents
 
 

@@ -18,7 +18,7 @@ def chat(url, model):
         api_key="-",
         max_retries=0,
         max_tokens=400,
-        temperature=0.7,
+        temperature=0,
     )
 
 

@@ -18,6 +18,7 @@ def ask(url, model, conversation):
         "api_key": "-",
         "messages": conversation,
         "max_tokens": 12,
+        "temperature": 0,
         "max_retries": 0,
     }
 

@@ -22,7 +22,9 @@ def test_models(client, model):
 
 
 def test_chat(client, model, conversation):
-    reply = client.chat.completions.create(model=model, messages=conversation, max_tokens=LIMIT)
+    reply = client.chat.completions.create(
+        model=model, messages=conversation, max_tokens=LIMIT, temperature=0
+    )
     assert reply.choices[0].message.role == "assistant"
     assert reply.choices[0].message.content
     assert 0 < reply.usage.completion_tokens <= LIMIT
@@ -82,7 +84,9 @@ def test_completions_of_several_prompts(client, model):
 
 
 def test_completion_stream(client, model):
-    stream = client.completions.create(model=model, prompt="Once", max_tokens=LIMIT, stream=True)
+    stream = client.completions.create(
+        model=model, prompt="Once", max_tokens=LIMIT, temperature=0, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in stream)
 
 
@@ -163,7 +167,7 @@ def test_async(url, model, conversation):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
             create = client.chat.completions.create
-            ask = {"model": model, "messages": conversation, "max_tokens": LIMIT}
+            ask = {"model": model, "messages": conversation, "max_tokens": LIMIT, "temperature": 0}
             replies = await asyncio.gather(*(create(**ask) for _ in range(4)))
             text = ""
             async for chunk in await create(**ask, stream=True):

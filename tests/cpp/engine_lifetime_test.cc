@@ -272,5 +272,19 @@ TEST(EngineLifetime, AChildMakesItsOwnRuntimeForTheParentsLayer) {
             0);
 }
 
+TEST(EngineLifetime, AChildDoesNotChangeTheParentsLayer) {
+  Forkable f;
+  EXPECT_EQ(ResultInChild([&] {
+              Layer& layer = *f.engine.layer();
+              constexpr char kRefused[] = "Layer: a forked process may use its parent's experts";
+              if (!MessageOf([&] { layer.Evict(0); }).starts_with(kRefused)) return 1;
+              const auto runtime = Runtime::Create({});
+              return MessageOf([&] { layer.Pack(*runtime, 0, {}); }).starts_with(kRefused) ? 0 : 2;
+            }),
+            0);
+  f.call->Execute(f.engine.Tensors(f.output));
+  EXPECT_EQ(f.output, f.engine.expected());
+}
+
 }  // namespace
 }  // namespace cpumoe

@@ -153,7 +153,7 @@ TEST(Engine, ACallKeepsItsFirstErrorUntilItIsTaken) {
   EXPECT_EQ(call.TakeError(), nullptr);
 }
 
-TEST(Engine, ManyThreadsFailAndOneErrorIsKept) {
+TEST(Engine, ManyThreadsFailAndErrorsAreTakenWhole) {
   EngineCase engine;
   engine.batch().ids[2] = 77;
   Call call(TwoThreads(), engine.layer(), engine.Options());
@@ -174,7 +174,6 @@ TEST(Engine, ManyThreadsFailAndOneErrorIsKept) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_GE(taken, 1);
-  EXPECT_LE(taken, 200);
 }
 
 TEST(Engine, NullAddressesAndNegativeSizesAreRefusedAndTheBoundTensorsStay) {

@@ -142,9 +142,11 @@ def main():
     failed = []
     for name in names:
         seconds = given_options.minutes * 60 / len(names)
+        at_hand = folder / f"{name}.input"
+        at_hand.unlink(missing_ok=True)
         code = _spawn(name, seconds, folder, given_options.seed)
-        if code not in (0, 1):
-            print(f"{name}: ended with {code}: its input is in {folder / name}.input", flush=True)
+        if at_hand.exists():  # A process that comes to its end removes the file.
+            print(f"{name}: ended with {code}: its input is in {at_hand}", flush=True)
         failed += [name] if code else []
     with contextlib.suppress(OSError):
         folder.rmdir()  # if it is empty

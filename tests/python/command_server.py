@@ -103,7 +103,10 @@ def answer(connection):
 def _receive(connection):
     data, descriptors, _, _ = socket.recv_fds(connection, LARGEST_REQUEST, 3)
     while not data.endswith(b"\n"):
-        data += connection.recv(LARGEST_REQUEST)
+        more = connection.recv(LARGEST_REQUEST)
+        if not more:
+            os._exit(1)  # The client has ended in the middle of its request.
+        data += more
     return json.loads(data), descriptors
 
 

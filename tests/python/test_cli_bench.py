@@ -69,7 +69,7 @@ def test_checkpoint(v4):
     document = measure("--model", v4, "--tokens", "1,3", "--isa", "all", "--precision", "all")
     isas = cpumoe.supported_isas()
     rows = document["rows"]
-    expected = [(isa, path, m) for isa in isas for path in BF16_PRECISIONS for m in (1, 3)]
+    expected = [(isa, each, m) for isa in isas for each in BF16_PRECISIONS for m in (1, 3)]
     assert [(row["isa"], row["precision"], row["tokens"]) for row in rows] == expected
     settings = document["settings"]
     assert (settings["experts"], settings["top_k"]) == (SMALL["experts"], SMALL["top_k"])
@@ -213,14 +213,14 @@ def test_tune_refusals(v4, monkeypatch):
     assert "ask for fewer experts" in refuse("--tune", "--model", v4)
 
 
-def comparison(tokens, fused, panel):
-    return Comparison(tokens, Form(fused, fused, fused), Form(panel, 0.9 * panel, 1.1 * panel))
+def comparison(tokens, few, many):
+    return Comparison(tokens, Form(few, few, few), Form(many, 0.9 * many, 1.1 * many))
 
 
 def test_the_best_crossover_loses_least():
     ratios = {0: [1.5, 2.0], 1: [0.5, 1.1], 3: [0.5, 1.01, 0.8, 1.2], 2: [0.9, 0.9]}
-    for best, fused in ratios.items():
-        rows = [comparison(n, ms, 1.0) for n, ms in enumerate(fused, 1)]
+    for best, few in ratios.items():
+        rows = [comparison(n, ms, 1.0) for n, ms in enumerate(few, 1)]
         assert Crossover("avx2", 2, 4, rows).best == best
     assert comparison(1, 0.8, 1.0).faster == "few-token"
     assert comparison(1, 0.95, 1.0).faster is None

@@ -35,7 +35,7 @@ def test_results_depend_neither_on_threads_nor_on_the_run(isa, fmt, precision):
 
 
 @EVERY_VARIANT
-def test_fused_tokens_choose_the_kernels(isa, fmt):
+def test_few_token_limit_chooses_the_kernels(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=6)
     outputs = {}

@@ -159,10 +159,10 @@ def test_tiny_fp32_hidden_states_are_not_taken_for_zero(isa, fmt, tokens):
     assert float((experts(x, ids, w).double() - expected).norm() / expected.norm()) < FP32_ERROR
 
 
-def test_paths_that_differ():
+def test_precisions_that_differ():
     assert resolve_precision("auto", torch.bfloat16) == "bf16"
     assert resolve_precision("auto", torch.float16) == "bf16"
     assert resolve_precision("auto", torch.float32) == "auto"
-    assert [resolve_precision(path, torch.float32) for path in ("bf16", "int8")] == ["bf16", "int8"]
+    assert [resolve_precision(each, torch.float32) for each in ("bf16", "int8")] == ["bf16", "int8"]
     assert distinct_precisions(torch.bfloat16) == ("bf16", "int8")
     assert distinct_precisions(torch.float32) == PRECISIONS

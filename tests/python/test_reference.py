@@ -20,7 +20,7 @@ from cpumoe.reference import (
 from cpumoe.swiglu import SwiGLU
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
-COMPUTES = pytest.mark.parametrize("precision", PRECISIONS)
+EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 SWIGLUS = (SwiGLU(), SwiGLU(limit=10.0), SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0))
 
 
@@ -239,7 +239,7 @@ def test_groups_without_a_scale():
 
 
 @FORMATS
-@COMPUTES
+@EVERY_PRECISION
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -262,7 +262,7 @@ def test_a_correct_kernel_stays_within_the_bound(
 
 
 @FORMATS
-@COMPUTES
+@EVERY_PRECISION
 @pytest.mark.parametrize("value", [0.02, 0.3])
 def test_coherent_roundings_stay_within_the_bound(fmt, precision, value):
     """Constant weights: every h is the same number, rounded the same way."""
@@ -274,7 +274,7 @@ def test_coherent_roundings_stay_within_the_bound(fmt, precision, value):
 
 
 @FORMATS
-@COMPUTES
+@EVERY_PRECISION
 @pytest.mark.parametrize("exponent", [-30, 20])
 def test_the_bound_follows_the_size_of_the_weights(fmt, precision, exponent):
     p = Problem(fmt)
@@ -309,7 +309,7 @@ def test_the_int8_bound_is_little_more_than_the_error(fmt):
 
 
 @FORMATS
-@COMPUTES
+@EVERY_PRECISION
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 @pytest.mark.parametrize("fault", ["swapped nibbles", "scale off by one"])
 def test_a_wrong_byte_exceeds_the_bound(fmt, precision, projection, fault):

@@ -183,6 +183,31 @@ def test_calls_that_were_cut_off_are_left_out(server, client):
     assert choice.finish_reason == "length"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_required_call_may_be_in_the_models_own_format(server, client, stream):
+    said(server, Piece(tool_calls=(ToolCall("time", '{"zone": "UTC"}'),)), "Done.")
+    answer = client.chat.completions.create(
+        model="fake", messages=HELLO, tools=[TIME], tool_choice="required", stream=stream
+    )
+    if stream:
+        message, reason = collect(answer)
+        calls = [(call["name"], call["arguments"]) for call in message["tool_calls"]]
+    else:
+        reason = answer.choices[0].finish_reason
+        found = answer.choices[0].message.tool_calls
+        calls = [(call.function.name, call.function.arguments) for call in found]
+    assert calls == [("time", '{"zone": "UTC"}')]
+    assert reason == "tool_calls"
+
+
+def test_a_call_in_another_format_that_was_cut_off_is_left_out(server, client):
+    said(server, '<tool_call>{"name": "time", "arguments": {"zones": ["UTC", "CE')
+    answer = client.chat.completions.create(
+        model="fake", messages=HELLO, tools=[TIME], tool_choice="required"
+    )
+    assert not answer.choices[0].message.tool_calls
+
+
 def test_references_within_parameters_still_hold_within_the_schema_of_calls():
     parameters = {
         "type": "object",

@@ -196,7 +196,7 @@ class ExpertReader(ABC):
             )
 
     def check_depth(self) -> None:
-        """Checks that the files have all layers of the config, before a model with so many is built.
+        """Checks, before a model is built, that the files have all layers of the config.
 
         Raises:
             CheckpointError: no tensor belongs to the last layer.

@@ -208,10 +208,10 @@ class ChatShape(OpenAiShape):
             delta |= self._forced_delta(index, piece.text)
         elif piece.text:
             delta["content"] = piece.text
-        first = self._calls.get(index, 0)
-        if new := piece.tool_calls[
-            : None if self._most_calls is None else self._most_calls - first
-        ]:
+        new = piece.tool_calls
+        if self._most_calls is not None:
+            new = new[: self._most_calls - self._calls.get(index, 0)]
+        if new:
             delta |= self._new_calls(index, new)
         self._sent[index] = self._sent.get(index, 0) + len(piece.logprobs)
         if not delta and not piece.logprobs:
@@ -229,9 +229,9 @@ class ChatShape(OpenAiShape):
         return [*choices, _delta(index, {}, logprobs, _reason(result, calls))]
 
     def _all_calls(self, result: Generation) -> Sequence[ToolCall]:
-        """Returns the model's calls, or those in its text if calls are forced."""
+        """Returns the calls in the reply's own format, else those in the text of forced calls."""
         calls = result.tool_calls
-        if self._forced is not None and result.text:
+        if self._forced is not None and result.text and not calls:
             calls = self._forced.calls(result.text)
         return calls[: self._most_calls]
 

@@ -91,6 +91,8 @@ class ForcedCalls:
         return tuple(
             ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False))
             for call in _whole_elements(text)
+            # A call in another format that was cut off can hold a list, too.
+            if isinstance(call, dict) and {"name", "arguments"} <= call.keys()
         )
 
 
