@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from cpumoe.generation import Sampling
 from cpumoe.integrations.transformers import CpuExperts, LanguageModel
+from cpumoe.text.generation import Sampling
 
 
 class TimedEngine:

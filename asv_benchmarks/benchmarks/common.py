@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 import cpumoe
+from cpumoe.measure.throughput import ROUTINGS, CallTimer, make_workload
 from cpumoe.models import find_model
-from cpumoe.precision import distinct_precisions
-from cpumoe.synth import write_checkpoint
-from cpumoe.throughput import ROUTINGS, CallTimer, make_workload
+from cpumoe.models.synth import write_checkpoint
+from cpumoe.numerics.precision import distinct_precisions
 
 MODEL = "v4-flash"
 SIZES = {"experts": 16}  # 214 MB of weights, beyond most caches

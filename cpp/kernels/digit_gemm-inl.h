@@ -9,7 +9,7 @@
 //   x = scale (q0 128^2 + q1 128 + q2)              weight = w - offset, 0 <= w < 128
 //   sum weight x = scale (S0 128^2 + S1 128 + S2 + start),  Si = sum w qi
 //
-// Staging decides how many digits a group has (packing/digits-inl.h). The kernel's branch on this
+// Staging decides how many digits a group has (staging/digits-inl.h). The kernel's branch on this
 // number costs next to nothing, because every row of the matrix meets a token's groups in one
 // order.
 //

@@ -49,7 +49,7 @@ struct Limits {
   }
 
   // Multiplies as the int8 path does. On an ISA with a panel unit, the unit multiplies many tokens
-  // on that path, too (moe/mixed_path-inl.h).
+  // on that path, too (paths/mixed_path-inl.h).
   static int64_t Int8Dots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);

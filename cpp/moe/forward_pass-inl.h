@@ -28,8 +28,8 @@
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
 #include "moe/expert_weights.h"
-#include "moe/path.h"
-#include "packing/stage-inl.h"
+#include "paths/path.h"
+#include "staging/stage-inl.h"
 
 namespace cpumoe {
 

@@ -16,7 +16,7 @@
 
 #include "base/check.h"
 #include "kernels/isa.h"
-#include "moe/compute_paths-inl.h"
+#include "paths/compute_paths-inl.h"
 #include "moe/expert_weights.h"
 #include "moe/forward_pass-inl.h"
 #include "moe/moe.h"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
     from cpumoe.future import Future
     from cpumoe.models import ModelSpec, find_model
+    from cpumoe.numerics.swiglu import SwiGLU
     from cpumoe.runtime import Runtime, default_runtime
-    from cpumoe.swiglu import SwiGLU
 
 __version__ = _core.version()
 
@@ -71,7 +71,7 @@ _MODULES = {
     "cpumoe.future": ("Future",),
     "cpumoe.models": ("ModelSpec", "find_model"),
     "cpumoe.runtime": ("Runtime", "default_runtime"),
-    "cpumoe.swiglu": ("SwiGLU",),
+    "cpumoe.numerics.swiglu": ("SwiGLU",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

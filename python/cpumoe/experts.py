@@ -9,7 +9,10 @@ from typing import NoReturn
 import torch
 
 from cpumoe import _core
-from cpumoe._arguments import (
+from cpumoe._base.progress import track
+from cpumoe._base.renamed import warn_renamed, with_old_arguments
+from cpumoe._base.tensors import refuse_tracing
+from cpumoe._engine.arguments import (
     Call,
     Calls,
     MatrixStack,
@@ -17,18 +20,15 @@ from cpumoe._arguments import (
     integer,
     prepare_call,
 )
-from cpumoe._config import layer_config
-from cpumoe._packing import checked_stack, pack_experts, unpack_expert
-from cpumoe._progress import track
-from cpumoe._renamed import warn_renamed, with_old_arguments
-from cpumoe._tensors import refuse_tracing
+from cpumoe._engine.config import layer_config
+from cpumoe._engine.packing import checked_stack, pack_experts, unpack_expert
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.formats import weight_format
 from cpumoe.future import Future
 from cpumoe.isa import select_isa
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
+from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.runtime import Runtime, default_runtime
-from cpumoe.swiglu import SwiGLU
 
 
 class Experts:
@@ -113,7 +113,8 @@ class Experts:
             row=self._format,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            runtime=self.runtime,
+            runtime=self.runtime.core,
+            threads=self.runtime.threads,
         )
         if len(self._biases) != num_experts:
             raise ValueError(f"expected {num_experts} experts, got {len(self._biases)}")
@@ -332,7 +333,7 @@ class Experts:
             row=self._format,
             hidden_size=self._hidden_size,
             intermediate_size=self._intermediate_size,
-            runtime=self.runtime,
+            runtime=self.runtime.core,
         )
         return ExpertWeights(*matrices, *(self._biases[expert_id] or ()))
 

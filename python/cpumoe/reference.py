@@ -9,15 +9,19 @@ from __future__ import annotations
 import torch
 from typing_extensions import Unpack
 
-from cpumoe._reference_layer import (
+from cpumoe.numerics.activations import dequantize_activations, quantize_activations
+from cpumoe.numerics.bounds import (
+    error_bound,
+    experts_forward_with_bound,
+    experts_forward_with_bounds,
+)
+from cpumoe.numerics.reference_layer import (
     ExpertBiases,
     ExpertMatrices,
     LayerOptions,
     ReferenceLayer,
     dequantize,
 )
-from cpumoe.activations import dequantize_activations, quantize_activations
-from cpumoe.bounds import error_bound, experts_forward_with_bound, experts_forward_with_bounds
 
 __all__ = [
     "ExpertBiases",

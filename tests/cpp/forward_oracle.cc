@@ -10,7 +10,7 @@
 #include <cstddef>
 
 #include "cpp/all_formats.h"
-#include "moe/reference_moe.h"
+#include "reference_moe.h"
 
 namespace cpumoe {
 namespace {
@@ -87,7 +87,7 @@ void RoundToInt8(Intervals& x) {
   }
 }
 
-// Adds the error of rounding to digits (packing/digits-inl.h). In bf16 calls a group without an
+// Adds the error of rounding to digits (staging/digits-inl.h). In bf16 calls a group without an
 // outlier is off by 2^-13 of its greatest magnitude. All other groups are off by 2^-20 of it.
 template <class F>
 void RoundToDigits(Intervals& x, DType dtype) {

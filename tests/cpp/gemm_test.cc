@@ -12,7 +12,7 @@
 #include "cpp/all_formats.h"
 #include "cpp/isa_test.h"
 #include "cpp/test_matrix.h"
-#include "moe/reference_moe.h"
+#include "reference_moe.h"
 #include "packing/pack.h"
 
 namespace cpumoe {

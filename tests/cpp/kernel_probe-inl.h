@@ -15,7 +15,7 @@
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
-#include "moe/compute_paths-inl.h"
+#include "paths/compute_paths-inl.h"
 
 namespace cpumoe::kernel_probe {
 

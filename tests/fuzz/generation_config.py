@@ -7,13 +7,13 @@ from pathlib import Path
 
 import tiny_models
 
-from cpumoe.generation import ModelError, Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.generation_settings import (
     FILE,
     host_generation_config,
     read_generation_config,
 )
+from cpumoe.text.generation import ModelError, Sampling
 
 from .documents import json_bytes
 from .target import Target, in_one_line

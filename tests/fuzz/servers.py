@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from cpumoe.cli.chat_backends import Answer
 from cpumoe.cli.chat_reply import ReplyError, first_model, quote, read_reply
-from cpumoe.serving.app import create_app
+from cpumoe.text.serving.app import create_app
 
 from .documents import changed, damaged, dumped, json_bytes
 from .target import Target, in_one_line_for_terminals

@@ -11,7 +11,7 @@ from cpumoe.checkpoint import ExpertReader
 from cpumoe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
-from cpumoe.synth import write_checkpoint
+from cpumoe.models.synth import write_checkpoint
 
 SMALL = {"layers": 2, "experts": 3, "hidden": 64, "intermediate": 96, "top_k": 2}
 

@@ -6,8 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 import cpumoe
-from cpumoe import _core, limits
+from cpumoe import _core
 from cpumoe.cli import app, demo
+from cpumoe.measure import limits
 
 TINY_DEMO = ("--experts", "2", "--hidden", "64", "--intermediate", "32")
 

@@ -25,8 +25,8 @@ _SMALL = {"hidden_size": 64, "moe_intermediate_size": 32}
 _PRELOADED = (
     "cpumoe.cli",
     "cpumoe.integrations.transformers",
-    "cpumoe.serving.app",
-    "cpumoe.serving.server",
+    "cpumoe.text.serving.app",
+    "cpumoe.text.serving.server",
     "transformers.models.deepseek_v4.modeling_deepseek_v4",
     "uvicorn",
 )
@@ -58,7 +58,8 @@ def preload():
 
     for name in _PRELOADED:
         importlib.import_module(name)
-    from cpumoe import benchmark, models, tuning
+    from cpumoe import models
+    from cpumoe.measure import benchmark, tuning
 
     make_quick(setattr)
     for spec in models.MODELS:

@@ -6,8 +6,8 @@ import sys
 import threading
 import time
 
-from cpumoe.generation import Generation, Piece, Prompt, TokenLogprob
-from cpumoe.stop_strings import StopStrings
+from cpumoe.text.generation import Generation, Piece, Prompt, TokenLogprob
+from cpumoe.text.stop_strings import StopStrings
 
 
 class FakeModel:

@@ -15,7 +15,7 @@ import torch
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU, _core
-from cpumoe.precision import PRECISIONS, distinct_precisions
+from cpumoe.numerics.precision import PRECISIONS, distinct_precisions
 
 PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)

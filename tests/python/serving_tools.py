@@ -8,11 +8,11 @@ import httpx
 import openai
 from fake_model import FakeModel
 
-from cpumoe.serving.app import create_app
-from cpumoe.serving.listening import open_sockets
-from cpumoe.serving.server import Server as HttpServer
-from cpumoe.serving.server import make_config
-from cpumoe.serving.settings import Settings
+from cpumoe.text.serving.app import create_app
+from cpumoe.text.serving.listening import open_sockets
+from cpumoe.text.serving.server import Server as HttpServer
+from cpumoe.text.serving.server import make_config
+from cpumoe.text.serving.settings import Settings
 
 
 class Server:

@@ -92,7 +92,9 @@ def digest(*tensors):
 def checked():
     """Results of cpumoe itself: quantizing, references with bounds, made-up weights, layers."""
     import cpumoe
-    from cpumoe import bounds, synth, throughput
+    from cpumoe.measure import throughput
+    from cpumoe.models import synth
+    from cpumoe.numerics import bounds
 
     results = {}
     for name in cpumoe.WEIGHT_FORMATS:

@@ -18,8 +18,8 @@ FULL = "/dev/full"
 GONE = "| head -0"
 
 _MODULES = (
-    *("torch", "transformers", "cpumoe.integrations.transformers", "cpumoe.validation"),
-    *("cpumoe.serving.app", "fake_model", "stream_tools"),
+    *("torch", "transformers", "cpumoe.integrations.transformers", "cpumoe.measure.validation"),
+    *("cpumoe.text.serving.app", "fake_model", "stream_tools"),
 )
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(_MODULES))

@@ -24,7 +24,7 @@ from cpumoe.cli import app, chat, console, text_model
 from cpumoe.cli.chat_backends import Answer, ChatError, LocalBackend
 from cpumoe.cli.chat_server import ServerBackend
 from cpumoe.cli.chat_session import Session
-from cpumoe.generation import Piece, Sampling, ToolCall
+from cpumoe.text.generation import Piece, Sampling, ToolCall
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
 FIVE = " 1 2 3 4 5"

@@ -6,9 +6,9 @@ import json
 import pytest
 import tiny_models
 
-from cpumoe.generation import Sampling as _Sampling
-from cpumoe.generation import ToolCall
 from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.text.generation import Sampling as _Sampling
+from cpumoe.text.generation import ToolCall
 
 HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"]
 TEMPLATES = {

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cpumoe.cli import app, chat_reply
 from cpumoe.cli.chat_backends import ChatError
 from cpumoe.cli.chat_server import ServerBackend
-from cpumoe.generation import Sampling
+from cpumoe.text.generation import Sampling
 
 END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 NOT_JSON = {"status": "502 Bad Gateway", "content_type": "text/html"}

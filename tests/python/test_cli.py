@@ -11,8 +11,9 @@ from moe_tools import BF16_PRECISIONS
 from safetensors.torch import load_file
 
 import cpumoe
-from cpumoe import _core, validation
+from cpumoe import _core
 from cpumoe.cli import console
+from cpumoe.measure import validation
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 

@@ -12,11 +12,12 @@ from checkpoint_tools import SMALL, write_small
 from moe_tools import BF16_PRECISIONS
 
 import cpumoe
-from cpumoe import _core, benchmark, limits, models, reference, tuning
-from cpumoe.benchmark import Limit, Limits, Timing, Turn, Variant
+from cpumoe import _core, models, reference
 from cpumoe.cli import bench_compare
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.tuning import Comparison, Crossover, Form
+from cpumoe.measure import benchmark, limits, tuning
+from cpumoe.measure.benchmark import Limit, Limits, Timing, Turn, Variant
+from cpumoe.measure.tuning import Comparison, Crossover, Form
 
 QUICK = ("--seconds", 0, "--rounds", 2)
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2

@@ -9,9 +9,9 @@ from cli_tools import TINY_DEMO, read, refuse, run, succeed, unsupported_isa
 from moe_tools import BF16_PRECISIONS
 
 import cpumoe
-from cpumoe import validation
-from cpumoe.precision import PRECISIONS
-from cpumoe.synth import PATTERNS
+from cpumoe.measure import validation
+from cpumoe.models.synth import PATTERNS
+from cpumoe.numerics.precision import PRECISIONS
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 

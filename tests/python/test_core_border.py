@@ -6,7 +6,7 @@ from moe_tools import layer
 
 import cpumoe
 from cpumoe import QuantizedMatrix, Runtime, _core
-from cpumoe._arguments import matrix_view
+from cpumoe._engine.arguments import matrix_view
 
 # What a call has fixed, and what may differ each time.
 FIXED = {

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 import cpumoe
 from cpumoe import embedded
 from cpumoe.cli import app
-from cpumoe.generation import Sampling
 from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perplexity
+from cpumoe.text.generation import Sampling
 
 
 @pytest.fixture(scope="module")

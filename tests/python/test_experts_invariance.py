@@ -11,7 +11,8 @@ from moe_tools import (
     layer,
 )
 
-from cpumoe import Runtime, _core, tuning
+from cpumoe import Runtime, _core
+from cpumoe.measure import tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads asked for:RuntimeWarning")
 

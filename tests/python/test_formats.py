@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, _pair_table, weight_format
+from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, weight_format
+from cpumoe.formats.weight_format import _pair_table
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 np = pytest.importorskip("numpy")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpumoe.generation import Sampling
-from cpumoe.stop_strings import StopStrings
+from cpumoe.text.generation import Sampling
+from cpumoe.text.stop_strings import StopStrings
 
 # Few letters, so that stop strings, their beginnings and overlaps are frequent.
 TEXT = st.text("ab", max_size=20)

@@ -8,10 +8,10 @@ import pytest
 import tiny_models
 
 from cpumoe.checkpoint import CheckpointError
-from cpumoe.generation import ModelError, Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.generation_settings import end_tokens
 from cpumoe.integrations.transformers.vocabulary import Vocabulary
+from cpumoe.text.generation import ModelError, Sampling
 
 SEEDED = Sampling(16, seed=3)
 

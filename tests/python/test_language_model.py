@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import tokenization_utils_base
 
-from cpumoe.generation import ModelError, Prompt, Sampling
 from cpumoe.integrations.transformers import LanguageModel
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
+from cpumoe.text.generation import ModelError, Prompt, Sampling
 
 TOOLS = Path(__file__).parents[2] / "tools"
 GREEDY = Sampling(max_new_tokens=24, temperature=0)

@@ -1,31 +1,28 @@
-"""The direction of dependencies, read from the sources: `#include "..."` and `import` lines.
+"""The direction of dependencies in C++, read from `#include` lines, and tables that exist once.
 
-base <- {threading, formats} <- kernels <- packing <- moe <- variant
+base <- {threading, formats} <- kernels <- {packing, staging} <- paths <- moe <- variant
 base, threading, moe, variant API <- dispatch <- engine <- {bindings, capi}
-bindings <- python <- {integrations, serving}
-{integrations, serving} <- cli
 """
 
 import ast
 import re
-from itertools import chain
 from pathlib import Path
-
-import pytest
 
 import cpumoe
 
 ROOT = Path(__file__).parents[2]
 
-# What each folder of cpp/ may include, besides itself. kernels/ knows no format; only moe/ and
-# packing/, where the two meet, do.
+# What each folder of cpp/ may include, besides itself. kernels/ and staging/ know no format;
+# packing/, paths/ and moe/, where the two meet, do.
 MAY_INCLUDE = {
     "base": set(),
     "threading": {"base"},
     "formats": {"base"},
     "kernels": {"base", "threading"},
     "packing": {"base", "threading", "formats", "kernels"},
-    "moe": {"base", "threading", "formats", "kernels", "packing"},
+    "staging": {"base", "kernels"},
+    "paths": {"base", "formats", "kernels", "packing", "staging"},
+    "moe": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
     "variant": {"base", "threading", "formats", "kernels", "packing", "moe"},
     "dispatch": {"base", "threading", "variant"},
     "engine": {"base", "threading", "variant", "dispatch", "moe"},
@@ -231,80 +228,3 @@ def test_a_second_isa_list_is_caught():
         "bad.cc: lists alpha, beta",
         "bad.cmake: lists alpha, beta",
     ]
-
-
-def test_addresses_come_from_the_gate_only():
-    files = sources(ROOT / "python" / "cpumoe", ".py")
-    core = {n: t for n, t in files.items() if layer_of(f"cpumoe/{n}") == "core"}
-    assert [name for name, text in core.items() if re.search(r"data_ptr\(", text)] == [
-        "_tensors.py"
-    ]
-
-
-def imports(name, text):
-    """Full names of the modules and members that a module of python/ imports."""
-    package = name.split("/")[:-1]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join(chain(base, [node.module] if node.module else []))
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-def layer_of(name):
-    """The core, or one of the packages on top of it."""
-    parts = Path(name).with_suffix("").parts
-    if parts[1] in MAY_NOT_IMPORT:
-        return parts[1]
-    return "cli" if parts[1:] == ("__main__",) else "core"
-
-
-HOSTS = ("transformers", "vllm", "sglang")
-SERVERS = ("fastapi", "starlette", "uvicorn", "pydantic", "httpx2", "openai")
-MAY_NOT_IMPORT = {
-    "core": ("cpumoe.cli", "cpumoe.integrations", "cpumoe.serving", "typer", *HOSTS, *SERVERS),
-    "integrations": ("cpumoe.cli", "cpumoe.serving", *SERVERS),
-    "serving": ("cpumoe.cli", "cpumoe.integrations", "typer", "openai", *HOSTS),
-    "cli": (),
-}
-
-
-def import_violations(files):
-    found = []
-    for name, text in files.items():
-        forbidden = MAY_NOT_IMPORT[layer_of(name)]
-        for target in imports(name, text):
-            if any(target == f or target.startswith(f + ".") for f in forbidden):
-                found.append(f"{name}: imports {target}")
-    return found
-
-
-def test_python_imports():
-    files = sources(ROOT / "python", ".py")
-    assert "cpumoe/experts.py" in files
-    assert import_violations(files) == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import cpumoe.cli",
-        "from cpumoe.cli import main",
-        "from cpumoe import cli",
-        "from . import cli",
-        "from .cli.app import main",
-        "def f():\n    import transformers.models",
-        "def f():\n    from fastapi import FastAPI",
-    ],
-)
-def test_python_violations_are_caught(line):
-    assert len(import_violations({"cpumoe/experts.py": line})) == 1
-    assert (
-        import_violations({"cpumoe/cli/app.py": "import typer\nfrom cpumoe import Experts"}) == []
-    )
-    bad = {"cpumoe/integrations/vllm.py": "import vllm\nfrom ..cli import app"}
-    assert import_violations(bad) == ["cpumoe/integrations/vllm.py: imports cpumoe.cli.app"]
-    bad = {"cpumoe/serving/app.py": "import fastapi\ndef f():\n    from transformers import x"}
-    assert import_violations(bad) == ["cpumoe/serving/app.py: imports transformers.x"]

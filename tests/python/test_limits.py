@@ -4,7 +4,7 @@ import pytest
 
 import cpumoe
 from cpumoe import _core
-from cpumoe.limits import measure_dot_peak, measure_read_bandwidth
+from cpumoe.measure.limits import measure_dot_peak, measure_read_bandwidth
 
 
 @pytest.fixture(scope="module")

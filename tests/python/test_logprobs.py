@@ -4,13 +4,13 @@ import pytest
 import tiny_models
 import torch
 
-from cpumoe.generation import Prompt, Sampling
 from cpumoe.integrations.transformers import (
     ExpertsOptions,
     LanguageModel,
     perplexity,
     prompt_reading,
 )
+from cpumoe.text.generation import Prompt, Sampling
 
 
 @pytest.fixture(scope="module")

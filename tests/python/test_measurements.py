@@ -10,8 +10,8 @@ import pytest
 from checkpoint_tools import write_small
 from cli_tools import make_quick, run
 
-from cpumoe import benchmark
 from cpumoe.cli import bench_compare
+from cpumoe.measure import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 

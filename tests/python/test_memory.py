@@ -7,7 +7,7 @@ import pytest
 from moe_tools import PEAK_MEMORY, output_of
 
 from cpumoe.models import find_model
-from cpumoe.synth import write_checkpoint
+from cpumoe.models.synth import write_checkpoint
 
 EXPERTS = 16
 

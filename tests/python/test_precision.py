@@ -8,7 +8,7 @@ import torch
 from moe_tools import EVERY_FORMAT, EVERY_VARIANT, SWIGLUS, check, features, inputs, layer
 
 import cpumoe
-from cpumoe.precision import PRECISIONS, distinct_precisions, resolve_precision
+from cpumoe.numerics.precision import PRECISIONS, distinct_precisions, resolve_precision
 
 FP32_ERROR = 4e-6
 BF16_ERROR = 5e-4

@@ -4,8 +4,8 @@ import pytest
 import tiny_models
 import torch
 
-from cpumoe.generation import Prompt, Sampling
 from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, prompt_reading
+from cpumoe.text.generation import Prompt, Sampling
 
 PART = 24
 PROMPT = Prompt(tuple(5 + (i * i) % 250 for i in range(4 * PART + 5)))

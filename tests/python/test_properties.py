@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from moe_tools import DEEPSEEK_V4, GPT_OSS, PLAIN, Inputs, check, formats, layer
 
 import cpumoe
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
 
 ISAS = cpumoe.supported_isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
-from cpumoe.precision import PRECISIONS, resolve_precision
+from cpumoe.numerics.precision import PRECISIONS, resolve_precision
+from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.reference import (
     dequantize,
     dequantize_activations,
@@ -17,7 +18,6 @@ from cpumoe.reference import (
     experts_forward_with_bounds,
     quantize_activations,
 )
-from cpumoe.swiglu import SwiGLU
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
 EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)

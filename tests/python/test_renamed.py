@@ -1,5 +1,7 @@
 """Old names of arguments, attributes and options work and warn."""
 
+import importlib
+
 import pytest
 import torch
 from checkpoint_tools import write_small
@@ -7,7 +9,8 @@ from cli_tools import run
 from moe_tools import inputs, layer
 
 from cpumoe import Experts, reference
-from cpumoe._renamed import with_old_arguments
+from cpumoe._base.renamed import with_old_arguments
+from cpumoe.text.generation import Sampling
 
 
 @with_old_arguments("compute")
@@ -85,3 +88,11 @@ def test_commands_take_old_options(arguments, checkpoint):
     assert result.exit_code == 0
     assert "int8" in result.stdout
     assert "warning: --compute is now called --precision" in result.stderr
+
+
+def test_the_module_of_text_generation():
+    old = importlib.import_module("cpumoe.generation")
+    with pytest.warns(FutureWarning, match=r"cpumoe\.generation is now called cpumoe\.text\.generation"):
+        assert old.Sampling is Sampling
+    with pytest.raises(AttributeError):
+        _ = old.nothing

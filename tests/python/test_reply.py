@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpumoe.generation import ToolCall
-from cpumoe.reply import reply_format
+from cpumoe.text.generation import ToolCall
+from cpumoe.text.reply import reply_format
 
 # The markers of each family's template, by which reply_format knows the family.
 QWEN = "{%- if tools %}<tool_call>...</tool_call>{%- endif %}<think>...</think>"

@@ -4,8 +4,8 @@ import pytest
 import tiny_models
 import torch
 
-from cpumoe.generation import ModelError, Sampling
 from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.text.generation import ModelError, Sampling
 
 END = 2
 

@@ -8,7 +8,7 @@ import pytest
 from fake_model import FakeModel
 from serving_tools import Server, error_of
 
-from cpumoe.serving.settings import Settings
+from cpumoe.text.serving.settings import Settings
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

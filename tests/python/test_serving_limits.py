@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from serving_tools import Server, wait_for
 from test_serving_process import serving
 
-from cpumoe.serving import body as body_module
-from cpumoe.serving.body import StrictModel
-from cpumoe.serving.errors import ApiError
+from cpumoe.text.serving import body as body_module
+from cpumoe.text.serving.body import StrictModel
+from cpumoe.text.serving.errors import ApiError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

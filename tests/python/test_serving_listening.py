@@ -12,8 +12,8 @@ import pytest
 from serving_tools import Server, wait_for
 from test_serving_process import serving
 
-from cpumoe.serving import listening
-from cpumoe.serving.listening import open_sockets
+from cpumoe.text.serving import listening
+from cpumoe.text.serving.listening import open_sockets
 
 COMPLETIONS = "/v1/completions"
 

@@ -8,8 +8,8 @@ from serving_tools import Server, wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app
-from cpumoe.generation import Sampling
 from cpumoe.integrations.transformers import LanguageModel, perplexity
+from cpumoe.text.generation import Sampling
 
 QUESTION = [{"role": "user", "content": "Hi"}]
 

@@ -16,7 +16,7 @@ from serving_tools import wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, serve, text_model
-from cpumoe.serving.listening import open_sockets
+from cpumoe.text.serving.listening import open_sockets
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
 COMPLETIONS = "/v1/completions"

@@ -12,10 +12,10 @@ import pytest
 from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
-from cpumoe import generation
-from cpumoe.serving import answer
-from cpumoe.serving import body as body_module
-from cpumoe.serving import server as server_module
+from cpumoe.text import generation
+from cpumoe.text.serving import answer
+from cpumoe.text.serving import body as body_module
+from cpumoe.text.serving import server as server_module
 
 # A slow model that notices quickly that its answer is not needed.
 SLOW = {"end": 10**6, "delay": 0.01}

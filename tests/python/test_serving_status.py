@@ -8,8 +8,8 @@ from fake_model import FakeModel
 from serving_tools import Server, error_of, wait_for
 
 from cpumoe import __version__
-from cpumoe.serving import app as app_module
-from cpumoe.serving.metrics import has_metrics
+from cpumoe.text.serving import app as app_module
+from cpumoe.text.serving.metrics import has_metrics
 
 COMPLETIONS = "/v1/completions"
 NAMES = (

@@ -8,8 +8,8 @@ from fake_model import FakeModel
 from pydantic import BaseModel
 from serving_tools import Server
 
-from cpumoe.generation import Piece, ToolCall
-from cpumoe.serving.tools import Tool, forced_calls
+from cpumoe.text.generation import Piece, ToolCall
+from cpumoe.text.serving.tools import Tool, forced_calls
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

@@ -8,8 +8,8 @@ from serving_tools import Server, wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, serve
-from cpumoe.serving import server as server_module
-from cpumoe.serving import worker as worker_module
+from cpumoe.text.serving import server as server_module
+from cpumoe.text.serving import worker as worker_module
 
 COMPLETIONS = "/v1/completions"
 

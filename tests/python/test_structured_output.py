@@ -5,8 +5,8 @@ import json
 import pytest
 import tiny_models
 
-from cpumoe.generation import Piece, Prompt, Sampling
 from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.text.generation import Piece, Prompt, Sampling
 
 pytest.importorskip("llguidance")
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cpumoe.swiglu import SwiGLU
+from cpumoe.numerics.swiglu import SwiGLU
 
 
 def test_plain_is_silu_times_up():

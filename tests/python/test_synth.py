@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cpumoe.checkpoint import open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
-from cpumoe.synth import PATTERNS, random_matrix, write_checkpoint
+from cpumoe.models.synth import PATTERNS, random_matrix, write_checkpoint
 
 MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2", "kimi-k2.5")
 
@@ -213,7 +213,7 @@ def test_what_is_half_written_is_deleted(tmp_path, error):
 
 
 def test_a_failing_last_step_deletes_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("cpumoe.synth._layer_pieces", lambda *_: iter(()))
+    monkeypatch.setattr("cpumoe.models.synth._layer_pieces", lambda *_: iter(()))
     with pytest.raises(ValueError, match="expected all declared bytes, got fewer"):
         write_small(tmp_path, "kimi-k2", max_shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix
-from cpumoe._tensors import address
+from cpumoe._base.tensors import address
 
 
 class Wrapped(torch.Tensor):

@@ -7,9 +7,8 @@ import torch
 from checkpoint_tools import SMALL, write_small
 
 import cpumoe
-from cpumoe.layer_weights import LayerWeights
-from cpumoe.models import find_model
-from cpumoe.throughput import (
+from cpumoe.measure.layer_weights import LayerWeights
+from cpumoe.measure.throughput import (
     NUM_ROUTINGS,
     ROUTINGS,
     CallTimer,
@@ -18,6 +17,7 @@ from cpumoe.throughput import (
     median_spread,
     relative_l2,
 )
+from cpumoe.models import find_model
 
 
 class Clock:

@@ -8,7 +8,8 @@ from moe_tools import EVERY_VARIANT, layer, refused
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix
-from cpumoe.formats import WEIGHT_FORMATS, dtype_name
+from cpumoe._base.tensors import dtype_name
+from cpumoe.formats import WEIGHT_FORMATS
 
 
 @pytest.fixture(scope="module")

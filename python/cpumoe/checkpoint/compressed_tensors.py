@@ -34,7 +34,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
-from cpumoe.swiglu import SwiGLU
+from cpumoe.numerics.swiglu import SwiGLU
 
 # Names of gate, up and down.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

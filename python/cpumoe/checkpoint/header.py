@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint.files import (
     HEADER_LIMIT,
     POINTER_START,
@@ -24,7 +25,7 @@ from cpumoe.checkpoint.files import (
     shown,
     shown_value,
 )
-from cpumoe.formats import FLOAT4, dtype_name
+from cpumoe.formats.mxfp4 import FLOAT4
 
 # The dtype names of safetensors that expert checkpoints use.
 TORCH_DTYPES = {

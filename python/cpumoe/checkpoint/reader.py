@@ -18,7 +18,7 @@ from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
-from cpumoe.swiglu import SwiGLU
+from cpumoe.numerics.swiglu import SwiGLU
 
 # A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]

@@ -16,6 +16,7 @@ from typing import Any
 import safetensors
 import torch
 
+from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint.files import CONFIG_LIMIT, CheckpointError, FileState, read_json, shown
 from cpumoe.checkpoint.header import FLOAT4_NAME, TORCH_DTYPES, TensorInfo, read_header
 from cpumoe.checkpoint.weight_files import (
@@ -25,7 +26,6 @@ from cpumoe.checkpoint.weight_files import (
     read_index,
     weights_file,
 )
-from cpumoe.formats import dtype_name
 
 # The hub's cache has a folder for each model, which has a checkpoint's folder for each commit.
 _SNAPSHOTS = "snapshots"

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from cpumoe._base.tensors import describe, dtype_name
 from cpumoe.checkpoint.header import DTYPE_NAMES
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from cpumoe.formats import describe, dtype_name
 
 
 @dataclass(frozen=True)

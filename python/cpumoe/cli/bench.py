@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import bench_compare, bench_plot, bench_report, bench_tune, console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
@@ -21,14 +21,14 @@ from cpumoe.cli.options import (
     parse_precisions,
     parse_token_counts,
 )
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from cpumoe.benchmark import Variant
-    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.measure.benchmark import Variant
+    from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.measure.throughput import Workload
     from cpumoe.models import ModelSpec
     from cpumoe.runtime import Runtime
-    from cpumoe.throughput import Workload
 
 EXAMPLE = (
     "Examples: `cpumoe bench --isa all --tokens 1,64`, `cpumoe bench --json old.json`, then "
@@ -151,7 +151,7 @@ def command(
     its multiply-adds.
     """
     with reported(traceback):
-        from cpumoe import benchmark
+        from cpumoe.measure import benchmark
 
         if compare is not None and json_file == Path("-"):
             raise InputError("--compare cannot be combined with --json -; name a file for --json")
@@ -225,7 +225,7 @@ def _output(
 def _variants(isa: str | None, precision: str) -> list[Variant]:
     import torch
 
-    from cpumoe.benchmark import Variant
+    from cpumoe.measure.benchmark import Variant
 
     precisions = parse_precisions(precision, torch.bfloat16)  # the workloads' hidden states
     return [Variant(name, each) for name in parse_isas_or_best(isa) for each in precisions]
@@ -234,7 +234,7 @@ def _variants(isa: str | None, precision: str) -> list[Variant]:
 def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:
     from cpumoe.checkpoint import open_checkpoint
     from cpumoe.formats import WEIGHT_FORMATS
-    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.measure.layer_weights import LayerWeights
 
     if Path(model).exists():
         with open_checkpoint(model) as reader:
@@ -270,7 +270,7 @@ def _spec(model: str) -> ModelSpec:
 def _workloads(
     weights: LayerWeights, tokens: list[int] | None, routing: str | None
 ) -> list[Workload]:
-    from cpumoe.throughput import ROUTINGS, make_workload
+    from cpumoe.measure.throughput import ROUTINGS, make_workload
 
     chosen = next((name for name in ROUTINGS if name == (routing or "balanced")), None)
     if chosen is None:
@@ -297,7 +297,7 @@ def _refuse_beside(option: str, **others: object) -> None:
 def _read_data(
     folder: Path, model: str, tokens: list[int] | None
 ) -> tuple[LayerWeights, list[Workload]]:
-    from cpumoe.plain_arrays import PlainArrays
+    from cpumoe.measure.plain_arrays import PlainArrays
 
     spec = _spec(model)
     arrays = PlainArrays(folder, spec.hidden_size, spec.moe_intermediate_size)

@@ -37,8 +37,8 @@ from cpumoe.cli import console
 from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
-    from cpumoe.benchmark import Result, Timing
-    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.measure.benchmark import Result, Timing
+    from cpumoe.measure.layer_weights import LayerWeights
 
 VERSION = 3
 

@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import bench_report, console
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
-    from cpumoe.benchmark import Variant
-    from cpumoe.layer_weights import LayerWeights
+    from cpumoe.measure.benchmark import Variant
+    from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.measure.tuning import Crossover
     from cpumoe.runtime import Runtime
-    from cpumoe.tuning import Crossover
 
 VERSION = 2
 _PRECISION = "bf16"
@@ -49,9 +49,9 @@ def run(
 
     Raises:
         InputError: a precision that uses one kernel for any number of tokens.
-        ValueError: see `cpumoe.tuning.measure_crossover`.
+        ValueError: see `cpumoe.measure.tuning.measure_crossover`.
     """
-    from cpumoe.tuning import measure_crossover
+    from cpumoe.measure.tuning import measure_crossover
 
     for variant in variants:
         if variant.precision != _PRECISION:
@@ -107,7 +107,7 @@ def _describe(crossover: Crossover) -> dict[str, Any]:
 
 
 def _count(tokens: int) -> int | None:
-    from cpumoe.tuning import ANY_TOKENS
+    from cpumoe.measure.tuning import ANY_TOKENS
 
     return None if tokens == ANY_TOKENS else tokens
 

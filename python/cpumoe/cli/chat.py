@@ -34,7 +34,7 @@ from cpumoe.cli.text_model import (
 
 if TYPE_CHECKING:
     from cpumoe.cli.chat_backends import Answer, ChatBackend
-    from cpumoe.generation import Piece
+    from cpumoe.text.generation import Piece
 
 EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
 KEY_VARIABLE = "OPENAI_API_KEY"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from cpumoe.generation import Message, Piece, Sampling, TextModel
+from cpumoe.text.generation import Message, Piece, Sampling, TextModel
 
 
 class ChatError(Exception):

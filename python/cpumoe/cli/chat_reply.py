@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from cpumoe.generation import Piece, ToolCall
+from cpumoe.text.generation import Piece, ToolCall
 
 # The most bytes of one event or document: more than any answer has, yet few enough to keep.
 MAX_BYTES = 16 << 20

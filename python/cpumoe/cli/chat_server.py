@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cpumoe.cli.chat_backends import Answer, ChatError, Stopwatch
 from cpumoe.cli.chat_connection import CONNECT_SECONDS, open_client, proxy_in_force
 from cpumoe.cli.chat_reply import Part, ReplyError, first_model, quote, read_body, read_reply
-from cpumoe.generation import Message, Piece, Sampling
+from cpumoe.text.generation import Message, Piece, Sampling
 
 if TYPE_CHECKING:
     import httpx2

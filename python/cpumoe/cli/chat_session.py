@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpumoe.cli.chat_backends import Answer, ChatBackend, ChatError
-from cpumoe.generation import Message, Piece, Sampling
+from cpumoe.text.generation import Message, Piece, Sampling
 
 
 def _at_least_one(text: str) -> int:

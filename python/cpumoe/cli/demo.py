@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console, generate
 from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
 from cpumoe.cli.options import (
@@ -23,11 +23,11 @@ from cpumoe.cli.options import (
 )
 from cpumoe.cli.text_model import load_text_model
 from cpumoe.cli.validate import render, report_document
-from cpumoe.generation import Sampling
+from cpumoe.text.generation import Sampling
 
 if TYPE_CHECKING:
     from cpumoe.experts import Experts
-    from cpumoe.validation import Report
+    from cpumoe.measure.validation import Report
 
 EXAMPLE = "Example: `cpumoe demo --keep v4`"
 
@@ -113,7 +113,7 @@ def _synthesize(
     folder: Path, experts: int, hidden: int | None, intermediate: int | None
 ) -> dict[str, Any]:
     from cpumoe.models import find_model
-    from cpumoe.synth import write_checkpoint
+    from cpumoe.models.synth import write_checkpoint
 
     start = time.perf_counter()
     with progress_bar() as progress:
@@ -155,8 +155,8 @@ def _precisions() -> list[str]:
 
 def _validate(folder: Path, isas: list[str], precisions: list[str], threads: int | None) -> Report:
     from cpumoe.checkpoint import open_checkpoint
-    from cpumoe.layer_weights import LayerWeights
-    from cpumoe.validation import validate
+    from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.measure.validation import validate
 
     with open_checkpoint(folder) as reader, progress_bar() as progress:
         weights = LayerWeights.from_checkpoint(reader, _LAYER, limit=_VALIDATED_EXPERTS)
@@ -166,9 +166,9 @@ def _validate(folder: Path, isas: list[str], precisions: list[str], threads: int
 
 
 def _time(layer: Experts) -> dict[str, Any]:
-    from cpumoe.limits import measure_read_bandwidth
+    from cpumoe.measure.limits import measure_read_bandwidth
+    from cpumoe.measure.throughput import CallTimer, make_workload, median_spread
     from cpumoe.models import find_model
-    from cpumoe.throughput import CallTimer, make_workload, median_spread
 
     top_k = min(find_model(_MODEL).top_k, layer.num_experts)
     steps = len(_TIMED_TOKENS) + 1

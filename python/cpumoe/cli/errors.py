@@ -10,10 +10,10 @@ from typing import TextIO
 
 import typer
 
+from cpumoe._base.memory import is_out_of_memory
 from cpumoe._core import VariantError
-from cpumoe._memory import is_out_of_memory
 from cpumoe.cli.console import print_error, print_warning
-from cpumoe.generation import ModelError
+from cpumoe.text.generation import ModelError
 
 VALIDATION_FAILED = 1
 BAD_INPUT = 2

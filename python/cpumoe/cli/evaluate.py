@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
@@ -30,7 +30,7 @@ from cpumoe.cli.text_model import (
     parse_dense_dtype,
     read_text,
 )
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from cpumoe.cli.text_model import (
 )
 
 if TYPE_CHECKING:
-    from cpumoe.generation import Generation, Piece, Prompt, TextModel
+    from cpumoe.text.generation import Generation, Piece, Prompt, TextModel
 
 EXAMPLE = 'Example: `cpumoe generate -p "In the beginning"`'
 

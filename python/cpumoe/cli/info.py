@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console, host_threads
 from cpumoe.cli.errors import BAD_INPUT, reported
 from cpumoe.cli.machine import cpu_model, versions
@@ -122,7 +122,8 @@ def _amx() -> list[dict[str, Any]]:
 
 
 def _formats() -> list[dict[str, Any]]:
-    from cpumoe.formats import WEIGHT_FORMATS, dtype_name
+    from cpumoe._base.tensors import dtype_name
+    from cpumoe.formats import WEIGHT_FORMATS
 
     return [
         {
@@ -137,7 +138,7 @@ def _formats() -> list[dict[str, Any]]:
 
 def _bandwidth(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Measured with the best variant's loads; None if there is no such variant to use."""
-    from cpumoe.limits import measure_read_bandwidth
+    from cpumoe.measure.limits import measure_read_bandwidth
     from cpumoe.runtime import Runtime
 
     supported = [row for row in variants if row["supported"]]

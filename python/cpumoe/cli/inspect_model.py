@@ -14,7 +14,7 @@ from cpumoe.cli.options import JsonOption, TracebackOption
 
 if TYPE_CHECKING:
     from cpumoe.checkpoint import ExpertReader
-    from cpumoe.swiglu import SwiGLU
+    from cpumoe.numerics.swiglu import SwiGLU
 
 EXAMPLE = "Examples: `cpumoe inspect path/to/model`, `cpumoe inspect gpt-oss-120b`"
 

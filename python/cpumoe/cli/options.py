@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpumoe.cli.errors import InputError
-from cpumoe.precision import PRECISIONS, resolve_precision
+from cpumoe.numerics.precision import PRECISIONS, resolve_precision
 
 if TYPE_CHECKING:
     import torch

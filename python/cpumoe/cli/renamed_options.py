@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from cpumoe._renamed import renamed_message
+from cpumoe._base.renamed import renamed_message
 from cpumoe.cli import help_text
 from cpumoe.cli.console import print_warning
 

@@ -25,7 +25,7 @@ from cpumoe.cli.text_model import (
     load_text_model,
     require_package,
 )
-from cpumoe.serving.settings import (
+from cpumoe.text.serving.settings import (
     DEFAULT_GRACE_SECONDS,
     DEFAULT_MAX_REQUEST_BYTES,
     DEFAULT_QUEUE,
@@ -106,9 +106,9 @@ def command(
     with reported(traceback):
         for package in ("fastapi", "uvicorn"):
             require_package(package, "serve", "the server")
-        from cpumoe.serving.app import create_app
-        from cpumoe.serving.listening import open_sockets
-        from cpumoe.serving.server import WorkerError, serve
+        from cpumoe.text.serving.app import create_app
+        from cpumoe.text.serving.listening import open_sockets
+        from cpumoe.text.serving.server import WorkerError, serve
 
         if not grace >= 0:  # nor NaN
             raise InputError(f"--grace: expected 0 or more seconds, got {grace}")

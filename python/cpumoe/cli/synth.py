@@ -8,7 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import reported
 from cpumoe.cli.options import JsonOption, TracebackOption
@@ -68,7 +68,7 @@ def command(
     """
     with reported(traceback):
         from cpumoe.models import find_model
-        from cpumoe.synth import Pattern, write_checkpoint
+        from cpumoe.models.synth import Pattern, write_checkpoint
 
         with progress_bar() as progress:
             write_checkpoint(

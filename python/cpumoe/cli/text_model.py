@@ -11,13 +11,13 @@ import typer
 from cpumoe.cli import host_threads
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.options import parse_dtype
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
 
-    from cpumoe.generation import Sampling
     from cpumoe.integrations.transformers import LanguageModel
+    from cpumoe.text.generation import Sampling
 
 _AUTO = "auto"
 DTYPES = ("bfloat16", "float32", _AUTO)
@@ -227,6 +227,6 @@ def make_sampling(
     Raises:
         ValueError: a value is out of its range.
     """
-    from cpumoe.generation import Sampling
+    from cpumoe.text.generation import Sampling
 
     return Sampling(max_tokens, temperature, top_p, tuple(stop or ()), seed)

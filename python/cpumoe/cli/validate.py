@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from cpumoe._progress import progress_bar
+from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import VALIDATION_FAILED, InputError, reported
 from cpumoe.cli.options import (
@@ -24,11 +24,11 @@ from cpumoe.cli.options import (
     parse_precisions,
     parse_token_counts,
 )
-from cpumoe.precision import PRECISIONS
+from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from cpumoe.layer_weights import LayerWeights, Progress
-    from cpumoe.validation import CaseResult, IsaResult, Report
+    from cpumoe.measure.layer_weights import LayerWeights, Progress
+    from cpumoe.measure.validation import CaseResult, IsaResult, Report
 
 EXAMPLE = "Example: `cpumoe validate path/to/model --layer 3 --tokens 1,8 --precision all`"
 
@@ -87,7 +87,7 @@ def command(
     predicts them better, so error/bound is closer to 1.
     """
     with reported(traceback):
-        from cpumoe.validation import validate
+        from cpumoe.measure.validation import validate
 
         isas = parse_isas(isa)
         hidden_dtype = parse_dtype(dtype, _DTYPES)
@@ -133,7 +133,7 @@ def report_document(report: Report) -> dict[str, Any]:
 
 def render(report: Report) -> None:
     """Prints the table of errors, what went wrong, and the verdict."""
-    from cpumoe.validation import THREAD_COUNTS
+    from cpumoe.measure.validation import THREAD_COUNTS
 
     columns = (
         "ISA",
@@ -178,8 +178,8 @@ def _read(
     progress: Progress,
 ) -> LayerWeights:
     from cpumoe.checkpoint import open_checkpoint
-    from cpumoe.layer_weights import LayerWeights
-    from cpumoe.synth import PATTERNS, Pattern
+    from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.models.synth import PATTERNS, Pattern
 
     if pattern not in (_CHECKPOINT, *PATTERNS):
         known = ", ".join((_CHECKPOINT, *PATTERNS))

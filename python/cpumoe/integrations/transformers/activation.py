@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from cpumoe.swiglu import SwiGLU
+from cpumoe.numerics.swiglu import SwiGLU
 
 # Probes lie around zero, where gates differ most, and far enough away to show a limit whose name in
 # the module is unknown.

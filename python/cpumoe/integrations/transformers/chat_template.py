@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from cpumoe.generation import Message, ModelError
+from cpumoe.text.generation import Message, ModelError
 
 # Kimi's templates write the ids of tool calls, and its models expect names as ids.
 _NAMED_CALLS = "<|tool_call_begin|>"
@@ -27,8 +27,8 @@ def render_chat(
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        messages: see `cpumoe.generation.TextModel.encode_chat`.
-        tools: see `cpumoe.generation.TextModel.encode_chat`.
+        messages: see `cpumoe.text.generation.TextModel.encode_chat`.
+        tools: see `cpumoe.text.generation.TextModel.encode_chat`.
         arguments: variables of the template.
 
     Raises:

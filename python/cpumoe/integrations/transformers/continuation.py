@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import LogitsProcessorList
 
-from cpumoe.generation import Piece, Prompt, ReplyParser, Sampling
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.generation_settings import end_tokens, generation_settings
 from cpumoe.integrations.transformers.growing_text import GrowingText
@@ -21,6 +20,7 @@ from cpumoe.integrations.transformers.sampling import (
 )
 from cpumoe.integrations.transformers.structured_output import GrammarProcessor, StructuredOutput
 from cpumoe.integrations.transformers.vocabulary import Vocabulary
+from cpumoe.text.generation import Piece, Prompt, ReplyParser, Sampling
 
 
 @dataclass(frozen=True)

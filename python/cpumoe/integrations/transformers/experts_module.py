@@ -12,7 +12,7 @@ from typing_extensions import override
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.experts import Experts
 from cpumoe.integrations.transformers.options import ExpertsOptions
-from cpumoe.swiglu import SwiGLU
+from cpumoe.numerics.swiglu import SwiGLU
 
 
 @dataclass

@@ -16,7 +16,6 @@ from transformers.utils import cached_file
 
 from cpumoe.checkpoint import CheckpointError
 from cpumoe.checkpoint.files import CONFIG_LIMIT, read_json
-from cpumoe.generation import LEAST_TEMPERATURE, ModelError
 from cpumoe.integrations.transformers.host_processors import (
     PROCESSORS,
     Processor,
@@ -24,6 +23,7 @@ from cpumoe.integrations.transformers.host_processors import (
     leaves_a_choice,
 )
 from cpumoe.integrations.transformers.vocabulary import Vocabulary
+from cpumoe.text.generation import LEAST_TEMPERATURE, ModelError
 
 FILE = "generation_config.json"
 # Settings that are not supported though they change the text, and their values without effect.

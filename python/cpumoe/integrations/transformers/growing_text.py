@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from cpumoe.generation import FinishReason, Piece, ReplyParser, TokenLogprob, ToolCall
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.integrations.transformers.logprobs import LogprobRecorder
 from cpumoe.integrations.transformers.structured_output import GrammarProcessor
-from cpumoe.stop_strings import StopStrings
+from cpumoe.text.generation import FinishReason, Piece, ReplyParser, TokenLogprob, ToolCall
+from cpumoe.text.stop_strings import StopStrings
 
 
 class GrowingText:

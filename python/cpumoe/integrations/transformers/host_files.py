@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from cpumoe._memory import is_out_of_memory
+from cpumoe._base.memory import is_out_of_memory
 from cpumoe.checkpoint import CheckpointError, ExpertReader, SafetensorsFolder, open_checkpoint
 from cpumoe.checkpoint.files import (
     CONFIG_LIMIT,

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from cpumoe._gradients import without_gradients
+from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix, weight_format

@@ -16,15 +16,6 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from cpumoe import embedded
-from cpumoe.generation import (
-    Generation,
-    Message,
-    ModelError,
-    Piece,
-    Prompt,
-    Sampling,
-    TokenLogprob,
-)
 from cpumoe.integrations.transformers.chat_template import render_chat
 from cpumoe.integrations.transformers.continuation import Continuations
 from cpumoe.integrations.transformers.decoding import decode
@@ -47,11 +38,20 @@ from cpumoe.integrations.transformers.loading import (
 from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
 from cpumoe.integrations.transformers.options import ExpertsOptions
 from cpumoe.integrations.transformers.prompt_reading import CancelledError, read_prompt
-from cpumoe.reply import reply_format
+from cpumoe.text.generation import (
+    Generation,
+    Message,
+    ModelError,
+    Piece,
+    Prompt,
+    Sampling,
+    TokenLogprob,
+)
+from cpumoe.text.reply import reply_format
 
 
 class LanguageModel:
-    """A causal language model that continues text. It implements `cpumoe.generation.TextModel`.
+    """A causal language model that continues text, a `cpumoe.text.generation.TextModel`.
 
     Attributes:
         model: the transformers model.
@@ -183,7 +183,7 @@ class LanguageModel:
         tools: Sequence[Mapping[str, Any]] = (),
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """Returns the prompt of a conversation; see `cpumoe.generation.TextModel.encode_chat`."""
+        """Returns the prompt of a conversation; see `TextModel.encode_chat`."""
         try:
             _check_text(json.dumps([[*messages], [*tools]], ensure_ascii=False))
         except (RecursionError, TypeError) as error:
@@ -232,7 +232,7 @@ class LanguageModel:
         on_piece: Callable[[Piece], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generation:
-        """Continues a prompt; see `cpumoe.generation.TextModel.generate`."""
+        """Continues a prompt; see `cpumoe.text.generation.TextModel.generate`."""
         tokens = prompt.tokens
         limit = self._limit(tokens, sampling)
         begun = self._continuations.begin(prompt, sampling, limit, on_piece)

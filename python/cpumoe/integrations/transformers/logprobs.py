@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from cpumoe.generation import TokenLogprob
 from cpumoe.integrations.transformers.vocabulary import Vocabulary
+from cpumoe.text.generation import TokenLogprob
 
 
 class LogprobRecorder:

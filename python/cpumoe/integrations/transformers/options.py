@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from cpumoe._renamed import warn_renamed, with_old_arguments
+from cpumoe._base.renamed import warn_renamed, with_old_arguments
 from cpumoe.isa import select_isa
-from cpumoe.precision import PRECISIONS, check_precision
+from cpumoe.numerics.precision import PRECISIONS, check_precision
 from cpumoe.runtime import Runtime
 
 

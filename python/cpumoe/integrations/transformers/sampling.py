@@ -15,9 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cpumoe.generation import LEAST_TEMPERATURE, ModelError, Sampling
 from cpumoe.integrations.transformers.generation_settings import GenerationSettings
 from cpumoe.integrations.transformers.host_processors import Request
+from cpumoe.text.generation import LEAST_TEMPERATURE, ModelError, Sampling
 
 
 def is_sampled(sampling: Sampling, settings: GenerationSettings) -> bool:

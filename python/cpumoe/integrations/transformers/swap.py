@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from cpumoe._progress import track
+from cpumoe._base.progress import track
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.experts_module import CpuExperts

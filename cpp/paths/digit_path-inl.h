@@ -1,0 +1,127 @@
+// The digit path: exact integer weights times activations of 14 or 21 bits, multiplied as bytes
+// (kernels/digit_gemm-inl.h).
+//
+// It is the default path where bytes are multiplied faster than floating point numbers: for few
+// tokens, and with VPDPBUSD for any number. There it is one half of a mixed path
+// (mixed_path-inl.h). It is a path of its own for fp32 calls on ISAs whose floating point kernels
+// would round activations to bf16.
+//
+// A block of tokens is staged as [group][token].
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "base/bits.h"
+#include "base/float_types.h"
+#include "kernels/digit_gemm-inl.h"
+#include "kernels/token_blocks.h"
+#include "paths/byte_codec-inl.h"
+#include "staging/digits-inl.h"
+
+namespace cpumoe {
+
+template <class Isa, class FloatCodec>
+class DigitPath {
+  using Codec = ByteCodec<Isa, FloatCodec>;
+  using Gemm = DigitGemm<Isa, Codec>;
+  using Stage = DigitStage<Codec>;
+  using Group = typename Stage::Group;
+  static constexpr int kGroupSize = Codec::Format::kGroupSize;
+  static_assert(DigitIsa<Isa>, "an ISA that multiplies digits must say how their sums are added");
+
+ public:
+  static constexpr int kCrossover = kAnyTokens;
+  static constexpr int kBlockTokens = kStreamedTokens;
+  static constexpr int kFeatureTiles =
+      kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
+  static_assert(kGroupSize % kTileRows == 0);
+  static constexpr int64_t kPanelBytes = 0;
+
+  static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
+
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
+    return StagedForm::kBytes;
+  }
+
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
+    return columns / kGroupSize * static_cast<int64_t>(sizeof(Group));
+  }
+
+  static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
+                        const int32_t* token, int tokens, int64_t columns, std::byte* block) {
+    const Stage stage(dtype);
+    VisitElements(dtype, x, [&](const auto* elements) {
+      for (int t = 0; t < tokens; ++t) {
+        stage.Row(elements + token[t] * row_stride, columns, GroupsOf(block) + t, tokens);
+      }
+    });
+  }
+
+  // Stages features [first, first + count), which are one group, of token t of a block.
+  static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int /*count*/,
+                            int t, int tokens, int64_t /*columns*/, std::byte* block) {
+    Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
+  }
+
+  // The layout of c is [pair][block][tile][token][16].
+  static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
+                       StagedForm, const std::byte* staged, std::byte* /*panel*/, float* c) {
+    const int64_t groups = w[0].groups;
+    const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;
+    std::memset(c, 0, sizeof(float) * w.size() * pair_size);
+    // The pairs take turns at kTurnGroups groups each, so that the activations of these groups stay
+    // in L2.
+    const int64_t turn = blocks.tokens() > kStreamedTokens ? kTurnGroups : groups;
+    const int64_t rounds = CeilDiv(blocks.count(), int64_t{kMostAtOnce / blocks.Size(0)});
+    const int64_t blocks_at_once = CeilDiv(blocks.count(), rounds);
+    for (int64_t first = 0; first < blocks.count(); first += blocks_at_once) {
+      const int64_t last = std::min(first + blocks_at_once, blocks.count());
+      for (int64_t begin = 0; begin < groups; begin += turn) {
+        float* product = c;
+        for (const TilePair& pair : w) {
+          std::array<typename Gemm::Token, kMostAtOnce> tokens;
+          TilePair tiles = pair;
+          if (turn < groups) {  // the next tile belongs to another turn
+            for (TileView& tile : tiles.tiles) tile.next = nullptr;
+          }
+          const int count = ListTokens(blocks, first, last, groups, staged, product, tokens.data());
+          Gemm::Run(Codec{}, tiles, begin, std::min(begin + turn, groups),
+                    std::span(tokens.data(), count));
+          product += pair_size;
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMostAtOnce = 128;  // most tokens for which a group is decoded only once
+  static_assert(Isa::kPanelTokens <= kMostAtOnce && kBlockTokens <= kMostAtOnce);
+  static constexpr int64_t kTurnGroups = 16;
+
+  // Lists the tokens of blocks [first, last), with their groups and with their sums for one pair.
+  static int ListTokens(const TokenBlocks& blocks, int64_t first, int64_t last, int64_t groups,
+                        const std::byte* staged, float* c, typename Gemm::Token* tokens) {
+    int count = 0;
+    for (int64_t b = first; b < last; ++b) {
+      const int size = blocks.Size(b);
+      const Group* group = GroupsOf(staged) + blocks.Begin(b) * groups;
+      float* out = c + blocks.Begin(b) * TilePair::kCount * kTileRows;
+      for (int t = 0; t < size; ++t, ++count, out += kTileRows) {
+        tokens[count] = {group + t, size, {out, out + size * kTileRows}};
+      }
+    }
+    return count;
+  }
+
+  static const Group* GroupsOf(const std::byte* block) {
+    return reinterpret_cast<const Group*>(block);
+  }
+  static Group* GroupsOf(std::byte* block) { return reinterpret_cast<Group*>(block); }
+};
+
+}  // namespace cpumoe

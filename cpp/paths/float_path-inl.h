@@ -1,0 +1,79 @@
+// The floating point compute path: exact weights times activations of the ISA's floating point
+// type (path.h says what a path is).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "base/float_types.h"
+#include "kernels/tile_gemm-inl.h"
+#include "kernels/token_blocks.h"
+#include "staging/stage-inl.h"
+
+namespace cpumoe {
+
+template <class Isa, class Codec>
+class FloatPath {
+  using Activation = typename Isa::Activation;
+  using Gemm = TileGemm<Isa, Codec>;
+  static_assert(
+      Codec::Format::kGroupSize % Isa::kPanelStep == 0,
+      "a group must be whole steps of the ISA's panels: scales that do not fold are applied "
+      "to the sum of each group");
+
+ public:
+  static constexpr int kCrossover = Isa::kCrossover;  // most tokens for the fused kernels
+  static constexpr int kBlockTokens = Isa::kPanelTokens;
+  static constexpr int kFeatureTiles = 1;  // tiles of intermediate features that are staged at once
+  static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
+
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
+    return columns * static_cast<int64_t>(sizeof(Activation));
+  }
+
+  static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
+    return Gemm::TilesAtOnce(blocks);
+  }
+
+  static StagedForm FormFor(DType, const TokenBlocks& blocks, int few_token_limit) {
+    return Gemm::FormFor(blocks, few_token_limit);
+  }
+
+  static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
+                        const int32_t* token, int tokens, int64_t columns, std::byte* block) {
+    WithStep(form, [&](auto step) {
+      StageBlock<Isa, step>(dtype, x, row_stride, token, tokens, columns,
+                            reinterpret_cast<Activation*>(block));
+    });
+  }
+
+  static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int count, int t,
+                            int tokens, int64_t /*columns*/, std::byte* block) {
+    WithStep(form, [&](auto step) {
+      cpumoe::StageFeatures<Isa, step>(h, first, count, t, tokens,
+                                       reinterpret_cast<Activation*>(block));
+    });
+  }
+
+  static void Multiply(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
+                       StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
+    Gemm::Run(codec, w, blocks, form, reinterpret_cast<const Activation*>(staged),
+              reinterpret_cast<typename Isa::Pair*>(panel), c);
+  }
+
+ private:
+  static constexpr int kFusedStep = 2;
+
+  template <class Body>
+  static void WithStep(StagedForm form, Body&& body) {
+    if (Isa::kPanelStep != kFusedStep && form == StagedForm::kPanel) {
+      body(std::integral_constant<int, Isa::kPanelStep>{});
+    } else {
+      body(std::integral_constant<int, kFusedStep>{});
+    }
+  }
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,71 @@
+// The int8 path: exact integer weights times activations rounded to int8, for formats whose codes
+// are integers times a unit (path.h says what a path is).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/float_types.h"
+#include "kernels/quad_gemm-inl.h"
+#include "kernels/token_blocks.h"
+#include "paths/byte_codec-inl.h"
+#include "staging/quantize-inl.h"
+
+namespace cpumoe {
+
+template <class Isa, class FloatCodec>
+class Int8Path {
+  using Codec = ByteCodec<Isa, FloatCodec>;
+  using Gemm = QuadGemm<Isa, Codec>;
+  using Stage = QuadStage<Isa, Codec>;
+  static constexpr int kGroupSize = Codec::Format::kGroupSize;
+
+ public:
+  static constexpr int kCrossover = 0;  // not used: the number of blocks decides
+  static constexpr int kBlockTokens = Isa::kQuadTokens;
+  static constexpr int kFeatureTiles =
+      kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
+  static_assert(kGroupSize % kTileRows == 0);
+  static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
+
+  static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
+    return Gemm::TilesAtOnce(blocks);
+  }
+
+  static int64_t StagedBytes(StagedForm, int64_t columns) {
+    return QuadBlock::BytesPerToken(columns, kGroupSize);
+  }
+
+  // The kernels for few and for many tokens read one staged form and give bit-identical results.
+  // The number of blocks decides between them.
+  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
+    return StagedForm::kPanel;
+  }
+
+  static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
+                        const int32_t* token, int tokens, int64_t columns, std::byte* block) {
+    const Stage stage(block, tokens, columns);
+    VisitElements(dtype, x, [&](const auto* elements) {
+      for (int t = 0; t < tokens; ++t) stage.Row(elements + token[t] * row_stride, t, columns);
+    });
+  }
+
+  // Stages features [first, first + count), which are one group, of token t of a block.
+  static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int /*count*/, int t,
+                            int tokens, int64_t columns, std::byte* block) {
+    Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
+  }
+
+  // Multiplies pair by pair. One-byte activations fit the L2 cache for as many tokens as matter, so
+  // the pairs need not take turns.
+  static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
+                       StagedForm, const std::byte* staged, std::byte* panel, float* c) {
+    for (const TilePair& pair : w) {
+      Gemm::Run(Codec{}, pair, blocks, staged, panel, c);
+      c += blocks.tokens() * TilePair::kCount * kTileRows;
+    }
+  }
+};
+
+}  // namespace cpumoe

@@ -1,0 +1,1 @@
+"""What every other part may use: checks of tensors, old names, progress, random numbers."""

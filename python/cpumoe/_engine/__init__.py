@@ -1,0 +1,1 @@
+"""The way from Python objects to the engine in C++: checks, addresses, packing."""

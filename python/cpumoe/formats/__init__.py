@@ -1,0 +1,30 @@
+"""Weight formats: how a group of low-precision weights is stored and decoded.
+
+To add a format, add a file with its `WeightFormat`, and a row to `WEIGHT_FORMATS`.
+"""
+
+from __future__ import annotations
+
+from cpumoe.formats.int4 import INT4
+from cpumoe.formats.mxfp4 import MXFP4
+from cpumoe.formats.weight_format import QuantizedMatrix, WeightFormat
+
+__all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4)}
+
+
+def weight_format(name: str | WeightFormat) -> WeightFormat:
+    """Returns the format called `name`, or `name` itself if it is a WeightFormat.
+
+    Raises:
+        ValueError: the format is unknown; the message lists the known ones.
+    """
+    if isinstance(name, WeightFormat):
+        return name
+    try:
+        return WEIGHT_FORMATS[name]
+    except KeyError:
+        raise ValueError(
+            f"weight format {name!r} is not supported; supported: {', '.join(WEIGHT_FORMATS)}"
+        ) from None

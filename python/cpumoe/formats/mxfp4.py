@@ -1,0 +1,58 @@
+"""MXFP4: E2M1 codes, and one E8M0 scale (a power of two) per 32 of them.
+
+Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3, 5.4 and 6.3.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cpumoe.formats.rounding import group_amax, power_of_two, round_to_integers
+from cpumoe.formats.weight_format import WeightFormat
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E8M0_BIAS = 127
+
+# Two E2M1 codes in a byte, the even one in the low nibble. PyTorch has this dtype since 2.8.
+FLOAT4: torch.dtype | None = getattr(torch, "float4_e2m1fn_x2", None)
+
+
+def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
+    """Codes 0..7 of the E2M1 values nearest to `magnitude`, ties to the even code.
+
+    The step of E2M1 is 2^e / 2 in [2^e, 2^(e+1)), with e = 0 below 1, and r steps have the code
+    r + 2e there. The code is even exactly if r is, so rounding r half to even suffices.
+    """
+    biased = magnitude.clamp(1, 7).view(torch.int32) >> 23  # e + 127
+    steps_per_one = ((255 - biased) << 23).view(torch.float32)  # 2^(1 - e)
+    steps = round_to_integers(magnitude * steps_per_one)
+    codes = steps.to(torch.int32).add_(biased - 127, alpha=2)
+    return codes.clamp_(max=7).to(torch.uint8)
+
+
+def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 by the MX spec v1.0, section 6.3.
+
+    Shared exponent = floor(log2(amax)) - 2 (2 is E2M1's largest exponent), clamped to E8M0's range;
+    an all-zero group gets byte 0. Elements round to nearest, ties to even; those above 6 saturate.
+    """
+    amax = group_amax(groups)
+    _, exponent = torch.frexp(amax)  # amax = m * 2^exponent, m in [0.5, 1)
+    shared = torch.where(amax == 0, -E8M0_BIAS, exponent - 3).clamp_(-E8M0_BIAS, E8M0_BIAS)
+    # Multiplying by a power of two is exact unless it underflows, and then rounds to zero anyway.
+    scaled = groups * power_of_two(-shared).float().unsqueeze(-1)
+    nibbles = (scaled < 0).view(torch.uint8) * 8 + _round_e2m1(scaled.abs())
+    return nibbles, (shared + E8M0_BIAS).to(torch.uint8)
+
+
+MXFP4 = WeightFormat(
+    name="mxfp4",
+    group_size=32,
+    code_bits=4,
+    scale_dtype=torch.float8_e8m0fnu,
+    scale_storage=torch.uint8,
+    values=E2M1_VALUES + tuple(-v for v in E2M1_VALUES),
+    code_dtypes=(torch.uint8, torch.int8, *((FLOAT4,) if FLOAT4 else ())),
+    scale_dtypes=(torch.float8_e8m0fnu, torch.uint8),
+    quantize_groups=_quantize_groups,
+)

@@ -1,0 +1,1 @@
+"""Measurements of speed and accuracy: what ``cpumoe bench`` and ``cpumoe validate`` show."""

@@ -1,0 +1,1 @@
+"""The arithmetic of experts in PyTorch, independent of the C++, and bounds on its errors."""
