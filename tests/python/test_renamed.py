@@ -92,7 +92,7 @@ def test_commands_take_old_options(arguments, checkpoint):
 
 def test_the_module_of_text_generation():
     old = importlib.import_module("cpumoe.generation")
-    with pytest.warns(FutureWarning, match=r"cpumoe\.generation is now called cpumoe\.text\.generation"):
+    with pytest.warns(FutureWarning, match=r"now called cpumoe\.text\.generation"):
         assert old.Sampling is Sampling
     with pytest.raises(AttributeError):
         _ = old.nothing
