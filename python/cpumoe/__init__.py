@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cpumoe.future import Future
     from cpumoe.models import ModelSpec, find_model
     from cpumoe.numerics.swiglu import SwiGLU
+    from cpumoe.options import ExpertsOptions
     from cpumoe.runtime import Runtime, default_runtime
 
 __version__ = _core.version()
@@ -37,6 +38,7 @@ __all__ = [
     "ExpertReader",
     "ExpertWeights",
     "Experts",
+    "ExpertsOptions",
     "Future",
     "ModelSpec",
     "QuantizedMatrix",
@@ -70,6 +72,7 @@ _MODULES = {
     "cpumoe.formats": ("WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"),
     "cpumoe.future": ("Future",),
     "cpumoe.models": ("ModelSpec", "find_model"),
+    "cpumoe.options": ("ExpertsOptions",),
     "cpumoe.runtime": ("Runtime", "default_runtime"),
     "cpumoe.numerics.swiglu": ("SwiGLU",),
 }

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import NoReturn
 
 import torch
+from typing_extensions import Unpack
 
 from cpumoe import _core
 from cpumoe._base.progress import track
@@ -28,6 +29,7 @@ from cpumoe.future import Future
 from cpumoe.isa import select_isa
 from cpumoe.numerics.precision import PRECISIONS
 from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.runtime import Runtime, default_runtime
 
 
@@ -57,7 +59,7 @@ class Experts:
 
     Results do not depend on the number of threads. By default, a token's result may depend on how
     many tokens share its experts, because that number chooses the kernel; see ``batch_invariant``
-    of `from_checkpoint`. ``docs/numerics.md`` says what is rounded where, on each variant.
+    of `ExpertsOptions`. ``docs/numerics.md`` says what is rounded where, on each variant.
     """
 
     @with_old_arguments("compute", "fused_tokens")
@@ -71,17 +73,15 @@ class Experts:
         intermediate_size: int,
         swiglu: SwiGLU | None = None,
         has_bias: bool = False,
-        runtime: Runtime | None = None,
-        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
-        isa: str | None = None,
-        batch_invariant: bool = False,
-        few_token_limit: int | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
-        These two describe the arguments. `precision` is "auto", "bf16" or "int8", see the class.
+        These two describe the arguments.
         """
+        options = with_overrides(options, overrides, "Experts")
         self._swiglu = swiglu or SwiGLU()
         config = layer_config(
             num_experts=num_experts,
@@ -89,15 +89,15 @@ class Experts:
             intermediate_size=intermediate_size,
             swiglu=self._swiglu,
             has_bias=has_bias,
-            precision=precision,
-            batch_invariant=batch_invariant,
-            few_token_limit=few_token_limit,
+            precision=options.precision,
+            batch_invariant=options.batch_invariant,
+            few_token_limit=options.few_token_limit,
         )
         self._format = weight_format(format)
-        name, origin = select_isa(isa)
+        name, origin = select_isa(options.isa)
         self._isa = _core.open_variant(name, origin)
-        self._runtime = runtime
-        self._precision = precision
+        self._runtime = options.runtime
+        self._precision = options.precision
         self._num_experts = num_experts
         self._hidden_size = hidden_size
         self._intermediate_size = intermediate_size
@@ -127,13 +127,10 @@ class Experts:
         layer: int,
         *,
         swiglu: SwiGLU | None = None,
-        runtime: Runtime | None = None,
-        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
-        isa: str | None = None,
-        batch_invariant: bool = False,
-        few_token_limit: int | None = None,
         progress: bool | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
     ) -> Experts:
         """Packs a layer's experts straight from a checkpoint's mapped files.
 
@@ -142,21 +139,10 @@ class Experts:
                 `open_checkpoint`, which saves reading the index again for each layer.
             layer: index of the decoder layer.
             swiglu: the activation; default: as config.json of the checkpoint says.
-            runtime: the threads to run on; default: the process's shared runtime.
-            precision: the lowest precision to which activations may be rounded: "auto" (as the
-                hidden states' dtype asks), "bf16" or "int8". See the class.
             expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
-            isa: the variant to use; default: `cpumoe.isa()`.
-            batch_invariant: use one kernel for any number of tokens, so that a token's result does
-                not depend on the rest of the batch. This is slower for few tokens. It changes
-                nothing where one kernel takes any number of tokens anyway: on avx512_vnni and
-                avx2_vnni, on avx512_bf16 and amx for fp32 hidden states with "auto", and with
-                "int8" on all variants except amx.
-            few_token_limit: the most tokens of one expert that the few-token kernels take. The
-                kernels may support fewer. Default: the variant's constant. ``cpumoe bench --tune``
-                finds the best limit for this machine. The limit has no effect with
-                `batch_invariant`, nor where one kernel takes any number of tokens anyway.
             progress: whether to show a progress bar; default: if standard error is a terminal.
+            options: threads, precision, variant and kernels; default: `ExpertsOptions()`.
+            **overrides: fields of `ExpertsOptions` by name. They take precedence over `options`.
 
         Raises:
             FileNotFoundError: the folder or a shard is missing.
@@ -164,9 +150,9 @@ class Experts:
             UnsupportedFormatError: the experts are in a format that cpumoe does not support, or
                 `swiglu` is None and config.json does not specify it.
             IndexError: the layer has no routed experts.
-            TypeError: `few_token_limit` is not an int.
-            ValueError: another argument has none of the values above.
+            TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name.
         """
+        options = with_overrides(options, overrides, "Experts.from_checkpoint")
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
         try:
             indices = track(
@@ -182,12 +168,8 @@ class Experts:
                 intermediate_size=reader.intermediate_size,
                 swiglu=swiglu or reader.known_swiglu(),
                 has_bias=reader.has_bias,
-                runtime=runtime,
-                precision=precision,
                 expert_mask=expert_mask,
-                isa=isa,
-                batch_invariant=batch_invariant,
-                few_token_limit=few_token_limit,
+                options=options,
             )
             reader.folder.check_unchanged()
             return experts
@@ -208,12 +190,9 @@ class Experts:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
-        runtime: Runtime | None = None,
-        precision: str = PRECISIONS[0],
         expert_mask: torch.Tensor | None = None,
-        isa: str | None = None,
-        batch_invariant: bool = False,
-        few_token_limit: int | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
     ) -> Experts:
         """Packs experts from tensors in memory. The tensors are not needed afterwards.
 
@@ -231,12 +210,9 @@ class Experts:
                 none.
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
-            runtime: see `from_checkpoint`.
-            precision: "auto", "bf16" or "int8", see the class.
             expert_mask: see `from_checkpoint`.
-            isa: see `from_checkpoint`.
-            batch_invariant: see `from_checkpoint`.
-            few_token_limit: see `from_checkpoint`.
+            options: see `from_checkpoint`.
+            **overrides: see `from_checkpoint`.
 
         Raises:
             TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
@@ -244,6 +220,7 @@ class Experts:
             ValueError: shapes do not fit together, a scale is NaN, or a tensor is not contiguous
                 along its last dimension.
         """
+        options = with_overrides(options, overrides, "Experts.from_tensors")
         biases = (gate_bias, up_bias, down_bias)
         stack = checked_stack(weight_format(format), gate, up, down, biases)
         experts, hidden, intermediate = stack.sizes
@@ -255,12 +232,8 @@ class Experts:
             intermediate_size=intermediate,
             swiglu=swiglu,
             has_bias=bool(stack.biases),
-            runtime=runtime,
-            precision=precision,
             expert_mask=expert_mask,
-            isa=isa,
-            batch_invariant=batch_invariant,
-            few_token_limit=few_token_limit,
+            options=options,
         )
 
     def __call__(

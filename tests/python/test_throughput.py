@@ -42,7 +42,7 @@ def experts(tmp_path_factory):
     folder = write_small(tmp_path_factory.mktemp("v4"), "v4-flash")
     with cpumoe.open_checkpoint(folder) as reader:
         weights = LayerWeights.from_checkpoint(reader, 0)
-    return weights.pack("generic", cpumoe.default_runtime())
+    return weights.pack(cpumoe.ExpertsOptions(isa="generic"))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

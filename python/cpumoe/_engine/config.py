@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from cpumoe import _core
-from cpumoe._engine.arguments import integer
-from cpumoe.numerics.precision import check_precision
 from cpumoe.numerics.swiglu import SwiGLU
 
 _ISAS_CROSSOVER = -1
@@ -27,13 +25,10 @@ def layer_config(
     batch_invariant: bool,
     few_token_limit: int | None,
 ) -> _core.MoeConfig:
-    """Returns a layer's configuration; `Experts` describes the arguments.
+    """Returns a layer's configuration; `Experts` and `ExpertsOptions` describe the arguments.
 
-    Raises:
-        TypeError: `few_token_limit` is neither an int nor None.
-        ValueError: `precision` or `few_token_limit` has an unknown value.
+    `ExpertsOptions` has checked the last three.
     """
-    check_precision(precision)
     return _core.MoeConfig(
         num_experts=num_experts,
         hidden_size=hidden_size,
@@ -49,11 +44,4 @@ def layer_config(
 
 
 def _crossover(few_token_limit: int | None) -> int:
-    if few_token_limit is None:
-        return _ISAS_CROSSOVER
-    limit = min(integer(few_token_limit, "few_token_limit"), _ANY_TOKENS)
-    if limit < 0:
-        raise ValueError(
-            f"few_token_limit: expected 0 or more, or None for the variant's limit, got {limit}"
-        )
-    return limit
+    return _ISAS_CROSSOVER if few_token_limit is None else min(int(few_token_limit), _ANY_TOKENS)

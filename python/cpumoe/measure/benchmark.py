@@ -23,6 +23,7 @@ from cpumoe.measure.limits import (
     measure_dot_peak,
 )
 from cpumoe.measure.throughput import CallTimer, Workload, relative_l2
+from cpumoe.options import ExpertsOptions
 from cpumoe.runtime import Runtime
 
 # A turn begins with an untimed call if that takes less than this share of the turn.
@@ -265,7 +266,7 @@ def run(
         runtime: the threads.
         seconds: time to spend on the calls of each workload of each variant.
         rounds: rounds to divide the time into; each makes at least one call.
-        batch_invariant: see `cpumoe.Experts`.
+        batch_invariant: see `cpumoe.ExpertsOptions`.
         progress: called with each step.
 
     Raises:
@@ -274,13 +275,8 @@ def run(
     require_memory(weights, len(variants), runtime.threads)
     cases = []
     for variant in variants:
-        experts = weights.pack(
-            variant.isa,
-            runtime,
-            precision=variant.precision,
-            batch_invariant=batch_invariant,
-            progress=progress,
-        )
+        options = ExpertsOptions(runtime, variant.precision, variant.isa, batch_invariant)
+        experts = weights.pack(options, progress=progress)
         cases += [_Case(variant, CallTimer(experts, work)) for work in workloads]
     for index, case in enumerate(cases):
         progress("warming up", index, len(cases))

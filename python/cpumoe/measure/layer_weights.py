@@ -14,11 +14,11 @@ from cpumoe._base.seed import check_seed
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
+from cpumoe.isa import isa
 from cpumoe.models import ModelSpec
 from cpumoe.models.synth import Pattern, random_matrix
-from cpumoe.numerics.precision import PRECISIONS
 from cpumoe.numerics.swiglu import SwiGLU
-from cpumoe.runtime import Runtime
+from cpumoe.options import ExpertsOptions
 
 _BIAS_STD = 0.02
 
@@ -150,22 +150,14 @@ class LayerWeights:
             has_bias=reader.has_bias,
         )
 
-    def pack(
-        self,
-        isa: str,
-        runtime: Runtime,
-        *,
-        precision: str = PRECISIONS[0],
-        batch_invariant: bool = False,
-        few_token_limit: int | None = None,
-        progress: Progress = silent,
-    ) -> Experts:
-        """Returns the experts packed for variant `isa`. `Experts` has the other arguments."""
+    def pack(self, options: ExpertsOptions, *, progress: Progress = silent) -> Experts:
+        """Returns the experts, packed."""
         count = self.num_experts
+        step = f"packing for {options.isa or isa()}"
 
         def experts() -> Iterator[ExpertWeights]:
             for index in range(count):
-                progress(f"packing for {isa}", index, count)
+                progress(step, index, count)
                 yield self.experts[index]
 
         return Experts(
@@ -176,11 +168,7 @@ class LayerWeights:
             intermediate_size=self.intermediate_size,
             swiglu=self.swiglu,
             has_bias=self.has_bias,
-            runtime=runtime,
-            precision=precision,
-            isa=isa,
-            batch_invariant=batch_invariant,
-            few_token_limit=few_token_limit,
+            options=options,
         )
 
 

@@ -16,6 +16,7 @@ from cpumoe import _core
 from cpumoe.measure.benchmark import require_memory
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.throughput import CallTimer, make_workload, median_spread
+from cpumoe.options import ExpertsOptions
 from cpumoe.runtime import Runtime
 
 TOKENS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128)
@@ -118,7 +119,7 @@ def measure_crossover(
     require_memory(weights, copies=2, threads=runtime.threads)
     counts = [tokens for tokens in TOKENS if tokens <= limits.most]
     few_token, many_token = (
-        weights.pack(isa, runtime, few_token_limit=tokens, progress=progress)
+        weights.pack(ExpertsOptions(runtime, isa=isa, few_token_limit=tokens), progress=progress)
         for tokens in (limits.most, 0)
     )
     cases = []

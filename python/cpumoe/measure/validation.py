@@ -18,6 +18,7 @@ from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.numerics.precision import PRECISIONS
+from cpumoe.options import ExpertsOptions
 from cpumoe.reference import experts_forward_with_bounds
 from cpumoe.runtime import Runtime, default_runtime
 
@@ -273,7 +274,7 @@ def validate_isa(
         return outputs
 
     with _quiet_runtime(main) if threads is None else Runtime(main) as runtime:
-        experts = weights.pack(isa, runtime, precision=precision)
+        experts = weights.pack(ExpertsOptions(runtime, precision, isa))
         ran = experts.isa
         outputs = run(experts)
         repeats = [run(experts)]

@@ -54,11 +54,8 @@ class CpuExperts(nn.Module):
             reader,
             self.layer,
             swiglu=self.swiglu,
-            runtime=options.runtime,
-            precision=options.precision,
-            isa=options.isa,
-            batch_invariant=options.batch_invariant,
             progress=False,
+            options=options,
         )
 
     @override

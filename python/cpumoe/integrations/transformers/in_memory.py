@@ -79,7 +79,6 @@ def _pack(module: Any) -> Experts:
         hidden, inner = inner, hidden
     _FORMAT.check_k(hidden, "hidden_size")
     _FORMAT.check_k(inner, "intermediate_size")
-    options = current_options()
     return Experts(
         _encoded(module),
         format=_FORMAT.name,
@@ -88,10 +87,7 @@ def _pack(module: Any) -> Experts:
         intermediate_size=inner,
         swiglu=swiglu,
         has_bias=module.has_bias,
-        runtime=options.runtime,
-        precision=options.precision,
-        isa=options.isa,
-        batch_invariant=options.batch_invariant,
+        options=current_options(),
     )
 
 

@@ -7,41 +7,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import cpumoe
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
-from cpumoe.isa import select_isa
-from cpumoe.numerics.precision import PRECISIONS, check_precision
-from cpumoe.runtime import Runtime
 
 
 @dataclass(frozen=True)
-class ExpertsOptions:
-    """Options for `cpumoe.Experts` of each layer, and for the routers.
+class ExpertsOptions(cpumoe.ExpertsOptions):
+    """The fields of `cpumoe.ExpertsOptions` for each layer, and what concerns the whole model.
 
     Attributes:
-        runtime: the threads to run on; None: the process's shared runtime.
-        precision: "auto", "bf16" or "int8", see `cpumoe.Experts`.
-        isa: the variant; None: `cpumoe.isa()`.
-        batch_invariant: see `cpumoe.Experts.from_checkpoint`.
         fp32_router: whether DeepSeek-V4's routers run in fp32, as in its reference implementation.
             transformers runs them in the model's dtype; in bf16, one token in twelve then goes to
             another set of experts.
         progress: whether to show a bar while packing; None: if standard error is a terminal.
 
     Raises:
-        ValueError: the precision or the variant is unknown.
+        TypeError, ValueError: see `cpumoe.ExpertsOptions`.
     """
 
-    runtime: Runtime | None = None
-    precision: str = PRECISIONS[0]
-    isa: str | None = None
-    batch_invariant: bool = False
     fp32_router: bool = True
     progress: bool | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the values before a model is loaded."""
-        check_precision(self.precision)
-        select_isa(self.isa)
 
     @property
     def compute(self) -> str:
