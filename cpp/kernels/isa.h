@@ -30,7 +30,9 @@ struct Fp32Multiplicands {
   }
 };
 
-// The value of a crossover that means any number of tokens of an expert.
+// An ISA has two kinds of numbers of tokens. k<Kernel>Tokens is the most that a kernel takes at
+// once, its MR. k<Kernel>Limit is the most tokens of an expert for which paths choose the kernel.
+// kAnyTokens as a limit means any number of tokens.
 inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 
 // Isa::Vec         one fp32 per row of a tile
@@ -54,7 +56,7 @@ concept VectorIsa = requires(
   // If true, panel kernels load half a Pair at a time.
   { Isa::kSplitsPairs } -> std::convertible_to<bool>;
   // Most tokens for which the fused kernel is faster than the panel kernel.
-  { Isa::kCrossover } -> std::convertible_to<int>;
+  { Isa::kFusedLimit } -> std::convertible_to<int>;
   { Isa::Zero() } -> std::same_as<typename Isa::Vec>;
   { Isa::Load(in) } -> std::same_as<typename Isa::Vec>;  // unaligned
   { Isa::Broadcast(1.0f) } -> std::same_as<typename Isa::Vec>;
@@ -98,7 +100,7 @@ concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;
 //                            of tiles are `distance` apart
 //   unit.End<n>(c)           c = C
 //
-// On an ISA with a panel unit, the int8 path multiplies bytes for at most Isa::kQuadCrossover
+// On an ISA with a panel unit, the int8 path multiplies bytes for at most Isa::kQuadLimit
 // tokens of an expert.
 template <class Isa>
 concept HasPanelUnit = requires { typename Isa::PanelUnit; };
@@ -141,16 +143,16 @@ concept ByteIsa =
         Isa::DotQuad(sum, quad, a)
       } -> std::same_as<typename Isa::QuadSum>;  // sum + quad . a[0..3]
       { Isa::FinishSum(sum) } -> std::same_as<typename Isa::Vec>;
-      // Most tokens of an expert for which digits are fastest. kPreciseDigitTokens is for calls
+      // Most tokens of an expert for which digits are fastest. kPreciseDigitLimit is for calls
       // whose groups all have three digits.
-      { Isa::kDigitTokens } -> std::convertible_to<int>;
-      { Isa::kPreciseDigitTokens } -> std::convertible_to<int>;
+      { Isa::kDigitLimit } -> std::convertible_to<int>;
+      { Isa::kPreciseDigitLimit } -> std::convertible_to<int>;
     };
 
 // What the digit kernel needs in addition.
 template <class Isa>
 concept DigitIsa =
-    ByteIsa<Isa> && (Isa::kDigitTokens > 0) &&
+    ByteIsa<Isa> && (Isa::kDigitLimit > 0) &&
     requires(const typename Isa::QuadSum (&two)[2], const typename Isa::QuadSum (&three)[3]) {
       { Isa::template FinishDigits<7>(two, int32_t{}) } -> std::same_as<typename Isa::Vec>;
       {

@@ -41,7 +41,7 @@ struct Limits {
   static int64_t Dots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);
-    } else if constexpr (Isa::kDigitTokens == kAnyTokens) {
+    } else if constexpr (Isa::kDigitLimit == kAnyTokens) {
       return QuadDots(rounds) / kFewDigits;
     } else {
       return VectorDots(rounds);

@@ -35,8 +35,8 @@ struct MoeConfig {
   // Always takes the kernels that serve any number of tokens, so that a token's result does not
   // depend on the other tokens of its batch.
   bool batch_invariant = false;
-  // Most tokens of an expert that the few-token kernels take. If negative, the ISA's crossover
-  // decides.
+  // Most tokens of an expert that the few-token kernels take. If negative, the
+  // path's own limit decides.
   int few_token_limit = -1;
 };
 

@@ -27,7 +27,7 @@
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
-#include "moe/expert_weights.h"
+#include "moe/packed_weights.h"
 #include "paths/path.h"
 #include "staging/stage-inl.h"
 
@@ -76,8 +76,8 @@ class ForwardPass {
   // tokens, the pieces of a task share the activations that a core fetches. Sharing pays the more,
   // the farther away the activations are.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few =
-        MostTokens() <= std::max(Path::kBlockTokens, std::min(Path::kCrossover, kStreamedTokens));
+    const bool few = MostTokens() <=
+                     std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     int64_t most = few ? 8 : most_of_many;
     while (most > 1 && count < most * tasks) most /= 2;

@@ -16,10 +16,10 @@
 
 #include "base/check.h"
 #include "kernels/isa.h"
-#include "paths/compute_paths-inl.h"
-#include "moe/expert_weights.h"
 #include "moe/forward_pass-inl.h"
 #include "moe/moe.h"
+#include "moe/packed_weights.h"
+#include "paths/compute_paths-inl.h"
 
 namespace cpumoe {
 
@@ -40,15 +40,15 @@ class MoeOperator : public Moe {
 
   const MoeConfig& config() const final { return weights_.config(); }
   size_t nbytes() const final { return weights_.nbytes(); }
-  const ExpertWeights<Format>& weights() const { return weights_; }
+  const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
   // Most tokens of an expert that the few-token kernels of a path take.
   template <class Path>
   int FewTokenLimit() const {
     // Batch invariance needs kernels that take any number of tokens.
-    if (config().batch_invariant) return Path::kCrossover == kAnyTokens ? kAnyTokens : 0;
-    return config().few_token_limit < 0 ? Path::kCrossover : config().few_token_limit;
+    if (config().batch_invariant) return Path::kFewTokenLimit == kAnyTokens ? kAnyTokens : 0;
+    return config().few_token_limit < 0 ? Path::kFewTokenLimit : config().few_token_limit;
   }
 
   // Whether every product of a code and a scale of the expert is exact in the ISA's multiplicand
@@ -106,7 +106,7 @@ class MoeOperator : public Moe {
     }
   }
 
-  ExpertWeights<Format> weights_;
+  PackedWeights<Format> weights_;
   Codec codec_;
 };
 

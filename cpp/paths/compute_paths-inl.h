@@ -18,7 +18,7 @@ concept HasByteGroups =
     HasIntegerCodes<typename Codec::Format> && Codec::Format::kGroupSize % kTileRows == 0;
 template <class Isa, class Codec>
 concept HasDigitPath =
-    HasByteGroups<Codec> && (Isa::kDigitTokens > 0) && DigitsFit<ByteCodec<Isa, Codec>>();
+    HasByteGroups<Codec> && (Isa::kDigitLimit > 0) && DigitsFit<ByteCodec<Isa, Codec>>();
 template <class Isa, class Codec>
 concept HasInt8Path =
     HasByteGroups<Codec> && QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
@@ -30,8 +30,8 @@ struct DefaultPathTraits {
 template <class Isa, class Codec>
   requires HasDigitPath<Isa, Codec>
 struct DefaultPathTraits<Isa, Codec> {
-  using Type = MixedPath<Codec, DigitPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kDigitTokens,
-                         Isa::kPreciseDigitTokens>;
+  using Type = MixedPath<Codec, DigitPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kDigitLimit,
+                         Isa::kPreciseDigitLimit>;
 };
 
 // The path of Precision::kBf16. If codes are integers, it takes digits for as many tokens as digits
@@ -48,7 +48,7 @@ struct PrecisePathTraits<Isa, Codec> {
   static_assert(HasDigitPath<Isa, Codec>,
                 "on an ISA that rounds activations to bf16, fp32 calls are multiplied as digits of "
                 "bytes: give the format kUnit and groups for them (formats/integer_codes.h), the "
-                "ISA kDigitTokens > 0, or this pair a path that keeps fp32");
+                "ISA kDigitLimit > 0, or this pair a path that keeps fp32");
   using Type = DigitPath<Isa, Codec>;
 };
 
@@ -62,8 +62,8 @@ struct Int8PathTraits {
 };
 template <HasPanelUnit Isa, class Codec>
 struct Int8PathTraits<Isa, Codec> {
-  static_assert(Isa::kQuadCrossover <= Isa::kQuadTokens, "up to there an expert is one block");
-  using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadCrossover>;
+  static_assert(Isa::kQuadLimit <= Isa::kQuadTokens, "up to there an expert is one block");
+  using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadLimit>;
 };
 
 // The path of Precision::kInt8.

@@ -35,7 +35,7 @@ class DigitPath {
   static_assert(DigitIsa<Isa>, "an ISA that multiplies digits must say how their sums are added");
 
  public:
-  static constexpr int kCrossover = kAnyTokens;
+  static constexpr int kFewTokenLimit = kAnyTokens;
   static constexpr int kBlockTokens = kStreamedTokens;
   static constexpr int kFeatureTiles =
       kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole

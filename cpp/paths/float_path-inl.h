@@ -24,7 +24,7 @@ class FloatPath {
       "to the sum of each group");
 
  public:
-  static constexpr int kCrossover = Isa::kCrossover;  // most tokens for the fused kernels
+  static constexpr int kFewTokenLimit = Isa::kFusedLimit;  // most tokens for the fused kernels
   static constexpr int kBlockTokens = Isa::kPanelTokens;
   static constexpr int kFeatureTiles = 1;  // tiles of intermediate features that are staged at once
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;

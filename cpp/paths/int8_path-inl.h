@@ -22,7 +22,7 @@ class Int8Path {
   static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
-  static constexpr int kCrossover = 0;  // not used: the number of blocks decides
+  static constexpr int kFewTokenLimit = 0;  // not used: the number of blocks decides
   static constexpr int kBlockTokens = Isa::kQuadTokens;
   static constexpr int kFeatureTiles =
       kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole

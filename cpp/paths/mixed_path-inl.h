@@ -23,13 +23,13 @@
 
 namespace cpumoe {
 
-// Takes `Few` for at most kFewTokens tokens, or at most kPreciseTokens if the elements of the call
+// Takes `Few` for at most kLimit tokens, or at most kPreciseLimit if the elements of the call
 // are more precise than bf16.
-template <class Codec, MultiplierFor<Codec> Few, PathFor<Codec> Many, int kFewTokens,
-          int kPreciseTokens = kFewTokens>
+template <class Codec, MultiplierFor<Codec> Few, PathFor<Codec> Many, int kLimit,
+          int kPreciseLimit = kLimit>
 class MixedPath {
  public:
-  static constexpr int kCrossover = std::max(kFewTokens, Many::kCrossover);
+  static constexpr int kFewTokenLimit = std::max(kLimit, Many::kFewTokenLimit);
   static constexpr int kBlockTokens = Many::kBlockTokens;
   static constexpr int kFeatureTiles = Few::kFeatureTiles;
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
@@ -46,7 +46,7 @@ class MixedPath {
   }
 
   static StagedForm FormFor(DType dtype, const TokenBlocks& blocks, int few_token_limit) {
-    const int few = dtype == DType::kBf16 ? kFewTokens : kPreciseTokens;
+    const int few = dtype == DType::kBf16 ? kLimit : kPreciseLimit;
     return blocks.tokens() <= std::min(few_token_limit, few)
                ? StagedForm::kBytes
                : Many::FormFor(dtype, blocks, few_token_limit);

@@ -43,7 +43,8 @@ concept MultiplierFor =
 template <class P, class Codec>
 concept PathFor =
     MultiplierFor<P, Codec> && requires(DType dtype, const TokenBlocks& blocks, int i) {
-      { P::kCrossover } -> std::convertible_to<int>;  // most tokens that the few-token kernels take
+      // Most tokens of an expert that the path's few-token kernels take.
+      { P::kFewTokenLimit } -> std::convertible_to<int>;
       { P::kBlockTokens } -> std::convertible_to<int>;  // MR
       { P::FormFor(dtype, blocks, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
     };

@@ -110,7 +110,7 @@ class Experts:
         self._biases = pack_experts(
             self._layer,
             experts,
-            row=self._format,
+            fmt=self._format,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             runtime=self.runtime.core,
@@ -303,7 +303,7 @@ class Experts:
         matrices = unpack_expert(
             self._layer,
             expert_id,
-            row=self._format,
+            fmt=self._format,
             hidden_size=self._hidden_size,
             intermediate_size=self._intermediate_size,
             runtime=self.runtime.core,

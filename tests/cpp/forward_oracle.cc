@@ -10,7 +10,7 @@
 #include <cstddef>
 
 #include "cpp/all_formats.h"
-#include "reference_moe.h"
+#include "cpp/reference_moe.h"
 
 namespace cpumoe {
 namespace {

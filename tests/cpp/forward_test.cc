@@ -73,7 +73,7 @@ TEST_P(ForwardTest, TokensAroundTileHeights) {
 
 // Results are right whichever kernels take an expert's tokens, even if no fused kernel takes as
 // many.
-TEST_P(ForwardTest, AnyCrossover) {
+TEST_P(ForwardTest, AnyFewTokenLimit) {
   for (const int few_token_limit : {0, 1, 3, 1000}) {
     for (const int64_t tokens : {1, 2, 4, 14}) {
       const TestLayer layer(format(), LayerSpec{.experts = 2, .few_token_limit = few_token_limit});

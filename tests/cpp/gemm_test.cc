@@ -11,8 +11,8 @@
 
 #include "cpp/all_formats.h"
 #include "cpp/isa_test.h"
+#include "cpp/reference_moe.h"
 #include "cpp/test_matrix.h"
-#include "reference_moe.h"
 #include "packing/pack.h"
 
 namespace cpumoe {

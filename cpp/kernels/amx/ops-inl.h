@@ -2,7 +2,7 @@
 // bytes, by AVX512_VNNI. VDPBF16PS is no help for them: on Intel's CPUs it takes two cycles of both
 // ports, four times as long as VPDPBUSD.
 //
-// The crossovers come from measurements on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows
+// The limits come from measurements on Granite Rapids (2 cores, 4.1 GHz), in cycles for 16 rows
 // x 32 k in L2:
 //
 //   tokens                        1    2    3    6   12   16   32   64
@@ -22,8 +22,8 @@ namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
   static constexpr int kFusedTokens = 4;
-  static constexpr int kCrossover = 0;  // VDPBF16PS is never the fastest
-  static constexpr int kQuadCrossover = 6;
+  static constexpr int kFusedLimit = 0;  // VDPBF16PS is never the fastest
+  static constexpr int kQuadLimit = 6;
   // Four groups (8 KiB), because the unit multiplies groups later than they are decoded.
   static constexpr int kPanelPairs = 64;
   static constexpr int kPanelTokens = amx::PanelUnit::kTokens;

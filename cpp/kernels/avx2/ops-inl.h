@@ -32,11 +32,11 @@ struct Avx2 : Fp32Multiplicands {
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 3;
-  static constexpr int kCrossover = kFusedTokens;
+  static constexpr int kFusedLimit = kFusedTokens;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
-  static constexpr int kDigitTokens = 32;  // with 48 tokens panels are as fast
-  static constexpr int kPreciseDigitTokens = 9;
+  static constexpr int kDigitLimit = 32;   // with 48 tokens panels are as fast
+  static constexpr int kPreciseDigitLimit = 9;
   static constexpr int kQuadTokens = 4;  // 8 sums
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;

@@ -17,8 +17,8 @@ namespace cpumoe {
 struct Avx2Vnni : Avx2 {
   // A further token's 512 products take 32 VPDPBUSD and 10 other instructions with two digits (8 of
   // the 10 on VPDPBUSD's two ports), 48 and 14 with three digits, and 64 multiply-adds in panels.
-  static constexpr int kDigitTokens = kAnyTokens;
-  static constexpr int kPreciseDigitTokens = kAnyTokens;
+  static constexpr int kDigitLimit = kAnyTokens;
+  static constexpr int kPreciseDigitLimit = kAnyTokens;
   static constexpr int kQuadTokens = 5;  // ten sums hide five cycles of latency on two units
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;

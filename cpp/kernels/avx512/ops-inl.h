@@ -25,12 +25,12 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
-  static constexpr int kCrossover = kFusedTokens;
+  static constexpr int kFusedLimit = kFusedTokens;
   static constexpr int kPanelTokens = 14;
   // 32 KiB of fp32. With half of it, loading and storing C costs twice as much.
   static constexpr int kPanelPairs = 128;
-  static constexpr int kDigitTokens = 32;  // with 48 tokens panels are as fast
-  static constexpr int kPreciseDigitTokens = 2;
+  static constexpr int kDigitLimit = 32;  // with 48 tokens panels are as fast
+  static constexpr int kPreciseDigitLimit = 2;
   static constexpr int kQuadTokens = 12;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int16_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;

@@ -20,8 +20,8 @@ namespace cpumoe {
 
 struct Avx512Bf16 : Avx512Vnni {
   static constexpr bool kSplitsPairs = false;
-  static constexpr int kDigitTokens = 1;  // with more, VDPBF16PS is faster on AMD
-  static constexpr int kPreciseDigitTokens = kDigitTokens;
+  static constexpr int kDigitLimit = 1;  // with more, VDPBF16PS is faster on AMD
+  static constexpr int kPreciseDigitLimit = kDigitLimit;
 
   using Activation = Bf16;
   struct Pair {

@@ -10,8 +10,8 @@
 namespace cpumoe {
 
 struct Avx512Vnni : Avx512 {
-  static constexpr int kDigitTokens = kAnyTokens;  // a third faster than panels
-  static constexpr int kPreciseDigitTokens = kAnyTokens;
+  static constexpr int kDigitLimit = kAnyTokens;  // a third faster than panels
+  static constexpr int kPreciseDigitLimit = kAnyTokens;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = true;
 

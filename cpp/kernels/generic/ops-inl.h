@@ -22,12 +22,12 @@ namespace cpumoe {
 struct Generic : Fp32Multiplicands {
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 2;
-  static constexpr int kCrossover = kFusedTokens;
+  static constexpr int kFusedLimit = kFusedTokens;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
   static constexpr bool kSplitsPairs = true;
-  static constexpr int kDigitTokens = 0;
-  static constexpr int kPreciseDigitTokens = 0;
+  static constexpr int kDigitLimit = 0;
+  static constexpr int kPreciseDigitLimit = 0;
   static constexpr int kQuadTokens = 2;
   static constexpr int32_t kQuadSumLimit = std::numeric_limits<int32_t>::max();
   static constexpr bool kQuadDotIsOneInstruction = false;

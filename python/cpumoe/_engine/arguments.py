@@ -146,7 +146,7 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> int:
 
 
 def normalized(
-    row: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
+    fmt: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
 ) -> QuantizedMatrix:
     """Returns a matrix, or a stack, as bytes of codes and scales whose shapes fit."""
     if isinstance(matrices, tuple) and len(matrices) == 2:
@@ -157,14 +157,14 @@ def normalized(
         )
     refuse_tracing(name)
     codes, scales = matrices.codes, matrices.scales
-    codes = row.normalize_codes(codes, f"{name} codes")
-    scales = row.normalize_scales(scales, f"{name} scales")
+    codes = fmt.normalize_codes(codes, f"{name} codes")
+    scales = fmt.normalize_scales(scales, f"{name} scales")
     if codes.dim() != (3 if stacked else 2):
         wanted = "[experts, N, K/2]" if stacked else "[N, K/2]"
         raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}")
-    columns = codes.shape[-1] * 8 // row.code_bits
-    row.check_k(columns, f"{name}: K")
-    expected = (*codes.shape[:-1], columns // row.group_size)
+    columns = codes.shape[-1] * 8 // fmt.code_bits
+    fmt.check_k(columns, f"{name}: K")
+    expected = (*codes.shape[:-1], columns // fmt.group_size)
     require_shape(tuple(scales.shape), expected, f"{name} scales")
     return QuantizedMatrix(codes, scales, name=matrices.name or name)
 

@@ -51,7 +51,7 @@ class ExpertStack:
 
 
 def checked_stack(
-    row: WeightFormat,
+    fmt: WeightFormat,
     gate: MatrixStack,
     up: MatrixStack,
     down: MatrixStack,
@@ -59,7 +59,7 @@ def checked_stack(
 ) -> ExpertStack:
     """Checks the tensors that `Experts.from_tensors` gets."""
     stacks = [
-        normalized(row, matrices, name, stacked=True)
+        normalized(fmt, matrices, name, stacked=True)
         for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
     ]
     experts, intermediate, hidden = stacks[0].shape
@@ -73,7 +73,7 @@ def pack_experts(
     layer: _core.Layer,
     experts: Iterable[ExpertWeights],
     *,
-    row: WeightFormat,
+    fmt: WeightFormat,
     hidden_size: int,
     intermediate_size: int,
     runtime: _core.Runtime,
@@ -88,7 +88,7 @@ def pack_experts(
         arguments = []
         sources = []  # keeps what the addresses point to
         for index, weights in batch:
-            matrices = _matrices(row, index, weights)
+            matrices = _matrices(fmt, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
             floats = [bias.float().contiguous() for bias in given]
             sources.append((matrices, floats))
@@ -105,33 +105,33 @@ def unpack_expert(
     layer: _core.Layer,
     expert: int,
     *,
-    row: WeightFormat,
+    fmt: WeightFormat,
     hidden_size: int,
     intermediate_size: int,
     runtime: _core.Runtime,
 ) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
     """Returns an expert's gate, up and down as its checkpoint stores them."""
-    gate = _empty_matrix(row, intermediate_size, hidden_size)
-    up = _empty_matrix(row, intermediate_size, hidden_size)
-    down = _empty_matrix(row, hidden_size, intermediate_size)
+    gate = _empty_matrix(fmt, intermediate_size, hidden_size)
+    up = _empty_matrix(fmt, intermediate_size, hidden_size)
+    down = _empty_matrix(fmt, hidden_size, intermediate_size)
     views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
     layer.unpack(runtime=runtime, expert=expert, matrices=views, intermediate_begin=0)
     return gate, up, down
 
 
-def _empty_matrix(row: WeightFormat, rows: int, columns: int) -> QuantizedMatrix:
-    code_bytes, groups = columns * row.code_bits // 8, columns // row.group_size
+def _empty_matrix(fmt: WeightFormat, rows: int, columns: int) -> QuantizedMatrix:
+    code_bytes, groups = columns * fmt.code_bits // 8, columns // fmt.group_size
     # The engine writes to CPU memory, whatever the caller's default device is.
     return QuantizedMatrix(
         torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
-        torch.empty(rows, groups, dtype=row.scale_storage, device="cpu"),
+        torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu"),
     )
 
 
-def _matrices(row: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
+def _matrices(fmt: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
     """Returns an expert's gate, up and down, checked and named for the engine's errors."""
     return [
-        normalized(row, getattr(weights, name), f"expert {index}: {name}", stacked=False)
+        normalized(fmt, getattr(weights, name), f"expert {index}: {name}", stacked=False)
         for name in ("gate", "up", "down")
     ]
 

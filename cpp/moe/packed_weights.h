@@ -17,9 +17,9 @@ namespace cpumoe {
 enum class Projection { kGate, kUp, kDown };
 
 template <WeightFormat F>
-class ExpertWeights {
+class PackedWeights {
  public:
-  explicit ExpertWeights(const MoeConfig& config)
+  explicit PackedWeights(const MoeConfig& config)
       : config_(Checked(config)),
         gate_up_(config.intermediate_size, config.hidden_size, 2),
         down_(config.hidden_size, config.intermediate_size),
