@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cpumoe.numerics.swiglu import SwiGLU
     from cpumoe.options import ExpertsOptions
     from cpumoe.runtime import Runtime, default_runtime
+    from cpumoe.statistics import ExpertsStatistics
 
 __version__ = _core.version()
 
@@ -39,6 +40,7 @@ __all__ = [
     "ExpertWeights",
     "Experts",
     "ExpertsOptions",
+    "ExpertsStatistics",
     "Future",
     "ModelSpec",
     "QuantizedMatrix",
@@ -74,6 +76,7 @@ _MODULES = {
     "cpumoe.models": ("ModelSpec", "find_model"),
     "cpumoe.options": ("ExpertsOptions",),
     "cpumoe.runtime": ("Runtime", "default_runtime"),
+    "cpumoe.statistics": ("ExpertsStatistics",),
     "cpumoe.numerics.swiglu": ("SwiGLU",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -31,6 +31,7 @@ from cpumoe.numerics.precision import PRECISIONS
 from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.statistics import ExpertsStatistics
 
 
 class Experts:
@@ -241,6 +242,10 @@ class Experts:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        accumulate: bool = False,
     ) -> torch.Tensor:
         """Computes the weighted sum of each token's experts.
 
@@ -252,20 +257,30 @@ class Experts:
             topk_ids: ``[tokens, top_k]`` int32 or int64. The ids -1 and `num_experts` and those of
                 masked experts are skipped. A token may name an expert more than once.
             topk_weights: ``[tokens, top_k]`` fp32, bf16 or fp16. They are not normalized.
+            out: where the result goes, ``[tokens, hidden]`` bf16, fp16 or fp32. It must be
+                contiguous, on the CPU, and apart from the inputs in memory. Default: a new tensor.
+                If an argument is refused, `out` is unchanged. After an error of the computation,
+                such as an IndexError, its content is undefined.
+            out_dtype: the result's dtype, bf16, fp16 or fp32. Default: the dtype of `out`, or that
+                of `hidden_states`. Sums are fp32, and are rounded once, to nearest even.
+            accumulate: whether the result is added onto `out`, which must then be fp32. The
+                addition is the only rounding.
 
         Returns:
-            ``[tokens, hidden]`` in the dtype of `hidden_states`. The row of a token is zero if all
-            its experts are skipped.
+            `out`, or a new tensor ``[tokens, hidden]``. The row of a token is zero if all its
+            experts are skipped; with `accumulate` the row keeps its values.
 
         Raises:
             TypeError: a tensor has another dtype, device or layout, has no memory (fake, meta or
                 freed tensors), or is followed by a tracer or a transform of torch.func.
-            ValueError: a tensor has another shape.
+            ValueError: a tensor has another shape, `out` overlaps an input, or there is no `out` to
+                accumulate onto.
             IndexError: an id is out of range.
-            RuntimeError: the runtime is closed, or belongs to the parent of a forked process, or an
-                input has a tangent of forward-mode differentiation.
+            RuntimeError: the runtime is closed, or belongs to the parent of a forked process; an
+                input has a tangent of forward-mode differentiation; with `out`, a tensor requires a
+                gradient.
         """
-        call = self._prepare(hidden_states, topk_ids, topk_weights)
+        call = self._prepare(hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate)
         call.engine.run(*call.addresses)
         return call.output
 
@@ -274,16 +289,38 @@ class Experts:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        accumulate: bool = False,
+        copy_inputs: bool = False,
     ) -> Future:
         """Starts a call on the runtime's driver thread, and returns at once.
 
         Arguments and errors are those of `__call__`, but the future reports an id that is out of
-        range. The tensors must stay unchanged until the result is there. `expert_mask` is read when
-        the driver thread begins the call. Whether gradients are enabled is decided here, not in
-        `Future.result`.
+        range. The inputs must stay unchanged until the result is there. With `copy_inputs` they are
+        copied before `submit` returns, so that the caller may change them, and `out` may overlap
+        them. `expert_mask` is not copied: it is read when the driver thread begins the call.
+        Whether gradients are enabled is decided here, not in `Future.result`.
         """
-        call = self._prepare(hidden_states, topk_ids, topk_weights)
-        return Future(call.engine.submit(*call.addresses, owned=call), call.output)
+        call = self._prepare(
+            hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate, copy_inputs
+        )
+        started = call.engine.submit(*call.addresses, owned=call, copy_inputs=copy_inputs)
+        return Future(started, call.output)
+
+    def statistics(self) -> ExpertsStatistics:
+        """Returns how much this layer has computed since it was packed.
+
+        Calls that end meanwhile may be counted in some of the numbers only.
+        """
+        sums = self._layer.statistics()
+        return ExpertsStatistics(
+            calls=sums.calls,
+            seconds=sums.seconds,
+            expert_tokens=torch.tensor(sums.expert_tokens, dtype=torch.int64, device="cpu"),
+            bytes_read=sums.bytes_read,
+        )
 
     def export(self, expert_id: int) -> ExpertWeights:
         """Returns an expert's weights as its checkpoint stores them, bit for bit.
@@ -396,7 +433,14 @@ class Experts:
         )
 
     def _prepare(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        accumulate: bool = False,
+        copy_inputs: bool = False,
     ) -> Call:
         return prepare_call(
             hidden_states,
@@ -408,4 +452,8 @@ class Experts:
             self._precision,
             self._calls,
             self.runtime.core,
+            out,
+            out_dtype,
+            accumulate,
+            copy_inputs,
         )

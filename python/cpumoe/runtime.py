@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 
 from cpumoe import _core
+from cpumoe._engine.cpus import checked_cpus
 
 # A larger number is a mistake: no machine has so many cores.
 MAX_THREADS = 4096
@@ -29,33 +32,50 @@ class Runtime:
             (rounded down), at least 1. A larger number causes a warning, because threads that share
             a core slow each other down.
         pin: whether each thread other than the caller stays on one core.
+        cpus: numbers of the CPUs that compute, one thread on each, for example ``[0, 1, 2, 3]``.
+            The affinity mask of the caller does not matter, so a host may bind its main thread to
+            one CPU. The caller does not compute: a driver thread on the first CPU takes its place,
+            and handing a call over takes some microseconds. Leave out `threads` and `pin`.
 
     Raises:
-        TypeError: `threads` is not an int.
-        ValueError: `threads` is not from 1 to 4096.
-        OSError: the system refuses to start more threads.
+        TypeError: `threads` is not an int, or `cpus` is no sequence of ints.
+        ValueError: `threads` is not from 1 to 4096. `cpus` is empty, has a CPU twice, has a CPU
+            that this process may not use, or contradicts `threads` or `pin`.
+        OSError: the system refuses to start more threads, or to place threads on CPUs.
     """
 
-    def __init__(self, threads: int | None = None, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        *,
+        pin: bool = False,
+        cpus: Sequence[int] | None = None,
+    ) -> None:
         """Starts the threads."""
         topology = _core.topology()
         self._threads = topology.default_threads if threads is None else _checked(threads)
-        if self._threads > topology.default_threads:
-            warnings.warn(
-                f"Runtime: {self._threads} threads requested, but this process may use "
-                f"{topology.default_threads} (physical cores in its affinity mask, capped by its "
-                "cgroup's CPU quota); calls will be slower, not faster",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._cpus = None if cpus is None else checked_cpus(cpus)
+        if self._cpus is not None:
+            _refuse_contradictions(self._cpus, threads, pin)
+            self._threads = len(self._cpus)
+        _warn_of_waiting(self._threads, topology, self._cpus)
         self._pin = pin
         self._closed = False
-        self.core = _core.Runtime(threads=self._threads, cpus=topology.cores if pin else [])
+        self.core = _core.Runtime(
+            threads=self._threads,
+            cpus=list(self._cpus or (topology.cores if pin else ())),
+            callers_compute=self._cpus is None,
+        )
 
     @property
     def threads(self) -> int:
         """Number of threads that compute, the calling one included."""
         return self._threads
+
+    @property
+    def cpus(self) -> tuple[int, ...] | None:
+        """The CPUs that compute, one thread on each; None if they were not given."""
+        return self._cpus
 
     @property
     def closed(self) -> bool:
@@ -84,8 +104,10 @@ class Runtime:
         self.close()
 
     def __repr__(self) -> str:
-        """Shows the number of threads, pinning, and whether the runtime is closed."""
+        """Shows the CPUs, or threads and pinning, and whether the runtime is closed."""
         state = ", closed" if self._closed else ""
+        if self._cpus is not None:
+            return f"Runtime(cpus={list(self._cpus)}{state})"
         return f"Runtime(threads={self._threads}, pin={self._pin}{state})"
 
 
@@ -95,6 +117,33 @@ def _checked(threads: object) -> int:
     if not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"Runtime: threads must be from 1 to {MAX_THREADS}, got {threads}")
     return threads
+
+
+def _refuse_contradictions(cpus: tuple[int, ...], threads: int | None, pin: bool) -> None:
+    if pin:
+        raise ValueError("Runtime: cpus places every thread on a CPU, so leave out pin")
+    if threads is not None and threads != len(cpus):
+        raise ValueError(
+            f"Runtime: cpus has {len(cpus)} CPUs, for one thread each, but threads is {threads}; "
+            "leave out threads"
+        )
+
+
+def _warn_of_waiting(threads: int, topology: _core.Topology, cpus: tuple[int, ...] | None) -> None:
+    """Warns if threads will wait for each other; for `Runtime.__init__`."""
+    if cpus is None:
+        most = topology.default_threads
+        limit = "physical cores in its affinity mask, capped by its cgroup's CPU quota"
+    else:
+        most = max(1, math.floor(min(topology.quota, threads)))
+        limit = "its cgroup's CPU quota"
+    if threads > most:
+        warnings.warn(
+            f"Runtime: {threads} threads requested, but this process may use {most} ({limit}); "
+            "calls will be slower, not faster",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 _default: Runtime | None = None

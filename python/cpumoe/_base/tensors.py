@@ -75,12 +75,15 @@ def contiguous(
     return tensor, tensor.data_ptr(), tensor.shape
 
 
-def new_like(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
-    """Returns a new contiguous tensor of a tensor's shape and dtype, and its address.
+def new_like(
+    tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, int]:
+    """Returns a new contiguous tensor of a tensor's shape, and its address.
 
     Args:
         tensor: a tensor that `contiguous` returned.
         name: the name of `tensor`, for errors.
+        dtype: the dtype of the new tensor; default: that of `tensor`.
 
     Raises:
         TypeError: a mode or tracer around the call makes new tensors without memory, or records
@@ -88,7 +91,7 @@ def new_like(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
     """
     if _dispatch_modes() or _function_modes() or _tracing_state() is not None:
         refuse_tracing(name)
-    new = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    new = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
     try:
         start = new.data_ptr()
     except RuntimeError:
@@ -133,6 +136,16 @@ def plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns the addresses of a tensor's first byte and of the byte behind its last.
+
+    Args:
+        tensor: a tensor of any shape and strides that `plain` returned.
+    """
+    start = tensor.data_ptr()
+    return start, start + _reach(tensor)
+
+
 def refuse_tracing(name: str) -> None:
     """Raises TypeError while a tracer records operations.
 
@@ -171,12 +184,20 @@ def _missing(tensor: torch.Tensor) -> str:
         return "which is being functionalized"
     if tensor._is_zerotensor():
         return "zeros that have none"
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + reach + 1) * tensor.itemsize if tensor.numel() else 0
+    reach = _reach(tensor)
+    end = tensor.storage_offset() * tensor.itemsize + reach if reach else 0
     available = tensor.untyped_storage().nbytes()
     if available < end:
         return f"whose storage was freed or cut: it has {available} of {end} bytes"
     return "whose storage has no address" if end and not tensor.data_ptr() else ""
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Returns the bytes from a tensor's first to its last element; 0 if it has none."""
+    if not tensor.numel():
+        return 0
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,19 +10,15 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import address, contiguous, describe, new_like, plain, refuse_tracing
-from cpumoe._engine.gradients import without_gradients
+from cpumoe._engine.gradients import refuse_gradients, without_gradients
+from cpumoe._engine.output import ELEMENTS, callers_output, check_output_options, wrote_output
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.numerics.precision import resolve_precision
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
 
-_ELEMENTS = {
-    torch.bfloat16: _core.DType.BF16,
-    torch.float16: _core.DType.FP16,
-    torch.float32: _core.DType.FP32,
-}
-_FP32 = _ELEMENTS[torch.float32]
+_FP32 = ELEMENTS[torch.float32]
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
@@ -46,21 +42,33 @@ class Calls:
     def get(
         self,
         runtime: _core.Runtime,
-        element: _core.DType,
+        input_dtype: _core.DType,
+        output_dtype: _core.DType,
+        accumulate: bool,
         fp32_as_bf16: bool,
         top_k: int,
         ids_are_64_bit: bool,
         mask: int,
     ) -> _core.Call:
         """Returns the call that has these properties; `mask` is an address."""
-        key = (runtime, element, fp32_as_bf16, top_k, ids_are_64_bit, mask)
+        key = (
+            runtime,
+            input_dtype,
+            output_dtype,
+            accumulate,
+            fp32_as_bf16,
+            top_k,
+            ids_are_64_bit,
+            mask,
+        )
         kept, call = self._kept
         if call is None or kept != key:
             call = _core.Call(
                 runtime=runtime,
                 layer=self._layer,
-                input_dtype=element,
-                output_dtype=element,
+                input_dtype=input_dtype,
+                output_dtype=output_dtype,
+                accumulate=accumulate,
                 fp32_as_bf16=fp32_as_bf16,
                 top_k=top_k,
                 ids_are_64_bit=ids_are_64_bit,
@@ -80,13 +88,23 @@ def prepare_call(
     precision: str,
     calls: Calls,
     runtime: _core.Runtime,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
+    copy_inputs: bool = False,
 ) -> Call:
-    """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output."""
+    """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output.
+
+    With `copy_inputs`, `out` may lie in the memory of an input.
+    """
+    if out is not None or out_dtype is not None or accumulate:
+        check_output_options(out, out_dtype, accumulate)
     x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
     ids, ids_address, routed = contiguous(topk_ids, "topk_ids")
     weights, weights_address, weighted = contiguous(topk_weights, "topk_weights")
-    output, output_address = new_like(x, "hidden_states")
-    element = _ELEMENTS.get(x.dtype)
+    if out is None:
+        output, output_address = new_like(x, "hidden_states", out_dtype)
+    element = ELEMENTS.get(x.dtype)
     if element is None:
         raise TypeError(f"hidden_states: expected bfloat16, float16 or float32, got {describe(x)}")
     if len(shape) != 2 or shape[1] != hidden_size:
@@ -102,14 +120,27 @@ def prepare_call(
             f"topk_weights: expected {list(routed)} like topk_ids, got {list(weighted)}"
         )
     if weights.dtype != torch.float32:
-        if weights.dtype not in _ELEMENTS:
+        if weights.dtype not in ELEMENTS:
             raise TypeError(
                 f"topk_weights: expected float32, bfloat16 or float16, got {describe(weights)}"
             )
         weights, weights_address, _ = contiguous(weights.float(), "topk_weights")
+    output_element = element if out_dtype is None else ELEMENTS[out_dtype]
+    if out is not None:
+        output = out
+        read = ((x, "hidden_states"), (ids, "topk_ids"), (weights, "topk_weights"))
+        output_address, output_element = callers_output(
+            out,
+            shape,
+            out_dtype=out_dtype,
+            accumulate=accumulate,
+            apart=() if copy_inputs else read,
+        )
     engine = calls.get(
         runtime,
         element,
+        output_element,
+        accumulate,
         # The engine uses this flag for fp32 calls only.
         element is _FP32 and resolve_precision(precision, torch.float32) == "bf16",
         routed[1],
@@ -125,7 +156,11 @@ def prepare_call(
         weights_address,
         output_address,
     )
-    output = without_gradients(output, hidden_states, topk_weights)
+    if out is None:
+        output = without_gradients(output, hidden_states, topk_weights)
+    else:
+        refuse_gradients(out, hidden_states, topk_weights)
+        wrote_output(out)
     # 0.1 us faster than calling the class.
     return tuple.__new__(Call, (engine, addresses, output, (x, ids, weights, mask)))
 
@@ -200,7 +235,7 @@ def checked_biases(
 
 def _bias(bias: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     bias = plain(bias, name).detach()
-    if bias.dtype not in _ELEMENTS:
+    if bias.dtype not in ELEMENTS:
         raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {describe(bias)}")
     require_shape(bias.shape, shape, name)
     return bias

@@ -60,3 +60,18 @@ def without_gradients(result: torch.Tensor, *inputs: torch.Tensor) -> torch.Tens
         return result
     connected = _NoGradients.apply(_Result(result), *inputs)  # type: ignore[no-untyped-call]
     return cast("torch.Tensor", connected)
+
+
+def refuse_gradients(out: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Raises RuntimeError if somebody can ask for a derivative of a caller's output buffer.
+
+    PyTorch's own functions refuse ``out=`` in the same case.
+
+    Args:
+        out: the buffer that the call will write.
+        inputs: the tensors from which its content will be computed.
+    """
+    tensors = (out, *inputs)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"out: expected no tensor that requires a gradient; {_NO_GRADIENTS}")
+    without_gradients(out, *tensors)  # refuses tangents
