@@ -5,6 +5,7 @@
 // RuntimeError.
 #pragma once
 
+#include <cstdint>
 #include <new>
 #include <sstream>
 #include <stdexcept>
@@ -24,6 +25,30 @@ std::string Message(const Parts&... parts) {
 template <class... Parts>
 void Require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(Message(parts...));
+}
+
+// Requirements of arguments whose name is `name`, joined.
+template <class... Name>
+void RequireAddress(const void* address, const Name&... name) {
+  Require(address != nullptr, name..., ": expected an address, got a null pointer");
+}
+template <class... Name>
+void RequireCount(int64_t count, const Name&... name) {
+  Require(count >= 0, name..., ": expected 0 or more, got ", count);
+}
+// Requires that `rows` rows, `stride` elements of `element_bytes` apart, fit an address space. The
+// distance of any two rows is then a number of bytes that does not overflow.
+template <class... Name>
+void RequireStride(int64_t stride, int64_t rows, int64_t element_bytes, const Name&... name) {
+  constexpr int64_t kAddressSpace = int64_t{1} << 60;
+  int64_t row = 0, all = 0;
+  if (!__builtin_mul_overflow(stride, element_bytes, &row) &&
+      !__builtin_mul_overflow(row, rows, &all) && all >= 0 && all <= kAddressSpace) {
+    return;
+  }
+  throw std::invalid_argument(Message(name..., ": expected 0 to ",
+                                      kAddressSpace / element_bytes / rows, " for ", rows,
+                                      " rows, got ", stride));
 }
 
 // A std::bad_alloc (MemoryError in Python) with a message that says how much memory was wanted for

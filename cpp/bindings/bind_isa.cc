@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -53,12 +55,16 @@ void BindIsa(py::module_& m) {
         "The conditions for AMX, in order, and whether each holds; None: not checked.");
   m.def("supported_isas", [] { return SupportedIsas(DetectFeatures()); });
   m.def(
-      "require_isa",
-      [](const std::string& name, const std::string& origin) {
-        RequireIsa(name, DetectFeatures(), origin);
+      "usable_isas", [] { return UsableIsas(DetectFeatures()); },
+      "`supported_isas`. Raises ValueError if there is none.");
+  m.def(
+      "select_isa",
+      [](const std::optional<std::string>& requested, const std::string& argument) {
+        const IsaChoice choice = SelectIsa(requested, argument, DetectFeatures());
+        return std::pair(choice.name, choice.origin);
       },
-      py::arg("name"), py::arg("origin"),
-      "Raises ValueError unless this CPU can run variant `name`.");
+      py::arg("requested"), py::arg("argument"),
+      "The variant to use, and what named it: `argument` or CPUMOE_ISA. Raises ValueError.");
   m.def(
       "open_variant",
       [](const std::string& name, const std::string& origin) -> std::string {

@@ -23,15 +23,7 @@ namespace py = pybind11;
 namespace cpumoe {
 namespace {
 
-// Throws std::invalid_argument if `address` is null. `name` names the argument in the message.
-template <class... Parts>
-void RequireAddress(uintptr_t address, const Parts&... name) {
-  Require(address != 0, name..., ": expected an address, got a null pointer");
-}
-template <class... Parts>
-void RequireSize(int64_t size, const Parts&... name) {
-  Require(size >= 0, name..., ": expected 0 or more, got ", size);
-}
+const void* AsPointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
 // A matrix as Python describes it, with addresses and strides in bytes.
 struct MatrixArgs {
@@ -69,7 +61,8 @@ void Pack(Layer& self, Runtime& runtime, int64_t first, const std::vector<Expert
     if (!biases) continue;
     constexpr std::array kNames = {"gate_bias", "up_bias", "down_bias"};
     for (size_t i = 0; i < kNames.size(); ++i) {
-      RequireAddress((*biases)[i], "expert ", first + std::ssize(sources) - 1, ": ", kNames[i]);
+      RequireAddress(AsPointer((*biases)[i]), "expert ", first + std::ssize(sources) - 1, ": ",
+                     kNames[i]);
     }
     source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
     source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
@@ -116,11 +109,11 @@ void BindLayer(py::module_& m) {
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
                        int64_t codes_stride, uintptr_t scales, int64_t scales_stride) {
-             RequireSize(rows, name, " rows");
-             RequireSize(columns, name, " columns");
+             RequireCount(rows, name, " rows");
+             RequireCount(columns, name, " columns");
              if (rows > 0 && columns > 0) {
-               RequireAddress(codes, name, " codes");
-               RequireAddress(scales, name, " scales");
+               RequireAddress(AsPointer(codes), name, " codes");
+               RequireAddress(AsPointer(scales), name, " scales");
              }
              return MatrixArgs{std::move(name), rows,   columns,      codes,
                                codes_stride,    scales, scales_stride};

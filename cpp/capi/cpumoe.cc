@@ -3,12 +3,11 @@
 
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <exception>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -38,7 +37,6 @@ struct cpumoe_call {
       : call(runtime, layer, options) {}
 
   cpumoe::Call call;
-  cpumoe::Call::Tensors tensors;  // the last argument of cpumoe_call_bind
 };
 struct cpumoe_pending {
   cpumoe::PendingCall call;
@@ -90,7 +88,7 @@ cpumoe_status Guarded(Body&& body) noexcept {
 
 template <class T>
 T& Given(T* pointer, const char* name) {
-  Require(pointer != nullptr, name, ": expected an address, got a null pointer");
+  RequireAddress(pointer, name);
   return *pointer;
 }
 
@@ -106,11 +104,11 @@ DType ToDType(int32_t dtype, const char* name) {
 }
 
 Node::Options NodeOptions(const cpumoe_runtime_options& options) {
-  Require(options.num_cpus >= 0, "num_cpus: expected 0 or more, got ", options.num_cpus);
-  if (options.num_cpus > 0) Given(options.cpus, "cpus");
+  RequireCount(options.num_cpus, "num_cpus");
+  if (options.num_cpus > 0) RequireAddress(options.cpus, "cpus");
   Node::Options node;
   for (int32_t i = 0; i < options.num_cpus; ++i) {
-    Require(options.cpus[i] >= 0, "cpus[", i, "]: expected 0 or more, got ", options.cpus[i]);
+    RequireCount(options.cpus[i], "cpus[", i, "]");
     node.cpus.push_back(options.cpus[i]);
   }
   node.threads = options.threads;
@@ -142,46 +140,54 @@ std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
       .precision = precision == CPUMOE_PRECISION_INT8 ? Precision::kInt8 : Precision::kBf16,
       .batch_invariant = options.batch_invariant != 0};
   const std::string format = &Given(options.format, "format");
-  if (options.variant != nullptr) return Layer::Create(options.variant, "variant", format, config);
-  const char* forced = std::getenv("CPUMOE_ISA");
-  if (forced != nullptr && *forced != '\0') {
-    return Layer::Create(forced, "CPUMOE_ISA", format, config);
-  }
-  return Layer::Create(BestIsa(DetectFeatures()), "variant", format, config);
+  std::optional<std::string> requested;
+  if (options.variant != nullptr) requested = options.variant;
+  const IsaChoice isa = SelectIsa(requested, "variant", DetectFeatures());
+  return Layer::Create(isa.name, isa.origin, format, config);
 }
 
-// A matrix, whose name must live as long as the view.
-RawMatrix View(const cpumoe_matrix& matrix, const FormatInfo& format, const std::string& name) {
-  Require(matrix.rows >= 0, name, ".rows: expected 0 or more, got ", matrix.rows);
-  Require(matrix.columns >= 0, name, ".columns: expected 0 or more, got ", matrix.columns);
-  const auto stride = [&](int64_t given, int64_t row, const char* what) {
-    Require(given == 0 || given >= row, name, ".", what, ": expected at least the ", row,
-            " bytes of a row, or 0 for rows that follow each other, got ", given);
-    return given == 0 ? row : given;
-  };
-  return {
-      .rows = matrix.rows,
-      .columns = matrix.columns,
-      .codes = &Given(static_cast<const std::byte*>(matrix.codes), (name + ".codes").c_str()),
-      .codes_stride =
-          stride(matrix.codes_stride, matrix.columns * format.code_bits / 8, "codes_stride"),
-      .scales = &Given(static_cast<const std::byte*>(matrix.scales), (name + ".scales").c_str()),
-      .scales_stride =
-          stride(matrix.scales_stride, matrix.columns / format.group_size * format.scale_bytes,
-                 "scales_stride"),
-      .name = name.c_str()};
+// Returns the distance of rows of `row` bytes: the one that the program gives, if it gives one.
+int64_t Stride(int64_t given, int64_t row, int64_t rows, const std::string& name) {
+  if (given == 0) return row;
+  Require(given >= row, name, ": expected at least the ", row,
+          " bytes of a row, or 0 for rows that follow each other, got ", given);
+  RequireStride(given, rows, 1, name);
+  return given;
+}
+
+// A matrix that must be [rows, columns], and whose name must live as long as the view.
+RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const FormatInfo& format,
+               const std::string& name) {
+  RawMatrix view = {.rows = matrix.rows,
+                    .columns = matrix.columns,
+                    .codes = static_cast<const std::byte*>(matrix.codes),
+                    .scales = static_cast<const std::byte*>(matrix.scales),
+                    .name = name.c_str()};
+  // Before anything is computed from the sizes, which may be any numbers.
+  view.RequireShape(rows, columns);
+  RequireAddress(matrix.codes, name, ".codes");
+  RequireAddress(matrix.scales, name, ".scales");
+  view.codes_stride =
+      Stride(matrix.codes_stride, columns * format.code_bits / 8, rows, name + ".codes_stride");
+  view.scales_stride =
+      Stride(matrix.scales_stride, columns / format.group_size * format.scale_bytes, rows,
+             name + ".scales_stride");
+  return view;
 }
 
 void Pack(Layer& layer, Runtime& runtime, int64_t first, std::span<const cpumoe_expert> experts) {
+  const int64_t hidden = layer.config().hidden_size;
+  const int64_t intermediate = layer.config().intermediate_size;
+  layer.config().RequireExperts(first, static_cast<int64_t>(experts.size()));
   std::vector<std::array<std::string, 3>> names(experts.size());
   std::vector<ExpertSource> sources(experts.size());
   for (size_t i = 0; i < experts.size(); ++i) {
     const cpumoe_expert& expert = experts[i];
     const std::string name = Message("expert ", first + static_cast<int64_t>(i), ": ");
     names[i] = {name + "gate", name + "up", name + "down"};
-    sources[i] = {.gate = View(expert.gate, layer.format(), names[i][0]),
-                  .up = View(expert.up, layer.format(), names[i][1]),
-                  .down = View(expert.down, layer.format(), names[i][2]),
+    sources[i] = {.gate = View(expert.gate, intermediate, hidden, layer.format(), names[i][0]),
+                  .up = View(expert.up, intermediate, hidden, layer.format(), names[i][1]),
+                  .down = View(expert.down, hidden, intermediate, layer.format(), names[i][2]),
                   .gate_bias = expert.gate_bias,
                   .up_bias = expert.up_bias,
                   .down_bias = expert.down_bias};
@@ -264,10 +270,10 @@ size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) noexcept {
 cpumoe_status cpumoe_layer_pack(cpumoe_layer* layer, cpumoe_runtime* runtime, int64_t first,
                                 const cpumoe_expert* experts, int64_t count) noexcept {
   return Guarded([&] {
-    Require(count >= 0, "count: expected 0 or more, got ", count);
+    RequireCount(count, "count");
     cpumoe_layer& into = Given(layer, "layer");
     cpumoe_runtime& on = Given(runtime, "runtime");
-    if (count > 0) Given(experts, "experts");
+    if (count > 0) RequireAddress(experts, "experts");
     Pack(*into.layer, *on.runtime, first, {experts, static_cast<size_t>(count)});
     return CPUMOE_OK;
   });
@@ -296,19 +302,15 @@ void cpumoe_call_destroy(cpumoe_call* call) noexcept { delete call; }
 
 cpumoe_status cpumoe_call_bind(cpumoe_call* call, const cpumoe_tensors* tensors) noexcept {
   return Guarded([&] {
-    cpumoe_call& self = Given(call, "call");
-    const Call::Tensors given =
-        ToTensors(Given(tensors, "tensors"), self.call.layer().config().hidden_size);
-    self.call.Bind(given);
-    self.tensors = given;
+    Call& self = Given(call, "call").call;
+    self.Bind(ToTensors(Given(tensors, "tensors"), self.layer().config().hidden_size));
     return CPUMOE_OK;
   });
 }
 
 cpumoe_status cpumoe_call_run(cpumoe_call* call) noexcept {
   return Guarded([&] {
-    const cpumoe_call& self = Given(call, "call");
-    self.call.Execute(self.tensors);
+    Given(call, "call").call.ExecuteBound();
     return CPUMOE_OK;
   });
 }
@@ -329,10 +331,10 @@ cpumoe_status cpumoe_call_submit(cpumoe_call* call, int32_t copy_inputs,
                                  cpumoe_pending** out) noexcept {
   return Guarded([&] {
     Given(out, "out");
-    cpumoe_call& self = Given(call, "call");
+    const Call& self = Given(call, "call").call;
     // Allocated before the run is queued. Nothing can fail once the run uses the caller's memory.
     auto pending = std::make_unique<cpumoe_pending>();
-    pending->call = PendingCall(self.call.Submit(self.tensors, copy_inputs != 0));
+    pending->call = PendingCall(self.SubmitBound(copy_inputs != 0));
     *out = pending.release();
     return CPUMOE_OK;
   });

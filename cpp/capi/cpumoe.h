@@ -8,7 +8,7 @@
  * throws. Functions that can fail return a cpumoe_status, and write nothing through their last
  * argument if they fail. Text that functions return is UTF-8 and belongs to cpumoe. A structure
  * whose bytes are all zero has the defaults that its comments name. The binary interface may change
- * with each version.
+ * with each minor version, which the library's soname contains.
  */
 #ifndef CPUMOE_H_
 #define CPUMOE_H_
@@ -66,7 +66,8 @@ typedef struct cpumoe_runtime_options {
   /* Threads that compute one call, the thread that makes the call included. 0: as many as there are
    * `cpus`, or without `cpus` one for each physical core that this process may use. */
   int32_t threads;
-  /* The CPUs to run on, for thread 0, 1, ... in turn. NULL: the system chooses. */
+  /* The CPUs to run on, for thread 0, 1, ... in turn. If the system refuses one, or if this is
+   * NULL, the system chooses among the CPUs that the thread which makes the runtime may use. */
   const int32_t* cpus;
   int32_t num_cpus;
   /* 0: the thread that makes a call computes as thread 0, and keeps its own affinity. 1: the
@@ -149,10 +150,10 @@ CPUMOE_API cpumoe_status cpumoe_layer_evict(cpumoe_layer* layer, int64_t expert)
 /* ---- Calls ---- */
 
 typedef struct cpumoe_call_options {
-  int32_t input_dtype;  /* of hidden_states, a cpumoe_dtype */
-  int32_t output_dtype; /* of output, a cpumoe_dtype */
-  int32_t accumulate;   /* 1: results are added onto the output, which must be fp32 */
-  int64_t top_k;
+  int32_t input_dtype;    /* of hidden_states, a cpumoe_dtype */
+  int32_t output_dtype;   /* of output, a cpumoe_dtype */
+  int32_t accumulate;     /* 1: results are added onto the output, which must be fp32 */
+  int64_t top_k;          /* 0 to 65536 */
   int32_t ids_are_64_bit; /* 0: int32_t, 1: int64_t */
   /* [num_experts], not 0: skipped. NULL: none is skipped. Read whenever the call runs, so the bytes
    * may change between two runs. */
@@ -160,7 +161,7 @@ typedef struct cpumoe_call_options {
 } cpumoe_call_options;
 
 typedef struct cpumoe_tensors {
-  int64_t tokens;
+  int64_t tokens;            /* 0 to 2^31 */
   const void* hidden_states; /* [tokens, hidden_size] */
   int64_t hidden_stride;     /* elements from one row to the next; 0: rows follow each other */
   const void* ids;           /* [tokens, top_k]; -1 and num_experts are skipped */

@@ -1,6 +1,7 @@
 #include "dispatch/cpu_features.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #include <stdexcept>
 
@@ -98,18 +99,25 @@ std::vector<std::string> MissingFeatures(const IsaRow& isa, const FeatureSet& cp
   return missing;
 }
 
-std::vector<std::string> SupportedIsas(const FeatureSet& cpu) {
+std::vector<std::string> SupportedIsas(const FeatureSet& cpu, const std::vector<IsaRow>& isas) {
   std::vector<std::string> names;
-  for (const IsaRow& isa : KnownIsas()) {
+  for (const IsaRow& isa : isas) {
     if (isa.built && MissingFeatures(isa, cpu).empty()) names.push_back(isa.name);
   }
   return names;
 }
 
-std::string BestIsa(const FeatureSet& cpu) {
-  const std::vector<std::string> supported = SupportedIsas(cpu);
-  if (supported.empty()) throw std::runtime_error("this CPU can run none of the built variants");
-  return supported.back();
+std::vector<std::string> UsableIsas(const FeatureSet& cpu, const std::vector<IsaRow>& isas) {
+  std::vector<std::string> supported = SupportedIsas(cpu, isas);
+  if (!supported.empty()) return supported;
+  std::string lacks;
+  for (const IsaRow& isa : isas) {
+    if (!isa.built) continue;
+    lacks += (lacks.empty() ? "" : "; ") + isa.name + ": lacks " + Join(MissingFeatures(isa, cpu));
+  }
+  throw std::invalid_argument("this CPU can run none of the installed variants (" + lacks +
+                              "); reinstall cpumoe with CPUMOE_ISAS empty, which builds all "
+                              "variants");
 }
 
 const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu,
@@ -128,6 +136,18 @@ const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu,
   for (const IsaRow& isa : KnownIsas()) known.push_back(isa.name);
   throw std::invalid_argument(Message(origin, "=", name, ": unknown ISA; known are ", Join(known),
                                       "; this CPU supports ", works));
+}
+
+IsaChoice SelectIsa(const std::optional<std::string>& requested, const std::string& argument,
+                    const FeatureSet& cpu) {
+  constexpr char kVariable[] = "CPUMOE_ISA";
+  const char* const forced = std::getenv(kVariable);
+  const bool is_forced = forced != nullptr && *forced != '\0';
+  if (!requested && !is_forced) return {UsableIsas(cpu).back(), argument};
+  const IsaChoice choice =
+      requested ? IsaChoice{*requested, argument} : IsaChoice{forced, kVariable};
+  RequireIsa(choice.name, cpu, choice.origin);
+  return choice;
 }
 
 }  // namespace cpumoe

@@ -1,6 +1,7 @@
 // The ISA variants that exist, from cmake/Variants.cmake, and those that this CPU can run.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,14 +38,28 @@ void AssumeFeatures(const FeatureSet& features);
 std::vector<std::string> MissingFeatures(const IsaRow& isa, const FeatureSet& cpu);
 
 // The names of the built ISAs that `cpu` can run, in the order of KnownIsas.
-std::vector<std::string> SupportedIsas(const FeatureSet& cpu);
+std::vector<std::string> SupportedIsas(const FeatureSet& cpu,
+                                       const std::vector<IsaRow>& isas = KnownIsas());
 
-// Returns the last of SupportedIsas, which is the best. Throws std::runtime_error if there is none.
-std::string BestIsa(const FeatureSet& cpu);
+// Returns SupportedIsas, of which the last one is the best. If there is none, throws
+// std::invalid_argument, which says what each built ISA lacks.
+std::vector<std::string> UsableIsas(const FeatureSet& cpu,
+                                    const std::vector<IsaRow>& isas = KnownIsas());
 
 // Returns the row called `name`, if it is built and `cpu` can run it. Otherwise throws
 // std::invalid_argument, which says what is missing and what would work. `origin` names the source
 // of the request, e.g. "CPUMOE_ISA".
 const IsaRow& RequireIsa(const std::string& name, const FeatureSet& cpu, const std::string& origin);
+
+struct IsaChoice {
+  std::string name;
+  std::string origin;  // what named it, for errors
+};
+
+// Returns the ISA to use: `requested`, or else the one that the environment's CPUMOE_ISA names, or
+// else the best. `argument` is the name of the caller's argument. Throws what RequireIsa and
+// UsableIsas throw.
+IsaChoice SelectIsa(const std::optional<std::string>& requested, const std::string& argument,
+                    const FeatureSet& cpu);
 
 }  // namespace cpumoe

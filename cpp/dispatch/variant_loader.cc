@@ -32,15 +32,11 @@ struct CloseLibrary {
 
 void RequireThisBuild(void* library, const std::string& path) {
   const auto* text = static_cast<const char*>(dlsym(library, kBuildIdSymbol));
-  if (text == nullptr) {
-    throw VariantError(Message(path, " has no build id, expected ", kBuildId,
-                               ": it is from another build of cpumoe; reinstall cpumoe"));
-  }
-  const std::string found(text, strnlen(text, kBuildIdBytes));
-  if (found != kBuildId) {
-    throw VariantError(Message(path, " has build id ", found, ", expected ", kBuildId,
-                               ": it is from another build of cpumoe; reinstall cpumoe"));
-  }
+  const std::string found = text == nullptr ? "" : std::string(text, strnlen(text, kBuildIdBytes));
+  if (found == kBuildId) return;
+  throw VariantError(Message(path, " has ", text == nullptr ? "no build id" : "build id ", found,
+                             ", expected ", kBuildId,
+                             ": it is from another build of cpumoe; reinstall cpumoe"));
 }
 
 }  // namespace

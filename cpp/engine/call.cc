@@ -1,67 +1,39 @@
 #include "engine/call.h"
 
-#include <array>
-#include <cstddef>
-#include <cstring>
 #include <utility>
 
-#include "base/aligned_buffer.h"
-#include "base/bits.h"
 #include "base/check.h"
+#include "base/float_types.h"
+#include "engine/copy_inputs.h"
 
 namespace cpumoe {
 namespace {
 
-void RequireAddress(const void* address, const char* name) {
-  Require(address != nullptr, name, ": expected an address, got a null pointer");
-}
-
-// Copies what a call reads, and lets `args` point to the copy. Rows of the copy are dense.
-std::shared_ptr<std::byte[]> CopyInputs(ForwardArgs& args, int64_t hidden_size) {
-  const auto padded = [](int64_t bytes) {
-    return RoundUp(bytes, static_cast<int64_t>(AlignedBuffer::kCacheLine));
-  };
-  const int64_t row = hidden_size * ByteSize(args.input_dtype);
-  const int64_t pairs = args.tokens * args.routing.top_k;
-  const int64_t id_bytes = pairs * (args.routing.ids_are_64_bit ? 8 : 4);
-  const int64_t ids_offset = padded(args.tokens * row);
-  const int64_t weights_offset = ids_offset + padded(id_bytes);
-  const int64_t weight_bytes = pairs * static_cast<int64_t>(sizeof(float));
-  auto copy = std::make_shared_for_overwrite<std::byte[]>(weights_offset + weight_bytes);
-  const auto* rows = static_cast<const std::byte*>(args.hidden_states);
-  const int64_t stride = args.hidden_stride * ByteSize(args.input_dtype);
-  if (stride == row && args.tokens > 0) {
-    std::memcpy(copy.get(), rows, args.tokens * row);
-  } else {
-    for (int64_t t = 0; t < args.tokens; ++t) {
-      std::memcpy(copy.get() + t * row, rows + t * stride, row);
-    }
-  }
-  if (pairs > 0) {
-    std::memcpy(copy.get() + ids_offset, args.routing.ids, id_bytes);
-    std::memcpy(copy.get() + weights_offset, args.routing.weights, weight_bytes);
-  }
-  args.hidden_states = copy.get();
-  args.hidden_stride = hidden_size;
-  args.routing.ids = copy.get() + ids_offset;
-  args.routing.weights = reinterpret_cast<const float*>(copy.get() + weights_offset);
-  return copy;
-}
+// No host comes near these limits, and products of them and of a layer's sizes do not overflow 64
+// bits.
+constexpr int64_t kMostTokens = int64_t{1} << 31;
+constexpr int64_t kMostTopK = int64_t{1} << 16;
 
 }  // namespace
 
 Call::Call(std::shared_ptr<Runtime> runtime, std::shared_ptr<const Layer> layer,
            const Options& options)
     : runtime_(std::move(runtime)), layer_(std::move(layer)), options_(options) {
-  Require(options.top_k >= 0, "top_k: expected 0 or more, got ", options.top_k);
+  RequireCount(options.top_k, "top_k");
+  Require(options.top_k <= kMostTopK, "top_k: expected at most ", kMostTopK, ", got ",
+          options.top_k);
   Require(!options.accumulate || options.output_dtype == DType::kFp32,
           "accumulate: results can be added onto an fp32 output only");
   bound_ = Args({});
 }
 
 ForwardArgs Call::Args(const Tensors& tensors) const {
-  Require(tensors.tokens >= 0, "tokens: expected 0 or more, got ", tensors.tokens);
+  RequireCount(tensors.tokens, "tokens");
   if (tensors.tokens > 0) {
+    Require(tensors.tokens <= kMostTokens, "tokens: expected at most ", kMostTokens, ", got ",
+            tensors.tokens);
+    RequireStride(tensors.hidden_stride, tensors.tokens, ByteSize(options_.input_dtype),
+                  "hidden_stride");
     RequireAddress(tensors.hidden_states, "hidden_states");
     RequireAddress(tensors.output, "output");
   }
@@ -84,14 +56,12 @@ ForwardArgs Call::Args(const Tensors& tensors) const {
           .output = tensors.output};
 }
 
-void Call::Execute(const Tensors& tensors) const {
-  const ForwardArgs args = Args(tensors);
+void Call::ExecuteChecked(const ForwardArgs& args) const {
   runtime_->Execute([&](Node& node) { layer_->Forward(args, node); });
 }
 
-std::shared_ptr<Completion> Call::Submit(const Tensors& tensors, bool copy_inputs) const {
-  ForwardArgs args = Args(tensors);
-  std::shared_ptr<std::byte[]> copy;
+std::shared_ptr<Completion> Call::SubmitChecked(ForwardArgs args, bool copy_inputs) const {
+  std::shared_ptr<const void> copy;
   if (copy_inputs) copy = CopyInputs(args, layer_->config().hidden_size);
   return runtime_->Submit(
       [layer = layer_, args, copy = std::move(copy)](Node& node) { layer->Forward(args, node); });
@@ -101,7 +71,7 @@ void Call::Bind(const Tensors& tensors) { bound_ = Args(tensors); }
 
 bool Call::Run() noexcept {
   try {
-    runtime_->Execute([&](Node& node) { layer_->Forward(bound_, node); });
+    ExecuteBound();
     return true;
   } catch (...) {
     KeepError(std::current_exception());

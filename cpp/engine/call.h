@@ -53,21 +53,29 @@ class Call {
   // std::invalid_argument (an address is null, an expert has no weights), std::out_of_range (an id)
   // and std::runtime_error (the runtime is closed, or belongs to the process that forked this one).
   // After an exception the output is undefined.
-  void Execute(const Tensors& tensors) const;
+  void Execute(const Tensors& tensors) const { ExecuteChecked(Args(tensors)); }
 
   // Lets the runtime's driver make the call. What `tensors` names must live, and the inputs must
   // not change, until the completion is done. With `copy_inputs` this holds for the output alone:
   // hidden states, ids and weights have been copied when Submit returns. The Call itself may be
   // destroyed meanwhile. Throws what Execute throws because of null addresses or the runtime; the
   // completion rethrows the rest.
-  std::shared_ptr<Completion> Submit(const Tensors& tensors, bool copy_inputs = false) const;
+  std::shared_ptr<Completion> Submit(const Tensors& tensors, bool copy_inputs = false) const {
+    return SubmitChecked(Args(tensors), copy_inputs);
+  }
 
-  // Names the tensors of later calls of Run. Not while another thread is in Run. Throws
-  // std::invalid_argument, and then changes nothing.
+  // Names the tensors of later calls of ExecuteBound, SubmitBound and Run. Not while another thread
+  // is in one of them. Throws std::invalid_argument, and then changes nothing.
   void Bind(const Tensors& tensors);
 
-  // Execute with the tensors that were bound. Returns false and keeps the exception if there is
-  // one. Any thread may call Run, several at once as well.
+  // Execute and Submit with the tensors that were bound; no tokens if none were.
+  void ExecuteBound() const { ExecuteChecked(bound_); }
+  std::shared_ptr<Completion> SubmitBound(bool copy_inputs = false) const {
+    return SubmitChecked(bound_, copy_inputs);
+  }
+
+  // ExecuteBound for hosts that take no exception. Returns false and keeps the exception if there
+  // is one. Any thread may call Run, several at once as well.
   bool Run() noexcept;
 
   // Run for hosts that take a C function pointer, e.g. cudaLaunchHostFunc. `call` is a Call.
@@ -81,7 +89,10 @@ class Call {
   // The state of error_. There is no mutex, because a forked child may take the error, too.
   enum class ErrorState { kNone, kBusy, kKept };
 
+  // Checks `tensors`.
   ForwardArgs Args(const Tensors& tensors) const;
+  void ExecuteChecked(const ForwardArgs& args) const;
+  std::shared_ptr<Completion> SubmitChecked(ForwardArgs args, bool copy_inputs) const;
   void KeepError(std::exception_ptr error) noexcept;
 
   const std::shared_ptr<Runtime> runtime_;

@@ -11,6 +11,7 @@
 #include "moe/workspace.h"
 #include "threading/executor.h"
 #include "threading/pinned_pool.h"
+#include "threading/topology.h"
 
 namespace cpumoe {
 
@@ -19,17 +20,18 @@ class Node {
  public:
   struct Options {
     int threads = 1;  // that compute one call, the thread that makes the call included
-    // Thread t runs on cpus[t % cpus.size()]. If `cpus` is empty, the operating system chooses. The
-    // driver is thread 0 of the calls that it makes. A caller that makes a call itself keeps the
-    // affinity that it has.
+    // Thread t runs on cpus[t % cpus.size()]. If `cpus` is empty, the threads and the driver run
+    // where the thread that makes the node may run, whichever thread makes calls later. The driver
+    // is thread 0 of the calls that it makes. A caller that makes a call itself keeps the affinity
+    // that it has.
     std::vector<int> cpus = {};
   };
 
   // Throws std::invalid_argument, and std::system_error if the system cannot start enough threads.
   explicit Node(const Options& options)
-      : pool_({.threads = options.threads, .pin = !options.cpus.empty(), .cpus = options.cpus}),
-        driver_(std::make_unique<Executor>(options.cpus.empty() ? Executor::kAnyCpu
-                                                                : options.cpus.front())) {}
+      : pool_({.threads = options.threads, .cpus = options.cpus}),
+        driver_(std::make_unique<Executor>(
+            options.cpus.empty() ? ProcessAffinity() : std::vector{options.cpus.front()})) {}
 
   ThreadPool& pool() { return pool_; }
   Workspace& workspace() { return workspace_; }

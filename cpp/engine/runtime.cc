@@ -40,12 +40,23 @@ void Runtime::Close() {
 std::shared_ptr<Completion> Runtime::Submit(Body body) {
   fork_guard_.ThrowIfForked(kSubject);
   const std::lock_guard lock(submit_mutex_);
-  RequireOpen(node_ != nullptr && node_->driver() != nullptr);
-  return node_->driver()->Submit(
+  return Driver().Submit(
       [self = shared_from_this(), body = std::move(body)]() mutable { self->Run(body); });
 }
 
+Executor& Runtime::Driver() {
+  RequireOpen(node_ != nullptr && node_->driver() != nullptr);
+  return *node_->driver();
+}
+
 void Runtime::ExecuteOnDriver(const Body& body) {
+  {
+    // Refused before it is queued, because the queued body would outlive what it refers to.
+    const std::lock_guard lock(submit_mutex_);
+    if (Driver().IsDriver()) {
+      throw std::logic_error("Runtime: what runs on a runtime must not make calls on it");
+    }
+  }
   // The exception is the caller's alone. If it were the completion's, too, the driver could be the
   // one that destroys it. That is allowed, but ThreadSanitizer does not see why.
   std::exception_ptr error;

@@ -64,6 +64,7 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
     body(*node_);
   }
   void ExecuteOnDriver(const Body& body);
+  Executor& Driver();  // requires submit_mutex_
   static void RequireOpen(bool open);
 
   const ForkGuard fork_guard_;

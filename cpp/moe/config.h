@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
+
+#include "base/check.h"
 
 namespace cpumoe {
 
@@ -38,6 +41,14 @@ struct MoeConfig {
   // Most tokens of an expert that the few-token kernels take. If negative, the
   // path's own limit decides.
   int few_token_limit = -1;
+
+  // Throws std::out_of_range unless experts [first, first + count) exist. `count` is not negative.
+  void RequireExperts(int64_t first, int64_t count) const {
+    if (first >= 0 && first <= num_experts && count <= num_experts - first) return;
+    const int64_t missing = first < 0 || first >= num_experts ? first : num_experts;
+    throw std::out_of_range(
+        Message("expert ", missing, " is not one of the layer's ", num_experts));
+  }
 };
 
 }  // namespace cpumoe

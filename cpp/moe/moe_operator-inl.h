@@ -67,8 +67,6 @@ class MoeOperator : public Moe {
     weights_.Unpack(expert, out, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    Require(!args.accumulate || args.output_dtype == DType::kFp32,
-            "output: results can be added onto fp32 only");
     if constexpr (HasInt8Path<Isa, Codec>) {
       if (config().precision == Precision::kInt8) {
         Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);

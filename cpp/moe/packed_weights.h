@@ -48,10 +48,10 @@ class PackedWeights {
   }
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) {
-    CheckExpert(expert);
-    CheckShape(source.gate, gate_up_.rows(), gate_up_.columns());
-    CheckShape(source.up, gate_up_.rows(), gate_up_.columns());
-    CheckShape(source.down, down_.rows(), down_.columns());
+    config_.RequireExperts(expert, 1);
+    source.gate.RequireShape(gate_up_.rows(), gate_up_.columns());
+    source.up.RequireShape(gate_up_.rows(), gate_up_.columns());
+    source.down.RequireShape(down_.rows(), down_.columns());
     const bool biased = source.gate_bias != nullptr;
     Require(biased == config_.has_bias && biased == (source.up_bias != nullptr) &&
                 biased == (source.down_bias != nullptr),
@@ -77,22 +77,22 @@ class PackedWeights {
   }
 
   void Evict(int64_t expert) {
-    CheckExpert(expert);
+    config_.RequireExperts(expert, 1);
     has_weights_[expert] = 0;
     packed_.GiveBack(expert * ExpertBytes(), ExpertBytes());
   }
 
   void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
-    CheckExpert(expert);
+    config_.RequireExperts(expert, 1);
     Require(has_weights_[expert] != 0, "expert ", expert, " has no weights to export");
     const int64_t begin = out.intermediate_begin, count = out.gate.rows;
     Require(begin >= 0 && count >= 0 && begin + count <= config_.intermediate_size &&
                 begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
             F::kName, ": intermediate features to export must be whole groups of ", F::kGroupSize,
             " within [0, ", config_.intermediate_size, "), got [", begin, ", ", begin + count, ")");
-    CheckShape(out.gate, count, config_.hidden_size);
-    CheckShape(out.up, count, config_.hidden_size);
-    CheckShape(out.down, config_.hidden_size, count);
+    out.gate.RequireShape(count, config_.hidden_size);
+    out.up.RequireShape(count, config_.hidden_size);
+    out.down.RequireShape(config_.hidden_size, count);
     ForEachTile(pool, [&](Projection p, int64_t tile, int) {
       if (p == Projection::kDown) {
         down_.UnpackTile(Matrix(expert, p), tile, 0, begin, out.down);
@@ -120,17 +120,6 @@ class PackedWeights {
     Require(size > 0 && size % F::kGroupSize == 0, F::kName, ": ", name,
             " must be a positive multiple of ", F::kGroupSize, ", got ", size);
     Require(size <= kMaxSize, name, " must be at most ", kMaxSize, ", got ", size);
-  }
-  void CheckExpert(int64_t expert) const {
-    if (expert < 0 || expert >= config_.num_experts) {
-      throw std::out_of_range(
-          Message("expert ", expert, " is not one of the layer's ", config_.num_experts));
-    }
-  }
-  template <class Byte>
-  static void CheckShape(const RawMatrixOf<Byte>& m, int64_t rows, int64_t columns) {
-    Require(m.rows == rows && m.columns == columns, m.name, ": expected [", rows, ", ", columns,
-            "] weights, got [", m.rows, ", ", m.columns, "]");
   }
 
   // Calls body(projection, tile, thread) for every tile. A task is a run of tiles, about half a

@@ -22,6 +22,11 @@ struct RawMatrixOf {
   int64_t scales_stride = 0;
   const char* name = "weight";  // for error messages
 
+  void RequireShape(int64_t wanted_rows, int64_t wanted_columns) const {
+    Require(rows == wanted_rows && columns == wanted_columns, name, ": expected [", wanted_rows,
+            ", ", wanted_columns, "] weights, got [", rows, ", ", columns, "]");
+  }
+
   // Returns rows [begin, begin + count), which are a shard of the gate or up projection.
   RawMatrixOf Rows(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= rows, name, ": rows [", begin, ", ",

@@ -10,7 +10,6 @@
 
 #include "threading/adaptive_wait.h"
 #include "threading/futex.h"
-#include "threading/topology.h"
 
 namespace cpumoe {
 namespace {
@@ -101,7 +100,8 @@ bool Completion::WaitFor(std::chrono::nanoseconds timeout) {
   return Done();
 }
 
-Executor::Executor(int cpu) : cpu_(cpu), queue_(std::make_shared<Queue>()) {}
+Executor::Executor(std::vector<int> cpus)
+    : cpus_(std::move(cpus)), queue_(std::make_shared<Queue>()) {}
 
 Executor::~Executor() {
   if (fork_guard_.forked()) {
@@ -112,7 +112,7 @@ Executor::~Executor() {
   }
   if (!queue_->started) return;
   queue_->Announce(Queue::kStop);
-  if (driven_queue == queue_.get()) {
+  if (IsDriver()) {
     pthread_detach(queue_->driver);
   } else {
     pthread_join(queue_->driver, nullptr);
@@ -127,13 +127,15 @@ std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
     if (!queue_->started) {
       queue_->driver = StartThread("cpumoe-exec", [queue = queue_] { Drive(*queue); });
       queue_->started = true;
-      if (cpu_ != kAnyCpu) PinThread(queue_->driver, cpu_);
+      SetAffinity(queue_->driver, cpus_);
     }
     queue_->entries.push_back({std::move(job), completion});
   }
   queue_->Announce(1);
   return completion;
 }
+
+bool Executor::IsDriver() const { return driven_queue == queue_.get(); }
 
 void Executor::Drive(Queue& queue) {
   driven_queue = &queue;

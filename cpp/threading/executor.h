@@ -7,8 +7,10 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "threading/os_thread.h"
+#include "threading/topology.h"
 
 namespace cpumoe {
 
@@ -41,11 +43,11 @@ class Completion {
 
 class Executor {
  public:
-  static constexpr int kAnyCpu = -1;
-
-  // The driver will run on `cpu`, or, if that is kAnyCpu or the operating system refuses, wherever
-  // the operating system puts it.
-  explicit Executor(int cpu = kAnyCpu);
+  // The driver will run on `cpus`. Without `cpus` it will run where the thread that makes the
+  // executor may run now, like the workers of a pool that this thread makes. The thread that
+  // submits the first job and starts the driver has no influence, unless the operating system
+  // refuses.
+  explicit Executor(std::vector<int> cpus = ProcessAffinity());
   // Runs the queued jobs, then ends the driver. If the destructor runs on the driver thread (a job
   // owned the executor), the driver does both after the destructor has returned. In a forked child
   // the queue is leaked.
@@ -57,12 +59,15 @@ class Executor {
   // std::system_error if it cannot. Throws std::runtime_error in a forked child.
   std::shared_ptr<Completion> Submit(std::function<void()> job);
 
+  // Whether the calling thread is the driver.
+  bool IsDriver() const;
+
  private:
   struct Queue;
   static void Drive(Queue& queue);
 
   const ForkGuard fork_guard_;
-  const int cpu_;
+  const std::vector<int> cpus_;
   std::shared_ptr<Queue> queue_;
 };
 

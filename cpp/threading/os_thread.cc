@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -55,13 +56,15 @@ pthread_t StartThread(std::string name, std::function<void()> body) {
   return thread;
 }
 
-bool PinThread(pthread_t thread, int cpu) {
-  if (cpu < 0) return false;
-  const size_t bytes = CPU_ALLOC_SIZE(cpu + 1);
-  cpu_set_t* const set = CPU_ALLOC(cpu + 1);
+bool SetAffinity(pthread_t thread, const std::vector<int>& cpus) {
+  const auto possible = [](int cpu) { return cpu >= 0 && cpu < kMaxCpus; };
+  if (cpus.empty() || !std::ranges::all_of(cpus, possible)) return false;
+  const int size = *std::ranges::max_element(cpus) + 1;
+  const size_t bytes = CPU_ALLOC_SIZE(size);
+  cpu_set_t* const set = CPU_ALLOC(size);
   if (set == nullptr) return false;
   CPU_ZERO_S(bytes, set);
-  CPU_SET_S(cpu, bytes, set);
+  for (const int cpu : cpus) CPU_SET_S(cpu, bytes, set);
   const int error = pthread_setaffinity_np(thread, bytes, set);
   CPU_FREE(set);
   return error == 0;

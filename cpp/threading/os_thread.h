@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace cpumoe {
 
@@ -14,8 +15,12 @@ namespace cpumoe {
 // thread). Debuggers show `name`, at most 15 characters of it. Throws std::system_error.
 pthread_t StartThread(std::string name, std::function<void()> body);
 
-// Restricts a thread to one CPU. Returns false if the operating system refuses.
-bool PinThread(pthread_t thread, int cpu);
+// CPUs have smaller numbers than this.
+inline constexpr int kMaxCpus = 1 << 16;
+
+// Restricts a thread to some CPUs. Returns false if the operating system refuses, and if there is
+// no CPU or one has an impossible number.
+bool SetAffinity(pthread_t thread, const std::vector<int>& cpus);
 
 // Tells whether the process was forked after this object was made. Threads started before a fork do
 // not exist in the child. A check costs one load.

@@ -28,7 +28,7 @@ int CheckedThreads(int threads) {
 
 // The CPUs that the pool's threads share.
 size_t UsableCpus(const PinnedPool::Options& options) {
-  if (!options.pin || options.cpus.empty()) return ProcessAffinity().size();
+  if (options.cpus.empty()) return ProcessAffinity().size();
   return std::set<int>(options.cpus.begin(), options.cpus.end()).size();
 }
 
@@ -68,9 +68,9 @@ void PinnedPool::StartWorkers(const Options& options) {
   try {
     for (int t = 1; t < threads_; ++t) {
       workers_.push_back(StartThread("cpumoe-" + std::to_string(t), [this, t] { WorkerMain(t); }));
-      if (options.pin && !options.cpus.empty()) {
+      if (!options.cpus.empty()) {
         const int cpu = options.cpus[static_cast<size_t>(t) % options.cpus.size()];
-        num_pinned_ += PinThread(workers_.back(), cpu) ? 1 : 0;
+        num_pinned_ += SetAffinity(workers_.back(), {cpu}) ? 1 : 0;
       }
     }
   } catch (const std::system_error& error) {

@@ -20,9 +20,8 @@ class PinnedPool final : public ThreadPool {
   struct Options {
     int threads = 1;  // the caller of ParallelFor included; 1 to kMaxThreads
     // Thread t runs on cpus[t % cpus.size()]. Thread 0 is the caller, whose affinity is never
-    // changed, so cpus[0] stays free for it. If the operating system refuses a CPU, the thread
-    // stays unpinned.
-    bool pin = false;
+    // changed, so cpus[0] stays free for it. Without `cpus`, and if the operating system refuses a
+    // CPU, a thread runs where the thread that makes the pool may run.
     std::vector<int> cpus = {};
     std::chrono::microseconds spin{50};  // longest polling before a waiting thread parks
   };

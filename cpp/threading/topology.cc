@@ -14,11 +14,11 @@
 #include <utility>
 
 #include "threading/cgroup_quota.h"
+#include "threading/os_thread.h"
 
 namespace cpumoe {
 namespace {
 
-constexpr int kMaxCpus = 1 << 16;
 constexpr size_t kMaxThreadsPerCore = 16;
 constexpr size_t kMaxFileBytes = 1 << 16;
 

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'require_isa', 'run_dots', 'supported_isas', 'tile_steps', 'topology', 'version']
+__all__: list[str] = ['Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -280,13 +280,13 @@ def peak_names(isa: str, origin: str) -> list[str]:
     """
     The precisions for which a variant can time multiply-adds in registers.
     """
-def require_isa(name: str, origin: str) -> None:
-    """
-    Raises ValueError unless this CPU can run variant `name`.
-    """
 def run_dots(runtime: Runtime, isa: str, origin: str, precision: str, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
     """
     Multiplies and adds in registers on all threads; returns the multiply-accumulates done and the seconds taken.
+    """
+def select_isa(requested: str | None, argument: str) -> tuple[str, str]:
+    """
+    The variant to use, and what named it: `argument` or CPUMOE_ISA. Raises ValueError.
     """
 def supported_isas() -> list[str]:
     ...
@@ -297,6 +297,10 @@ def tile_steps() -> list[TileStep]:
 def topology() -> Topology:
     """
     The CPUs that this process may use.
+    """
+def usable_isas() -> list[str]:
+    """
+    `supported_isas`. Raises ValueError if there is none.
     """
 def version() -> str:
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from cpumoe import _core
 
 ENVIRONMENT_VARIABLE = "CPUMOE_ISA"
@@ -25,15 +23,7 @@ def usable_isas() -> list[str]:
     Raises:
         ValueError: there is none. The message says which features each installed variant misses.
     """
-    supported = supported_isas()
-    if not supported:
-        built = (row.name for row in _core.known_isas() if row.built)
-        lacks = "; ".join(f"{isa}: lacks {', '.join(missing_features(isa))}" for isa in built)
-        raise ValueError(
-            f"this CPU can run none of the installed variants ({lacks}); reinstall cpumoe "
-            "with CPUMOE_ISAS empty, which builds all variants"
-        )
-    return supported
+    return _core.usable_isas()
 
 
 def missing_features(isa: str) -> list[str]:
@@ -66,12 +56,4 @@ def select_isa(requested: str | None) -> tuple[str, str]:
     Raises:
         ValueError: see `isa`.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if requested is not None:
-        name, origin = requested, "isa"
-    elif forced:
-        name, origin = forced, ENVIRONMENT_VARIABLE
-    else:
-        return usable_isas()[-1], "isa"
-    _core.require_isa(name, origin)
-    return name, origin
+    return _core.select_isa(requested, "isa")

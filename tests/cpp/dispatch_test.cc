@@ -2,6 +2,8 @@
 // choice.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -141,6 +143,71 @@ TEST(RequireIsaTest, SaysWhatWasNotBuilt) {
     const std::string message = MessageOf(row.name, all);
     EXPECT_NE(message.find("this installation was built without it; it has "), std::string::npos)
         << message;
+  }
+}
+
+// Sets CPUMOE_ISA for a test, and restores it.
+class SelectIsaTest : public testing::Test {
+ protected:
+  SelectIsaTest() {
+    if (const char* const value = std::getenv("CPUMOE_ISA"); value != nullptr) before_ = value;
+  }
+  ~SelectIsaTest() override { Set(before_); }
+
+  static void Set(const std::optional<std::string>& value) {
+    if (value) {
+      setenv("CPUMOE_ISA", value->c_str(), 1);
+    } else {
+      unsetenv("CPUMOE_ISA");
+    }
+  }
+  // Returns "NAME from ORIGIN", or the message of the error.
+  static std::string Select(const std::optional<std::string>& requested, const FeatureSet& cpu) {
+    try {
+      const IsaChoice choice = SelectIsa(requested, "isa", cpu);
+      return choice.name + " from " + choice.origin;
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+  }
+
+ private:
+  std::optional<std::string> before_;
+};
+
+TEST_F(SelectIsaTest, AnArgumentGoesBeforeTheEnvironmentAndThisBeforeTheBest) {
+  const FeatureSet cpu = DetectFeatures();
+  const Names usable = UsableIsas(cpu);
+  for (const std::optional<std::string>& unset :
+       {std::optional<std::string>(), std::optional<std::string>("")}) {
+    Set(unset);
+    EXPECT_EQ(Select({}, cpu), usable.back() + " from isa");
+    EXPECT_EQ(Select(usable.front(), cpu), usable.front() + " from isa");
+  }
+  Set(usable.front());
+  EXPECT_EQ(Select({}, cpu), usable.front() + " from CPUMOE_ISA");
+  EXPECT_EQ(Select(usable.back(), cpu), usable.back() + " from isa");
+}
+
+TEST_F(SelectIsaTest, AnErrorNamesWhereTheVariantWasAskedFor) {
+  const FeatureSet cpu = DetectFeatures();
+  Set("sse9");
+  EXPECT_TRUE(Select({}, cpu).starts_with("CPUMOE_ISA=sse9: unknown ISA; known are "));
+  EXPECT_TRUE(Select("sse8", cpu).starts_with("isa=sse8: unknown ISA; known are "));
+  EXPECT_TRUE(Select("", cpu).starts_with("isa=: unknown ISA; known are "));
+}
+
+TEST(UsableIsasTest, SaysWhatEachBuiltVariantLacks) {
+  const std::vector<IsaRow> isas = {
+      {"generic", false, {}}, {"avx2", true, {"avx2", "fma"}}, {"avx512", true, {"avx512f"}}};
+  EXPECT_EQ(UsableIsas({"avx512f"}, isas), Names{"avx512"});
+  try {
+    UsableIsas({"fma"}, isas);
+    ADD_FAILURE() << "accepted";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(),
+                 "this CPU can run none of the installed variants (avx2: lacks avx2; avx512: lacks "
+                 "avx512f); reinstall cpumoe with CPUMOE_ISAS empty, which builds all variants");
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <fstream>
 #include <future>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -40,6 +41,9 @@ TEST(Engine, EveryWayToMakeACallGivesTheSameBits) {
   call.Execute(engine.Tensors(executed));
   call.Bind(engine.Tensors(run));
   EXPECT_TRUE(call.Run());
+  call.ExecuteBound();
+  EXPECT_EQ(run, engine.expected());
+  call.SubmitBound(true)->Wait();
   call.Bind(engine.Tensors(called));
   void (*const function)(void*) = &Call::RunCallback;
   function(&call);
@@ -198,6 +202,12 @@ TEST(Engine, NullAddressesAndNegativeSizesAreRefusedAndTheBoundTensorsStay) {
   refuse(bad, "weights: expected an address, got a null pointer");
   (bad = good).tokens = -1;
   refuse(bad, "tokens: expected 0 or more, got -1");
+  bad.tokens = std::numeric_limits<int64_t>::max();
+  refuse(bad, "tokens: expected at most 2147483648, got 9223372036854775807");
+  (bad = good).hidden_stride = std::numeric_limits<int64_t>::max() / 4;
+  refuse(bad, "hidden_stride: expected 0 to 57646075230342348 for 5 rows, got 2305843009213693951");
+  bad.hidden_stride = -64;
+  refuse(bad, "hidden_stride: expected 0 to 57646075230342348 for 5 rows, got -64");
   EXPECT_TRUE(call.Run());
   EXPECT_EQ(output, engine.expected());
 }
@@ -260,6 +270,16 @@ TEST(Engine, WithWaitingCallersTheDriverComputes) {
   EXPECT_EQ(MessageOf([&] { call.Execute(engine.Tensors(output)); }), kBadId);
 }
 
+TEST(Engine, WhatRunsOnTheDriverMayNotMakeCallsThatWaitForIt) {
+  const auto runtime = Runtime::Create({.node = {.threads = 1}, .callers_compute = false});
+  std::string message;
+  runtime->Execute([&](Node&) { message = MessageOf([&] { runtime->Execute([](Node&) {}); }); });
+  EXPECT_EQ(message, "Runtime: what runs on a runtime must not make calls on it");
+  bool ran = false;
+  runtime->Execute([&](Node&) { ran = true; });
+  EXPECT_TRUE(ran);
+}
+
 // The caller's own affinity is that of a host whose main thread OpenMP has bound to one CPU.
 TEST(Engine, ARuntimeComputesOnTheCpusThatItNames) {
   const std::vector<int> usable = ProcessAffinity();
@@ -268,7 +288,7 @@ TEST(Engine, ARuntimeComputesOnTheCpusThatItNames) {
   std::mutex mutex;
   std::set<int> seen;
   std::thread([&] {
-    bound = PinThread(pthread_self(), usable.front());
+    bound = SetAffinity(pthread_self(), {usable.front()});
     const auto runtime =
         Runtime::Create({.node = {.threads = static_cast<int>(cpus.size()), .cpus = cpus},
                          .callers_compute = false});

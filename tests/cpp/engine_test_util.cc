@@ -9,7 +9,8 @@ namespace cpumoe {
 EngineCase::EngineCase(const BatchSpec& spec, const LayerSpec& layer)
     : weights_("mxfp4", layer),
       batch_(weights_.config(), spec),
-      layer_(Layer::Create(BestIsa(DetectFeatures()), "test", "mxfp4", weights_.config())) {
+      layer_(
+          Layer::Create(UsableIsas(DetectFeatures()).back(), "test", "mxfp4", weights_.config())) {
   const auto runtime = Runtime::Create({});
   std::vector<ExpertSource> sources;
   for (int64_t e = 0; e < layer.experts; ++e) sources.push_back(weights_.Source(e));

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <ctime>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -17,7 +18,9 @@
 #include <vector>
 
 #include "cpp/forked_child.h"
+#include "threading/os_thread.h"
 #include "threading/pinned_pool.h"
+#include "threading/topology.h"
 
 namespace cpumoe {
 namespace {
@@ -153,6 +156,39 @@ TEST(Executor, DestructorRunsTheQueueAndWhatItsJobsAdd) {
   EXPECT_EQ(ran, 101);
   EXPECT_TRUE(added->Done());
   for (const auto& completion : completions) EXPECT_TRUE(completion->Done());
+}
+
+// A host's thread that OpenMP has bound to one CPU may be the first to submit.
+TEST(Executor, TheDriverHasTheAffinityOfTheThreadThatMadeTheExecutor) {
+  const std::vector<int> cpus = ProcessAffinity();
+  Executor executor;
+  std::vector<int> seen;
+  bool bound = false;
+  std::thread([&] {
+    bound = SetAffinity(pthread_self(), {cpus.front()});
+    executor.Submit([&] { seen = ProcessAffinity(); })->Wait();
+  }).join();
+  if (!bound) GTEST_SKIP() << "the system does not let threads choose their CPU";
+  EXPECT_EQ(seen, cpus);
+}
+
+TEST(Executor, TheDriverRunsOnTheCpusThatTheExecutorNames) {
+  const std::vector<int> cpus = ProcessAffinity();
+  for (const std::vector<int>& named : {std::vector{cpus.back()}, cpus}) {
+    Executor executor(named);
+    std::vector<int> seen;
+    executor.Submit([&] { seen = ProcessAffinity(); })->Wait();
+    EXPECT_EQ(seen, named);
+  }
+}
+
+TEST(Executor, WhereTheSystemRefusesACpuTheDriverRunsAnyway) {
+  for (const int cpu : {-1, kMaxCpus - 1, kMaxCpus, std::numeric_limits<int>::max()}) {
+    Executor executor({cpu});
+    std::vector<int> seen;
+    executor.Submit([&] { seen = ProcessAffinity(); })->Wait();
+    EXPECT_EQ(seen, ProcessAffinity()) << cpu;
+  }
 }
 
 TEST(Executor, DestructorWithoutJobs) {

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -140,6 +141,9 @@ TEST_P(MoeErrorsTest, MoreExpertsThanTheLayerHas) {
     const auto moe = Create(layer.config());
     EXPECT_EQ(MessageOf<std::out_of_range>([&] { PackExperts(*moe, 3, sources, pool); }),
               "expert 4 is not one of the layer's 4");
+    const int64_t last = std::numeric_limits<int64_t>::max();
+    EXPECT_EQ(MessageOf<std::out_of_range>([&] { PackExperts(*moe, last, sources, pool); }),
+              "expert 9223372036854775807 is not one of the layer's 4");
   }
 }
 
@@ -185,20 +189,6 @@ TEST_P(MoeErrorsTest, AnEvictedExpertHasNoWeightsUntilItIsPackedAgain) {
   EXPECT_EQ(Forward(*moe, batch), expected);
   EXPECT_EQ(MessageOf<std::out_of_range>([&] { moe->Evict(4); }),
             "expert 4 is not one of the layer's 4");
-}
-
-TEST_P(MoeErrorsTest, AccumulateNeedsAnFp32Output) {
-  const TestLayer layer(format(), LayerSpec{});
-  const auto moe = Create(layer);
-  SerialPool pool;
-  Workspace workspace;
-  for (const DType output : {DType::kBf16, DType::kFp16}) {
-    const Batch batch(layer.config(), BatchSpec{.output_dtype = output});
-    ForwardArgs args = batch.Args(nullptr);
-    args.accumulate = true;
-    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { moe->Forward(args, pool, workspace); }),
-              "output: results can be added onto fp32 only");
-  }
 }
 
 TEST_P(MoeErrorsTest, NbytesIsAboutTheCheckpointsSize) {

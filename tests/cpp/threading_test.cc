@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -254,7 +255,7 @@ TEST(PinnedPool, WorkersBlockSignalsButFaultsAndHaveNames) {
 TEST(PinnedPool, PinsWorkersButNeverTheCaller) {
   const std::vector<int> cpus = ProcessAffinity();
   ASSERT_FALSE(cpus.empty());
-  PinnedPool pool({.threads = 3, .pin = true, .cpus = cpus});
+  PinnedPool pool({.threads = 3, .cpus = cpus});
   EXPECT_EQ(pool.num_pinned(), 2);
   std::vector<std::vector<int>> masks(3);
   OnEveryThread(pool, [&](int thread) { masks[static_cast<size_t>(thread)] = ProcessAffinity(); });
@@ -265,12 +266,12 @@ TEST(PinnedPool, PinsWorkersButNeverTheCaller) {
 }
 
 TEST(PinnedPool, LeavesWorkersUnpinnedWhereTheKernelRefuses) {
-  PinnedPool refused({.threads = 2, .pin = true, .cpus = {65535, -1}});
+  PinnedPool refused({.threads = 2, .cpus = {65535}});
   EXPECT_EQ(refused.num_pinned(), 0);
-  PinnedPool unlisted({.threads = 2, .pin = true, .cpus = {}});
-  EXPECT_EQ(unlisted.num_pinned(), 0);
-  PinnedPool unasked({.threads = 2, .pin = false, .cpus = {0}});
-  EXPECT_EQ(unasked.num_pinned(), 0);
+  for (const int cpu : {-1, 65536, std::numeric_limits<int>::max()}) {
+    EXPECT_EQ(PinnedPool({.threads = 2, .cpus = {cpu}}).num_pinned(), 0) << cpu;
+  }
+  EXPECT_EQ(PinnedPool({.threads = 2}).num_pinned(), 0);
   std::vector<size_t> cpus(2);
   OnEveryThread(refused, [&](int t) { cpus[static_cast<size_t>(t)] = ProcessAffinity().size(); });
   EXPECT_EQ(cpus[1], static_cast<size_t>(CpusInMask()));

@@ -85,7 +85,14 @@ def test_info_with_a_variant_that_the_cpu_lacks(monkeypatch):
 
 
 def test_info_where_no_variant_runs(monkeypatch):
+    """Imitates a build for one variant (CPUMOE_ISAS) on another machine."""
+
+    def refuse(*arguments):
+        raise ValueError("this CPU can run none of the installed variants (avx2: lacks fma)")
+
     monkeypatch.setattr(_core, "supported_isas", list)
+    monkeypatch.setattr(_core, "usable_isas", refuse)
+    monkeypatch.setattr(_core, "select_isa", refuse)
     result = run("info", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["read_bandwidth"] is None
