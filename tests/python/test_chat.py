@@ -20,7 +20,7 @@ from rich.console import Console
 from serving_tools import Server
 from typer.testing import CliRunner
 
-from cpumoe.cli import app, chat, console, text_model
+from cpumoe.cli import app, chat, console, errors
 from cpumoe.cli.chat_backends import Answer, ChatError, LocalBackend
 from cpumoe.cli.chat_server import ServerBackend
 from cpumoe.cli.chat_session import Session
@@ -317,6 +317,7 @@ def test_with_a_server():
         ),
         (["--model-name", "x"], "--model-name applies only to a server"),
         (["--timeout", "3"], "--timeout applies only to a server"),
+        (["--api-key", "k"], "--api-key applies only to a server"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):
@@ -325,8 +326,14 @@ def test_bad_options_are_one_line(arguments, message):
     assert message in result.stderr
 
 
+def test_a_key_in_the_environment_does_not_keep_a_model_from_chatting(monkeypatch):
+    monkeypatch.setattr(chat, "load_text_model", lambda *_: FakeModel())
+    result = run(input="hi\n", env={"OPENAI_API_KEY": "k"})
+    assert (result.exit_code, result.stdout) == (0, f"{FIVE}\n")
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(text_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     result = run("http://x")
     assert 'needs httpx2, which is not installed: pip install "cpumoe[chat]"' in result.stderr
 

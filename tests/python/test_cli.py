@@ -233,7 +233,12 @@ def test_units():
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
 )
 def test_too_little_memory_is_one_line(v4, monkeypatch, error):
     def fail(*_args, **_kwargs):
@@ -299,3 +304,12 @@ def test_suggested_commands_are_quoted(tmp_path):
     assert f"cpumoe validate '{out}'" in text.replace("\n", "")
     kept = tmp_path / "a kept one"
     assert f"cpumoe validate '{kept}' --pattern" in succeed("demo", "--keep", kept, *TINY_DEMO)
+
+
+def test_inspect_sees_layers_that_are_not_there(v4):
+    layers = read("inspect", v4)["num_hidden_layers"]
+    edit_config(v4, num_hidden_layers=layers + 1)
+    document = read("inspect", v4)
+    assert not document["supported"]
+    (reason,) = document["reasons"]
+    assert f"num_hidden_layers: expected at most {layers}, as the weights have" in reason

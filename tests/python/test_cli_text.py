@@ -1,11 +1,14 @@
 """``cpumoe generate`` and ``cpumoe eval`` on tiny models."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny_models
+from checkpoint_tools import edit_config
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from cpumoe.cli import app, generate
@@ -186,6 +189,33 @@ def test_dtype_auto_is_what_the_model_has(model, text):
         for dtype in ("auto", "bfloat16")
     )
     assert own == bf16
+
+
+@pytest.fixture
+def hub_name(model, tmp_path, monkeypatch):
+    """The name of the model on the hub, whose cache has it; the network is not used."""
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abcd")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / "0123abcd").symlink_to(model)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "someone/tiny"
+
+
+def test_dtype_auto_works_for_names_on_the_hub(hub_name, text):
+    run("generate", hub_name, "-p", "a", "--max-tokens", "1", "--dtype", "auto")
+    result = run("eval", hub_name, "--text", text, "--dtype", "auto", "--json")
+    assert json.loads(result.stdout)["dtype"] == "bfloat16"
+
+
+def test_eval_says_which_dtype_auto_was(model, text, tmp_path):
+    options = ("--text", text, "--max-tokens", "9", "--dtype", "auto", "--json")
+    assert json.loads(run("eval", model, *options).stdout)["dtype"] == "bfloat16"
+    other = shutil.copytree(model, tmp_path / "fp32")
+    edit_config(other, dtype="float32")
+    assert json.loads(run("eval", str(other), *options).stdout)["dtype"] == "float32"
 
 
 def test_eval_prints_a_table(model, text):

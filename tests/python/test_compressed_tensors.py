@@ -95,7 +95,10 @@ def test_an_activation_that_the_config_does_not_tell_is_the_callers_to_say(kimi)
     )
     with pytest.raises(UnsupportedFormatError, match=message):
         cpumoe.Experts.from_checkpoint(kimi, 1)
-    assert "does not specify the activation" in refuse("validate", kimi)
+    for command in (["validate", kimi], ["bench", "--model", kimi]):
+        said = refuse(*command)
+        assert "does not specify the activation of model_type 'minimax_m3_vl'; check" in said
+        assert f"cpumoe eval {kimi} --text FILE --experts all" in said
     assert "unknown" in succeed("inspect", kimi)
     experts = cpumoe.Experts.from_checkpoint(kimi, 1, swiglu=SwiGLU(limit=7.0))
     assert experts.swiglu == SwiGLU(limit=7.0)

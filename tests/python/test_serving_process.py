@@ -15,7 +15,8 @@ import pytest
 from serving_tools import wait_for
 from typer.testing import CliRunner
 
-from cpumoe.cli import app, serve, text_model
+from cpumoe.cli import app, errors, serve
+from cpumoe.cli.text_model import LoadingOptions, load_text_model
 from cpumoe.text.serving.listening import open_sockets
 
 PROGRAM = Path(__file__).parent / "fake_model.py"
@@ -184,25 +185,22 @@ def test_mistakes_are_one_line():
 
 @pytest.mark.usefixtures("no_model")
 def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(text_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     assert 'needs fastapi, which is not installed: pip install "cpumoe[serve]"' in refuse()
 
 
 def test_options_reach_model_and_server(monkeypatch):
     calls = {}
 
-    def load(*arguments, **keywords):
-        calls["load"] = arguments, keywords
+    def load(*arguments):
+        calls["load"] = arguments
         raise OSError("no such folder: somewhere")
 
     monkeypatch.setattr(serve, "load_text_model", load)
     options = ("--threads", "2", "--precision", "int8", "--isa", "generic", "--dtype", "float32")
     assert refuse("somewhere", "--port", "0", *options) == "error: no such folder: somewhere\n"
-    (folder,), keywords = calls["load"]
-    assert folder == "somewhere"
-    expected = {"threads": 2, "precision": "int8", "isa": "generic", "dtype": "float32"}
-    assert keywords.items() >= expected.items()
+    assert calls["load"] == ("somewhere", LoadingOptions(2, "int8", "generic", "float32"))
     with pytest.raises(
         ValueError, match="--dtype: expected one of bfloat16, float32, auto, got 'int4'"
     ):
-        text_model.load_text_model(None, dtype="int4")
+        load_text_model(None, LoadingOptions(dtype="int4"))

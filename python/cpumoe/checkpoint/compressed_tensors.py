@@ -130,17 +130,17 @@ def _experts_format(
     groups = _config_groups(quantization, patterns)
     ignore = patterns.checked(quantization.get("ignore") or [], "ignore")
     modules = _expert_modules(folder)
+    name = shown(str(quantization.get("format")))
     if not modules:
-        name = shown(str(quantization.get("format")))
         return name, ("no tensor of a routed expert has a known name",)
     bias = next(filter(_EXPERT_BIAS.match, folder.names()), None)
     if bias is not None:
         reason = f"biases of experts are not supported in this layout: {shown(bias)}"
-        return shown(str(quantization.get("format"))), (reason,)
+        return name, (reason,)
     gates = {projections[0] for projections in _PROJECTIONS}
     if not any(module.rpartition(".")[2] in gates for module in modules):
         reason = f"experts without a gate projection are not supported: {shown(modules[0])}"
-        return shown(str(quantization.get("format"))), (reason,)
+        return name, (reason,)
     ignored = _ignored_expert(folder, modules, ignore, patterns)
     if ignored is not None:
         entry, module = ignored

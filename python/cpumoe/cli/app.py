@@ -28,6 +28,7 @@ from cpumoe.cli import (
 )
 from cpumoe.cli.console import print_error
 from cpumoe.cli.errors import BAD_INPUT
+from cpumoe.cli.option_groups import with_groups
 from cpumoe.cli.streams import OutputError, standard_streams
 
 app = typer.Typer(
@@ -55,7 +56,9 @@ for _name, _module in {
     "serve": serve,
     "demo": demo,
 }.items():
-    app.command(_name, cls=renamed_options.Command, epilog=_module.EXAMPLE)(_module.command)
+    app.command(_name, cls=renamed_options.Command, epilog=_module.EXAMPLE)(
+        with_groups(_module.command)
+    )
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +18,12 @@ from cpumoe.cli.options import (
     ThreadsOption,
     TracebackOption,
     choose_layer,
+    count_option,
     parse_isas_or_best,
     parse_precisions,
     parse_token_counts,
+    tokens_option,
+    value_option,
 )
 from cpumoe.numerics.precision import PRECISIONS
 
@@ -43,49 +47,35 @@ _MOST_SECONDS = 86400.0
 
 _ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model",
-        metavar="NAME|DIR",
-        help="A model's name for made-up weights of its sizes, or a checkpoint folder for the "
-        "weights of its first MoE layer.",
-    ),
-]
-_TokensOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="N,...",
-        help="Tokens per call, a table row for each number.",
-        show_default=_TOKENS,
+    value_option(
+        "NAME|DIR",
+        "A model's name for made-up weights of its sizes, or a checkpoint folder for the weights "
+        "of its first MoE layer.",
     ),
 ]
 _RoutingOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Which experts tokens use. balanced: all experts are equally likely. concentrated: "
-        "all tokens of a call use the same experts. zipf: an expert's popularity is 1/rank.",
-        show_default="balanced",
+    value_option(
+        "NAME",
+        "Which experts tokens use. balanced: all experts are equally likely. concentrated: all "
+        "tokens of a call use the same experts. zipf: an expert's popularity is 1/rank.",
+        "balanced",
     ),
 ]
 _FormatOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Format of made-up weights.", show_default="as in the model"),
+    str | None, value_option("NAME", "Format of made-up weights.", "as in the model")
 ]
 _ExpertsOption = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Experts in the layer. Choose so many that their weights do not fit the caches.",
-        show_default=f"{_EXPERTS}, or all of a checkpoint's",
+    count_option(
+        "Experts in the layer. Choose so many that their weights do not fit the caches.",
+        f"{_EXPERTS}, or all of a checkpoint's",
     ),
 ]
 _SecondsOption = Annotated[
-    float, typer.Option(metavar="S", help="Seconds to spend on the calls of each table row.")
+    float, value_option("S", "Seconds to spend on the calls of each table row.")
 ]
-_RoundsOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Rounds. The rows take turns in each.")
-]
+_RoundsOption = Annotated[int, count_option("Rounds. The rows take turns in each.")]
 _BatchInvariantOption = Annotated[
     bool, typer.Option("--batch-invariant", help="Use the same kernels for any number of tokens.")
 ]
@@ -100,33 +90,36 @@ _TuneOption = Annotated[
 ]
 _DataOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Read weights and calls from a folder of plain arrays. MXFP4 codes and scales are in "
+    value_option(
+        "DIR",
+        "Read weights and calls from a folder of plain arrays. MXFP4 codes and scales are in "
         "gate.q, gate.s, up.q, up.s, down.q, down.s (uint8, \\[experts, rows, columns/2 or /32]). "
         "Calls of M tokens are in x_M (float32 hidden states), ids_M (int32 expert ids, \\[calls, "
         "M, top_k]) and rw_M (float32 routing weights). If ref_M (float32) has their results, the "
         "table shows errors.",
     ),
 ]
-_JsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the results as JSON. -: standard output."),
-]
-_PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw a roofline plot (.png, .svg or .pdf).")
-]
-_CompareOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="OLD.json", help="Compare with the file that --json wrote in an earlier run."
-    ),
-]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What else the results are for, besides the table."""
+
+    json: Annotated[
+        Path | None, value_option("FILE", "Write the results as JSON. -: standard output.")
+    ] = None
+    plot: Annotated[
+        Path | None, value_option("FILE", "Draw a roofline plot (.png, .svg or .pdf).")
+    ] = None
+    compare: Annotated[
+        Path | None,
+        value_option("OLD.json", "Compare with the file that --json wrote in an earlier run."),
+    ] = None
 
 
 def command(
     model: _ModelOption = _MODEL,
-    tokens: _TokensOption = None,
+    tokens: Annotated[list[str] | None, tokens_option(_TOKENS)] = None,
     routing: _RoutingOption = None,
     isa: BestIsaOption = None,
     format: _FormatOption = None,
@@ -138,9 +131,8 @@ def command(
     batch_invariant: _BatchInvariantOption = False,
     tune: _TuneOption = False,
     data: _DataOption = None,
-    json_file: _JsonOption = None,
-    plot: _PlotOption = None,
-    compare: _CompareOption = None,
+    *,
+    output: OutputOptions,
     traceback: TracebackOption = False,
 ) -> None:
     """Time an expert layer, and compare its speed with the limits of this machine.
@@ -153,22 +145,22 @@ def command(
     with reported(traceback):
         from cpumoe.measure import benchmark
 
-        if compare is not None and json_file == Path("-"):
+        if output.compare is not None and output.json == Path("-"):
             raise InputError("--compare cannot be combined with --json -; name a file for --json")
-        old = None if compare is None else bench_compare.read(compare)
+        old = None if output.compare is None else bench_compare.read(output.compare)
         if not 0 <= seconds <= _MOST_SECONDS:  # nor NaN
             raise InputError(f"--seconds: expected 0 to {_MOST_SECONDS:g}, got {seconds}")
-        _require_writable(json_file, plot)
-        if plot is not None:
-            bench_plot.require(plot)
+        _require_writable(output.json, output.plot)
+        if output.plot is not None:
+            bench_plot.require(output.plot)
         variants = _variants(isa, precision)
         if tune:
-            unused = {"tokens": tokens, "routing": routing, "data": data, "plot": plot}
-            _refuse_beside("--tune", **unused, compare=compare)
+            unused = {"tokens": tokens, "routing": routing, "data": data, "plot": output.plot}
+            _refuse_beside("--tune", **unused, compare=output.compare)
             if batch_invariant:
                 raise InputError("--batch-invariant cannot be combined with --tune")
             weights, runtime = _weights(model, format, experts), _runtime(threads)
-            bench_tune.run(model, weights, variants, runtime, seconds, rounds, json_file)
+            bench_tune.run(model, weights, variants, runtime, seconds, rounds, output.json)
             return
         counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
@@ -198,28 +190,24 @@ def command(
             "seconds": seconds,
         }
         document = bench_report.document(result, settings, runtime.threads)
-        _output(document, json_file, plot, old)
+        _output(document, output, old)
 
 
-def _output(
-    document: dict[str, Any],
-    json_file: Path | None,
-    plot: Path | None,
-    old: dict[str, Any] | None,
-) -> None:
-    if json_file == Path("-"):
+def _output(document: dict[str, Any], output: OutputOptions, old: dict[str, Any] | None) -> None:
+    to_stdout = output.json == Path("-")
+    if to_stdout:
         console.show_json(document)
     else:
         bench_report.render(document)
         if old is not None:
             bench_compare.render(old, document)
-        if json_file is not None:
-            console.write_json(json_file, document)
-            console.show(f"wrote {console.escape(str(json_file))}")
-    if plot is not None:
-        bench_plot.draw(plot, document)
-        if json_file != Path("-"):
-            console.show(f"wrote {console.escape(str(plot))}")
+        if output.json is not None:
+            console.write_json(output.json, document)
+            console.show(f"wrote {console.escape(str(output.json))}")
+    if output.plot is not None:
+        bench_plot.draw(output.plot, document)
+        if not to_stdout:
+            console.show(f"wrote {console.escape(str(output.plot))}")
 
 
 def _variants(isa: str | None, precision: str) -> list[Variant]:

@@ -7,8 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpumoe.cli.errors import InputError
-from cpumoe.cli.text_model import require_package
+from cpumoe.cli.errors import InputError, require_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

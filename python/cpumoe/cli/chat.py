@@ -6,30 +6,21 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cpumoe.cli import console
-from cpumoe.cli.errors import InputError, reported
-from cpumoe.cli.options import ThreadsOption, TracebackOption
+from cpumoe.cli.errors import InputError, reported, require_package
+from cpumoe.cli.option_groups import changed_options
+from cpumoe.cli.options import TracebackOption, value_option
 from cpumoe.cli.text_model import (
-    DEFAULT_DTYPE,
-    DEFAULT_PRECISION,
-    ChatTemplateOption,
-    DtypeOption,
+    LoadingOptions,
     MaxTokensOption,
-    OneIsaOption,
-    OnePrecisionOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopPOption,
-    TrustRemoteCodeOption,
+    SamplingOptions,
     load_text_model,
-    make_sampling,
-    require_package,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +34,33 @@ NOT_ANSWERED = 1
 DEFAULT_TIMEOUT = 600.0
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """Which of a server's models answers, and how to ask."""
+
+    api_key: Annotated[
+        str | None,
+        value_option(
+            "KEY",
+            "Key for the server. The environment variable hides it from `ps`.",
+            "none",
+            envvar=KEY_VARIABLE,
+            show_envvar=True,
+        ),
+    ] = None
+    model_name: Annotated[
+        str | None, value_option("NAME", "Which of the server's models answers.", "the first")
+    ] = None
+    timeout: Annotated[
+        float | None,
+        value_option(
+            "SECONDS", "Longest time that the server may be silent.", f"{DEFAULT_TIMEOUT:g}"
+        ),
+    ] = None
+
+
 def command(
+    context: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -52,44 +69,12 @@ def command(
             show_default="the small model that comes with cpumoe",
         ),
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The system message.", show_default="none")
-    ] = None,
+    system: Annotated[str | None, value_option("TEXT", "The system message.", "none")] = None,
     max_tokens: MaxTokensOption = None,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            envvar=KEY_VARIABLE,
-            show_envvar=True,
-            help="Key for the server. The environment variable hides it from `ps`.",
-            show_default="none",
-        ),
-    ] = None,
-    model_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Which of the server's models answers.", show_default="the first"
-        ),
-    ] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Longest time that the server may be silent.",
-            show_default=f"{DEFAULT_TIMEOUT:g}",
-        ),
-    ] = None,
-    threads: ThreadsOption = None,
-    precision: OnePrecisionOption = DEFAULT_PRECISION,
-    isa: OneIsaOption = None,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    chat_template: ChatTemplateOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    *,
+    sampling: SamplingOptions,
+    server: ServerOptions,
+    loading: LoadingOptions,
     traceback: TracebackOption = False,
 ) -> None:
     """Chat with a model, in this process or behind a URL.
@@ -103,51 +88,23 @@ def command(
     options are for both.
     """
     with reported(traceback):
-        from cpumoe.cli.chat_backends import ChatError, LocalBackend
-        from cpumoe.cli.chat_server import ServerBackend
+        from cpumoe.cli.chat_backends import LocalBackend
         from cpumoe.cli.chat_session import Session
 
-        sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
+        how = sampling.sampling(max_tokens)
         backend: ChatBackend
         if target is not None and target.startswith(("http://", "https://")):
-            _refuse(
-                {
-                    "--threads": threads is not None,
-                    "--precision": precision != DEFAULT_PRECISION,
-                    "--isa": isa is not None,
-                    "--dtype": dtype != DEFAULT_DTYPE,
-                    "--chat-template": chat_template is not None,
-                    "--trust-remote-code": trust_remote_code,
-                },
-                "a model in this process",
-            )
-            require_package("httpx2", "chat", "chatting with a server")
-            seconds = DEFAULT_TIMEOUT if timeout is None else timeout
-            if not 0 < seconds < math.inf:  # nor NaN
-                raise InputError(f"--timeout: expected more than 0 seconds, got {seconds:g}")
-            try:
-                backend = ServerBackend(target, api_key, model_name, seconds)
-            except ChatError as error:
-                raise InputError(str(error)) from error
+            _refuse(changed_options(loading), "a model in this process")
+            backend = _server(target, server)
         else:
-            _refuse(
-                {"--model-name": model_name is not None, "--timeout": timeout is not None},
-                "a server",
-            )
-            backend = LocalBackend(
-                load_text_model(
-                    target,
-                    threads=threads,
-                    precision=precision,
-                    isa=isa,
-                    dtype=dtype,
-                    chat_template=chat_template,
-                    trust_remote_code=trust_remote_code,
-                )
-            )
+            key_source = context.get_parameter_source("api_key")
+            from_environment = key_source is not None and key_source.name == "ENVIRONMENT"
+            asked = replace(server, api_key=None) if from_environment else server
+            _refuse(changed_options(asked), "a server")
+            backend = LocalBackend(load_text_model(target, loading))
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         screen = _Terminal() if terminal else _Plain()
-        session = Session(backend, screen, sampling, system)
+        session = Session(backend, screen, how, system)
         if terminal:
             screen.note(f"{backend.name}; /help lists commands, Ctrl-D ends the chat")
         for line in _typed_lines() if terminal else _piped_lines():
@@ -157,11 +114,24 @@ def command(
             raise typer.Exit(NOT_ANSWERED)
 
 
-def _refuse(given: Mapping[str, bool], use: str) -> None:
+def _server(url: str, options: ServerOptions) -> ChatBackend:
+    from cpumoe.cli.chat_backends import ChatError
+    from cpumoe.cli.chat_server import ServerBackend
+
+    require_package("httpx2", "chat", "chatting with a server")
+    seconds = DEFAULT_TIMEOUT if options.timeout is None else options.timeout
+    if not 0 < seconds < math.inf:  # nor NaN
+        raise InputError(f"--timeout: expected more than 0 seconds, got {seconds:g}")
+    try:
+        return ServerBackend(url, options.api_key, options.model_name, seconds)
+    except ChatError as error:
+        raise InputError(str(error)) from error
+
+
+def _refuse(options: Sequence[str], use: str) -> None:
     """Refuses options that are for the other kind of model: in this process, or on a server."""
-    for option, is_given in given.items():
-        if is_given:
-            raise InputError(f"{option} applies only to {use}; leave it out")
+    if options:
+        raise InputError(f"{options[0]} applies only to {use}; leave it out")
 
 
 class _Plain:

@@ -18,10 +18,12 @@ from cpumoe.cli.options import (
     JsonOption,
     ThreadsOption,
     TracebackOption,
+    count_option,
     parse_isas,
     parse_precisions,
+    value_option,
 )
-from cpumoe.cli.text_model import load_text_model
+from cpumoe.cli.text_model import LoadingOptions, load_text_model
 from cpumoe.cli.validate import render, report_document
 from cpumoe.text.generation import Sampling
 
@@ -45,25 +47,14 @@ _TEXT_TOKENS = 100
 def command(
     keep: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Write the checkpoint to this folder and keep it.",
-            show_default="a temporary folder",
+        value_option(
+            "DIR", "Write the checkpoint to this folder and keep it.", "a temporary folder"
         ),
     ] = None,
-    experts: Annotated[int, typer.Option(min=1, metavar="N", help="Experts in the layer.")] = 16,
-    hidden: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="4096, as in the model"),
-    ] = None,
+    experts: Annotated[int, count_option("Experts in the layer.")] = 16,
+    hidden: Annotated[int | None, count_option("Hidden size.", "4096, as in the model")] = None,
     intermediate: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Intermediate size of an expert.",
-            show_default="2048, as in the model",
-        ),
+        int | None, count_option("Intermediate size of an expert.", "2048, as in the model")
     ] = None,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -205,7 +196,7 @@ def _time(layer: Experts) -> dict[str, Any]:
 def _write(threads: int | None, *, show: bool) -> dict[str, Any] | None:
     """Lets the embedded model write. Returns text and speed; None: transformers is missing."""
     try:
-        model = load_text_model(None, threads=threads)
+        model = load_text_model(None, LoadingOptions(threads))
     except InputError as error:
         if show:
             console.show(

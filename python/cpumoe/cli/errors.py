@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import traceback as tracebacks
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ BAD_INPUT = 2
 
 class InputError(ValueError):
     """The user asked for something that cannot be done."""
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Refuses to go on without an optional package.
+
+    Raises:
+        InputError: the package is missing; the message says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f'{purpose} needs {package}, which is not installed: pip install "cpumoe[{extra}]"'
+        )
 
 
 @contextmanager

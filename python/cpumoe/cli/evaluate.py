@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
@@ -18,17 +16,20 @@ from cpumoe.cli.options import (
     PrecisionOption,
     ThreadsOption,
     TracebackOption,
+    count_option,
     parse_isas_or_best,
     parse_precisions,
+    value_option,
 )
 from cpumoe.cli.text_model import (
     DEFAULT_DTYPE,
     DtypeOption,
+    LoadingOptions,
     ModelArgument,
     TrustRemoteCodeOption,
     load_text_model,
-    parse_dense_dtype,
     read_text,
+    resolve_dtype,
 )
 from cpumoe.numerics.precision import PRECISIONS
 
@@ -56,48 +57,38 @@ def command(
     model: ModelArgument = None,
     text: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text to read.",
-            show_default="for the model that comes with cpumoe, text it was not trained on",
+        value_option(
+            "FILE",
+            "UTF-8 text to read.",
+            "for the model that comes with cpumoe, text it was not trained on",
         ),
     ] = None,
     experts: Annotated[
         str,
-        typer.Option(
-            metavar=f"{_CPUMOE}|{_HOST}|{_ALL}",
-            help="What computes the experts. host: transformers, from dequantized weights.",
+        value_option(
+            f"{_CPUMOE}|{_HOST}|{_ALL}",
+            "What computes the experts. host: transformers, from dequantized weights.",
         ),
     ] = _CPUMOE,
     isa: BestIsaOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     window: Annotated[
         int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Tokens that the model reads together.",
-            show_default=f"the model's context, at most {_DEFAULT_WINDOW}",
+        count_option(
+            "Tokens that the model reads together.",
+            f"the model's context, at most {_DEFAULT_WINDOW}",
+            least=2,
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="New tokens per window. Fewer give each token more context and take longer.",
-            show_default="the window",
+        count_option(
+            "New tokens per window. Fewer give each token more context and take longer.",
+            "the window",
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens",
-            min=2,
-            metavar="N",
-            help="Tokens of the text to read.",
-            show_default="all",
-        ),
+        int | None, count_option("Tokens of the text to read.", "all", least=2)
     ] = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
@@ -112,17 +103,17 @@ def command(
     transformers' own computation from dequantized weights, and the others are compared with it.
     """
     with reported(traceback):
-        ways = _ways(experts, isa, precision, parse_dense_dtype(dtype, model))
+        dense = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)
+        ways = _ways(experts, isa, precision, dense)
         content = _read(model, text)
+        common = LoadingOptions(
+            threads, dtype=str(dense).removeprefix("torch."), trust_remote_code=trust_remote_code
+        )
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:
             loaded = load_text_model(
                 model,
-                threads=threads,
-                precision=way.precision or PRECISIONS[0],
-                isa=way.isa,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                replace(common, isa=way.isa, precision=way.precision or PRECISIONS[0]),
                 host_experts=way.experts == _HOST,
                 decodes=False,
             )
@@ -132,7 +123,7 @@ def command(
             del loaded  # memory may not hold two models
         if json_output:
             results = [{**asdict(way), **asdict(result)} for way, result in rows]
-            console.show_json({"model": name, "dtype": dtype, "results": results})
+            console.show_json({"model": name, "dtype": common.dtype, "results": results})
         else:
             _render(name, rows)
 

@@ -11,22 +11,12 @@ import typer
 
 from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported
-from cpumoe.cli.options import JsonOption, ThreadsOption, TracebackOption
+from cpumoe.cli.options import JsonOption, TracebackOption, count_option, value_option
 from cpumoe.cli.text_model import (
-    DEFAULT_DTYPE,
-    DEFAULT_PRECISION,
-    ChatTemplateOption,
-    DtypeOption,
+    LoadingOptions,
     ModelArgument,
-    OneIsaOption,
-    OnePrecisionOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopPOption,
-    TrustRemoteCodeOption,
+    SamplingOptions,
     load_text_model,
-    make_sampling,
     read_text,
 )
 
@@ -45,29 +35,16 @@ def command(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")
     ] = None,
     prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-file", metavar="FILE", help="File with the prompt. -: standard input."
-        ),
+        str | None, value_option("FILE", "File with the prompt. -: standard input.")
     ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Answer the prompt in the model's chat format."),
     ] = False,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", min=1, metavar="N", help="Largest number of new tokens."),
-    ] = DEFAULT_MAX_TOKENS,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    stop: StopOption = None,
-    seed: SeedOption = None,
-    threads: ThreadsOption = None,
-    precision: OnePrecisionOption = DEFAULT_PRECISION,
-    isa: OneIsaOption = None,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    chat_template: ChatTemplateOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    max_tokens: Annotated[int, count_option("Largest number of new tokens.")] = DEFAULT_MAX_TOKENS,
+    *,
+    sampling: SamplingOptions,
+    loading: LoadingOptions,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -77,28 +54,20 @@ def command(
     "experts" is the share of the time spent in cpumoe. transformers and PyTorch take the rest.
     """
     with reported(traceback):
-        if chat_template is not None and not chat:
+        if loading.chat_template is not None and not chat:
             raise InputError("--chat-template needs --chat")
         text = _prompt(prompt, prompt_file)
-        sampling = make_sampling(max_tokens, temperature, top_p, stop, seed)
-        loaded = load_text_model(
-            model,
-            threads=threads,
-            precision=precision,
-            isa=isa,
-            dtype=dtype,
-            chat_template=chat_template,
-            trust_remote_code=trust_remote_code,
-        )
+        how = sampling.sampling(max_tokens)
+        loaded = load_text_model(model, loading)
         encoded = encode(loaded, text, chat)
         if json_output:
-            result = loaded.generate(encoded, sampling)
+            result = loaded.generate(encoded, how)
             console.show_json({"model": loaded.name, "prompt": text, **document(result)})
             return
         if not chat:
             write(text)
         writer = ReplyWriter()
-        result = loaded.generate(encoded, sampling, on_piece=writer)
+        result = loaded.generate(encoded, how, on_piece=writer)
         writer.end()
         if result.reasoning and not result.text:
             console.print_warning("the model wrote reasoning, but no answer")

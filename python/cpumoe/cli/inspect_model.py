@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,16 +155,18 @@ def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
 
 
 def _contradictions(reader: ExpertReader) -> list[str]:
-    """Returns the first contradiction between config.json and a layer's tensors, if any."""
+    """Returns the first contradiction between config.json and the tensors, if any."""
     from cpumoe.checkpoint import CheckpointError
 
-    for layer in [] if reader.unsupported else reader.layers():
-        try:
-            reader.check_layer(layer)
-        except FileNotFoundError:
-            continue  # the document lists missing shards
-        except CheckpointError as error:
-            return [str(error)]
+    if reader.unsupported:
+        return []
+    try:
+        reader.check_depth()
+        for layer in reader.layers():
+            with contextlib.suppress(FileNotFoundError):  # the document lists missing shards
+                reader.check_layer(layer)
+    except CheckpointError as error:
+        return [str(error)]
     return []
 
 

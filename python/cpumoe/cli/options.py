@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,34 @@ if TYPE_CHECKING:
 # The most tokens of one call, more than any context has.
 _MOST_TOKENS = 1 << 20
 
+
+def value_option(metavar: str, help: str, default: str | bool = True, **settings: Any) -> Any:
+    """Returns an option that takes a value.
+
+    Args:
+        metavar: what the help shows in place of a value.
+        help: what the option does.
+        default: how the help describes the default; True: by the default itself.
+        **settings: further arguments of `typer.Option`.
+    """
+    return typer.Option(metavar=metavar, help=help, show_default=default, **settings)
+
+
+def count_option(help: str, default: str | bool = True, *, least: int = 1) -> Any:
+    """Returns an option that takes a number of things; see `value_option`."""
+    return value_option("N", help, default, min=least)
+
+
+def tokens_option(default: str) -> Any:
+    """Returns an option that takes numbers for `parse_token_counts`; see `value_option`."""
+    return value_option("N,...", "Tokens per call, a table row for each number.", default)
+
+
+def _isas(default: str) -> Any:
+    help_text = "ISA variants to run, separated by commas."
+    return value_option("all|NAME,...", help_text, f"CPUMOE_ISA if set, else {default}")
+
+
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document to standard output and nothing else."),
@@ -29,39 +58,15 @@ TracebackOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        metavar="N",
-        help="Number of threads to compute with.",
-        show_default="physical cores",
-    ),
+    int | None, count_option("Number of threads to compute with.", "physical cores")
 ]
-IsaOption = Annotated[
-    str | None,
-    typer.Option(
-        "--isa",
-        metavar="all|NAME,...",
-        help="ISA variants to run, separated by commas.",
-        show_default="CPUMOE_ISA if set, else all supported",
-    ),
-]
-BestIsaOption = Annotated[
-    str | None,
-    typer.Option(
-        "--isa",
-        metavar="all|NAME,...",
-        help="ISA variants to run, separated by commas.",
-        show_default="CPUMOE_ISA if set, else the best",
-    ),
-]
+IsaOption = Annotated[str | None, _isas("all supported")]
+BestIsaOption = Annotated[str | None, _isas("the best")]
 PrecisionOption = Annotated[
     str,
-    typer.Option(
-        "--precision",
-        metavar="all|NAME,...",
-        help="auto, bf16 and int8, separated by commas. Each names the lowest precision to which "
+    value_option(
+        "all|NAME,...",
+        "auto, bf16 and int8, separated by commas. Each names the lowest precision to which "
         "activations may be rounded. auto: fp32 accuracy for float32 hidden states, bf16 for "
         "others.",
     ),
@@ -130,9 +135,16 @@ def choose_layer(reader: ExpertReader, layer: int | None) -> int:
     """Returns `layer`, by default the first with experts, and checks that its experts can be read.
 
     Raises:
-        InputError: the layer has no experts.
+        InputError: the layer has no experts, or config.json does not specify their activation.
         OSError, ValueError: as `ExpertReader.expert`.
     """
+    if reader.swiglu is None and not reader.unsupported:
+        folder = reader.folder.path
+        raise InputError(
+            f"{folder}: config.json does not specify the activation of model_type "
+            f"{reader.model_type!r}; check the whole model, whose activation transformers knows: "
+            f"cpumoe eval {shlex.quote(str(folder))} --text FILE --experts all"
+        )
     layers = reader.layers()
     chosen = layers[0] if layer is None and layers else layer or 0
     try:

@@ -11,20 +11,9 @@ from typing import Annotated
 import typer
 
 from cpumoe.cli import console
-from cpumoe.cli.errors import InputError, reported
-from cpumoe.cli.options import ThreadsOption, TracebackOption
-from cpumoe.cli.text_model import (
-    DEFAULT_DTYPE,
-    DEFAULT_PRECISION,
-    ChatTemplateOption,
-    DtypeOption,
-    ModelArgument,
-    OneIsaOption,
-    OnePrecisionOption,
-    TrustRemoteCodeOption,
-    load_text_model,
-    require_package,
-)
+from cpumoe.cli.errors import InputError, reported, require_package
+from cpumoe.cli.options import TracebackOption, count_option, value_option
+from cpumoe.cli.text_model import LoadingOptions, ModelArgument, load_text_model
 from cpumoe.text.serving.settings import (
     DEFAULT_GRACE_SECONDS,
     DEFAULT_MAX_REQUEST_BYTES,
@@ -40,62 +29,42 @@ EXAMPLE = "Example: `cpumoe serve --port 8000`"
 def command(
     model: ModelArgument = None,
     host: Annotated[
-        str,
-        typer.Option(
-            metavar="ADDRESS", help="Address to listen on. localhost and :: mean IPv4 and IPv6."
-        ),
+        str, value_option("ADDRESS", "Address to listen on. localhost and :: mean IPv4 and IPv6.")
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port. 0: any free one.")
-    ] = 8000,
+    port: Annotated[int, value_option("N", "Port. 0: any free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Name of the model for clients.",
-            show_default="the checkpoint's name",
-        ),
+        str | None, value_option("NAME", "Name of the model for clients.", "the checkpoint's name")
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEY",
+        value_option(
+            "KEY",
+            "Key that clients must send. The environment variable hides it from `ps`.",
+            "clients need none",
             envvar="CPUMOE_API_KEY",
             show_envvar=True,
-            help="Key that clients must send. The environment variable hides it from `ps`.",
-            show_default="clients need none",
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Largest number of waiting requests.")
+        int, count_option("Largest number of waiting requests.", least=0)
     ] = DEFAULT_QUEUE,
     max_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Largest number of new tokens per request.",
-            show_default="as many as the context has room for",
+        count_option(
+            "Largest number of new tokens per request.", "as many as the context has room for"
         ),
     ] = None,
     max_request_bytes: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Largest size of a request.")
+        int, count_option("Largest size of a request.")
     ] = DEFAULT_MAX_REQUEST_BYTES,
     grace: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", help="Time for the running answer to finish after a signal."
-        ),
+        float, value_option("SECONDS", "Time for the running answer to finish after a signal.")
     ] = DEFAULT_GRACE_SECONDS,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Do not print a line for each request.")
     ] = False,
-    threads: ThreadsOption = None,
-    precision: OnePrecisionOption = DEFAULT_PRECISION,
-    isa: OneIsaOption = None,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    chat_template: ChatTemplateOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    *,
+    loading: LoadingOptions,
     traceback: TracebackOption = False,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API and SGLang's /generate.
@@ -122,18 +91,7 @@ def command(
                     f"{host} can be reached from other computers, so anybody can use the model; "
                     "set --api-key to require a key"
                 )
-            app = create_app(
-                load_text_model(
-                    model,
-                    threads=threads,
-                    precision=precision,
-                    isa=isa,
-                    dtype=dtype,
-                    chat_template=chat_template,
-                    trust_remote_code=trust_remote_code,
-                ),
-                settings,
-            )
+            app = create_app(load_text_model(model, loading), settings)
             name = app.state.service.name
             urls = " and ".join(_urls(host, listeners))
             try:

@@ -11,9 +11,11 @@ import typer
 from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import reported
-from cpumoe.cli.options import JsonOption, TracebackOption
+from cpumoe.cli.options import JsonOption, TracebackOption, count_option, value_option
 
 EXAMPLE = "Example: `cpumoe synth v4 --model v4-flash --layers 1 --experts 32`"
+
+_AS_IN_MODEL = "as in the model"
 
 
 def command(
@@ -21,39 +23,18 @@ def command(
         Path,
         typer.Argument(metavar="OUT", help="The folder to write to. A missing one is created."),
     ],
-    model: Annotated[
-        str, typer.Option("--model", metavar="NAME", help="A model's name or Hugging Face id.")
-    ],
-    layers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="MoE layers.", show_default="as in the model"),
-    ] = None,
-    experts: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Experts per layer.", show_default="as in the model"),
-    ] = None,
-    hidden: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Hidden size.", show_default="as in the model"),
-    ] = None,
+    model: Annotated[str, value_option("NAME", "A model's name or Hugging Face id.")],
+    layers: Annotated[int | None, count_option("MoE layers.", _AS_IN_MODEL)] = None,
+    experts: Annotated[int | None, count_option("Experts per layer.", _AS_IN_MODEL)] = None,
+    hidden: Annotated[int | None, count_option("Hidden size.", _AS_IN_MODEL)] = None,
     intermediate: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Intermediate size of an expert.",
-            show_default="as in the model",
-        ),
+        int | None, count_option("Intermediate size of an expert.", _AS_IN_MODEL)
     ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Experts per token.", show_default="as in the model"),
-    ] = None,
+    top_k: Annotated[int | None, count_option("Experts per token.", _AS_IN_MODEL)] = None,
     pattern: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Weights: normal, uniform, alternating, ramp or random."),
+        str, value_option("NAME", "Weights: normal, uniform, alternating, ramp or random.")
     ] = "normal",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random numbers.")] = 0,
+    seed: Annotated[int, value_option("N", "Seed of the random numbers.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in a non-empty folder.")
     ] = False,

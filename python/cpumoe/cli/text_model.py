@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ import typer
 
 from cpumoe.cli import host_threads
 from cpumoe.cli.errors import InputError
-from cpumoe.cli.options import parse_dtype
+from cpumoe.cli.options import ThreadsOption, count_option, parse_dtype, value_option
 from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -33,75 +33,15 @@ ModelArgument = Annotated[
 ]
 DtypeOption = Annotated[
     str,
-    typer.Option(
-        "--dtype",
-        metavar="|".join(DTYPES),
-        help="Dtype of everything but the experts (attention, norms, …). auto: bfloat16 for a "
+    value_option(
+        "|".join(DTYPES),
+        "Dtype of everything but the experts (attention, norms, …). auto: bfloat16 for a "
         "checkpoint in bfloat16, else float32.",
-    ),
-]
-# Generation uses one variant and one precision, where other commands compare several.
-OneIsaOption = Annotated[
-    str | None,
-    typer.Option(
-        "--isa",
-        metavar="NAME",
-        help="ISA variant to run.",
-        show_default="CPUMOE_ISA if set, else the best",
-    ),
-]
-OnePrecisionOption = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        metavar="|".join(PRECISIONS),
-        help="Lowest precision to which the experts' activations may be rounded. auto: fp32 "
-        "accuracy if --dtype is float32, else bf16.",
     ),
 ]
 MaxTokensOption = Annotated[
     int | None,
-    typer.Option(
-        "--max-tokens",
-        min=1,
-        metavar="N",
-        help="Largest number of new tokens.",
-        show_default="as many as the context has room for",
-    ),
-]
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="T",
-        help="Sampling temperature. 0: always the most probable token.",
-        show_default="the model's default",
-    ),
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        help="Sample from the most probable tokens that together have this probability.",
-        show_default="the model's default",
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of the sampling.", show_default="random")
-]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End the text before this string. Repeatable."),
-]
-
-ChatTemplateOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--chat-template",
-        metavar="FILE",
-        help="File with a Jinja template of the chat format.",
-        show_default="the model's own",
-    ),
+    count_option("Largest number of new tokens.", "as many as the context has room for"),
 ]
 TrustRemoteCodeOption = Annotated[
     bool,
@@ -113,30 +53,81 @@ TrustRemoteCodeOption = Annotated[
 
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_PRECISION = PRECISIONS[0]
+_THE_MODELS = "the model's default"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen, and where the text ends."""
+
+    temperature: Annotated[
+        float | None,
+        value_option("T", "Sampling temperature. 0: always the most probable token.", _THE_MODELS),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        value_option(
+            "P",
+            "Sample from the most probable tokens that together have this probability.",
+            _THE_MODELS,
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None, value_option("TEXT", "End the text before this string. Repeatable.")
+    ] = None
+    seed: Annotated[int | None, value_option("N", "Seed of the sampling.", "random")] = None
+
+    def sampling(self, max_tokens: int | None) -> Sampling:
+        """Returns what the options ask for.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        from cpumoe.text.generation import Sampling
+
+        return Sampling(max_tokens, self.temperature, self.top_p, tuple(self.stop or ()), self.seed)
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How a model is loaded: with one variant and one precision, where other commands compare."""
+
+    threads: ThreadsOption = None
+    precision: Annotated[
+        str,
+        value_option(
+            "|".join(PRECISIONS),
+            "Lowest precision to which the experts' activations may be rounded. auto: fp32 "
+            "accuracy if --dtype is float32, else bf16.",
+        ),
+    ] = DEFAULT_PRECISION
+    isa: Annotated[
+        str | None, value_option("NAME", "ISA variant to run.", "CPUMOE_ISA if set, else the best")
+    ] = None
+    dtype: DtypeOption = DEFAULT_DTYPE
+    chat_template: Annotated[
+        Path | None,
+        value_option("FILE", "File with a Jinja template of the chat format.", "the model's own"),
+    ] = None
+    trust_remote_code: TrustRemoteCodeOption = False
+
+
+_DEFAULT_OPTIONS = LoadingOptions()
 
 
 def load_text_model(
     model: str | None,
+    options: LoadingOptions = _DEFAULT_OPTIONS,
     *,
-    threads: int | None = None,
-    precision: str = DEFAULT_PRECISION,
-    isa: str | None = None,
-    dtype: str = DEFAULT_DTYPE,
-    chat_template: Path | None = None,
-    trust_remote_code: bool = False,
     host_experts: bool = False,
     decodes: bool = True,
 ) -> LanguageModel:
     """Loads a model, with a progress bar on a terminal.
 
     Args:
-        model: a checkpoint's folder; None: the small model that comes with cpumoe.
-        threads: number of threads; None: the number of physical cores.
-        precision: one of `PRECISIONS`.
-        isa: the variant; None: the one that `cpumoe.isa` returns.
-        dtype: one of `DTYPES`.
-        chat_template: a file with a Jinja template, for models that have none.
-        trust_remote_code: whether to run Python code from the checkpoint.
+        model: a checkpoint's folder, or a name on the hub; None: the small model that comes with
+            cpumoe.
+        options: how to load it.
         host_experts: whether the host computes the experts, from dequantized weights.
         decodes: whether the model generates text; False: it only reads long texts.
 
@@ -145,48 +136,64 @@ def load_text_model(
         ValueError: the precision or the variant is unknown, or the checkpoint is not supported.
         OSError: the checkpoint cannot be read.
     """
-    dense_dtype = parse_dense_dtype(dtype, model)
-    template = None if chat_template is None else read_text(chat_template, "--chat-template")
-    try:
-        from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
-    except ImportError as error:
-        if error.name not in _HOST_PACKAGES:
-            raise
-        raise InputError(str(error)) from None
-
+    # "auto" stays: the integration resolves it, for names on the hub as well.
+    dtype = _AUTO if options.dtype == _AUTO else parse_dtype(options.dtype, DTYPES)
+    file = options.chat_template
+    template = None if file is None else read_text(file, "--chat-template")
+    require_host()
+    from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
     from cpumoe.runtime import Runtime
 
+    threads = options.threads
     host_threads.choose_threads(threads)
-    options = ExpertsOptions(
-        runtime=None if threads is None else Runtime(threads), precision=precision, isa=isa
-    )
+    runtime = None if threads is None else Runtime(threads)
     loaded = LanguageModel.from_pretrained(
         model,
-        options=options,
-        dtype=dense_dtype,
+        options=ExpertsOptions(runtime, options.precision, options.isa),
+        dtype=dtype,
         chat_template=template,
         host_experts=host_experts,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=options.trust_remote_code,
     )
     if decodes and host_threads.is_small(loaded.model):
         host_threads.choose_threads(threads, small=True)
     return loaded
 
 
-def parse_dense_dtype(name: str, model: str | None) -> torch.dtype:
-    """Returns the dtype that `--dtype` names; "auto" depends on `model`.
+def require_host() -> None:
+    """Imports the integration for transformers.
 
     Raises:
-        InputError: `name` is not in `DTYPES`.
-        FileNotFoundError, CheckpointError: "auto", and config.json is missing or damaged.
+        InputError: transformers, or a package that it needs, is not installed.
+    """
+    try:
+        import cpumoe.integrations.transformers  # noqa: F401
+    except ImportError as error:
+        if error.name not in _HOST_PACKAGES:
+            raise
+        raise InputError(str(error)) from None
+
+
+def resolve_dtype(name: str, model: str | None, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Returns the dtype that `--dtype` names, for a command that needs it before it loads a model.
+
+    Args:
+        name: the name; "auto" depends on the model.
+        model: see `load_text_model`.
+        trust_remote_code: see `LoadingOptions`.
+
+    Raises:
+        InputError: `name` is not in `DTYPES`, or transformers is not installed.
+        OSError, CheckpointError: config.json cannot be read.
     """
     if name != _AUTO:
         return parse_dtype(name, DTYPES)
+    require_host()
     from cpumoe import embedded
-    from cpumoe.checkpoint.config import exact_dtype
-    from cpumoe.checkpoint.shards import read_config
+    from cpumoe.integrations.transformers.loading import checkpoint_dtype
 
-    return exact_dtype(read_config(embedded.model_path() if model is None else Path(model)))
+    path = embedded.model_path() if model is None else model
+    return checkpoint_dtype(path, trust_remote_code=trust_remote_code)
 
 
 def read_text(path: Path, option: str) -> str:
@@ -201,32 +208,3 @@ def read_text(path: Path, option: str) -> str:
         raise InputError(f"{option}: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{option}: {path}: expected UTF-8 text: {error}") from None
-
-
-def require_package(package: str, extra: str, purpose: str) -> None:
-    """Refuses to go on without an optional package.
-
-    Raises:
-        InputError: the package is missing; the message says how to install it.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise InputError(
-            f'{purpose} needs {package}, which is not installed: pip install "cpumoe[{extra}]"'
-        )
-
-
-def make_sampling(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    stop: list[str] | None,
-    seed: int | None,
-) -> Sampling:
-    """Returns what the sampling options ask for.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-    from cpumoe.text.generation import Sampling
-
-    return Sampling(max_tokens, temperature, top_p, tuple(stop or ()), seed)

@@ -19,10 +19,13 @@ from cpumoe.cli.options import (
     ThreadsOption,
     TracebackOption,
     choose_layer,
+    count_option,
     parse_dtype,
     parse_isas,
     parse_precisions,
     parse_token_counts,
+    tokens_option,
+    value_option,
 )
 from cpumoe.numerics.precision import PRECISIONS
 
@@ -40,38 +43,25 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder.")],
     layer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Decoder layer to check.", show_default="the first with experts"
-        ),
+        int | None, value_option("N", "Decoder layer to check.", "the first with experts")
     ] = None,
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="N,...",
-            help="Tokens per call, a table row for each number.",
-            show_default=_TOKENS,
-        ),
-    ] = None,
+    tokens: Annotated[list[str] | None, tokens_option(_TOKENS)] = None,
     isa: IsaOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     dtype: Annotated[
-        str, typer.Option(metavar="|".join(_DTYPES), help="Dtype of hidden states and outputs.")
+        str, value_option("|".join(_DTYPES), "Dtype of hidden states and outputs.")
     ] = _DTYPES[0],
     pattern: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="Weights. checkpoint: the checkpoint's. uniform, alternating, ramp, random or "
-            "normal: made-up ones of the checkpoint's sizes and format.",
+        value_option(
+            "NAME",
+            "Weights. checkpoint: the checkpoint's. uniform, alternating, ramp, random or normal: "
+            "made-up ones of the checkpoint's sizes and format.",
         ),
     ] = _CHECKPOINT,
-    experts: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Use only the first N experts.", show_default="all"),
-    ] = None,
+    experts: Annotated[int | None, count_option("Use only the first N experts.", "all")] = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of hidden states, routing and made-up weights.")
+        int, value_option("N", "Seed of hidden states, routing and made-up weights.")
     ] = 0,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from cpumoe.checkpoint import UnsupportedFormatError
 from cpumoe.checkpoint.config import exact_dtype
+from cpumoe.checkpoint.shards import read_config
 from cpumoe.checkpoint.weight_files import CONFIG_NAME
 from cpumoe.integrations.transformers.completeness import check_complete, host_report_held_back
-from cpumoe.integrations.transformers.host_files import check_model_files, host_reads
+from cpumoe.integrations.transformers.host_files import check_model_files, check_path, host_reads
 from cpumoe.integrations.transformers.in_memory import experts_forward
 from cpumoe.integrations.transformers.options import (
     ExpertsOptions,
@@ -156,6 +158,22 @@ def from_pretrained_by_host(
     if fp32_router:
         use_fp32_routers(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+def checkpoint_dtype(path: str | os.PathLike[str], **kwargs: Any) -> torch.dtype:
+    """Returns the dtype that "auto" stands for in `from_pretrained`: bfloat16 or float32.
+
+    Args:
+        path: a checkpoint folder, or a name on the hub.
+        **kwargs: further arguments for transformers, such as ``revision``.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, OSError, CheckpointError: see `from_pretrained`.
+    """
+    check_path(path)
+    if Path(path).exists():
+        return exact_dtype(read_config(Path(path, kwargs.get("subfolder") or "")))
+    return exact_dtype(_config(path, kwargs).to_dict())
 
 
 def enable(options: ExpertsOptions | None = None) -> None:
