@@ -73,7 +73,9 @@ def test_log_probabilities(client, model, conversation):
         logprobs=True,
         top_logprobs=3,
     )
-    for token in reply.choices[0].logprobs.content:
+    tokens = reply.choices[0].logprobs.content
+    assert 0 < len(tokens) <= LIMIT
+    for token in tokens:
         # Greedy: each token is the most probable one.
         assert token.logprob == max(top.logprob for top in token.top_logprobs) <= 0
 

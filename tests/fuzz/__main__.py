@@ -46,15 +46,17 @@ def run(
         A text for each fault, and how many inputs there were.
     """
     target, faults, count = TARGETS[name](), {}, 0
+    last = None  # the fault that this round shrinks, and its input
     at_hand = folder / f"{name}.input"
     end = time.monotonic() + seconds
 
     def check(data):
-        nonlocal count
+        nonlocal count, last
         if time.monotonic() > end:
             return
         count += 1
-        at_hand.write_bytes(pickle.dumps(data))
+        content = pickle.dumps(data)
+        at_hand.write_bytes(content)
         if hang_seconds is not None:
             faulthandler.dump_traceback_later(hang_seconds, exit=True)
         try:
@@ -63,6 +65,7 @@ def run(
             place = _place(error)
             if place in faults:  # one of each kind is enough
                 return
+            last = error, content
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -78,12 +81,14 @@ def run(
                 suppress_health_check=list(HealthCheck),
                 phases=(Phase.generate, Phase.shrink),
             )(seed(number)(given(target.strategy())(check)))
+            last = None
             try:
                 fuzz()
             except Exception as error:
-                place = _place(error)
-                faults[place] = f"{name}: seed {number}: {_told(error)}"
-                (folder / f"{name}-{len(faults)}.fault").write_bytes(at_hand.read_bytes())
+                # If time is up, Hypothesis cannot repeat the fault, and complains of that instead.
+                cause, content = last or (error, at_hand.read_bytes())
+                faults[_place(cause)] = f"{name}: seed {number}: {_told(cause)}"
+                (folder / f"{name}-{len(faults)}.fault").write_bytes(content)
             if time.monotonic() > end:
                 break
     at_hand.unlink(missing_ok=True)

@@ -7,9 +7,16 @@ import os
 import pytest
 import torch
 from checkpoint_tools import write_small
-from cli_tools import make_quick
 
 from cpumoe import _core
+
+# Tests, and the processes that they start, must not depend on a developer's proxies, terminal and
+# preferences. The modules that read these variables are imported later.
+for _name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+for _name in ("COLUMNS", "LINES", "TRANSFORMERS_VERBOSITY"):
+    os.environ.pop(_name, None)
 
 # The reference runs on small tensors in tests, for which a barrier per operation costs more than
 # threads save.
@@ -42,6 +49,8 @@ def gpt_oss(tmp_path):
 @pytest.fixture
 def quick_commands(monkeypatch):
     """Sets small buffers and no forced variant, whatever the environment says."""
+    from cli_tools import make_quick
+
     make_quick(monkeypatch.setattr)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
     monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)

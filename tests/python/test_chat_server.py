@@ -18,9 +18,6 @@ NOT_JSON = {"status": "502 Bad Gateway", "content_type": "text/html"}
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

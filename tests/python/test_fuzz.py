@@ -1,5 +1,6 @@
 """Each target of tests/fuzz stands a few inputs, and the runner finds faults."""
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -40,3 +41,25 @@ def test_each_fault_is_told_once_by_its_simplest_input(tmp_path, monkeypatch):
     assert sum("data=-1," in fault for fault in faults) == 1
     assert sum("data=100," in fault for fault in faults) == 1
     assert len(list(tmp_path.glob("sums-*.fault"))) == 2
+
+
+def test_time_that_is_up_loses_no_fault(tmp_path, monkeypatch):
+    now = 0.0
+
+    class Late(Sums):
+        def check(self, data):
+            nonlocal now
+            try:
+                super().check(data)
+            except LookupError:
+                now = 2.0  # the time is up before Hypothesis repeats the fault
+                raise
+
+    monkeypatch.setitem(fuzz.TARGETS, "late", Late)
+    monkeypatch.setattr(fuzz.time, "monotonic", lambda: now)
+    faults, _ = fuzz.run("late", tmp_path, seconds=1)
+    (fault,) = faults
+    assert "Error: " in fault.splitlines()[-1]
+    assert "Flaky" not in fault
+    (file,) = tmp_path.glob("late-*.fault")
+    assert repr(pickle.loads(file.read_bytes())) in fault.splitlines()[-1]

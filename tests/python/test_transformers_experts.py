@@ -121,13 +121,6 @@ def test_another_act_fn_is_refused(hidden_act):
         module_swiglu(experts_module(DeepseekV3Experts, hidden_act=hidden_act))
 
 
-def test_experts_without_a_gate_are_refused():
-    module = experts_module(DeepseekV3Experts)
-    module.has_gate = False
-    with pytest.raises(ValueError, match="without a gate"):
-        module_swiglu(module)
-
-
 def test_a_limit_beyond_the_usual_ones_is_seen():
     module = experts_module(DeepseekV4Experts, swiglu_limit=100.0)
     assert module_swiglu(module) == cpumoe.SwiGLU(limit=100.0)
