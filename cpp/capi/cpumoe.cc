@@ -88,7 +88,7 @@ cpumoe_status Guarded(Body&& body) noexcept {
 
 template <class T>
 T& Given(T* pointer, const char* name) {
-  RequireAddress(pointer, name);
+  RequireAddress(static_cast<const void*>(pointer), name);
   return *pointer;
 }
 

@@ -280,6 +280,25 @@ TEST(Engine, WhatRunsOnTheDriverMayNotMakeCallsThatWaitForIt) {
   EXPECT_TRUE(ran);
 }
 
+TEST(Engine, WithoutNamedCpusAThreadThatMakesCallsDoesNotDecideWhereTheyRun) {
+  const std::vector<int> usable = ProcessAffinity();
+  const auto runtime = Runtime::Create({.node = {.threads = 2}, .callers_compute = false});
+  bool bound = false;
+  std::mutex mutex;
+  std::set<std::vector<int>> seen;
+  std::thread([&] {
+    bound = SetAffinity(pthread_self(), {usable.front()});
+    runtime->Execute([&](Node& node) {
+      node.pool().For(200, [&](int64_t, int) {
+        const std::lock_guard lock(mutex);
+        seen.insert(ProcessAffinity());
+      });
+    });
+  }).join();
+  if (!bound) GTEST_SKIP() << "the system does not let threads choose their CPU";
+  EXPECT_EQ(seen, std::set{usable});
+}
+
 // The caller's own affinity is that of a host whose main thread OpenMP has bound to one CPU.
 TEST(Engine, ARuntimeComputesOnTheCpusThatItNames) {
   const std::vector<int> usable = ProcessAffinity();
