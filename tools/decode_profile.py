@@ -5,7 +5,7 @@ each layer call it separates
 
 - kernels: the C++ engine's call, from its first instruction to its last;
 - Python: the rest of `CpuExperts.forward` (checks, addresses, the output's allocation);
-- dispatch: what the engine's call takes when every expert is masked, so that nothing is computed.
+- dispatch: what the engine's call takes when all ids are -1, so that nothing is computed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,25 @@ from typing import Any
 
 import torch
 
+from cpumoe import _core
 from cpumoe.integrations.transformers import CpuExperts, LanguageModel
 from cpumoe.text.generation import Sampling
 
 
 class TimedEngine:
-    """Stands before a layer's calls and notes the seconds of each."""
+    """Notes the seconds of each call of the engine, of all layers, from when it is made."""
 
-    def __init__(self, calls: Any) -> None:
-        """Stands before `calls`."""
-        self._calls = calls
-        self._call: Any = None
+    def __init__(self) -> None:
+        """Puts itself before the engine."""
         self.seconds: list[float] = []
+        run = _core.Call.run
 
-    def get(self, *properties: Any) -> TimedEngine:
-        """Stands before the call that has these properties."""
-        self._call = self._calls.get(*properties)
-        return self
+        def timed_run(call: _core.Call, *addresses: int) -> None:
+            start = time.perf_counter()
+            run(call, *addresses)
+            self.seconds.append(time.perf_counter() - start)
 
-    def run(self, *addresses: int) -> None:
-        """Makes the engine's call."""
-        start = time.perf_counter()
-        self._call.run(*addresses)
-        self.seconds.append(time.perf_counter() - start)
+        _core.Call.run = timed_run  # type: ignore[assignment,method-assign]
 
 
 def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
@@ -48,23 +44,21 @@ def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
     modules = [module for module in model.model.modules() if isinstance(module, CpuExperts)]
     ids = model.encode(prompt)
     model.generate(ids, Sampling(2, temperature=0))
-    engines, python = [], []
+    engine = TimedEngine()
+    python: list[float] = []
     for module in modules:
-        experts: Any = module.experts
-        engine = experts._calls = TimedEngine(experts._calls)
         module.register_forward_hook(_note_python(module, engine, python))
-        engines.append(engine)
     result = model.generate(ids, Sampling(tokens, temperature=0))
     if result.completion_tokens < 2:
         raise SystemExit("nothing decoded: the first token is prefill's; see --tokens, --prompt")
-    kernels = [second for engine in engines for second in engine.seconds[1:]]  # not prefill
+    decoding = slice(len(modules), None)  # without prefill
     return {
         "tokens": result.completion_tokens,
         "layers": len(modules),
         "ms_per_token": 1e3 * result.decode_seconds / max(1, result.completion_tokens - 1),
-        "kernels_us_per_call": 1e6 * statistics.median(kernels),
-        "python_us_per_call": 1e6 * statistics.median(python[len(modules) :]),
-        "dispatch_us_per_call": 1e6 * _dispatch(modules[0]),
+        "kernels_us_per_call": 1e6 * statistics.median(engine.seconds[decoding]),
+        "python_us_per_call": 1e6 * statistics.median(python[decoding]),
+        "dispatch_us_per_call": 1e6 * _dispatch(modules[0], engine),
         "experts_share": result.experts_seconds / (result.prefill_seconds + result.decode_seconds),
     }
 
@@ -80,17 +74,16 @@ def _note_python(module: CpuExperts, engine: TimedEngine, python: list[float]) -
     return hook
 
 
-def _dispatch(module: CpuExperts, repeats: int = 2000) -> float:
+def _dispatch(module: CpuExperts, engine: TimedEngine, repeats: int = 2000) -> float:
     """Seconds of an engine's call at one token that computes nothing."""
     experts: Any = module.experts
-    experts.expert_mask = torch.ones(experts.num_experts, dtype=torch.bool)
     x = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)
-    ids, weights = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6)
-    experts._calls.seconds.clear()
+    ids, weights = torch.full((1, 6), -1), torch.ones(1, 6)
+    engine.seconds.clear()
     with torch.inference_mode():
         for _ in range(repeats):
             module(x, ids, weights)
-    return float(statistics.median(experts._calls.seconds))
+    return statistics.median(engine.seconds)
 
 
 def main() -> None:

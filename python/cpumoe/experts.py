@@ -13,16 +13,12 @@ from cpumoe import _core
 from cpumoe._base.progress import track
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
 from cpumoe._base.tensors import refuse_tracing
-from cpumoe._engine.arguments import (
-    Call,
-    Calls,
-    MatrixStack,
-    check_mask,
-    integer,
-    prepare_call,
-)
+from cpumoe._engine.arguments import MatrixStack, check_mask, integer
+from cpumoe._engine.calls import Calls
 from cpumoe._engine.config import layer_config
+from cpumoe._engine.output import NEW_TENSOR, Destination
 from cpumoe._engine.packing import checked_stack, pack_experts, unpack_expert
+from cpumoe._engine.repetition import Call
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.formats import weight_format
 from cpumoe.future import Future
@@ -105,7 +101,12 @@ class Experts:
         self._layer = _core.Layer(
             isa=self._isa, origin=origin, format=self._format.name, config=config
         )
-        self._calls = Calls(self._layer)
+        self._calls = Calls(
+            self._layer,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            precision=options.precision,
+        )
         self._mask: torch.Tensor | None = None
         self.expert_mask = expert_mask
         self._biases = pack_experts(
@@ -401,7 +402,7 @@ class Experts:
     @runtime.setter
     def runtime(self, runtime: Runtime | None) -> None:
         self._runtime = runtime
-        self._calls = Calls(self._layer)  # The call that is kept would keep the old runtime alive.
+        self._calls.forget()
 
     @property
     def expert_mask(self) -> torch.Tensor | None:
@@ -442,18 +443,9 @@ class Experts:
         accumulate: bool = False,
         copy_inputs: bool = False,
     ) -> Call:
-        return prepare_call(
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            self._mask,
-            self._num_experts,
-            self._hidden_size,
-            self._precision,
-            self._calls,
-            self.runtime.core,
-            out,
-            out_dtype,
-            accumulate,
-            copy_inputs,
+        destination = NEW_TENSOR
+        if out is not None or out_dtype is not None or accumulate:
+            destination = Destination(out, out_dtype, accumulate, copy_inputs)
+        return self._calls.prepare(
+            (hidden_states, topk_ids, topk_weights), destination, self._mask, self.runtime.core
         )

@@ -11,6 +11,8 @@ layout, memory), ValueError for its shape, strides and values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 _Tensor = torch.Tensor
@@ -21,9 +23,22 @@ _TRACERS = {
     _MODES.FAKE: "FakeTensorMode",
     _MODES.FUNCTIONAL: "functionalization",
 }
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 _function_modes = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
+
+
+def _empty_strided(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+
+# Compiled code makes its tensors with this function. It calls no dispatcher, whose code and tables
+# a decoding model has driven out of the caches.
+_new_tensor: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = getattr(
+    torch._C._dynamo.guards, "_empty_strided_cpu", _empty_strided
+)
 
 
 def address(tensor: torch.Tensor, name: str) -> int:
@@ -89,7 +104,7 @@ def new_like(
         TypeError: a mode or tracer around the call makes new tensors without memory, or records
             operations.
     """
-    if _dispatch_modes() or _function_modes() or _tracing_state() is not None:
+    if modes_are_active():
         refuse_tracing(name)
     new = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
     try:
@@ -143,7 +158,46 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
         tensor: a tensor of any shape and strides that `plain` returned.
     """
     start = tensor.data_ptr()
-    return start, start + _reach(tensor)
+    return start, start + reach(tensor)
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Returns the bytes from a tensor's first to its last element; 0 if it has none."""
+    if not tensor.numel():
+        return 0
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
+
+
+def start_in_memory(tensor: torch.Tensor, nbytes: int, itemsize: int) -> int:
+    """Returns the address of a tensor that has memory, 0 for other tensors and other objects.
+
+    Args:
+        tensor: any object. Subclasses of tensors and nested tensors count as other objects.
+        nbytes: the `reach` that the tensor should have.
+        itemsize: the size that its elements should have, in bytes.
+    """
+    if type(tensor) is not _Tensor or tensor.is_nested:
+        return 0
+    try:
+        start = tensor.data_ptr()
+        end = tensor.storage_offset() * itemsize + nbytes
+        return start if tensor.untyped_storage().nbytes() >= end else 0
+    except RuntimeError:  # the tensor has no storage
+        return 0
+
+
+def new_strided(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, int]:
+    """Returns a new tensor and its address. No mode or tracer may be active."""
+    new = _new_tensor(shape, strides, dtype)
+    return new, new.data_ptr()
+
+
+def modes_are_active() -> bool:
+    """Whether a mode or a tracer around the call may see operations or change tensors."""
+    return bool(dispatch_modes() or _function_modes() or _tracing_state() is not None)
 
 
 def refuse_tracing(name: str) -> None:
@@ -166,7 +220,7 @@ def _tracer() -> str:
     """Returns the name of the active tracer, if any. A mode that only observes is none."""
     if _tracing_state() is not None:
         return "torch.jit.trace"
-    if _dispatch_modes() or _function_modes():
+    if dispatch_modes() or _function_modes():
         for mode, name in _TRACERS.items():
             if torch._C._get_dispatch_mode(mode) is not None:
                 return name
@@ -184,20 +238,12 @@ def _missing(tensor: torch.Tensor) -> str:
         return "which is being functionalized"
     if tensor._is_zerotensor():
         return "zeros that have none"
-    reach = _reach(tensor)
-    end = tensor.storage_offset() * tensor.itemsize + reach if reach else 0
+    extent = reach(tensor)
+    end = tensor.storage_offset() * tensor.itemsize + extent if extent else 0
     available = tensor.untyped_storage().nbytes()
     if available < end:
         return f"whose storage was freed or cut: it has {available} of {end} bytes"
     return "whose storage has no address" if end and not tensor.data_ptr() else ""
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Returns the bytes from a tensor's first to its last element; 0 if it has none."""
-    if not tensor.numel():
-        return 0
-    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (steps + 1) * tensor.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

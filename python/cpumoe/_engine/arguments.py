@@ -1,168 +1,19 @@
-"""Checks the tensors that callers pass, and turns them into addresses for the engine."""
+"""Checks weights and masks, and turns them into addresses for the engine."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
 from cpumoe import _core
-from cpumoe._base.tensors import address, contiguous, describe, new_like, plain, refuse_tracing
-from cpumoe._engine.gradients import refuse_gradients, without_gradients
-from cpumoe._engine.output import ELEMENTS, callers_output, check_output_options, wrote_output
+from cpumoe._base.tensors import address, describe, plain, refuse_tracing
+from cpumoe._engine.output import ELEMENTS
 from cpumoe.formats import QuantizedMatrix, WeightFormat
-from cpumoe.numerics.precision import resolve_precision
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
-
-_FP32 = ELEMENTS[torch.float32]
-_ID_DTYPES = (torch.int64, torch.int32)
-
-
-class Call(NamedTuple):
-    """A forward call: the engine's part, the addresses, and the tensors that they point into."""
-
-    engine: _core.Call
-    addresses: tuple[int, ...]  # the arguments of `engine.run`
-    output: torch.Tensor
-    inputs: tuple[torch.Tensor | None, ...]
-
-
-class Calls:
-    """Makes a layer's calls for the engine. The last one is kept, for the next call like it."""
-
-    def __init__(self, layer: _core.Layer) -> None:
-        """Makes calls of `layer`."""
-        self._layer = layer
-        self._kept: tuple[object, _core.Call | None] = (None, None)
-
-    def get(
-        self,
-        runtime: _core.Runtime,
-        input_dtype: _core.DType,
-        output_dtype: _core.DType,
-        accumulate: bool,
-        fp32_as_bf16: bool,
-        top_k: int,
-        ids_are_64_bit: bool,
-        mask: int,
-    ) -> _core.Call:
-        """Returns the call that has these properties; `mask` is an address."""
-        key = (
-            runtime,
-            input_dtype,
-            output_dtype,
-            accumulate,
-            fp32_as_bf16,
-            top_k,
-            ids_are_64_bit,
-            mask,
-        )
-        kept, call = self._kept
-        if call is None or kept != key:
-            call = _core.Call(
-                runtime=runtime,
-                layer=self._layer,
-                input_dtype=input_dtype,
-                output_dtype=output_dtype,
-                accumulate=accumulate,
-                fp32_as_bf16=fp32_as_bf16,
-                top_k=top_k,
-                ids_are_64_bit=ids_are_64_bit,
-                mask=mask,
-            )
-            self._kept = (key, call)
-        return call
-
-
-def prepare_call(
-    hidden_states: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_experts: int,
-    hidden_size: int,
-    precision: str,
-    calls: Calls,
-    runtime: _core.Runtime,
-    out: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    accumulate: bool = False,
-    copy_inputs: bool = False,
-) -> Call:
-    """Checks a forward call's tensors (see `Experts.__call__`) and allocates its output.
-
-    With `copy_inputs`, `out` may lie in the memory of an input.
-    """
-    if out is not None or out_dtype is not None or accumulate:
-        check_output_options(out, out_dtype, accumulate)
-    x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
-    ids, ids_address, routed = contiguous(topk_ids, "topk_ids")
-    weights, weights_address, weighted = contiguous(topk_weights, "topk_weights")
-    if out is None:
-        output, output_address = new_like(x, "hidden_states", out_dtype)
-    element = ELEMENTS.get(x.dtype)
-    if element is None:
-        raise TypeError(f"hidden_states: expected bfloat16, float16 or float32, got {describe(x)}")
-    if len(shape) != 2 or shape[1] != hidden_size:
-        raise ValueError(f"hidden_states: expected [tokens, {hidden_size}], got {list(shape)}")
-    tokens = shape[0]
-    id_dtype = ids.dtype
-    if id_dtype not in _ID_DTYPES:
-        raise TypeError(f"topk_ids: expected int32 or int64, got {describe(ids)}")
-    if len(routed) != 2 or routed[0] != tokens:
-        raise ValueError(f"topk_ids: expected [{tokens}, top_k], got {list(routed)}")
-    if weighted != routed:
-        raise ValueError(
-            f"topk_weights: expected {list(routed)} like topk_ids, got {list(weighted)}"
-        )
-    if weights.dtype != torch.float32:
-        if weights.dtype not in ELEMENTS:
-            raise TypeError(
-                f"topk_weights: expected float32, bfloat16 or float16, got {describe(weights)}"
-            )
-        weights, weights_address, _ = contiguous(weights.float(), "topk_weights")
-    output_element = element if out_dtype is None else ELEMENTS[out_dtype]
-    if out is not None:
-        output = out
-        read = ((x, "hidden_states"), (ids, "topk_ids"), (weights, "topk_weights"))
-        output_address, output_element = callers_output(
-            out,
-            shape,
-            out_dtype=out_dtype,
-            accumulate=accumulate,
-            apart=() if copy_inputs else read,
-        )
-    engine = calls.get(
-        runtime,
-        element,
-        output_element,
-        accumulate,
-        # The engine uses this flag for fp32 calls only.
-        element is _FP32 and resolve_precision(precision, torch.float32) == "bf16",
-        routed[1],
-        id_dtype == torch.int64,
-        # Checked on each call, because the caller may have resized the mask.
-        0 if mask is None else check_mask(mask, num_experts),
-    )
-    addresses = (  # in the order of _core.Call.run; keywords would take 0.5 us longer
-        x_address,
-        hidden_size if x.is_contiguous() else x.stride(0),
-        tokens,
-        ids_address,
-        weights_address,
-        output_address,
-    )
-    if out is None:
-        output = without_gradients(output, hidden_states, topk_weights)
-    else:
-        refuse_gradients(out, hidden_states, topk_weights)
-        wrote_output(out)
-    # 0.1 us faster than calling the class.
-    return tuple.__new__(Call, (engine, addresses, output, (x, ids, weights, mask)))
 
 
 def check_mask(mask: torch.Tensor, num_experts: int) -> int:

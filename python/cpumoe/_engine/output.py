@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -17,52 +18,59 @@ ELEMENTS = {
 }
 
 
-def check_output_options(
-    out: torch.Tensor | None, out_dtype: torch.dtype | None, accumulate: bool
-) -> None:
-    """Raises unless the options of a call's result are possible together, here and now."""
-    refuse_tracing("out")
-    if out_dtype is not None and out_dtype not in ELEMENTS:
-        raise TypeError(
-            f"out_dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {out_dtype!r}"
-        )
-    if accumulate and out is None:
-        raise ValueError("accumulate: expected out=, the tensor to add onto, got None")
+class Destination(NamedTuple):
+    """Where the result of a call goes, and how; `Experts.__call__` describes the arguments."""
+
+    out: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
+    accumulate: bool = False
+    # Whether the inputs are copied before the call writes.
+    may_overlap: bool = False
+
+    def check(self) -> None:
+        """Raises unless these options are possible together, here and now."""
+        if self.dtype is not None and self.dtype not in ELEMENTS:
+            raise TypeError(
+                "out_dtype: expected torch.bfloat16, torch.float16 or torch.float32, got "
+                f"{self.dtype!r}"
+            )
+        if self.out is not None:
+            refuse_tracing("out")
+        elif self.accumulate:
+            raise ValueError("accumulate: expected out=, the tensor to add onto, got None")
+
+
+NEW_TENSOR = Destination()
 
 
 def callers_output(
-    out: torch.Tensor,
-    shape: torch.Size,
-    *,
-    out_dtype: torch.dtype | None,
-    accumulate: bool,
-    apart: Iterable[tuple[torch.Tensor, str]],
-) -> tuple[int, _core.DType]:
-    """Returns the address and the dtype of the caller's buffer after all checks.
+    destination: Destination, shape: torch.Size, inputs: Iterable[tuple[torch.Tensor, str]]
+) -> tuple[torch.Tensor, int]:
+    """Returns the caller's buffer and its address after all checks.
 
     Args:
-        out: the caller's buffer.
+        destination: whose `out` is not None.
         shape: the shape of the call's result.
-        out_dtype: the dtype that the caller expects, if any.
-        accumulate: whether results are added onto `out`.
-        apart: tensors, with their names, whose memory the call reads while it writes `out`.
+        inputs: the tensors that the call reads, with their names.
 
     Raises:
         TypeError: the kind of tensor, see `plain`; its dtype.
-        ValueError: its shape or strides; its memory overlaps a tensor that the call reads.
+        ValueError: its shape or strides; its memory overlaps an input.
     """
+    out = destination.out
+    assert out is not None
     tensor = plain(out, "out")
     if out.is_neg():
         raise TypeError("out: expected a tensor without lazy negation; pass a new tensor")
-    element = ELEMENTS.get(tensor.dtype)
-    if element is None:
+    dtype = tensor.dtype
+    if dtype not in ELEMENTS:
         raise TypeError(f"out: expected bfloat16, float16 or float32, got {describe(tensor)}")
-    if out_dtype is not None and tensor.dtype != out_dtype:
+    if destination.dtype not in (None, dtype):
         raise TypeError(
-            f"out: expected {dtype_name(out_dtype)} like out_dtype, got {describe(tensor)}; "
-            "leave out_dtype out"
+            f"out: expected {dtype_name(destination.dtype)} like out_dtype, got "
+            f"{describe(tensor)}; leave out_dtype out"
         )
-    if accumulate and element is not _core.DType.FP32:
+    if destination.accumulate and dtype != torch.float32:
         raise TypeError(f"out: expected float32 to accumulate onto, got {describe(tensor)}")
     if tensor.shape != shape:
         raise ValueError(f"out: expected {list(shape)}, got {list(tensor.shape)}")
@@ -72,14 +80,14 @@ def callers_output(
             "contiguous tensor and copy from it"
         )
     start, end = span(tensor)
-    for other, name in apart:
+    for other, name in () if destination.may_overlap else inputs:
         first, last = span(other)
         if max(start, first) < min(end, last):
             raise ValueError(
                 f"out: expected memory that {name} does not use, got a tensor that overlaps it; "
                 "pass a tensor with memory of its own"
             )
-    return start, element
+    return out, start
 
 
 def wrote_output(out: torch.Tensor) -> None:
