@@ -23,20 +23,21 @@ from cpumoe.integrations.transformers import CpuExperts, LanguageModel
 from cpumoe.text.generation import Sampling
 
 
-class TimedEngine:
-    """Notes the seconds of each call of the engine, of all layers, from when it is made."""
+class Stopwatch:
+    """Stands before a method of a class and notes the seconds of each call."""
 
-    def __init__(self) -> None:
-        """Puts itself before the engine."""
+    def __init__(self, owner: Any, method: str) -> None:
+        """Stands before `owner.method` from here on."""
         self.seconds: list[float] = []
-        run = _core.Call.run
+        original = getattr(owner, method)
 
-        def timed_run(call: _core.Call, *addresses: int) -> None:
+        def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
-            run(call, *addresses)
+            result = original(*arguments)
             self.seconds.append(time.perf_counter() - start)
+            return result
 
-        _core.Call.run = timed_run  # type: ignore[assignment,method-assign]
+        setattr(owner, method, timed)
 
 
 def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
@@ -44,37 +45,26 @@ def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
     modules = [module for module in model.model.modules() if isinstance(module, CpuExperts)]
     ids = model.encode(prompt)
     model.generate(ids, Sampling(2, temperature=0))
-    engine = TimedEngine()
-    python: list[float] = []
-    for module in modules:
-        module.register_forward_hook(_note_python(module, engine, python))
+    engine = Stopwatch(_core.Call, "run")
+    module = Stopwatch(CpuExperts, "forward")
     result = model.generate(ids, Sampling(tokens, temperature=0))
     if result.completion_tokens < 2:
         raise SystemExit("nothing decoded: the first token is prefill's; see --tokens, --prompt")
     decoding = slice(len(modules), None)  # without prefill
+    kernels = engine.seconds[decoding]
+    python = [all - run for all, run in zip(module.seconds[decoding], kernels, strict=True)]
     return {
         "tokens": result.completion_tokens,
         "layers": len(modules),
         "ms_per_token": 1e3 * result.decode_seconds / max(1, result.completion_tokens - 1),
-        "kernels_us_per_call": 1e6 * statistics.median(engine.seconds[decoding]),
-        "python_us_per_call": 1e6 * statistics.median(python[decoding]),
+        "kernels_us_per_call": 1e6 * statistics.median(kernels),
+        "python_us_per_call": 1e6 * statistics.median(python),
         "dispatch_us_per_call": 1e6 * _dispatch(modules[0], engine),
         "experts_share": result.experts_seconds / (result.prefill_seconds + result.decode_seconds),
     }
 
 
-def _note_python(module: CpuExperts, engine: TimedEngine, python: list[float]) -> Any:
-    seen = module.spent.seconds
-
-    def hook(*_: Any) -> None:
-        nonlocal seen
-        python.append(module.spent.seconds - seen - engine.seconds[-1])
-        seen = module.spent.seconds
-
-    return hook
-
-
-def _dispatch(module: CpuExperts, engine: TimedEngine, repeats: int = 2000) -> float:
+def _dispatch(module: CpuExperts, engine: Stopwatch, repeats: int = 2000) -> float:
     """Seconds of an engine's call at one token that computes nothing."""
     experts: Any = module.experts
     x = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)

@@ -446,6 +446,8 @@ class Experts:
         destination = NEW_TENSOR
         if out is not None or out_dtype is not None or accumulate:
             destination = Destination(out, out_dtype, accumulate, copy_inputs)
-        return self._calls.prepare(
-            (hidden_states, topk_ids, topk_weights), destination, self._mask, self.runtime.core
-        )
+        given = (hidden_states, topk_ids, topk_weights)
+        runtime = (self._runtime or default_runtime()).core
+        mask = self._mask
+        call = self._calls.repeat(given, destination, runtime) if mask is None else None
+        return call or self._calls.prepare(given, destination, mask, runtime)

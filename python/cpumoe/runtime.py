@@ -153,6 +153,9 @@ _default_lock = threading.Lock()
 def default_runtime() -> Runtime:
     """Returns the process's shared runtime, made on first use (and anew in a forked child)."""
     global _default
+    runtime = _default
+    if runtime is not None and not runtime._closed:
+        return runtime  # the usual case, without the lock: every call of a layer passes here
     with _default_lock:
         if _default is None or _default.closed:
             _default = Runtime()

@@ -37,6 +37,25 @@ class Calls:
         # The runtime, whether fp32 may be rounded to bf16 (None: no fp32), and the call's tensors.
         self._repetition: tuple[object, bool | None, Repetition | None] = (None, None, None)
 
+    def repeat(
+        self, given: Inputs, destination: Destination, runtime: _core.Runtime
+    ) -> Call | None:
+        """Returns a call without a mask if it is like the last such call that was checked.
+
+        Args:
+            given: hidden states, ids and weights.
+            destination: where the result goes.
+            runtime: the threads that the call will run on.
+        """
+        kept, setting, repetition = self._repetition
+        if (
+            repetition is not None
+            and kept is runtime
+            and (setting is None or setting == self._fp32_as_bf16())
+        ):
+            return repetition.again(given, destination)
+        return None
+
     def prepare(
         self,
         given: Inputs,
@@ -47,25 +66,15 @@ class Calls:
         """Checks a call's tensors (see `Experts.__call__`) and allocates its output.
 
         Args:
-            given: hidden states, ids and weights.
-            destination: where the result goes.
+            given: see `repeat`.
+            destination: see `repeat`.
             mask: the layer's mask.
-            runtime: the threads that the call will run on.
+            runtime: see `repeat`.
         """
-        kept, setting, repetition = self._repetition
-        if (
-            repetition is not None
-            and kept is runtime
-            and mask is None
-            and (setting is None or setting == self._fp32_as_bf16())
-        ):
-            call = repetition.again(given, destination)
-            if call is not None:
-                return call
         call = self._checked(given, destination, mask, runtime)
-        if mask is None:
-            setting = self._fp32_as_bf16() if given[0].dtype == torch.float32 else None
-            self._repetition = (runtime, setting, repetition_of(call, given, destination))
+        setting = self._fp32_as_bf16() if given[0].dtype == torch.float32 else None
+        repetition = None if mask is not None else repetition_of(call, given, destination)
+        self._repetition = (runtime, setting, repetition)
         return call
 
     def _fp32_as_bf16(self) -> bool:
