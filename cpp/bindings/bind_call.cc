@@ -81,20 +81,18 @@ void BindCall(py::module_& m) {
   py::class_<Call>(m, "Call")
       .def(py::init([](std::shared_ptr<Runtime> runtime, std::shared_ptr<Layer> layer,
                        DType input_dtype, DType output_dtype, bool accumulate, bool fp32_as_bf16,
-                       int64_t top_k, bool ids_are_64_bit, uintptr_t mask) {
-             return std::make_unique<Call>(
-                 std::move(runtime), std::move(layer),
-                 Call::Options{.input_dtype = input_dtype,
-                               .output_dtype = output_dtype,
-                               .accumulate = accumulate,
-                               .fp32_as_bf16 = fp32_as_bf16,
-                               .top_k = top_k,
-                               .ids_are_64_bit = ids_are_64_bit,
-                               .mask = reinterpret_cast<const uint8_t*>(mask)});
+                       int64_t top_k, bool ids_are_64_bit) {
+             return std::make_unique<Call>(std::move(runtime), std::move(layer),
+                                           Call::Options{.input_dtype = input_dtype,
+                                                         .output_dtype = output_dtype,
+                                                         .accumulate = accumulate,
+                                                         .fp32_as_bf16 = fp32_as_bf16,
+                                                         .top_k = top_k,
+                                                         .ids_are_64_bit = ids_are_64_bit});
            }),
            py::kw_only(), py::arg("runtime"), py::arg("layer"), py::arg("input_dtype"),
            py::arg("output_dtype"), py::arg("accumulate") = false, py::arg("fp32_as_bf16") = false,
-           py::arg("top_k"), py::arg("ids_are_64_bit"), py::arg("mask") = 0)
+           py::arg("top_k"), py::arg("ids_are_64_bit"))
       // Six keywords cost half a microsecond, so these arguments may also be positional.
       .def("run", &Run, py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("tokens"),
            py::arg("ids"), py::arg("weights"), py::arg("output"),

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -50,10 +49,13 @@ struct MatrixArgs {
 // biases.
 using ExpertArgs = std::pair<std::array<MatrixArgs, 3>, std::optional<std::array<uintptr_t, 3>>>;
 
-void Pack(Layer& self, Runtime& runtime, int64_t first, const std::vector<ExpertArgs>& experts) {
+void Pack(Layer& self, Runtime& runtime, const std::vector<int64_t>& experts,
+          const std::vector<ExpertArgs>& weights) {
+  Require(experts.size() == weights.size(), "experts: expected one index for each of the ",
+          weights.size(), " experts, got ", experts.size());
   std::vector<ExpertSource> sources;
-  sources.reserve(experts.size());
-  for (const auto& [matrices, biases] : experts) {
+  sources.reserve(weights.size());
+  for (const auto& [matrices, biases] : weights) {
     ExpertSource& source = sources.emplace_back();
     source.gate = matrices[0].View<const std::byte>();
     source.up = matrices[1].View<const std::byte>();
@@ -61,14 +63,14 @@ void Pack(Layer& self, Runtime& runtime, int64_t first, const std::vector<Expert
     if (!biases) continue;
     constexpr std::array kNames = {"gate_bias", "up_bias", "down_bias"};
     for (size_t i = 0; i < kNames.size(); ++i) {
-      RequireAddress(AsPointer((*biases)[i]), "expert ", first + std::ssize(sources) - 1, ": ",
+      RequireAddress(AsPointer((*biases)[i]), "expert ", experts[sources.size() - 1], ": ",
                      kNames[i]);
     }
     source.gate_bias = reinterpret_cast<const float*>((*biases)[0]);
     source.up_bias = reinterpret_cast<const float*>((*biases)[1]);
     source.down_bias = reinterpret_cast<const float*>((*biases)[2]);
   }
-  self.Pack(runtime, first, sources);
+  self.Pack(runtime, experts, sources);
 }
 
 void Unpack(const Layer& self, Runtime& runtime, int64_t expert,
@@ -90,7 +92,8 @@ void BindLayer(py::module_& m) {
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        float alpha, std::optional<float> limit, float up_offset, bool has_bias,
-                       Precision precision, bool batch_invariant, int few_token_limit) {
+                       Precision precision, bool batch_invariant, int few_token_limit,
+                       std::vector<int32_t> copy_of) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
@@ -99,12 +102,13 @@ void BindLayer(py::module_& m) {
                               .has_bias = has_bias,
                               .precision = precision,
                               .batch_invariant = batch_invariant,
-                              .few_token_limit = few_token_limit};
+                              .few_token_limit = few_token_limit,
+                              .copy_of = std::move(copy_of)};
            }),
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
            py::arg("has_bias"), py::arg("precision"), py::arg("batch_invariant"),
-           py::arg("few_token_limit"));
+           py::arg("few_token_limit"), py::arg("copy_of") = std::vector<int32_t>());
 
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
@@ -130,12 +134,24 @@ void BindLayer(py::module_& m) {
   py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
       .def(py::init(&Layer::Create), py::kw_only(), py::arg("isa"), py::arg("origin"),
            py::arg("format"), py::arg("config"))
-      .def_property_readonly("nbytes", &Layer::nbytes)
-      .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("first"), py::arg("experts"),
+      .def("packed_bytes", &Layer::packed_bytes, py::call_guard<py::gil_scoped_release>(),
+           "The bytes of the experts that are packed now.")
+      .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),
+           "One number per expert; 0: it has no weights.")
+      .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("experts"), py::arg("weights"),
            py::call_guard<py::gil_scoped_release>())
       .def("evict", &Layer::Evict, py::kw_only(), py::arg("expert"),
            py::call_guard<py::gil_scoped_release>(),
            "Gives the memory of an expert's weights back to the system, once no call uses them.")
+      .def(
+          "set_mask",
+          [](Layer& self, uintptr_t mask) { self.SetMask(reinterpret_cast<const uint8_t*>(mask)); },
+          py::kw_only(), py::arg("mask"), py::call_guard<py::gil_scoped_release>(),
+          "Names the experts that calls skip, by an address, which calls read until the next one.")
+      .def("evict_masked", &Layer::EvictMasked, py::call_guard<py::gil_scoped_release>(),
+           "Gives the memory of all experts that the mask skips back to the system.")
+      .def("require_own_process", &Layer::RequireOwnProcess,
+           "Raises RuntimeError in a forked child, which must not change the layer.")
       .def("statistics", &Layer::statistics, "Sums over all calls since the layer was made.")
       .def("unpack", &Unpack, py::kw_only(), py::arg("runtime"), py::arg("expert"),
            py::arg("matrices"), py::arg("intermediate_begin"),

@@ -27,8 +27,8 @@ class Call {
     bool fp32_as_bf16 = false;  // whether fp32 activations may be rounded to bf16
     int64_t top_k = 0;
     bool ids_are_64_bit = false;
-    // [num_experts], not zero: skipped. May be null. Read whenever the call runs, so the host may
-    // change the bytes between two runs.
+    // [num_experts], not zero: skipped. Null: the layer's mask applies. Read whenever the call
+    // runs, so the host may change the bytes between two runs.
     const uint8_t* mask = nullptr;
   };
 

@@ -1,9 +1,12 @@
 #include "engine/layer.h"
 
 #include <chrono>
+#include <iterator>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
+#include "base/check.h"
 #include "dispatch/variant_loader.h"
 #include "moe/pack_experts.h"
 
@@ -22,29 +25,80 @@ std::shared_ptr<Layer> Layer::Create(const std::string& isa, const std::string& 
   return std::shared_ptr<Layer>(new Layer(isa, entry.info, std::move(moe)));
 }
 
+void Layer::RequireOwnProcess() const {
+  if (!fork_guard_.forked()) return;
+  throw std::runtime_error(
+      "Layer: a forked process may use its parent's experts, but not pack, mask or evict them; "
+      "create a new layer in this process");
+}
+
 Layer::Writing Layer::LockForChange() {
-  if (fork_guard_.forked()) {
-    throw std::runtime_error(
-        "Layer: a forked process may use its parent's experts, but not pack or evict them; create "
-        "a new layer in this process");
-  }
+  RequireOwnProcess();
+  const std::lock_guard turn(turns_mutex_);
   return Writing(weights_mutex_);
 }
 
 Layer::Reading Layer::LockForUse() const {
-  return fork_guard_.forked() ? Reading() : Reading(weights_mutex_);
+  if (fork_guard_.forked()) return {};
+  const std::lock_guard turn(turns_mutex_);
+  return Reading(weights_mutex_);
+}
+
+size_t Layer::packed_bytes() const {
+  const std::vector<uint8_t> has_weights = packed();
+  std::vector<uint8_t> copies(config().copies(), 0);
+  for (int64_t e = 0; e < config().num_experts; ++e) copies[config().CopyOf(e)] |= has_weights[e];
+  return std::accumulate(copies.begin(), copies.end(), int64_t{0}) * moe_->copy_bytes();
+}
+
+std::vector<uint8_t> Layer::packed() const {
+  const Reading lock = LockForUse();
+  std::vector<uint8_t> packed(config().num_experts);
+  for (int64_t e = 0; e < config().num_experts; ++e) packed[e] = moe_->HasWeights(e) ? 1 : 0;
+  return packed;
+}
+
+void Layer::Pack(Runtime& runtime, std::span<const int64_t> experts,
+                 std::span<const ExpertSource> sources) {
+  Require(experts.size() == sources.size(), "experts: expected one index for each of the ",
+          sources.size(), " sources, got ", experts.size());
+  runtime.Execute([&](Node& node) {
+    const Writing lock = LockForChange();
+    PackExperts(*moe_, experts, sources, node.pool());
+  });
 }
 
 void Layer::Pack(Runtime& runtime, int64_t first, std::span<const ExpertSource> sources) {
-  runtime.Execute([&](Node& node) {
-    const Writing lock = LockForChange();
-    PackExperts(*moe_, first, sources, node.pool());
-  });
+  config().RequireExperts(first, std::ssize(sources));
+  std::vector<int64_t> experts(sources.size());
+  std::iota(experts.begin(), experts.end(), first);
+  Pack(runtime, experts, sources);
 }
 
 void Layer::Evict(int64_t expert) {
   const Writing lock = LockForChange();
   moe_->Evict(expert);
+}
+
+void Layer::SetMask(const uint8_t* mask) {
+  const Writing lock = LockForChange();
+  for (int64_t e = 0; e < config().num_experts; ++e) {
+    Require((mask != nullptr && mask[e] != 0) || moe_->HasWeights(e), "mask: expert ", e,
+            " has no weights and is not masked; pack it first");
+  }
+  mask_ = mask;
+}
+
+void Layer::EvictMasked() {
+  const Writing lock = LockForChange();
+  if (mask_ == nullptr) return;
+  std::vector<uint8_t> used(config().copies(), 0);
+  for (int64_t e = 0; e < config().num_experts; ++e) {
+    if (mask_[e] == 0) used[config().CopyOf(e)] = 1;
+  }
+  for (int64_t e = 0; e < config().num_experts; ++e) {
+    if (used[config().CopyOf(e)] == 0) moe_->Evict(e);
+  }
 }
 
 void Layer::Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const {
@@ -56,10 +110,11 @@ void Layer::Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& ou
 
 void Layer::Forward(const ForwardArgs& args, Node& node) const {
   const Reading lock = LockForUse();
-  ForwardArgs counted = args;
-  counted.counters = &counters_;
+  ForwardArgs mine = args;
+  mine.counters = &counters_;
+  if (mine.routing.mask == nullptr) mine.routing.mask = mask_;
   const auto start = std::chrono::steady_clock::now();
-  moe_->Forward(counted, node.pool(), node.workspace());
+  moe_->Forward(mine, node.pool(), node.workspace());
   const std::chrono::nanoseconds taken = std::chrono::steady_clock::now() - start;
   calls_.fetch_add(1, std::memory_order_relaxed);
   nanoseconds_.fetch_add(taken.count(), std::memory_order_relaxed);

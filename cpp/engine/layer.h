@@ -18,9 +18,10 @@
 
 namespace cpumoe {
 
-// Any thread may use a layer. A forward call never meets an expert that is half packed: packing
-// waits for the layer's calls on all runtimes, and they wait for it. A forked child may compute
-// with its parent's layers on a runtime of its own, but not pack or evict experts.
+// Any thread may use a layer. A change (of the packed experts, of the mask) waits for the layer's
+// calls on all runtimes, and later calls wait for the change. So a call sees the layer either as it
+// was or as it is afterwards. A forked child may compute with its parent's layers on a runtime of
+// its own, but not change them.
 class Layer {
  public:
   // A layer without weights, on variant `isa`. `origin` names who asked for the variant, for
@@ -32,14 +33,32 @@ class Layer {
   const std::string& isa() const { return isa_; }
   const FormatInfo& format() const { return format_; }
   const MoeConfig& config() const { return moe_->config(); }
-  size_t nbytes() const { return moe_->nbytes(); }
+  // The bytes of the layer when all experts are packed, and of those that are packed now.
+  size_t nbytes() const { return config().copies() * moe_->copy_bytes(); }
+  size_t packed_bytes() const;
+  // One byte per expert: whether it has weights.
+  std::vector<uint8_t> packed() const;
 
-  // Packs sources[i] as expert first + i. After an exception some of these experts have no weights.
+  // Packs sources[i] as expert experts[i], for its replicas (MoeConfig::copy_of) as well. After an
+  // exception some of these experts have no weights.
+  void Pack(Runtime& runtime, std::span<const int64_t> experts,
+            std::span<const ExpertSource> sources);
+  // Packs sources[i] as expert first + i.
   void Pack(Runtime& runtime, int64_t first, std::span<const ExpertSource> sources);
 
-  // Gives the memory of an expert's weights back to the system, once no call uses them. Calls that
-  // need the expert fail until it is packed again. Throws std::out_of_range and std::system_error.
+  // Gives the memory of an expert's weights back to the system. Calls that need the expert, or a
+  // replica of it, fail until it is packed again. Throws std::out_of_range and std::system_error.
   void Evict(int64_t expert);
+
+  // Names the experts that calls skip, unless a call has a mask of its own (RoutingInput::mask).
+  // `mask` is read whenever a call runs. It must live until another one is set, or as long as there
+  // are calls. Throws std::invalid_argument if an expert that is not masked has no weights, and
+  // then changes nothing.
+  void SetMask(const uint8_t* mask);
+  // Evicts every expert that the layer's mask skips, unless a replica of it is not skipped.
+  void EvictMasked();
+  // Throws std::runtime_error in a forked child.
+  void RequireOwnProcess() const;
 
   // Writes the checkpoint bytes of a packed expert to `out`.
   void Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const;
@@ -63,10 +82,10 @@ class Layer {
   using Writing = std::unique_lock<std::shared_mutex>;
   using Reading = std::shared_lock<std::shared_mutex>;
 
-  // Locks the weights for a change. Throws std::runtime_error in a forked child.
+  // Locks the layer for a change. Throws std::runtime_error in a forked child.
   Writing LockForChange();
-  // Locks the weights against changes. A forked child gets no lock. In the child nothing changes
-  // weights, and a thread that exists in the parent alone may own the mutex.
+  // Locks the layer against changes. A forked child gets no lock. In the child nothing changes
+  // the layer, and a thread that exists in the parent alone may own the mutex.
   Reading LockForUse() const;
 
   const ForkGuard fork_guard_;
@@ -76,7 +95,12 @@ class Layer {
   mutable LayerCounters counters_;
   mutable std::atomic<int64_t> calls_{0};
   mutable std::atomic<int64_t> nanoseconds_{0};
-  mutable std::shared_mutex weights_mutex_;  // locked after the runtime's mutex
+  const uint8_t* mask_ = nullptr;
+  // Locked in this order, after the runtime's mutex. Calls take turns_mutex_ just to wait for a
+  // change that is waiting for them. A shared mutex alone may let a change wait for as long as
+  // calls overlap.
+  mutable std::mutex turns_mutex_;
+  mutable std::shared_mutex weights_mutex_;
 };
 
 }  // namespace cpumoe

@@ -1,9 +1,11 @@
 // The shape of one layer's routed experts and the formula of their activation.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
+#include <vector>
 
 #include "base/check.h"
 
@@ -41,7 +43,14 @@ struct MoeConfig {
   // Most tokens of an expert that the few-token kernels take. If negative, the
   // path's own limit decides.
   int few_token_limit = -1;
+  // [num_experts], the packed copy that serves each expert; empty: each expert has a copy of its
+  // own. Experts with one copy are replicas. Copies are numbered from 0 without gaps.
+  std::vector<int32_t> copy_of;
 
+  int64_t CopyOf(int64_t expert) const { return copy_of.empty() ? expert : copy_of[expert]; }
+  int64_t copies() const {
+    return copy_of.empty() ? num_experts : *std::ranges::max_element(copy_of) + int64_t{1};
+  }
   // Throws std::out_of_range unless experts [first, first + count) exist. `count` is not negative.
   void RequireExperts(int64_t first, int64_t count) const {
     if (first >= 0 && first <= num_experts && count <= num_experts - first) return;

@@ -48,7 +48,7 @@ class ForwardPass {
   void Run(int64_t begin, int64_t end) {
     begin_ = begin;
     tokens_ = end - begin;
-    routing_.Build(args_.routing, begin, end, op_.weights().has_weights());
+    routing_.Build(args_.routing, begin, end, op_.weights().has_weights(), op_.config().copy_of);
     shared_ = tokens_ == 1 && routing_.tokens().size() == routing_.experts().size();
     const auto experts = static_cast<int64_t>(routing_.experts().size());
     const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
@@ -110,12 +110,9 @@ class ForwardPass {
   }
 
   void Count(LayerCounters& counters) const {
-    for (const Expert& expert : routing_.experts()) {
-      counters.expert_tokens[expert.id].fetch_add(expert.count, std::memory_order_relaxed);
-    }
-    const auto bytes = static_cast<int64_t>(op_.weights().nbytes()) / op_.config().num_experts;
+    routing_.CountTokens(counters.expert_tokens);
     const auto experts = static_cast<int64_t>(routing_.experts().size());
-    counters.bytes_read.fetch_add(experts * bytes, std::memory_order_relaxed);
+    counters.bytes_read.fetch_add(experts * op_.weights().copy_bytes(), std::memory_order_relaxed);
   }
 
   void Stage() {

@@ -55,14 +55,17 @@ class Moe {
   virtual ~Moe() = default;
 
   virtual const MoeConfig& config() const = 0;
-  virtual size_t nbytes() const = 0;  // of packed weights and biases
+  // The bytes of one packed copy (MoeConfig::copy_of), its biases included.
+  virtual int64_t copy_bytes() const = 0;
+  virtual bool HasWeights(int64_t expert) const = 0;  // throws std::out_of_range
 
-  // Packs one expert. Throws std::invalid_argument if a shape or a scale violates the config or the
-  // format. The expert then has no weights.
+  // Packs one expert, for its replicas as well. Throws std::invalid_argument if a shape or a scale
+  // violates the config or the format. The expert then has no weights.
   virtual void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) = 0;
 
-  // Gives the memory of an expert's weights back to the system. The expert then has no weights, and
-  // takes memory again when it is packed again. Throws std::out_of_range and std::system_error.
+  // Gives the memory of an expert's weights back to the system. The expert and its replicas then
+  // have no weights, and take memory again when one of them is packed again. Throws
+  // std::out_of_range and std::system_error.
   virtual void Evict(int64_t expert) = 0;
 
   // Writes the checkpoint bytes of a packed expert to `out`.

@@ -39,7 +39,8 @@ class MoeOperator : public Moe {
   explicit MoeOperator(const MoeConfig& config) : weights_(Checked(config)) {}
 
   const MoeConfig& config() const final { return weights_.config(); }
-  size_t nbytes() const final { return weights_.nbytes(); }
+  int64_t copy_bytes() const final { return weights_.copy_bytes(); }
+  bool HasWeights(int64_t expert) const final { return weights_.HasWeights(expert); }
   const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -23,28 +24,36 @@ class PackedWeights {
       : config_(Checked(config)),
         gate_up_(config.intermediate_size, config.hidden_size, 2),
         down_(config.hidden_size, config.intermediate_size),
-        packed_(Allocate(config.num_experts, ExpertBytes())),
-        biases_(config.has_bias ? config.num_experts * BiasSize() : 0),
-        scales_(config.num_experts),
-        has_weights_(config.num_experts, 0) {}
+        packed_(Allocate(config.copies(), PackedBytes())),
+        biases_(config.has_bias ? config.copies() * BiasSize() : 0),
+        scales_(config.copies()),
+        has_weights_(config.copies(), 0) {}
 
   const MoeConfig& config() const { return config_; }
-  size_t nbytes() const { return packed_.size() + biases_.size() * sizeof(float); }
-  // One byte per expert, which says whether the expert has been packed.
+  // The bytes of one packed copy, its biases included.
+  int64_t copy_bytes() const {
+    return PackedBytes() + (biases_.empty() ? 0 : BiasSize() * int64_t{sizeof(float)});
+  }
+  // One byte per copy, which says whether the copy has been packed.
   const std::vector<uint8_t>& has_weights() const { return has_weights_; }
-  const ScaleRange& scales(int64_t expert) const { return scales_[expert]; }
+  bool HasWeights(int64_t expert) const {
+    config_.RequireExperts(expert, 1);
+    return has_weights_[config_.CopyOf(expert)] != 0;
+  }
+
+  // What calls read, by the number of the copy.
+  const ScaleRange& scales(int64_t copy) const { return scales_[copy]; }
 
   const PackedLayout<F>& layout(Projection p) const {
     return p == Projection::kDown ? down_ : gate_up_;
   }
-  TileView Tile(int64_t expert, Projection p, int64_t tile) const {
-    return layout(p).Tile(Matrix(expert, p), tile);
+  TileView Tile(int64_t copy, Projection p, int64_t tile) const {
+    return layout(p).Tile(Matrix(copy, p), tile);
   }
   // [rows of the projection], or null if experts have no biases.
-  const float* Bias(int64_t expert, Projection p) const {
+  const float* Bias(int64_t copy, Projection p) const {
     if (biases_.empty()) return nullptr;
-    return biases_.data() + expert * BiasSize() +
-           static_cast<int64_t>(p) * config_.intermediate_size;
+    return biases_.data() + copy * BiasSize() + static_cast<int64_t>(p) * config_.intermediate_size;
   }
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) {
@@ -57,34 +66,36 @@ class PackedWeights {
                 biased == (source.down_bias != nullptr),
             "expert ", expert, ": ", config_.has_bias ? "three biases" : "no biases",
             " expected, as the layer's has_bias says");
-    has_weights_[expert] = 0;
+    const int64_t copy = config_.CopyOf(expert);
+    has_weights_[copy] = 0;
     std::vector<ScaleRange> ranges(pool.num_threads());
     ForEachTile(pool, [&](Projection p, int64_t tile, int thread) {
       const RawMatrix& matrix = p == Projection::kGate ? source.gate
                                 : p == Projection::kUp ? source.up
                                                        : source.down;
-      ranges[thread].Merge(layout(p).PackTile(matrix, tile, Matrix(expert, p)));
+      ranges[thread].Merge(layout(p).PackTile(matrix, tile, Matrix(copy, p)));
     });
     for (const ScaleRange& range : ranges) ranges[0].Merge(range);
-    scales_[expert] = ranges[0];
+    scales_[copy] = ranges[0];
     if (biased) {
-      float* bias = biases_.data() + expert * BiasSize();
+      float* bias = biases_.data() + copy * BiasSize();
       bias = std::copy_n(source.gate_bias, config_.intermediate_size, bias);
       bias = std::copy_n(source.up_bias, config_.intermediate_size, bias);
       std::copy_n(source.down_bias, config_.hidden_size, bias);
     }
-    has_weights_[expert] = 1;
+    has_weights_[copy] = 1;
   }
 
   void Evict(int64_t expert) {
     config_.RequireExperts(expert, 1);
-    has_weights_[expert] = 0;
-    packed_.GiveBack(expert * ExpertBytes(), ExpertBytes());
+    const int64_t copy = config_.CopyOf(expert);
+    has_weights_[copy] = 0;
+    packed_.GiveBack(copy * PackedBytes(), PackedBytes());
   }
 
   void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
-    config_.RequireExperts(expert, 1);
-    Require(has_weights_[expert] != 0, "expert ", expert, " has no weights to export");
+    Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
+    const int64_t copy = config_.CopyOf(expert);
     const int64_t begin = out.intermediate_begin, count = out.gate.rows;
     Require(begin >= 0 && count >= 0 && begin + count <= config_.intermediate_size &&
                 begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
@@ -95,9 +106,9 @@ class PackedWeights {
     out.down.RequireShape(config_.hidden_size, count);
     ForEachTile(pool, [&](Projection p, int64_t tile, int) {
       if (p == Projection::kDown) {
-        down_.UnpackTile(Matrix(expert, p), tile, 0, begin, out.down);
+        down_.UnpackTile(Matrix(copy, p), tile, 0, begin, out.down);
       } else {
-        gate_up_.UnpackTile(Matrix(expert, p), tile, begin, 0,
+        gate_up_.UnpackTile(Matrix(copy, p), tile, begin, 0,
                             p == Projection::kGate ? out.gate : out.up);
       }
     });
@@ -114,6 +125,12 @@ class PackedWeights {
     CheckSize(c.intermediate_size, "intermediate_size");
     Require(c.num_experts <= kMaxExperts, "num_experts must be at most ", kMaxExperts, ", got ",
             c.num_experts);
+    Require(c.copy_of.empty() || std::ssize(c.copy_of) == c.num_experts, "copy_of must have no or ",
+            c.num_experts, " elements, got ", c.copy_of.size());
+    for (const int32_t copy : c.copy_of) {
+      Require(copy >= 0 && copy < c.num_experts, "copy_of must have elements in [0, ",
+              c.num_experts, "), got ", copy);
+    }
     return c;
   }
   static void CheckSize(int64_t size, const char* name) {
@@ -146,33 +163,33 @@ class PackedWeights {
     });
   }
 
-  static AlignedBuffer Allocate(int64_t experts, int64_t expert_bytes) {
+  static AlignedBuffer Allocate(int64_t copies, int64_t bytes) {
     try {
-      return AlignedBuffer(static_cast<size_t>(experts * expert_bytes));
+      return AlignedBuffer(static_cast<size_t>(copies * bytes));
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory(Message("cannot allocate ", (experts * expert_bytes) >> 20, " MiB for ",
-                                experts, " experts of ", expert_bytes >> 20, " MiB each"));
+      throw OutOfMemory(Message("cannot allocate ", (copies * bytes) >> 20, " MiB for ", copies,
+                                " experts of ", bytes >> 20, " MiB each"));
     }
   }
 
-  int64_t ExpertBytes() const { return 2 * gate_up_.bytes() + down_.bytes(); }
+  int64_t PackedBytes() const { return 2 * gate_up_.bytes() + down_.bytes(); }
   int64_t BiasSize() const { return 2 * config_.intermediate_size + config_.hidden_size; }
-  std::byte* Matrix(int64_t expert, Projection p) const {
+  std::byte* Matrix(int64_t copy, Projection p) const {
     const int64_t offset = p == Projection::kGate ? 0
                            : p == Projection::kUp ? gate_up_.TileBytes()
                                                   : 2 * gate_up_.bytes();
-    return packed_.data() + expert * ExpertBytes() + offset;
+    return packed_.data() + copy * PackedBytes() + offset;
   }
 
   MoeConfig config_;
   PackedLayout<F> gate_up_;
   PackedLayout<F> down_;
-  // For each expert: tiles of gate and up in turn, then the tiles of down. Tiles of gate and up are
+  // For each copy: tiles of gate and up in turn, then the tiles of down. Tiles of gate and up are
   // read together. If one matrix followed the other, both would lie at the same offsets of their
   // pages, which makes memory and caches a tenth slower.
   AlignedBuffer packed_;
-  std::vector<float> biases_;       // [experts][gate | up | down], empty without biases
-  std::vector<ScaleRange> scales_;  // by expert, over its three matrices
+  std::vector<float> biases_;       // [copies][gate | up | down], empty without biases
+  std::vector<ScaleRange> scales_;  // by copy, over its three matrices
   std::vector<uint8_t> has_weights_;
 };
 

@@ -1,7 +1,10 @@
 // Groups a call's (token, slot) pairs by expert.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <iterator>
+#include <span>
 #include <vector>
 
 #include "base/check.h"
@@ -24,22 +27,26 @@ struct RoutingInput {
 };
 
 // The pairs of a call in order of expert, then token, then slot. Sums are computed in this order.
+// Replicas (MoeConfig::copy_of) count as one expert here.
 class Routing {
  public:
   struct Expert {
-    int64_t id;
+    int64_t id;  // of the packed copy
     // The expert's first pair, as an index into tokens() and weights().
     int64_t begin;
     int64_t count;
   };
 
-  // Takes tokens [begin, end) of `input`. `has_weights[e]` says whether expert e was packed. Throws
-  // std::out_of_range for an id that no host may pass, and std::invalid_argument for an expert that
-  // was not packed.
+  // Takes tokens [begin, end) of `input`. `has_weights[c]` says whether copy c was packed, and
+  // `copy_of` is MoeConfig's. Throws std::out_of_range for an id that no host may pass, and
+  // std::invalid_argument for an expert that was not packed.
   void Build(const RoutingInput& input, int64_t begin, int64_t end,
-             const std::vector<uint8_t>& has_weights) {
-    const int64_t num_experts = static_cast<int64_t>(has_weights.size());
-    counts_.assign(num_experts, 0);
+             const std::vector<uint8_t>& has_weights, std::span<const int32_t> copy_of = {}) {
+    const int64_t num_experts = copy_of.empty() ? std::ssize(has_weights) : std::ssize(copy_of);
+    const auto copy = [&](int64_t id) {
+      return copy_of.empty() ? static_cast<int32_t>(id) : copy_of[id];
+    };
+    tokens_of_id_.assign(num_experts, 0);
     experts_.clear();
     // Copies the mask, because the host may change it at any time and both passes below must use
     // one mask.
@@ -50,24 +57,30 @@ class Routing {
     for (int64_t i = first; i < last; ++i) {
       const int64_t id = input.Id(i);
       const bool mine = IsMine(input, i, id);
-      chosen_[i - first] = mine ? static_cast<int32_t>(id) : -1;
-      if (mine) ++counts_[id];
+      chosen_[i - first] = mine ? copy(id) : -1;
+      if (mine) ++tokens_of_id_[id];
+    }
+    places_.assign(has_weights.size(), 0);
+    for (int64_t id = 0; id < num_experts; ++id) {
+      if (tokens_of_id_[id] == 0) continue;
+      Require(has_weights[copy(id)] != 0, "expert ", id,
+              " has no weights, but a token is routed to it; pack it first");
+      places_[copy(id)] += tokens_of_id_[id];
     }
     int64_t total = 0;
-    for (int64_t id = 0; id < num_experts; ++id) {
-      if (counts_[id] == 0) continue;
-      Require(has_weights[id] != 0, "expert ", id,
-              " has no weights, but a token is routed to it; pack it first");
-      experts_.push_back({id, total, counts_[id]});
-      total += counts_[id];
-      counts_[id] = total - counts_[id];  // from here on the place of the expert's next pair
+    for (int64_t id = 0; id < std::ssize(places_); ++id) {
+      const int64_t count = places_[id];
+      if (count == 0) continue;
+      experts_.push_back({id, total, count});
+      places_[id] = total;
+      total += count;
     }
     tokens_.resize(total);
     weights_.resize(total);
     for (int64_t i = first; i < last; ++i) {
       const int32_t id = chosen_[i - first];
       if (id < 0) continue;
-      const int64_t place = counts_[id]++;
+      const int64_t place = places_[id]++;
       tokens_[place] = static_cast<int32_t>(i / input.top_k - begin);
       weights_[place] = input.weights[i];
     }
@@ -78,6 +91,14 @@ class Routing {
     return tokens_;
   }  // relative to the first token taken
   const std::vector<float>& weights() const { return weights_; }
+
+  // Adds the number of tokens of each expert, by the host's id of it.
+  void CountTokens(std::span<std::atomic<int64_t>> expert_tokens) const {
+    for (int64_t id = 0; id < std::ssize(tokens_of_id_); ++id) {
+      if (tokens_of_id_[id] == 0) continue;
+      expert_tokens[id].fetch_add(tokens_of_id_[id], std::memory_order_relaxed);
+    }
+  }
 
  private:
   bool IsMine(const RoutingInput& input, int64_t index, int64_t id) const {
@@ -92,9 +113,10 @@ class Routing {
   }
 
   std::vector<uint8_t> masked_;
-  // The id of every pair, -1 if skipped. A copy, because the host may change its ids meanwhile.
+  // The packed copy for every pair, -1 if skipped. The host may change its ids meanwhile.
   std::vector<int32_t> chosen_;
-  std::vector<int64_t> counts_;
+  std::vector<int64_t> tokens_of_id_;  // pairs of each of the host's ids
+  std::vector<int64_t> places_;        // of the next pair of each packed copy
   std::vector<Expert> experts_;
   std::vector<int32_t> tokens_;
   std::vector<float> weights_;

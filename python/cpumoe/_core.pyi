@@ -140,7 +140,7 @@ class Precision:
     def value(self) -> int:
         ...
 class MoeConfig:
-    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
         ...
 class Matrix:
     def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -165,16 +165,33 @@ class Layer:
         """
         Gives the memory of an expert's weights back to the system, once no call uses them.
         """
-    def pack(self, *, runtime: Runtime, first: typing.SupportsInt | typing.SupportsIndex, experts: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"] | None]]) -> None:
+    def evict_masked(self) -> None:
+        """
+        Gives the memory of all experts that the mask skips back to the system.
+        """
+    def pack(self, *, runtime: Runtime, experts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], weights: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"] | None]]) -> None:
         ...
+    def packed(self) -> list[int]:
+        """
+        One number per expert; 0: it has no weights.
+        """
+    def packed_bytes(self) -> int:
+        """
+        The bytes of the experts that are packed now.
+        """
+    def require_own_process(self) -> None:
+        """
+        Raises RuntimeError in a forked child, which must not change the layer.
+        """
+    def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Names the experts that calls skip, by an address, which calls read until the next one.
+        """
     def statistics(self) -> LayerStatistics:
         """
         Sums over all calls since the layer was made.
         """
     def unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, matrices: typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], intermediate_begin: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    @property
-    def nbytes(self) -> int:
         ...
 class DType:
     """
@@ -232,7 +249,7 @@ class SubmittedCall:
     def wait_for(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
         ...
 class Call:
-    def __init__(self, *, runtime: Runtime, layer: Layer, input_dtype: DType, output_dtype: DType, accumulate: bool = False, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, mask: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def __init__(self, *, runtime: Runtime, layer: Layer, input_dtype: DType, output_dtype: DType, accumulate: bool = False, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool) -> None:
         ...
     def run(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import NoReturn
 
 import torch
 from typing_extensions import Unpack
 
-from cpumoe import _core
-from cpumoe._base.progress import track
-from cpumoe._base.renamed import warn_renamed, with_old_arguments
-from cpumoe._base.tensors import refuse_tracing
-from cpumoe._engine.arguments import MatrixStack, check_mask, integer
-from cpumoe._engine.calls import Calls
-from cpumoe._engine.config import layer_config
+from cpumoe._base.renamed import with_old_arguments
+from cpumoe._engine.arguments import MatrixStack
 from cpumoe._engine.output import NEW_TENSOR, Destination
-from cpumoe._engine.packing import checked_stack, pack_experts, unpack_expert
+from cpumoe._engine.packing import checked_stack
 from cpumoe._engine.repetition import Call
+from cpumoe._engine.sources import CheckpointSource, InOrder, Source
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.formats import weight_format
 from cpumoe.future import Future
-from cpumoe.isa import select_isa
 from cpumoe.numerics.precision import PRECISIONS
 from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
-from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.packed_experts import PackedExperts
+from cpumoe.runtime import default_runtime
 from cpumoe.statistics import ExpertsStatistics
 
 
-class Experts:
+class Experts(PackedExperts):
     """The routed experts of one layer, packed for this CPU.
 
     Make one with `from_checkpoint` or `from_tensors`. A call computes, for every token t with
@@ -62,7 +57,7 @@ class Experts:
     @with_old_arguments("compute", "fused_tokens")
     def __init__(
         self,
-        experts: Iterable[ExpertWeights],
+        experts: Iterable[ExpertWeights] | Source,
         *,
         format: str,
         num_experts: int,
@@ -71,6 +66,7 @@ class Experts:
         swiglu: SwiGLU | None = None,
         has_bias: bool = False,
         expert_mask: torch.Tensor | None = None,
+        pack_masked: bool = True,
         options: ExpertsOptions | None = None,
         **overrides: Unpack[ExpertsKeywords],
     ) -> None:
@@ -79,47 +75,19 @@ class Experts:
         These two describe the arguments.
         """
         options = with_overrides(options, overrides, "Experts")
-        self._swiglu = swiglu or SwiGLU()
-        config = layer_config(
+        source = experts if isinstance(experts, Source) else InOrder(experts, num_experts)
+        super().__init__(
+            source,
+            format=format,
             num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            swiglu=self._swiglu,
+            swiglu=swiglu,
             has_bias=has_bias,
-            precision=options.precision,
-            batch_invariant=options.batch_invariant,
-            few_token_limit=options.few_token_limit,
+            expert_mask=expert_mask,
+            pack_masked=pack_masked,
+            options=options,
         )
-        self._format = weight_format(format)
-        name, origin = select_isa(options.isa)
-        self._isa = _core.open_variant(name, origin)
-        self._runtime = options.runtime
-        self._precision = options.precision
-        self._num_experts = num_experts
-        self._hidden_size = hidden_size
-        self._intermediate_size = intermediate_size
-        self._layer = _core.Layer(
-            isa=self._isa, origin=origin, format=self._format.name, config=config
-        )
-        self._calls = Calls(
-            self._layer,
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            precision=options.precision,
-        )
-        self._mask: torch.Tensor | None = None
-        self.expert_mask = expert_mask
-        self._biases = pack_experts(
-            self._layer,
-            experts,
-            fmt=self._format,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            runtime=self.runtime.core,
-            threads=self.runtime.threads,
-        )
-        if len(self._biases) != num_experts:
-            raise ValueError(f"expected {num_experts} experts, got {len(self._biases)}")
 
     @classmethod
     @with_old_arguments("compute", "fused_tokens")
@@ -128,8 +96,10 @@ class Experts:
         path: str | PathLike[str] | ExpertReader,
         layer: int,
         *,
+        experts: Sequence[int] | None = None,
         swiglu: SwiGLU | None = None,
         expert_mask: torch.Tensor | None = None,
+        pack_masked: bool = True,
         progress: bool | None = None,
         options: ExpertsOptions | None = None,
         **overrides: Unpack[ExpertsKeywords],
@@ -140,8 +110,13 @@ class Experts:
             path: the checkpoint's folder (config.json and safetensors shards), or a reader from
                 `open_checkpoint`, which saves reading the index again for each layer.
             layer: index of the decoder layer.
+            experts: the checkpoint's experts that the layer has: expert i of the layer is expert
+                ``experts[i]`` of the checkpoint. Repeated ones share one packed copy. Default: all
+                experts, in the checkpoint's order.
             swiglu: the activation; default: as config.json of the checkpoint says.
             expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
+            pack_masked: whether masked experts are packed, too. Otherwise they take no memory until
+                `pack` or another mask asks for them.
             progress: whether to show a progress bar; default: if standard error is a terminal.
             options: threads, precision, variant and kernels; default: `ExpertsOptions()`.
             **overrides: fields of `ExpertsOptions` by name. They take precedence over `options`.
@@ -151,30 +126,29 @@ class Experts:
             CheckpointError: the checkpoint is damaged or incomplete (a ValueError).
             UnsupportedFormatError: the experts are in a format that cpumoe does not support, or
                 `swiglu` is None and config.json does not specify it.
-            IndexError: the layer has no routed experts.
-            TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name.
+            IndexError: the layer has no routed experts, or not those that `experts` names.
+            TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name;
+                `experts` are no ints, or none.
         """
         options = with_overrides(options, overrides, "Experts.from_checkpoint")
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
         try:
-            indices = track(
-                range(reader.num_experts), f"layer {layer}: packing experts", enabled=progress
-            )
             reader.check_layer(layer)  # before memory is asked for
-            experts = cls(
-                # Packing looks at all scales.
-                (reader.expert(layer, i, check_scales=False) for i in indices),
+            source = CheckpointSource(reader, layer, experts, progress)
+            made = cls(
+                source,
                 format=reader.format,
-                num_experts=reader.num_experts,
+                num_experts=len(source.experts),
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,
                 swiglu=swiglu or reader.known_swiglu(),
                 has_bias=reader.has_bias,
                 expert_mask=expert_mask,
+                pack_masked=pack_masked,
                 options=options,
             )
-            reader.folder.check_unchanged()
-            return experts
+            source.settle(keep_reader=reader is path)
+            return made
         finally:
             if reader is not path:
                 reader.close()
@@ -193,6 +167,7 @@ class Experts:
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
         expert_mask: torch.Tensor | None = None,
+        pack_masked: bool = True,
         options: ExpertsOptions | None = None,
         **overrides: Unpack[ExpertsKeywords],
     ) -> Experts:
@@ -213,6 +188,7 @@ class Experts:
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
             expert_mask: see `from_checkpoint`.
+            pack_masked: see `from_checkpoint`.
             options: see `from_checkpoint`.
             **overrides: see `from_checkpoint`.
 
@@ -235,6 +211,7 @@ class Experts:
             swiglu=swiglu,
             has_bias=bool(stack.biases),
             expert_mask=expert_mask,
+            pack_masked=pack_masked,
             options=options,
         )
 
@@ -307,7 +284,8 @@ class Experts:
         call = self._prepare(
             hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate, copy_inputs
         )
-        started = call.engine.submit(*call.addresses, owned=call, copy_inputs=copy_inputs)
+        owned = (call, self._residency)  # which keeps the mask
+        started = call.engine.submit(*call.addresses, owned=owned, copy_inputs=copy_inputs)
         return Future(started, call.output)
 
     def statistics(self) -> ExpertsStatistics:
@@ -321,108 +299,6 @@ class Experts:
             seconds=sums.seconds,
             expert_tokens=torch.tensor(sums.expert_tokens, dtype=torch.int64, device="cpu"),
             bytes_read=sums.bytes_read,
-        )
-
-    def export(self, expert_id: int) -> ExpertWeights:
-        """Returns an expert's weights as its checkpoint stores them, bit for bit.
-
-        Returns:
-            Codes uint8 and scales (E8M0 bytes as uint8, or bf16); gate and up ``[intermediate,
-            hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
-
-        Raises:
-            TypeError: `expert_id` is not an int.
-            IndexError: there is no such expert.
-        """
-        expert_id = integer(expert_id, "expert_id")
-        if not 0 <= expert_id < self.num_experts:
-            raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
-        refuse_tracing("export")
-        matrices = unpack_expert(
-            self._layer,
-            expert_id,
-            fmt=self._format,
-            hidden_size=self._hidden_size,
-            intermediate_size=self._intermediate_size,
-            runtime=self.runtime.core,
-        )
-        return ExpertWeights(*matrices, *(self._biases[expert_id] or ()))
-
-    @property
-    def format(self) -> str:
-        """Name of the weight format, e.g. "mxfp4"."""
-        return self._format.name
-
-    @property
-    def isa(self) -> str:
-        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
-        return self._isa
-
-    @property
-    def precision(self) -> str:
-        """The lowest precision of activations: "auto", "bf16" or "int8"; see the class."""
-        return self._precision
-
-    @property
-    def compute(self) -> str:
-        """The old name of `precision`. Using it warns."""
-        warn_renamed("Experts.compute", "Experts.precision", stacklevel=2)
-        return self._precision
-
-    @property
-    def swiglu(self) -> SwiGLU:
-        """The activation's parameters."""
-        return self._swiglu
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts of the layer."""
-        return self._num_experts
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the hidden states."""
-        return self._hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        """Inner width of one expert."""
-        return self._intermediate_size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weights in memory."""
-        return self._layer.nbytes
-
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime of calls. Assign another one to change it, None for the shared one."""
-        return self._runtime or default_runtime()
-
-    @runtime.setter
-    def runtime(self, runtime: Runtime | None) -> None:
-        self._runtime = runtime
-        self._calls.forget()
-
-    @property
-    def expert_mask(self) -> torch.Tensor | None:
-        """Bool ``[experts]`` on the CPU. True: the expert is skipped, for example if a GPU has it.
-
-        The tensor is not copied. The next call sees changes that are made in place.
-        """
-        return self._mask
-
-    @expert_mask.setter
-    def expert_mask(self, mask: torch.Tensor | None) -> None:
-        if mask is not None:
-            check_mask(mask, self._num_experts)
-        self._mask = mask
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled or copied."""
-        raise TypeError(
-            "Experts cannot be pickled or copied, because packed weights belong to this process; "
-            "make them anew with from_checkpoint or from_tensors"
         )
 
     def __repr__(self) -> str:
@@ -443,11 +319,12 @@ class Experts:
         accumulate: bool = False,
         copy_inputs: bool = False,
     ) -> Call:
+        if self._residency.mask is not None:
+            self._residency.refresh_mask(self._threads())
         destination = NEW_TENSOR
         if out is not None or out_dtype is not None or accumulate:
             destination = Destination(out, out_dtype, accumulate, copy_inputs)
         given = (hidden_states, topk_ids, topk_weights)
         runtime = (self._runtime or default_runtime()).core
-        mask = self._mask
-        call = self._calls.repeat(given, destination, runtime) if mask is None else None
-        return call or self._calls.prepare(given, destination, mask, runtime)
+        call = self._calls.repeat(given, destination, runtime)
+        return call or self._calls.prepare(given, destination, runtime)

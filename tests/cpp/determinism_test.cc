@@ -57,6 +57,28 @@ TEST_P(DeterminismTest, PackingOnAnyNumberOfThreads) {
   }
 }
 
+// Replicas give what calls of the one expert give.
+TEST_P(DeterminismTest, ReplicasOfAnExpert) {
+  const TestLayer layer(format(), LayerSpec{.experts = 3, .has_bias = true});
+  MoeConfig config = layer.config();
+  config.num_experts = 5;
+  config.copy_of = {2, 0, 1, 2, 0};
+  const auto replicated = Create(config);
+  SerialPool pool;
+  for (const int64_t expert : {0, 1, 2}) {
+    replicated->Pack(expert, layer.Source(config.copy_of[expert]), pool);
+  }
+  for (const int64_t expert : {3, 4}) EXPECT_TRUE(replicated->HasWeights(expert));
+  for (const int64_t tokens : {1, 4, 30}) {
+    Batch batch(config, BatchSpec{.tokens = tokens, .top_k = 4});
+    const std::vector<std::byte> actual = Forward(*replicated, batch);
+    for (int64_t& id : batch.ids) id = config.CopyOf(id);
+    EXPECT_EQ(actual, Forward(*Create(layer), batch)) << tokens << " tokens";
+  }
+  replicated->Evict(3);
+  EXPECT_FALSE(replicated->HasWeights(0));
+}
+
 // The arithmetic needs rounding to nearest, in whatever mode the caller's thread is.
 TEST_P(DeterminismTest, TheCallersRoundingMode) {
   const TestLayer layer(format(), LayerSpec{});

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
 #include <future>
 #include <memory>
 #include <optional>
@@ -277,7 +278,11 @@ TEST(EngineLifetime, AChildDoesNotChangeTheParentsLayer) {
   EXPECT_EQ(ResultInChild([&] {
               Layer& layer = *f.engine.layer();
               constexpr char kRefused[] = "Layer: a forked process may use its parent's experts";
-              if (!MessageOf([&] { layer.Evict(0); }).starts_with(kRefused)) return 1;
+              for (const auto& change : std::vector<std::function<void()>>{
+                       [&] { layer.Evict(0); }, [&] { layer.SetMask(nullptr); },
+                       [&] { layer.EvictMasked(); }, [&] { layer.RequireOwnProcess(); }}) {
+                if (!MessageOf(change).starts_with(kRefused)) return 1;
+              }
               const auto runtime = Runtime::Create({});
               return MessageOf([&] { layer.Pack(*runtime, 0, {}); }).starts_with(kRefused) ? 0 : 2;
             }),

@@ -2,13 +2,11 @@
 #include <gtest/gtest.h>
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <cstring>
-#include <fstream>
 #include <future>
 #include <limits>
 #include <memory>
@@ -323,21 +321,6 @@ TEST(Engine, ARuntimeComputesOnTheCpusThatItNames) {
   EXPECT_TRUE(std::ranges::includes(cpus, seen)) << testing::PrintToString(seen);
 }
 
-int64_t ResidentBytes() {
-  std::ifstream statm("/proc/self/statm");
-  int64_t total = 0, resident = 0;
-  statm >> total >> resident;
-  return resident * sysconf(_SC_PAGESIZE);
-}
-
-TEST(Engine, EvictingGivesTheMemoryOfHalfALayerBack) {
-  const EngineCase engine({}, {.hidden = 1024, .intermediate = 1024});
-  const auto bytes = static_cast<int64_t>(engine.layer()->nbytes());
-  const int64_t before = ResidentBytes();
-  for (const int64_t expert : {1, 2}) engine.layer()->Evict(expert);
-  EXPECT_GE(before - ResidentBytes(), bytes / 2 * 95 / 100);
-}
-
 TEST(Engine, StatisticsCountWhatCallsHaveDone) {
   EngineCase engine({.tokens = 3, .top_k = 2});
   engine.batch().ids = {0, 2, 2, -1, 2, 0};
@@ -357,34 +340,6 @@ TEST(Engine, StatisticsCountWhatCallsHaveDone) {
     tokens.push_back(after.expert_tokens[e] - before.expert_tokens[e]);
   }
   EXPECT_EQ(tokens, (std::vector<int64_t>{10, 0, 15, 0}));
-}
-
-// Packing takes an expert's weights away for a while, on another runtime than the calls'.
-TEST(Engine, ACallNeverSeesAnExpertThatIsHalfPacked) {
-  const LayerSpec spec;
-  const TestLayer weights("mxfp4", spec);
-  EngineCase engine({.tokens = 2}, spec);
-  for (int64_t& id : engine.batch().ids) id %= 3;  // expert 3 is evicted meanwhile
-  const Call call(TwoThreads(), engine.layer(), engine.Options());
-  Bytes output = engine.Output();
-  const Call::Tensors tensors = engine.Tensors(output);
-  call.Execute(tensors);
-  const Bytes expected = output;
-  std::atomic<bool> stop{false};
-  std::thread packer([&] {
-    const auto runtime = Runtime::Create({});
-    const std::vector<ExpertSource> sources = {weights.Source(0), weights.Source(1)};
-    while (!stop) {
-      engine.layer()->Pack(*runtime, 0, sources);
-      engine.layer()->Evict(3);
-    }
-  });
-  for (int i = 0; i < 100; ++i) {
-    call.Execute(tensors);
-    EXPECT_EQ(output, expected);
-  }
-  stop = true;
-  packer.join();
 }
 
 }  // namespace

@@ -49,11 +49,12 @@ CPUMOE_FOR_EACH_ISA_AND_FORMAT(ExportTest);
 TEST_P(ExportTest, EveryExpertBitForBit) {
   const TestLayer layer = MakeLayer(5 * GroupSize());
   const MoeConfig& config = layer.config();
-  const std::vector<ExpertSource> sources = {layer.Source(0), layer.Source(1), layer.Source(2)};
+  const std::vector<int64_t> experts = {2, 0, 1};
+  const std::vector<ExpertSource> sources = {layer.Source(2), layer.Source(0), layer.Source(1)};
   for (const int threads : {1, 2, 5}) {
     PinnedPool pool({.threads = threads});
     const auto moe = Create(config);
-    PackExperts(*moe, 0, sources, pool);
+    PackExperts(*moe, experts, sources, pool);
     for (int64_t e = 0; e < config.num_experts; ++e) {
       Copy copy(format(), config.intermediate_size, config.hidden_size);
       moe->Unpack(e, copy.Views(), pool);

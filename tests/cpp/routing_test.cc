@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -107,6 +109,38 @@ TEST(RoutingTest, RefusesIdsOutOfRangeWithTheirPlace) {
                 "got " +
                     std::to_string(bad));
     }
+  }
+}
+
+// Ids 0 and 2 are replicas, whose pairs become one group.
+TEST(RoutingTest, ReplicasJoinOneGroup) {
+  constexpr int32_t kCopyOf[] = {1, 0, 1, 2};
+  Routing routing;
+  routing.Build({.ids = kIds, .weights = kWeights, .top_k = 3}, 0, 4, {1, 1, 1}, kCopyOf);
+  const std::vector<Pair> expected = {{0, 1, 5.f},  {0, 3, 9.f}, {1, 0, 0.f},
+                                      {1, 0, 1.f},  {1, 0, 2.f}, {1, 2, 8.f},
+                                      {1, 3, 11.f}, {2, 2, 6.f}, {2, 2, 7.f}};
+  EXPECT_EQ(PairsOf(routing), expected);
+  std::vector<std::atomic<int64_t>> tokens(4);
+  for (int i = 0; i < 2; ++i) routing.CountTokens(tokens);
+  EXPECT_EQ(std::vector<int64_t>(tokens.begin(), tokens.end()), (std::vector<int64_t>{4, 4, 6, 4}));
+}
+
+TEST(RoutingTest, AReplicaIsMaskedAloneAndNamedInErrors) {
+  constexpr int32_t kCopyOf[] = {1, 0, 1, 2};
+  const uint8_t mask[] = {1, 0, 0, 0};
+  const RoutingInput input = {.ids = kIds, .weights = kWeights, .mask = mask, .top_k = 3};
+  Routing routing;
+  routing.Build(input, 0, 4, {1, 1, 1}, kCopyOf);
+  const std::vector<Pair> expected = {{0, 1, 5.f},  {0, 3, 9.f}, {1, 0, 0.f}, {1, 0, 2.f},
+                                      {1, 3, 11.f}, {2, 2, 6.f}, {2, 2, 7.f}};
+  EXPECT_EQ(PairsOf(routing), expected);
+  try {
+    routing.Build(input, 0, 4, {1, 0, 1}, kCopyOf);
+    ADD_FAILURE() << "a copy without weights was accepted";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(),
+                 "expert 2 has no weights, but a token is routed to it; pack it first");
   }
 }
 

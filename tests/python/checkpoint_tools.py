@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpumoe.checkpoint import ExpertReader
+from cpumoe.checkpoint import ExpertReader, open_checkpoint
 from cpumoe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
@@ -19,6 +19,19 @@ SMALL = {"layers": 2, "experts": 3, "hidden": 64, "intermediate": 96, "top_k": 2
 def write_small(folder: Path, model: str, **overrides: Any) -> Path:
     """Writes a few kilobytes in `model`'s native format (without `tid2eid`)."""
     return write_checkpoint(folder, find_model(model), **{**SMALL, **overrides})
+
+
+def first_layer(folder: Path) -> int:
+    """Returns the first layer that has experts."""
+    return open_checkpoint(folder).layers()[0]
+
+
+def a_call(*, tokens: int = 6, experts: int = 4, top_k: int = 3) -> tuple[torch.Tensor, ...]:
+    """Returns hidden states, ids and weights of a call of a small checkpoint's layer."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, SMALL["hidden"], generator=generator)
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    return x, ids, torch.rand(tokens, top_k, generator=generator)
 
 
 def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:

@@ -163,6 +163,13 @@ def inputs(
     )
 
 
+def mask(*masked: int, experts: int = 4) -> torch.Tensor:
+    """Returns an `expert_mask` that skips the experts given."""
+    result = torch.zeros(experts, dtype=torch.bool)
+    result[list(masked)] = True
+    return result
+
+
 def check(
     actual: torch.Tensor,
     layer: Layer,

@@ -114,4 +114,4 @@ def test_an_expert_needs_its_biases(runtime, missing, name):
     biases[missing] = 0
     message = f"^expert 3: {name}: expected an address, got a null pointer$"
     with pytest.raises(ValueError, match=message):
-        empty_layer(has_bias=True).pack(runtime=runtime, first=3, experts=[(views, biases)])
+        empty_layer(has_bias=True).pack(runtime=runtime, experts=[3], weights=[(views, biases)])

@@ -8,7 +8,6 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import contiguous, describe, new_like
-from cpumoe._engine.arguments import check_mask
 from cpumoe._engine.gradients import refuse_gradients, without_gradients
 from cpumoe._engine.output import ELEMENTS, Destination, callers_output, wrote_output
 from cpumoe._engine.repetition import Call, Inputs, Repetition, repetition_of
@@ -21,12 +20,9 @@ _ID_DTYPES = (torch.int64, torch.int32)
 class Calls:
     """Makes a layer's calls. What the last one needed is kept, for the next call like it."""
 
-    def __init__(
-        self, layer: _core.Layer, *, num_experts: int, hidden_size: int, precision: str
-    ) -> None:
+    def __init__(self, layer: _core.Layer, *, hidden_size: int, precision: str) -> None:
         """Makes calls of `layer`."""
         self._layer = layer
-        self._num_experts = num_experts
         self._hidden_size = hidden_size
         self._precision = precision
         self.forget()
@@ -40,7 +36,7 @@ class Calls:
     def repeat(
         self, given: Inputs, destination: Destination, runtime: _core.Runtime
     ) -> Call | None:
-        """Returns a call without a mask if it is like the last such call that was checked.
+        """Returns a call if it is like the last one that was checked.
 
         Args:
             given: hidden states, ids and weights.
@@ -56,37 +52,23 @@ class Calls:
             return repetition.again(given, destination)
         return None
 
-    def prepare(
-        self,
-        given: Inputs,
-        destination: Destination,
-        mask: torch.Tensor | None,
-        runtime: _core.Runtime,
-    ) -> Call:
+    def prepare(self, given: Inputs, destination: Destination, runtime: _core.Runtime) -> Call:
         """Checks a call's tensors (see `Experts.__call__`) and allocates its output.
 
         Args:
             given: see `repeat`.
             destination: see `repeat`.
-            mask: the layer's mask.
             runtime: see `repeat`.
         """
-        call = self._checked(given, destination, mask, runtime)
+        call = self._checked(given, destination, runtime)
         setting = self._fp32_as_bf16() if given[0].dtype == torch.float32 else None
-        repetition = None if mask is not None else repetition_of(call, given, destination)
-        self._repetition = (runtime, setting, repetition)
+        self._repetition = (runtime, setting, repetition_of(call, given, destination))
         return call
 
     def _fp32_as_bf16(self) -> bool:
         return resolve_precision(self._precision, torch.float32) == "bf16"
 
-    def _checked(
-        self,
-        given: Inputs,
-        destination: Destination,
-        mask: torch.Tensor | None,
-        runtime: _core.Runtime,
-    ) -> Call:
+    def _checked(self, given: Inputs, destination: Destination, runtime: _core.Runtime) -> Call:
         hidden_states, topk_ids, topk_weights = given
         out = destination.out
         destination.check()
@@ -123,8 +105,6 @@ class Calls:
             fp32_as_bf16=element is _FP32 and self._fp32_as_bf16(),
             top_k=routed[1],
             ids_are_64_bit=ids.dtype == torch.int64,
-            # Checked on each call, because the caller may have resized the mask.
-            mask=0 if mask is None else check_mask(mask, self._num_experts),
         )
         addresses = (  # in the order of _core.Call.run; keywords would take 0.5 us longer
             x_address,
@@ -134,7 +114,7 @@ class Calls:
             weights_address,
             output_address,
         )
-        return Call(engine, addresses, output, (x, ids, weights, mask))
+        return Call(engine, addresses, output, (x, ids, weights))
 
     def _engine_call(self, **properties: Any) -> _core.Call:
         """Returns the engine's call with these properties."""

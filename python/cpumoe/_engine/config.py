@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cpumoe import _core
 from cpumoe.numerics.swiglu import SwiGLU
 
@@ -24,10 +26,12 @@ def layer_config(
     precision: str,
     batch_invariant: bool,
     few_token_limit: int | None,
+    copy_of: Sequence[int],
 ) -> _core.MoeConfig:
     """Returns a layer's configuration; `Experts` and `ExpertsOptions` describe the arguments.
 
-    `ExpertsOptions` has checked the last three.
+    `ExpertsOptions` has checked precision and kernels. `copy_of` has the packed copy of each
+    expert, or nothing if each has its own.
     """
     return _core.MoeConfig(
         num_experts=num_experts,
@@ -40,6 +44,7 @@ def layer_config(
         precision=_PRECISION[precision],
         batch_invariant=batch_invariant,
         few_token_limit=_crossover(few_token_limit),
+        copy_of=list(copy_of),
     )
 
 

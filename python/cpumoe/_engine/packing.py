@@ -1,9 +1,9 @@
-"""Packs experts from tensors, in memory or in a mapped file, and gives them back."""
+"""Packs experts from tensors, in memory or in a mapped file."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,21 @@ from cpumoe._engine.arguments import (
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 
-# An expert's gate, up and down biases, in the dtypes that the caller gave.
-Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# An expert's biases by name, in the dtypes that the caller gave; empty: it has none.
+Biases = dict[str, torch.Tensor]
 
 # Each thread packs whole experts. A batch is long enough that threads seldom wait for each other,
 # and short enough for a progress bar.
 BATCH_PER_THREAD = 8
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """What all experts of a layer have in common."""
+
+    fmt: WeightFormat
+    hidden_size: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -71,61 +80,39 @@ def checked_stack(
 
 def pack_experts(
     layer: _core.Layer,
-    experts: Iterable[ExpertWeights],
+    experts: Iterable[tuple[int, ExpertWeights]],
     *,
-    fmt: WeightFormat,
-    hidden_size: int,
-    intermediate_size: int,
+    form: ExpertForm,
     runtime: _core.Runtime,
-    threads: int,
-) -> list[Biases | None]:
-    """Packs experts 0, 1, ... and returns copies of their biases, in the dtypes given."""
-    kept: list[Biases | None] = []
-    widths = _bias_widths(intermediate_size, hidden_size)
-    numbered = enumerate(experts)
-    while batch := list(itertools.islice(numbered, BATCH_PER_THREAD * threads)):
-        first = batch[0][0]
+    batch: int,
+    keep_biases: Callable[[int, Biases], None],
+) -> None:
+    """Packs experts by their indices. After an error some of them have no weights.
+
+    Args:
+        layer: the layer that gets the experts.
+        experts: indices and weights.
+        form: the form of all experts.
+        runtime: the threads that pack.
+        batch: number of experts that are packed together.
+        keep_biases: takes a copy of an expert's biases, in the dtypes given, before it is packed.
+    """
+    widths = _bias_widths(form.intermediate_size, form.hidden_size)
+    remaining = iter(experts)
+    while part := list(itertools.islice(remaining, batch)):
         arguments = []
         sources = []  # keeps what the addresses point to
-        for index, weights in batch:
-            matrices = _matrices(fmt, index, weights)
+        for index, weights in part:
+            matrices = _matrices(form.fmt, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
             floats = [bias.float().contiguous() for bias in given]
             sources.append((matrices, floats))
             views = [matrix_view(matrix, matrix.name) for matrix in matrices]
             starts = [address(*bias) for bias in zip(floats, widths, strict=False)]
             arguments.append((views, starts or None))
-            own = [bias.clone() for bias in given]
-            kept.append((own[0], own[1], own[2]) if own else None)
-        layer.pack(runtime=runtime, first=first, experts=arguments)
-    return kept
-
-
-def unpack_expert(
-    layer: _core.Layer,
-    expert: int,
-    *,
-    fmt: WeightFormat,
-    hidden_size: int,
-    intermediate_size: int,
-    runtime: _core.Runtime,
-) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
-    """Returns an expert's gate, up and down as its checkpoint stores them."""
-    gate = _empty_matrix(fmt, intermediate_size, hidden_size)
-    up = _empty_matrix(fmt, intermediate_size, hidden_size)
-    down = _empty_matrix(fmt, hidden_size, intermediate_size)
-    views = (matrix_view(gate, "gate"), matrix_view(up, "up"), matrix_view(down, "down"))
-    layer.unpack(runtime=runtime, expert=expert, matrices=views, intermediate_begin=0)
-    return gate, up, down
-
-
-def _empty_matrix(fmt: WeightFormat, rows: int, columns: int) -> QuantizedMatrix:
-    code_bytes, groups = columns * fmt.code_bits // 8, columns // fmt.group_size
-    # The engine writes to CPU memory, whatever the caller's default device is.
-    return QuantizedMatrix(
-        torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
-        torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu"),
-    )
+            copies = (bias.clone() for bias in given)
+            keep_biases(index, dict(zip(widths, copies, strict=False)))
+        layer.pack(runtime=runtime, experts=[index for index, _ in part], weights=arguments)
 
 
 def _matrices(fmt: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:

@@ -40,7 +40,7 @@ class Call(NamedTuple):
     engine: _core.Call
     addresses: tuple[int, ...]  # the arguments of `engine.run`
     output: torch.Tensor
-    inputs: tuple[torch.Tensor | None, ...]
+    inputs: Inputs
 
 
 class Repetition:
@@ -114,7 +114,7 @@ def repetition_of(call: Call, given: Inputs, destination: Destination) -> Repeti
         # A guard does not see whether gradients are enabled, but does see who requires one.
         if type(tensor) is not torch.Tensor or tensor.requires_grad or not tensor.numel():
             return None
-    copied = any(used is not tensor for used, tensor in zip(call.inputs, given, strict=False))
+    copied = any(used is not tensor for used, tensor in zip(call.inputs, given, strict=True))
     if _TensorGuards is None or copied or modes_are_active():
         return None
     return Repetition(call, given, destination)

@@ -147,6 +147,11 @@ class FileState:
         """Bytes of the file."""
         return self._state[0]
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Bytes of the file, and its modification time in nanoseconds."""
+        return self._state
+
     def check(self) -> None:
         """Raises CheckpointError if the file has changed."""
         now = self._now()

@@ -53,6 +53,8 @@ class SafetensorsFolder:
 
     Attributes:
         path: the folder.
+        variant: the weights' variant; None: none.
+        files: the files that were given.
         config: the content of config.json.
         index: the index of the shards; None: it was not needed.
         index_metadata: the index's ``metadata``.
@@ -73,6 +75,8 @@ class SafetensorsFolder:
     ) -> None:
         """Reads config.json and the index, and opens shards only if there is no index."""
         self.path = Path(path)
+        self.variant = variant
+        self.files = files
         self.config = read_config(self.path)
         self.index: Path | None = None
         self.index_metadata: Any = None
@@ -110,6 +114,20 @@ class SafetensorsFolder:
             shards, self._shards = self._shards, None
         for shard in (shards or {}).values():
             shard.state.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._shards is None
+
+    def stamps(self) -> dict[Path, tuple[int, int]]:
+        """Returns size and modification time of each shard that was opened, as they were then.
+
+        The keys are absolute paths.
+        """
+        with self._lock:
+            shards = self._shards or {}
+            return {path.absolute(): shard.state.stamp for path, shard in shards.items()}
 
     def __contains__(self, name: str) -> bool:
         """Whether the index lists a tensor of this name."""

@@ -1,0 +1,151 @@
+"""Gives experts back in the form in which their checkpoint stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cpumoe import _core
+from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing
+from cpumoe._engine.arguments import matrix_view, require_shape
+from cpumoe._engine.output import wrote_output
+from cpumoe._engine.packing import ExpertForm
+from cpumoe.formats import QuantizedMatrix, WeightFormat
+
+# Memory for a matrix [N, K]: a QuantizedMatrix, or a tuple (codes, scales).
+MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
+
+_BF16_MANTISSA_BITS = 7
+_BF16_OF_LEAST_E8M0 = 0x40  # the bits of 2^-127, which is subnormal
+
+
+def new_expert(form: ExpertForm) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
+    """Returns memory for an expert's gate, up and down."""
+    fmt = form.fmt
+
+    def matrix(rows: int, columns: int) -> QuantizedMatrix:
+        code_bytes, groups = columns * fmt.code_bits // 8, columns // fmt.group_size
+        # The engine writes to CPU memory, whatever the caller's default device is.
+        return QuantizedMatrix(
+            torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
+            torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu"),
+        )
+
+    gate, up, down = (matrix(*size) for size in _sizes(form, form.intermediate_size).values())
+    return gate, up, down
+
+
+def export_into(
+    layer: _core.Layer,
+    form: ExpertForm,
+    expert: int,
+    buffers: Mapping[str, MatrixBuffer],
+    intermediate: slice | range | None,
+    runtime: _core.Runtime,
+) -> None:
+    """Writes an expert to the caller's memory; see `Experts.export_into`."""
+    refuse_tracing("export_into")
+    features = _features(intermediate, form)
+    targets = [
+        _target(form.fmt, buffers[name], name, *size)
+        for name, size in _sizes(form, len(features)).items()
+    ]
+    layer.unpack(
+        runtime=runtime,
+        expert=expert,
+        matrices=[target.matrix for target in targets],
+        intermediate_begin=features.start,
+    )
+    for target in targets:
+        target.finish()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A matrix that the engine writes, and what becomes of its scales."""
+
+    matrix: _core.Matrix
+    stored: torch.Tensor  # the scales that the engine writes
+    scales: torch.Tensor  # the caller's
+    written: tuple[torch.Tensor, torch.Tensor]  # the caller's tensors
+
+    def finish(self) -> None:
+        """Converts the scales if the caller wants others, and tells autograd of the change."""
+        if self.stored is not self.scales:
+            bits = self.stored.to(torch.int16) << _BF16_MANTISSA_BITS
+            bits[self.stored == 0] = _BF16_OF_LEAST_E8M0
+            self.scales.detach().view(torch.int16).copy_(bits)
+        for tensor in self.written:
+            wrote_output(tensor)
+
+
+def _sizes(form: ExpertForm, features: int) -> dict[str, tuple[int, int]]:
+    hidden = form.hidden_size
+    return {"gate": (features, hidden), "up": (features, hidden), "down": (hidden, features)}
+
+
+def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
+    size, group = form.intermediate_size, form.fmt.group_size
+    if intermediate is None:
+        return range(size)
+    if not isinstance(intermediate, slice | range):
+        raise TypeError(
+            f"intermediate: expected a slice or a range, got {type(intermediate).__name__}"
+        )
+    features = (
+        range(*intermediate.indices(size)) if isinstance(intermediate, slice) else intermediate
+    )
+    whole = features.start % group == 0 and features.stop % group == 0
+    if features.step != 1 or not (0 <= features.start < features.stop <= size and whole):
+        raise ValueError(
+            f"intermediate: expected whole groups of {group} features within 0..{size}, got "
+            f"{intermediate}"
+        )
+    return features
+
+
+def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, columns: int) -> _Target:
+    if isinstance(buffer, tuple) and len(buffer) == 2:
+        buffer = QuantizedMatrix(*buffer)
+    if not isinstance(buffer, QuantizedMatrix):
+        raise TypeError(
+            f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), got "
+            f"{type(buffer).__name__}"
+        )
+    codes, scales = buffer.codes, buffer.scales
+    groups = columns // fmt.group_size
+    # Whether the caller asks for powers of two as bf16.
+    is_bf16 = getattr(scales, "dtype", None) == torch.bfloat16
+    converts = is_bf16 and fmt.scale_dtype == torch.float8_e8m0fnu
+    accepted = (torch.bfloat16,) if converts else fmt.scale_dtypes
+    code_memory = _memory(codes, f"{name} codes", fmt.code_dtypes, rows, columns * fmt.code_bits)
+    bits = groups * 8 * (torch.bfloat16.itemsize if converts else fmt.scale_storage.itemsize)
+    scale_memory = _memory(scales, f"{name} scales", accepted, rows, bits)
+    stored = scale_memory
+    if converts:
+        stored = torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu")
+    matrix = matrix_view(QuantizedMatrix(code_memory.view(torch.uint8), stored), name)
+    return _Target(matrix, stored, scale_memory, (codes, scales))
+
+
+def _memory(
+    tensor: torch.Tensor, name: str, accepted: Collection[torch.dtype], rows: int, row_bits: int
+) -> torch.Tensor:
+    """Returns a tensor whose memory the engine may write, `row_bits` in each of `rows` rows."""
+    memory = plain(tensor, name)
+    if tensor.is_neg():
+        raise TypeError(f"{name}: expected a tensor without lazy negation; pass a new tensor")
+    if memory.dtype not in accepted:
+        expected = " or ".join(dtype_name(dtype) for dtype in accepted)
+        raise TypeError(f"{name}: expected {expected}, got {describe(memory)}")
+    columns = row_bits // (8 * memory.itemsize)
+    require_shape(memory.shape, (rows, columns), name)
+    row_stride, stride = memory.stride()
+    if (columns > 1 and stride != 1) or (rows > 1 and row_stride < columns):
+        raise ValueError(
+            f"{name}: expected rows that are contiguous and do not overlap, got strides "
+            f"{list(memory.stride())}; pass a contiguous tensor and copy from it"
+        )
+    return memory

@@ -1,0 +1,264 @@
+"""The weights of a layer's experts: which are in memory, which are masked, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+import torch
+
+from cpumoe import _core
+from cpumoe._base.renamed import warn_renamed
+from cpumoe._base.tensors import refuse_tracing
+from cpumoe._engine.arguments import integer
+from cpumoe._engine.calls import Calls
+from cpumoe._engine.config import layer_config
+from cpumoe._engine.export import MatrixBuffer, export_into, new_expert
+from cpumoe._engine.packing import ExpertForm
+from cpumoe._engine.residency import Residency
+from cpumoe._engine.sources import Given, Source
+from cpumoe.checkpoint import ExpertWeights
+from cpumoe.formats import weight_format
+from cpumoe.isa import select_isa
+from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.options import ExpertsOptions
+from cpumoe.runtime import Runtime, default_runtime
+
+
+class PackedExperts:
+    """The packed weights of a layer's experts. `cpumoe.Experts` adds loading and calls."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        format: str,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        swiglu: SwiGLU | None,
+        has_bias: bool,
+        expert_mask: torch.Tensor | None,
+        pack_masked: bool,
+        options: ExpertsOptions,
+    ) -> None:
+        """Packs the experts of `source`; `cpumoe.Experts` describes the arguments."""
+        self._swiglu = swiglu or SwiGLU()
+        config = layer_config(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            swiglu=self._swiglu,
+            has_bias=has_bias,
+            precision=options.precision,
+            batch_invariant=options.batch_invariant,
+            few_token_limit=options.few_token_limit,
+            copy_of=source.copy_of,
+        )
+        self._format = weight_format(format)
+        name, origin = select_isa(options.isa)
+        self._isa = _core.open_variant(name, origin)
+        self._runtime = options.runtime
+        self._precision = options.precision
+        self._num_experts = num_experts
+        self._hidden_size = hidden_size
+        self._intermediate_size = intermediate_size
+        self._layer = _core.Layer(
+            isa=self._isa, origin=origin, format=self._format.name, config=config
+        )
+        self._calls = Calls(self._layer, hidden_size=hidden_size, precision=options.precision)
+        self._form = ExpertForm(self._format, hidden_size, intermediate_size)
+        self._residency = Residency(self._layer, self._form, num_experts, source)
+        self._residency.fill(source, expert_mask, pack_masked, self._threads())
+
+    def export(self, expert_id: int) -> ExpertWeights:
+        """Returns an expert's weights as its checkpoint stores them, bit for bit.
+
+        Returns:
+            Codes uint8 and scales (E8M0 bytes as uint8, or bf16); gate and up ``[intermediate,
+            hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
+
+        Raises:
+            TypeError: `expert_id` is not an int.
+            IndexError: there is no such expert.
+            ValueError: the expert has no weights in memory; see `pack`.
+        """
+        expert_id = self._checked(expert_id)
+        refuse_tracing("export")
+        gate, up, down = new_expert(self._form)
+        self.export_into(expert_id, gate=gate, up=up, down=down)
+        return ExpertWeights(gate, up, down, **self._residency.biases(expert_id))
+
+    def export_into(
+        self,
+        expert_id: int,
+        *,
+        gate: MatrixBuffer,
+        up: MatrixBuffer,
+        down: MatrixBuffer,
+        intermediate: slice | range | None = None,
+    ) -> None:
+        """Writes an expert's weights, or a shard of them, into the caller's tensors.
+
+        Each buffer is a `QuantizedMatrix` or a tuple (codes, scales) of tensors on the CPU, for
+        example in pinned memory. Rows may be any distance apart. An address has no size that could
+        be checked, so addresses must be made tensors, for example with ``torch.frombuffer``.
+
+        The dtype of the scales says what is written. One of the format's own dtypes gets the
+        scales as stored. With mxfp4, bf16 gets the powers of two as numbers, which is exact. The
+        least one, 2^-127, is subnormal in bf16, and hosts that flush subnormals read 0.
+
+        Args:
+            expert_id: the expert.
+            gate: codes ``[features, hidden/2]`` and scales ``[features, hidden/32]``, in the dtypes
+                that `Experts.from_tensors` accepts.
+            up: like `gate`.
+            down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
+            intermediate: the intermediate features to write: rows of gate and up, columns of down.
+                They must be whole groups of 32. Default: all.
+
+        Raises:
+            TypeError: `expert_id` is not an int, or a buffer has another dtype, device or layout.
+            IndexError: there is no such expert.
+            ValueError: a buffer has another shape, its rows are not contiguous or overlap, the
+                features are no whole groups, or the expert has no weights in memory; see `pack`.
+        """
+        expert_id = self._checked(expert_id)
+        buffers = {"gate": gate, "up": up, "down": down}
+        core, _ = self._threads()
+        export_into(self._layer, self._form, expert_id, buffers, intermediate, core)
+
+    def pack(
+        self,
+        experts: Iterable[int] | None = None,
+        source: Callable[[int], ExpertWeights] | None = None,
+    ) -> None:
+        """Takes memory again for experts that were evicted or not packed yet.
+
+        Calls continue meanwhile. They wait while a few experts at a time are packed. If an error
+        occurs, the experts that have weights and the mask are as before.
+
+        Args:
+            experts: the ids of the experts. Those that have weights stay as they are. Default: all
+                that are not masked.
+            source: returns the weights of the layer's expert of an id. Default: the checkpoint that
+                the layer was made from, which is opened again if it was closed.
+
+        Raises:
+            FileNotFoundError: the checkpoint is gone.
+            CheckpointError: the checkpoint has changed or is damaged (a ValueError).
+            IndexError: there is no such expert.
+            TypeError: an id is not an int, or `source` is no function.
+            ValueError: there is no source, or its weights do not fit the layer.
+            RuntimeError: the runtime is closed, or the layer belongs to the parent of a forked
+                process.
+        """
+        given = None if source is None else Given(source)
+        self._residency.pack(experts, given, self._threads())
+
+    def evict(self) -> None:
+        """Gives the memory of masked experts back to the system.
+
+        `expert_mask` says which experts are masked. A copy that several experts share
+        (`from_checkpoint`) is kept until all of them are masked. Evicted experts must be packed
+        before calls may need them. Setting `expert_mask` does that; after a change in place, call
+        `pack`.
+
+        Raises:
+            OSError: the system keeps an expert's memory, for example because it is locked. This
+                expert has no weights any more, and later ones are as before.
+            RuntimeError: the layer belongs to the parent of a forked process.
+        """
+        self._residency.evict()
+
+    @property
+    def format(self) -> str:
+        """Name of the weight format, e.g. "mxfp4"."""
+        return self._format.name
+
+    @property
+    def isa(self) -> str:
+        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
+        return self._isa
+
+    @property
+    def precision(self) -> str:
+        """The lowest precision of activations: "auto", "bf16" or "int8"; see the class."""
+        return self._precision
+
+    @property
+    def compute(self) -> str:
+        """The old name of `precision`. Using it warns."""
+        warn_renamed("Experts.compute", "Experts.precision", stacklevel=2)
+        return self._precision
+
+    @property
+    def swiglu(self) -> SwiGLU:
+        """The activation's parameters."""
+        return self._swiglu
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts of the layer."""
+        return self._num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self._hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner width of one expert."""
+        return self._intermediate_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights in memory, without experts that were evicted."""
+        return self._layer.packed_bytes()
+
+    @property
+    def packed_experts(self) -> list[int]:
+        """The ids of the experts that have weights in memory, ascending."""
+        return self._residency.packed()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime of calls. Assign another one to change it, None for the shared one."""
+        return self._runtime or default_runtime()
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime | None) -> None:
+        self._runtime = runtime
+        self._calls.forget()
+
+    @property
+    def expert_mask(self) -> torch.Tensor | None:
+        """Bool ``[experts]`` on the CPU. True: the expert is skipped, for example if a GPU has it.
+
+        The tensor is not copied. The next call sees changes that are made in place. Setting another
+        mask first packs the experts that it needs, as `pack` does. A call that runs at the same
+        time uses either the old mask or the new one. If the setting fails, the old mask stays.
+        """
+        return self._residency.mask
+
+    @expert_mask.setter
+    def expert_mask(self, mask: torch.Tensor | None) -> None:
+        self._residency.set_mask(mask, self._threads())
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied."""
+        raise TypeError(
+            "Experts cannot be pickled or copied, because packed weights belong to this process; "
+            "make them anew with from_checkpoint or from_tensors"
+        )
+
+    def _checked(self, expert_id: int) -> int:
+        expert_id = integer(expert_id, "expert_id")
+        if not 0 <= expert_id < self.num_experts:
+            raise IndexError(f"expert_id: expected 0..{self.num_experts - 1}, got {expert_id}")
+        return expert_id
+
+    def _threads(self) -> tuple[_core.Runtime, int]:
+        runtime = self.runtime
+        return runtime.core, runtime.threads

@@ -1,0 +1,212 @@
+"""Experts.export_into: codes and scales in memory of the caller."""
+
+import pytest
+import torch
+from moe_tools import EVERY_VARIANT, layer, refused
+
+import cpumoe
+from cpumoe import QuantizedMatrix
+
+HIDDEN, INTERMEDIATE = 64, 96
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return layer("mxfp4", hidden=HIDDEN, intermediate=INTERMEDIATE)
+
+
+@pytest.fixture(scope="module")
+def experts(weights):
+    return weights.pack()
+
+
+def buffers(fmt="mxfp4", features=INTERMEDIATE, *, scales=None):
+    """Zeroed memory for the matrices of one expert."""
+    row = cpumoe.weight_format(fmt)
+    scales = scales or row.scale_storage
+
+    def matrix(n, k):
+        return torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 32, dtype=scales)
+
+    return {
+        "gate": matrix(features, HIDDEN),
+        "up": matrix(features, HIDDEN),
+        "down": matrix(HIDDEN, features),
+    }
+
+
+def same(left, right):
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+@EVERY_VARIANT
+def test_shards_make_up_the_whole_expert(isa, fmt):
+    weights = layer(fmt, hidden=HIDDEN, intermediate=INTERMEDIATE)
+    experts = weights.pack(isa=isa)
+    whole = experts.export(2)
+    for intermediate in (slice(None), None, range(INTERMEDIATE)):
+        into = buffers(fmt)
+        experts.export_into(2, **into, intermediate=intermediate)
+        for name, (codes, scales) in into.items():
+            assert same(codes, getattr(whole, name).codes)
+            assert same(scales, getattr(whole, name).scales)
+    for features in (slice(0, 32), range(32, 96), slice(-32, None)):
+        chosen = range(INTERMEDIATE)[features] if isinstance(features, slice) else features
+        rows, first, last = slice(chosen.start, chosen.stop), chosen.start, chosen.stop
+        into = buffers(fmt, len(chosen))
+        experts.export_into(2, **into, intermediate=features)
+        for name in ("gate", "up"):
+            assert same(into[name][0], getattr(whole, name).codes[rows])
+            assert same(into[name][1], getattr(whole, name).scales[rows])
+        assert same(into["down"][0], whole.down.codes[:, first // 2 : last // 2].contiguous())
+        assert same(into["down"][1], whole.down.scales[:, first // 32 : last // 32].contiguous())
+
+
+@EVERY_VARIANT
+def test_rows_may_lie_apart_and_nothing_else_is_written(isa, fmt):
+    """gate and up interleaved in one tensor, as gpt-oss has them, within a larger one."""
+    weights = layer(fmt, hidden=HIDDEN, intermediate=INTERMEDIATE)
+    experts = weights.pack(isa=isa)
+    whole = experts.export(1)
+    scale = cpumoe.weight_format(fmt).scale_storage
+    codes = torch.full((2 * INTERMEDIATE, HIDDEN // 2 + 8), 7, dtype=torch.uint8)
+    scales = torch.full((2 * INTERMEDIATE, HIDDEN // 32 + 1), 7).to(scale)
+    down = torch.zeros(4, HIDDEN, INTERMEDIATE // 8, dtype=torch.int32)
+    down_codes = down[2] if fmt == "int4" else down[2].view(torch.uint8)
+    into = {
+        "gate": QuantizedMatrix(codes[0::2, :-8], scales[0::2, :-1]),
+        "up": (codes[1::2, :-8], scales[1::2, :-1]),
+        "down": (down_codes, torch.zeros(HIDDEN, INTERMEDIATE // 32, dtype=scale)),
+    }
+    experts.export_into(1, **into)
+    for start, matrix in enumerate((whole.gate, whole.up)):
+        assert same(codes[start::2, :-8].contiguous(), matrix.codes)
+        assert same(scales[start::2, :-1].contiguous(), matrix.scales)
+    assert codes[:, -8:].eq(7).all()
+    assert scales[:, -1:].eq(7).all()
+    assert same(down[2], whole.down.codes)
+    assert not down[[0, 1, 3]].any()
+
+
+def test_scales_of_any_size_become_bf16_exactly():
+    weights = layer("mxfp4", hidden=HIDDEN, intermediate=INTERMEDIATE)
+    scales = weights.gate.scales.clone()
+    scales.view(-1)[:255] = torch.arange(255).to(torch.uint8)  # 255 is NaN
+    gate = QuantizedMatrix(weights.gate.codes, scales)
+    experts = cpumoe.Experts.from_tensors(**{**weights.tensors, "gate": gate})
+    into = buffers(scales=torch.bfloat16)
+    wide = torch.full((INTERMEDIATE, HIDDEN // 32 + 3), 7.0, dtype=torch.bfloat16)
+    into["gate"] = (into["gate"][0], wide[:, :-3])
+    experts.export_into(0, **into)
+    expected = 2.0 ** (scales[0].double() - 127)
+    assert torch.equal(wide[:, :-3].double(), expected)
+    assert wide.view(torch.int16)[0, 0] == 0x40  # 2^-127, subnormal
+    assert wide[:, -3:].eq(7).all()
+    assert same(into["gate"][0], weights.gate.codes[0])
+    back = into["down"][1].view(torch.int16) >> 7
+    assert torch.equal(back.to(torch.uint8), weights.down.scales[0])
+
+
+def test_e8m0_scales_may_have_their_own_dtype(weights, experts):
+    into = buffers()
+    codes, scales = into["up"]
+    into["up"] = (codes.view(torch.int8), scales.view(torch.float8_e8m0fnu))
+    experts.export_into(3, **into)
+    assert same(scales, weights.up.scales[3])
+    assert same(codes, weights.up.codes[3])
+
+
+def test_autograd_sees_that_a_buffer_has_changed(experts):
+    into = buffers(scales=torch.bfloat16)
+    scales = into["gate"][1]
+    factor = torch.ones_like(scales, requires_grad=True)
+    product = (factor * scales).sum()
+    experts.export_into(0, **into)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            lambda into: {"gate": into["gate"][0]},
+            TypeError,
+            "gate: expected a QuantizedMatrix or a tuple (codes, scales), got Tensor",
+        ),
+        (
+            lambda into: {"up": (into["up"][0].float(), into["up"][1])},
+            TypeError,
+            "up codes: expected",
+        ),
+        (
+            lambda into: {"up": (into["up"][0], into["up"][1].float())},
+            TypeError,
+            "up scales: expected float8_e8m0fnu or uint8, got float32 [96, 2]",
+        ),
+        (
+            lambda into: {"up": (into["up"][0].to("meta"), into["up"][1])},
+            TypeError,
+            "up codes: expected a CPU tensor, got device meta; move it with .cpu()",
+        ),
+        (
+            lambda into: {"down": (into["down"][0], 5)},
+            TypeError,
+            "down scales: expected a torch.Tensor, got int",
+        ),
+        (
+            lambda into: {"down": (into["down"][0][1:], into["down"][1])},
+            ValueError,
+            "down codes: expected [64, 48], got [63, 48]",
+        ),
+        (
+            lambda into: {"down": (into["down"][0], into["down"][1][:, :2])},
+            ValueError,
+            "down scales: expected [64, 3], got [64, 2]",
+        ),
+        (
+            lambda into: {"gate": (into["gate"][0].T.contiguous().T, into["gate"][1])},
+            ValueError,
+            "gate codes: expected rows that are contiguous and do not overlap, got strides "
+            "[1, 96]; pass a contiguous tensor and copy from it",
+        ),
+        (
+            lambda into: {"gate": (into["gate"][0][:1].expand(96, 32), into["gate"][1])},
+            ValueError,
+            "gate codes: expected rows that are contiguous and do not overlap, got strides "
+            "[0, 1]; pass a contiguous tensor and copy from it",
+        ),
+    ],
+)
+def test_buffers_that_do_not_fit(experts, change, kind, message):
+    into = buffers()
+    with pytest.raises(kind) as error:
+        experts.export_into(0, **{**into, **change(into)})
+    assert str(error.value).startswith(message)
+    assert not any(part.view(torch.uint8).any() for matrix in into.values() for part in matrix)
+
+
+@pytest.mark.parametrize(
+    "intermediate", [slice(0, 16), slice(32, 32), range(64, 128), range(0, 64, 2), range(-32, 0)]
+)
+def test_features_are_whole_groups_of_the_layer(experts, intermediate):
+    with refused(
+        ValueError,
+        f"intermediate: expected whole groups of 32 features within 0..96, got {intermediate}",
+    ):
+        experts.export_into(0, **buffers(), intermediate=intermediate)
+
+
+def test_features_are_a_slice_or_a_range(experts):
+    with refused(TypeError, "intermediate: expected a slice or a range, got int"):
+        experts.export_into(0, **buffers(), intermediate=32)
+
+
+def test_int4_scales_are_bf16_as_stored():
+    weights = layer("int4", hidden=HIDDEN, intermediate=INTERMEDIATE)
+    into = buffers("int4")
+    weights.pack().export_into(1, **into)
+    assert torch.equal(into["up"][1], weights.up.scales[1])
+    into["up"] = (into["up"][0], into["up"][1].half())
+    with refused(TypeError, "up scales: expected bfloat16, got float16 [96, 2]"):
+        weights.pack().export_into(1, **into)
