@@ -18,8 +18,8 @@ class ExpertsStatistics:
         expert_tokens: int64 ``[experts]``, the tokens that each expert computed. A token that names
             an expert twice counts twice. Skipped experts count nothing.
         bytes_read: bytes of packed weights that were read. An expert's weights count once per call
-            that has tokens for it, however many. They count again for each further part of a call
-            with more than 16384 (token, expert) pairs.
+            that has tokens for it, however many. Ids that share a copy count as one expert. Weights
+            count again for each further part of a call with over 16384 (token, expert) pairs.
     """
 
     calls: int
