@@ -188,5 +188,12 @@ def test_errors_of_the_hosts_stay_apart_from_ours():
         torch.nn.ParameterDict()["a"]
     with pytest.raises(RuntimeError, match="can't allocate memory"), host_reads("x"):
         torch.empty(1 << 60)
+    with pytest.raises(torch.OutOfMemoryError), host_reads("x"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    unknown = "unexpected keyword argument 'dtpye'"
+    with pytest.raises(TypeError, match=unknown), host_reads("x", {"dtpye"}):
+        raise TypeError(unknown)
+    with pytest.raises(CheckpointError, match=unknown), host_reads("x", {"token", "unexpected"}):
+        raise TypeError(unknown)
     with pytest.raises(KeyboardInterrupt), host_reads("x"):
         raise KeyboardInterrupt

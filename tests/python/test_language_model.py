@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import tokenization_utils_base
 
-from cpumoe.integrations.transformers import LanguageModel
+from cpumoe.integrations.transformers import LanguageModel, host_files
 from cpumoe.integrations.transformers.detokenizer import Detokenizer
 from cpumoe.text.generation import ModelError, Prompt, Sampling
 
@@ -49,6 +49,20 @@ def test_prompts_become_tokens(model, folder):
     assert model.name == folder.name
     assert model.context_length == 512
     assert LanguageModel.from_pretrained(folder, name="other").name == "other"
+
+
+@pytest.mark.parametrize("host_experts", [False, True])
+def test_model_files_are_checked_once(folder, monkeypatch, host_experts):
+    checked = []
+    check = host_files._check_weights
+    monkeypatch.setattr(host_files, "_check_weights", lambda w: checked.append(w.path) or check(w))
+    LanguageModel.from_pretrained(folder, host_experts=host_experts)
+    assert checked == [folder]
+
+
+def test_a_dtype_that_is_not_supported_is_refused_before_files_are_read():
+    with pytest.raises(ValueError, match=r"dtype: expected torch\.bfloat16 or torch\.float32"):
+        LanguageModel.from_pretrained("/no/such/model", dtype=torch.float16)
 
 
 def test_chats_become_tokens(model):

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,11 @@ class Process:
         self.greeting = line
         self.url = re.search(r"http://\S+", line)[0].removesuffix("/v1")
         self.http = httpx.Client(base_url=self.url, timeout=20)
+
+    def texts(self, state):
+        """The number of texts that are ``running`` or ``waiting``."""
+        metrics = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"num_requests_{state}{{.*}} (\S+)", metrics)[1])
 
     def end(self, number):
         self.popen.send_signal(number)
@@ -93,7 +97,7 @@ def test_a_signal_lets_the_running_answer_finish_and_refuses_others():
             lines = (line for line in reply.iter_lines() if line)
             first = next(lines)
             waiting = pool.submit(complete, process)
-            time.sleep(0.2)
+            wait_for(lambda: process.texts("waiting") == 1)
             process.popen.send_signal(signal.SIGTERM)
             wait_for(lambda: httpx.get(f"{process.url}/health").status_code == 503)
             assert complete(process).json()["error"]["code"] == "stopping"
@@ -109,7 +113,7 @@ def test_a_signal_cancels_what_takes_longer_than_the_grace_period(stream):
     fields = {"stream": stream, "max_tokens": 900}
     with serving("--grace", "0.1", "--quiet", **SLOW) as process, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(complete, process, **fields)
-        time.sleep(0.3)
+        wait_for(lambda: process.texts("running") == 1)
         assert process.end(signal.SIGTERM) == (0, "", "")
         reply = asked.result()
         assert "the server is stopping" in reply.text
@@ -123,7 +127,7 @@ def test_a_prompt_that_cannot_be_interrupted_does_not_keep_the_server():
         ThreadPoolExecutor(1) as pool,
     ):
         asked = pool.submit(complete, process)
-        time.sleep(0.3)
+        wait_for(lambda: process.texts("running") == 1)
         assert process.end(signal.SIGTERM) == (0, "", "")
         assert asked.result().status_code == 503
 

@@ -23,14 +23,17 @@ from transformers import (
 from transformers.quantizers import quantizer_mxfp4
 
 import cpumoe
+from cpumoe.checkpoint import CheckpointError
 from cpumoe.integrations.transformers import (
     CpuExperts,
     ExpertsOptions,
+    LanguageModel,
     disable,
     enable,
     from_pretrained,
     use_fp32_routers,
 )
+from cpumoe.integrations.transformers.host_files import check_path
 from cpumoe.integrations.transformers.loading import from_pretrained_by_host
 
 TOKENS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(1))
@@ -332,6 +335,37 @@ def test_the_old_name_of_dtype_is_refused(tmp_path):
 def test_a_missing_folder_is_named(path):
     with pytest.raises(FileNotFoundError, match=f"{path}: no such checkpoint folder"):
         from_pretrained(path)
+
+
+def test_a_mistyped_name_in_a_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^models/typo: no such checkpoint folder; if it"):
+        from_pretrained("models/typo")
+    check_path("nobody/typo")  # may be on the hub
+    check_path("typo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attn_implementation": "nonsense"}, "attn_implementation"),
+        ({"no_such_argument": 3}, "no_such_argument"),
+        ({"device_map": "nonsense"}, "device_map"),
+    ],
+)
+@pytest.mark.parametrize("load", [from_pretrained, LanguageModel.from_pretrained])
+def test_a_mistake_in_an_argument_is_no_fault_of_the_checkpoint(load, tmp_path, arguments, message):
+    folder = tiny_models.gpt_oss(tmp_path)
+    tiny_models.byte_tokenizer(folder)
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        load(folder, **arguments)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_a_class_that_loads_nothing_is_no_fault_of_the_checkpoint(tmp_path):
+    with pytest.raises(AttributeError, match="from_pretrained"):
+        from_pretrained(tiny_models.gpt_oss(tmp_path), model_class=int)
 
 
 def test_a_file_is_no_checkpoint(tmp_path):

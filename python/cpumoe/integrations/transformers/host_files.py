@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,25 @@ _VOCABULARY_LIMIT = 256 << 20
 def check_path(path: str | os.PathLike[str]) -> None:
     """Refuses a path that is no folder and cannot be a name on the hub.
 
+    A name such as "models/mine" is a path if there is a folder "models". transformers would look
+    for it on the hub for half a minute.
+
     Raises:
         FileNotFoundError: `path` is neither. transformers would complain of the name.
         NotADirectoryError: `path` is a file.
     """
-    if Path(path).is_file():
+    folder = Path(path)
+    if folder.is_file():
         raise NotADirectoryError(f"{path}: expected a checkpoint folder, got a file")
-    if not Path(path).exists() and not _HUB_NAME.fullmatch(os.fspath(path)):
+    if folder.exists():
+        return
+    if not _HUB_NAME.fullmatch(os.fspath(path)):
         raise FileNotFoundError(f"{path}: no such checkpoint folder")
+    if folder.parent != Path() and folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint folder; if it is a name on the hub, rename or leave the "
+            f"folder {folder.parent}, which hides the name"
+        )
 
 
 def check_tokenizer_files(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
@@ -133,15 +144,16 @@ def open_resolved(files: Sequence[str], config: Any) -> ExpertReader:
 
 
 @contextmanager
-def host_reads(what: str) -> Iterator[None]:
+def host_reads(what: str, arguments: Collection[str] = ()) -> Iterator[None]:
     """Turns any exception for wrong content into one error that names the file.
 
     transformers may raise a KeyError, an AttributeError, or a panic of a library in Rust. Errors
-    that explain themselves pass unchanged: those of cpumoe's own code, of the system, and for too
-    little memory or a missing package.
+    that explain themselves pass unchanged: those of cpumoe's own code, of the system, for too
+    little memory or a missing package, and those that name an argument of the caller.
 
     Args:
         what: the file or folder that is read.
+        arguments: the names of the caller's arguments for transformers.
 
     Raises:
         CheckpointError: transformers raised another exception.
@@ -151,7 +163,7 @@ def host_reads(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, OSError, ImportError):
         raise
     except BaseException as error:
-        if _is_ours(error) or is_out_of_memory(error):
+        if _is_ours(error) or is_out_of_memory(error) or _names_one(error, arguments):
             raise
         raise _unreadable(what, "transformers", error) from error
 
@@ -160,7 +172,7 @@ def host_reads(what: str) -> Iterator[None]:
 def host_reads_tokenizer(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Like `host_reads`, but names tokenizer.json if that file is at fault."""
     try:
-        with host_reads(f"{path}: tokenizer"):
+        with host_reads(f"{path}: tokenizer", kwargs):
             yield
     except CheckpointError as error:
         folder = _local_folder(path, kwargs)
@@ -240,6 +252,19 @@ def _check_weights(weights: SafetensorsFolder) -> None:
             f'got {shown_value(weights.index_metadata)}; add "metadata": {{}}'
         )
     weights.check_shards()
+
+
+def _names_one(error: BaseException, arguments: Collection[str]) -> bool:
+    """Whether an error is about one of the arguments, by their names in its text.
+
+    A name without an underscore may be an ordinary word, so it counts only in quotes or before "=".
+    """
+
+    def named(name: str) -> bool:
+        word = rf"\b{name}\b" if "_" in name else rf"(['\"`]){name}\1|\b{name}="
+        return re.search(word, str(error)) is not None
+
+    return any(map(named, arguments))
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -31,8 +31,9 @@ from cpumoe.integrations.transformers.host_files import (
     host_reads_tokenizer,
 )
 from cpumoe.integrations.transformers.loading import (
-    from_pretrained,
-    from_pretrained_by_host,
+    check_dtype,
+    load_checked,
+    load_checked_by_host,
     origin,
 )
 from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
@@ -122,6 +123,7 @@ class LanguageModel:
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
         options = options or ExpertsOptions()
+        check_dtype(dtype, kwargs)
         # First, because for the tokenizer transformers builds a config of all layers it claims.
         check_model_files(path, kwargs, experts=not host_experts)
         check_tokenizer_files(path, kwargs)
@@ -134,11 +136,9 @@ class LanguageModel:
             kwargs["generation_config"] = host_generation_config(content)
         with _host_progress(options.progress):
             if host_experts:
-                model = from_pretrained_by_host(
-                    path, fp32_router=options.fp32_router, dtype=dtype, **kwargs
-                )
+                model = load_checked_by_host(path, kwargs, options.fp32_router, dtype)
             else:
-                model = from_pretrained(path, options=options, dtype=dtype, **kwargs)
+                model = load_checked(path, kwargs, options, dtype)
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, path)
         return cls(model, tokenizer, name or Path(path).resolve().name, generation_config=content)
 

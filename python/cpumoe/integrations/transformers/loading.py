@@ -118,17 +118,9 @@ def from_pretrained(
         UnsupportedFormatError: cpumoe does not support the experts' format.
         ValueError: the model has no experts, or cpumoe does not support their activation.
     """
-    if "torch_dtype" in kwargs:  # transformers would silently ignore it
-        raise ValueError("torch_dtype: this argument is called dtype")
-    if dtype not in (*_DTYPES, _AUTO):
-        raise ValueError(
-            f"dtype: expected torch.bfloat16 or torch.float32 or {_AUTO!r}, got {dtype}"
-        )
+    check_dtype(dtype, kwargs)
     check_model_files(path, kwargs, experts=True)
-    config = _config(path, kwargs)
-    _use_our_quantizer(config, path)
-    with loading_with(options or ExpertsOptions()):
-        return _load(model_class, path, config, dtype, kwargs)
+    return load_checked(path, kwargs, options or ExpertsOptions(), dtype, model_class)
 
 
 def from_pretrained_by_host(
@@ -149,6 +141,44 @@ def from_pretrained_by_host(
         **kwargs: further arguments for transformers.
     """
     check_model_files(path, kwargs, experts=False)
+    return load_checked_by_host(path, kwargs, fp32_router, dtype)
+
+
+def check_dtype(dtype: torch.dtype | str, kwargs: Mapping[str, Any]) -> None:
+    """Refuses a dtype that `from_pretrained` does not take, and the argument's old name.
+
+    Raises:
+        ValueError: see above.
+    """
+    if "torch_dtype" in kwargs:  # transformers would silently ignore it
+        raise ValueError("torch_dtype: this argument is called dtype")
+    if dtype not in (*_DTYPES, _AUTO):
+        raise ValueError(
+            f"dtype: expected torch.bfloat16 or torch.float32 or {_AUTO!r}, got {dtype}"
+        )
+
+
+def load_checked(
+    path: str | os.PathLike[str],
+    kwargs: Mapping[str, Any],
+    options: ExpertsOptions,
+    dtype: torch.dtype | str,
+    model_class: Any = AutoModelForCausalLM,
+) -> Any:
+    """Does what `from_pretrained` does after the checks of dtype and files."""
+    config = _config(path, kwargs)
+    _use_our_quantizer(config, path)
+    with loading_with(options):
+        return _load(model_class, path, config, dtype, kwargs)
+
+
+def load_checked_by_host(
+    path: str | os.PathLike[str],
+    kwargs: Mapping[str, Any],
+    fp32_router: bool,
+    dtype: torch.dtype | str,
+) -> Any:
+    """Does what `from_pretrained_by_host` does after the check of files."""
     config = _config(path, kwargs)
     owner, quantization = _quantization(config)
     if quantization is not None:
@@ -204,11 +234,11 @@ def origin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _ORIGIN if name in kwargs}
 
 
-def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    """Takes a copy of the config out of the arguments, or loads the config."""
-    config = kwargs.pop("config", None)
+def _config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
+    """Returns a copy of the config in the arguments, or loads the config."""
+    config = kwargs.get("config")
     if config is None:
-        with host_reads(f"{path}: {CONFIG_NAME}"):
+        with host_reads(f"{path}: {CONFIG_NAME}", kwargs):
             return AutoConfig.from_pretrained(path, **origin(kwargs))
     return copy.deepcopy(config)
 
@@ -247,14 +277,17 @@ def _load(
     """
     if dtype == _AUTO:
         dtype = exact_dtype(config.to_dict())
-    with host_reads(str(path)), host_report_held_back(path):
-        model, report = model_class.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            # Without these, transformers raises without the names, which it only logs.
-            **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True},
-        )
+    arguments = {
+        **kwargs,
+        "config": config,
+        "dtype": dtype,
+        # Without these, transformers raises without the names, which it only logs.
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    load = model_class.from_pretrained
+    with host_reads(str(path), kwargs), host_report_held_back(path):
+        model, report = load(path, **arguments)
         check_complete(
             model, report, path, mismatched_allowed=bool(kwargs.get("ignore_mismatched_sizes"))
         )
