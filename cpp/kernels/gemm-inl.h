@@ -25,6 +25,7 @@
 
 #include "base/aligned_buffer.h"
 #include "kernels/isa.h"
+#include "kernels/product.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
@@ -187,14 +188,14 @@ struct Gemm {
                     float* c) {
     Vec sum[kTiles][kTokens];
     for (int r = 0; r < kTiles; ++r) {
-      for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(c + (r * kTokens + t) * kTileRows);
+      for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(SumsAt(c, r, t, kTokens));
     }
     for (int64_t p = 0; p < pairs; ++p) {
       if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
       AddPair<kTokens, kTiles>(panel, a, p, sum);
     }
     for (int r = 0; r < kTiles; ++r) {
-      for (int t = 0; t < kTokens; ++t) Isa::Store(c + (r * kTokens + t) * kTileRows, sum[r][t]);
+      for (int t = 0; t < kTokens; ++t) Isa::Store(SumsAt(c, r, t, kTokens), sum[r][t]);
     }
   }
 
@@ -254,7 +255,7 @@ struct Gemm {
           at += Geometry::kGroupBytes;
         }
       }
-      Unroll<Geometry::kVectorPairs>([&](auto p) {
+      Unroll<Geometry::kVectorPairs>([&](auto p) __attribute__((always_inline)) {
         for (int i = 0; i < kGroups; ++i) {
           const Activation* x = a + i * Format::kGroupSize * kTokens;
           Pair w[kTiles];
@@ -286,7 +287,7 @@ struct Gemm {
     for (int r = 0; r < kTiles; ++r) {
       const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
       for (int t = 0; t < kTokens; ++t) {
-        float* out = c + (r * kTokens + t) * kTileRows;
+        float* out = SumsAt(c, r, t, kTokens);
         Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
       }
     }

@@ -3,7 +3,7 @@
 //
 //   A  a block of staged tokens: int8 quads, and per group a scale and a start value (QuadBlock)
 //   W  packed tiles of 16 rows x K (tile.h), decoded to unsigned bytes w = integer + offset
-//   C  [block][2 tiles][tokens][16] fp32
+//   C  fp32, one pair of a Product
 //
 // A group's sum of integer * a is exact. It is the sum of w * a plus the group's "start", which is
 // minus offset times the sum of a. The sum is converted to fp32 once, multiplied by the token's
@@ -20,11 +20,11 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include "kernels/gemm-inl.h"
 #include "kernels/isa.h"
+#include "kernels/product.h"
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 
@@ -104,14 +104,15 @@ class QuadGemm {
     return blocks.count() == 1 ? TilePair::kCount : kTiles;
   }
 
-  // c[block][tile][token][16] = A * tiles^T. `panel` is scratch memory of kPanelBytes, `staged` is
-  // the memory of the first block.
-  static void Run(const Codec& codec, const TilePair& w, const TokenBlocks& blocks,
-                  const std::byte* staged, std::byte* panel, float* c) {
-    std::memset(c, 0, sizeof(float) * blocks.tokens() * TilePair::kCount * kTileRows);
+  // c = A * tiles^T for one pair. `panel` is scratch memory of kPanelBytes, `staged` is the memory
+  // of the first block.
+  static void Run(const Codec& codec, const TilePair& w, const std::byte* staged, std::byte* panel,
+                  const Product& c) {
+    const TokenBlocks& blocks = c.blocks();
+    c.Clear(1);
     if (blocks.count() == 1) {
       const Span all = {w.tiles.data(), nullptr, 0, w.groups, w.groups};
-      kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged), c);
+      kFused[blocks.Size(0) - 1](codec, all, BlockAt(w, blocks, 0, staged), c.At(0, 0));
       return;
     }
     auto* quads = reinterpret_cast<Quad*>(panel);
@@ -121,9 +122,7 @@ class QuadGemm {
         const Span span = {&w.tiles[first], quads, begin, end, w.groups};
         DecodePanel(codec, span, quads);
         for (int64_t b = 0; b < blocks.count(); ++b) {
-          const int tokens = blocks.Size(b);
-          kPanel[tokens - 1](codec, span, BlockAt(w, blocks, b, staged),
-                             c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows);
+          kPanel[blocks.Size(b) - 1](codec, span, BlockAt(w, blocks, b, staged), c.At(0, b, first));
         }
       }
     }
@@ -180,7 +179,7 @@ class QuadGemm {
           [&](int64_t g) __attribute__((always_inline)) {
             Unroll<TilePair::kCount / kTiles>([&](auto i) __attribute__((always_inline)) {
               AddGroup<kTokens, kDecoded>(codec, span, span.tiles + i * kTiles, g, a, x,
-                                          c + i * kTiles * kTokens * kTileRows);
+                                          SumsAt(c, i * kTiles, 0, kTokens));
             });
             x += Format::kGroupSize * kTokens;
           });
@@ -209,7 +208,7 @@ class QuadGemm {
       Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
         const Vec scale = Isa::Broadcast(a.scales[g * kTokens + t]);
         const Vec value = Isa::FinishSum(sum[r][t]);
-        float* out = c + (r * kTokens + t) * kTileRows;
+        float* out = SumsAt(c, r, t, kTokens);
         Isa::Store(out, Isa::Fma(Isa::Mul(value, scale), weight_scales, Isa::Load(out)));
       });
     }

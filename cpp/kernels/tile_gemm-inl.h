@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "kernels/gemm-inl.h"
+#include "kernels/product.h"
 #include "kernels/token_blocks.h"
 
 namespace cpumoe {
@@ -35,9 +36,9 @@ class TileGemm {
 
   // Returns the kernel for an expert's tokens: fused for up to `few_token_limit` tokens, panel for
   // more.
-  static StagedForm FormFor(const TokenBlocks& blocks, int few_token_limit) {
-    return blocks.tokens() <= std::min(few_token_limit, Isa::kFusedTokens) ? StagedForm::kFused
-                                                                           : StagedForm::kPanel;
+  static StagedForm FormFor(int64_t tokens, int few_token_limit) {
+    return tokens <= std::min(few_token_limit, Isa::kFusedTokens) ? StagedForm::kFused
+                                                                  : StagedForm::kPanel;
   }
 
   // How many tiles of a pair are read side by side.
@@ -48,22 +49,21 @@ class TileGemm {
     return kTiles;
   }
 
-  // c[pair][block][tile][token][16] = A * tiles^T for the pairs `w`, which belong to one matrix or
-  // to two matrices of one expert. A is staged for `form`. `panel` is scratch memory of
-  // kPanelBytes.
-  static void Run(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                  StagedForm form, const Activation* a, Pair* panel, float* c) {
+  // c = A * tiles^T for the pairs `w`, which belong to one matrix or to two matrices of one expert.
+  // A is staged for `form`. `panel` is scratch memory of kPanelBytes.
+  static void Run(const Codec& codec, std::span<const TilePair> w, StagedForm form,
+                  const Activation* a, Pair* panel, const Product& c) {
     if (form == StagedForm::kFused) {
-      RunFused(codec, w, static_cast<int>(blocks.tokens()), a, c);
+      RunFused(codec, w, a, c);
       return;
     }
     if constexpr (Kernels::kFolding) {
       if (w[0].fold) {
-        RunMany<true>(codec, w, blocks, a, panel, c);
+        RunMany<true>(codec, w, a, panel, c);
         return;
       }
     }
-    RunMany<false>(codec, w, blocks, a, panel, c);
+    RunMany<false>(codec, w, a, panel, c);
   }
 
  private:
@@ -100,23 +100,24 @@ class TileGemm {
     int64_t begin, end, groups;
   };
 
-  static void RunFused(const Codec& codec, std::span<const TilePair> w, int tokens,
-                       const Activation* a, float* c) {
-    for (const TilePair& pair : w) {
+  // The tokens are one block.
+  static void RunFused(const Codec& codec, std::span<const TilePair> w, const Activation* a,
+                       const Product& c) {
+    const FusedKernel kernel = kFused[c.blocks().tokens() - 1];
+    for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
       for (int first = 0; first < TilePair::kCount; first += kTiles) {
-        kFused[tokens - 1](codec, &pair.tiles[first], a, pair.groups, c);
-        c += kTiles * tokens * kTileRows;
+        kernel(codec, &w[pair].tiles[first], a, w[pair].groups, c.At(pair, 0, first));
       }
     }
   }
 
   template <bool kFold>
-  static void RunMany(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                      const Activation* a, Pair* panel, float* c) {
+  static void RunMany(const Codec& codec, std::span<const TilePair> w, const Activation* a,
+                      Pair* panel, const Product& c) {
     if constexpr (HasPanelUnit<Isa>) {
-      RunUnit<kFold>(codec, w, blocks, a, panel, c);
+      RunUnit<kFold>(codec, w, a, panel, c);
     } else {
-      RunPanels<kFold>(codec, w, blocks, a, panel, c);
+      RunPanels<kFold>(codec, w, a, panel, c);
     }
   }
 
@@ -125,14 +126,13 @@ class TileGemm {
   // little by little, because bursts would take the fill buffers that kernels need. With a single
   // block most of the work is decoding, which streams the weights itself.
   template <bool kFold>
-  static void RunPanels(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                        const Activation* a, Pair* panel, float* c) {
+  static void RunPanels(const Codec& codec, std::span<const TilePair> w, const Activation* a,
+                        Pair* panel, const Product& c) {
     constexpr int64_t kPairTurns = TilePair::kCount / kTiles;
+    const TokenBlocks& blocks = c.blocks();
     const int64_t groups = w[0].groups;
     const int64_t round = std::ssize(w) * kPairTurns;  // turns at equal columns
     const int64_t turns = CeilDiv(groups, int64_t{Kernels::kPanelGroups}) * round;
-    const int64_t pair_size =
-        blocks.tokens() * TilePair::kCount * kTileRows;  // of one pair's product
     const int64_t block_bytes = RoundUp(CeilDiv(kCodeBytes, blocks.count()), kCacheLine);
     const auto span_of = [&](int64_t turn) {
       const int64_t begin = turn / round * Kernels::kPanelGroups;
@@ -140,7 +140,7 @@ class TileGemm {
       const TilePair& pair = w[turn % round / kPairTurns];
       return Span{&pair.tiles[turn % kPairTurns * kTiles], panel, begin, end, groups};
     };
-    std::memset(c, 0, sizeof(float) * std::ssize(w) * pair_size);
+    c.Clear(std::ssize(w));
     for (int64_t turn = 0; turn < turns; ++turn) {
       const Span span = span_of(turn);
       const Span next = span_of(std::min(turn + 1, turns - 1));
@@ -149,10 +149,10 @@ class TileGemm {
                                                    streams, panel);
       if (!streams) FetchScales(next);
       const int first = static_cast<int>(turn % kPairTurns) * kTiles;
-      float* product = c + turn % round / kPairTurns * pair_size;
+      const int64_t pair = turn % round / kPairTurns;
       for (int64_t b = 0; b < blocks.count(); ++b) {
         if (!streams) FetchCodes(next, b * block_bytes, block_bytes);
-        const Block block = BlockOf(span, first, blocks, b, a, product);
+        const Block block = BlockOf(span, a, c, pair, b, first);
         const int64_t to_next = ToNextColumns(span, block, round - 1 - turn % round);
         if (to_next == 0) {
           MultiplyByVectors<kFold, false>(codec, span, block, to_next);
@@ -193,12 +193,12 @@ class TileGemm {
     float* c;  // [tile][token][16]
   };
 
-  static Block BlockOf(const Span& s, int first, const TokenBlocks& blocks, int64_t b,
-                       const Activation* a, float* c) {
-    const int tokens = blocks.Size(b);
-    const int64_t column = blocks.Begin(b) * s.groups + s.begin * tokens;
-    return {tokens, a + column * Format::kGroupSize,
-            c + (blocks.Begin(b) * TilePair::kCount + first * tokens) * kTileRows};
+  // Block b, whose product with the span's tiles begins with tile `first` of pair `pair`.
+  static Block BlockOf(const Span& s, const Activation* a, const Product& c, int64_t pair,
+                       int64_t b, int first) {
+    const int tokens = c.blocks().Size(b);
+    const int64_t column = c.blocks().Begin(b) * s.groups + s.begin * tokens;
+    return {tokens, a + column * Format::kGroupSize, c.At(pair, b, first)};
   }
 
   // Returns the bytes from a block's columns of this span to its columns of the next round, or 0 if
@@ -237,15 +237,16 @@ class TileGemm {
   // the second block decodes it again. Decoding again costs less than writing and reading a panel,
   // because it happens beside the products.
   template <bool kFold>
-  static void RunUnit(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                      const Activation* a, Pair* panel, float* c) {
+  static void RunUnit(const Codec& codec, std::span<const TilePair> w, const Activation* a,
+                      Pair* panel, const Product& c) {
     PanelUnitOf<Isa> unit;
-    const int at_once = TilesAtOnce(blocks);
-    for (const TilePair& pair : w) {
+    const int at_once = TilesAtOnce(c.blocks());
+    for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
+      const int64_t groups = w[pair].groups;
       for (int first = 0; first < TilePair::kCount; first += at_once) {
-        const Span span = {&pair.tiles[first], panel, 0, pair.groups, pair.groups};
-        for (int64_t b = 0; b < blocks.count(); ++b) {
-          const Block block = BlockOf(span, first, blocks, b, a, c);
+        const Span span = {&w[pair].tiles[first], panel, 0, groups, groups};
+        for (int64_t b = 0; b < c.blocks().count(); ++b) {
+          const Block block = BlockOf(span, a, c, pair, b, first);
           if (at_once == kTiles) {
             StreamToUnit<kFold, kTiles>(unit, codec, span, block);
           } else {
@@ -253,7 +254,6 @@ class TileGemm {
           }
         }
       }
-      c += blocks.tokens() * TilePair::kCount * kTileRows;
     }
   }
 

@@ -1,7 +1,7 @@
 // One round of the forward pass: a bounded number of tokens through all of a layer's experts.
 //
-//   route     group (token, slot) pairs by expert                                     (routing.h)
-//   stage     gather each expert's tokens into blocks, converted for the multiplier       (path.h)
+//   route     group (token, slot) pairs by expert (routing.h), choose the kernels of each expert
+//   stage     gather each expert's tokens into blocks, converted for the multiplier (path.h)
 //   gate, up  task = a few tiles of gate and of up of one expert, all its tokens; activation;
 //             stage h
 //   down      task = a few tiles of output rows, all experts in ascending order; weighted sum;
@@ -24,6 +24,7 @@
 
 #include "base/aligned_buffer.h"
 #include "base/bits.h"
+#include "kernels/product.h"
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
@@ -38,19 +39,25 @@ template <class Isa, class Operator, PathFor<typename Operator::Codec> Path>
 class ForwardPass {
   using Codec = typename Operator::Codec;
   using Vec = typename Isa::Vec;
-  using Expert = Routing::Expert;
+  using Expert = Workspace::Expert;
 
  public:
   ForwardPass(const Operator& op, const ForwardArgs& args, ThreadPool& pool, Workspace& workspace)
-      : op_(op), args_(args), pool_(pool), workspace_(workspace), routing_(workspace.routing()) {}
+      : op_(op),
+        args_(args),
+        pool_(pool),
+        workspace_(workspace),
+        routing_(workspace.routing()),
+        experts_(workspace.experts()) {}
 
   // Computes output rows [begin, end).
   void Run(int64_t begin, int64_t end) {
     begin_ = begin;
     tokens_ = end - begin;
     routing_.Build(args_.routing, begin, end, op_.weights().has_weights(), op_.config().copy_of);
-    shared_ = tokens_ == 1 && routing_.tokens().size() == routing_.experts().size();
-    const auto experts = static_cast<int64_t>(routing_.experts().size());
+    ListExperts();
+    shared_ = tokens_ == 1 && routing_.tokens().size() == experts_.size();
+    const int64_t experts = std::ssize(experts_);
     const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
     const int64_t outputs = CeilDiv(DownTiles(), int64_t{TilePair::kCount});
     features_per_task_ = PerTask(experts * features, 32, 4);
@@ -59,7 +66,7 @@ class ForwardPass {
     if (experts > 0) Stage();
     const int64_t tasks = CeilDiv(features, features_per_task_);  // of one expert
     pool_.For(experts * tasks, [&](int64_t task, int thread) {
-      GateUp(routing_.experts()[task / tasks], task % tasks, thread);
+      GateUp(experts_[task / tasks], task % tasks, thread);
     });
     pool_.For(CeilDiv(outputs, outputs_per_task_),
               [&](int64_t task, int thread) { Down(task, thread); });
@@ -69,6 +76,21 @@ class ForwardPass {
  private:
   static constexpr int64_t kMostPerTask = 16;
 
+  // Lists the experts of the round, and decides once how each of them is multiplied.
+  void ListExperts() {
+    const int limit = op_.template FewTokenLimit<Path>();
+    experts_.clear();
+    most_tokens_ = 0;
+    for (const Routing::Expert& expert : routing_.experts()) {
+      experts_.push_back({.id = expert.id,
+                          .begin = expert.begin,
+                          .blocks = TokenBlocks(expert.count, Path::kBlockTokens),
+                          .form = Path::FormFor(args_.input_dtype, expert.count, limit),
+                          .fold = op_.FoldsExactly(expert.id)});
+      most_tokens_ = std::max(most_tokens_, expert.count);
+    }
+  }
+
   // Returns how many of `count` pieces of work one task takes. The result grows as long as enough
   // tasks remain: tasks_of_few per thread for few tokens, 4 per thread for many tokens.
   //
@@ -76,17 +98,11 @@ class ForwardPass {
   // tokens, the pieces of a task share the activations that a core fetches. Sharing pays the more,
   // the farther away the activations are.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few = MostTokens() <=
+    const bool few = most_tokens_ <=
                      std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     int64_t most = few ? 8 : most_of_many;
     while (most > 1 && count < most * tasks) most /= 2;
-    return most;
-  }
-
-  int64_t MostTokens() const {
-    int64_t most = 0;
-    for (const Expert& expert : routing_.experts()) most = std::max(most, expert.count);
     return most;
   }
 
@@ -96,23 +112,15 @@ class ForwardPass {
     intermediate_ = workspace_.Intermediate(pairs * MostStagedBytes(Intermediate()));
     const int64_t products = std::max(Path::kFeatureTiles * features_per_task_, outputs_per_task_);
     product_offset_ = Path::kPanelBytes;
-    sums_offset_ = product_offset_ + products * MostTokens() * kPairBytes;
+    sums_offset_ = product_offset_ + ProductBytes(products, most_tokens_);
     workspace_.ReserveScratch(pool_.num_threads(),
-                              sums_offset_ + tokens_ * outputs_per_task_ * kPairBytes);
-  }
-
-  TokenBlocks BlocksOf(const Expert& expert) const {
-    return TokenBlocks(expert.count, Path::kBlockTokens);
-  }
-
-  StagedForm FormOf(const Expert& expert) const {
-    return Path::FormFor(args_.input_dtype, BlocksOf(expert), op_.template FewTokenLimit<Path>());
+                              sums_offset_ + ProductBytes(outputs_per_task_, tokens_));
   }
 
   void Count(LayerCounters& counters) const {
     routing_.CountTokens(counters.expert_tokens);
-    const auto experts = static_cast<int64_t>(routing_.experts().size());
-    counters.bytes_read.fetch_add(experts * op_.weights().copy_bytes(), std::memory_order_relaxed);
+    counters.bytes_read.fetch_add(std::ssize(experts_) * op_.weights().copy_bytes(),
+                                  std::memory_order_relaxed);
   }
 
   void Stage() {
@@ -121,18 +129,17 @@ class ForwardPass {
       // the pool's.
       pool_.For(1, [&](int64_t, int) {
         const int32_t token = 0;
-        Path::StageRows(FormOf(routing_.experts()[0]), args_.input_dtype, Row(0), 0, &token, 1,
-                        HiddenSize(), staged_);
+        Path::StageRows(experts_[0].form, args_.input_dtype, Row(0), 0, &token, 1, HiddenSize(),
+                        staged_);
       });
       return;
     }
     std::vector<Workspace::Block>& blocks = workspace_.blocks();
     blocks.clear();
-    for (const Expert& expert : routing_.experts()) {
-      const TokenBlocks of = BlocksOf(expert);
-      for (int64_t b = 0; b < of.count(); ++b) {
-        blocks.push_back({expert.begin + of.Begin(b), of.Size(b), FormOf(expert),
-                          BlockAt(staged_, expert, of.Begin(b), HiddenSize())});
+    for (const Expert& expert : experts_) {
+      for (int64_t b = 0; b < expert.blocks.count(); ++b) {
+        blocks.push_back({expert.begin + expert.blocks.Begin(b), expert.blocks.Size(b), expert.form,
+                          BlockAt(staged_, expert, b, HiddenSize())});
       }
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
@@ -145,33 +152,29 @@ class ForwardPass {
   // Task `index` of an expert's gate and up: features_per_task_ * kFeatureTiles tiles of
   // intermediate features, for all the expert's tokens.
   void GateUp(const Expert& expert, int64_t index, int thread) const {
-    const TokenBlocks blocks = BlocksOf(expert);
     const int64_t begin = index * features_per_task_ * Path::kFeatureTiles;
     const int64_t end = std::min(begin + features_per_task_ * Path::kFeatureTiles, GateTiles());
     std::array<TilePair, kMostPerTask * Path::kFeatureTiles> w;
     for (int64_t tile = begin; tile < end; ++tile) {
       w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
     }
-    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(FormOf(expert), blocks));
-    float* product = Product(thread);
-    Path::Multiply(op_.codec(), std::span(w.data(), end - begin), blocks, FormOf(expert),
+    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(expert.form, expert.blocks));
+    const Product product = ProductOf(expert, thread);
+    Path::Multiply(op_.codec(), std::span(w.data(), end - begin), expert.form,
                    shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
                    product);
-    const int64_t size = blocks.tokens() * TilePair::kCount * kTileRows;  // of one pair's product
     for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
       const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const float* gate =
-            product + (tile - begin) * size + blocks.Begin(b) * TilePair::kCount * kTileRows;
-        StageFeatures(expert, tile, count, gate, size, blocks.Begin(b), blocks.Size(b));
+      for (int64_t b = 0; b < expert.blocks.count(); ++b) {
+        StageFeatures(expert, b, tile, count, product.Pair(tile - begin));
       }
     }
   }
 
-  // Activates and stages `count` tiles of features of a block of tokens. The products are
-  // gate[tile][gate, up][token], with tiles `size` apart.
-  void StageFeatures(const Expert& expert, int64_t first, int count, const float* gate,
-                     int64_t size, int64_t begin, int tokens) const {
+  // Activates and stages features of block b of an expert's tokens: `count` tiles of them, from
+  // tile `first` on. `product` has a pair of tiles, gate and up, for each.
+  void StageFeatures(const Expert& expert, int64_t b, int64_t first, int count,
+                     const Product& product) const {
     const int64_t features = op_.weights().layout(Projection::kGate).rows();
     const int64_t row = first * kTileRows;
     const int64_t rows = std::min<int64_t>(count * kTileRows, features - row);
@@ -180,17 +183,18 @@ class ForwardPass {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
       up_bias[i] = BiasOf(expert, Projection::kUp, first + i);
     }
-    std::byte* block = BlockAt(intermediate_, expert, begin, Intermediate());
+    std::byte* block = BlockAt(intermediate_, expert, b, Intermediate());
+    const int tokens = expert.blocks.Size(b);
     for (int t = 0; t < tokens; ++t) {
       alignas(64) float h[Path::kFeatureTiles * kTileRows];
       for (int i = 0; i < count; ++i) {
-        const float* g = gate + i * size + t * kTileRows;
+        const Vec gate = Isa::Load(product.At(i, b, 0, t)), up = Isa::Load(product.At(i, b, 1, t));
         Isa::Store(h + i * kTileRows,
-                   Activate<Isa>(op_.config().swiglu, Isa::Add(Isa::Load(g), gate_bias[i]),
-                                 Isa::Add(Isa::Load(g + tokens * kTileRows), up_bias[i])));
+                   Activate<Isa>(op_.config().swiglu, Isa::Add(gate, gate_bias[i]),
+                                 Isa::Add(up, up_bias[i])));
       }
-      Path::StageFeatures(FormOf(expert), args_.input_dtype, h, row, static_cast<int>(rows), t,
-                          tokens, Intermediate(), block);
+      Path::StageFeatures(expert.form, args_.input_dtype, h, row, static_cast<int>(rows), t, tokens,
+                          Intermediate(), block);
     }
   }
 
@@ -201,9 +205,8 @@ class ForwardPass {
     const int64_t begin = index * width;
     const int64_t end = std::min(begin + width, DownTiles());
     float* sums = Sums(thread);
-    std::memset(sums, 0, tokens_ * outputs_per_task_ * kPairBytes);
-    const auto experts = static_cast<int64_t>(routing_.experts().size());
-    for (int64_t e = 0; e < experts; ++e) AddExpert(e, begin, end, sums, thread);
+    std::memset(sums, 0, ProductBytes(outputs_per_task_, tokens_));
+    for (int64_t e = 0; e < std::ssize(experts_); ++e) AddExpert(e, begin, end, sums, thread);
     const int64_t row = begin * kTileRows;
     const int64_t rows = std::min(end * kTileRows, HiddenSize()) - row;
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -220,9 +223,7 @@ class ForwardPass {
 
   // sums[token][tile][16] += weight * (down * h + bias), for expert `index` and tiles [begin, end).
   void AddExpert(int64_t index, int64_t begin, int64_t end, float* sums, int thread) const {
-    const std::span<const Expert> experts = routing_.experts();
-    const Expert& expert = experts[index];
-    const TokenBlocks blocks = BlocksOf(expert);
+    const Expert& expert = experts_[index];
     std::array<TilePair, kMostPerTask + 1> w;
     const auto pair_at = [&](const Expert& of, int64_t tile) {
       return Operands(of, Projection::kDown, tile, Projection::kDown, std::min(tile + 1, end - 1));
@@ -231,35 +232,34 @@ class ForwardPass {
     for (int64_t tile = begin; tile < end; tile += TilePair::kCount) {
       w[count++] = pair_at(expert, tile);
     }
-    const bool last = index + 1 == static_cast<int64_t>(experts.size());
-    if (!last) w[count] = pair_at(experts[index + 1], begin);
+    const bool last = index + 1 == std::ssize(experts_);
+    if (!last) w[count] = pair_at(experts_[index + 1], begin);
     LinkTiles(std::span(w.data(), count + (last ? 0 : 1)),
-              Path::TilesAtOnce(FormOf(expert), blocks));
-    float* product = Product(thread);
-    Path::Multiply(op_.codec(), std::span(w.data(), count), blocks, FormOf(expert),
+              Path::TilesAtOnce(expert.form, expert.blocks));
+    const Product product = ProductOf(expert, thread);
+    Path::Multiply(op_.codec(), std::span(w.data(), count), expert.form,
                    BlockAt(intermediate_, expert, 0, Intermediate()), Panel(thread), product);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t pair = (tile - begin) / TilePair::kCount;
-      AddTile(expert, tile, (tile - begin) % TilePair::kCount,
-              product + pair * blocks.tokens() * TilePair::kCount * kTileRows,
+      AddTile(expert, tile, product.Pair((tile - begin) / TilePair::kCount),
+              static_cast<int>((tile - begin) % TilePair::kCount),
               sums + (tile - begin) * kTileRows);
     }
   }
 
-  // Adds the product of one tile to `sums` as AddExpert says. The tile is the r-th of its pair, and
-  // `product` is the pair's product.
-  void AddTile(const Expert& expert, int64_t tile, int64_t r, const float* product,
+  // Adds the product of one tile to `sums` as AddExpert says. The tile is the r-th of the pair that
+  // `product` has.
+  void AddTile(const Expert& expert, int64_t tile, const Product& product, int r,
                float* sums) const {
-    const TokenBlocks blocks = BlocksOf(expert);
+    const TokenBlocks& blocks = expert.blocks;
     const Vec bias = BiasOf(expert, Projection::kDown, tile);
     const int64_t stride = outputs_per_task_ * TilePair::kCount * kTileRows;
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int tokens = blocks.Size(b);
-      const float* in = product + (blocks.Begin(b) * TilePair::kCount + r * tokens) * kTileRows;
+      float* in = product.At(0, b);
       for (int t = 0; t < tokens; ++t) {
         const int64_t pair = expert.begin + blocks.Begin(b) + t;
         float* sum = sums + routing_.tokens()[pair] * stride;
-        const Vec y = Isa::Add(Isa::Load(in + t * kTileRows), bias);
+        const Vec y = Isa::Add(Isa::Load(SumsAt(in, r, t, tokens)), bias);
         Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
       }
     }
@@ -270,7 +270,7 @@ class ForwardPass {
     const auto& weights = op_.weights();
     return {.tiles = {weights.Tile(expert.id, p0, tile0), weights.Tile(expert.id, p1, tile1)},
             .groups = weights.layout(p0).groups(),
-            .fold = op_.FoldsExactly(expert.id)};
+            .fold = expert.fold};
   }
 
   // The biases of the rows of `tile`, with zeros for rows that the last tile does not have.
@@ -292,12 +292,11 @@ class ForwardPass {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.input_dtype);
   }
-  // The address at which the block of an expert's tokens from `begin` on is staged. An expert has
-  // room for any staged form, and the blocks of an expert follow one another.
-  std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t begin,
-                     int64_t columns) const {
+  // The address at which block b of an expert's tokens is staged. An expert has room for any staged
+  // form, and the blocks of an expert follow one another.
+  static std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t b, int64_t columns) {
     return staged + expert.begin * MostStagedBytes(columns) +
-           begin * Path::StagedBytes(FormOf(expert), columns);
+           expert.blocks.Begin(b) * Path::StagedBytes(expert.form, columns);
   }
   static int64_t MostStagedBytes(int64_t columns) {
     int64_t most = 0;
@@ -307,21 +306,25 @@ class ForwardPass {
     return RoundUp(most, int64_t{AlignedBuffer::kCacheLine});
   }
   std::byte* Panel(int thread) const { return workspace_.Scratch(thread); }
-  float* Product(int thread) const {
-    return reinterpret_cast<float*>(workspace_.Scratch(thread) + product_offset_);
+  Product ProductOf(const Expert& expert, int thread) const {
+    return {reinterpret_cast<float*>(workspace_.Scratch(thread) + product_offset_), expert.blocks};
   }
   float* Sums(int thread) const {
     return reinterpret_cast<float*>(workspace_.Scratch(thread) + sums_offset_);
   }
 
-  // The bytes of one token's fp32 sums for a pair of tiles.
-  static constexpr int64_t kPairBytes = TilePair::kCount * kTileRows * sizeof(float);
+  // The bytes of the fp32 sums of `tokens` tokens with so many pairs of tiles.
+  static constexpr int64_t ProductBytes(int64_t pairs, int64_t tokens) {
+    return Product::Size(pairs, tokens) * int64_t{sizeof(float)};
+  }
 
   const Operator& op_;
   const ForwardArgs& args_;
   ThreadPool& pool_;
   Workspace& workspace_;
   Routing& routing_;
+  std::vector<Expert>& experts_;  // that have tokens in this round, in ascending order
+  int64_t most_tokens_ = 0;       // of an expert
   int64_t begin_ = 0;
   int64_t tokens_ = 0;
   // All experts read one block: the only token, which each expert gets once.

@@ -52,10 +52,10 @@ class MoeOperator : public Moe {
     return config().few_token_limit < 0 ? Path::kFewTokenLimit : config().few_token_limit;
   }
 
-  // Whether every product of a code and a scale of the expert is exact in the ISA's multiplicand
+  // Whether every product of a code and a scale of the copy is exact in the ISA's multiplicand
   // type.
-  bool FoldsExactly(int64_t expert) const {
-    const ScaleRange& scales = weights_.scales(expert);
+  bool FoldsExactly(int64_t copy) const {
+    const ScaleRange& scales = weights_.scales(copy);
     return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
                              scales.greatest * Format::kMaxMagnitude);
   }

@@ -26,6 +26,16 @@ class Workspace {
 
   Routing& routing() { return routing_; }
 
+  // An expert that a round computes, and what the round decides once for all of its tasks.
+  struct Expert {
+    int64_t id;          // of the packed copy
+    int64_t begin;       // the expert's first pair, as an index into the routing's tokens()
+    TokenBlocks blocks;  // the expert's pairs
+    StagedForm form;     // the kernels that multiply them
+    bool fold;           // whether these kernels may fold scales (TilePair::fold)
+  };
+  std::vector<Expert>& experts() { return experts_; }
+
   // A block of one expert's tokens: its `tokens` pairs from index `pair` on, and where they are
   // staged.
   struct Block {
@@ -49,6 +59,7 @@ class Workspace {
   AlignedBuffer intermediate_;
   std::vector<AlignedBuffer> scratch_;
   Routing routing_;
+  std::vector<Expert> experts_;
   std::vector<Block> blocks_;
 };
 

@@ -13,12 +13,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <span>
 
 #include "base/bits.h"
 #include "base/float_types.h"
 #include "kernels/digit_gemm-inl.h"
+#include "kernels/product.h"
 #include "kernels/token_blocks.h"
 #include "paths/byte_codec-inl.h"
 #include "staging/digits-inl.h"
@@ -44,7 +44,7 @@ class DigitPath {
 
   static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
 
-  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
+  static StagedForm FormFor(DType, int64_t /*tokens*/, int /*few_token_limit*/) {
     return StagedForm::kBytes;
   }
 
@@ -68,12 +68,11 @@ class DigitPath {
     Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
   }
 
-  // The layout of c is [pair][block][tile][token][16].
-  static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
-                       StagedForm, const std::byte* staged, std::byte* /*panel*/, float* c) {
+  static void Multiply(const FloatCodec&, std::span<const TilePair> w, StagedForm,
+                       const std::byte* staged, std::byte* /*panel*/, const Product& c) {
+    const TokenBlocks& blocks = c.blocks();
     const int64_t groups = w[0].groups;
-    const int64_t pair_size = blocks.tokens() * TilePair::kCount * kTileRows;
-    std::memset(c, 0, sizeof(float) * w.size() * pair_size);
+    c.Clear(std::ssize(w));
     // The pairs take turns at kTurnGroups groups each, so that the activations of these groups stay
     // in L2.
     const int64_t turn = blocks.tokens() > kStreamedTokens ? kTurnGroups : groups;
@@ -82,17 +81,15 @@ class DigitPath {
     for (int64_t first = 0; first < blocks.count(); first += blocks_at_once) {
       const int64_t last = std::min(first + blocks_at_once, blocks.count());
       for (int64_t begin = 0; begin < groups; begin += turn) {
-        float* product = c;
-        for (const TilePair& pair : w) {
+        for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
           std::array<typename Gemm::Token, kMostAtOnce> tokens;
-          TilePair tiles = pair;
+          TilePair tiles = w[pair];
           if (turn < groups) {  // the next tile belongs to another turn
             for (TileView& tile : tiles.tiles) tile.next = nullptr;
           }
-          const int count = ListTokens(blocks, first, last, groups, staged, product, tokens.data());
+          const int count = ListTokens(c, pair, first, last, groups, staged, tokens.data());
           Gemm::Run(Codec{}, tiles, begin, std::min(begin + turn, groups),
                     std::span(tokens.data(), count));
-          product += pair_size;
         }
       }
     }
@@ -104,15 +101,15 @@ class DigitPath {
   static constexpr int64_t kTurnGroups = 16;
 
   // Lists the tokens of blocks [first, last), with their groups and with their sums for one pair.
-  static int ListTokens(const TokenBlocks& blocks, int64_t first, int64_t last, int64_t groups,
-                        const std::byte* staged, float* c, typename Gemm::Token* tokens) {
+  static int ListTokens(const Product& c, int64_t pair, int64_t first, int64_t last, int64_t groups,
+                        const std::byte* staged, typename Gemm::Token* tokens) {
     int count = 0;
     for (int64_t b = first; b < last; ++b) {
-      const int size = blocks.Size(b);
-      const Group* group = GroupsOf(staged) + blocks.Begin(b) * groups;
-      float* out = c + blocks.Begin(b) * TilePair::kCount * kTileRows;
-      for (int t = 0; t < size; ++t, ++count, out += kTileRows) {
-        tokens[count] = {group + t, size, {out, out + size * kTileRows}};
+      const int size = c.blocks().Size(b);
+      const Group* group = GroupsOf(staged) + c.blocks().Begin(b) * groups;
+      float* out = c.At(pair, b);
+      for (int t = 0; t < size; ++t, ++count) {
+        tokens[count] = {group + t, size, {SumsAt(out, 0, t, size), SumsAt(out, 1, t, size)}};
       }
     }
     return count;

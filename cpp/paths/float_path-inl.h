@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "base/float_types.h"
+#include "kernels/product.h"
 #include "kernels/tile_gemm-inl.h"
 #include "kernels/token_blocks.h"
 #include "staging/stage-inl.h"
@@ -37,8 +38,8 @@ class FloatPath {
     return Gemm::TilesAtOnce(blocks);
   }
 
-  static StagedForm FormFor(DType, const TokenBlocks& blocks, int few_token_limit) {
-    return Gemm::FormFor(blocks, few_token_limit);
+  static StagedForm FormFor(DType, int64_t tokens, int few_token_limit) {
+    return Gemm::FormFor(tokens, few_token_limit);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
@@ -57,9 +58,9 @@ class FloatPath {
     });
   }
 
-  static void Multiply(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                       StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
-    Gemm::Run(codec, w, blocks, form, reinterpret_cast<const Activation*>(staged),
+  static void Multiply(const Codec& codec, std::span<const TilePair> w, StagedForm form,
+                       const std::byte* staged, std::byte* panel, const Product& c) {
+    Gemm::Run(codec, w, form, reinterpret_cast<const Activation*>(staged),
               reinterpret_cast<typename Isa::Pair*>(panel), c);
   }
 

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/float_types.h"
+#include "kernels/product.h"
 #include "kernels/quad_gemm-inl.h"
 #include "kernels/token_blocks.h"
 #include "paths/byte_codec-inl.h"
@@ -39,7 +40,7 @@ class Int8Path {
 
   // The kernels for few and for many tokens read one staged form and give bit-identical results.
   // The number of blocks decides between them.
-  static StagedForm FormFor(DType, const TokenBlocks&, int /*few_token_limit*/) {
+  static StagedForm FormFor(DType, int64_t /*tokens*/, int /*few_token_limit*/) {
     return StagedForm::kPanel;
   }
 
@@ -59,11 +60,10 @@ class Int8Path {
 
   // Multiplies pair by pair. One-byte activations fit the L2 cache for as many tokens as matter, so
   // the pairs need not take turns.
-  static void Multiply(const FloatCodec&, std::span<const TilePair> w, const TokenBlocks& blocks,
-                       StagedForm, const std::byte* staged, std::byte* panel, float* c) {
-    for (const TilePair& pair : w) {
-      Gemm::Run(Codec{}, pair, blocks, staged, panel, c);
-      c += blocks.tokens() * TilePair::kCount * kTileRows;
+  static void Multiply(const FloatCodec&, std::span<const TilePair> w, StagedForm,
+                       const std::byte* staged, std::byte* panel, const Product& c) {
+    for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
+      Gemm::Run(Codec{}, w[pair], staged, panel, c.Pair(pair));
     }
   }
 };

@@ -18,6 +18,7 @@
 
 #include "base/float_types.h"
 #include "kernels/isa.h"
+#include "kernels/product.h"
 #include "kernels/token_blocks.h"
 #include "paths/path.h"
 
@@ -45,11 +46,10 @@ class MixedPath {
                                       : Many::StagedBytes(form, columns);
   }
 
-  static StagedForm FormFor(DType dtype, const TokenBlocks& blocks, int few_token_limit) {
+  static StagedForm FormFor(DType dtype, int64_t tokens, int few_token_limit) {
     const int few = dtype == DType::kBf16 ? kLimit : kPreciseLimit;
-    return blocks.tokens() <= std::min(few_token_limit, few)
-               ? StagedForm::kBytes
-               : Many::FormFor(dtype, blocks, few_token_limit);
+    return tokens <= std::min(few_token_limit, few) ? StagedForm::kBytes
+                                                    : Many::FormFor(dtype, tokens, few_token_limit);
   }
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
@@ -71,10 +71,9 @@ class MixedPath {
     });
   }
 
-  static void Multiply(const Codec& codec, std::span<const TilePair> w, const TokenBlocks& blocks,
-                       StagedForm form, const std::byte* staged, std::byte* panel, float* c) {
-    Visit(form,
-          [&](auto path) { decltype(path)::Multiply(codec, w, blocks, form, staged, panel, c); });
+  static void Multiply(const Codec& codec, std::span<const TilePair> w, StagedForm form,
+                       const std::byte* staged, std::byte* panel, const Product& c) {
+    Visit(form, [&](auto path) { decltype(path)::Multiply(codec, w, form, staged, panel, c); });
   }
 
  private:

@@ -12,6 +12,7 @@
 #include <span>
 
 #include "base/float_types.h"
+#include "kernels/product.h"
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 
@@ -24,7 +25,7 @@ template <class P, class Codec>
 concept MultiplierFor =
     requires(StagedForm form, DType dtype, const TokenBlocks& blocks, const Codec& codec,
              std::span<const TilePair> w, const void* x, const int32_t* token, const float* h,
-             int64_t n, int i, std::byte* block, const std::byte* staged, float* c) {
+             int64_t n, int i, std::byte* block, const std::byte* staged, const Product& c) {
       { P::kFeatureTiles } -> std::convertible_to<int>;
       { P::kPanelBytes } -> std::convertible_to<int64_t>;
       // How many tiles of a pair are read side by side.
@@ -36,17 +37,17 @@ concept MultiplierFor =
       // Writes features [first, first + count), taken from h, to token t of the block.
       P::StageFeatures(form, dtype, h, /*first=*/n, /*count=*/i, /*t=*/i, /*tokens=*/i,
                        /*columns=*/n, block);
-      // c [pair][block][tile][token][16] = staged blocks * tiles^T.
-      P::Multiply(codec, w, blocks, form, staged, /*panel=*/block, c);
+      // c = the staged blocks of c.blocks() * tiles^T.
+      P::Multiply(codec, w, form, staged, /*panel=*/block, c);
     };
 
 template <class P, class Codec>
-concept PathFor =
-    MultiplierFor<P, Codec> && requires(DType dtype, const TokenBlocks& blocks, int i) {
-      // Most tokens of an expert that the path's few-token kernels take.
-      { P::kFewTokenLimit } -> std::convertible_to<int>;
-      { P::kBlockTokens } -> std::convertible_to<int>;  // MR
-      { P::FormFor(dtype, blocks, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
-    };
+concept PathFor = MultiplierFor<P, Codec> && requires(DType dtype, int64_t tokens, int i) {
+  // Most tokens of an expert that the path's few-token kernels take.
+  { P::kFewTokenLimit } -> std::convertible_to<int>;
+  { P::kBlockTokens } -> std::convertible_to<int>;  // MR
+  // The kernels for so many tokens of an expert.
+  { P::FormFor(dtype, tokens, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
+};
 
 }  // namespace cpumoe

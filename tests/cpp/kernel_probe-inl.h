@@ -1,6 +1,7 @@
 // Implements kernel_probe.h for one ISA and format.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -12,6 +13,7 @@
 #include "base/check.h"
 #include "cpp/kernel_probe.h"
 #include "formats/weight_format.h"
+#include "kernels/product.h"
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
@@ -86,15 +88,14 @@ struct Probe {
                          staged.data() + blocks.Begin(b) * bytes);
     }
     const AlignedBuffer panel(Compute::kPanelBytes);
-    std::vector<float> product(tokens * TilePair::kCount * kTileRows);
-    Compute::Multiply(Codec{}, std::span(&w, 1), blocks, form, staged.data(), panel.data(),
-                      product.data());
+    std::vector<float> sums(Product::Size(1, tokens));
+    const Product product(sums.data(), blocks);
+    Compute::Multiply(Codec{}, std::span(&w, 1), form, staged.data(), panel.data(), product);
     for (int64_t b = 0; b < blocks.count(); ++b) {
-      const int64_t size = blocks.Size(b);
-      const float* in = product.data() + blocks.Begin(b) * TilePair::kCount * kTileRows;
-      for (int64_t i = 0; i < count * size * kTileRows; ++i) {
-        const int64_t row = i / (size * kTileRows), token = i / kTileRows % size;
-        c[((blocks.Begin(b) + token) * count + row) * kTileRows + i % kTileRows] = in[i];
+      for (int t = 0; t < blocks.Size(b); ++t) {
+        for (int tile = 0; tile < count; ++tile) {
+          c = std::copy_n(product.At(0, b, tile, t), kTileRows, c);
+        }
       }
     }
   }
