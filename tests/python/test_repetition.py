@@ -12,7 +12,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpumoe import Runtime
-from cpumoe._engine import repetition
 from cpumoe._engine.calls import Calls
 
 LAYOUTS = {
@@ -225,8 +224,9 @@ def test_a_mask_and_another_runtime_take_effect(weights, experts):
     assert torch.equal(experts(**given), expected)
 
 
-def test_without_guards_every_call_is_checked(weights, experts, monkeypatch):
-    monkeypatch.setattr(repetition, "_TensorGuards", None)
+@pytest.mark.parametrize("guards", [None, lambda *tensors: None], ids=["none", "of another kind"])
+def test_without_guards_every_call_is_checked(weights, experts, monkeypatch, guards):
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", guards)
     given = arguments(weights)
     assert torch.equal(experts(**given), experts(**given))
     assert experts._calls._repetition[-1] is None

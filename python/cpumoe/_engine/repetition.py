@@ -27,8 +27,21 @@ from cpumoe._base.tensors import (
 )
 from cpumoe._engine.output import Destination, wrote_output
 
-# Absent in a PyTorch that has renamed it. Then every call takes the long way.
-_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+def _guard_of(*tensors: torch.Tensor) -> Any:
+    """Returns a function that tells whether other tensors are like these.
+
+    Returns None if this PyTorch has no such guard, or another kind. Then every call takes the long
+    way, which is slower and otherwise equal.
+    """
+    try:
+        guard = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        )
+        return guard.check if guard.check(*tensors) else None
+    except (AttributeError, TypeError):
+        return None
+
 
 # Hidden states, ids and weights as the caller passed them.
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -49,13 +62,11 @@ class Repetition:
     Memory is checked each time, because a tensor like an earlier one may have lost its storage.
     """
 
-    def __init__(self, call: Call, given: Inputs, destination: Destination) -> None:
+    def __init__(self, call: Call, given: Inputs, destination: Destination, guard: Any) -> None:
         """Use `repetition_of`."""
         x = given[0]
         out = destination.out
-        guarded = given if out is None else (*given, out)
-        guard = _TensorGuards(*guarded, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._is_like = guard.check
+        self._is_like = guard
         self._options = (out is None, destination.dtype, destination.accumulate)
         self._engine = call.engine
         self._stride, self._tokens = call.addresses[1:3]
@@ -109,12 +120,13 @@ def repetition_of(call: Call, given: Inputs, destination: Destination) -> Repeti
         given: hidden states, ids and weights as the caller passed them.
         destination: where the call's result goes.
     """
-    out = destination.out
-    for tensor in given if out is None else (*given, out):
+    tensors = given if destination.out is None else (*given, destination.out)
+    for tensor in tensors:
         # A guard does not see whether gradients are enabled, but does see who requires one.
         if type(tensor) is not torch.Tensor or tensor.requires_grad or not tensor.numel():
             return None
     copied = any(used is not tensor for used, tensor in zip(call.inputs, given, strict=True))
-    if _TensorGuards is None or copied or modes_are_active():
+    if copied or modes_are_active():
         return None
-    return Repetition(call, given, destination)
+    guard = _guard_of(*tensors)
+    return None if guard is None else Repetition(call, given, destination, guard)
