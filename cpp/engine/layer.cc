@@ -35,12 +35,15 @@ void Layer::RequireOwnProcess() const {
 Layer::Writing Layer::LockForChange() {
   RequireOwnProcess();
   const std::lock_guard turn(turns_mutex_);
-  return Writing(weights_mutex_);
+  change_waits_.store(true, std::memory_order_relaxed);
+  Writing lock(weights_mutex_);
+  change_waits_.store(false, std::memory_order_relaxed);
+  return lock;
 }
 
 Layer::Reading Layer::LockForUse() const {
   if (fork_guard_.forked()) return {};
-  const std::lock_guard turn(turns_mutex_);
+  if (change_waits_.load(std::memory_order_relaxed)) const std::lock_guard turn(turns_mutex_);
   return Reading(weights_mutex_);
 }
 

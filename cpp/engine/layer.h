@@ -96,9 +96,10 @@ class Layer {
   mutable std::atomic<int64_t> calls_{0};
   mutable std::atomic<int64_t> nanoseconds_{0};
   const uint8_t* mask_ = nullptr;
-  // Locked in this order, after the runtime's mutex. Calls take turns_mutex_ just to wait for a
-  // change that is waiting for them. A shared mutex alone may let a change wait for as long as
-  // calls overlap.
+  // Locked in this order, after the runtime's mutex. A change holds turns_mutex_ while it waits for
+  // calls, and later calls wait for turns_mutex_. A shared mutex alone may let a change wait for as
+  // long as calls overlap.
+  std::atomic<bool> change_waits_{false};
   mutable std::mutex turns_mutex_;
   mutable std::shared_mutex weights_mutex_;
 };

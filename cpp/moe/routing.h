@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <iterator>
 #include <span>
+#include <stdexcept>
 #include <vector>
 
 #include "base/check.h"
@@ -43,10 +44,8 @@ class Routing {
   void Build(const RoutingInput& input, int64_t begin, int64_t end,
              const std::vector<uint8_t>& has_weights, std::span<const int32_t> copy_of = {}) {
     const int64_t num_experts = copy_of.empty() ? std::ssize(has_weights) : std::ssize(copy_of);
-    const auto copy = [&](int64_t id) {
-      return copy_of.empty() ? static_cast<int32_t>(id) : copy_of[id];
-    };
-    tokens_of_id_.assign(num_experts, 0);
+    places_.assign(has_weights.size(), 0);
+    tokens_of_id_.assign(copy_of.size(), 0);
     experts_.clear();
     // Copies the mask, because the host may change it at any time and both passes below must use
     // one mask.
@@ -57,22 +56,18 @@ class Routing {
     for (int64_t i = first; i < last; ++i) {
       const int64_t id = input.Id(i);
       const bool mine = IsMine(input, i, id);
-      chosen_[i - first] = mine ? copy(id) : -1;
-      if (mine) ++tokens_of_id_[id];
-    }
-    places_.assign(has_weights.size(), 0);
-    for (int64_t id = 0; id < num_experts; ++id) {
-      if (tokens_of_id_[id] == 0) continue;
-      Require(has_weights[copy(id)] != 0, "expert ", id,
-              " has no weights, but a token is routed to it; pack it first");
-      places_[copy(id)] += tokens_of_id_[id];
+      const int64_t copy = !mine ? -1 : copy_of.empty() ? id : copy_of[id];
+      chosen_[i - first] = static_cast<int32_t>(copy);
+      if (mine) ++places_[copy];
+      if (mine && !copy_of.empty()) ++tokens_of_id_[id];
     }
     int64_t total = 0;
-    for (int64_t id = 0; id < std::ssize(places_); ++id) {
-      const int64_t count = places_[id];
+    for (int64_t copy = 0; copy < std::ssize(places_); ++copy) {
+      const int64_t count = places_[copy];
       if (count == 0) continue;
-      experts_.push_back({id, total, count});
-      places_[id] = total;
+      if (has_weights[copy] == 0) ThrowNoWeights(copy, copy_of);
+      experts_.push_back({copy, total, count});
+      places_[copy] = total;
       total += count;
     }
     tokens_.resize(total);
@@ -94,9 +89,11 @@ class Routing {
 
   // Adds the number of tokens of each expert, by the host's id of it.
   void CountTokens(std::span<std::atomic<int64_t>> expert_tokens) const {
+    if (tokens_of_id_.empty()) {  // without replicas
+      for (const Expert& expert : experts_) Add(expert_tokens[expert.id], expert.count);
+    }
     for (int64_t id = 0; id < std::ssize(tokens_of_id_); ++id) {
-      if (tokens_of_id_[id] == 0) continue;
-      expert_tokens[id].fetch_add(tokens_of_id_[id], std::memory_order_relaxed);
+      Add(expert_tokens[id], tokens_of_id_[id]);
     }
   }
 
@@ -112,11 +109,24 @@ class Routing {
     return masked_[id] == 0;
   }
 
+  [[noreturn]] void ThrowNoWeights(int64_t copy, std::span<const int32_t> copy_of) const {
+    int64_t id = copy;
+    for (int64_t i = std::ssize(copy_of) - 1; i >= 0; --i) {
+      if (copy_of[i] == copy && tokens_of_id_[i] > 0) id = i;
+    }
+    throw std::invalid_argument(
+        Message("expert ", id, " has no weights, but a token is routed to it; pack it first"));
+  }
+
+  static void Add(std::atomic<int64_t>& counter, int64_t count) {
+    if (count != 0) counter.fetch_add(count, std::memory_order_relaxed);
+  }
+
   std::vector<uint8_t> masked_;
   // The packed copy for every pair, -1 if skipped. The host may change its ids meanwhile.
   std::vector<int32_t> chosen_;
-  std::vector<int64_t> tokens_of_id_;  // pairs of each of the host's ids
   std::vector<int64_t> places_;        // of the next pair of each packed copy
+  std::vector<int64_t> tokens_of_id_;  // pairs of each of the host's ids; empty without replicas
   std::vector<Expert> experts_;
   std::vector<int32_t> tokens_;
   std::vector<float> weights_;
