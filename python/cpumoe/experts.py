@@ -9,7 +9,9 @@ import torch
 from typing_extensions import Unpack
 
 from cpumoe._base.renamed import with_old_arguments
+from cpumoe._base.tensors import is_recorded
 from cpumoe._engine.arguments import MatrixStack
+from cpumoe._engine.custom_op import new_handle, record_call
 from cpumoe._engine.output import NEW_TENSOR, Destination
 from cpumoe._engine.packing import checked_stack
 from cpumoe._engine.repetition import Call
@@ -23,6 +25,9 @@ from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.packed_experts import PackedExperts
 from cpumoe.runtime import default_runtime
 from cpumoe.statistics import ExpertsStatistics
+
+# Dynamo, which is about to trace the call, sees a function that returns True.
+_seen_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
 class Experts(PackedExperts):
@@ -88,6 +93,7 @@ class Experts(PackedExperts):
             pack_masked=pack_masked,
             options=options,
         )
+        self._handle = new_handle(self)
 
     @classmethod
     @with_old_arguments("compute", "fused_tokens")
@@ -230,6 +236,9 @@ class Experts(PackedExperts):
         Experts compute no gradients. If an input requires a gradient, so does the result, and the
         backward pass through it raises RuntimeError.
 
+        ``torch.compile``, ``torch.export`` and tracers record the call as the operator
+        ``torch.ops.cpumoe.experts``. Meta and fake tensors give a result like them.
+
         Args:
             hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU; tokens may be 0.
             topk_ids: ``[tokens, top_k]`` int32 or int64. The ids -1 and `num_experts` and those of
@@ -249,8 +258,8 @@ class Experts(PackedExperts):
             experts are skipped; with `accumulate` the row keeps its values.
 
         Raises:
-            TypeError: a tensor has another dtype, device or layout, has no memory (fake, meta or
-                freed tensors), or is followed by a tracer or a transform of torch.func.
+            TypeError: a tensor has another dtype, device or layout, has no memory (it was freed, or
+                only some of the inputs are meta or fake), or torch.func transforms it.
             ValueError: a tensor has another shape, `out` overlaps an input, or there is no `out` to
                 accumulate onto.
             IndexError: an id is out of range.
@@ -258,7 +267,14 @@ class Experts(PackedExperts):
                 input has a tangent of forward-mode differentiation; with `out`, a tensor requires a
                 gradient.
         """
-        call = self._prepare(hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate)
+        if _seen_by_dynamo():
+            return self._record(hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate)
+        try:
+            call = self._prepare(hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate)
+        except TypeError:
+            if not is_recorded(hidden_states, topk_ids, topk_weights):
+                raise
+            return self._record(hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate)
         call.engine.run(*call.addresses)
         return call.output
 
@@ -288,6 +304,14 @@ class Experts(PackedExperts):
         started = call.engine.submit(*call.addresses, owned=owned, copy_inputs=copy_inputs)
         return Future(started, call.output)
 
+    @property
+    def handle(self) -> torch.Tensor:
+        """Names this layer for ``torch.ops.cpumoe.experts``, which compilers and tracers record.
+
+        The handle, an int64 scalar, is valid in this process for as long as this object lives.
+        """
+        return self._handle.tensor
+
     def statistics(self) -> ExpertsStatistics:
         """Returns how much this layer has computed since it was packed.
 
@@ -307,6 +331,22 @@ class Experts(PackedExperts):
         return (
             f"Experts({self.format}, experts={self.num_experts}, hidden={self.hidden_size}, "
             f"intermediate={self.intermediate_size}, isa={self.isa}{precision})"
+        )
+
+    def _record(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None,
+        out_dtype: torch.dtype | None,
+        accumulate: bool,
+    ) -> torch.Tensor:
+        return record_call(
+            self._handle.tensor if _seen_by_dynamo() else self._handle.number,
+            self._hidden_size,
+            (hidden_states, topk_ids, topk_weights),
+            Destination(out, out_dtype, accumulate),
         )
 
     def _prepare(

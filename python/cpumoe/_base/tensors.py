@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _Tensor = torch.Tensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
@@ -214,6 +215,21 @@ def refuse_tracing(name: str) -> None:
             f"{name}: {tracer} cannot record cpumoe's experts, only operations of PyTorch; keep "
             f"the experts out of the traced code"
         )
+
+
+def is_recorded(*tensors: torch.Tensor) -> bool:
+    """Whether somebody follows operations on these tensors instead of their values.
+
+    That is a tracer around the call, or a mode whose tensors have no memory. Transforms of
+    torch.func outside of a tracer do not count.
+
+    Args:
+        tensors: all tensor arguments of an operation.
+    """
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return False
+    without_values = all(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+    return without_values or bool(_tracer())
 
 
 def _tracer() -> str:

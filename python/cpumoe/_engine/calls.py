@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cpumoe import _core
-from cpumoe._base.tensors import contiguous, describe, new_like
+from cpumoe._base.tensors import contiguous, describe, new_like, refuse_tracing
 from cpumoe._engine.gradients import refuse_gradients, without_gradients
 from cpumoe._engine.output import ELEMENTS, Destination, callers_output, wrote_output
 from cpumoe._engine.repetition import Call, Inputs, Repetition, repetition_of
@@ -72,21 +72,15 @@ class Calls:
         hidden_states, topk_ids, topk_weights = given
         out = destination.out
         destination.check()
+        if out is not None:
+            refuse_tracing("out")
         x, x_address, shape = contiguous(hidden_states, "hidden_states", True)
         ids, ids_address, routed = contiguous(topk_ids, "topk_ids")
-        weights, weights_address, weighted = contiguous(topk_weights, "topk_weights")
+        weights, weights_address, _ = contiguous(topk_weights, "topk_weights")
         if out is None:
             output, output_address = new_like(x, "hidden_states", destination.dtype)
-        element = ELEMENTS.get(x.dtype)
-        if element is None:
-            raise TypeError(
-                f"hidden_states: expected bfloat16, float16 or float32, got {describe(x)}"
-            )
-        if len(shape) != 2 or shape[1] != self._hidden_size:
-            raise ValueError(
-                f"hidden_states: expected [tokens, {self._hidden_size}], got {list(shape)}"
-            )
-        _check_routing(ids, routed, weights, weighted, shape[0])
+        check_inputs(x, ids, weights, self._hidden_size)
+        element = ELEMENTS[x.dtype]
         if weights.dtype != torch.float32:
             weights, weights_address, _ = contiguous(weights.float(), "topk_weights")
         if out is None:
@@ -125,20 +119,25 @@ class Calls:
         return call
 
 
-def _check_routing(
-    ids: torch.Tensor,
-    routed: torch.Size,
-    weights: torch.Tensor,
-    weighted: torch.Size,
-    tokens: int,
+def check_inputs(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, hidden_size: int | None
 ) -> None:
+    """Checks dtypes and shapes of hidden states, ids and weights; see `Experts.__call__`.
+
+    `hidden_size` may be unknown.
+    """
+    if x.dtype not in ELEMENTS:
+        raise TypeError(f"hidden_states: expected bfloat16, float16 or float32, got {describe(x)}")
+    if x.dim() != 2 or (hidden_size is not None and x.shape[1] != hidden_size):
+        wanted = "hidden" if hidden_size is None else hidden_size
+        raise ValueError(f"hidden_states: expected [tokens, {wanted}], got {list(x.shape)}")
     if ids.dtype not in _ID_DTYPES:
         raise TypeError(f"topk_ids: expected int32 or int64, got {describe(ids)}")
-    if len(routed) != 2 or routed[0] != tokens:
-        raise ValueError(f"topk_ids: expected [{tokens}, top_k], got {list(routed)}")
-    if weighted != routed:
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"topk_ids: expected [{x.shape[0]}, top_k], got {list(ids.shape)}")
+    if weights.shape != ids.shape:
         raise ValueError(
-            f"topk_weights: expected {list(routed)} like topk_ids, got {list(weighted)}"
+            f"topk_weights: expected {list(ids.shape)} like topk_ids, got {list(weights.shape)}"
         )
     if weights.dtype not in ELEMENTS:
         raise TypeError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch.autograd import forward_ad
 from typing_extensions import override
+
+from cpumoe._base.operators import define
 
 _NO_GRADIENTS = (
     "cpumoe's experts compute no gradients; call them under torch.no_grad() or "
@@ -26,17 +29,37 @@ class _NoGradients(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, result: _Result, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in inputs]
         return result.tensor
 
     @staticmethod
     @override
-    def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(_NO_GRADIENTS)
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        # An operator, because compilers run this to record it. Running the record is the error.
+        refused = torch.ops.cpumoe.no_gradient
+        needed = ctx.needs_input_grad[1:]
+        return None, *(
+            refused(*gradients, shape, dtype) if wanted else None
+            for wanted, (shape, dtype) in zip(needed, ctx.inputs, strict=True)
+        )
 
     @staticmethod
     @override
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         raise RuntimeError(_NO_GRADIENTS)
+
+
+def _refuse(gradient: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> NoReturn:
+    raise RuntimeError(_NO_GRADIENTS)
+
+
+def _fake(gradient: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return gradient.new_empty(shape, dtype=dtype)
+
+
+_LIBRARY = define(
+    "no_gradient(Tensor gradient, SymInt[] shape, ScalarType dtype) -> Tensor", _refuse, _fake
+)
 
 
 def without_gradients(result: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from cpumoe import _core
-from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
+from cpumoe._base.tensors import describe, dtype_name, plain, span
 
 # The dtypes of hidden states and results.
 ELEMENTS = {
@@ -28,15 +28,13 @@ class Destination(NamedTuple):
     may_overlap: bool = False
 
     def check(self) -> None:
-        """Raises unless these options are possible together, here and now."""
+        """Raises unless these options are possible together."""
         if self.dtype is not None and self.dtype not in ELEMENTS:
             raise TypeError(
                 "out_dtype: expected torch.bfloat16, torch.float16 or torch.float32, got "
                 f"{self.dtype!r}"
             )
-        if self.out is not None:
-            refuse_tracing("out")
-        elif self.accumulate:
+        if self.accumulate and self.out is None:
             raise ValueError("accumulate: expected out=, the tensor to add onto, got None")
 
 
@@ -62,23 +60,7 @@ def callers_output(
     tensor = plain(out, "out")
     if out.is_neg():
         raise TypeError("out: expected a tensor without lazy negation; pass a new tensor")
-    dtype = tensor.dtype
-    if dtype not in ELEMENTS:
-        raise TypeError(f"out: expected bfloat16, float16 or float32, got {describe(tensor)}")
-    if destination.dtype not in (None, dtype):
-        raise TypeError(
-            f"out: expected {dtype_name(destination.dtype)} like out_dtype, got "
-            f"{describe(tensor)}; leave out_dtype out"
-        )
-    if destination.accumulate and dtype != torch.float32:
-        raise TypeError(f"out: expected float32 to accumulate onto, got {describe(tensor)}")
-    if tensor.shape != shape:
-        raise ValueError(f"out: expected {list(shape)}, got {list(tensor.shape)}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"out: expected a contiguous tensor, got strides {list(tensor.stride())}; pass a "
-            "contiguous tensor and copy from it"
-        )
+    check_output(tensor, destination, shape)
     start, end = span(tensor)
     for other, name in () if destination.may_overlap else inputs:
         first, last = span(other)
@@ -88,6 +70,31 @@ def callers_output(
                 "pass a tensor with memory of its own"
             )
     return out, start
+
+
+def check_output(out: torch.Tensor, destination: Destination, shape: torch.Size) -> None:
+    """Checks dtype, shape and strides of a buffer for a result of this shape.
+
+    Raises:
+        TypeError, ValueError: see `callers_output`.
+    """
+    dtype = out.dtype
+    if dtype not in ELEMENTS:
+        raise TypeError(f"out: expected bfloat16, float16 or float32, got {describe(out)}")
+    if destination.dtype not in (None, dtype):
+        raise TypeError(
+            f"out: expected {dtype_name(destination.dtype)} like out_dtype, got "
+            f"{describe(out)}; leave out_dtype out"
+        )
+    if destination.accumulate and dtype != torch.float32:
+        raise TypeError(f"out: expected float32 to accumulate onto, got {describe(out)}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected {list(shape)}, got {list(out.shape)}")
+    if not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous tensor, got strides {list(out.stride())}; pass a "
+            "contiguous tensor and copy from it"
+        )
 
 
 def wrote_output(out: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +14,13 @@ from cpumoe.integrations.transformers.options import ExpertsOptions
 from cpumoe.numerics.swiglu import SwiGLU
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spent:
     """Number and time of a module's calls.
 
     Attributes:
-        calls: number of calls of `CpuExperts.forward`.
-        seconds: wall time of these calls.
+        calls: number of calls that succeeded.
+        seconds: time that these calls computed, see `cpumoe.Experts.statistics`.
     """
 
     calls: int = 0
@@ -35,7 +34,6 @@ class CpuExperts(nn.Module):
         layer: index of the decoder layer.
         num_experts: number of routed experts of the layer.
         experts: the packed experts; None before `pack`.
-        spent: number and time of the calls so far.
     """
 
     def __init__(self, layer: int, num_experts: int, swiglu: SwiGLU) -> None:
@@ -45,8 +43,6 @@ class CpuExperts(nn.Module):
         self.num_experts = num_experts
         self.swiglu = swiglu
         self.experts: Experts | None = None
-        # A separate object, because setting an attribute of a module takes microseconds.
-        self.spent = Spent()
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
         """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`."""
@@ -58,9 +54,15 @@ class CpuExperts(nn.Module):
             options=options,
         )
 
+    @property
+    def spent(self) -> Spent:
+        """Number and time of the calls so far; the engine counts, so calls of compiled code too."""
+        if self.experts is None:
+            return Spent()
+        statistics = self.experts.statistics()
+        return Spent(statistics.calls, statistics.seconds)
+
     @override
-    # Without this, a compiled graph would break at each of the calls inside.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -81,7 +83,6 @@ class CpuExperts(nn.Module):
         Raises:
             RuntimeError: `pack` was not called, or the model is in training mode.
         """
-        start = time.perf_counter()
         experts = self._ready()
         shape = hidden_states.shape
         arguments = (
@@ -89,12 +90,10 @@ class CpuExperts(nn.Module):
             top_k_index,
             top_k_weights,
         )
-        if hidden_states.is_cpu:
+        if hidden_states.is_cpu or hidden_states.is_meta:
             output = experts(*arguments)
         else:
             output = experts(*(tensor.cpu() for tensor in arguments)).to(hidden_states.device)
-        self.spent.calls += 1
-        self.spent.seconds += time.perf_counter() - start
         return output if len(shape) == 2 else output.view(shape)
 
     def _ready(self) -> Experts:

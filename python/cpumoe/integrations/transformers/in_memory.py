@@ -7,6 +7,7 @@ Other weights are refused, because rounding them would change the model.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from cpumoe._base.tensors import is_recorded
+from cpumoe._engine.custom_op import new_handle, record_call
 from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
@@ -22,8 +25,36 @@ from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
 
 _FORMAT = weight_format("mxfp4")
-# For each module, the state of its parameters when they were packed, and the packed experts.
-_packed: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Experts]] = WeakKeyDictionary()
+
+
+class _InMemory:
+    """A module's experts, which are packed again when the module's parameters have changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._state: tuple[Any, ...] = ()
+        self._experts: Experts | None = None
+        self.handle = new_handle(self)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        module: Any = self._module()
+        # Parameters made in inference mode have no versions, so changes in place go unnoticed.
+        state = tuple(
+            (p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()
+        )
+        if self._experts is None or self._state != state:
+            self._experts, self._state = _pack(module), state
+        return self._experts(hidden_states, topk_ids, topk_weights, out_dtype=out_dtype)
+
+
+_known: WeakKeyDictionary[nn.Module, _InMemory] = WeakKeyDictionary()
 
 
 def experts_forward(
@@ -52,19 +83,34 @@ def experts_forward(
         raise RuntimeError(
             "cpumoe's experts compute no gradients and cannot train; call model.eval()"
         )
-    output = _experts_of(module)(hidden_states, top_k_index, top_k_weights)
-    return without_gradients(output, *module.parameters())
+    arguments = (hidden_states, top_k_index, top_k_weights)
+    # What is recorded packs the experts when it runs, because the parameters have values then.
+    if torch.compiler.is_dynamo_compiling():
+        output = record_call(int(_handle_text(module)), None, arguments)
+    elif is_recorded(*arguments):
+        output = record_call(_in_memory(module).handle.number, None, arguments)
+    else:
+        output = _in_memory(module)(*arguments)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        output = _without_gradients(output, *module.parameters())
+    return output
 
 
-def _experts_of(module: Any) -> Experts:
-    # Parameters made in inference mode have no versions, so changes in place go unnoticed there.
-    state = tuple(
-        (p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()
-    )
-    known = _packed.get(module)
-    if known is None or known[0] != state:
-        known = _packed[module] = (state, _pack(module))
-    return known[1]
+# Dynamo cannot trace what this calls, and breaks its graph.
+_without_gradients = torch.compiler.disable(without_gradients)  # type: ignore[no-untyped-call]
+
+
+# Dynamo calls this at once, and keeps the text. It could keep a tensor of one module only.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _handle_text(module: nn.Module) -> str:
+    return str(_in_memory(module).handle.number)
+
+
+def _in_memory(module: nn.Module) -> _InMemory:
+    known = _known.get(module)
+    if known is None:
+        known = _known[module] = _InMemory(module)
+    return known
 
 
 def _pack(module: Any) -> Experts:
