@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that CI runs and what takes too long for it: ThreadSanitizer with every variant that the machine can test,
-# the Python tests with each of the CPU's variants as default, and minutes of fuzzing.
+# the Python tests with each of the CPU's variants as default, a model compiled by Inductor, and minutes of fuzzing.
 #
 #   bash tests/full.sh           one and a half to two hours on two cores
 #
@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash tests/run.sh --full
+CPUMOE_TEST_INDUCTOR=1 python -m pytest tests/python/test_transformers_compile.py -k inductor
 bash tests/transformers_versions.sh
 bash tests/extras.sh
 bash tests/clients.sh

@@ -1,5 +1,7 @@
 """Compiled models: no graph breaks at experts, and tokens are those of the same model eager."""
 
+import os
+
 import pytest
 import tiny_models
 import torch
@@ -53,6 +55,16 @@ def test_a_compiled_model_writes_the_same_tokens(capsys):
     assert torch.equal(actual, expected)
     assert not counters["graph_break"]
     assert backend.experts == graphs * layers
+
+
+@pytest.mark.skipif("CPUMOE_TEST_INDUCTOR" not in os.environ, reason="minutes; see tests/full.sh")
+def test_a_model_compiled_by_inductor_writes_the_same_tokens():
+    # In bf16, Inductor rounds less often than eager code.
+    model = from_pretrained(embedded.model_path(), dtype=torch.float32)
+    expected = greedy(model, (0, 1146, 265, 1803, 1251), 3)
+    model.compile(fullgraph=True, dynamic=True)
+    assert torch.equal(greedy(model, (0, 1146, 265, 1803, 1251), 3), expected)
+    assert not counters["graph_break"]
 
 
 def test_a_compiled_model_with_a_static_cache_writes_the_same_tokens(tmp_path):
