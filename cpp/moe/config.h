@@ -40,12 +40,12 @@ struct MoeConfig {
   // Always takes the kernels that serve any number of tokens, so that a token's result does not
   // depend on the other tokens of its batch.
   bool batch_invariant = false;
-  // Most tokens of an expert that the few-token kernels take. If negative, the
-  // path's own limit decides.
+  // Most tokens of an expert that the few-token kernels take. If negative, the path's own limit
+  // decides.
   int few_token_limit = -1;
   // [num_experts], the packed copy that serves each expert; empty: each expert has a copy of its
   // own. Experts with one copy are replicas. Copies are numbered from 0 without gaps.
-  std::vector<int32_t> copy_of;
+  std::vector<int32_t> copy_of = {};
 
   int64_t CopyOf(int64_t expert) const { return copy_of.empty() ? expert : copy_of[expert]; }
   int64_t copies() const {
