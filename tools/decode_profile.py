@@ -14,6 +14,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,21 +25,23 @@ from cpumoe.integrations.transformers import CpuExperts, LanguageModel
 from cpumoe.text.generation import Sampling
 
 
-class Stopwatch:
-    """Stands before a method of a class and notes the seconds of each call."""
+@contextmanager
+def stopwatch(owner: Any, method: str) -> Iterator[list[float]]:
+    """Yields the seconds that each call of `owner.method` takes inside the block."""
+    seconds: list[float] = []
+    original = getattr(owner, method)
 
-    def __init__(self, owner: Any, method: str) -> None:
-        """Stands before `owner.method` from here on."""
-        self.seconds: list[float] = []
-        original = getattr(owner, method)
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = original(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
 
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = original(*arguments)
-            self.seconds.append(time.perf_counter() - start)
-            return result
-
-        setattr(owner, method, timed)
+    setattr(owner, method, timed)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, method, original)
 
 
 def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
@@ -45,35 +49,33 @@ def profile(model: LanguageModel, prompt: str, tokens: int) -> dict[str, float]:
     modules = [module for module in model.model.modules() if isinstance(module, CpuExperts)]
     ids = model.encode(prompt)
     model.generate(ids, Sampling(2, temperature=0))
-    engine = Stopwatch(_core.Call, "run")
-    module = Stopwatch(CpuExperts, "forward")
-    result = model.generate(ids, Sampling(tokens, temperature=0))
+    with stopwatch(_core.Call, "run") as runs, stopwatch(CpuExperts, "forward") as calls:
+        result = model.generate(ids, Sampling(tokens, temperature=0))
     if result.completion_tokens < 2:
         raise SystemExit("nothing decoded: the first token is prefill's; see --tokens, --prompt")
     decoding = slice(len(modules), None)  # without prefill
-    kernels = engine.seconds[decoding]
-    python = [all - run for all, run in zip(module.seconds[decoding], kernels, strict=True)]
+    kernels = runs[decoding]
+    python = [call - run for call, run in zip(calls[decoding], kernels, strict=True)]
     return {
         "tokens": result.completion_tokens,
         "layers": len(modules),
         "ms_per_token": 1e3 * result.decode_seconds / max(1, result.completion_tokens - 1),
         "kernels_us_per_call": 1e6 * statistics.median(kernels),
         "python_us_per_call": 1e6 * statistics.median(python),
-        "dispatch_us_per_call": 1e6 * _dispatch(modules[0], engine),
+        "dispatch_us_per_call": 1e6 * _dispatch(modules[0]),
         "experts_share": result.experts_seconds / (result.prefill_seconds + result.decode_seconds),
     }
 
 
-def _dispatch(module: CpuExperts, engine: Stopwatch, repeats: int = 2000) -> float:
+def _dispatch(module: CpuExperts, repeats: int = 2000) -> float:
     """Seconds of an engine's call at one token that computes nothing."""
     experts: Any = module.experts
     x = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)
     ids, weights = torch.full((1, 6), -1), torch.ones(1, 6)
-    engine.seconds.clear()
-    with torch.inference_mode():
+    with torch.inference_mode(), stopwatch(_core.Call, "run") as runs:
         for _ in range(repeats):
             module(x, ids, weights)
-    return statistics.median(engine.seconds)
+    return statistics.median(runs)
 
 
 def main() -> None:

@@ -314,13 +314,14 @@ def test_a_buffer_in_an_inputs_memory_is_refused(weights, experts):
     assert experts(both[:3], ids, w, out=both[3:]).data_ptr() == both[3:].data_ptr()
 
 
-def test_tracers_are_refused_with_a_buffer_too(weights, experts):
+def test_tracers_record_the_operator_with_a_buffer_too(weights, experts):
     args = inputs(weights, tokens=3)
     out = torch.empty(3, weights.hidden)
     with FakeTensorMode(), pytest.raises(TypeError, match="FakeTensorMode"):
         experts(*args, out=out)
-    with pytest.raises(TypeError, match=r"torch.jit.trace cannot record"):
-        torch.jit.trace(lambda *given: experts(*given, out=out), tuple(args))
+    traced = torch.jit.trace(lambda *given: experts(*given, out=out), tuple(args))
+    assert "cpumoe::experts" in str(traced.graph)
+    assert torch.equal(traced(*args), experts(*args, out_dtype=torch.float32))
 
 
 def test_an_id_out_of_range_is_reported_with_a_buffer_too(weights, experts):

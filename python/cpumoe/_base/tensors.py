@@ -221,7 +221,7 @@ def is_recorded(*tensors: torch.Tensor) -> bool:
     """Whether somebody follows operations on these tensors instead of their values.
 
     That is a tracer around the call, or a mode whose tensors have no memory. Transforms of
-    torch.func outside of a tracer do not count.
+    torch.func outside of a tracer do not count. FakeTensorMode takes no tensors with memory.
 
     Args:
         tensors: all tensor arguments of an operation.
@@ -229,7 +229,7 @@ def is_recorded(*tensors: torch.Tensor) -> bool:
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return False
     without_values = all(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
-    return without_values or bool(_tracer())
+    return without_values or _tracer() not in ("", _TRACERS[_MODES.FAKE])
 
 
 def _tracer() -> str:
