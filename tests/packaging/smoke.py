@@ -55,6 +55,16 @@ def check_layer() -> None:
     torch.testing.assert_close(y, expected.expand(3, 32), rtol=1e-5, atol=0)
 
 
+def check_sglang() -> None:
+    """SGLang finds the plugin, and the wheel has no package that shadows kt-kernel's."""
+    (plugin,) = metadata.entry_points(group="sglang.srt.plugins", name="cpumoe")
+    plugin.load()()  # does nothing, because nobody asks for it
+    files = metadata.files("cpumoe")
+    assert files
+    assert "kt_kernel" not in {Path(file).parts[0] for file in files}
+    assert any(Path(file).parts[-3:-1] == ("pythonpath", "kt_kernel") for file in files)
+
+
 def check_commands(folder: str) -> None:
     model = str(Path(folder) / "tiny")
     command("synth", model, "--model", "v4-flash", *TINY)
@@ -105,6 +115,7 @@ def check_plot(folder: str) -> None:
 def main(part: str) -> None:
     check_version()
     check_layer()
+    check_sglang()
     with tempfile.TemporaryDirectory() as folder:
         check_commands(folder)
         if part == "extras":

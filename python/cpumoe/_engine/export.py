@@ -17,8 +17,7 @@ from cpumoe.formats import QuantizedMatrix, WeightFormat
 # Memory for a matrix [N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
 
-_BF16_MANTISSA_BITS = 7
-_BF16_OF_LEAST_E8M0 = 0x40  # the bits of 2^-127, which is subnormal
+_BLOCK_SCALES = (1 << 15) - 1
 
 
 def new_expert(form: ExpertForm) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
@@ -74,9 +73,11 @@ class _Target:
     def finish(self) -> None:
         """Converts the scales if the caller wants others, and tells autograd of the change."""
         if self.stored is not self.scales:
-            bits = self.stored.to(torch.int16) << _BF16_MANTISSA_BITS
-            bits[self.stored == 0] = _BF16_OF_LEAST_E8M0
-            self.scales.detach().view(torch.int16).copy_(bits)
+            powers, numbers = self.stored.view(torch.float8_e8m0fnu), self.scales.detach()
+            # PyTorch divides larger blocks among threads. These wait for those of the engine.
+            rows = max(1, _BLOCK_SCALES // max(1, powers.shape[1]))
+            for row in range(0, powers.shape[0], rows):
+                numbers[row : row + rows].copy_(powers[row : row + rows])
         for tensor in self.written:
             wrote_output(tensor)
 

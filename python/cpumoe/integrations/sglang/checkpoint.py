@@ -1,0 +1,175 @@
+"""The checkpoint that holds a layer's experts, compared with what the host says of the layer."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+
+from cpumoe._base.tensors import describe
+from cpumoe.checkpoint import ExpertReader, open_checkpoint
+from cpumoe.integrations.sglang.checks import number_or_none
+from cpumoe.numerics.swiglu import SwiGLU
+
+# SGLang's names of the weight formats, for --kt-method.
+METHODS = {"MXFP4": "mxfp4", "RAWINT4": "int4"}
+
+# SwiGLU limit and alpha of the layer that the host is making; its plugin sets them.
+host_swiglu: ContextVar[tuple[float | None, float | None]] = ContextVar(
+    "host_swiglu", default=(None, None)
+)
+
+# One reader per folder, for the layers that use it. Its index takes megabytes.
+_readers: WeakValueDictionary[str, ExpertReader] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What the host says of a layer."""
+
+    layer: int
+    experts: int
+    hidden: int
+    intermediate: int
+
+
+def format_of(method: object) -> str:
+    """Returns the weight format that a ``--kt-method`` names.
+
+    Raises:
+        TypeError: `method` is no string.
+        ValueError: cpumoe does not have it.
+    """
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a string, got {method!r}")
+    name = METHODS.get(method.upper())
+    if name is None:
+        raise ValueError(
+            f"method: expected one of {', '.join(METHODS)}, which are the formats that cpumoe "
+            f"computes, got {method!r}; pass --kt-method and a checkpoint in that format"
+        )
+    return name
+
+
+def open_experts(path: object, method: str, sizes: LayerSizes) -> ExpertReader:
+    """Opens a checkpoint and checks that a layer is as the host says.
+
+    Raises:
+        TypeError: `path` is no path.
+        FileNotFoundError, CheckpointError: see `open_checkpoint`.
+        IndexError: the checkpoint's layer has no routed experts.
+        ValueError: the checkpoint has another format or other sizes.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"weight_path: expected a folder, got {path!r}; pass --kt-weight-path")
+    reader = _shared_reader(Path(path))
+    reader.check_supported()
+    if reader.format != format_of(method):
+        fitting = next(name for name, fmt in METHODS.items() if fmt == reader.format)
+        raise ValueError(
+            f"method: expected {fitting}, because the experts of {path} are {reader.format}, got "
+            f"{method}; pass --kt-method {fitting}"
+        )
+    _check_sizes(reader, sizes)
+    try:
+        reader.check_layer(sizes.layer)
+    except IndexError as error:
+        raise IndexError(
+            f"layer_idx: {error}; layers of a draft model must stay on the GPU, which SGLang's "
+            "plugin of cpumoe and sglang-kt see to"
+        ) from error
+    return reader
+
+
+def experts_of_slots(physical_to_logical: object, reader: ExpertReader, slots: int) -> list[int]:
+    """Returns the checkpoint's expert in each of the host's slots.
+
+    Args:
+        physical_to_logical: int ``[slots]``; None: slot i has expert i.
+        reader: the checkpoint.
+        slots: number of the host's slots.
+
+    Raises:
+        TypeError, ValueError: it is something else, or names experts that do not exist.
+    """
+    name = "physical_to_logical_map"
+    if physical_to_logical is None:
+        return list(range(slots))
+    if not isinstance(physical_to_logical, torch.Tensor):
+        raise TypeError(
+            f"{name}: expected an int tensor [{slots}], got {type(physical_to_logical).__name__}"
+        )
+    integers = not (physical_to_logical.dtype.is_floating_point or physical_to_logical.is_complex())
+    if not integers or physical_to_logical.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: expected an int tensor [{slots}], got {describe(physical_to_logical)}"
+        )
+    if tuple(physical_to_logical.shape) != (slots,):
+        raise ValueError(f"{name}: expected [{slots}], got {list(physical_to_logical.shape)}")
+    experts = [int(expert) for expert in physical_to_logical.tolist()]
+    for slot, expert in enumerate(experts):
+        if not 0 <= expert < reader.num_experts:
+            raise ValueError(
+                f"{name}: slot {slot}: expected an expert from 0 to {reader.num_experts - 1}, got "
+                f"{expert}"
+            )
+    return experts
+
+
+def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) -> SwiGLU:
+    """Returns the activation: the host's values, or else the checkpoint's.
+
+    Args:
+        reader: the checkpoint.
+        swiglu_limit: the host's limit; None or 0: it names none.
+        swiglu_alpha: the host's alpha; None or 0: it names none. Any other value means gpt-oss'
+            gate, whose up projection is shifted by 1.
+
+    Raises:
+        TypeError, ValueError: a value is wrong, or the checkpoint has another one.
+    """
+    plugin_limit, plugin_alpha = host_swiglu.get()
+    host_limit = number_or_none(swiglu_limit, "swiglu_limit") or plugin_limit
+    host_alpha = number_or_none(swiglu_alpha, "swiglu_alpha") or plugin_alpha
+    stored = reader.swiglu
+    if stored is None:  # SGLang itself has checked that the activation function is SiLU.
+        own = number_or_none(reader.config.text.get("swiglu_limit"), "config.json: swiglu_limit")
+        stored = SwiGLU(limit=own)
+    if host_limit and stored.limit and host_limit != stored.limit:
+        raise ValueError(
+            f"swiglu_limit: expected {stored.limit}, as the checkpoint {reader.folder.path} has, "
+            f"got {host_limit}; --kt-weight-path must be the experts of the model that runs"
+        )
+    swiglu = replace(stored, limit=host_limit or stored.limit)
+    return replace(swiglu, alpha=host_alpha, up_offset=1.0) if host_alpha else swiglu
+
+
+def _shared_reader(path: Path) -> ExpertReader:
+    key = os.path.realpath(path)
+    reader = _readers.get(key)
+    if reader is None or reader.folder.closed:
+        reader = _readers[key] = open_checkpoint(path)
+    return reader
+
+
+def _check_sizes(reader: ExpertReader, sizes: LayerSizes) -> None:
+    if sizes.experts > reader.num_experts:
+        raise ValueError(
+            f"num_experts: expected {reader.num_experts}, as the checkpoint has, got "
+            f"{sizes.experts}; pass --disable-shared-experts-fusion, because a fused shared expert "
+            "would be computed as a routed one, and no --ep-num-redundant-experts"
+        )
+    for name, wanted, got in (
+        ("num_experts", reader.num_experts, sizes.experts),
+        ("hidden_size", reader.hidden_size, sizes.hidden),
+        ("moe_intermediate_size", reader.intermediate_size, sizes.intermediate),
+    ):
+        if wanted != got:
+            raise ValueError(
+                f"{name}: expected {wanted}, as the checkpoint {reader.folder.path} has, got {got};"
+                " --kt-weight-path must be the experts of the model that runs"
+            )

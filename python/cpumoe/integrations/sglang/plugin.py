@@ -1,0 +1,128 @@
+"""Makes an unmodified SGLang use cpumoe for the experts on the CPU.
+
+SGLang calls `register` in each of its processes, because cpumoe's metadata names it in the group
+``sglang.srt.plugins``. It does nothing unless the command line has an option ``--kt-...``, or
+``CPUMOE_SGLANG=1`` is set. It then does three things, besides making cpumoe's module importable as
+``kt_kernel``:
+
+- SGLang's models multiply the experts' sum by the routed scaling factor, and so do its GPU experts.
+  The latter is switched off.
+- SGLang does not tell the module the model's SwiGLU limit and alpha. Now it does.
+- Layers of a draft model, which have numbers of decoder layers, keep their experts on the GPU.
+
+Written for SGLang 0.5.23. sglang-kt does all this itself, and has no plugins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpumoe.integrations.sglang import pythonpath
+
+logger = logging.getLogger(__name__)
+
+MODULE = "kt_kernel"
+SWITCH = "CPUMOE_SGLANG"
+_OURS = "cpumoe.integrations.sglang.kt_kernel"
+_HOST = "sglang.srt.layers.moe.kt_ep_wrapper"
+# SGLang's layers hand their experts to this class.
+_METHOD = f"{_HOST}.KTEPWrapperMethod"
+
+
+def register() -> None:
+    """Installs the module and the hooks in this process, if the user asks for them.
+
+    Raises:
+        ValueError: ``CPUMOE_SGLANG`` is neither 0 nor 1.
+    """
+    if not _wanted(sys.argv):
+        return
+    module = importlib.import_module(_OURS)
+    sys.modules[MODULE] = module
+    host = sys.modules.get(_HOST)
+    if host is not None:  # It was imported before, and found no module.
+        host.KTRANSFORMERS_AVAILABLE = True  # type: ignore[attr-defined]
+        host.KTMoEWrapper = module.KTMoEWrapper  # type: ignore[attr-defined]
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in (
+        (f"{_METHOD}.create_moe_runner", scale_once),
+        (f"{_METHOD}.create_weights", tell_swiglu),
+        (f"{_HOST}.create_kt_config_from_server_args", keep_draft_layers),
+    ):
+        HookRegistry.register(target, hook, HookType.AROUND)
+    logger.info("cpumoe computes the experts that --kt-... options leave to the CPU")
+
+
+def scale_once(
+    original: Callable[..., object], method: object, /, layer: object, moe_runner_config: Any
+) -> object:
+    """Leaves the routed scaling factor to the model, which applies it to all experts."""
+    # The layer changes this object later, and the runner must see that, so it is not copied.
+    moe_runner_config.routed_scaling_factor = None
+    return original(method, layer, moe_runner_config)
+
+
+def tell_swiglu(
+    original: Callable[..., object], method: object, /, layer: Any, *args: object, **kwargs: object
+) -> object:
+    """Tells the module that the layer makes the layer's SwiGLU limit and alpha."""
+    from cpumoe.integrations.sglang.checkpoint import host_swiglu
+    from cpumoe.integrations.sglang.checks import number_or_none
+
+    config = getattr(layer, "moe_runner_config", None)
+    clamp = getattr(config, "gemm1_clamp_limit", None)
+    limit = getattr(config, "swiglu_limit", None) if clamp is None else clamp
+    token = host_swiglu.set(
+        (
+            number_or_none(limit, "swiglu_limit"),
+            number_or_none(getattr(config, "gemm1_alpha", None), "gemm1_alpha"),
+        )
+    )
+    try:
+        return original(method, layer, *args, **kwargs)
+    finally:
+        host_swiglu.reset(token)
+
+
+def keep_draft_layers(
+    original: Callable[..., object], server_args: object, layer_idx: int
+) -> object:
+    """Returns SGLang's settings for a layer; None, which means "all on the GPU", for a draft's."""
+    from sglang.srt.runtime_context import get_flags
+
+    if get_flags().moe.in_speculative_scope:
+        return None
+    return original(server_args, layer_idx)
+
+
+def _wanted(arguments: list[str]) -> bool:
+    """Whether the user asks for experts on the CPU, and no other module computes them."""
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"{SWITCH}: expected 0 or 1, got {switch!r}")
+    if switch:
+        return switch == "1"
+    if not any(argument.startswith("--kt-") for argument in arguments):
+        return False
+    if _is_installed():
+        logger.info("kt_kernel is installed and is used; %s=1 chooses cpumoe", SWITCH)
+        return False
+    return True
+
+
+def _is_installed() -> bool:
+    """Whether there is a ``kt_kernel`` that is not cpumoe's."""
+    if MODULE in sys.modules:
+        return sys.modules[MODULE].__name__ != _OURS
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        return spec is not None
+    return pythonpath() not in Path(spec.origin).resolve().parents

@@ -1,0 +1,585 @@
+"""The module ``kt_kernel`` that SGLang calls: every call of its contract, without SGLang."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_tools import edit_config, write_small
+from moe_tools import PEAK_MEMORY, Inputs, output_of, refused
+from sglang_tools import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    arguments,
+    assert_close,
+    batch,
+    checkpoint,
+    gpu,
+    loaded,
+    oracle,
+)
+
+import cpumoe
+from cpumoe import SwiGLU
+from cpumoe.integrations.sglang import pythonpath
+from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper, generate_gpu_experts_masks
+
+ID_DTYPES = pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("v4"))
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("kimi"), "kimi-k2")
+
+
+def run(wrapper, args):
+    wrapper.submit_forward(*args, None)
+    return wrapper.sync_forward(args.hidden_states, None)
+
+
+# --- constructor -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [None, 0, 3, EXPERTS])
+def test_sglang_says_how_many_experts_the_gpu_has(folder, count):
+    wrapper = loaded(folder, num_gpu_experts=count)
+    args = batch(16)
+    mask = gpu(*range(count or 0))
+    assert torch.equal(wrapper.gpu_experts_mask, mask)
+    assert wrapper.num_gpu_experts == (count or 0)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=mask))
+
+
+@pytest.mark.parametrize("mask", [None, gpu(), gpu(1, 6), gpu(*range(EXPERTS)), gpu(0).int()])
+def test_the_fork_says_which_experts_the_gpu_has(folder, mask):
+    wrapper = loaded(
+        folder, gpu_experts_mask=mask, numa_nodes=None, swiglu_limit=0.0, swiglu_alpha=0.0
+    )
+    args = batch(16)
+    expected = gpu() if mask is None else mask.bool()
+    assert_close(run(wrapper, args), oracle(folder, args, mask=expected))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"cpuinfer_threads": None},
+        {"threadpool_count": 8},
+        {"threadpool_count": None},
+        {"numa_nodes": [0]},
+        {"chunked_prefill_size": None},
+        {"chunked_prefill_size": -1},
+        {"max_deferred_experts_per_token": None},
+        {"gpu_experts_mask": gpu(2), "num_gpu_experts": 0},
+        {"method": "mxfp4"},
+        {"cpu_save": True, "mode": "inference"},
+    ],
+    ids=str,
+)
+def test_odd_values_are_tolerated(folder, odd):
+    wrapper = loaded(folder, **odd)
+    args = batch(4)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=wrapper.gpu_experts_mask))
+
+
+def test_int4_experts_are_called_rawint4(kimi):
+    wrapper = loaded(kimi, num_gpu_experts=2)
+    args = batch(16)
+    assert_close(run(wrapper, args), oracle(kimi, args, mask=gpu(0, 1)))
+
+
+def test_a_mask_is_copied(folder):
+    mask = gpu(1)
+    wrapper = loaded(folder, gpu_experts_mask=mask)
+    mask[:] = True
+    assert torch.equal(wrapper.gpu_experts_mask, gpu(1))
+
+
+def test_layers_share_threads_and_the_checkpoints_index(folder):
+    first, second = (KTMoEWrapper(**arguments(folder, layer_idx=i)) for i in (0, 1))
+    assert first._runtime is second._runtime
+    assert first._reader is second._reader
+
+
+# --- the activation --------------------------------------------------------------------------
+
+
+def limited(tmp_path, **config):
+    edit_config(checkpoint(tmp_path), **config)
+    return tmp_path
+
+
+def test_the_checkpoint_has_the_swiglu_limit(tmp_path):
+    folder = limited(tmp_path, swiglu_limit=0.05)
+    args = batch(16)
+    result = run(loaded(folder), args)
+    assert_close(result, oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
+    unlimited = oracle(folder, args, swiglu=SwiGLU())
+    assert (result.double() - unlimited).norm() > 0.05 * unlimited.norm()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "swiglu"),
+    [(0.0, SwiGLU(limit=0.05)), (1.702, SwiGLU(alpha=1.702, limit=0.05, up_offset=1.0))],
+)
+def test_the_caller_has_the_swiglu_limit_and_alpha(tmp_path, alpha, swiglu):
+    folder = checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "swiglu_limit": None}))
+    args = batch(16)
+    wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=alpha)
+    assert_close(run(wrapper, args), oracle(folder, args, swiglu=swiglu))
+
+
+def test_an_unknown_model_has_the_hosts_activation(tmp_path):
+    folder = checkpoint(tmp_path, "kimi-k2")
+    edit_config(folder, model_type="new_moe", swiglu_limit=0.05)
+    args = batch(16)
+    assert_close(run(loaded(folder), args), oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
+
+
+# --- slots -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "slots", [[3, 1, 7, 0, 6, 2, 5, 4], [3, 3, 3, 0, 1, 2, 0, 0]], ids=["permuted", "redundant"]
+)
+def test_slots_hold_the_experts_of_the_map(folder, slots):
+    wrapper = loaded(folder, slots=torch.tensor(slots), num_gpu_experts=2)
+    args = batch(32)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=gpu(0, 1), slots=slots))
+
+
+def test_redundant_slots_share_memory(folder):
+    all_experts = loaded(folder)._layer.experts.nbytes
+    redundant = loaded(folder, slots=torch.tensor([3, 3, 3, 3, 1, 1, 1, 1]))
+    assert redundant._layer.experts.nbytes == all_experts // 4
+
+
+def test_no_map_means_the_checkpoints_order(folder):
+    wrapper = KTMoEWrapper(**arguments(folder))
+    wrapper.load_weights(None)
+    args = batch(4)
+    assert_close(run(wrapper, args), oracle(folder, args))
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+@ID_DTYPES
+@pytest.mark.parametrize("tokens", [0, 1, 3, 64, 300, 4096])
+def test_any_number_of_tokens(folder, tokens, ids):
+    wrapper = loaded(folder, num_gpu_experts=3)
+    x, topk_ids, weights = batch(tokens)
+    args = Inputs(x, topk_ids.to(ids), weights)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=gpu(0, 1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_result_has_the_inputs_dtype(folder, dtype):
+    args = batch(8, dtype=dtype)
+    result = run(loaded(folder), args)
+    assert result.dtype == dtype
+    assert_close(result, oracle(folder, args))
+
+
+@ID_DTYPES
+def test_foreign_ids_are_skipped(folder, ids):
+    wrapper = loaded(folder)
+    x, topk_ids, weights = batch(16)
+    topk_ids = topk_ids.to(ids)
+    topk_ids[::2, 0] = -1
+    topk_ids[1::2, 1] = EXPERTS
+    topk_ids[3::4, 2] = 2**31 - 1
+    topk_ids[5] = -(2**31)
+    args = Inputs(x, topk_ids, weights)
+    result = run(wrapper, args)
+    assert_close(result, oracle(folder, args))
+    assert not result[5].any()
+
+
+def test_inputs_may_be_overwritten_after_submit(folder):
+    wrapper = loaded(folder)
+    args = batch(300)
+    expected = oracle(folder, args)
+    for _ in range(8):
+        own = Inputs(*(tensor.clone() for tensor in args))
+        wrapper.submit_forward(*own, 0)
+        own.hidden_states.fill_(torch.nan)
+        own.topk_ids.fill_(-1)
+        own.topk_weights.fill_(torch.nan)
+        assert_close(wrapper.sync_forward(own.hidden_states, 0), expected)
+
+
+def test_layers_may_be_submitted_before_others_are_waited_for(folder):
+    wrappers = [loaded(folder, layer_idx=layer) for layer in (0, 1)]
+    args = batch(64)
+    for wrapper in wrappers:
+        wrapper.submit_forward(*args, None)
+    for layer, wrapper in reversed(list(enumerate(wrappers))):
+        result = wrapper.sync_forward(args.hidden_states, None)
+        assert_close(result, oracle(folder, args, layer=layer))
+
+
+def test_forward_is_submit_and_sync(folder):
+    args = batch(5)
+    assert_close(loaded(folder).forward(*args, 0), oracle(folder, args))
+
+
+def test_a_call_that_nobody_waited_for_is_forgotten(folder):
+    wrapper = loaded(folder)
+    wrapper.submit_forward(*batch(7), None)
+    args = batch(5, seed=1)
+    assert_close(run(wrapper, args), oracle(folder, args))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        ({"topk_weights": torch.ones(4, 2)}, ValueError, "[4, 3] and [4, 2]"),
+        ({"topk_ids": torch.ones(4, 3)}, TypeError, "topk_ids: expected int32 or int64"),
+        ({"topk_ids": [[1, 2, 3]] * 4}, TypeError, "topk_ids: expected a torch.Tensor, got list"),
+        ({"hidden_states": torch.ones(4, 32)}, ValueError, "hidden_states: expected [tokens, 64]"),
+        ({"hidden_states": torch.ones(5, 64)}, ValueError, "topk_ids: expected [5, top_k]"),
+        ({"hidden_states": None}, TypeError, "hidden_states: expected a torch.Tensor"),
+    ],
+)
+def test_an_error_leaves_the_layer_usable(folder, wrong, kind, message):
+    wrapper = loaded(folder)
+    args = batch(4)
+    with pytest.raises(kind, match=re.escape(message)):
+        wrapper.submit_forward(*replace(args, **wrong), None)
+    assert_close(run(wrapper, args), oracle(folder, args))
+
+
+def test_submit_can_be_made_to_wait(folder, monkeypatch):
+    monkeypatch.setenv("KT_FORCE_SYNC_SUBMIT", "1")
+    wrapper = loaded(folder)
+    args = batch(300)
+    wrapper.submit_forward(*args, None)
+    assert all(future.done() for future in wrapper._layer.running)
+    assert_close(wrapper.sync_forward(args.hidden_states, None), oracle(folder, args))
+
+
+def test_weights_can_be_loaded_again(folder):
+    wrapper = loaded(folder)
+    slots = [1, 0, 2, 3, 4, 5, 6, 7]
+    wrapper.load_weights(torch.tensor(slots))
+    args = batch(9)
+    assert_close(run(wrapper, args), oracle(folder, args, slots=slots))
+
+
+def test_the_hosts_settings_do_not_matter(folder):
+    """SGLang loads with a default device of its own, and calls in inference mode."""
+    with torch.device("meta"), torch.inference_mode():
+        wrapper = loaded(folder, slots=torch.arange(EXPERTS, device="cpu"), num_gpu_experts=2)
+    args = batch(32)
+    with torch.device("meta"), torch.inference_mode():
+        result = run(wrapper, args)
+    assert_close(result, oracle(folder, args, mask=gpu(0, 1)))
+    wrapper.gpu_experts_mask.copy_(gpu(5))
+    with torch.device("meta"), torch.no_grad():
+        result = run(wrapper, args)
+    assert_close(result, oracle(folder, args, mask=gpu(5)))
+
+
+def test_capture_batch_sizes_are_remembered():
+    KTMoEWrapper.set_capture_batch_sizes([1, 2, 8])
+    assert KTMoEWrapper.get_capture_batch_sizes() == [1, 2, 8]
+    KTMoEWrapper.set_capture_batch_sizes([])
+    KTMoEWrapper.clear_buffer_cache()
+
+
+# --- the GPU's experts -----------------------------------------------------------------------
+
+
+def test_a_mask_may_change_between_calls(folder):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
+    args = batch(32)
+    masks = [gpu(4, 5, 6, 7), gpu(), gpu(*range(EXPERTS)), gpu(0, 2), gpu(0, 1, 2, 3)]
+    for mask in masks:
+        wrapper.gpu_experts_mask.copy_(mask)
+        assert_close(run(wrapper, args), oracle(folder, args, mask=mask))
+        packed = wrapper._layer.experts.packed_experts
+        assert packed == [i for i in range(EXPERTS) if not mask[i]]
+
+
+def test_a_call_has_the_mask_of_its_submit(folder):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1))
+    args = batch(300)
+    for _ in range(5):
+        for mask, other in ((gpu(0, 1), gpu(5)), (gpu(5), gpu(0, 1))):
+            wrapper.submit_forward(*args, None)
+            wrapper.gpu_experts_mask.copy_(other)
+            result = wrapper.sync_forward(args.hidden_states, None)
+            assert_close(result, oracle(folder, args, mask=mask))
+
+
+def test_a_mask_may_be_replaced(folder):
+    wrapper = loaded(folder)
+    wrapper.gpu_experts_mask = gpu(3, 4)
+    args = batch(32)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=gpu(3, 4)))
+
+
+MEMORY = """
+import sys
+import torch
+from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
+
+def load(gpu_experts):
+    wrapper = KTMoEWrapper(
+        layer_idx=0, num_experts=32, num_experts_per_tok=6, hidden_size=2048,
+        moe_intermediate_size=1024, weight_path=sys.argv[1], method="MXFP4",
+        num_gpu_experts=gpu_experts,
+    )
+    wrapper.load_weights(torch.arange(32))
+    return wrapper
+
+load(32)
+with PeakMemory() as peak:
+    wrapper = load(int(sys.argv[2]))
+print(peak.bytes - peak.before, anonymous_bytes() - peak.before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_experts_of_the_gpu_take_no_memory(tmp_path):
+    write_small(
+        tmp_path,
+        "v4-flash",
+        layers=1,
+        experts=32,
+        hidden=2048,
+        intermediate=1024,
+        pattern="random",
+    )
+
+    def loading(gpu_experts):
+        return map(int, output_of(PEAK_MEMORY + MEMORY, str(tmp_path), str(gpu_experts)).split())
+
+    _, whole = loading(0)
+    peak, half = loading(16)
+    assert whole > 0.9 * 32 * 3 * 2048 * 1024 * 4.25 / 8
+    assert half <= 0.55 * whole
+    assert peak <= 0.6 * whole, "loading takes memory for experts of the GPU"
+
+
+# --- wrong uses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        (
+            {"method": "FP8"},
+            ValueError,
+            "method: expected one of MXFP4, RAWINT4, which are the formats that cpumoe computes, "
+            "got 'FP8'; pass --kt-method and a checkpoint in that format",
+        ),
+        (
+            {"method": "RAWINT4"},
+            ValueError,
+            "method: expected MXFP4, because the experts of FOLDER are mxfp4, got RAWINT4; pass "
+            "--kt-method MXFP4",
+        ),
+        (
+            {"num_experts": EXPERTS + 1},
+            ValueError,
+            f"num_experts: expected {EXPERTS}, as the checkpoint has, got {EXPERTS + 1}; pass "
+            "--disable-shared-experts-fusion, because a fused shared expert would be computed as "
+            "a routed one, and no --ep-num-redundant-experts",
+        ),
+        (
+            {"hidden_size": 2 * HIDDEN},
+            ValueError,
+            f"hidden_size: expected {HIDDEN}, as the checkpoint FOLDER has, got {2 * HIDDEN}; "
+            "--kt-weight-path must be the experts of the model that runs",
+        ),
+        (
+            {"moe_intermediate_size": INTERMEDIATE // 2},
+            ValueError,
+            f"moe_intermediate_size: expected {INTERMEDIATE}, as the checkpoint FOLDER has, got "
+            f"{INTERMEDIATE // 2}; --kt-weight-path must be the experts of the model that runs",
+        ),
+        (
+            {"layer_idx": 2},
+            IndexError,
+            "layer_idx: layer 2 has no routed experts in FOLDER; layers 0..1 have; layers of a "
+            "draft model must stay on the GPU, which SGLang's plugin of cpumoe and sglang-kt see "
+            "to",
+        ),
+        (
+            {"num_gpu_experts": EXPERTS + 1},
+            ValueError,
+            f"num_gpu_experts: expected 0 to {EXPERTS}, got {EXPERTS + 1}",
+        ),
+        (
+            {"gpu_experts_mask": torch.zeros(3, dtype=torch.bool)},
+            ValueError,
+            f"gpu_experts_mask: expected [{EXPERTS}], got [3]",
+        ),
+        (
+            {"gpu_experts_mask": gpu(1, 2), "num_gpu_experts": 3},
+            ValueError,
+            "gpu_experts_mask has 2 experts, but num_gpu_experts is 3; pass one of the two",
+        ),
+        (
+            {"gpu_experts_mask": torch.zeros(EXPERTS)},
+            TypeError,
+            f"gpu_experts_mask: expected a bool tensor [{EXPERTS}], got float32 [{EXPERTS}]",
+        ),
+        (
+            {"mode": "sft"},
+            ValueError,
+            "mode: expected 'inference', got 'sft'; cpumoe does not train, so leave out "
+            "--kt-expert-lora-path",
+        ),
+        (
+            {"swiglu_limit": 7.0},
+            ValueError,
+            "swiglu_limit: expected 10.0, as the checkpoint FOLDER has, got 7.0; "
+            "--kt-weight-path must be the experts of the model that runs",
+        ),
+        (
+            {"cpuinfer_threads": 0},
+            ValueError,
+            "cpuinfer_threads: expected at least 1, got 0",
+        ),
+        (
+            {"max_deferred_experts_per_token": -1},
+            ValueError,
+            "max_deferred_experts_per_token: expected at least 0, got -1",
+        ),
+        (
+            {"weight_path": None},
+            TypeError,
+            "weight_path: expected a folder, got None; pass --kt-weight-path",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_remedy(folder, changes, kind, message):
+    with refused(kind, message.replace("FOLDER", str(folder))):
+        KTMoEWrapper(**arguments(folder, **changes))
+
+
+def test_a_missing_folder_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        KTMoEWrapper(**arguments(folder, weight_path=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("slots", "kind", "message"),
+    [
+        (torch.arange(EXPERTS + 1), ValueError, f"expected [{EXPERTS}], got [{EXPERTS + 1}]"),
+        (torch.arange(EXPERTS).float(), TypeError, f"expected an int tensor [{EXPERTS}], got "),
+        (list(range(EXPERTS)), TypeError, f"expected an int tensor [{EXPERTS}], got list"),
+        (
+            torch.arange(1, EXPERTS + 1),
+            ValueError,
+            f"slot {EXPERTS - 1}: expected an expert from 0 to {EXPERTS - 1}, got {EXPERTS}",
+        ),
+    ],
+)
+def test_a_wrong_map_is_refused(folder, slots, kind, message):
+    wrapper = KTMoEWrapper(**arguments(folder))
+    with pytest.raises(kind) as caught:
+        wrapper.load_weights(slots)
+    assert str(caught.value).startswith(f"physical_to_logical_map: {message}")
+
+
+def test_calls_before_the_weights_are_refused(folder):
+    wrapper = KTMoEWrapper(**arguments(folder))
+    message = "layer 0: submit_forward: expected load_weights to be called first"
+    with refused(RuntimeError, message):
+        wrapper.submit_forward(*batch(1), None)
+
+
+def test_sync_without_submit_is_refused(folder):
+    wrapper = loaded(folder)
+    message = (
+        "layer 0: sync_forward: expected a submit_forward before it on the same thread, got none"
+    )
+    with refused(RuntimeError, message):
+        wrapper.sync_forward(batch(1).hidden_states, None)
+    args = batch(2)
+    run(wrapper, args)
+    with refused(RuntimeError, message):
+        wrapper.sync_forward(args.hidden_states, None)
+
+
+def test_sync_of_another_shape_is_refused(folder):
+    wrapper = loaded(folder)
+    wrapper.submit_forward(*batch(2), None)
+    message = (
+        f"layer 0: sync_forward: expected torch.bfloat16 [2, {HIDDEN}], as submit_forward got, "
+        f"got torch.bfloat16 [3, {HIDDEN}]"
+    )
+    with refused(ValueError, message):
+        wrapper.sync_forward(batch(3).hidden_states, None)
+
+
+@pytest.mark.parametrize(("device", "stream"), [("meta", 0), ("cpu", 140001)])
+def test_streams_of_a_gpu_are_refused(folder, device, stream):
+    wrapper = loaded(folder)
+    x, ids, weights = (tensor.to(device) for tensor in batch(2))
+    message = (
+        f"hidden_states: expected a CPU tensor and stream 0 or None, got device {device} and "
+        f"stream {stream}; this version of cpumoe cannot follow the stream of a GPU"
+    )
+    with refused(NotImplementedError, message):
+        wrapper.submit_forward(x, ids, weights, stream)
+
+
+# --- masks from frequencies ------------------------------------------------------------------
+
+
+def test_the_most_frequent_experts_are_placed_on_the_gpu():
+    frequency = torch.tensor([[1, 9, 2], [8, 3, 3]])
+    masks = generate_gpu_experts_masks(frequency, 3)
+    assert masks.dtype == torch.bool
+    assert masks.tolist() == [[False, True, False], [True, True, False]]
+    assert not generate_gpu_experts_masks(frequency, 0).any()
+    assert not generate_gpu_experts_masks(frequency, -4).any()
+    assert generate_gpu_experts_masks(frequency.double(), 99).all()
+    with refused(ValueError, "activation_freq: expected [layers, experts], got [6]"):
+        generate_gpu_experts_masks(frequency.flatten(), 1)
+
+
+# --- ways in ---------------------------------------------------------------------------------
+
+
+def test_a_folder_on_pythonpath_makes_the_module_importable():
+    package = str(Path(cpumoe.__file__).parents[1])
+    path = os.pathsep.join([str(pythonpath()), package])
+    script = (
+        "import kt_kernel; from kt_kernel import KTMoEWrapper, generate_gpu_experts_masks; "
+        "print(KTMoEWrapper.__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == ["cpumoe.integrations.sglang.wrapper"]
+
+
+def test_no_module_of_the_package_is_called_kt_kernel_by_itself():
+    top = {path.name for path in Path(cpumoe.__file__).parents[1].iterdir()}
+    assert "kt_kernel" not in top
+    assert "kt_kernel.py" not in top
+    assert "__init__.py" not in {path.name for path in pythonpath().iterdir()}
