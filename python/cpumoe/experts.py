@@ -12,7 +12,7 @@ from cpumoe._base.renamed import with_old_arguments
 from cpumoe._base.tensors import is_recorded
 from cpumoe._engine.arguments import MatrixStack
 from cpumoe._engine.custom_op import new_handle, record_call
-from cpumoe._engine.output import NEW_TENSOR, Destination
+from cpumoe._engine.output import NEW_TENSOR, Destination, refuse_overlap
 from cpumoe._engine.packing import checked_stack
 from cpumoe._engine.repetition import Call
 from cpumoe._engine.sources import CheckpointSource, InOrder, Source
@@ -251,7 +251,7 @@ class Experts(PackedExperts):
             out_dtype: the result's dtype, bf16, fp16 or fp32. Default: the dtype of `out`, or that
                 of `hidden_states`. Sums are fp32, and are rounded once, to nearest even.
             accumulate: whether the result is added onto `out`, which must then be fp32. The
-                addition is the only rounding.
+                sum of the experts is not rounded before the addition, which rounds to fp32.
 
         Returns:
             `out`, or a new tensor ``[tokens, hidden]``. The row of a token is zero if all its
@@ -260,8 +260,9 @@ class Experts(PackedExperts):
         Raises:
             TypeError: a tensor has another dtype, device or layout, has no memory (it was freed, or
                 only some of the inputs are meta or fake), or torch.func transforms it.
-            ValueError: a tensor has another shape, `out` overlaps an input, or there is no `out` to
-                accumulate onto.
+            ValueError: a tensor has another shape, `out` overlaps an input or `expert_mask`, there
+                is no `out` to accumulate onto, or a token needs an expert that has no weights in
+                memory; see `pack`.
             IndexError: an id is out of range.
             RuntimeError: the runtime is closed, or belongs to the parent of a forked process; an
                 input has a tangent of forward-mode differentiation; with `out`, a tensor requires a
@@ -367,4 +368,7 @@ class Experts(PackedExperts):
         given = (hidden_states, topk_ids, topk_weights)
         runtime = (self._runtime or default_runtime()).core
         call = self._calls.repeat(given, destination, runtime)
-        return call or self._calls.prepare(given, destination, runtime)
+        call = call or self._calls.prepare(given, destination, runtime)
+        if out is not None and self._residency.mask is not None:
+            refuse_overlap(out, self._residency.mask, "expert_mask")
+        return call

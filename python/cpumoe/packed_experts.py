@@ -120,8 +120,9 @@ class PackedExperts:
         Raises:
             TypeError: `expert_id` is not an int, or a buffer has another dtype, device or layout.
             IndexError: there is no such expert.
-            ValueError: a buffer has another shape, its rows are not contiguous or overlap, the
-                features are no whole groups, or the expert has no weights in memory; see `pack`.
+            ValueError: a buffer has another shape, its rows are not contiguous, buffers overlap,
+                the features are no whole groups, or the expert has no weights in memory; see
+                `pack`.
         """
         expert_id = self._checked(expert_id)
         buffers = {"gate": gate, "up": up, "down": down}
@@ -141,8 +142,9 @@ class PackedExperts:
         Args:
             experts: the ids of the experts. Those that have weights stay as they are. Default: all
                 that are not masked.
-            source: returns the weights of the layer's expert of an id. Default: the checkpoint that
-                the layer was made from, which is opened again if it was closed.
+            source: returns the weights of the layer's expert of an id. It may make calls, but must
+                not pack, mask or evict experts of this layer. Default: the checkpoint that the
+                layer was made from, which is opened again if it was closed.
 
         Raises:
             FileNotFoundError: the checkpoint is gone.
@@ -150,8 +152,8 @@ class PackedExperts:
             IndexError: there is no such expert.
             TypeError: an id is not an int, or `source` is no function.
             ValueError: there is no source, or its weights do not fit the layer.
-            RuntimeError: the runtime is closed, or the layer belongs to the parent of a forked
-                process.
+            RuntimeError: the runtime is closed, the layer belongs to the parent of a forked
+                process, or `source` changes the layer.
         """
         given = None if source is None else Given(source)
         self._residency.pack(experts, given, self._threads())
@@ -165,8 +167,8 @@ class PackedExperts:
         `pack`.
 
         Raises:
-            OSError: the system keeps an expert's memory, for example because it is locked. This
-                expert has no weights any more, and later ones are as before.
+            OSError: the system keeps an expert's memory, for example because it is locked. That
+                expert has no weights any more, and experts with greater ids are as before.
             RuntimeError: the layer belongs to the parent of a forked process.
         """
         self._residency.evict()

@@ -210,3 +210,26 @@ def test_int4_scales_are_bf16_as_stored():
     into["up"] = (into["up"][0], into["up"][1].half())
     with refused(TypeError, "up scales: expected bfloat16, got float16 [96, 2]"):
         weights.pack().export_into(1, **into)
+
+
+def test_buffers_that_overlap_are_refused(experts):
+    given = buffers()
+    codes, scales = given["gate"]
+    cases = {
+        "up codes: expected memory that gate codes does not use": given | {"up": given["gate"]},
+        "gate scales: expected memory that gate codes": given
+        | {"gate": (codes, codes.view(-1)[: scales.numel()].view_as(scales))},
+    }
+    for message, overlapping in cases.items():
+        with pytest.raises(ValueError, match=message):
+            experts.export_into(0, **overlapping)
+
+
+def test_rows_of_gate_and_up_may_alternate(experts):
+    given, alternating = buffers(), buffers()
+    codes, scales = (torch.zeros(2 * len(t), t.shape[1], dtype=t.dtype) for t in given["gate"])
+    alternating |= {"gate": (codes[::2], scales[::2]), "up": (codes[1::2], scales[1::2])}
+    experts.export_into(0, **given)
+    experts.export_into(0, **alternating)
+    for name, matrix in given.items():
+        assert all(map(torch.equal, matrix, alternating[name]))

@@ -314,6 +314,17 @@ def test_a_buffer_in_an_inputs_memory_is_refused(weights, experts):
     assert experts(both[:3], ids, w, out=both[3:]).data_ptr() == both[3:].data_ptr()
 
 
+def test_a_buffer_in_the_masks_memory_is_refused(weights):
+    args = inputs(weights, tokens=3, dtype=torch.float32)
+    buffer = torch.zeros(3, weights.hidden)
+    mask = buffer.view(-1)[:2].view(torch.bool)[:4]
+    experts = weights.pack(expert_mask=mask)
+    for _ in range(2):  # the second call is like the first one
+        with pytest.raises(ValueError, match="out: expected memory that expert_mask does not use"):
+            experts(*args, out=buffer)
+    assert torch.equal(experts(*args, out=buffer.clone()), experts(*args))
+
+
 def test_tracers_record_the_operator_with_a_buffer_too(weights, experts):
     args = inputs(weights, tokens=3)
     out = torch.empty(3, weights.hidden)

@@ -179,6 +179,27 @@ def test_a_source_that_fails_half_way_changes_nothing():
     assert torch.equal(experts(*args), whole(*args))
 
 
+def test_a_source_may_call_its_layer_but_not_change_it():
+    weights = layer("mxfp4")
+    experts = weights.pack(expert_mask=mask(1, 2), pack_masked=False)
+    whole, args = weights.pack(), inputs(weights, tokens=2)
+    changes = (
+        lambda: experts.pack([2], whole.export),
+        experts.evict,
+        lambda: setattr(experts, "expert_mask", None),
+    )
+    for change in changes:
+
+        def source(expert, change=change):
+            change()
+            return whole.export(expert)
+
+        with pytest.raises(RuntimeError, match="a source that leaves its own layer alone"):
+            experts.pack([1], source)
+    experts.pack([1], lambda expert: (experts(*args), whole.export(expert))[1])
+    assert experts.packed_experts == [0, 1, 3]
+
+
 def test_errors_name_what_was_wrong():
     experts = layer("mxfp4").pack()
     with refused(IndexError, "experts: expected 0..3, got 4"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from cpumoe import _core
-from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing
+from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
 from cpumoe._engine.arguments import matrix_view, require_shape
 from cpumoe._engine.output import wrote_output
 from cpumoe._engine.packing import ExpertForm
@@ -51,6 +52,13 @@ def export_into(
         _target(form.fmt, buffers[name], name, *size)
         for name, size in _sizes(form, len(features)).items()
     ]
+    memories = [memory for target in targets for memory in target.memories]
+    for (first, name), (second, other) in itertools.combinations(memories, 2):
+        if _overlap(first, second):
+            raise ValueError(
+                f"{other}: expected memory that {name} does not use, got tensors that overlap; "
+                "pass tensors with memory of their own"
+            )
     layer.unpack(
         runtime=runtime,
         expert=expert,
@@ -69,6 +77,7 @@ class _Target:
     stored: torch.Tensor  # the scales that the engine writes
     scales: torch.Tensor  # the caller's
     written: tuple[torch.Tensor, torch.Tensor]  # the caller's tensors
+    memories: tuple[tuple[torch.Tensor, str], tuple[torch.Tensor, str]]  # with their names
 
     def finish(self) -> None:
         """Converts the scales if the caller wants others, and tells autograd of the change."""
@@ -128,7 +137,24 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
     if converts:
         stored = torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu")
     matrix = matrix_view(QuantizedMatrix(code_memory.view(torch.uint8), stored), name)
-    return _Target(matrix, stored, scale_memory, (codes, scales))
+    memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
+    return _Target(matrix, stored, scale_memory, (codes, scales), memories)
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two matrices share bytes. Their rows may alternate in memory without doing so."""
+    start, end = span(first)
+    other, last = span(second)
+    if max(start, other) >= min(end, last):
+        return False
+    pitch = first.stride(0) * first.itemsize
+    if pitch != second.stride(0) * second.itemsize:
+        return True
+    behind = (other - start) % pitch
+    return (
+        behind < first.shape[1] * first.itemsize
+        or pitch - behind < second.shape[1] * second.itemsize
+    )
 
 
 def _memory(

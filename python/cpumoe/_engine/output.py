@@ -61,15 +61,20 @@ def callers_output(
     if out.is_neg():
         raise TypeError("out: expected a tensor without lazy negation; pass a new tensor")
     check_output(tensor, destination, shape)
-    start, end = span(tensor)
     for other, name in () if destination.may_overlap else inputs:
-        first, last = span(other)
-        if max(start, first) < min(end, last):
-            raise ValueError(
-                f"out: expected memory that {name} does not use, got a tensor that overlaps it; "
-                "pass a tensor with memory of its own"
-            )
-    return out, start
+        refuse_overlap(tensor, other, name)
+    return out, span(tensor)[0]
+
+
+def refuse_overlap(out: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """Raises ValueError if `out` uses memory of a tensor that the call reads, called `name`."""
+    start, end = span(out)
+    first, last = span(other)
+    if max(start, first) < min(end, last):
+        raise ValueError(
+            f"out: expected memory that {name} does not use, got a tensor that overlaps it; pass a "
+            "tensor with memory of its own"
+        )
 
 
 def check_output(out: torch.Tensor, destination: Destination, shape: torch.Size) -> None:

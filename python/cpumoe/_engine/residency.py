@@ -39,6 +39,7 @@ class Residency:
         # The mask, and the address that the engine knows. One object, so that threads see both.
         self._known: tuple[torch.Tensor | None, int] = (None, 0)
         self._lock = threading.Lock()
+        self._changing: int | None = None  # the thread that holds the lock
 
     def packed(self) -> list[int]:
         """Returns the experts that have weights."""
@@ -89,8 +90,17 @@ class Residency:
     def _change(self) -> Iterator[None]:
         # In a forked child, a thread that exists in the parent alone may hold the lock.
         self._layer.require_own_process()
+        if self._changing == threading.get_ident():
+            raise RuntimeError(
+                "pack: expected a source that leaves its own layer alone, got one that packs, "
+                "masks or evicts experts of the layer; do that before or after pack"
+            )
         with self._lock:
-            yield
+            self._changing = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._changing = None
 
     def _check(self, mask: torch.Tensor) -> int:
         return check_mask(mask, len(self._copy_of))
