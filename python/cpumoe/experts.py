@@ -9,6 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from cpumoe._base.renamed import with_old_arguments
+from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import is_recorded
 from cpumoe._engine.arguments import MatrixStack
 from cpumoe._engine.custom_op import new_handle, record_call
@@ -80,6 +81,7 @@ class Experts(PackedExperts):
         These two describe the arguments.
         """
         options = with_overrides(options, overrides, "Experts")
+        num_experts = integer(num_experts, "num_experts")
         source = experts if isinstance(experts, Source) else InOrder(experts, num_experts)
         super().__init__(
             source,
@@ -134,7 +136,8 @@ class Experts(PackedExperts):
                 `swiglu` is None and config.json does not specify it.
             IndexError: the layer has no routed experts, or not those that `experts` names.
             TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name;
-                `experts` are no ints, or none.
+                `experts` are no sequence of ints, or none; `path`, `layer`, `swiglu`, `expert_mask`
+                or `pack_masked` is of another type.
         """
         options = with_overrides(options, overrides, "Experts.from_checkpoint")
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
@@ -147,7 +150,7 @@ class Experts(PackedExperts):
                 num_experts=len(source.experts),
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,
-                swiglu=swiglu or reader.known_swiglu(),
+                swiglu=reader.known_swiglu() if swiglu is None else swiglu,
                 has_bias=reader.has_bias,
                 expert_mask=expert_mask,
                 pack_masked=pack_masked,
@@ -259,7 +262,8 @@ class Experts(PackedExperts):
 
         Raises:
             TypeError: a tensor has another dtype, device or layout, has no memory (it was freed, or
-                only some of the inputs are meta or fake), or torch.func transforms it.
+                only some of the inputs are meta or fake), or torch.func transforms it; an option is
+                of another type.
             ValueError: a tensor has another shape, `out` overlaps an input or `expert_mask`, there
                 is no `out` to accumulate onto, or a token needs an expert that has no weights in
                 memory; see `pack`.
@@ -298,6 +302,7 @@ class Experts(PackedExperts):
         them. `expert_mask` is not copied: it is read when the driver thread begins the call.
         Whether gradients are enabled is decided here, not in `Future.result`.
         """
+        boolean(copy_inputs, "copy_inputs")
         call = self._prepare(
             hidden_states, topk_ids, topk_weights, out, out_dtype, accumulate, copy_inputs
         )
@@ -363,7 +368,7 @@ class Experts(PackedExperts):
         if self._residency.mask is not None:
             self._residency.refresh_mask(self._threads())
         destination = NEW_TENSOR
-        if out is not None or out_dtype is not None or accumulate:
+        if out is not None or out_dtype is not None or accumulate is not False:
             destination = Destination(out, out_dtype, accumulate, copy_inputs)
         given = (hidden_states, topk_ids, topk_weights)
         runtime = (self._runtime or default_runtime()).core

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
@@ -29,12 +30,23 @@ class Future:
 
         Raises:
             TimeoutError: the result is not there yet; ask again later.
+            TypeError, ValueError: `timeout` is no number.
             IndexError: an expert id was out of range.
             RuntimeError: this process was forked after `submit`.
         """
-        if timeout is not None and math.isnan(timeout):
-            raise ValueError("timeout: expected seconds, got nan")
+        _check_timeout(timeout)
         if timeout is not None and not self._call.wait_for(timeout):
             raise TimeoutError(f"no result within {timeout} s")
         self._call.wait()
         return self._output
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is None:
+        return
+    if not isinstance(timeout, Real):
+        raise TypeError(
+            f"timeout: expected seconds as a number, or None for no limit, got {timeout!r}"
+        )
+    if math.isnan(timeout):
+        raise ValueError("timeout: expected seconds, got nan")

@@ -54,6 +54,12 @@ def select_isa(requested: str | None) -> tuple[str, str]:
     """Returns the variant to use, and what named it (for error messages).
 
     Raises:
+        TypeError: `requested` is no str.
         ValueError: see `isa`.
     """
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(
+            f"isa: expected a variant's name, or None for the best one, got {requested!r}; known "
+            f"are {', '.join(known_isas())}"
+        )
     return _core.select_isa(requested, "isa")

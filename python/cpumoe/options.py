@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields, replace
 
 from typing_extensions import TypedDict
 
-from cpumoe._engine.arguments import integer
+from cpumoe._base.scalars import boolean, integer
 from cpumoe.isa import select_isa
 from cpumoe.numerics.precision import PRECISIONS, check_precision
-from cpumoe.runtime import Runtime
+from cpumoe.runtime import Runtime, check_runtime
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExpertsOptions:
             kernel takes any number of tokens anyway.
 
     Raises:
-        TypeError: `few_token_limit` is not an int.
+        TypeError: a value is of another type.
         ValueError: the precision is unknown, the limit is negative, or this CPU cannot run the
             variant.
     """
@@ -46,8 +46,10 @@ class ExpertsOptions:
 
     def __post_init__(self) -> None:
         """Checks the values, before a layer or a model is loaded."""
+        check_runtime(self.runtime)
         check_precision(self.precision)
         select_isa(self.isa)
+        boolean(self.batch_invariant, "batch_invariant")
         limit = self.few_token_limit
         if limit is not None and integer(limit, "few_token_limit") < 0:
             raise ValueError(

@@ -9,8 +9,8 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.renamed import warn_renamed
+from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import refuse_tracing
-from cpumoe._engine.arguments import integer
 from cpumoe._engine.calls import Calls
 from cpumoe._engine.config import layer_config
 from cpumoe._engine.export import MatrixBuffer, export_into, new_expert
@@ -22,7 +22,7 @@ from cpumoe.formats import weight_format
 from cpumoe.isa import select_isa
 from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.options import ExpertsOptions
-from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
 
 class PackedExperts:
@@ -43,6 +43,11 @@ class PackedExperts:
         options: ExpertsOptions,
     ) -> None:
         """Packs the experts of `source`; `cpumoe.Experts` describes the arguments."""
+        if swiglu is not None and not isinstance(swiglu, SwiGLU):
+            raise TypeError(
+                f"swiglu: expected a cpumoe.SwiGLU, or None for the default, got {swiglu!r}"
+            )
+        boolean(pack_masked, "pack_masked")
         self._swiglu = swiglu or SwiGLU()
         config = layer_config(
             num_experts=num_experts,
@@ -150,12 +155,14 @@ class PackedExperts:
             FileNotFoundError: the checkpoint is gone.
             CheckpointError: the checkpoint has changed or is damaged (a ValueError).
             IndexError: there is no such expert.
-            TypeError: an id is not an int, or `source` is no function.
+            TypeError: `experts` are no ints, `source` is no function, or it returns something else.
             ValueError: there is no source, or its weights do not fit the layer.
             RuntimeError: the runtime is closed, the layer belongs to the parent of a forked
                 process, or `source` changes the layer.
         """
         given = None if source is None else Given(source)
+        if experts is not None and not isinstance(experts, Iterable):
+            raise TypeError(f"experts: expected the ids of experts, got {experts!r}; pass a list")
         self._residency.pack(experts, given, self._threads())
 
     def evict(self) -> None:
@@ -231,6 +238,7 @@ class PackedExperts:
 
     @runtime.setter
     def runtime(self, runtime: Runtime | None) -> None:
+        check_runtime(runtime)
         self._runtime = runtime
         self._calls.forget()
 

@@ -8,8 +8,10 @@ import threading
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NoReturn
 
 from cpumoe import _core
+from cpumoe._base.scalars import boolean
 from cpumoe._engine.cpus import checked_cpus
 
 # A larger number is a mistake: no machine has so many cores.
@@ -38,7 +40,7 @@ class Runtime:
             and handing a call over takes some microseconds. Leave out `threads` and `pin`.
 
     Raises:
-        TypeError: `threads` is not an int, or `cpus` is no sequence of ints.
+        TypeError: `threads` is not an int, `pin` is not a bool, or `cpus` is no sequence of ints.
         ValueError: `threads` is not from 1 to 4096. `cpus` is empty, has a CPU twice, has a CPU
             that this process may not use, or contradicts `threads` or `pin`.
         OSError: the system refuses to start more threads, or to place threads on CPUs.
@@ -52,6 +54,7 @@ class Runtime:
         cpus: Sequence[int] | None = None,
     ) -> None:
         """Starts the threads."""
+        boolean(pin, "Runtime: pin")
         topology = _core.topology()
         self._threads = topology.default_threads if threads is None else _checked(threads)
         self._cpus = None if cpus is None else checked_cpus(cpus)
@@ -103,12 +106,27 @@ class Runtime:
         """Closes the runtime."""
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied."""
+        raise TypeError(
+            "Runtime cannot be pickled or copied, because its threads belong to this process; make "
+            "another one"
+        )
+
     def __repr__(self) -> str:
         """Shows the CPUs, or threads and pinning, and whether the runtime is closed."""
         state = ", closed" if self._closed else ""
         if self._cpus is not None:
             return f"Runtime(cpus={list(self._cpus)}{state})"
         return f"Runtime(threads={self._threads}, pin={self._pin}{state})"
+
+
+def check_runtime(runtime: object) -> None:
+    """Raises TypeError unless an object is a `Runtime`, or None for the shared one."""
+    if runtime is not None and not isinstance(runtime, Runtime):
+        raise TypeError(
+            f"runtime: expected a cpumoe.Runtime, or None for the shared one, got {runtime!r}"
+        )
 
 
 def _checked(threads: object) -> int:

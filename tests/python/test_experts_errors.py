@@ -206,7 +206,7 @@ def test_few_token_limit(weights):
         (
             torch.zeros(8, dtype=torch.bool)[::2],
             ValueError,
-            "expert_mask: expected a contiguous tensor; pass .contiguous()",
+            "expert_mask: expected a contiguous tensor, got strides [2]; pass .contiguous()",
         ),
         (
             torch.zeros(4, dtype=torch.bool, device="meta"),

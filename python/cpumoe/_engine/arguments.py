@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,7 +26,10 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> int:
         raise TypeError(f"expert_mask: expected bool, got {describe(mask)}")
     require_shape(tuple(mask.shape), (num_experts,), "expert_mask")
     if not mask.is_contiguous():
-        raise ValueError("expert_mask: expected a contiguous tensor; pass .contiguous()")
+        raise ValueError(
+            f"expert_mask: expected a contiguous tensor, got strides {list(mask.stride())}; pass "
+            ".contiguous()"
+        )
     return start
 
 
@@ -57,14 +59,6 @@ def normalized(
 
 def _kind(value: object) -> str:
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
-
-
-def integer(value: object, name: str) -> int:
-    """Returns an integer of any type as an int; raises TypeError for anything else."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
 
 
 def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpumoe import _core
+from cpumoe._base.scalars import boolean, integer
 from cpumoe.numerics.swiglu import SwiGLU
 
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
+_LARGEST_SIZE = 2**63 - 1  # that the engine can be asked for
 _PRECISION = {
     "auto": _core.Precision.BF16,  # each fp32 call says whether it may be rounded to bf16
     "bf16": _core.Precision.BF16,
@@ -32,20 +34,31 @@ def layer_config(
 
     `ExpertsOptions` has checked precision and kernels. `copy_of` has the packed copy of each
     expert, or nothing if each has its own.
+
+    Raises:
+        TypeError: a size is not an int, or `has_bias` is not a bool.
+        ValueError: the engine does not support a size.
     """
     return _core.MoeConfig(
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        num_experts=_size(num_experts, "num_experts"),
+        hidden_size=_size(hidden_size, "hidden_size"),
+        intermediate_size=_size(intermediate_size, "intermediate_size"),
         alpha=swiglu.alpha,
         limit=swiglu.limit,
         up_offset=swiglu.up_offset,
-        has_bias=has_bias,
+        has_bias=boolean(has_bias, "has_bias"),
         precision=_PRECISION[precision],
         batch_invariant=batch_invariant,
         few_token_limit=_crossover(few_token_limit),
         copy_of=list(copy_of),
     )
+
+
+def _size(value: int, name: str) -> int:
+    size = integer(value, name)
+    if size > _LARGEST_SIZE:  # the engine's own limits are lower
+        raise ValueError(f"{name}: expected at most {_LARGEST_SIZE}, got {size}")
+    return size
 
 
 def _crossover(few_token_limit: int | None) -> int:

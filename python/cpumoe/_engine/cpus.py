@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+from cpumoe._base.scalars import integer
 
 # Linux numbers no more CPUs than this on any architecture.
 _MAX_CPUS = 8192
@@ -37,9 +38,7 @@ def checked_cpus(cpus: object) -> tuple[int, ...]:
 
 def _cpu_number(cpu: object) -> int:
     try:
-        if isinstance(cpu, bool):
-            raise TypeError
-        return operator.index(cpu)  # type: ignore[arg-type]
+        return integer(cpu, "cpus")
     except TypeError:
         raise TypeError(f"Runtime: cpus must be a sequence of ints, got {cpu!r} in it") from None
 

@@ -71,7 +71,15 @@ def record_call(
     if isinstance(handle, torch.Tensor) or torch._C._get_tracing_state() is None:
         check_inputs(*given, hidden_size)
     if out is not None:
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
         check_output(out, destination, hidden_states.shape)
+        if out.device.type != hidden_states.device.type:
+            wanted = "meta" if hidden_states.is_meta else "CPU"
+            raise TypeError(
+                f"out: expected a {wanted} tensor like the inputs, got device {out.device}; pass "
+                "an out on the device of the inputs"
+            )
         out_dtype = out.dtype
     if isinstance(handle, int):
         handle = hidden_states.new_full((), handle, dtype=torch.int64)
@@ -135,7 +143,8 @@ def _autograd(keyset: Any, *arguments: torch.Tensor, **options: Any) -> torch.Te
         if torch._C._functorch.is_gradtrackingtensor(tensor):
             raise TypeError(
                 "cpumoe::experts: expected plain tensors, got one that torch.func (grad, jvp) is "
-                "transforming"
+                "transforming; experts compute no gradients, so keep them out of the transformed "
+                "function"
             )
     keyset &= torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():

@@ -104,9 +104,14 @@ def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
         raise TypeError(
             f"intermediate: expected a slice or a range, got {type(intermediate).__name__}"
         )
-    features = (
-        range(*intermediate.indices(size)) if isinstance(intermediate, slice) else intermediate
-    )
+    try:
+        features = (
+            range(*intermediate.indices(size)) if isinstance(intermediate, slice) else intermediate
+        )
+    except TypeError:
+        raise TypeError(
+            f"intermediate: expected bounds that are ints or None, got {intermediate}"
+        ) from None
     whole = features.start % group == 0 and features.stop % group == 0
     if features.step != 1 or not (0 <= features.start < features.stop <= size and whole):
         raise ValueError(

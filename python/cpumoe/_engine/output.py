@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from cpumoe import _core
+from cpumoe._base.scalars import boolean
 from cpumoe._base.tensors import describe, dtype_name, plain, span
 
 # The dtypes of hidden states and results.
@@ -29,6 +30,7 @@ class Destination(NamedTuple):
 
     def check(self) -> None:
         """Raises unless these options are possible together."""
+        boolean(self.accumulate, "accumulate")
         if self.dtype is not None and self.dtype not in ELEMENTS:
             raise TypeError(
                 "out_dtype: expected torch.bfloat16, torch.float16 or torch.float32, got "
@@ -36,6 +38,11 @@ class Destination(NamedTuple):
             )
         if self.accumulate and self.out is None:
             raise ValueError("accumulate: expected out=, the tensor to add onto, got None")
+        if self.accumulate and self.dtype not in (None, torch.float32):
+            raise TypeError(
+                "out_dtype: expected torch.float32 with accumulate, which adds onto out in fp32, "
+                f"got {self.dtype!r}; leave out_dtype out"
+            )
 
 
 NEW_TENSOR = Destination()

@@ -103,6 +103,11 @@ def pack_experts(
         arguments = []
         sources = []  # keeps what the addresses point to
         for index, weights in part:
+            if not isinstance(weights, ExpertWeights):
+                raise TypeError(
+                    f"expert {index}: expected ExpertWeights from the source, got "
+                    f"{type(weights).__name__}; pass a source that returns them for each expert"
+                )
             matrices = _matrices(form.fmt, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
             floats = [bias.float().contiguous() for bias in given]

@@ -10,7 +10,8 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.progress import track
-from cpumoe._engine.arguments import check_mask, integer
+from cpumoe._base.scalars import integer
+from cpumoe._engine.arguments import check_mask
 from cpumoe._engine.packing import BATCH_PER_THREAD, Biases, ExpertForm, pack_experts
 from cpumoe._engine.sources import Source
 

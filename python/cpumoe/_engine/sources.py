@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from typing_extensions import override
 
-from cpumoe._engine.arguments import integer
+from cpumoe._base.scalars import integer
 from cpumoe.checkpoint import CheckpointError, ExpertReader, ExpertWeights, open_checkpoint
 
 # Returns the weights of the layer's expert of an index.
@@ -157,12 +159,17 @@ class CheckpointSource(Source):
 def _chosen(experts: Sequence[int] | None, count: int) -> tuple[int, ...]:
     if experts is None:
         return tuple(range(count))
-    try:
-        given = list(experts)
-    except TypeError:
+    given: Any = experts
+    if isinstance(given, torch.Tensor):
+        given = given.tolist()
+    # A set has no order, and an iterator could be read once only.
+    indexed = hasattr(given, "__getitem__") and hasattr(given, "__len__")
+    if not indexed or isinstance(given, Mapping | str | bytes):
+        remedy = "; pass a list, whose order the layer's experts get"
         raise TypeError(
             f"experts: expected a sequence of ints, got {type(experts).__name__}"
-        ) from None
+            f"{remedy if hasattr(experts, '__iter__') else ''}"
+        )
     chosen = tuple(integer(expert, f"experts[{i}]") for i, expert in enumerate(given))
     if not chosen:
         raise ValueError("experts: expected at least one expert, got none")

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from cpumoe._base.scalars import integer
 from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
@@ -170,6 +171,7 @@ class ExpertReader(ABC):
 
         Raises:
             UnsupportedFormatError: see `unsupported`.
+            TypeError: `layer` or `index` is not an int.
             IndexError: there is no such layer or expert.
             FileNotFoundError: a shard is missing.
             CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
@@ -177,6 +179,7 @@ class ExpertReader(ABC):
             ValueError: a scale is NaN, or the checkpoint is closed.
         """
         prefix = self._supported_prefix(layer)
+        index = integer(index, "index")
         if not 0 <= index < self.num_experts:
             raise IndexError(
                 f"layer {layer}: expected expert 0..{self.num_experts - 1}, got {index}"
@@ -230,6 +233,7 @@ class ExpertReader(ABC):
 
         Raises:
             UnsupportedFormatError: see `unsupported`.
+            TypeError: `layer` is not an int.
             IndexError: there is no such layer.
             FileNotFoundError: a shard is missing.
             CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
@@ -249,6 +253,7 @@ class ExpertReader(ABC):
 
     def _supported_prefix(self, layer: int) -> str:
         self.check_supported()
+        layer = integer(layer, "layer")
         if layer not in self._prefixes:
             layers = list(self._prefixes)
             has = f"layers {layers[0]}..{layers[-1]} have" if layers else "no layer has"

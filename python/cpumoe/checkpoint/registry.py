@@ -46,9 +46,10 @@ def open_checkpoint(
     Raises:
         FileNotFoundError: the folder does not exist, or it has no config.json, index or weights.
         NotADirectoryError: `path` is a file.
+        TypeError: `path` is no str and no path.
         CheckpointError: JSON is malformed, the model is no MoE model, sizes are missing, or not the
             folder alone decides which weights are used.
-        ValueError: the format does not allow a size.
+        ValueError: `path` is empty, or the format does not allow a size.
     """
     folder = SafetensorsFolder(path, variant=variant, files=files)
     config = parse_config(folder.config)

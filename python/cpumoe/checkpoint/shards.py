@@ -63,6 +63,8 @@ class SafetensorsFolder:
         FileNotFoundError: the folder does not exist, or it has no config.json, or no safetensors
             file or index.
         NotADirectoryError: `path` is a file.
+        TypeError: `path` is no str and no path.
+        ValueError: `path` is empty.
         CheckpointError: JSON is malformed, names are duplicate, or a file is damaged.
     """
 
@@ -74,7 +76,7 @@ class SafetensorsFolder:
         files: Sequence[str | os.PathLike[str]] | None = None,
     ) -> None:
         """Reads config.json and the index, and opens shards only if there is no index."""
-        self.path = Path(path)
+        self.path = _checked_path(path)
         self.variant = variant
         self.files = files
         self.config = read_config(self.path)
@@ -254,6 +256,16 @@ class SafetensorsFolder:
             if other != path:
                 shard.state.close()
                 raise _held_twice(name, path, other)
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a str or an os.PathLike of a folder, got {path!r}")
+    if not os.fspath(path):
+        raise ValueError(
+            "path: expected a checkpoint's folder, got ''; pass '.' for the working directory"
+        )
+    return Path(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
