@@ -15,7 +15,7 @@ import typer
 from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported, require_package
 from cpumoe.cli.option_groups import changed_options
-from cpumoe.cli.options import TracebackOption, value_option
+from cpumoe.cli.options import KEY_VARIABLE, TracebackOption, value_option
 from cpumoe.cli.text_model import (
     LoadingOptions,
     MaxTokensOption,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from cpumoe.text.generation import Piece
 
 EXAMPLE = "Example: `cpumoe chat http://127.0.0.1:8000`"
-KEY_VARIABLE = "OPENAI_API_KEY"
 NOT_ANSWERED = 1
 # Reading a long prompt may take minutes.
 DEFAULT_TIMEOUT = 600.0

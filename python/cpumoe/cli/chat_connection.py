@@ -7,8 +7,8 @@ import os
 import ssl
 from typing import TYPE_CHECKING
 
-from cpumoe.cli.chat import KEY_VARIABLE
 from cpumoe.cli.chat_backends import ChatError
+from cpumoe.cli.options import KEY_VARIABLE
 
 if TYPE_CHECKING:
     import httpx2

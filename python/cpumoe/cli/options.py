@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # The most tokens of one call, more than any context has.
 _MOST_TOKENS = 1 << 20
+# The environment variable of a server's key.
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def value_option(metavar: str, help: str, default: str | bool = True, **settings: Any) -> Any:
