@@ -104,3 +104,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)
     assert actual.numel() == 0 or float(error) <= TOLERANCES[actual.dtype], f"error {error:.2e}"
+
+
+def run(wrapper: KTMoEWrapper, args: Inputs) -> torch.Tensor:
+    """Makes a call as SGLang does, without a stream."""
+    wrapper.submit_forward(*args, None)
+    return wrapper.sync_forward(args.hidden_states, None)

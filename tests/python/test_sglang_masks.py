@@ -1,0 +1,109 @@
+"""Which experts SGLang's GPU has: masks that change, memory that is given back, frequencies."""
+
+import sys
+
+import pytest
+import torch
+from checkpoint_tools import write_small
+from moe_tools import PEAK_MEMORY, output_of, refused
+from sglang_tools import (
+    EXPERTS,
+    assert_close,
+    batch,
+    checkpoint,
+    gpu,
+    loaded,
+    oracle,
+    run,
+)
+
+from cpumoe.integrations.sglang.kt_kernel import generate_gpu_experts_masks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("v4"))
+
+
+def test_a_mask_may_change_between_calls(folder):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
+    args = batch(32)
+    masks = [gpu(4, 5, 6, 7), gpu(), gpu(*range(EXPERTS)), gpu(0, 2), gpu(0, 1, 2, 3)]
+    for mask in masks:
+        wrapper.gpu_experts_mask.copy_(mask)
+        assert_close(run(wrapper, args), oracle(folder, args, mask=mask))
+        packed = wrapper._layer.experts.packed_experts
+        assert packed == [i for i in range(EXPERTS) if not mask[i]]
+
+
+def test_a_call_has_the_mask_of_its_submit(folder):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1))
+    args = batch(300)
+    for _ in range(5):
+        for mask, other in ((gpu(0, 1), gpu(5)), (gpu(5), gpu(0, 1))):
+            wrapper.submit_forward(*args, None)
+            wrapper.gpu_experts_mask.copy_(other)
+            result = wrapper.sync_forward(args.hidden_states, None)
+            assert_close(result, oracle(folder, args, mask=mask))
+
+
+def test_a_mask_may_be_replaced(folder):
+    wrapper = loaded(folder)
+    wrapper.gpu_experts_mask = gpu(3, 4)
+    args = batch(32)
+    assert_close(run(wrapper, args), oracle(folder, args, mask=gpu(3, 4)))
+
+
+MEMORY = """
+import sys
+import torch
+from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
+
+def load(gpu_experts):
+    wrapper = KTMoEWrapper(
+        layer_idx=0, num_experts=32, num_experts_per_tok=6, hidden_size=2048,
+        moe_intermediate_size=1024, weight_path=sys.argv[1], method="MXFP4",
+        num_gpu_experts=gpu_experts,
+    )
+    wrapper.load_weights(torch.arange(32))
+    return wrapper
+
+load(32)
+with PeakMemory() as peak:
+    wrapper = load(int(sys.argv[2]))
+print(peak.bytes - peak.before, anonymous_bytes() - peak.before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_experts_of_the_gpu_take_no_memory(tmp_path):
+    write_small(
+        tmp_path,
+        "v4-flash",
+        layers=1,
+        experts=32,
+        hidden=2048,
+        intermediate=1024,
+        pattern="random",
+    )
+
+    def loading(gpu_experts):
+        return map(int, output_of(PEAK_MEMORY + MEMORY, str(tmp_path), str(gpu_experts)).split())
+
+    _, whole = loading(0)
+    peak, half = loading(16)
+    assert whole > 0.9 * 32 * 3 * 2048 * 1024 * 4.25 / 8
+    assert half <= 0.55 * whole
+    assert peak <= 0.6 * whole, "loading takes memory for experts of the GPU"
+
+
+def test_the_most_frequent_experts_are_placed_on_the_gpu():
+    frequency = torch.tensor([[1, 9, 2], [8, 3, 3]])
+    masks = generate_gpu_experts_masks(frequency, 3)
+    assert masks.dtype == torch.bool
+    assert masks.tolist() == [[False, True, False], [True, True, False]]
+    assert not generate_gpu_experts_masks(frequency, 0).any()
+    assert not generate_gpu_experts_masks(frequency, -4).any()
+    assert generate_gpu_experts_masks(frequency.double(), 99).all()
+    with refused(ValueError, "activation_freq: expected [layers, experts], got [6]"):
+        generate_gpu_experts_masks(frequency.flatten(), 1)
