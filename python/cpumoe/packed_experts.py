@@ -26,7 +26,7 @@ from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
 
 class PackedExperts:
-    """The packed weights of a layer's experts. `cpumoe.Experts` adds loading and calls."""
+    """The packed weights of a layer's experts. `cpumoe.Experts` adds loading and `__call__`."""
 
     def __init__(
         self,

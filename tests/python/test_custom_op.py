@@ -3,7 +3,7 @@
 import gc
 import os
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -288,13 +288,16 @@ def test_a_forked_child_computes_and_makes_handles_of_its_own(weights, experts, 
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:  # pragma: no cover
-        same = torch.equal(operator(*args, experts.handle), expected)
-        os.write(writing, f"{same} {int(weights.pack().handle)}".encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    same, number = os.read(reading, 100).decode().split()
-    os.close(reading)
+        try:
+            same = torch.equal(operator(*args, experts.handle), expected)
+            os.write(writing, f"{same} {int(weights.pack().handle)}".encode())
+        finally:
+            os._exit(0)
     os.close(writing)
+    answer = os.read(reading, 100).decode()
+    os.waitpid(child, 0)
+    os.close(reading)
+    same, number = answer.split()
     assert same == "True"
     with pytest.raises(RuntimeError, match=f"got {number}; its Experts was deleted, or another"):
         operator(*args, torch.tensor(int(number)))
@@ -303,18 +306,13 @@ def test_a_forked_child_computes_and_makes_handles_of_its_own(weights, experts, 
 def test_threads_may_run_compiled_code_together(experts, args):
     function = compiled(Block(experts))
     expected = function(*args)
-    wrong = []
 
-    def work():
+    def work(_):
         with torch.no_grad():
-            wrong.extend(1 for _ in range(50) if not torch.equal(function(*args), expected))
+            return all(torch.equal(function(*args), expected) for _ in range(50))
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(work, range(3))) == [True] * 3
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_errors_name_what_was_wrong():
 
 
 def test_no_call_sees_a_change_half_done():
-    """Calls of several threads and runtimes, while the mask changes and experts come and go."""
+    """Calls of several threads, while the mask changes and experts come and go."""
     weights = layer("mxfp4", experts=8, hidden=64, intermediate=64)
     masks = [mask(0, 1, 2, 3, experts=8), mask(4, 5, 6, 7, experts=8)]
     whole = weights.pack()
@@ -226,30 +227,32 @@ def test_no_call_sees_a_change_half_done():
     expected = [weights.pack(expert_mask=each)(*args) for each in masks]
     assert not torch.equal(*expected)
     experts = weights.pack(expert_mask=masks[0])
-    ended, wrong = threading.Event(), []
+    ended = threading.Event()
 
-    def use(submit: bool) -> None:
-        while not ended.is_set() and not wrong:
+    def use(submit: bool) -> int:
+        calls = 0
+        while not ended.is_set() or not calls:
             y = experts.submit(*args).result() if submit else experts(*args)
-            if not any(torch.equal(y, each) for each in expected):
-                wrong.append(y)
+            assert any(torch.equal(y, each) for each in expected)
+            calls += 1
+        return calls
 
-    callers = [threading.Thread(target=use, args=(i % 2 == 0,)) for i in range(3)]
-    for caller in callers:
-        caller.start()
-    for i in range(60):
-        following = masks[(i + 1) % 2].clone()  # the old mask's memory is freed
-        experts.pack([e for e in range(8) if not following[e]], whole.export)
-        experts.expert_mask = following
-        experts.evict()
-    ended.set()
-    for caller in callers:
-        caller.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as threads:
+        callers = [threads.submit(use, i % 2 == 0) for i in range(3)]
+        try:
+            for i in range(60):
+                following = masks[(i + 1) % 2].clone()  # the old mask's memory is freed
+                experts.pack([e for e in range(8) if not following[e]], whole.export)
+                experts.expert_mask = following
+                experts.evict()
+        finally:
+            ended.set()
+        assert all(caller.result() > 0 for caller in callers)
 
 
 def test_evicting_half_of_the_experts_gives_their_memory_back():
     script = """
+import os
 import torch
 from cpumoe import Experts
 
@@ -259,7 +262,7 @@ def stack(n, k):
 
 def resident():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 experts = Experts.from_tensors(
     gate=stack(1024, 2048), up=stack(1024, 2048), down=stack(2048, 1024), format="mxfp4"

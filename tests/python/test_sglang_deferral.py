@@ -1,7 +1,7 @@
 """Experts of a layer that are computed while the GPU goes on, and added to the next layer."""
 
 import logging
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -203,16 +203,12 @@ def test_the_hosts_settings_do_not_matter(folder):
 def test_passes_of_two_threads_do_not_mix(folder):
     wrappers = layers(folder, deferred=2)
     expected = {tokens: expected_pass(folder, tokens, 2) for tokens in (3, 17)}
-    results = {}
 
     def passes(tokens):
-        results[tokens] = [run_pass(wrappers, tokens) for _ in range(10)]
+        return [run_pass(wrappers, tokens) for _ in range(10)]
 
-    threads = [threading.Thread(target=passes, args=[tokens]) for tokens in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(expected)) as threads:
+        results = dict(zip(expected, threads.map(passes, expected), strict=True))
     for tokens, passed in results.items():
         assert len(passed) == 10
         for result in passed:

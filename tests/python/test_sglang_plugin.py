@@ -1,5 +1,6 @@
 """The plugin for SGLang, with stand-ins for the few things of SGLang that it touches."""
 
+import importlib
 import re
 import sys
 from contextlib import contextmanager
@@ -108,8 +109,18 @@ def test_another_kt_kernel_is_used_unless_cpumoe_is_chosen(sglang, monkeypatch, 
     assert sys.modules["kt_kernel"] is kt_kernel
 
 
-def test_the_folder_on_pythonpath_is_not_another_kt_kernel(sglang, monkeypatch):
-    monkeypatch.syspath_prepend(pythonpath())
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_folder_on_pythonpath_is_not_another_kt_kernel(
+    sglang, monkeypatch, tmp_path, imported, linked
+):
+    folder = pythonpath()
+    if linked:
+        folder = tmp_path / "linked"
+        folder.symlink_to(pythonpath())
+    monkeypatch.syspath_prepend(folder)
+    if imported:
+        importlib.import_module("kt_kernel")
     with command_line(monkeypatch, "--kt-method", "MXFP4"):
         plugin.register()
         plugin.register()

@@ -83,7 +83,7 @@ class _Target:
         """Converts the scales if the caller wants others, and tells autograd of the change."""
         if self.stored is not self.scales:
             powers, numbers = self.stored.view(torch.float8_e8m0fnu), self.scales.detach()
-            # PyTorch divides larger blocks among threads. These wait for those of the engine.
+            # PyTorch copies larger blocks on several threads, which would wait for the engine's.
             rows = max(1, _BLOCK_SCALES // max(1, powers.shape[1]))
             for row in range(0, powers.shape[0], rows):
                 numbers[row : row + rows].copy_(powers[row : row + rows])

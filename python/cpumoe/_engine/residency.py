@@ -30,7 +30,7 @@ class Residency:
     def __init__(
         self, layer: _core.Layer, form: ExpertForm, num_experts: int, source: Source
     ) -> None:
-        """Describes a layer without weights; `source` says which experts share a copy."""
+        """Manages a new layer, which has no weights yet. `source` says which share a copy."""
         self.source: Source | None = None
         self._layer = layer
         self._form = form

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
+
+from cpumoe._base.scalars import integer
 
 
 def integer_in(value: object, name: str, least: int, most: int | None = None) -> int:
@@ -13,12 +14,7 @@ def integer_in(value: object, name: str, least: int, most: int | None = None) ->
         TypeError: `value` is no integer.
         ValueError: it is less than `least` or greater than `most`.
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    number = integer(value, name)
     if number < least or (most is not None and number > most):
         wanted = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {wanted}, got {number}")

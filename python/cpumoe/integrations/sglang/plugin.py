@@ -120,9 +120,9 @@ def _wanted(arguments: list[str]) -> bool:
 
 def _is_installed() -> bool:
     """Whether there is a ``kt_kernel`` that is not cpumoe's."""
-    if MODULE in sys.modules:
-        return sys.modules[MODULE].__name__ != _OURS
-    spec = importlib.util.find_spec(MODULE)
+    loaded = sys.modules.get(MODULE)
+    spec = importlib.util.find_spec(MODULE) if loaded is None else loaded.__spec__
     if spec is None or spec.origin is None:
-        return spec is not None
-    return pythonpath() not in Path(spec.origin).resolve().parents
+        return loaded is not None or spec is not None
+    folders = Path(spec.origin).resolve().parents
+    return spec.name != _OURS and pythonpath().resolve() not in folders

@@ -131,7 +131,7 @@ class CpuStream:
             RuntimeError: the stream has no such call.
             ValueError: `x` has another shape or dtype than the call.
         """
-        started = self._started.pop(layer, None)
+        started = self._started.get(layer)
         if started is None:
             raise RuntimeError(
                 f"layer {layer.index}: sync_forward: expected a submit_forward before it on the "
@@ -142,6 +142,7 @@ class CpuStream:
                 f"layer {layer.index}: sync_forward: expected {started.dtype} "
                 f"{list(started.shape)}, as submit_forward got, got {x.dtype} {list(x.shape)}"
             )
+        del self._started[layer]
         if started.added is not None:
             started.added.result()
         return started.future.result().to(started.dtype)

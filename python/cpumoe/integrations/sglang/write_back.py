@@ -106,7 +106,10 @@ class WriteBack:
                 self._experts.export_into(
                     slot, gate=part.gate, up=part.up, down=part.down, intermediate=part.features
                 )
-            except ValueError:  # It is not packed, or not any more.
+            except ValueError:
+                if slot in self._experts.packed_experts:
+                    raise
+                # It is not packed, or not any more.
                 part.copy(self._read(slot))
 
 
