@@ -27,7 +27,8 @@ void Require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(Message(parts...));
 }
 
-// Requirements of arguments whose name is `name`, joined.
+// The functions below check one argument and throw std::invalid_argument. `name` is the argument's
+// name, in parts that the message joins.
 template <class... Name>
 void RequireAddress(const void* address, const Name&... name) {
   Require(address != nullptr, name..., ": expected an address, got a null pointer");
@@ -37,7 +38,8 @@ void RequireCount(int64_t count, const Name&... name) {
   Require(count >= 0, name..., ": expected 0 or more, got ", count);
 }
 // Requires that `rows` rows, `stride` elements of `element_bytes` apart, fit an address space. The
-// distance of any two rows is then a number of bytes that does not overflow.
+// distance of any two rows is then a number of bytes that does not overflow. `rows` and
+// `element_bytes` are positive.
 template <class... Name>
 void RequireStride(int64_t stride, int64_t rows, int64_t element_bytes, const Name&... name) {
   constexpr int64_t kAddressSpace = int64_t{1} << 60;

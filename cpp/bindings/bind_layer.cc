@@ -147,7 +147,9 @@ void BindLayer(py::module_& m) {
           "set_mask",
           [](Layer& self, uintptr_t mask) { self.SetMask(reinterpret_cast<const uint8_t*>(mask)); },
           py::kw_only(), py::arg("mask"), py::call_guard<py::gil_scoped_release>(),
-          "Names the experts that calls skip, by an address, which calls read until the next one.")
+          "Sets the mask by its address: a byte per expert, not 0 if calls skip the expert. Calls "
+          "read "
+          "it until another mask is set.")
       .def("evict_masked", &Layer::EvictMasked, py::call_guard<py::gil_scoped_release>(),
            "Gives the memory of all experts that the mask skips back to the system.")
       .def("require_own_process", &Layer::RequireOwnProcess,

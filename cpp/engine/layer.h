@@ -33,8 +33,9 @@ class Layer {
   const std::string& isa() const { return isa_; }
   const FormatInfo& format() const { return format_; }
   const MoeConfig& config() const { return moe_->config(); }
-  // The bytes of the layer when all experts are packed, and of those that are packed now.
+  // The bytes of the layer when all experts are packed.
   size_t nbytes() const { return config().copies() * moe_->copy_bytes(); }
+  // The bytes of the experts that are packed now.
   size_t packed_bytes() const;
   // One byte per expert: whether it has weights.
   std::vector<uint8_t> packed() const;

@@ -32,7 +32,8 @@ class PendingCall {
   bool WaitFor(double seconds);
 
   // Returns when the call has ended. Returns at once in a forked child, in which no thread makes
-  // the call, and if there is no call.
+  // the call, and if there is no call. Ends the process on the driver thread that has yet to make
+  // the call, because that thread would wait for itself.
   void WaitQuietly() noexcept;
 
  private:

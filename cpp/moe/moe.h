@@ -73,7 +73,8 @@ class Moe {
 
   // output[t] = sum over the token's experts of weight * expert(hidden_states[t]), or += (see
   // ForwardArgs::accumulate). Only one thread at a time may call Forward with a given workspace.
-  // Throws std::invalid_argument and std::out_of_range.
+  // Throws std::invalid_argument and std::out_of_range. Does not check that the output of a call
+  // that accumulates is fp32.
   virtual void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const = 0;
 };
 

@@ -73,9 +73,9 @@ class Routing {
     tokens_.resize(total);
     weights_.resize(total);
     for (int64_t i = first; i < last; ++i) {
-      const int32_t id = chosen_[i - first];
-      if (id < 0) continue;
-      const int64_t place = places_[id]++;
+      const int32_t copy = chosen_[i - first];
+      if (copy < 0) continue;
+      const int64_t place = places_[copy]++;
       tokens_[place] = static_cast<int32_t>(i / input.top_k - begin);
       weights_[place] = input.weights[i];
     }

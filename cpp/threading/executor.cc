@@ -127,7 +127,7 @@ std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
     if (!queue_->started) {
       queue_->driver = StartThread("cpumoe-exec", [queue = queue_] { Drive(*queue); });
       queue_->started = true;
-      SetAffinity(queue_->driver, cpus_);
+      if (!SetAffinity(queue_->driver, cpus_)) SetAffinity(queue_->driver, makers_cpus_);
     }
     queue_->entries.push_back({std::move(job), completion});
   }

@@ -45,8 +45,8 @@ class Executor {
  public:
   // The driver will run on `cpus`. Without `cpus` it will run where the thread that makes the
   // executor may run now, like the workers of a pool that this thread makes. The thread that
-  // submits the first job and starts the driver has no influence, unless the operating system
-  // refuses.
+  // submits the first job and starts the driver has no influence. Where the operating system
+  // refuses `cpus`, the driver runs where the maker may run.
   explicit Executor(std::vector<int> cpus = ProcessAffinity());
   // Runs the queued jobs, then ends the driver. If the destructor runs on the driver thread (a job
   // owned the executor), the driver does both after the destructor has returned. In a forked child
@@ -68,6 +68,7 @@ class Executor {
 
   const ForkGuard fork_guard_;
   const std::vector<int> cpus_;
+  const std::vector<int> makers_cpus_ = ProcessAffinity();
   std::shared_ptr<Queue> queue_;
 };
 

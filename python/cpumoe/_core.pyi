@@ -185,7 +185,7 @@ class Layer:
         """
     def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
-        Names the experts that calls skip, by an address, which calls read until the next one.
+        Sets the mask by its address: a byte per expert, not 0 if calls skip the expert. Calls read it until another mask is set.
         """
     def statistics(self) -> LayerStatistics:
         """

@@ -48,8 +48,10 @@ else
 fi
 "$compiler" -std=c11 -Wall -Wextra -Werror -pedantic program.c "${flags[@]}" -lm -o program
 ./program
-"$objdump" -p program | grep -q "NEEDED *$soname" || fail "the program does not need $soname"
-if ldd program | grep -iE 'python|not found'; then fail "the program needs what it should not, or misses something"; fi
+"$objdump" -p program >headers
+grep -q "NEEDED *$soname" headers || fail "the program does not need $soname"
+ldd program >needed || fail "ldd cannot read the program"
+if grep -iE 'python|not found' needed; then fail "the program needs what it should not, or misses something"; fi
 
 echo "== find_package"
 unset PKG_CONFIG_PATH

@@ -127,15 +127,17 @@ TEST(EngineResidency, ACallNeverSeesAnExpertThatIsHalfPacked) {
   call.Execute(tensors);
   const Bytes expected = output;
   std::atomic<bool> stop{false};
+  std::atomic<int> packings{0};
   std::thread packer([&] {
     const auto runtime = Runtime::Create({});
     const std::vector<ExpertSource> sources = {weights.Source(0), weights.Source(1)};
     while (!stop) {
       engine.layer()->Pack(*runtime, 0, sources);
       engine.layer()->Evict(3);
+      ++packings;
     }
   });
-  for (int i = 0; i < 100; ++i) {
+  for (int i = 0; i < 100 || packings < 2; ++i) {
     call.Execute(tensors);
     EXPECT_EQ(output, expected);
   }
@@ -163,6 +165,7 @@ TEST(EngineResidency, CallsSeeTheLayerBeforeOrAfterAChange) {
   constexpr int kCallers = 4;
   std::atomic<bool> stop{false};
   std::atomic<int> torn{0};
+  std::atomic<int64_t> calls{0};
   std::vector<Bytes> outputs(kCallers, engine.Output());
   std::vector<Call::Tensors> tensors;
   for (Bytes& output : outputs) tensors.push_back(engine.Tensors(output));
@@ -177,11 +180,14 @@ TEST(EngineResidency, CallsSeeTheLayerBeforeOrAfterAChange) {
           call.Submit(tensors[t])->Wait();
         }
         if (outputs[t] != expected[0] && outputs[t] != expected[1]) ++torn;
+        ++calls;
       }
     });
   }
   const auto runtime = TwoThreads();
   for (int change = 0; change < 40; ++change) {
+    const int64_t seen = calls;
+    while (calls == seen) std::this_thread::yield();  // calls are made between all changes
     const int next = change % 2;
     const int64_t first = next == 0 ? 2 : 0;
     layer.Pack(*runtime, first,

@@ -186,7 +186,10 @@ TEST(Executor, WhereTheSystemRefusesACpuTheDriverRunsAnyway) {
   for (const int cpu : {-1, kMaxCpus - 1, kMaxCpus, std::numeric_limits<int>::max()}) {
     Executor executor({cpu});
     std::vector<int> seen;
-    executor.Submit([&] { seen = ProcessAffinity(); })->Wait();
+    std::thread([&] {
+      SetAffinity(pthread_self(), {ProcessAffinity().front()});
+      executor.Submit([&] { seen = ProcessAffinity(); })->Wait();
+    }).join();
     EXPECT_EQ(seen, ProcessAffinity()) << cpu;
   }
 }
