@@ -21,6 +21,7 @@ from cpumoe.cli import (
     host_threads,
     info,
     inspect_model,
+    placement,
     renamed_options,
     serve,
     synth,
@@ -54,6 +55,7 @@ for _name, _module in {
     "eval": evaluate,
     "chat": chat,
     "serve": serve,
+    "placement": placement,
     "demo": demo,
 }.items():
     app.command(_name, cls=renamed_options.Command, epilog=_module.EXAMPLE)(
