@@ -13,7 +13,7 @@ from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import refuse_tracing
 from cpumoe._engine.calls import Calls
 from cpumoe._engine.config import layer_config
-from cpumoe._engine.export import MatrixBuffer, export_into, new_expert
+from cpumoe._engine.export import MatrixBuffer, copy_into, export_into, new_expert
 from cpumoe._engine.packing import ExpertForm
 from cpumoe._engine.residency import Residency
 from cpumoe._engine.sources import Given, Source
@@ -79,6 +79,9 @@ class PackedExperts:
     def export(self, expert_id: int) -> ExpertWeights:
         """Returns an expert's weights as its checkpoint stores them, bit for bit.
 
+        Args:
+            expert_id: the expert.
+
         Returns:
             Codes uint8 and scales (E8M0 bytes as uint8, or bf16); gate and up ``[intermediate,
             hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
@@ -102,6 +105,7 @@ class PackedExperts:
         up: MatrixBuffer,
         down: MatrixBuffer,
         intermediate: slice | range | None = None,
+        read_missing: bool = False,
     ) -> None:
         """Writes an expert's weights, or a shard of them, into the caller's tensors.
 
@@ -121,9 +125,13 @@ class PackedExperts:
             down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
             intermediate: the intermediate features to write: rows of gate and up, columns of down.
                 They must be whole groups of 32. Default: all.
+            read_missing: whether to read an expert that has no weights in memory from the
+                checkpoint that the layer was made from, instead of raising ValueError. That is
+                slower.
 
         Raises:
             TypeError: `expert_id` is not an int, or a buffer has another dtype, device or layout.
+            FileNotFoundError, CheckpointError: with `read_missing`, see `pack`.
             IndexError: there is no such expert.
             ValueError: a buffer has another shape, its rows are not contiguous, buffers overlap,
                 the features are no whole groups, or the expert has no weights in memory; see
@@ -132,7 +140,15 @@ class PackedExperts:
         expert_id = self._checked(expert_id)
         buffers = {"gate": gate, "up": up, "down": down}
         core, _ = self._threads()
-        export_into(self._layer, self._form, expert_id, buffers, intermediate, core)
+        if not boolean(read_missing, "read_missing"):
+            export_into(self._layer, self._form, expert_id, buffers, intermediate, core)
+            return
+        # A change of the mask in another thread must not evict or pack the expert meanwhile.
+        with self._residency.missing(expert_id) as weights:
+            if weights is None:
+                export_into(self._layer, self._form, expert_id, buffers, intermediate, core)
+            else:
+                copy_into(weights, self._form, expert_id, buffers, intermediate)
 
     def pack(
         self,

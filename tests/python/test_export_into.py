@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from moe_tools import EVERY_VARIANT, layer, refused
+from checkpoint_tools import edit_tensors, first_layer, write_small
+from moe_tools import EVERY_VARIANT, layer, mask, refused
 
 import cpumoe
-from cpumoe import QuantizedMatrix
+from cpumoe import Experts, QuantizedMatrix, open_checkpoint
 
 HIDDEN, INTERMEDIATE = 64, 96
 
@@ -20,7 +21,7 @@ def experts(weights):
     return weights.pack()
 
 
-def buffers(fmt="mxfp4", features=INTERMEDIATE, *, scales=None):
+def buffers(fmt="mxfp4", features=INTERMEDIATE, *, scales=None, hidden=HIDDEN):
     """Zeroed memory for the matrices of one expert."""
     row = cpumoe.weight_format(fmt)
     scales = scales or row.scale_storage
@@ -29,10 +30,16 @@ def buffers(fmt="mxfp4", features=INTERMEDIATE, *, scales=None):
         return torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 32, dtype=scales)
 
     return {
-        "gate": matrix(features, HIDDEN),
-        "up": matrix(features, HIDDEN),
-        "down": matrix(HIDDEN, features),
+        "gate": matrix(features, hidden),
+        "up": matrix(features, hidden),
+        "down": matrix(hidden, features),
     }
+
+
+def memory(experts, features=slice(None), scales=torch.bfloat16):
+    """Zeroed memory for `features` of a layer's expert."""
+    count = len(range(experts.intermediate_size)[features])
+    return buffers(experts.format, count, scales=scales, hidden=experts.hidden_size)
 
 
 def same(left, right):
@@ -233,3 +240,46 @@ def test_rows_of_gate_and_up_may_alternate(experts):
     experts.export_into(0, **alternating)
     for name, matrix in given.items():
         assert all(map(torch.equal, matrix, alternating[name]))
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "kimi-k2", "gpt-oss-20b"])
+def test_an_expert_without_weights_is_read_from_its_checkpoint(tmp_path, model):
+    folder = write_small(tmp_path, model, experts=4)
+    number = first_layer(folder)
+    whole = Experts.from_checkpoint(folder, number)
+    part = Experts.from_checkpoint(folder, number, expert_mask=mask(0, 1, 2, 3), pack_masked=False)
+    dtypes = {cpumoe.weight_format(part.format).scale_storage, torch.bfloat16}
+    third = part.intermediate_size // 3
+    for scales in dtypes:
+        for features in (slice(None), slice(0, third), slice(third, None)):
+            want, got = (memory(part, features, scales) for _ in range(2))
+            whole.export_into(2, **want, intermediate=features)
+            part.export_into(2, **got, intermediate=features, read_missing=True)
+            for name in want:
+                assert all(map(same, got[name], want[name])), (scales, features, name)
+    assert part.packed_experts == []
+
+
+def test_reading_a_missing_expert_is_asked_for(tmp_path, weights):
+    hidden = mask(1)
+    kept = weights.pack(expert_mask=hidden, pack_masked=False)
+    with refused(ValueError, "expert 1 has no weights to export; pack it first"):
+        kept.export_into(1, **buffers())
+    with pytest.raises(ValueError, match="made from tensors or an iterable, which are not kept"):
+        kept.export_into(1, **buffers(), read_missing=True)
+    with refused(TypeError, "read_missing: expected a bool, got 'no'"):
+        kept.export_into(1, **buffers(), read_missing="no")
+    kept.export_into(0, **(into := buffers()), read_missing=True)
+    assert same(into["gate"][0], weights.pack().export(0).gate.codes)
+
+
+def test_missing_experts_with_nan_scales_are_refused(tmp_path):
+    folder = write_small(tmp_path, "v4-flash", experts=2)
+    name = "layers.0.ffn.experts.1.w3.scale"
+    with open_checkpoint(folder) as reader:
+        scales = reader.expert(0, 1).up.scales.clone()
+    scales[2, 0] = 255
+    edit_tensors(folder, {name: scales.view(torch.float8_e8m0fnu)})
+    experts = Experts.from_checkpoint(folder, 0, expert_mask=mask(1, experts=2), pack_masked=False)
+    with pytest.raises(ValueError, match=rf"{name}: scales must be finite, got 255"):
+        experts.export_into(1, **memory(experts), read_missing=True)

@@ -97,6 +97,12 @@ def folder(tmp_path_factory):
             "--kt-weight-path must be the experts of the model that runs",
         ),
         (
+            {"swiglu_alpha": 1.702},
+            ValueError,
+            "swiglu_alpha: expected none, as the checkpoint FOLDER has, got 1.702; "
+            "--kt-weight-path must be the experts of the model that runs",
+        ),
+        (
             {"cpuinfer_threads": 0},
             ValueError,
             "cpuinfer_threads: expected at least 1, got 0",

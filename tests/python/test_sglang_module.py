@@ -123,17 +123,30 @@ def test_the_checkpoint_has_the_swiglu_limit(tmp_path):
     assert (result.double() - unlimited).norm() > 0.05 * unlimited.norm()
 
 
-@pytest.mark.parametrize(
-    ("alpha", "swiglu"),
-    [(0.0, SwiGLU(limit=0.05)), (1.702, SwiGLU(alpha=1.702, limit=0.05, up_offset=1.0))],
-)
-def test_the_caller_has_the_swiglu_limit_and_alpha(tmp_path, alpha, swiglu):
+def test_the_caller_has_the_swiglu_limit(tmp_path):
     folder = checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "swiglu_limit": None}))
     args = batch(16)
-    wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=alpha)
+    wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=0.0)
+    assert_close(run(wrapper, args), oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
+
+
+def test_the_caller_has_alpha_if_the_checkpoint_does_not_know_it(tmp_path):
+    folder = checkpoint(tmp_path, "kimi-k2")
+    edit_config(folder, model_type="new_moe")
+    args = batch(16)
+    swiglu = SwiGLU(alpha=1.702, limit=0.05, up_offset=1.0)
+    wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=1.702)
     assert_close(run(wrapper, args), oracle(folder, args, swiglu=swiglu))
+
+
+def test_a_closed_runtime_is_replaced(folder):
+    first, second = (KTMoEWrapper(**arguments(folder, cpuinfer_threads=2)) for _ in range(2))
+    assert first._runtime is second._runtime
+    first._runtime.close()
+    args = batch(4)
+    assert_close(run(loaded(folder, cpuinfer_threads=2), args), oracle(folder, args))
 
 
 def test_an_unknown_model_has_the_hosts_activation(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from checkpoint_tools import edit_config
 from moe_tools import output_of, refused
 from sglang_tools import arguments, checkpoint
 
@@ -160,6 +161,7 @@ def test_the_gpu_does_not_scale():
 )
 def test_the_module_is_told_the_layers_swiglu(tmp_path, config, expected):
     folder = checkpoint(tmp_path, "kimi-k2")
+    edit_config(folder, model_type="new_moe")
     layer = SimpleNamespace(moe_runner_config=config)
     made = []
 

@@ -1,5 +1,6 @@
 """Experts that SGLang asks for, written into memory of several GPU ranks, byte for byte."""
 
+import os
 import re
 
 import pytest
@@ -19,7 +20,7 @@ from sglang_tools import (
     oracle,
 )
 
-from cpumoe import open_checkpoint
+from cpumoe import CheckpointError, open_checkpoint
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -171,7 +172,7 @@ def test_a_mask_may_change_while_experts_are_written(folder):
     wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
     args = batch(4)
     buffers = [Buffers(1) for _ in range(EXPERTS)]
-    for turn in range(6):
+    for turn in range(20):
         for expert, memory in enumerate(buffers):
             wrapper.submit_write_weight_scale_to_buffer(1, expert, *memory.addresses())
         mask = gpu(*range(4)) if turn % 2 else gpu(*range(4, 8))
@@ -230,8 +231,14 @@ def test_requests_before_the_weights_are_refused(folder):
 def test_sync_raises_the_error_of_a_writing(tmp_path):
     folder = checkpoint(tmp_path)
     wrapper = loaded(folder, num_gpu_experts=EXPERTS)
-    wrapper._reader.close()
-    wrapper.submit_write_weight_scale_to_buffer(1, 0, *Buffers(1).addresses())
-    with pytest.raises(ValueError, match=re.escape(str(folder))):
+    buffers = Buffers(1)
+    file = folder / "model.safetensors"
+    written = file.stat().st_mtime_ns
+    os.utime(file, ns=(written, written + 10**9))
+    wrapper.submit_write_weight_scale_to_buffer(1, 0, *buffers.addresses())
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
         wrapper.sync_write_weight_scale_to_buffer()
+    os.utime(file, ns=(written, written))
+    wrapper.submit_write_weight_scale_to_buffer(1, 0, *buffers.addresses())
     wrapper.sync_write_weight_scale_to_buffer()
+    assert_written(buffers, folder, 0)

@@ -12,7 +12,8 @@ from cpumoe import _core
 from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
 from cpumoe._engine.arguments import matrix_view, require_shape
 from cpumoe._engine.output import wrote_output
-from cpumoe._engine.packing import ExpertForm
+from cpumoe._engine.packing import ExpertForm, checked_matrices
+from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 
 # Memory for a matrix [N, K]: a QuantizedMatrix, or a tuple (codes, scales).
@@ -45,20 +46,9 @@ def export_into(
     intermediate: slice | range | None,
     runtime: _core.Runtime,
 ) -> None:
-    """Writes an expert to the caller's memory; see `Experts.export_into`."""
-    refuse_tracing("export_into")
+    """Writes a packed expert to the caller's memory; see `Experts.export_into`."""
     features = _features(intermediate, form)
-    targets = [
-        _target(form.fmt, buffers[name], name, *size)
-        for name, size in _sizes(form, len(features)).items()
-    ]
-    memories = [memory for target in targets for memory in target.memories]
-    for (first, name), (second, other) in itertools.combinations(memories, 2):
-        if _overlap(first, second):
-            raise ValueError(
-                f"{other}: expected memory that {name} does not use, got tensors that overlap; "
-                "pass tensors with memory of their own"
-            )
+    targets = _targets(form, buffers, len(features))
     layer.unpack(
         runtime=runtime,
         expert=expert,
@@ -69,12 +59,37 @@ def export_into(
         target.finish()
 
 
+def copy_into(
+    weights: ExpertWeights,
+    form: ExpertForm,
+    expert: int,
+    buffers: Mapping[str, MatrixBuffer],
+    intermediate: slice | range | None,
+) -> None:
+    """Writes an expert that is not packed to the caller's memory; see `Experts.export_into`."""
+    features = _features(intermediate, form)
+    targets = _targets(form, buffers, len(features))
+    matrices = checked_matrices(form.fmt, expert, weights)
+    for matrix in matrices:
+        form.fmt.check_scales(matrix.scales, matrix.name)
+    first, last = features.start, features.stop
+    for name, matrix, target in zip(buffers, matrices, targets, strict=True):
+        for source, memory in ((matrix.codes, target.codes), (matrix.scales, target.stored)):
+            if name == "down":
+                per = form.intermediate_size // source.shape[1]  # features per byte, or per scale
+                memory.copy_(source[:, first // per : last // per])
+            else:
+                memory.copy_(source[first:last])
+        target.finish()
+
+
 @dataclass(frozen=True)
 class _Target:
-    """A matrix that the engine writes, and what becomes of its scales."""
+    """A matrix that is written, and what becomes of its scales."""
 
     matrix: _core.Matrix
-    stored: torch.Tensor  # the scales that the engine writes
+    codes: torch.Tensor  # the caller's memory
+    stored: torch.Tensor  # the scales that are written first, in the format's own dtype
     scales: torch.Tensor  # the caller's
     written: tuple[torch.Tensor, torch.Tensor]  # the caller's tensors
     memories: tuple[tuple[torch.Tensor, str], tuple[torch.Tensor, str]]  # with their names
@@ -121,6 +136,23 @@ def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
     return features
 
 
+def _targets(form: ExpertForm, buffers: Mapping[str, MatrixBuffer], features: int) -> list[_Target]:
+    """Returns the checked buffers of gate, up and down."""
+    refuse_tracing("export_into")
+    targets = [
+        _target(form.fmt, buffers[name], name, *size)
+        for name, size in _sizes(form, features).items()
+    ]
+    memories = [memory for target in targets for memory in target.memories]
+    for (first, name), (second, other) in itertools.combinations(memories, 2):
+        if _overlap(first, second):
+            raise ValueError(
+                f"{other}: expected memory that {name} does not use, got tensors that overlap; "
+                "pass tensors with memory of their own"
+            )
+    return targets
+
+
 def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, columns: int) -> _Target:
     if isinstance(buffer, tuple) and len(buffer) == 2:
         buffer = QuantizedMatrix(*buffer)
@@ -141,9 +173,10 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
     stored = scale_memory
     if converts:
         stored = torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu")
-    matrix = matrix_view(QuantizedMatrix(code_memory.view(torch.uint8), stored), name)
+    bytes_ = code_memory.view(torch.uint8)
+    matrix = matrix_view(QuantizedMatrix(bytes_, stored.view(fmt.scale_storage)), name)
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
-    return _Target(matrix, stored, scale_memory, (codes, scales), memories)
+    return _Target(matrix, bytes_, stored, scale_memory, (codes, scales), memories)
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

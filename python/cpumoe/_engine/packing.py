@@ -108,7 +108,7 @@ def pack_experts(
                     f"expert {index}: expected ExpertWeights from the source, got "
                     f"{type(weights).__name__}; pass a source that returns them for each expert"
                 )
-            matrices = _matrices(form.fmt, index, weights)
+            matrices = checked_matrices(form.fmt, index, weights)
             given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
             floats = [bias.float().contiguous() for bias in given]
             sources.append((matrices, floats))
@@ -120,7 +120,9 @@ def pack_experts(
         layer.pack(runtime=runtime, experts=[index for index, _ in part], weights=arguments)
 
 
-def _matrices(fmt: WeightFormat, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
+def checked_matrices(
+    fmt: WeightFormat, index: int, weights: ExpertWeights
+) -> list[QuantizedMatrix]:
     """Returns an expert's gate, up and down, checked and named for the engine's errors."""
     return [
         normalized(fmt, getattr(weights, name), f"expert {index}: {name}", stacked=False)

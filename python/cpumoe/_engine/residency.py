@@ -14,6 +14,7 @@ from cpumoe._base.scalars import integer
 from cpumoe._engine.arguments import check_mask
 from cpumoe._engine.packing import BATCH_PER_THREAD, Biases, ExpertForm, pack_experts
 from cpumoe._engine.sources import Source
+from cpumoe.checkpoint import ExpertWeights
 
 
 class Residency:
@@ -22,25 +23,27 @@ class Residency:
     Changes come one after the other. A call sees the layer as it is before or after a change. A
     change that fails changes nothing.
 
-    Attributes:
-        source: where weights come from if a caller names no other source; None: nowhere.
-        mask: the mask that calls use.
     """
 
     def __init__(
         self, layer: _core.Layer, form: ExpertForm, num_experts: int, source: Source
     ) -> None:
         """Manages a new layer, which has no weights yet. `source` says which share a copy."""
-        self.source: Source | None = None
+        self._source: Source | None = None  # of weights, if a caller names no other; None: nowhere
         self._layer = layer
         self._form = form
         self._copy_of = source.copy_of or range(num_experts)
         self._biases: dict[int, Biases] = {}  # by copy
-        self.mask: torch.Tensor | None = None
-        # The mask, and the address that the engine knows. One object, so that threads see both.
+        # The mask that calls use, and the address that the engine knows. One object, so that
+        # threads see both.
         self._known: tuple[torch.Tensor | None, int] = (None, 0)
         self._lock = threading.Lock()
         self._changing: int | None = None  # the thread that holds the lock
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The mask that calls use."""
+        return self._known[0]
 
     def packed(self) -> list[int]:
         """Returns the experts that have weights."""
@@ -59,7 +62,7 @@ class Residency:
         with self._change():
             wanted = range(len(self._copy_of)) if pack_masked else self._unmasked(mask)
             self._pack(wanted, source, runtime, BATCH_PER_THREAD)
-            self.source = source if source.lasting else None
+            self._source = source if source.lasting else None
             self._set_mask(mask, runtime)
 
     def pack(self, experts: Iterable[int] | None, source: Source | None, runtime: _Runtime) -> None:
@@ -86,6 +89,19 @@ class Residency:
         """Gives the memory of masked experts back to the system."""
         with self._change():
             self._layer.evict_masked()
+
+    @contextmanager
+    def missing(self, expert: int) -> Iterator[ExpertWeights | None]:
+        """Yields the weights of an expert that is not in memory; None: it is in memory.
+
+        While the context lasts, the expert stays where it is.
+        """
+        with self._change():
+            if self._layer.packed()[expert]:
+                yield None
+                return
+            with self._source_of([expert], None).reading() as read:
+                yield read(expert)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -124,7 +140,6 @@ class Residency:
         address = 0 if mask is None else self._check(mask)
         self._layer.set_mask(mask=address)
         self._known = (mask, address)
-        self.mask = mask
 
     def _pack(
         self,
@@ -141,12 +156,7 @@ class Residency:
         if not absent:
             return
         experts = sorted(absent.values())
-        source = source or self.source
-        if source is None:
-            raise ValueError(
-                f"expert {experts[0]} has no weights, and this layer was made from tensors or an "
-                f"iterable, which are not kept; call pack({experts}, source) first"
-            )
+        source = self._source_of(experts, source)
         core, threads = runtime
         try:
             with source.reading() as read:
@@ -163,6 +173,16 @@ class Residency:
             for expert in experts:
                 self._layer.evict(expert=expert)
             raise
+
+    def _source_of(self, experts: list[int], given: Source | None) -> Source:
+        """Returns where experts come from that have no weights."""
+        source = given or self._source
+        if source is None:
+            raise ValueError(
+                f"expert {experts[0]} has no weights, and this layer was made from tensors or an "
+                f"iterable, which are not kept; call pack({experts}, source) first"
+            )
+        return source
 
     def _keep_biases(self, expert: int, biases: Biases) -> None:
         self._biases[self._copy_of[expert]] = biases

@@ -135,25 +135,28 @@ class CheckpointSource(Source):
         kept = self._reader
         if kept is not None and not kept.folder.closed:
             yield self._read(kept)
-            kept.folder.check_unchanged()
+            self._check(kept)
             return
         with open_checkpoint(self._path, variant=self._variant, files=self._files) as reader:
             yield self._read(reader)
-            reader.folder.check_unchanged()
+            self._check(reader)
 
     def _read(self, reader: ExpertReader) -> ReadExpert:
         def read(expert: int) -> ExpertWeights:
-            # Packing looks at all scales.
-            weights = reader.expert(self._layer, self.experts[expert], check_scales=False)
-            for file, stamp in reader.folder.stamps().items():
-                if self._stamps.get(file, stamp) != stamp:
-                    raise CheckpointError(
-                        f"{file}: changed since the layer was made from it; make the layer anew, "
-                        f"because experts of two versions do not fit together"
-                    )
-            return weights
+            # Whoever takes the weights looks at all scales.
+            return reader.expert(self._layer, self.experts[expert], check_scales=False)
 
         return read
+
+    def _check(self, reader: ExpertReader) -> None:
+        """Raises if what `reader` read is not what the layer was made from."""
+        for file, stamp in reader.folder.stamps().items():
+            if self._stamps.get(file, stamp) != stamp:
+                raise CheckpointError(
+                    f"{file}: changed since the layer was made from it; make the layer anew, "
+                    f"because experts of two versions do not fit together"
+                )
+        reader.folder.check_unchanged()
 
 
 def _chosen(experts: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -145,7 +145,16 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
             f"got {host_limit}; --kt-weight-path must be the experts of the model that runs"
         )
     swiglu = replace(stored, limit=host_limit or stored.limit)
-    return replace(swiglu, alpha=host_alpha, up_offset=1.0) if host_alpha else swiglu
+    if not host_alpha:
+        return swiglu
+    gate = replace(swiglu, alpha=host_alpha, up_offset=1.0)
+    if reader.swiglu is not None and gate != swiglu:
+        expected = stored.alpha if stored.up_offset else "none"
+        raise ValueError(
+            f"swiglu_alpha: expected {expected}, as the checkpoint {reader.folder.path} has, got "
+            f"{host_alpha}; --kt-weight-path must be the experts of the model that runs"
+        )
+    return gate
 
 
 def _shared_reader(path: Path) -> ExpertReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
@@ -11,7 +10,6 @@ from typing import ClassVar
 
 import torch
 
-from cpumoe.checkpoint import ExpertWeights
 from cpumoe.experts import Experts
 from cpumoe.integrations.sglang.checkpoint import (
     LayerSizes,
@@ -121,7 +119,6 @@ class KTMoEWrapper:
         self._synchronous = os.environ.get(_SYNCHRONOUS) == "1"
         self._layer: Layer | None = None
         self._write_back: WriteBack | None = None
-        self._slots: list[int] = []
 
     @property
     def gpu_experts_mask(self) -> torch.Tensor:
@@ -169,9 +166,8 @@ class KTMoEWrapper:
         # Nothing comes after the last layer that could add what this layer defers.
         last = self.layer_idx == self._reader.layers()[-1]
         deferred = 0 if last else self.max_deferred_experts_per_token
-        self._slots = slots
         self._layer = Layer(experts, self.layer_idx, self._reader, deferred)
-        self._write_back = WriteBack(experts, self._read)
+        self._write_back = WriteBack(experts)
         logger.info(
             "layer %d: %d of %d experts on the CPU, %.2f GB, packed in %.1f s",
             self.layer_idx,
@@ -314,9 +310,6 @@ class KTMoEWrapper:
         layer.experts.expert_mask = mask  # packs what is missing
         layer.experts.evict()
 
-    def _read(self, slot: int) -> ExpertWeights:
-        return self._reader.expert(self.layer_idx, self._slots[slot], check_scales=False)
-
 
 def _check_nodes(threadpool_count: object, numa_nodes: Sequence[int] | None) -> None:
     if threadpool_count is not None:
@@ -325,13 +318,18 @@ def _check_nodes(threadpool_count: object, numa_nodes: Sequence[int] | None) -> 
         integer_in(node, "numa_nodes", 0)
 
 
-@functools.cache
-def _shared_runtime(threads: int) -> Runtime:
-    return Runtime(threads)
+_runtimes: dict[int, Runtime] = {}  # by number of threads
+
+# A runtime's threads do not exist in a forked child.
+os.register_at_fork(after_in_child=_runtimes.clear)
 
 
 def _runtime_of(threads: object) -> Runtime:
     """Returns the threads that all layers of this process share."""
     if threads is None:
         return default_runtime()
-    return _shared_runtime(integer_in(threads, "cpuinfer_threads", 1))
+    number = integer_in(threads, "cpuinfer_threads", 1)
+    runtime = _runtimes.get(number)
+    if runtime is None or runtime.closed:
+        runtime = _runtimes[number] = Runtime(number)
+    return runtime

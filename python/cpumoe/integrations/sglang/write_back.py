@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.integrations.sglang.checks import integer_in
 from cpumoe.packed_experts import PackedExperts
@@ -35,12 +34,12 @@ class WriteBack:
     in between.
     """
 
-    def __init__(self, experts: PackedExperts, read: Callable[[int], ExpertWeights]) -> None:
-        """Writes `experts`; `read` returns the weights of an expert that is not packed."""
+    def __init__(self, experts: PackedExperts) -> None:
+        """Writes `experts`."""
         self._experts = experts
-        self._read = read
         self._group = weight_format(experts.format).group_size
         self._running: list[Future[None]] = []
+        self._process = os.getpid()
 
     def submit(self, ranks: object, expert: object, addresses: Sequence[Sequence[int]]) -> None:
         """Starts to write an expert.
@@ -69,8 +68,13 @@ class WriteBack:
         self._running.append(_writer().submit(self._write, slot, parts))
 
     def sync(self) -> None:
-        """Waits until everything is written; raises the first error of a writing."""
+        """Waits until everything is written; raises the first error of a writing.
+
+        A forked child does not wait for what its parent submitted.
+        """
         running, self._running = self._running, []
+        if os.getpid() != self._process:
+            return
         for future in running:
             future.exception()  # wait for all, whatever happens
         for future in running:
@@ -102,15 +106,14 @@ class WriteBack:
     @torch.inference_mode()  # A host in this mode makes tensors that cannot be changed outside it.
     def _write(self, slot: int, parts: list[_Part]) -> None:
         for part in parts:
-            try:
-                self._experts.export_into(
-                    slot, gate=part.gate, up=part.up, down=part.down, intermediate=part.features
-                )
-            except ValueError:
-                if slot in self._experts.packed_experts:
-                    raise
-                # It is not packed, or not any more.
-                part.copy(self._read(slot))
+            self._experts.export_into(
+                slot,
+                gate=part.gate,
+                up=part.up,
+                down=part.down,
+                intermediate=part.features,
+                read_missing=True,
+            )
 
 
 @dataclass(frozen=True)
@@ -121,23 +124,6 @@ class _Part:
     gate: QuantizedMatrix
     up: QuantizedMatrix
     down: QuantizedMatrix
-
-    def copy(self, weights: ExpertWeights) -> None:
-        """Copies the part of an expert that is not packed from the checkpoint's file."""
-        for target, source in ((self.gate, weights.gate), (self.up, weights.up)):
-            target.codes.copy_(source.codes[self.features])
-            _copy_scales(target.scales, source.scales[self.features])
-        codes, groups = self.down.codes.shape[1], self.down.scales.shape[1]
-        part = self.features.start // (self.features.stop - self.features.start)
-        self.down.codes.copy_(weights.down.codes[:, part * codes : (part + 1) * codes])
-        scales = weights.down.scales[:, part * groups : (part + 1) * groups]
-        _copy_scales(self.down.scales, scales)
-
-
-def _copy_scales(target: torch.Tensor, source: torch.Tensor) -> None:
-    if source.dtype == torch.uint8:
-        source = source.view(torch.float8_e8m0fnu)
-    target.copy_(source)
 
 
 def _memory(address: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
