@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from cpumoe import _core
-from cpumoe._base.scalars import boolean
+from cpumoe._base.scalars import boolean, integer
 from cpumoe._engine.cpus import checked_cpus
 
 # A larger number is a mistake: no machine has so many cores.
@@ -130,11 +130,10 @@ def check_runtime(runtime: object) -> None:
 
 
 def _checked(threads: object) -> int:
-    if not isinstance(threads, int) or isinstance(threads, bool):
-        raise TypeError(f"Runtime: threads must be an int, got {threads!r}")
-    if not 1 <= threads <= MAX_THREADS:
-        raise ValueError(f"Runtime: threads must be from 1 to {MAX_THREADS}, got {threads}")
-    return threads
+    number = integer(threads, "Runtime: threads")
+    if not 1 <= number <= MAX_THREADS:
+        raise ValueError(f"Runtime: threads: expected 1 to {MAX_THREADS}, got {number}")
+    return number
 
 
 def _refuse_contradictions(cpus: tuple[int, ...], threads: int | None, pin: bool) -> None:

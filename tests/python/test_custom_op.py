@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from moe_tools import inputs, layer, output_of
+from moe_tools import inputs, layer, output_of, refused
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from cpumoe import Runtime
 
 operator = torch.ops.cpumoe.experts
 NO_GRADIENTS = r"^cpumoe's experts compute no gradients; call them under torch\.no_grad\(\)"
@@ -107,7 +109,13 @@ def test_compiled_code_follows_masks_and_runtimes(weights, args):
     function = compiled(experts.__call__)
     function(*args)
     mask[:2] = True
-    assert torch.equal(function(*args), weights.pack(expert_mask=mask)(*args))
+    expected = weights.pack(expert_mask=mask)(*args)
+    assert torch.equal(function(*args), expected)
+    with Runtime(1) as runtime:
+        experts.runtime = runtime
+        assert torch.equal(function(*args), expected)
+    with refused(RuntimeError, "this Runtime is closed; create a new one"):
+        function(*args)
     assert counters["stats"]["unique_graphs"] == 1
 
 

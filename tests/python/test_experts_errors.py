@@ -227,7 +227,7 @@ def test_mask(weights, mask, kind, message):
 
 @pytest.mark.parametrize("threads", [2.5, "8", True])
 def test_threads_that_are_no_number_are_refused(threads):
-    with refused(TypeError, f"Runtime: threads must be an int, got {threads!r}"):
+    with refused(TypeError, f"Runtime: threads: expected an int, got {threads!r}"):
         Runtime(threads)
 
 

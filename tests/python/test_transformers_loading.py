@@ -380,6 +380,12 @@ def test_mistaken_options_are_refused_at_once(options):
         ExpertsOptions(**options)
 
 
+@pytest.mark.parametrize("name", ["fp32_router", "progress"])
+def test_switches_are_bools(name):
+    with pytest.raises(TypeError, match=f"^{name}: expected a bool, got 'no'$"):
+        ExpertsOptions(**{name: "no"})
+
+
 def test_a_forced_variant_is_read_where_experts_name_none(tmp_path):
     script = """
 import sys

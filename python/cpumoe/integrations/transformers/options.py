@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import cpumoe
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
+from cpumoe._base.scalars import boolean
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
 
     fp32_router: bool = True
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values, before a model is loaded."""
+        super().__post_init__()
+        boolean(self.fp32_router, "fp32_router")
+        if self.progress is not None:
+            boolean(self.progress, "progress")
 
     @property
     def compute(self) -> str:
