@@ -9,6 +9,7 @@ void BindIsa(pybind11::module_& m);
 void BindRuntime(pybind11::module_& m);
 void BindLayer(pybind11::module_& m);
 void BindCall(pybind11::module_& m);
+void BindStream(pybind11::module_& m);
 void BindLimits(pybind11::module_& m);
 
 }  // namespace cpumoe

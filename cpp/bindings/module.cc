@@ -8,5 +8,6 @@ PYBIND11_MODULE(_core, m) {
   cpumoe::BindRuntime(m);
   cpumoe::BindLayer(m);
   cpumoe::BindCall(m);
+  cpumoe::BindStream(m);
   cpumoe::BindLimits(m);
 }

@@ -48,6 +48,11 @@ class Call {
 
   const Options& options() const { return options_; }
   const Layer& layer() const { return *layer_; }
+  Runtime& runtime() const { return *runtime_; }
+
+  // What the layer's forward pass gets, for hosts that make it themselves. Throws
+  // std::invalid_argument if an address is null or a size is negative.
+  ForwardArgs Args(const Tensors& tensors) const;
 
   // Makes the call and returns when it has ended. Any number of threads may do so at once. Throws
   // std::invalid_argument (an address is null, an expert has no weights), std::out_of_range (an id)
@@ -85,15 +90,16 @@ class Call {
   // and successes do not replace it, so that a host can ask once after many runs.
   std::exception_ptr TakeError() noexcept;
 
+  // Keeps an exception for TakeError, unless one is kept already. For hosts with a callback of
+  // their own.
+  void KeepError(std::exception_ptr error) noexcept;
+
  private:
   // The state of error_. There is no mutex, because a forked child may take the error, too.
   enum class ErrorState { kNone, kBusy, kKept };
 
-  // Checks `tensors`.
-  ForwardArgs Args(const Tensors& tensors) const;
   void ExecuteChecked(const ForwardArgs& args) const;
   std::shared_ptr<Completion> SubmitChecked(ForwardArgs args, bool copy_inputs) const;
-  void KeepError(std::exception_ptr error) noexcept;
 
   const std::shared_ptr<Runtime> runtime_;
   const std::shared_ptr<const Layer> layer_;

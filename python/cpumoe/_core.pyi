@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -255,6 +255,35 @@ class Call:
         ...
     def submit(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, *, owned: typing.Any, copy_inputs: bool = False) -> SubmittedCall:
         ...
+class Bridge:
+    def __init__(self, *, runtime: Runtime, cuda: bool, buffer_bytes: typing.SupportsInt | typing.SupportsIndex, captured_bytes: typing.SupportsInt | typing.SupportsIndex, wait_by_function: bool = False) -> None:
+        """
+        What the calls on streams share. cuda=False: tensors are the CPU's, and any number names a stream.
+        """
+    def prepare(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Allocates what calls on a stream need, which a capture could not do.
+        """
+class StreamCall:
+    def __init__(self, *, bridge: Bridge, layer: Layer, input_dtype: DType, output_dtype: DType, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, mask: typing.SupportsInt | typing.SupportsIndex = 0, mask_owner: typing.Any = None, skip_unknown_ids: bool = False, deferred_experts: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        ...
+    def raise_error(self) -> None:
+        """
+        Raises the error of a job, if one has failed and nothing has raised its error yet.
+        """
+    def submit(self, stream: typing.SupportsInt | typing.SupportsIndex, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Queues the first half of a call: inputs are copied, and the experts' job starts.
+        """
+    def sync(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Queues the second half: the stream waits for the job and copies its output.
+        """
+    @property
+    def captured_plans(self) -> int:
+        """
+        How many jobs graphs have recorded.
+        """
 class ReadBuffer:
     def __init__(self, runtime: Runtime, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -304,6 +333,10 @@ def run_dots(runtime: Runtime, isa: str, origin: str, precision: str, tasks: typ
 def select_isa(requested: str | None, argument: str) -> tuple[str, str]:
     """
     The variant to use, and what named it: `argument` or CPUMOE_ISA. Raises ValueError.
+    """
+def stream_buffer_bytes(*, hidden_size: typing.SupportsInt | typing.SupportsIndex, input_dtype: DType, output_dtype: DType, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, tokens: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    The bytes of a buffer through which calls of up to so many tokens go in one piece.
     """
 def supported_isas() -> list[str]:
     ...

@@ -1,0 +1,171 @@
+#include "streams/stream_work.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <utility>
+
+#include "base/check.h"
+#include "threading/futex.h"
+
+namespace cpumoe {
+
+// A job and its fate: End deletes the plan, unless graphs have its address.
+struct StreamWork::Plan {
+  StreamWork& work;
+  Piece piece;
+  bool captured;
+};
+
+StreamWork::StreamWork(std::shared_ptr<Runtime> runtime, std::shared_ptr<const Layer> layer,
+                       const Options& options)
+    : call_(std::move(runtime), std::move(layer), options.call), options_(options) {
+  Require(!options.call.accumulate, "accumulate: a call on a stream overwrites its output");
+  Require(options.deferred_experts >= 0 && options.deferred_experts <= options.call.top_k,
+          "deferred_experts: expected 0 to top_k (", options.call.top_k, "), got ",
+          options.deferred_experts);
+}
+
+StreamWork::~StreamWork() = default;
+
+void StreamWork::Launch(StreamDriver& driver, StreamHandle stream, bool captured,
+                        const Piece& piece) {
+  auto plan = std::make_unique<Plan>(*this, piece, captured);
+  Plan* const address = plan.get();
+  if (captured) {
+    const std::lock_guard lock(captured_mutex_);
+    captured_.push_back(std::move(plan));
+  }
+  driver.Launch(stream, &Start, address);
+  static_cast<void>(plan.release());  // the job's now
+}
+
+int64_t StreamWork::captured_plans() const {
+  const std::lock_guard lock(captured_mutex_);
+  return std::ssize(captured_);
+}
+
+void StreamWork::Start(void* data) noexcept {
+  Plan* const plan = static_cast<Plan*>(data);
+  StreamWork& work = plan->work;
+  work.jobs_.fetch_add(1);
+  // Reset here, in the stream's order, so that each run of a graph starts afresh.
+  plan->piece.buffer.done().store(TransferBuffer::kUnset);
+  if (work.Defers(plan->piece)) plan->piece.buffer.idle().store(TransferBuffer::kUnset);
+  std::exception_ptr error;
+  try {
+    work.call_.runtime().Submit([plan](Node& node) { plan->work.Run(plan, node); });
+    return;
+  } catch (...) {
+    error = std::current_exception();
+  }
+  work.Fail(plan->piece, std::move(error));
+  SetValue(plan->piece.buffer.done(), TransferBuffer::kSet);
+  work.End(plan);
+}
+
+void StreamWork::Run(Plan* plan, Node& node) noexcept {
+  const Piece& piece = plan->piece;
+  bool later = false;
+  std::exception_ptr error;
+  try {
+    later = Compute(piece, node);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (error != nullptr) {
+    piece.sum.Drop();
+    Fail(piece, std::move(error));
+  }
+  // From here on the stream may use the buffer for another job, unless this one is not idle.
+  SetValue(piece.buffer.done(), TransferBuffer::kSet);
+  if (later) ComputeLater(piece, node);
+  End(plan);
+}
+
+void StreamWork::Fail(const Piece& piece, std::exception_ptr error) noexcept {
+  // All bits set is NaN in every dtype. Whoever reads the output notices.
+  std::memset(piece.buffer.At(piece.layout.output), 0xff, piece.layout.output.bytes);
+  call_.KeepError(std::move(error));
+}
+
+void StreamWork::End(Plan* plan) noexcept {
+  if (Defers(plan->piece)) SetValue(plan->piece.buffer.idle(), TransferBuffer::kSet);
+  if (!plan->captured) delete plan;
+  // Once the count is 0, this object may be gone. Waking uses the address alone.
+  std::atomic<uint32_t>& jobs = jobs_;
+  jobs.fetch_sub(1);
+  FutexWake(jobs, std::numeric_limits<int>::max());
+}
+
+// A call that is made in pieces defers nothing.
+bool StreamWork::Defers(const Piece& piece) const {
+  return options_.deferred_experts > 0 && piece.tokens == piece.of;
+}
+
+ForwardArgs StreamWork::Args(const Piece& piece) const {
+  const auto at = [&](const TransferLayout::Range& range) { return piece.buffer.At(range); };
+  return call_.Args({.hidden_states = at(piece.layout.hidden_states),
+                     .hidden_stride = call_.layer().config().hidden_size,
+                     .tokens = piece.tokens,
+                     .ids = at(piece.layout.ids),
+                     .weights = reinterpret_cast<const float*>(at(piece.layout.weights)),
+                     .output = at(piece.layout.output)});
+}
+
+template <class Id>
+bool StreamWork::PrepareIds(Id* ids, const float* weights, const Piece& piece) {
+  const int64_t top_k = call_.options().top_k;
+  const int64_t num_experts = call_.layer().config().num_experts;
+  if (options_.skip_unknown_ids) {
+    for (Id* id = ids; id < ids + piece.tokens * top_k; ++id) {
+      if (*id < 0 || *id >= num_experts) *id = -1;
+    }
+  }
+  return Defers(piece) &&
+         split_.Move(ids, weights, piece.tokens, top_k, options_.deferred_experts, num_experts);
+}
+
+bool StreamWork::Compute(const Piece& piece, Node& node) {
+  const MoeConfig& config = call_.layer().config();
+  ForwardArgs args = Args(piece);
+  std::byte* const ids = piece.buffer.At(piece.layout.ids);
+  const float* const weights = args.routing.weights;
+  const bool later = args.routing.ids_are_64_bit
+                         ? PrepareIds(reinterpret_cast<int64_t*>(ids), weights, piece)
+                         : PrepareIds(reinterpret_cast<int32_t*>(ids), weights, piece);
+  if (!piece.sum.Has(piece.of * config.hidden_size)) {
+    piece.sum.Drop();  // of another batch
+    call_.layer().Forward(args, node);
+    return later;
+  }
+  float* const sum = piece.sum.data() + piece.first * config.hidden_size;
+  const DType output_dtype = std::exchange(args.output_dtype, DType::kFp32);
+  void* const output = std::exchange(args.output, sum);
+  args.accumulate = true;
+  call_.layer().Forward(args, node);
+  ConvertTo(output_dtype, sum, piece.tokens * config.hidden_size, output, node.pool());
+  if (piece.first + piece.tokens == piece.of) piece.sum.Drop();
+  return later;
+}
+
+void StreamWork::ComputeLater(const Piece& piece, Node& node) noexcept {
+  const int64_t elements = piece.tokens * call_.layer().config().hidden_size;
+  std::exception_ptr error;
+  try {
+    ForwardArgs args = Args(piece);
+    args.routing.ids = split_.later_ids();
+    args.output_dtype = DType::kFp32;
+    args.output = piece.sum.Make(elements);
+    call_.layer().Forward(args, node);
+    return;
+  } catch (...) {
+    error = std::current_exception();
+  }
+  call_.KeepError(std::move(error));
+  if (!piece.sum.Has(elements)) return;
+  std::fill_n(piece.sum.data(), elements, std::numeric_limits<float>::quiet_NaN());
+}
+
+}  // namespace cpumoe

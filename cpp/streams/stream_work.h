@@ -1,0 +1,85 @@
+// A layer's calls as a stream and the runtime's driver see them: a function on the CPU starts a
+// job, and the job ends by telling the stream that the output is complete.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "engine/call.h"
+#include "streams/deferral.h"
+#include "streams/stream_driver.h"
+#include "streams/transfer_buffer.h"
+
+namespace cpumoe {
+
+class StreamWork {
+ public:
+  struct Options {
+    Call::Options call;  // `accumulate` must be false
+    // Kept as long as a job may read the mask. May be null.
+    std::shared_ptr<const void> mask_owner = nullptr;
+    // Whether ids that name no expert are skipped. Otherwise only -1 and num_experts are, and other
+    // ids are an error.
+    bool skip_unknown_ids = false;
+    // How many experts of a token may be computed later (deferral.h).
+    int64_t deferred_experts = 0;
+  };
+
+  // Throws std::invalid_argument.
+  StreamWork(std::shared_ptr<Runtime> runtime, std::shared_ptr<const Layer> layer,
+             const Options& options);
+  // All jobs have ended, and no graph with a captured call runs again.
+  ~StreamWork();
+
+  bool defers() const { return options_.deferred_experts > 0; }
+  Call& call() { return call_; }
+  const Call& call() const { return call_; }
+
+  // A job: some or all tokens of a call, whose inputs lie in `buffer` as `layout` says.
+  struct Piece {
+    TransferBuffer& buffer;
+    TransferLayout layout;
+    int64_t first;  // token
+    int64_t tokens;
+    int64_t of;        // tokens of the whole call
+    DeferredSum& sum;  // of the stream
+  };
+  // Queues the function that starts the job. Throws what the driver throws.
+  void Launch(StreamDriver& driver, StreamHandle stream, bool captured, const Piece& piece);
+
+  // How many functions were queued under captures. A graph may run them again and again, so what
+  // they need lives as long as this object.
+  int64_t captured_plans() const;
+
+  // Returns when the jobs that have been started have ended.
+  void AwaitJobs() noexcept { AwaitValue(jobs_, 0); }
+
+ private:
+  struct Plan;
+
+  static void Start(void* plan) noexcept;
+  void Run(Plan* plan, Node& node) noexcept;
+  // Returns whether something is left for ComputeLater.
+  bool Compute(const Piece& piece, Node& node);
+  void ComputeLater(const Piece& piece, Node& node) noexcept;
+  void Fail(const Piece& piece, std::exception_ptr error) noexcept;
+  void End(Plan* plan) noexcept;
+  // Changes ids of experts that are not computed now to -1. Returns whether any are computed later.
+  template <class Id>
+  bool PrepareIds(Id* ids, const float* weights, const Piece& piece);
+  ForwardArgs Args(const Piece& piece) const;
+  bool Defers(const Piece& piece) const;
+
+  Call call_;
+  const Options options_;
+  ExpertSplit split_;                  // of the job that is running
+  std::atomic<uint32_t> jobs_{0};      // that have been started and have not ended
+  mutable std::mutex captured_mutex_;  // guards captured_; never taken by a job
+  std::vector<std::unique_ptr<Plan>> captured_;
+};
+
+}  // namespace cpumoe
