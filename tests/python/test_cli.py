@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_commands")
 
 COMMANDS = (
     *("info", "inspect", "synth", "validate", "bench"),
-    *("generate", "eval", "chat", "serve", "placement", "demo"),
+    *("generate", "eval", "chat", "serve", "sglang", "placement", "demo"),
 )
 
 

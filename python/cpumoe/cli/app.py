@@ -24,6 +24,7 @@ from cpumoe.cli import (
     placement,
     renamed_options,
     serve,
+    sglang,
     synth,
     validate,
 )
@@ -55,12 +56,16 @@ for _name, _module in {
     "eval": evaluate,
     "chat": chat,
     "serve": serve,
+    "sglang": sglang,
     "placement": placement,
     "demo": demo,
 }.items():
-    app.command(_name, cls=renamed_options.Command, epilog=_module.EXAMPLE)(
-        with_groups(_module.command)
-    )
+    app.command(
+        _name,
+        cls=renamed_options.Command,
+        epilog=_module.EXAMPLE,
+        context_settings=getattr(_module, "CONTEXT", None),
+    )(with_groups(_module.command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -57,6 +57,11 @@ def bound_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
     _set_by_cpumoe.update(_DEFAULTS)
 
 
+def inherited_environment() -> dict[str, str]:
+    """Returns this process' variables as they were before `bound_waiting`, for other programs."""
+    return {name: value for name, value in os.environ.items() if name not in _set_by_cpumoe}
+
+
 def choose_threads(
     asked: int | None, *, small: bool = False, environment: Mapping[str, str] = os.environ
 ) -> None:

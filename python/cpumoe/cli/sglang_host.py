@@ -1,0 +1,135 @@
+"""The installed SGLang, and the command lines that it takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpumoe.cli.errors import InputError
+
+UPSTREAM, FORK = "sglang", "sglang-kt"
+# The versions that cpumoe is written for.
+TESTED = {UPSTREAM: "0.5.23", FORK: "0.7.2"}
+
+# Options that only sglang-kt has. Without them, the server computes as much, but slower.
+_FORK_ONLY = (
+    "--kt-numa-nodes",
+    "--kt-gpu-prefill-token-threshold",
+    "--kt-enable-dynamic-expert-update",
+    "--kt-expert-placement-strategy",
+    "--record-kt-gpu-expert-distribution",
+)
+# Options of sglang-kt, and their names in SGLang.
+_NAMES_UPSTREAM = {
+    "--cuda-graph-bs": "--cuda-graph-bs-decode",
+    "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """An installed SGLang.
+
+    Attributes:
+        name: "sglang" or "sglang-kt".
+        version: its version.
+    """
+
+    name: str
+    version: str
+
+
+def installed_host() -> Host | None:
+    """Returns the SGLang of this environment; None: there is none."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    # Both distributions have the package `sglang`. Only SGLang itself has plugins.
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    name = UPSTREAM if any((f / "srt" / "plugins").is_dir() for f in folders) else FORK
+    try:
+        return Host(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Host(name, "unknown")
+
+
+class Options:
+    """Options of SGLang's command line, as the user gave them.
+
+    Args:
+        words: the words of the command line.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """Splits the words into options, each with its values."""
+        self._groups: list[list[str]] = []
+        for word in words:
+            if word.startswith("--"):
+                name, equals, value = word.partition("=")
+                self._groups.append([name, value] if equals else [name])
+            elif self._groups:
+                self._groups[-1].append(word)
+            else:
+                raise InputError(f"expected an option of SGLang, got {word!r}")
+
+    def words(self) -> list[str]:
+        """Returns the command line."""
+        return [word for group in self._groups for word in group]
+
+    def has(self, *names: str) -> bool:
+        """Whether the user gave an option, which may have several names."""
+        return any(group[0] in names for group in self._groups)
+
+    def text(self, *names: str) -> str | None:
+        """Returns an option's value; None: it was not given.
+
+        Raises:
+            InputError: the option has no value.
+        """
+        values = [group for group in self._groups if group[0] in names]
+        if not values:
+            return None
+        if len(values[-1]) != 2:
+            raise InputError(f"{values[-1][0]}: expected one value, got {len(values[-1]) - 1}")
+        return values[-1][1]
+
+    def number(self, kind: type[int] | type[float], *names: str) -> float | None:
+        """Returns an option's value as a number; None: it was not given.
+
+        Raises:
+            InputError: the value is no such number, or negative.
+        """
+        text = self.text(*names)
+        if text is None:
+            return None
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not value >= 0:
+            what = "an integer" if kind is int else "a number"
+            raise InputError(f"{names[0]}: expected {what} from 0 on, got {text!r}")
+        return value
+
+    def take(self, *names: str) -> list[str]:
+        """Removes options, and returns them as text."""
+        taken = [" ".join(group) for group in self._groups if group[0] in names]
+        self._groups = [group for group in self._groups if group[0] not in names]
+        return taken
+
+    def fit(self, host: Host) -> list[str]:
+        """Leaves out, or renames, what the host does not have, and returns what was done."""
+        if host.name != UPSTREAM:
+            return []
+        done = [
+            f"left out {text}: only sglang-kt has this option" for text in self.take(*_FORK_ONLY)
+        ]
+        for group in self._groups:
+            name = _NAMES_UPSTREAM.get(group[0])
+            if name is not None:
+                done.append(f"{group[0]} became {name}, as SGLang calls this option")
+                group[0] = name
+        return done

@@ -1,0 +1,219 @@
+"""The command line of an SGLang server, made for a model and a machine.
+
+The GPUs' memory is divided in this order::
+
+    fraction * memory = dense weights + KV cache + experts
+
+``fraction`` is SGLang's ``--mem-fraction-static``. What is left beside it is for activations, CUDA
+graphs and the driver. Weights are divided among the GPUs, and each GPU has a KV cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cpumoe.cli.console import format_bytes, format_count, format_percent
+from cpumoe.cli.errors import InputError
+from cpumoe.cli.sglang_host import TESTED, UPSTREAM, Host, Options
+from cpumoe.cli.sglang_machine import Machine
+from cpumoe.cli.sglang_model import LaunchModel
+from cpumoe.integrations.sglang import pythonpath
+from cpumoe.integrations.sglang.plugin import SWITCH
+
+# Options that have several names.
+MODEL = ("--model-path", "--model")
+WEIGHTS = ("--kt-weight-path",)
+_TENSOR_PARALLEL = ("--tensor-parallel-size", "--tp-size", "--tp")
+_GPU_EXPERTS = ("--kt-num-gpu-experts",)
+_GPU_RATIO = ("--kt-gpu-experts-ratio",)
+_FRACTION = ("--mem-fraction-static",)
+
+_DEFAULT_FRACTION = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to start the server.
+
+    Attributes:
+        arguments: the arguments of ``python -m sglang.launch_server``.
+        environment: the variables to set.
+        remarks: what the user should know of the result.
+        warnings: what the user should change, or expect.
+        problems: why the server would not start on this machine.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def make_plan(
+    model: LaunchModel, machine: Machine, host: Host | None, given: Options, kv_cache: int
+) -> Plan:
+    """Returns the launch of a server.
+
+    Args:
+        model: the model.
+        machine: the machine.
+        host: the installed SGLang; None: there is none.
+        given: SGLang's options that the user gave. They take precedence.
+        kv_cache: bytes of each GPU that experts must leave to the KV cache.
+
+    Raises:
+        InputError: a value in `given` is wrong.
+    """
+    planner = _Planner(model, machine, given, kv_cache)
+    planner.check_host(host)
+    gpu_experts = planner.gpu_experts()
+    planner.check_memory(gpu_experts)
+    if machine.nodes > 1:
+        planner.remarks.append(
+            f"{machine.nodes} memory nodes: cpumoe does not place experts by node yet, so "
+            "--kt-threadpool-count has no effect"
+        )
+    return Plan(
+        arguments=tuple(planner.arguments(gpu_experts)),
+        environment=_environment(),
+        remarks=(*model.remarks, *planner.remarks),
+        warnings=tuple(planner.warnings),
+        problems=(*planner.problems, *model.missing),
+    )
+
+
+class _Planner:
+    def __init__(self, model: LaunchModel, machine: Machine, given: Options, kv_cache: int) -> None:
+        self._model = model
+        self._machine = machine
+        self._given = given
+        self._kv_cache = kv_cache
+        self._on_cpu = given.text("--device") == "cpu"
+        self._ratio = given.number(float, *_GPU_RATIO)
+        self._ranks = int(given.number(int, *_TENSOR_PARALLEL) or 0) or _ranks(len(machine.gpus))
+        self.remarks: list[str] = []
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+
+    def check_host(self, host: Host | None) -> None:
+        """Finds out whether SGLang can run, and drops options that it does not have."""
+        if host is None:
+            self.problems.append(
+                "sglang: not installed in this Python's environment; pip install "
+                f"sglang=={TESTED[UPSTREAM]}"
+            )
+            return
+        if host.version != TESTED[host.name]:
+            self.warnings.append(
+                f"{host.name} {host.version}: cpumoe was written for {TESTED[host.name]}"
+            )
+        self.warnings += self._given.fit(host)
+        if host.name == UPSTREAM:
+            self._given.take(*_GPU_RATIO)
+
+    def gpu_experts(self) -> int:
+        """Returns how many experts of each layer the GPUs have."""
+        experts = self._model.experts
+        number = self._given.number(int, *_GPU_EXPERTS)
+        if self._ratio is not None:
+            number = int(experts * self._ratio)
+        if number is not None and number > experts:
+            option = (_GPU_EXPERTS if self._ratio is None else _GPU_RATIO)[0]
+            raise InputError(
+                f"{option}: expected at most {experts} experts per layer, got {number:g}"
+            )
+        self._check_gpus()
+        if number is not None:
+            return int(number)
+        return self._experts_that_fit() if self._machine.gpus and not self._on_cpu else 0
+
+    def check_memory(self, gpu_experts: int) -> None:
+        """Finds out whether the system has memory for the other experts."""
+        model, free = self._model, self._machine.memory
+        needed = model.layers * (model.experts - gpu_experts) * model.cpu_expert_bytes
+        self.remarks.append(
+            f"CPU: {format_bytes(needed)} for {model.experts - gpu_experts} of {model.experts} "
+            f"experts in each of {model.layers} layers, "
+            f"{format_count(self._machine.cores, 'thread')}"
+        )
+        if 0 < free < needed:
+            self.problems.append(
+                f"experts need {format_bytes(needed)}; the system has {format_bytes(free)} free; "
+                "leave more of them to the GPU, or use a machine with more memory"
+            )
+
+    def arguments(self, gpu_experts: int) -> list[str]:
+        """Returns the server's arguments: defaults that the user did not set, and the user's."""
+        model, machine = self._model, self._machine
+        defaults: list[tuple[Sequence[str], Sequence[str]]] = [
+            (MODEL, [model.path]),
+            (WEIGHTS, [model.weights]),
+            (("--kt-method",), [model.method]),
+            ((*_GPU_EXPERTS, *_GPU_RATIO), [str(gpu_experts)]),
+            (("--kt-cpuinfer",), [str(machine.cores)]),
+            (("--kt-threadpool-count",), [str(machine.nodes)]),
+            (("--disable-shared-experts-fusion",), []),
+        ]
+        if not self._on_cpu:
+            defaults.append((_FRACTION, [f"{_DEFAULT_FRACTION:g}"]))
+            if self._ranks > 1:
+                defaults.append((_TENSOR_PARALLEL, [str(self._ranks)]))
+        words: list[str] = []
+        for names, values in defaults:
+            if not self._given.has(*names):
+                words += [names[0], *values]
+        return words + self._given.words()
+
+    def _check_gpus(self) -> None:
+        gpus = len(self._machine.gpus)
+        if self._on_cpu:
+            return
+        if not gpus:
+            self.problems.append(
+                "no GPU: nvidia-smi finds none; --gpu-memory plans for another machine"
+            )
+        elif gpus < self._ranks:
+            self.problems.append(
+                f"{_TENSOR_PARALLEL[0]} {self._ranks} needs {format_count(self._ranks, 'GPU')}; "
+                f"this machine has {gpus}"
+            )
+
+    def _experts_that_fit(self) -> int:
+        model, ranks = self._model, self._ranks
+        fraction = self._given.number(float, *_FRACTION)
+        share = _DEFAULT_FRACTION if fraction is None else fraction
+        memory = min(gpu.memory for gpu in self._machine.gpus[:ranks])
+        speculative = self._given.has("--speculative-algorithm")
+        dense = model.dense_bytes + (model.draft_bytes if speculative else 0)
+        room = int((share * memory - self._kv_cache) * ranks) - dense
+        divided = (
+            f"{format_percent(share)} of {format_bytes(memory * ranks)} for {format_bytes(dense)} "
+            f"of weights besides experts, {format_bytes(self._kv_cache * ranks)} of KV cache"
+        )
+        if room < 0:
+            self.problems.append(
+                f"the GPU's memory is too small: {divided}; raise {_FRACTION[0]}, lower --kv-cache "
+                "or use more GPUs"
+            )
+            return 0
+        bytes_of_one = model.layers * model.gpu_expert_bytes
+        number = min(model.experts, room // bytes_of_one)
+        self.remarks.append(
+            f"GPU: {divided}, and {format_bytes(number * bytes_of_one)} for {number} of "
+            f"{model.experts} experts in each layer"
+        )
+        return number
+
+
+def _ranks(gpus: int) -> int:
+    """The largest power of two that is not above the number of GPUs: it divides models' heads."""
+    return 1 << max(0, gpus.bit_length() - 1)
+
+
+def _environment() -> dict[str, str]:
+    """The variables through which both SGLangs find cpumoe's module."""
+    folders = [str(pythonpath()), os.environ.get("PYTHONPATH", "")]
+    return {SWITCH: "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}

@@ -1,0 +1,353 @@
+"""`cpumoe sglang`: the command line of SGLang's server, for a model and a machine."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from checkpoint_tools import edit_tensors, write_small
+from cli_tools import refuse, run
+from safetensors.torch import load_file
+
+from cpumoe.cli import sglang_host, sglang_machine
+from cpumoe.cli.sglang_host import FORK, TESTED, UPSTREAM, Host
+from cpumoe.cli.sglang_machine import Gpu, Machine
+from cpumoe.integrations.sglang import pythonpath
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
+GIB = 1 << 30
+LARGE = Machine(cores=96, nodes=2, memory=256 * GIB, gpus=(Gpu("a GPU", 32 * GIB),))
+MODEL = "DeepSeek-V4-Flash"
+# The options of the command that kt-kernel's tutorial for this model gives, for eight GPUs.
+TUTORIAL = """
+  --host 127.0.0.1 --port 30000 --model /models/DeepSeek-V4-Flash
+  --kt-weight-path /models/DeepSeek-V4-Flash --kt-method MXFP4 --kt-num-gpu-experts 144
+  --kt-cpuinfer 8 --kt-threadpool-count 2 --kt-gpu-prefill-token-threshold 4096
+  --kt-enable-dynamic-expert-update --tensor-parallel-size 8 --attention-backend flashinfer
+  --mem-fraction-static 0.80 --chunked-prefill-size 2048 --max-running-requests 4
+  --max-total-tokens 32768 --watchdog-timeout 3000 --disable-shared-experts-fusion
+  --cuda-graph-bs 1 2 4 --cuda-graph-max-bs 4 --trust-remote-code
+  --speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1
+  --speculative-num-draft-tokens 4 --speculative-moe-runner-backend auto
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(autouse=True)
+def use_host(monkeypatch):
+    def use(name, version=None):
+        host = None if name is None else Host(name, version or TESTED[name])
+        monkeypatch.setattr(sglang_host, "installed_host", lambda: host)
+
+    use(UPSTREAM)
+    return use
+
+
+@pytest.fixture(autouse=True)
+def use_machine(monkeypatch):
+    def use(machine):
+        monkeypatch.setattr(sglang_machine, "this_machine", lambda: machine)
+
+    use(LARGE)
+    return use
+
+
+def dry_run(*arguments):
+    """Returns the server's arguments, its variables, and what standard error says."""
+    result = run("sglang", *arguments, "--dry-run")
+    assert result.exit_code == 0, result.output
+    words = shlex.split(result.stdout.replace("\\\n", ""))
+    start = words.index("sglang.launch_server")
+    assert words[start - 2 : start] == [sys.executable, "-m"]
+    variables = dict(word.split("=", 1) for word in words[: start - 2])
+    return words[start + 1 :], variables, result.stderr
+
+
+def options(*arguments):
+    """Option -> values, of the printed command."""
+    found = {}
+    for word in dry_run(*arguments)[0]:
+        if word.startswith("--"):
+            assert word not in found
+            values = found[word] = []
+        else:
+            values.append(word)
+    return {name: " ".join(values) for name, values in found.items()}
+
+
+def test_the_command_fits_the_model_and_the_machine():
+    assert options(MODEL) == {
+        "--model-path": MODEL,
+        "--kt-weight-path": MODEL,
+        "--kt-method": "MXFP4",
+        # (0.8 * 34.36 - 10.8 - 2.15) GB / (43 layers * 13.37 MB)
+        "--kt-num-gpu-experts": "25",
+        "--kt-cpuinfer": "96",
+        "--kt-threadpool-count": "2",
+        "--disable-shared-experts-fusion": "",
+        "--mem-fraction-static": "0.8",
+    }
+
+
+def test_the_environment_leads_both_hosts_to_the_module(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    _, variables, _ = dry_run(MODEL)
+    folders = f"{pythonpath()}{os.pathsep}/elsewhere"
+    assert variables == {"CPUMOE_SGLANG": "1", "PYTHONPATH": folders}
+
+
+def test_memory_and_nodes_are_explained():
+    said = dry_run(MODEL)[2]
+    assert "GPU: 80 % of 34.4 GB for 10.8 GB of weights besides experts, 2.15 GB of KV" in said
+    assert "14.4 GB for 25 of 256 experts in each layer" in said
+    assert "CPU: 133 GB for 231 of 256 experts in each of 43 layers, 96 threads" in said
+    assert "cpumoe does not place experts by node yet" in said
+
+
+def test_given_options_take_precedence_and_unknown_ones_pass_through():
+    given = ("--kt-cpuinfer", 8, "--tp=1", "--kt-num-gpu-experts=3", "--some-new-option", "1", "-1")
+    found = options(MODEL, *given)
+    assert found["--kt-cpuinfer"] == "8"
+    assert found["--kt-num-gpu-experts"] == "3"
+    assert found["--some-new-option"] == "1 -1"
+    assert found["--tp"] == "1"
+    assert "--tensor-parallel-size" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "experts"),
+    [
+        (("--gpu-memory", 48), 49),
+        (("--kv-cache", 8), 14),
+        (("--mem-fraction-static", "0.9"), 31),
+        (("--gpu-memory", 400), 256),
+    ],
+)
+def test_the_number_of_gpu_experts_follows_the_memory(arguments, experts):
+    assert options(MODEL, *arguments)["--kt-num-gpu-experts"] == str(experts)
+
+
+def test_several_gpus_share_the_weights(use_machine):
+    use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 3))
+    found = options(MODEL)
+    assert found["--tensor-parallel-size"] == "2"
+    assert found["--kt-num-gpu-experts"] == "69"
+    assert options(MODEL, "--tp-size", 1)["--kt-num-gpu-experts"] == "25"
+
+
+def test_sizes_come_from_the_checkpoint(v4, use_machine):
+    document = json.loads(run("inspect", v4, "--json").stdout)
+    layers, experts = len(document["layers"]), document["num_experts"]
+    expert = document["bytes"]["expert"]
+    tensors = load_file(v4 / "model.safetensors")
+    dense = sum(t.nbytes for name, t in tensors.items() if ".experts." not in name)
+    draft = {f"mtp.0.{n[9:]}": t.clone() for n, t in tensors.items() if n.startswith("layers.0.")}
+    edit_tensors(v4, draft)
+    drafts = sum(tensor.nbytes for tensor in draft.values())
+    slack = expert // 2
+
+    def chosen(memory, *arguments):
+        use_machine(Machine(1, 1, 0, (Gpu("a GPU", memory),)))
+        exact = ("--kv-cache", 0, "--mem-fraction-static", 1)
+        return options(v4, *exact, *arguments)["--kt-num-gpu-experts"]
+
+    assert chosen(dense + 2 * layers * expert + slack) == "2"
+    assert chosen(dense + experts * layers * expert + slack) == str(experts)
+    speculative = ("--speculative-algorithm", "EAGLE")
+    assert chosen(dense + drafts + layers * expert + slack, *speculative) == "1"
+
+
+def test_experts_may_come_from_another_folder(v4, tmp_path):
+    dense = write_small(tmp_path / "dense", "kimi-k2")
+    found = options(dense, "--kt-weight-path", v4)
+    assert found["--model-path"] == str(dense)
+    assert found["--kt-weight-path"] == str(v4)
+    assert found["--kt-method"] == "MXFP4"
+    assert options(dense)["--kt-method"] == "RAWINT4"
+
+
+def test_a_downloaded_model_is_found_by_its_name(v4, tmp_path):
+    commit = "0" * 40
+    folder = tmp_path / "hub" / "models--deepseek-ai--DeepSeek-V4-Flash"
+    (folder / "snapshots").mkdir(parents=True)
+    v4.rename(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert options("v4-flash")["--model-path"] == str(folder / "snapshots" / commit)
+
+
+def test_the_tutorials_command_works_flag_for_flag_with_the_fork(v4, use_host, use_machine):
+    use_host(FORK)
+    use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 8))
+    words = TUTORIAL.replace("/models/DeepSeek-V4-Flash", str(v4)).replace("144", "2").split()
+    given, _, said = dry_run(*words)
+    assert given == words
+    assert "warning" not in said
+
+
+def test_upstream_gets_the_tutorials_command_without_the_forks_options(v4):
+    words = TUTORIAL.replace("/models/DeepSeek-V4-Flash", str(v4)).replace("144", "2").split()
+    given, _, said = dry_run(*words)
+    dropped = ["--kt-gpu-prefill-token-threshold", "4096", "--kt-enable-dynamic-expert-update"]
+    kept = [word for word in words if word not in dropped]
+    assert given == [f"{word}-decode" if "-graph-" in word else word for word in kept]
+    assert "left out --kt-gpu-prefill-token-threshold 4096: only sglang-kt has" in said
+    assert "--cuda-graph-bs became --cuda-graph-bs-decode" in said
+
+
+def test_a_ratio_of_experts_becomes_a_number_for_upstream(use_host):
+    assert options(MODEL, "--kt-gpu-experts-ratio", "0.1")["--kt-num-gpu-experts"] == "25"
+    use_host(FORK)
+    found = options(MODEL, "--kt-gpu-experts-ratio", "0.1")
+    assert found["--kt-gpu-experts-ratio"] == "0.1"
+    assert "--kt-num-gpu-experts" not in found
+
+
+def test_without_a_gpu_all_experts_are_on_the_cpu(use_machine):
+    use_machine(Machine(4, 1, 256 * GIB, ()))
+    found = options(MODEL, "--device", "cpu")
+    assert found["--kt-num-gpu-experts"] == "0"
+    assert "--mem-fraction-static" not in found
+    assert "no GPU" not in dry_run(MODEL, "--device", "cpu")[2]
+
+
+def problems(*arguments):
+    """What a run says instead of starting a server; a dry run warns of it."""
+    result = run("sglang", *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    found = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    said = dry_run(*arguments)[2]
+    assert all(line.replace("error: ", "warning: ") in said for line in found)
+    return "\n".join(found)
+
+
+def test_everything_that_is_missing_is_named(use_machine, use_host):
+    use_host(None)
+    use_machine(Machine(8, 1, 96 * GIB, ()))
+    said = problems(MODEL)
+    assert "sglang: not installed in this Python's environment; pip install sglang==0.5.23" in said
+    assert "no GPU: nvidia-smi finds none" in said
+    assert "experts need 147 GB; the system has 103 GB free" in said
+    assert f"no such folder; hf download deepseek-ai/{MODEL} --local-dir {MODEL}" in said
+
+
+def test_a_gpu_that_is_too_small_is_refused(use_machine):
+    use_machine(Machine(8, 1, 256 * GIB, (Gpu("a GPU", 12 * GIB),)))
+    said = problems(MODEL)
+    assert "the GPU's memory is too small: 80 % of 12.9 GB for 10.8 GB of weights" in said
+    assert "--tensor-parallel-size 4 needs 4 GPUs; this machine has 1" in problems(MODEL, "--tp", 4)
+
+
+def test_an_incomplete_download_is_named(tmp_path):
+    folder = write_small(tmp_path / "model", "kimi-k2", max_shard_bytes=20_000)
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+    assert "1 shard missing" in problems(folder)
+
+
+def test_an_untested_version_is_a_warning(use_host):
+    use_host(UPSTREAM, "0.6.0")
+    assert "warning: sglang 0.6.0: cpumoe was written for 0.5.23" in dry_run(MODEL)[2]
+
+
+def test_wrong_models_are_refused(v4, tmp_path):
+    assert "expected a model: cpumoe sglang MODEL" in refuse("sglang", "--port", 1)
+    assert "either MODEL or --model-path, got both" in refuse("sglang", v4, "--model", v4)
+    assert "unknown model 'nonsense'" in refuse("sglang", "nonsense")
+    assert "no such checkpoint folder" in refuse("sglang", "./nonsense")
+    message = refuse("sglang", "DeepSeek-V3", "--dry-run")
+    assert "expected experts in mxfp4 or int4" in message
+    assert "got fp8_block" in message
+    assert "expected a downloaded model, or one of DeepSeek-V4-Flash" in refuse(
+        "sglang", "gpt-oss-120b"
+    )
+    assert "no config.json" in refuse("sglang", tmp_path, "--dry-run")
+
+
+def test_what_was_not_tried_is_said(gpt_oss, tmp_path):
+    assert "was not tried with models of the type gpt_oss" in dry_run(gpt_oss)[2]
+    kimi = write_small(tmp_path / "kimi", "kimi-k2")
+    assert "SGLang runs it if you pass --trust-remote-code" in dry_run(kimi)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kt-num-gpu-experts", 257), "expected at most 256 experts per layer, got 257"),
+        (("--kt-gpu-experts-ratio", 1.5), "--kt-gpu-experts-ratio: expected at most 256"),
+        (("--kt-num-gpu-experts", "many"), "expected an integer from 0 on, got 'many'"),
+        (("--mem-fraction-static", "-1"), "expected a number from 0 on, got '-1'"),
+        (("--tp", 1, 2), "--tp: expected one value, got 2"),
+        (("--gpu-memory", 0), "--gpu-memory: expected more than 0 GiB"),
+        (("--kv-cache", "nan"), "--kv-cache: expected 0 or more GiB"),
+        (("word",), "expected an option of SGLang, got 'word'"),
+    ],
+)
+def test_wrong_values_are_refused(arguments, message):
+    assert message in refuse("sglang", MODEL, *arguments)
+
+
+def test_the_process_becomes_the_server(v4, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setenv("KEPT", "1")
+    result = run("sglang", v4, "--port", 3000)
+    assert result.exit_code == 0, result.output
+    ((path, words, environment),) = calls
+    assert path == sys.executable
+    assert words[1:3] == ["-m", "sglang.launch_server"]
+    assert words[-2:] == ["--port", "3000"]
+    assert environment["CPUMOE_SGLANG"] == environment["KEPT"] == "1"
+    assert environment["PYTHONPATH"].startswith(str(pythonpath()))
+
+
+# A Python with SGLang, whose parser is asked: this one, or another that the variable names.
+SGLANG_PYTHON = os.environ.get("CPUMOE_TEST_SGLANG_PYTHON") or (
+    sys.executable if find_spec("sglang") else None
+)
+PARSE = """
+import argparse, json, sys
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser(allow_abbrev=False)
+ServerArgs.add_cli_args(parser)
+names = [name for action in parser._actions for name in action.option_strings]
+parsed = [parser.parse_known_args(words) for words in json.load(sys.stdin)]
+answers = [(vars(values), unknown) for values, unknown in parsed]
+print("\\n" + json.dumps([names, answers], default=str))
+"""
+
+
+@pytest.mark.skipif(SGLANG_PYTHON is None, reason="SGLang is not installed")
+def test_sglangs_own_parser_accepts_the_command(v4, use_host):
+    tutorial = TUTORIAL.replace("/models/DeepSeek-V4-Flash", str(v4)).replace("144", "2").split()
+    commands = []
+    for host in (UPSTREAM, FORK):
+        use_host(host)
+        commands += [dry_run(MODEL)[0], dry_run(*tutorial)[0]]
+    answer = subprocess.run(
+        [SGLANG_PYTHON, "-c", PARSE],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    names, answers = json.loads(answer.stdout.splitlines()[-1])
+    is_fork = "--kt-gpu-prefill-token-threshold" in names
+    (parsed, odd), (full, odd_too) = answers[2:] if is_fork else answers[:2]
+    assert odd == odd_too == []
+    assert parsed["model_path"] == parsed["kt_weight_path"] == MODEL
+    assert parsed["kt_method"] == full["kt_method"] == "MXFP4"
+    assert (parsed["kt_num_gpu_experts"], parsed["kt_cpuinfer"]) == (25, 96)
+    assert parsed["disable_shared_experts_fusion"]
+    assert full["speculative_algorithm"] == "EAGLE"
+    assert full.get("kt_gpu_prefill_token_threshold") == (4096 if is_fork else None)
+    assert not {"--dry-run", "--gpu-memory", "--kv-cache", "--traceback"} & set(names)
