@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from checkpoint_tools import edit_tensors, write_small
@@ -133,6 +135,24 @@ def test_given_options_take_precedence_and_unknown_ones_pass_through():
 )
 def test_the_number_of_gpu_experts_follows_the_memory(arguments, experts):
     assert options(MODEL, *arguments)["--kt-num-gpu-experts"] == str(experts)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "sglang.md"
+ROW = re.compile(r"\| ([\w-]+) \| (\d+) GiB \| (\d+) of \d+ \| (\S+ GB) \| \d+ GB \|")
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "experts", "memory"), ROW.findall(PAGE.read_text("utf-8"))
+)
+def test_the_page_says_what_a_machine_needs(model, gpu, experts, memory):
+    arguments = (model, "--gpu-memory", gpu)
+    assert options(*arguments)["--kt-num-gpu-experts"] == experts
+    assert f"CPU: {memory} for" in dry_run(*arguments)[2]
+
+
+def test_the_page_shows_the_command(monkeypatch):
+    shown = re.search(r"python -m sglang[^`]*", PAGE.read_text("utf-8")).group()
+    assert shlex.split(shown.replace("\\\n", ""))[3:] == dry_run(MODEL)[0]
 
 
 def test_several_gpus_share_the_weights(use_machine):
