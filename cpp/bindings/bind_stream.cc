@@ -1,4 +1,6 @@
 // Calls whose tensors belong to a stream. Python passes addresses and streams as integers.
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -31,15 +33,14 @@ struct DeleteWithoutGil {
   }
 };
 
-std::shared_ptr<Bridge> MakeBridge(std::shared_ptr<Runtime> runtime, bool cuda,
-                                   int64_t buffer_bytes, int64_t captured_bytes,
+std::shared_ptr<Bridge> MakeBridge(bool cuda, int64_t buffer_bytes, int64_t captured_bytes,
                                    bool wait_by_function) {
   const std::shared_ptr<StreamDriver> driver =
       cuda ? OpenCudaDriver() : std::make_shared<HostDriver>();
   const Lane::Options lanes = {.buffer_bytes = buffer_bytes,
                                .captured_bytes = captured_bytes,
                                .wait_by_function = wait_by_function};
-  return {new Bridge(std::move(runtime), driver, lanes), DeleteWithoutGil()};
+  return {new Bridge(driver, lanes), DeleteWithoutGil()};
 }
 
 // Keeps a Python object alive, for owners that may let it go without the GIL.
@@ -52,12 +53,12 @@ std::shared_ptr<const void> Keep(py::object object) {
 
 using StreamCallHolder = std::unique_ptr<StreamCall, DeleteWithoutGil>;
 
-StreamCallHolder MakeStreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<Layer> layer,
-                                DType input_dtype, DType output_dtype, bool fp32_as_bf16,
-                                int64_t top_k, bool ids_are_64_bit, uintptr_t mask,
-                                py::object mask_owner, bool skip_unknown_ids,
-                                int64_t deferred_experts) {
-  return StreamCallHolder(new StreamCall(std::move(bridge), std::move(layer),
+StreamCallHolder MakeStreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<Runtime> runtime,
+                                std::shared_ptr<Layer> layer, DType input_dtype, DType output_dtype,
+                                bool fp32_as_bf16, int64_t top_k, bool ids_are_64_bit,
+                                uintptr_t mask, py::object mask_owner, bool skip_unknown_ids,
+                                int64_t deferred_experts, int64_t layer_index) {
+  return StreamCallHolder(new StreamCall(std::move(bridge), std::move(runtime), std::move(layer),
                                          {.call = {.input_dtype = input_dtype,
                                                    .output_dtype = output_dtype,
                                                    .fp32_as_bf16 = fp32_as_bf16,
@@ -66,7 +67,8 @@ StreamCallHolder MakeStreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<
                                                    .mask = reinterpret_cast<const uint8_t*>(mask)},
                                           .mask_owner = Keep(std::move(mask_owner)),
                                           .skip_unknown_ids = skip_unknown_ids,
-                                          .deferred_experts = deferred_experts}));
+                                          .deferred_experts = deferred_experts,
+                                          .layer_index = layer_index}));
 }
 
 void Submit(StreamCall& self, StreamHandle stream, uintptr_t hidden_states, int64_t hidden_stride,
@@ -83,10 +85,10 @@ void Submit(StreamCall& self, StreamHandle stream, uintptr_t hidden_states, int6
 
 void BindStream(py::module_& m) {
   py::class_<Bridge, std::shared_ptr<Bridge>>(m, "Bridge")
-      .def(py::init(&MakeBridge), py::kw_only(), py::arg("runtime"), py::arg("cuda"),
-           py::arg("buffer_bytes"), py::arg("captured_bytes"), py::arg("wait_by_function") = false,
-           "What the calls on streams share. cuda=False: tensors are the CPU's, and any number "
-           "names a stream.")
+      .def(py::init(&MakeBridge), py::kw_only(), py::arg("cuda"), py::arg("buffer_bytes"),
+           py::arg("captured_bytes"), py::arg("wait_by_function") = false,
+           "What the calls of a model's layers share. cuda=False: tensors are the CPU's, and any "
+           "number names a stream.")
       .def("prepare", &Bridge::Prepare, py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
            "Allocates what calls on a stream need, which a capture could not do.");
   m.def(
@@ -105,11 +107,12 @@ void BindStream(py::module_& m) {
       "The bytes of a buffer through which calls of up to so many tokens go in one piece.");
 
   py::class_<StreamCall, StreamCallHolder>(m, "StreamCall")
-      .def(py::init(&MakeStreamCall), py::kw_only(), py::arg("bridge"), py::arg("layer"),
-           py::arg("input_dtype"), py::arg("output_dtype"), py::arg("fp32_as_bf16") = false,
-           py::arg("top_k"), py::arg("ids_are_64_bit"), py::arg("mask") = 0,
-           py::arg("mask_owner") = py::none(), py::arg("skip_unknown_ids") = false,
-           py::arg("deferred_experts") = 0)
+      .def(py::init(&MakeStreamCall), py::kw_only(), py::arg("bridge"), py::arg("runtime"),
+           py::arg("layer"), py::arg("input_dtype"), py::arg("output_dtype"),
+           py::arg("fp32_as_bf16") = false, py::arg("top_k"), py::arg("ids_are_64_bit"),
+           py::arg("mask") = 0, py::arg("mask_owner") = py::none(),
+           py::arg("skip_unknown_ids") = false, py::arg("deferred_experts") = 0,
+           py::arg("layer_index") = 0)
       .def("submit", &Submit, py::arg("stream"), py::arg("hidden_states"), py::arg("hidden_stride"),
            py::arg("tokens"), py::arg("ids"), py::arg("weights"), py::arg("output"),
            py::call_guard<py::gil_scoped_release>(),
@@ -118,6 +121,12 @@ void BindStream(py::module_& m) {
            "Queues the second half: the stream waits for the job and copies its output.")
       .def("raise_error", &StreamCall::ThrowError,
            "Raises the error of a job, if one has failed and nothing has raised its error yet.")
+      .def("wait", &StreamCall::Wait, py::call_guard<py::gil_scoped_release>(),
+           "Waits until all calls have ended. Returns False if nobody can tell, as during a "
+           "capture.")
+      .def("take_left_out", &StreamCall::TakeLeftOut,
+           "The layer whose deferred experts a call has left out, because its pass ended early. "
+           "Each is returned once; None: there is none.")
       .def_property_readonly("captured_plans", &StreamCall::captured_plans,
                              "How many jobs graphs have recorded.");
 }

@@ -9,9 +9,8 @@
 
 namespace cpumoe {
 
-Bridge::Bridge(std::shared_ptr<Runtime> runtime, std::shared_ptr<StreamDriver> driver,
-               const Lane::Options& lanes)
-    : runtime_(std::move(runtime)), driver_(std::move(driver)), options_(lanes) {
+Bridge::Bridge(std::shared_ptr<StreamDriver> driver, const Lane::Options& lanes)
+    : driver_(std::move(driver)), options_(lanes) {
   Require(lanes.buffer_bytes > 0, "buffer_bytes: expected 1 or more, got ", lanes.buffer_bytes);
   Require(lanes.captured_bytes > 0, "captured_bytes: expected 1 or more, got ",
           lanes.captured_bytes);

@@ -1,4 +1,4 @@
-// The bridge between a host's streams and a runtime: what the calls of all layers share.
+// The bridge between a host's streams and the CPU: what the calls of a model's layers share.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,6 @@
 #include <memory>
 #include <mutex>
 
-#include "engine/runtime.h"
 #include "streams/lane.h"
 #include "streams/stream_driver.h"
 #include "streams/stream_work.h"
@@ -16,16 +15,12 @@ namespace cpumoe {
 
 class Bridge {
  public:
-  // All jobs run on `runtime`. Every stream that is used gets buffers of the sizes in `lanes`.
-  // Throws std::invalid_argument.
-  Bridge(std::shared_ptr<Runtime> runtime, std::shared_ptr<StreamDriver> driver,
-         const Lane::Options& lanes);
+  // Every stream that is used gets buffers of the sizes in `lanes`. Throws std::invalid_argument.
+  Bridge(std::shared_ptr<StreamDriver> driver, const Lane::Options& lanes);
   // All jobs have ended. Leaks the buffers if operations that use them may still be queued.
   ~Bridge();
   Bridge(const Bridge&) = delete;
   Bridge& operator=(const Bridge&) = delete;
-
-  const std::shared_ptr<Runtime>& runtime() const { return runtime_; }
 
   // Makes the buffers of `stream`, unless it has them. A stream's first call does the same, but
   // memory cannot be allocated during a capture. Throws std::runtime_error.
@@ -43,7 +38,6 @@ class Bridge {
 
  private:
   const ForkGuard fork_guard_;
-  const std::shared_ptr<Runtime> runtime_;
   const std::shared_ptr<StreamDriver> driver_;
   const Lane::Options options_;
   std::mutex mutex_;  // guards lanes_

@@ -39,18 +39,25 @@ class ExpertSplit {
 // The sum that a stream's next call adds to its output. Only jobs use it, one after the other.
 class DeferredSum {
  public:
-  // Whether there is a sum for a call of so many elements.
-  bool Has(int64_t elements) const { return std::ssize(values_) == elements; }
+  bool empty() const { return values_.empty(); }
+  // The layer whose experts the sum has.
+  int64_t layer() const { return layer_; }
+  // Whether a call of so many elements adds the sum: a pass over the model goes up through the
+  // layers, so another order means that the sum's pass has ended early.
+  bool Fits(int64_t layer, int64_t elements) const {
+    return std::ssize(values_) == elements && layer > layer_;
+  }
   void Drop() { values_.clear(); }
   // Makes room for a sum of so many elements.
-  float* Make(int64_t elements) {
+  void Make(int64_t layer, int64_t elements) {
     values_.resize(elements);
-    return values_.data();
+    layer_ = layer;
   }
   float* data() { return values_.data(); }
 
  private:
   std::vector<float> values_;
+  int64_t layer_ = 0;
 };
 
 // Converts `count` numbers to `dtype`, rounding to nearest even.

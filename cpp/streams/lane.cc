@@ -40,12 +40,7 @@ Lane::SlotPair Lane::MakePair(int64_t bytes) const {
 void Lane::Submit(StreamWork& work, const Call::Tensors& tensors) {
   const std::lock_guard lock(mutex_);
   SlotPair& pair = CurrentPair();
-  const auto same = [&](const WaitingCall& call) { return call.work == &work; };
-  if (std::ranges::any_of(pair.waiting, same)) {
-    throw std::runtime_error(
-        "submit: the output of this layer's last call on this stream has not been fetched; call "
-        "sync first");
-  }
+  Forget(pair, work);  // The host has given the layer's last call up.
   try {
     SubmitPieces(pair, work, tensors);
   } catch (...) {
@@ -58,8 +53,8 @@ Lane::SlotPair& Lane::CurrentPair() {
   const std::optional<uint64_t> capture = driver_->CaptureId(stream_);
   if (!capture.has_value()) return running_;
   if (captured_.capture != capture) {
-    // What an earlier capture left behind is no part of this graph. But before this graph runs, it
-    // or another one may have run.
+    // What an earlier capture left behind is no part of this graph. But it or another graph may
+    // have run right before this one.
     for (Slot& slot : captured_.slots) {
       slot.taken = slot.unawaited = false;
       slot.lent = true;
@@ -99,6 +94,8 @@ void Lane::SubmitPiece(SlotPair& pair, StreamWork& work, const Call::Tensors& te
   pair.waiting.reserve(pair.waiting.size() + 1);
   Slot* slot = nullptr;
   if (tensors.tokens > 0) {
+    // Only the jobs of one runtime run in their order.
+    if (pair.last != nullptr && pair.runtime != &work.runtime()) Settle(*pair.last);
     slot = &TakeSlot(pair, work);
     const auto copy = [&](const TransferLayout::Range& to, const void* from) {
       if (to.bytes > 0) driver_->CopyToHost(stream_, slot->buffer->At(to), from, to.bytes);
@@ -110,6 +107,8 @@ void Lane::SubmitPiece(SlotPair& pair, StreamWork& work, const Call::Tensors& te
                 {*slot->buffer, layout, first, tensors.tokens, of, *pair.sum});
     slot->unawaited = slot->taken = true;
     slot->lent = work.defers();
+    pair.last = slot;
+    pair.runtime = &work.runtime();
   }
   pair.waiting.push_back({&work, slot, layout.output, tensors.output});
 }
@@ -119,18 +118,22 @@ Lane::Slot& Lane::TakeSlot(SlotPair& pair, const StreamWork& work) {
     for (size_t i = 0; i < pair.slots.size(); ++i) {
       Slot& slot = pair.slots[(pair.next + i) % pair.slots.size()];
       if (slot.taken) continue;
-      // The call of an unawaited slot was forgotten.
-      if (slot.unawaited) Await(slot.buffer->done());
-      if (slot.lent) Await(slot.buffer->idle());
-      slot.unawaited = slot.lent = false;
+      Settle(slot);
       pair.next = (pair.next + i + 1) % pair.slots.size();
       return slot;
     }
     if (Fetch(pair, work)) continue;  // an earlier piece of the same call
-    throw std::runtime_error(
-        "submit: two calls of other layers on this stream have not been fetched; call sync for one "
-        "of them first");
+    // An error may have kept the host from fetching the others' calls.
+    const auto has_slot = [](const WaitingCall& call) { return call.slot != nullptr; };
+    Forget(pair, *std::ranges::find_if(pair.waiting, has_slot)->work);
   }
+}
+
+void Lane::Settle(Slot& slot) {
+  if (slot.unawaited) Await(slot.buffer->done());
+  slot.unawaited = false;
+  if (slot.lent) Await(slot.buffer->idle());
+  slot.lent = false;
 }
 
 void Lane::Await(std::atomic<uint32_t>& word) {
@@ -144,8 +147,8 @@ void Lane::Sync(const StreamWork& work) {
   SlotPair& pair = CurrentPair();
   if (!Fetch(pair, work)) {
     throw std::runtime_error(
-        "sync: no call of this layer has been submitted on this stream; call submit first, on the "
-        "same stream");
+        "sync: this layer has no call on this stream, or two layers were called after it; call "
+        "submit first, on the same stream");
   }
   while (Fetch(pair, work)) {
   }

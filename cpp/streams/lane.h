@@ -61,6 +61,8 @@ class Lane {
     std::vector<WaitingCall> waiting;  // in the order of submission
     std::optional<uint64_t> capture;   // that the members above belong to
     std::unique_ptr<DeferredSum> sum;  // that jobs hand on
+    Slot* last = nullptr;              // of the last job
+    const Runtime* runtime = nullptr;  // that runs the last job
   };
 
   SlotPair MakePair(int64_t bytes) const;
@@ -70,6 +72,8 @@ class Lane {
   void SubmitPiece(SlotPair& pair, StreamWork& work, const Call::Tensors& tensors, int64_t first,
                    int64_t of);
   Slot& TakeSlot(SlotPair& pair, const StreamWork& work);
+  // Makes the stream wait until the job of a slot no longer uses the buffer and the sum.
+  void Settle(Slot& slot);
   // Makes the stream wait until a word of a buffer is set.
   void Await(std::atomic<uint32_t>& word);
   // Queues the copy of the output of the first waiting call of `work`. Returns false if there is

@@ -11,20 +11,21 @@
 namespace cpumoe {
 
 struct StreamCall::State {
-  State(std::shared_ptr<Bridge> shared, std::shared_ptr<const Layer> layer, const Options& options)
-      : bridge(std::move(shared)), work(bridge->runtime(), std::move(layer), options) {}
+  State(std::shared_ptr<Bridge> shared, std::shared_ptr<Runtime> runtime,
+        std::shared_ptr<const Layer> layer, const Options& options)
+      : bridge(std::move(shared)), work(std::move(runtime), std::move(layer), options) {}
 
   const std::shared_ptr<Bridge> bridge;
   StreamWork work;
 };
 
-StreamCall::StreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<const Layer> layer,
-                       const Options& options)
-    : state_(std::make_shared<State>(std::move(bridge), std::move(layer), options)) {}
+StreamCall::StreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<Runtime> runtime,
+                       std::shared_ptr<const Layer> layer, const Options& options)
+    : state_(std::make_shared<State>(std::move(bridge), std::move(runtime), std::move(layer),
+                                     options)) {}
 
 StreamCall::~StreamCall() {
-  if (state_->bridge->Synchronize()) {
-    state_->work.AwaitJobs();
+  if (Wait()) {
     state_->bridge->Abandon(state_->work);
   } else {
     KeepForever(state_);
@@ -52,6 +53,14 @@ void StreamCall::ThrowError() {
     std::rethrow_exception(error);
   }
 }
+
+bool StreamCall::Wait() noexcept {
+  if (!state_->bridge->Synchronize()) return false;
+  state_->work.AwaitJobs();
+  return true;
+}
+
+std::optional<int64_t> StreamCall::TakeLeftOut() noexcept { return state_->work.TakeLeftOut(); }
 
 int64_t StreamCall::captured_plans() const { return state_->work.captured_plans(); }
 

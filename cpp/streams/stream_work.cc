@@ -4,6 +4,8 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "base/check.h"
@@ -16,6 +18,7 @@ struct StreamWork::Plan {
   StreamWork& work;
   Piece piece;
   bool captured;
+  std::vector<uint8_t> mask;  // the job's own; empty: the layer's mask applies
 };
 
 StreamWork::StreamWork(std::shared_ptr<Runtime> runtime, std::shared_ptr<const Layer> layer,
@@ -25,13 +28,17 @@ StreamWork::StreamWork(std::shared_ptr<Runtime> runtime, std::shared_ptr<const L
   Require(options.deferred_experts >= 0 && options.deferred_experts <= options.call.top_k,
           "deferred_experts: expected 0 to top_k (", options.call.top_k, "), got ",
           options.deferred_experts);
+  Require(options.layer_index >= 0, "layer_index: expected 0 or more, got ", options.layer_index);
 }
 
 StreamWork::~StreamWork() = default;
 
 void StreamWork::Launch(StreamDriver& driver, StreamHandle stream, bool captured,
                         const Piece& piece) {
-  auto plan = std::make_unique<Plan>(*this, piece, captured);
+  const uint8_t* const mask = options_.call.mask;
+  const int64_t masked = mask == nullptr ? 0 : call_.layer().config().num_experts;
+  auto plan =
+      std::make_unique<Plan>(*this, piece, captured, std::vector<uint8_t>(mask, mask + masked));
   Plan* const address = plan.get();
   if (captured) {
     const std::lock_guard lock(captured_mutex_);
@@ -39,6 +46,11 @@ void StreamWork::Launch(StreamDriver& driver, StreamHandle stream, bool captured
   }
   driver.Launch(stream, &Start, address);
   static_cast<void>(plan.release());  // the job's now
+}
+
+std::optional<int64_t> StreamWork::TakeLeftOut() noexcept {
+  const int64_t layer = left_out_.exchange(kNone);
+  return layer == kNone ? std::nullopt : std::optional(layer);
 }
 
 int64_t StreamWork::captured_plans() const {
@@ -60,34 +72,48 @@ void StreamWork::Start(void* data) noexcept {
   } catch (...) {
     error = std::current_exception();
   }
-  work.Fail(plan->piece, std::move(error));
+  work.Fail(plan->piece, error);
   SetValue(plan->piece.buffer.done(), TransferBuffer::kSet);
   work.End(plan);
 }
 
 void StreamWork::Run(Plan* plan, Node& node) noexcept {
   const Piece& piece = plan->piece;
+  if (plan->captured) std::copy_n(options_.call.mask, plan->mask.size(), plan->mask.begin());
   bool later = false;
-  std::exception_ptr error;
   try {
-    later = Compute(piece, node);
+    later = Compute(*plan, node);
   } catch (...) {
-    error = std::current_exception();
-  }
-  if (error != nullptr) {
     piece.sum.Drop();
-    Fail(piece, std::move(error));
+    Fail(piece, std::current_exception());
   }
   // From here on the stream may use the buffer for another job, unless this one is not idle.
   SetValue(piece.buffer.done(), TransferBuffer::kSet);
-  if (later) ComputeLater(piece, node);
+  if (later) ComputeLater(*plan, node);
   End(plan);
 }
 
-void StreamWork::Fail(const Piece& piece, std::exception_ptr error) noexcept {
+void StreamWork::Fail(const Piece& piece, const std::exception_ptr& error) noexcept {
   // All bits set is NaN in every dtype. Whoever reads the output notices.
   std::memset(piece.buffer.At(piece.layout.output), 0xff, piece.layout.output.bytes);
-  call_.KeepError(std::move(error));
+  Keep(error, piece.of, "its output");
+}
+
+void StreamWork::Keep(const std::exception_ptr& error, int64_t tokens,
+                      const char* output) noexcept {
+  try {
+    std::string why = "an unknown error";
+    try {
+      std::rethrow_exception(error);
+    } catch (const std::exception& exception) {
+      why = exception.what();
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
+    }
+    throw std::runtime_error(
+        Message("a call of ", tokens, " tokens has failed, and ", output, " is NaN: ", why));
+  } catch (...) {
+    call_.KeepError(std::current_exception());
+  }
 }
 
 void StreamWork::End(Plan* plan) noexcept {
@@ -104,14 +130,18 @@ bool StreamWork::Defers(const Piece& piece) const {
   return options_.deferred_experts > 0 && piece.tokens == piece.of;
 }
 
-ForwardArgs StreamWork::Args(const Piece& piece) const {
+ForwardArgs StreamWork::Args(const Plan& plan) const {
+  const Piece& piece = plan.piece;
   const auto at = [&](const TransferLayout::Range& range) { return piece.buffer.At(range); };
-  return call_.Args({.hidden_states = at(piece.layout.hidden_states),
-                     .hidden_stride = call_.layer().config().hidden_size,
-                     .tokens = piece.tokens,
-                     .ids = at(piece.layout.ids),
-                     .weights = reinterpret_cast<const float*>(at(piece.layout.weights)),
-                     .output = at(piece.layout.output)});
+  ForwardArgs args =
+      call_.Args({.hidden_states = at(piece.layout.hidden_states),
+                  .hidden_stride = call_.layer().config().hidden_size,
+                  .tokens = piece.tokens,
+                  .ids = at(piece.layout.ids),
+                  .weights = reinterpret_cast<const float*>(at(piece.layout.weights)),
+                  .output = at(piece.layout.output)});
+  args.routing.mask = plan.mask.empty() ? nullptr : plan.mask.data();
+  return args;
 }
 
 template <class Id>
@@ -127,19 +157,28 @@ bool StreamWork::PrepareIds(Id* ids, const float* weights, const Piece& piece) {
          split_.Move(ids, weights, piece.tokens, top_k, options_.deferred_experts, num_experts);
 }
 
-bool StreamWork::Compute(const Piece& piece, Node& node) {
-  const MoeConfig& config = call_.layer().config();
-  ForwardArgs args = Args(piece);
+bool StreamWork::Compute(const Plan& plan, Node& node) {
+  const Piece& piece = plan.piece;
+  const int64_t elements = piece.of * call_.layer().config().hidden_size;
+  ForwardArgs args = Args(plan);
   std::byte* const ids = piece.buffer.At(piece.layout.ids);
   const float* const weights = args.routing.weights;
   const bool later = args.routing.ids_are_64_bit
                          ? PrepareIds(reinterpret_cast<int64_t*>(ids), weights, piece)
                          : PrepareIds(reinterpret_cast<int32_t*>(ids), weights, piece);
-  if (!piece.sum.Has(piece.of * config.hidden_size)) {
-    piece.sum.Drop();  // of another batch
+  if (!piece.sum.Fits(options_.layer_index, elements)) {
+    if (!piece.sum.empty()) left_out_ = piece.sum.layer();
+    piece.sum.Drop();
     call_.layer().Forward(args, node);
-    return later;
+  } else {
+    AddSum(args, piece, node);
   }
+  if (later) piece.sum.Make(options_.layer_index, elements);
+  return later;
+}
+
+void StreamWork::AddSum(ForwardArgs args, const Piece& piece, Node& node) {
+  const MoeConfig& config = call_.layer().config();
   float* const sum = piece.sum.data() + piece.first * config.hidden_size;
   const DType output_dtype = std::exchange(args.output_dtype, DType::kFp32);
   void* const output = std::exchange(args.output, sum);
@@ -147,25 +186,21 @@ bool StreamWork::Compute(const Piece& piece, Node& node) {
   call_.layer().Forward(args, node);
   ConvertTo(output_dtype, sum, piece.tokens * config.hidden_size, output, node.pool());
   if (piece.first + piece.tokens == piece.of) piece.sum.Drop();
-  return later;
 }
 
-void StreamWork::ComputeLater(const Piece& piece, Node& node) noexcept {
-  const int64_t elements = piece.tokens * call_.layer().config().hidden_size;
-  std::exception_ptr error;
+void StreamWork::ComputeLater(const Plan& plan, Node& node) noexcept {
+  float* const sum = plan.piece.sum.data();
   try {
-    ForwardArgs args = Args(piece);
+    ForwardArgs args = Args(plan);
     args.routing.ids = split_.later_ids();
     args.output_dtype = DType::kFp32;
-    args.output = piece.sum.Make(elements);
+    args.output = sum;
     call_.layer().Forward(args, node);
-    return;
   } catch (...) {
-    error = std::current_exception();
+    const int64_t elements = plan.piece.tokens * call_.layer().config().hidden_size;
+    std::fill_n(sum, elements, std::numeric_limits<float>::quiet_NaN());
+    Keep(std::current_exception(), plan.piece.tokens, "the next layer's output");
   }
-  call_.KeepError(std::move(error));
-  if (!piece.sum.Has(elements)) return;
-  std::fill_n(piece.sum.data(), elements, std::numeric_limits<float>::quiet_NaN());
 }
 
 }  // namespace cpumoe

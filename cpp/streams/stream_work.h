@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "engine/call.h"
@@ -19,7 +20,9 @@ namespace cpumoe {
 class StreamWork {
  public:
   struct Options {
-    Call::Options call;  // `accumulate` must be false
+    // `accumulate` must be false. Captured calls read `mask` whenever they run. Other calls use
+    // the mask as it is when they are submitted.
+    Call::Options call;
     // Kept as long as a job may read the mask. May be null.
     std::shared_ptr<const void> mask_owner = nullptr;
     // Whether ids that name no expert are skipped. Otherwise only -1 and num_experts are, and other
@@ -27,6 +30,8 @@ class StreamWork {
     bool skip_unknown_ids = false;
     // How many experts of a token may be computed later (deferral.h).
     int64_t deferred_experts = 0;
+    // The layer's place in its model. Only layers of greater numbers add what it defers.
+    int64_t layer_index = 0;
   };
 
   // Throws std::invalid_argument.
@@ -36,6 +41,7 @@ class StreamWork {
   ~StreamWork();
 
   bool defers() const { return options_.deferred_experts > 0; }
+  const Runtime& runtime() const { return call_.runtime(); }
   Call& call() { return call_; }
   const Call& call() const { return call_; }
 
@@ -55,29 +61,39 @@ class StreamWork {
   // they need lives as long as this object.
   int64_t captured_plans() const;
 
+  // The layer whose deferred experts a job has left out, because they did not fit its call. Each is
+  // returned once; none: nullopt.
+  std::optional<int64_t> TakeLeftOut() noexcept;
+
   // Returns when the jobs that have been started have ended.
   void AwaitJobs() noexcept { AwaitValue(jobs_, 0); }
 
  private:
   struct Plan;
+  static constexpr int64_t kNone = -1;
 
   static void Start(void* plan) noexcept;
   void Run(Plan* plan, Node& node) noexcept;
   // Returns whether something is left for ComputeLater.
-  bool Compute(const Piece& piece, Node& node);
-  void ComputeLater(const Piece& piece, Node& node) noexcept;
-  void Fail(const Piece& piece, std::exception_ptr error) noexcept;
+  bool Compute(const Plan& plan, Node& node);
+  // The forward pass, whose result is added to the stream's sum.
+  void AddSum(ForwardArgs args, const Piece& piece, Node& node);
+  void ComputeLater(const Plan& plan, Node& node) noexcept;
+  void Fail(const Piece& piece, const std::exception_ptr& error) noexcept;
+  // Keeps an error of a job of `tokens` tokens, whose `output` is NaN.
+  void Keep(const std::exception_ptr& error, int64_t tokens, const char* output) noexcept;
   void End(Plan* plan) noexcept;
   // Changes ids of experts that are not computed now to -1. Returns whether any are computed later.
   template <class Id>
   bool PrepareIds(Id* ids, const float* weights, const Piece& piece);
-  ForwardArgs Args(const Piece& piece) const;
+  ForwardArgs Args(const Plan& plan) const;
   bool Defers(const Piece& piece) const;
 
   Call call_;
   const Options options_;
-  ExpertSplit split_;                  // of the job that is running
-  std::atomic<uint32_t> jobs_{0};      // that have been started and have not ended
+  ExpertSplit split_;              // of the job that is running
+  std::atomic<uint32_t> jobs_{0};  // that have been started and have not ended
+  std::atomic<int64_t> left_out_{kNone};
   mutable std::mutex captured_mutex_;  // guards captured_; never taken by a job
   std::vector<std::unique_ptr<Plan>> captured_;
 };

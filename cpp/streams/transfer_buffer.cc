@@ -53,7 +53,7 @@ int64_t TransferLayout::TokensIn(int64_t buffer_bytes, int64_t hidden_size,
 TransferBuffer::TransferBuffer(std::shared_ptr<StreamDriver> driver, int64_t bytes)
     : driver_(std::move(driver)),
       bytes_(bytes),
-      memory_(driver_->AllocateHost(bytes)),
+      memory_(driver_->AllocateHost(std::max(bytes, kHead))),
       done_(new (memory_) std::atomic<uint32_t>(kSet)),
       idle_(new (memory_ + kLine) std::atomic<uint32_t>(kSet)) {}
 

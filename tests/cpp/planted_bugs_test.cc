@@ -140,9 +140,9 @@ class OutputBeforeWait final : public Relay {
 class Checked {
  public:
   explicit Checked(const std::function<std::shared_ptr<StreamDriver>(TestDevice&)>& driver)
-      : bridge_(std::make_shared<Bridge>(runtime_, driver(*device_), layer_.Buffers(8))),
+      : bridge_(std::make_shared<Bridge>(driver(*device_), layer_.Buffers(8))),
         call_(std::make_unique<StreamCall>(
-            bridge_, layer_.layer(),
+            bridge_, runtime_, layer_.layer(),
             StreamCall::Options{.call = layer_.Options(layer_.MakeBatch(1))})) {
     bridge_->Prepare(stream_);
     device_->BeginCapture(stream_);

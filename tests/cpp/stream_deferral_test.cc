@@ -104,13 +104,20 @@ class StreamDeferralTest : public StreamTest, public testing::WithParamInterface
     MakeCalls(kTokens);
   }
 
+  // Not all layers of a model have experts.
+  StreamCall::Options OptionsOf(size_t layer) const {
+    StreamCall::Options options = layers[layer]->Options();
+    options.layer_index = 3 * static_cast<int64_t>(layer);
+    return options;
+  }
+
   void MakeCalls(int64_t tokens_of_a_buffer) {
-    bridge = std::make_shared<Bridge>(Runtime::Create({.node = {.threads = 2}}), device->driver(),
-                                      layers[0]->layer().Buffers(tokens_of_a_buffer));
+    bridge =
+        std::make_shared<Bridge>(device->driver(), layers[0]->layer().Buffers(tokens_of_a_buffer));
     calls.clear();
-    for (const auto& layer : layers) {
-      calls.push_back(
-          std::make_unique<StreamCall>(bridge, layer->layer().layer(), layer->Options()));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      calls.push_back(std::make_unique<StreamCall>(bridge, runtimes[i % runtimes.size()],
+                                                   layers[i]->layer().layer(), OptionsOf(i)));
     }
   }
 
@@ -167,6 +174,7 @@ class StreamDeferralTest : public StreamTest, public testing::WithParamInterface
   std::unique_ptr<CudaDevice> device;
   StreamHandle stream;
   std::vector<std::unique_ptr<DeferringLayer>> layers;
+  std::vector<std::shared_ptr<Runtime>> runtimes = {Runtime::Create({.node = {.threads = 2}})};
   std::shared_ptr<Bridge> bridge;
   std::vector<std::unique_ptr<StreamCall>> calls;
   std::vector<Batch> batches;
@@ -212,7 +220,43 @@ TEST_P(StreamDeferralTest, ACallInPiecesAddsTheSumAndDefersNothing) {
   }
 }
 
-TEST_P(StreamDeferralTest, ASumOfOtherTokensIsDropped) {
+// Jobs of two runtimes may run at the same time, and would then use the sum at the same time.
+TEST_P(StreamDeferralTest, LayersWithThreadsOfTheirOwnAddInOrder) {
+  MakeBatches(1);
+  runtimes.push_back(Runtime::Create({.node = {.threads = 1}}));
+  MakeCalls(kTokens);
+  bridge->Prepare(stream);
+  device->BeginCapture(stream);
+  for (size_t i = 0; i < layers.size(); ++i) Make(i);
+  void* const graph = device->EndCapture(stream);
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    MakeBatches(seed);
+    for (int round = 0; round < 3; ++round) {
+      for (size_t i = 0; i < layers.size(); ++i) Make(i);
+    }
+    device->Synchronize(stream);
+    ExpectOutputs();
+    MakeBatches(seed);
+    for (int round = 0; round < 3; ++round) device->Replay(graph, stream);
+    device->Synchronize(stream);
+    ExpectOutputs();
+  }
+}
+
+TEST_P(StreamDeferralTest, ASumOfAPassThatEndedEarlyIsLeftOut) {
+  MakeBatches(1);
+  Make(0);
+  Make(1);
+  EXPECT_EQ(calls[1]->TakeLeftOut(), std::nullopt);
+  for (size_t i = 0; i < layers.size(); ++i) Make(i);
+  device->Synchronize(stream);
+  ExpectOutputs();
+  EXPECT_EQ(calls[0]->TakeLeftOut(), 3);
+  EXPECT_EQ(calls[0]->TakeLeftOut(), std::nullopt);
+  EXPECT_EQ(calls[1]->TakeLeftOut(), std::nullopt);
+}
+
+TEST_P(StreamDeferralTest, ASumOfOtherTokensIsLeftOut) {
   MakeBatches(1);
   Make(0);
   const Batch batch = layers[3]->layer().MakeBatch(7, 1);
@@ -221,6 +265,7 @@ TEST_P(StreamDeferralTest, ASumOfOtherTokensIsDropped) {
   calls[3]->Sync(stream);
   device->Synchronize(stream);
   EXPECT_EQ(one.Output(), layers[3]->layer().Expected(batch));
+  EXPECT_EQ(calls[3]->TakeLeftOut(), 0);
   for (size_t i = 0; i < layers.size(); ++i) Make(i);
   device->Synchronize(stream);
   ExpectOutputs();
@@ -237,7 +282,7 @@ TEST_P(StreamDeferralTest, AFailedJobDropsTheSum) {
   const bool thrown = MessageOf([&] { calls[1]->Sync(stream); }) != "no exception";
   device->Synchronize(stream);
   if (!thrown) {
-    EXPECT_THROW(calls[1]->ThrowError(), std::out_of_range);
+    EXPECT_THROW(calls[1]->ThrowError(), std::runtime_error);
   }
   EXPECT_EQ(bad_on_device.Output(), Bytes(bad_on_device.output_bytes(), std::byte{0xff}));
   for (size_t i = 0; i < layers.size(); ++i) Make(i);
@@ -265,7 +310,8 @@ TEST_P(StreamDeferralTest, MoreThanTopKIsRefused) {
   StreamCall::Options options = layers[0]->Options();
   for (const int64_t deferred : {-1, 5}) {
     options.deferred_experts = deferred;
-    EXPECT_EQ(MessageOf([&] { StreamCall(bridge, layers[0]->layer().layer(), options); }),
+    const auto make = [&] { StreamCall(bridge, runtimes[0], layers[0]->layer().layer(), options); };
+    EXPECT_EQ(MessageOf(make),
               "deferred_experts: expected 0 to top_k (4), got " + std::to_string(deferred));
   }
 }

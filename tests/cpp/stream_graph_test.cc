@@ -20,10 +20,9 @@ class StreamGraphTest : public StreamTest, public testing::WithParamInterface<bo
     device = MakeCudaDevice();
     Lane::Options buffers = second.Buffers(8);
     buffers.wait_by_function = !GetParam();
-    bridge = std::make_shared<Bridge>(Runtime::Create({.node = {.threads = 2}}), device->driver(),
-                                      buffers);
-    one = std::make_unique<StreamCall>(bridge, first.layer(), OptionsOf(first));
-    two = std::make_unique<StreamCall>(bridge, second.layer(), OptionsOf(second));
+    bridge = std::make_shared<Bridge>(device->driver(), buffers);
+    one = std::make_unique<StreamCall>(bridge, runtime, first.layer(), OptionsOf(first));
+    two = std::make_unique<StreamCall>(bridge, runtime, second.layer(), OptionsOf(second));
     stream = device->NewStream();
     other_stream = device->NewStream();
   }
@@ -51,6 +50,7 @@ class StreamGraphTest : public StreamTest, public testing::WithParamInterface<bo
 
   std::unique_ptr<CudaDevice> device;
   const StreamCase first{{.dtype = DType::kBf16}}, second{{.tokens = 3}, {.hidden = 96}};
+  const std::shared_ptr<Runtime> runtime = Runtime::Create({.node = {.threads = 2}});
   std::shared_ptr<Bridge> bridge;
   std::unique_ptr<StreamCall> one, two;
   StreamHandle stream, other_stream;
@@ -167,12 +167,27 @@ TEST_P(StreamGraphTest, AReplayThatFailsGivesNaNAndTheNextOneWorks) {
     device->Replay(graph, stream);
     device->Synchronize(stream);
     EXPECT_EQ(a.Output(), Bytes(a.output_bytes(), std::byte{0xff}));
-    EXPECT_THROW(one->ThrowError(), std::out_of_range);
+    EXPECT_THROW(one->ThrowError(), std::runtime_error);
     one->ThrowError();
     a.Set(good);
     device->Replay(graph, stream);
     device->Synchronize(stream);
     EXPECT_EQ(a.Output(), first.Expected(good));
+  }
+}
+
+TEST_P(StreamGraphTest, ReplaysReadTheMaskOfTheirTime) {
+  Batch batch = first.MakeBatch(1);
+  batch.mask = {1, 1, 1, 1};
+  const DeviceBatch a = OnDevice(first, batch), b = OnDevice(second, second.MakeBatch(1));
+  one = std::make_unique<StreamCall>(bridge, runtime, first.layer(),
+                                     StreamCall::Options{.call = first.Options(batch)});
+  void* const graph = Capture(a, b);
+  for (const int masked : {1, 0, 1}) {
+    batch.mask.assign(4, static_cast<uint8_t>(masked));
+    device->Replay(graph, stream);
+    device->Synchronize(stream);
+    EXPECT_EQ(a.Output(), first.Expected(batch)) << masked;
   }
 }
 

@@ -33,13 +33,13 @@ class StreamLifetimeTest : public StreamTest {
     stream = device->NewStream();
     allocations = fake::HostAllocations();
     runtime = Runtime::Create({.node = {.threads = 2}});
-    bridge = std::make_shared<Bridge>(runtime, device->driver(), layer.Buffers(8));
+    bridge = std::make_shared<Bridge>(device->driver(), layer.Buffers(8));
     call = MakeCall();
     on_device = std::make_unique<DeviceBatch>(*device, batch, layer.hidden_size());
   }
 
   std::unique_ptr<StreamCall> MakeCall() {
-    return std::make_unique<StreamCall>(bridge, layer.layer(),
+    return std::make_unique<StreamCall>(bridge, runtime, layer.layer(),
                                         StreamCall::Options{.call = layer.Options(batch)});
   }
   void Submit() { call->Submit(stream, on_device->tensors()); }
@@ -69,7 +69,7 @@ TEST_F(StreamLifetimeTest, PageLockedMemoryIsFreedInEveryOrderOfDestruction) {
     for (int first = 0; first < 3; ++first) {
       fake::Delay(first, 200);
       runtime = Runtime::Create({.node = {.threads = 2}});
-      bridge = std::make_shared<Bridge>(runtime, device->driver(), layer.Buffers(8));
+      bridge = std::make_shared<Bridge>(device->driver(), layer.Buffers(8));
       call = MakeCall();
       const std::weak_ptr<Runtime> watched = runtime;
       Submit();

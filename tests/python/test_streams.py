@@ -32,10 +32,9 @@ def make_call(experts, dtype=torch.bfloat16, *, tokens=5, **options):
         "ids_are_64_bit": True,
     }
     size = _core.stream_buffer_bytes(hidden_size=WEIGHTS.hidden, tokens=tokens, **fixed)
-    bridge = _core.Bridge(
-        runtime=experts.runtime.core, cuda=False, buffer_bytes=size, captured_bytes=size
-    )
-    return _core.StreamCall(bridge=bridge, layer=experts._layer, **fixed, **options)
+    bridge = _core.Bridge(cuda=False, buffer_bytes=size, captured_bytes=size)
+    engine = {"runtime": experts.runtime.core, "layer": experts._layer}
+    return _core.StreamCall(bridge=bridge, **engine, **fixed, **options)
 
 
 def submit(call, batch, output, stream=0):
@@ -78,7 +77,8 @@ def test_a_job_that_fails_gives_nan_and_its_error(experts):
     batch.topk_ids[1, 0] = 77
     output = torch.zeros_like(batch.hidden_states)
     submit(call, batch, output)
-    with pytest.raises(IndexError, match=r"^topk_ids\[1, 0\]: .* got 77$"):
+    message = r"^a call of 5 tokens has failed, and its output is NaN: topk_ids\[1, 0\]: .* got 77$"
+    with pytest.raises(RuntimeError, match=message):
         call.sync(0)
     assert output.isnan().all()
     call.raise_error()
@@ -134,8 +134,8 @@ def test_wrong_uses_are_refused(experts):
     call = make_call(experts)
     batch = inputs(WEIGHTS, 5)
     output = torch.empty_like(batch.hidden_states)
-    message = "sync: no call of this layer has been submitted on this stream; call submit first, "
-    with refused(RuntimeError, message + "on the same stream"):
+    message = "sync: this layer has no call on this stream, or two layers were called after it; "
+    with refused(RuntimeError, message + "call submit first, on the same stream"):
         call.sync(0)
     with refused(ValueError, "output: expected an address, got a null pointer"):
         call.submit(0, 64, WEIGHTS.hidden, 1, 64, 64, 0)
@@ -146,10 +146,10 @@ def test_wrong_uses_are_refused(experts):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch may have loaded CUDA")
-def test_cuda_must_be_in_use(experts):
+def test_cuda_must_be_in_use():
     message = (
         "CUDA: this process has not loaded libcuda.so.1; use the GPU first, e.g. with "
         "torch.cuda.init(), or pass CPU tensors"
     )
     with refused(RuntimeError, message):
-        _core.Bridge(runtime=experts.runtime.core, cuda=True, buffer_bytes=1, captured_bytes=1)
+        _core.Bridge(cuda=True, buffer_bytes=1, captured_bytes=1)
