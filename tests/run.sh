@@ -63,6 +63,10 @@ emulator=$PWD/build/dev/lib/cpumoe_emulator.so
 if [[ -e $emulator ]]; then
     export CPUMOE_EMULATOR_LIBRARY=$emulator
 fi
+fake_cuda=$PWD/build/dev/lib/fake_cuda/libcuda.so.1
+if [[ -e $fake_cuda ]]; then
+    export CPUMOE_FAKE_CUDA=$fake_cuda
+fi
 if [[ -z $full ]]; then
     python -m pytest
     exit

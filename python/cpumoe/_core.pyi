@@ -256,16 +256,16 @@ class Call:
     def submit(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, *, owned: typing.Any, copy_inputs: bool = False) -> SubmittedCall:
         ...
 class Bridge:
-    def __init__(self, *, runtime: Runtime, cuda: bool, buffer_bytes: typing.SupportsInt | typing.SupportsIndex, captured_bytes: typing.SupportsInt | typing.SupportsIndex, wait_by_function: bool = False) -> None:
+    def __init__(self, *, cuda: bool, buffer_bytes: typing.SupportsInt | typing.SupportsIndex, captured_bytes: typing.SupportsInt | typing.SupportsIndex, wait_by_function: bool = False) -> None:
         """
-        What the calls on streams share. cuda=False: tensors are the CPU's, and any number names a stream.
+        What the calls of a model's layers share. cuda=False: tensors are the CPU's, and any number names a stream.
         """
     def prepare(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Allocates what calls on a stream need, which a capture could not do.
         """
 class StreamCall:
-    def __init__(self, *, bridge: Bridge, layer: Layer, input_dtype: DType, output_dtype: DType, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, mask: typing.SupportsInt | typing.SupportsIndex = 0, mask_owner: typing.Any = None, skip_unknown_ids: bool = False, deferred_experts: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def __init__(self, *, bridge: Bridge, runtime: Runtime, layer: Layer, input_dtype: DType, output_dtype: DType, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool, mask: typing.SupportsInt | typing.SupportsIndex = 0, mask_owner: typing.Any = None, skip_unknown_ids: bool = False, deferred_experts: typing.SupportsInt | typing.SupportsIndex = 0, layer_index: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         ...
     def raise_error(self) -> None:
         """
@@ -278,6 +278,14 @@ class StreamCall:
     def sync(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Queues the second half: the stream waits for the job and copies its output.
+        """
+    def take_left_out(self) -> int | None:
+        """
+        The layer whose deferred experts a call has left out, because its pass ended early. Each is returned once; None: there is none.
+        """
+    def wait(self) -> bool:
+        """
+        Waits until all calls have ended. Returns False if nobody can tell, as during a capture.
         """
     @property
     def captured_plans(self) -> int:

@@ -197,6 +197,11 @@ class PackedExperts:
         self._residency.evict()
 
     @property
+    def core(self) -> _core.Layer:
+        """The engine's layer, for cpumoe's own integrations."""
+        return self._layer
+
+    @property
     def format(self) -> str:
         """Name of the weight format, e.g. "mxfp4"."""
         return self._format.name

@@ -7,7 +7,6 @@ import pytest
 import torch
 from moe_tools import Inputs
 from sglang_tools import (
-    EXPERTS,
     TOP_K,
     assert_close,
     batch,
@@ -18,7 +17,6 @@ from sglang_tools import (
 )
 
 from cpumoe import Experts
-from cpumoe.integrations.sglang.deferral import split
 
 LAYERS = 6
 # Not all layers of a model have routed experts.
@@ -79,36 +77,17 @@ def assert_equal_passes(results, expected):
         assert_close(result, expected[index])
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_an_expert_runs_now_for_all_tokens_or_for_none(kept, dtype):
-    for seed in range(20):
-        _, ids, weights = batch(2 + seed % 5, seed=seed)
-        now, later = split(ids.to(dtype), weights, kept, EXPERTS)
-        assert now.dtype == later.dtype == dtype
-        for actual, expected in zip((now, later), plain_split(ids, weights, kept), strict=True):
-            assert torch.equal(actual.long(), expected)
-        assert not set(now.flatten().tolist()) & set(later.flatten().tolist()) - {-1}
-
-
-def test_ids_of_no_expert_are_in_neither_part():
-    ids = torch.tensor([[-1, EXPERTS, 2], [3, -1, EXPERTS]])
-    now, later = split(ids, torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]]), 1, EXPERTS)
-    assert not ({*now.flatten().tolist()} - {-1, EXPERTS})
-    assert {*later.flatten().tolist()} - {-1, EXPERTS} == {2, 3}
-
-
-def test_equal_weights_defer_the_last():
-    now, later = split(torch.tensor([[5, 6, 7]]), torch.ones(1, 3), 2, EXPERTS)
-    assert now.tolist() == [[5, 6, -1]]
-    assert later.tolist() == [[-1, -1, 7]]
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 5, 300])
 @pytest.mark.parametrize("deferred", [1, 2, 3, 9])
 def test_the_next_layer_adds_what_was_deferred(folder, deferred, tokens):
     results = run_pass(layers(folder, deferred=deferred), tokens)
     assert_equal_passes(results, expected_pass(folder, tokens, deferred))
+
+
+def test_a_call_of_more_tokens_than_the_buffer_defers_nothing(folder):
+    wrappers = layers(folder, deferred=2, chunked_prefill_size=16)
+    assert_equal_passes(run_pass(wrappers, 40), expected_pass(folder, 40, 0))
+    assert_equal_passes(run_pass(wrappers, 16), expected_pass(folder, 16, 2))
 
 
 def test_a_bf16_sum_is_rounded_once(folder):
@@ -122,7 +101,7 @@ def test_a_bf16_sum_is_rounded_once(folder):
     for i, wrapper in wrappers.items():
         wrapper.submit_forward(x[i], ids[i], weights[i], None)
         result = wrapper.sync_forward(x[i], None)
-    _, later = split(ids[0], weights[0], TOP_K - 1, EXPERTS)
+    _, later = plain_split(ids[0], weights[0], TOP_K - 1)
     experts = [wrapper._layer.experts for wrapper in wrappers.values()]
     exact = experts[0](x[0], later, weights[0], out_dtype=torch.float32)
     experts[1](x[5], ids[5], weights[5], out=exact, accumulate=True)

@@ -16,6 +16,7 @@ from sglang_tools import (
 )
 
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
+from cpumoe.integrations.sglang.streams import CudaStream
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +181,32 @@ def test_sync_of_another_shape_is_refused(folder):
         wrapper.sync_forward(batch(3).hidden_states, None)
 
 
-@pytest.mark.parametrize(("device", "stream"), [("meta", 0), ("cpu", 140001)])
-def test_streams_of_a_gpu_are_refused(folder, device, stream):
+def test_tensors_of_no_known_device_are_refused(folder):
     wrapper = loaded(folder)
-    x, ids, weights = (tensor.to(device) for tensor in batch(2))
+    x, ids, weights = (tensor.to("meta") for tensor in batch(2))
+    message = "hidden_states: expected a tensor on the CPU or on a GPU of CUDA, got device meta"
+    with refused(TypeError, message):
+        wrapper.submit_forward(x, ids, weights, 0)
+
+
+def test_tensors_and_stream_belong_together(folder):
+    wrapper = loaded(folder)
     message = (
-        f"hidden_states: expected a CPU tensor and stream 0 or None, got device {device} and "
-        f"stream {stream}; this version of cpumoe cannot follow the stream of a GPU"
+        "cuda_stream: expected 0 or None with CPU tensors, got 140001; pass tensors of the "
+        "stream's device"
     )
-    with refused(NotImplementedError, message):
-        wrapper.submit_forward(x, ids, weights, stream)
+    with refused(ValueError, message):
+        wrapper.submit_forward(*batch(2), 140001)
+
+
+def test_all_tensors_are_on_the_streams_device():
+    stream = CudaStream(torch.device("meta"), 7)
+    assert stream.dense(torch.empty(2, 3, device="meta"), "topk_ids")[1] == 0
+    message = (
+        "topk_ids: expected a dense tensor on meta, where the hidden states are, got layout "
+        "torch.strided on cpu"
+    )
+    with refused(TypeError, message):
+        stream.dense(torch.empty(2, 3), "topk_ids")
+    with refused(TypeError, "topk_ids: expected a torch.Tensor, got NoneType"):
+        stream.dense(None, "topk_ids")

@@ -1,5 +1,8 @@
 """Which experts SGLang's GPU has: masks that change, memory that is given back, frequencies."""
 
+import copy
+import gc
+import pickle
 import sys
 
 import pytest
@@ -45,6 +48,31 @@ def test_a_call_has_the_mask_of_its_submit(folder):
             wrapper.gpu_experts_mask.copy_(other)
             result = wrapper.sync_forward(args.hidden_states, None)
             assert_close(result, oracle(folder, args, mask=mask))
+
+
+# A CUDA graph that runs after the change makes no call that could load experts.
+def test_a_change_of_the_mask_loads_experts_before_it_returns(folder):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
+    experts = wrapper._layer.experts
+    mask = wrapper.gpu_experts_mask
+    for change, expected in [
+        (lambda: mask.copy_(gpu(4, 5)), [0, 1, 2, 3, 6, 7]),
+        (lambda: mask.fill_(True), []),
+        (lambda: mask.__setitem__(3, False), [3]),
+        (lambda: torch.logical_not(mask, out=mask), [0, 1, 2, 4, 5, 6, 7]),
+        (lambda: setattr(wrapper, "gpu_experts_mask", gpu(7)), [0, 1, 2, 3, 4, 5, 6]),
+    ]:
+        change()
+        assert experts.packed_experts == expected
+    for own in (mask & gpu(7), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert type(own) is torch.Tensor
+        assert torch.equal(own, gpu(7))
+
+
+def test_a_mask_outlives_its_layer(folder):
+    mask = loaded(folder, gpu_experts_mask=gpu(0, 1)).gpu_experts_mask
+    gc.collect()
+    assert torch.equal(mask.logical_not_(), gpu(2, 3, 4, 5, 6, 7))
 
 
 def test_a_mask_may_be_replaced(folder):

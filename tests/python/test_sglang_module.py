@@ -239,6 +239,19 @@ def test_layers_may_be_submitted_before_others_are_waited_for(folder):
         assert_close(result, oracle(folder, args, layer=layer))
 
 
+def test_a_third_layer_between_submit_and_sync_takes_the_place_of_the_first(folder):
+    first, second, third = (loaded(folder) for _ in range(3))
+    args = batch(8)
+    expected = oracle(folder, args)
+    for wrapper in (first, second, third):
+        wrapper.submit_forward(*args, None)
+    for wrapper in (third, second):
+        assert_close(wrapper.sync_forward(args.hidden_states, None), expected)
+    with pytest.raises(RuntimeError, match=r"layer 0: sync: .* two layers were called after it"):
+        first.sync_forward(args.hidden_states, None)
+    assert_close(run(first, args), expected)
+
+
 def test_forward_is_submit_and_sync(folder):
     args = batch(5)
     assert_close(loaded(folder).forward(*args, 0), oracle(folder, args))
@@ -254,7 +267,11 @@ def test_a_call_that_nobody_waited_for_is_forgotten(folder):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        ({"topk_weights": torch.ones(4, 2)}, ValueError, "[4, 3] and [4, 2]"),
+        (
+            {"topk_weights": torch.ones(4, 2)},
+            ValueError,
+            "expected [4, 3] like topk_ids, got [4, 2]",
+        ),
         ({"topk_ids": torch.ones(4, 3)}, TypeError, "topk_ids: expected int32 or int64"),
         ({"topk_ids": [[1, 2, 3]] * 4}, TypeError, "topk_ids: expected a torch.Tensor, got list"),
         ({"hidden_states": torch.ones(4, 32)}, ValueError, "hidden_states: expected [tokens, 64]"),
@@ -275,7 +292,7 @@ def test_submit_can_be_made_to_wait(folder, monkeypatch):
     wrapper = loaded(folder)
     args = batch(300)
     wrapper.submit_forward(*args, None)
-    assert all(future.done() for future in wrapper._layer.running)
+    assert wrapper._layer.experts.statistics().calls == 1
     assert_close(wrapper.sync_forward(args.hidden_states, None), oracle(folder, args))
 
 

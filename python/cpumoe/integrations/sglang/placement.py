@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
+from weakref import WeakMethod
+
 import torch
+from typing_extensions import override
 
 from cpumoe._base.tensors import describe
 from cpumoe.integrations.sglang.checks import integer_in
@@ -74,3 +79,55 @@ def checked_mask(mask: object, num_experts: int) -> torch.Tensor:
     if tuple(mask.shape) != (num_experts,):
         raise ValueError(f"gpu_experts_mask: expected [{num_experts}], got {list(mask.shape)}")
     return mask.detach().to("cpu", torch.bool, copy=True).contiguous()
+
+
+class HostsMask(torch.Tensor):
+    """A mask as the host sees it: every function of PyTorch that gets it may have changed it.
+
+    A CUDA graph that the host runs after a change makes no call of Python. So what the change asks
+    for must happen during the change.
+    """
+
+    _changed: WeakMethod[Callable[[], None]]
+
+    @classmethod
+    def over(cls, mask: torch.Tensor, changed: Callable[[], None]) -> HostsMask:
+        """Returns a tensor that shares the memory of `mask`.
+
+        Args:
+            mask: any tensor.
+            changed: a method that is called after each function that gets the tensor.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            hosts = mask.as_subclass(cls)
+        hosts._changed = WeakMethod(changed)
+        return hosts
+
+    @classmethod
+    @override
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Calls a function of PyTorch. Its results are ordinary tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        for given in (*args, *(kwargs or {}).values()):
+            changed = given._changed() if isinstance(given, cls) else None
+            if changed is not None:
+                changed()
+        return result
+
+    @override
+    def __deepcopy__(self, memo: object) -> torch.Tensor:
+        """Returns an ordinary tensor."""
+        return self.clone()
+
+    @override
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickles an ordinary tensor."""
+        own: Any = self.detach()
+        return own.__reduce_ex__(protocol)

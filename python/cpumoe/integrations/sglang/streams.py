@@ -1,134 +1,89 @@
-"""Forward calls in the order of a stream, and the sums that one layer leaves to the next.
+"""Forward calls in the order of a host's stream: the calls of a thread, or a stream of CUDA.
 
-This version of cpumoe has one kind of stream: the calls of a thread on CPU tensors. `stream_of` is
-the place where another kind, a CUDA stream, would be chosen.
+Both kinds make their calls through `_core.StreamCall`, which copies the inputs into memory that the
+CPU and the GPU can read, starts the experts' job, and lets the stream wait for it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from typing_extensions import override
 
+from cpumoe import _core
+from cpumoe._base.tensors import contiguous, new_like
+from cpumoe._engine.calls import check_inputs
+from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertReader
-from cpumoe.experts import Experts
-from cpumoe.future import Future
-from cpumoe.integrations.sglang.deferral import split
+from cpumoe.integrations.sglang.checks import integer_in
+from cpumoe.integrations.sglang.layer import Form, Layer
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class Layer:
-    """A layer's experts, as streams use them.
-
-    Attributes:
-        experts: computes.
-        index: number of the decoder layer.
-        model: the checkpoint, which identifies the model.
-        deferred: how many of a token's experts may run after the layer; 0: none.
-        running: the calls that were submitted last.
-    """
-
-    experts: Experts
-    index: int
-    model: ExpertReader
-    deferred: int
-    running: tuple[Future, ...] = field(default=(), init=False)
-
-    def wait(self) -> None:
-        """Waits until no call runs. Whoever asks for a result gets its error."""
-        for future in self.running:
-            with suppress(Exception):
-                future.result()
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """The sum ``[tokens, hidden]`` in fp32 of the experts that a layer deferred."""
-
-    layer: Layer
-    future: Future
-    sum: torch.Tensor
-
-    def fits(self, layer: Layer, x: torch.Tensor) -> bool:
-        """Whether `layer` comes after the sum's layer in the same pass over the model.
-
-        A pass goes up through the layers. The sum of a pass that an error ended fits nowhere.
-        """
-        same_model = layer.model is self.layer.model
-        return same_model and layer.index > self.layer.index and x.shape == self.sum.shape
+# The most tokens of a captured call that go to the CPU at once. Graphs are for short calls, and
+# their buffers stay allocated besides those of other calls.
+_CAPTURED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A call between `CpuStream.submit` and `CpuStream.sync`."""
+    """A call between `Stream.submit` and `Stream.sync`."""
 
-    future: Future
-    shape: torch.Size
-    dtype: torch.dtype
-    added: Future | None = None  # the deferred sum that the result contains
+    call: _core.StreamCall
+    output: torch.Tensor
 
 
-class CpuStream:
-    """The calls of one thread on CPU tensors."""
+class Stream:
+    """The calls on one stream; the subclasses say where its tensors are."""
 
-    def __init__(self) -> None:
-        """Makes a stream without calls."""
+    def __init__(self, handle: int) -> None:
+        """Makes calls on the stream that the driver knows as `handle`."""
+        self._handle = handle
         self._started: WeakKeyDictionary[Layer, _Started] = WeakKeyDictionary()
-        self._pending: _Pending | None = None
+        # Layers of a model share buffers, through which they also hand on what they defer.
+        self._bridges: WeakKeyDictionary[ExpertReader, dict[torch.dtype, _core.Bridge]] = (
+            WeakKeyDictionary()
+        )
 
     def submit(
         self, layer: Layer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """Starts a call. The caller may change all tensors afterwards.
+        """Starts a call. Tensors may be changed in the stream's order afterwards.
 
-        A call of the layer that was started before and not waited for is forgotten.
+        A call of the layer that was started before and not waited for is forgotten, and so is the
+        oldest one if calls of two other layers were not waited for.
         """
-        experts = layer.experts
-        _check_routing(ids, weights)
-        # The host pads with ids of its own, which name no expert.
-        ids = ids.clamp(-1, experts.num_experts)
-        pending = self._pending
-        if pending is not None and not pending.fits(layer, x):
-            logger.warning(
-                "layer %d: the experts that layer %d deferred are left out, because its pass has "
-                "ended early",
-                layer.index,
-                pending.layer.index,
+        x, x_address = self.dense(x, "hidden_states")
+        ids, ids_address = self.dense(ids, "topk_ids")
+        weights, weights_address = self.dense(weights, "topk_weights")
+        check_inputs(x, ids, weights, layer.experts.hidden_size)
+        if weights.dtype != torch.float32:
+            weights, weights_address = self.dense(weights.float(), "topk_weights")
+        output, output_address = self.new_output(x)
+        output = without_gradients(output, x, weights)
+        form = layer.form_of(x, ids)
+        with layer.naming_errors():
+            call = layer.call(self, form, lambda: self._bridge(layer, form))
+            call.submit(
+                self._handle,
+                x_address,
+                x.shape[1],
+                x.shape[0],
+                ids_address,
+                weights_address,
+                output_address,
             )
-            pending = None
-        if pending is None and not layer.deferred:
-            future = experts.submit(x, ids, weights, copy_inputs=True)
-            self._remember(layer, _Started(future, x.shape, x.dtype), None)
-            return
-        x, weights, later = x.clone(), weights.clone(), ids
-        if layer.deferred:
-            ids, later = split(ids, weights, ids.shape[1] - layer.deferred, experts.num_experts)
-        if pending is None:
-            future = experts.submit(x, ids, weights)
-        else:
-            if pending.layer.experts.runtime is not experts.runtime:
-                pending.future.result()  # Only calls of one runtime run in their order.
-            future = experts.submit(x, ids, weights, out=pending.sum, accumulate=True)
-        added = None if pending is None else pending.future
-        started = _Started(future, x.shape, x.dtype, added)
-        if not layer.deferred:
-            self._remember(layer, started, None)
-            return
-        total = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-        deferred = experts.submit(x, later, weights, out=total)
-        self._remember(layer, started, _Pending(layer, deferred, total))
+        self._started[layer] = _Started(call, output)
 
     def sync(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        """Waits for the layer's call, and returns its result.
+        """Lets the stream wait for the layer's call, and returns its result.
 
         Raises:
-            RuntimeError: the stream has no such call.
+            RuntimeError: the stream has no such call, or a call of the layer has failed.
             ValueError: `x` has another shape or dtype than the call.
         """
         started = self._started.get(layer)
@@ -137,57 +92,143 @@ class CpuStream:
                 f"layer {layer.index}: sync_forward: expected a submit_forward before it on the "
                 "same thread, got none"
             )
-        if x.shape != started.shape or x.dtype != started.dtype:
+        output = started.output
+        if x.shape != output.shape or x.dtype != output.dtype:
             raise ValueError(
-                f"layer {layer.index}: sync_forward: expected {started.dtype} "
-                f"{list(started.shape)}, as submit_forward got, got {x.dtype} {list(x.shape)}"
+                f"layer {layer.index}: sync_forward: expected {output.dtype} "
+                f"{list(output.shape)}, as submit_forward got, got {x.dtype} {list(x.shape)}"
             )
         del self._started[layer]
-        if started.added is not None:
-            started.added.result()
-        return started.future.result().to(started.dtype)
+        with layer.naming_errors():
+            started.call.sync(self._handle)
+        left_out = started.call.take_left_out()
+        if left_out is not None:
+            logger.warning(
+                "layer %d: the experts that layer %d deferred are left out, because its pass has "
+                "ended early",
+                layer.index,
+                left_out,
+            )
+        return output
 
-    def _remember(self, layer: Layer, started: _Started, pending: _Pending | None) -> None:
-        self._started[layer] = started
-        self._pending = pending
-        layer.running = (started.future,) if pending is None else (started.future, pending.future)
+    def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+        """Returns a tensor of the stream's device, or a contiguous copy, and its address.
+
+        Raises:
+            TypeError: it is no tensor, is elsewhere, or has no memory.
+        """
+        raise NotImplementedError
+
+    def new_output(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Returns a new tensor for a result, and its address."""
+        raise NotImplementedError
+
+    def new_bridge(self, buffer_bytes: int, captured_bytes: int) -> _core.Bridge:
+        """Returns a bridge with buffers of these sizes."""
+        raise NotImplementedError
+
+    def _bridge(self, layer: Layer, form: Form) -> _core.Bridge:
+        bridges = self._bridges.setdefault(layer.model, {})
+        bridge = bridges.get(form.dtype)
+        if bridge is None:
+
+            def size(tokens: int) -> int:
+                hidden = layer.experts.hidden_size
+                return _core.stream_buffer_bytes(hidden_size=hidden, tokens=tokens, **form.sizes())
+
+            captured = min(layer.tokens, _CAPTURED_TOKENS)
+            bridge = bridges[form.dtype] = self.new_bridge(size(layer.tokens), size(captured))
+        return bridge
 
 
-def _check_routing(ids: torch.Tensor, weights: torch.Tensor) -> None:
-    """Checks what `CpuStream.submit` needs; `Experts.submit` checks the rest."""
-    for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+class CpuStream(Stream):
+    """The calls of one thread on CPU tensors."""
+
+    @override
+    def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+        tensor, address, _ = contiguous(tensor, name)
+        return tensor, address
+
+    @override
+    def new_output(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return new_like(x, "hidden_states")
+
+    @override
+    def new_bridge(self, buffer_bytes: int, captured_bytes: int) -> _core.Bridge:
+        # Without a driver there are no graphs.
+        return _core.Bridge(cuda=False, buffer_bytes=buffer_bytes, captured_bytes=1)
+
+
+class CudaStream(Stream):
+    """A stream of a GPU, on which the host queues operations itself."""
+
+    def __init__(self, device: torch.device, handle: int) -> None:
+        """Makes calls on the stream that CUDA knows as `handle`."""
+        super().__init__(handle)
+        self._device = device
+
+    @override
+    def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if ids.dim() != 2 or ids.shape != weights.shape:
-        raise ValueError(
-            "topk_ids, topk_weights: expected [tokens, top_k] both, got "
-            f"{list(ids.shape)} and {list(weights.shape)}"
-        )
+        if tensor.device != self._device or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name}: expected a dense tensor on {self._device}, where the hidden states are, "
+                f"got layout {tensor.layout} on {tensor.device}"
+            )
+        tensor = tensor.detach().contiguous()
+        return tensor, tensor.data_ptr()
+
+    @override
+    def new_output(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        # PyTorch takes the memory from the pool of the graph that is being captured, if one is.
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return output, output.data_ptr()
+
+    @override
+    def new_bridge(self, buffer_bytes: int, captured_bytes: int) -> _core.Bridge:
+        with torch.cuda.device(self._device):  # makes the device's context current
+            return _core.Bridge(cuda=True, buffer_bytes=buffer_bytes, captured_bytes=captured_bytes)
 
 
 _thread = threading.local()
+_cuda_streams: dict[tuple[torch.device, int], CudaStream] = {}
 
 
-def stream_of(x: torch.Tensor, handle: object) -> CpuStream:
+def stream_of(x: torch.Tensor, handle: object) -> Stream:
     """Returns the stream that `x` is on.
 
     Args:
         x: a tensor of the call.
-        handle: the host's handle of the stream: None, an int, or an object with `cuda_stream`.
+        handle: the host's handle of the stream: an int, or an object with `cuda_stream`. None: the
+            current stream of the tensor's device.
 
     Raises:
-        TypeError: `x` is no tensor.
-        NotImplementedError: `x` is not on the CPU, or `handle` names a stream of a GPU.
+        TypeError: `x` is no tensor, or neither on the CPU nor on a GPU of CUDA; `handle` is no
+            stream.
+        ValueError: `x` is on the CPU, but `handle` names a stream of a GPU.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"hidden_states: expected a torch.Tensor, got {type(x).__name__}")
     number = getattr(handle, "cuda_stream", handle)
-    if not x.is_cpu or number not in (None, 0):
-        raise NotImplementedError(
-            f"hidden_states: expected a CPU tensor and stream 0 or None, got device {x.device} and "
-            f"stream {number!r}; this version of cpumoe cannot follow the stream of a GPU"
+    if x.is_cpu:
+        if number not in (None, 0):
+            raise ValueError(
+                f"cuda_stream: expected 0 or None with CPU tensors, got {number!r}; pass tensors "
+                "of the stream's device"
+            )
+        stream: CpuStream | None = getattr(_thread, "stream", None)
+        if stream is None:
+            stream = _thread.stream = CpuStream(0)
+        return stream
+    if not x.is_cuda:
+        raise TypeError(
+            "hidden_states: expected a tensor on the CPU or on a GPU of CUDA, got device "
+            f"{x.device}"
         )
-    stream: CpuStream | None = getattr(_thread, "stream", None)
-    if stream is None:
-        stream = _thread.stream = CpuStream()
-    return stream
+    if number is None:
+        number = torch.cuda.current_stream(x.device).cuda_stream
+    key = (x.device, integer_in(number, "cuda_stream", 0))
+    if key not in _cuda_streams:
+        _cuda_streams.setdefault(key, CudaStream(*key))
+    return _cuda_streams[key]

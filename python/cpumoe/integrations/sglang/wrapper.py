@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from cpumoe._base.scalars import integer
 from cpumoe.experts import Experts
 from cpumoe.integrations.sglang.checkpoint import (
     LayerSizes,
@@ -19,14 +20,17 @@ from cpumoe.integrations.sglang.checkpoint import (
     swiglu_of,
 )
 from cpumoe.integrations.sglang.checks import integer_in
-from cpumoe.integrations.sglang.placement import checked_mask, gpu_mask
-from cpumoe.integrations.sglang.streams import Layer, stream_of
+from cpumoe.integrations.sglang.layer import Layer
+from cpumoe.integrations.sglang.placement import HostsMask, checked_mask, gpu_mask
+from cpumoe.integrations.sglang.streams import stream_of
 from cpumoe.integrations.sglang.write_back import WriteBack
 from cpumoe.runtime import Runtime, default_runtime
 
 logger = logging.getLogger(__name__)
 
 _SYNCHRONOUS = "KT_FORCE_SYNC_SUBMIT"
+# The most tokens of a call that go to the CPU at once, if the host does not divide its prompts.
+_MOST_TOKENS = 4096
 
 
 class KTMoEWrapper:
@@ -49,7 +53,9 @@ class KTMoEWrapper:
         cpuinfer_threads: number of threads. None: as `cpumoe.Runtime` chooses.
         threadpool_count: number of memory nodes, at least 1. It has no effect yet.
         numa_nodes: numbers of memory nodes. They have no effect yet.
-        chunked_prefill_size: the most tokens of a call, as a hint. Any number of tokens works.
+        chunked_prefill_size: the most tokens that a call passes to the CPU at once. It decides the
+            size of the page-locked memory through which they go. Any number of tokens works, but
+            more are computed in several parts, which defer nothing. None, or less than 1: 4096.
         max_deferred_experts_per_token: how many of a token's experts may be computed while the GPU
             goes on. The next layer's result then contains them. None or 0: none.
         swiglu_limit: bound of the activation's clamps. None or 0: as the checkpoint says.
@@ -108,6 +114,9 @@ class KTMoEWrapper:
         self.method = method
         self.weight_path = weight_path
         self.chunked_prefill_size = chunked_prefill_size
+        tokens = 0 if chunked_prefill_size is None else chunked_prefill_size
+        tokens = integer(tokens, "chunked_prefill_size")
+        self._most_tokens = tokens if tokens > 0 else _MOST_TOKENS
         _check_nodes(threadpool_count, numa_nodes)
         self._gpu_mask = gpu_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
         sizes = LayerSizes(
@@ -124,14 +133,17 @@ class KTMoEWrapper:
     def gpu_experts_mask(self) -> torch.Tensor:
         """Bool ``[num_experts]`` on the CPU; True: the GPU has the expert.
 
-        It may be changed in place, or replaced. Each `submit_forward` looks at it. Experts that the
-        CPU needs then are loaded again, and the memory of the others is given back.
+        It may be changed in place, or assigned. Experts that the CPU then needs are loaded before
+        the change returns, and the memory of the others is given back. A call uses the mask as it
+        is at its `submit_forward`. A captured CUDA graph uses the mask as it is when the graph
+        runs, so it must not change while a graph with the layer runs.
         """
-        return self._gpu_mask
+        return HostsMask.over(self._gpu_mask, self._follow_mask)
 
     @gpu_experts_mask.setter
     def gpu_experts_mask(self, mask: torch.Tensor) -> None:
-        self._gpu_mask = checked_mask(mask, self.num_experts)
+        self._gpu_mask.copy_(checked_mask(mask, self.num_experts))
+        self._follow_mask()
 
     @property
     def num_gpu_experts(self) -> int:
@@ -140,6 +152,8 @@ class KTMoEWrapper:
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
         """Packs the experts that the GPU does not have.
+
+        CUDA graphs that captured calls of earlier weights must not run any more.
 
         Args:
             physical_to_logical_map_cpu: int ``[num_experts]``, the checkpoint's expert in each slot
@@ -166,7 +180,14 @@ class KTMoEWrapper:
         # Nothing comes after the last layer that could add what this layer defers.
         last = self.layer_idx == self._reader.layers()[-1]
         deferred = 0 if last else self.max_deferred_experts_per_token
-        self._layer = Layer(experts, self.layer_idx, self._reader, deferred)
+        self._layer = Layer(
+            experts,
+            self.layer_idx,
+            self._reader,
+            mask=self._gpu_mask,
+            deferred=deferred,
+            tokens=self._most_tokens,
+        )
         self._write_back = WriteBack(experts)
         logger.info(
             "layer %d: %d of %d experts on the CPU, %.2f GB, packed in %.1f s",
@@ -184,40 +205,52 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: object = None,
     ) -> None:
-        """Starts the layer's call, and returns at once. The tensors may be changed afterwards.
+        """Starts the layer's call, and returns at once.
+
+        The tensors may be changed afterwards: on the CPU at once, on a GPU in the stream's order.
+        At most two layers may be between `submit_forward` and `sync_forward` on one stream.
+
+        A CUDA graph may capture the call. The first call on a stream allocates page-locked memory,
+        so make a call on the stream before a capture. The graph may run on any stream, and as long
+        as the weights are not loaded again. If a call fails, its result is NaN, and the layer's
+        next `submit_forward` or `sync_forward` raises the error.
 
         Args:
-            hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32.
+            hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU or on a GPU of CUDA.
             topk_ids: ``[tokens, top_k]`` int32 or int64. Ids of the GPU's experts, negative ones
                 and those from `num_experts` on are skipped.
-            topk_weights: ``[tokens, top_k]``.
-            cuda_stream: the stream of the tensors. CPU tensors have None or 0.
+            topk_weights: ``[tokens, top_k]`` fp32, bf16 or fp16.
+            cuda_stream: the stream of the tensors, an int or an object with `cuda_stream`. None:
+                the current stream of their device. CPU tensors have None or 0.
 
         Raises:
-            RuntimeError: `load_weights` was not called, or see `cpumoe.Experts.submit`.
-            NotImplementedError: the tensors are on a GPU.
-            TypeError, ValueError: see `cpumoe.Experts.submit`.
+            RuntimeError: `load_weights` was not called, an earlier call has failed, CUDA refuses an
+                operation, or the runtime is closed.
+            TypeError, ValueError: see `cpumoe.Experts.submit`; CPU tensors have another stream.
             FileNotFoundError, CheckpointError: an expert that the GPU no longer has cannot be read.
         """
         layer = self._loaded("submit_forward")
         stream = stream_of(hidden_states, cuda_stream)
-        self._follow_mask(layer)
+        layer.follow_mask()
         stream.submit(layer, hidden_states, topk_ids, topk_weights)
         if self._synchronous:
             layer.wait()
 
     def sync_forward(self, hidden_states: torch.Tensor, cuda_stream: object = None) -> torch.Tensor:
-        """Waits for the call that `submit_forward` started on the same stream.
+        """Lets the stream wait for the call that `submit_forward` started on it.
+
+        With CPU tensors, the calling thread waits.
 
         Args:
             hidden_states: the tensor of `submit_forward`, or one of its shape and dtype.
             cuda_stream: as in `submit_forward`.
 
         Returns:
-            A new tensor like `hidden_states`.
+            A new tensor like `hidden_states`. On a GPU, its values are there in the stream's order.
 
         Raises:
-            RuntimeError: there is no such call, or see `cpumoe.Future.result`.
+            RuntimeError: there is no such call, a call of this layer has failed, or CUDA refuses an
+                operation.
             ValueError: `hidden_states` has another shape or dtype.
         """
         layer = self._loaded("sync_forward")
@@ -299,16 +332,9 @@ class KTMoEWrapper:
             )
         return self._layer
 
-    def _follow_mask(self, layer: Layer) -> None:
-        """Makes the experts' mask the host's, if the host has changed it."""
-        used = layer.experts.expert_mask
-        assert used is not None
-        if torch.equal(used, self._gpu_mask):
-            return
-        mask = checked_mask(self._gpu_mask, self.num_experts)
-        layer.wait()  # Calls read their mask when they begin.
-        layer.experts.expert_mask = mask  # packs what is missing
-        layer.experts.evict()
+    def _follow_mask(self) -> None:
+        if self._layer is not None:
+            self._layer.follow_mask()
 
 
 def _check_nodes(threadpool_count: object, numa_nodes: Sequence[int] | None) -> None:

@@ -1,0 +1,127 @@
+"""A layer's experts as streams use them, and the mask by which a host shares them with its GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from cpumoe import _core
+from cpumoe._engine.output import ELEMENTS
+from cpumoe.checkpoint import ExpertReader
+from cpumoe.experts import Experts
+from cpumoe.integrations.sglang.placement import checked_mask
+from cpumoe.numerics.precision import resolve_precision
+
+
+class Form(NamedTuple):
+    """What calls have in common that differ in their tensors alone."""
+
+    dtype: torch.dtype  # of hidden states and results
+    top_k: int
+    ids_are_64_bit: bool
+    fp32_as_bf16: bool
+
+    def sizes(self) -> dict[str, Any]:
+        """Returns the arguments of `_core.stream_buffer_bytes` and `_core.StreamCall`."""
+        element = ELEMENTS[self.dtype]
+        return {
+            "input_dtype": element,
+            "output_dtype": element,
+            "top_k": self.top_k,
+            "ids_are_64_bit": self.ids_are_64_bit,
+        }
+
+
+class Layer:
+    """The experts of a decoder layer.
+
+    Attributes:
+        experts: they compute.
+        index: number of the decoder layer.
+        model: the checkpoint, which identifies the model.
+        deferred: how many of a token's experts may run after the layer; 0: none.
+        tokens: the most tokens that a call passes to the CPU at once.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        index: int,
+        model: ExpertReader,
+        *,
+        mask: torch.Tensor,
+        deferred: int,
+        tokens: int,
+    ) -> None:
+        """Makes calls of `experts` that skip those of `mask`, which the host may change."""
+        self.experts = experts
+        self.index = index
+        self.model = model
+        self.deferred = deferred
+        self.tokens = tokens
+        self._mask = mask
+        self._calls: WeakKeyDictionary[object, dict[Form, _core.StreamCall]] = WeakKeyDictionary()
+        self._lock = threading.Lock()  # guards _calls
+
+    def form_of(self, x: torch.Tensor, ids: torch.Tensor) -> Form:
+        """Returns the form of a call with these hidden states and ids."""
+        precision = resolve_precision(self.experts.precision, x.dtype)
+        rounds = x.dtype == torch.float32 and precision == "bf16"
+        return Form(x.dtype, ids.shape[1], ids.dtype == torch.int64, rounds)
+
+    def call(
+        self, stream: object, form: Form, bridge: Callable[[], _core.Bridge]
+    ) -> _core.StreamCall:
+        """Returns the engine's call for a stream. `bridge` gives it the stream's buffers."""
+        with self._lock:
+            calls = self._calls.setdefault(stream, {})
+            call = calls.get(form)
+            if call is None:
+                call = calls[form] = _core.StreamCall(
+                    bridge=bridge(),
+                    runtime=self.experts.runtime.core,
+                    layer=self.experts.core,
+                    mask=self._mask.data_ptr(),
+                    mask_owner=self._mask,
+                    skip_unknown_ids=True,  # the host pads with ids of its own
+                    deferred_experts=min(self.deferred, form.top_k),
+                    layer_index=self.index,
+                    fp32_as_bf16=form.fp32_as_bf16,
+                    **form.sizes(),
+                )
+        return call
+
+    def wait(self) -> bool:
+        """Waits until no call runs. Returns False if nobody can tell, as during a capture."""
+        with self._lock:
+            calls = [call for of_stream in self._calls.values() for call in of_stream.values()]
+        return all(call.wait() for call in calls)
+
+    def follow_mask(self) -> None:
+        """Loads the experts that the mask asks for, and gives back the memory of the others.
+
+        While a graph is captured, memory is not given back: earlier calls may need it.
+
+        Raises:
+            FileNotFoundError, CheckpointError: an expert cannot be read.
+        """
+        used = self.experts.expert_mask
+        assert used is not None
+        if torch.equal(used, self._mask):
+            return
+        self.experts.expert_mask = checked_mask(self._mask, self.experts.num_experts)
+        if self.wait():
+            self.experts.evict()
+
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Adds the layer to the text of errors of calls."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"layer {self.index}: {error}") from None
