@@ -110,7 +110,7 @@ def test_memory_and_nodes_are_explained():
     said = dry_run(MODEL)[2]
     assert "GPU: 80 % of 34.4 GB for 10.8 GB of weights besides experts, 2.15 GB of KV" in said
     assert "14.4 GB for 25 of 256 experts in each layer" in said
-    assert "CPU: 133 GB for 231 of 256 experts in each of 43 layers" in said
+    assert "CPU: 133 GB for 231 of 256 experts in each of 43 layers, 96 threads" in said
     assert "cpumoe does not place experts by node yet" in said
 
 
@@ -161,9 +161,6 @@ def test_several_gpus_share_the_weights(use_machine):
     assert found["--tensor-parallel-size"] == "2"
     assert found["--kt-num-gpu-experts"] == "69"
     assert options(MODEL, "--tp-size", 1)["--kt-num-gpu-experts"] == "25"
-    planned = (MODEL, "--gpu-memory", 32, "--tp", 8)
-    assert options(*planned)["--kt-num-gpu-experts"] == "256"
-    assert "GPUs; this machine has" not in dry_run(*planned)[2]
 
 
 def test_sizes_come_from_the_checkpoint(v4, use_machine):
@@ -274,13 +271,6 @@ def test_an_incomplete_download_is_named(tmp_path):
     folder = write_small(tmp_path / "model", "kimi-k2", max_shard_bytes=20_000)
     sorted(folder.glob("*.safetensors"))[-1].unlink()
     assert "1 shard missing" in problems(folder)
-    for shard in folder.glob("*.safetensors"):
-        shard.unlink()
-    assert "shards missing" in problems(folder)
-
-
-def test_a_file_of_options_is_a_warning():
-    assert "options of the file --config give way" in dry_run(MODEL, "--config", "file.yaml")[2]
 
 
 def test_an_untested_version_is_a_warning(use_host):
@@ -302,8 +292,8 @@ def test_wrong_models_are_refused(v4, tmp_path):
     assert "no config.json" in refuse("sglang", tmp_path, "--dry-run")
 
 
-def test_what_a_model_type_may_need_is_said(gpt_oss, tmp_path):
-    assert "the type gpt_oss may need others" in dry_run(gpt_oss)[2]
+def test_what_was_not_tried_is_said(gpt_oss, tmp_path):
+    assert "was not tried with models of the type gpt_oss" in dry_run(gpt_oss)[2]
     kimi = write_small(tmp_path / "kimi", "kimi-k2")
     assert "SGLang runs it if you pass --trust-remote-code" in dry_run(kimi)[2]
 

@@ -18,6 +18,7 @@ from cpumoe import SwiGLU
 from cpumoe.integrations.sglang import kt_kernel, plugin, pythonpath
 
 HOST = "sglang.srt.layers.moe.kt_ep_wrapper"
+LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 ROOT = Path(__file__).parents[2]
 
 
@@ -70,7 +71,8 @@ def test_a_server_with_kt_options_gets_the_module(sglang, monkeypatch):
     assert sglang.hooks == {
         f"{HOST}.KTEPWrapperMethod.create_moe_runner": (plugin.scale_once, "around"),
         f"{HOST}.KTEPWrapperMethod.create_weights": (plugin.tell_swiglu, "around"),
-        f"{HOST}.create_kt_config_from_server_args": (plugin.keep_draft_layers, "around"),
+        f"{LAYER}.__init__": (plugin.route_unscaled, "around"),
+        f"{HOST}.create_kt_config_from_server_args": (plugin.layer_settings, "around"),
     }
 
 
@@ -174,13 +176,39 @@ def test_the_module_is_told_the_layers_swiglu(tmp_path, config, expected):
     assert made[1]._swiglu == SwiGLU()
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_routing_does_not_scale_for_layers_with_experts_on_the_cpu(monkeypatch, on_cpu):
+    host = ModuleType(HOST)
+    host.KTEPWrapperMethod = type("KTEPWrapperMethod", (), {})
+    monkeypatch.setitem(sys.modules, HOST, host)
+    layer = SimpleNamespace()
+
+    def make(layer, /, **kwargs):
+        layer.quant_method = host.KTEPWrapperMethod() if on_cpu else object()
+        layer.should_fuse_routed_scaling_factor_in_topk = True
+        layer.arguments = kwargs
+
+    plugin.route_unscaled(make, layer, num_experts=8)
+    assert layer.should_fuse_routed_scaling_factor_in_topk == (not on_cpu)
+    assert layer.arguments == {"num_experts": 8}
+
+
 def test_draft_layers_keep_their_experts(sglang):
     def settings(server_args, layer_idx):
-        return server_args, layer_idx
+        return SimpleNamespace(num_gpu_experts=4, layer_idx=layer_idx)
 
-    assert plugin.keep_draft_layers(settings, "args", 3) == ("args", 3)
+    assert plugin.layer_settings(settings, "args", 3).layer_idx == 3
     sglang.flags.moe.in_speculative_scope = True
-    assert plugin.keep_draft_layers(settings, "args", 3) is None
+    assert plugin.layer_settings(settings, "args", 3) is None
+
+
+@pytest.mark.parametrize(("stated", "used"), [(None, 0), (0, 0), (4, 4)])
+def test_the_cpu_has_all_experts_unless_the_user_says_otherwise(sglang, stated, used):
+    def settings(server_args, layer_idx):
+        return SimpleNamespace(num_gpu_experts=stated)
+
+    assert plugin.layer_settings(settings, "args", 3).num_gpu_experts == used
+    assert plugin.layer_settings(lambda *args: None, "args", 3) is None
 
 
 def test_the_metadata_names_the_plugin():

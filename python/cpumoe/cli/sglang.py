@@ -79,7 +79,7 @@ def command(
 def _plan(arguments: Sequence[str], gpu_memory: float | None, kv_cache: float) -> Plan:
     from cpumoe.cli import sglang_host, sglang_machine
     from cpumoe.cli.sglang_model import find_launch_model
-    from cpumoe.cli.sglang_plan import MODEL, TENSOR_PARALLEL, WEIGHTS, make_plan
+    from cpumoe.cli.sglang_plan import MODEL, WEIGHTS, make_plan
 
     if not 0 <= kv_cache < float("inf"):
         raise InputError(f"--kv-cache: expected 0 or more GiB, got {kv_cache}")
@@ -96,9 +96,9 @@ def _plan(arguments: Sequence[str], gpu_memory: float | None, kv_cache: float) -
         raise InputError(f"expected a model: cpumoe sglang MODEL, or {MODEL[0]} FOLDER")
     machine = sglang_machine.this_machine()
     if gpu_memory is not None:
-        count = int(given.number(int, *TENSOR_PARALLEL) or 0) or len(machine.gpus) or 1
-        gpu = sglang_machine.Gpu("GPU", round(gpu_memory * _GIBIBYTE))
-        machine = replace(machine, gpus=(gpu,) * count)
+        memory = round(gpu_memory * _GIBIBYTE)
+        gpus = machine.gpus or (sglang_machine.Gpu("GPU", memory),)
+        machine = replace(machine, gpus=tuple(replace(gpu, memory=memory) for gpu in gpus))
     model = find_launch_model(name, given.text(*WEIGHTS))
     host = sglang_host.installed_host()
     return make_plan(model, machine, host, given, round(kv_cache * _GIBIBYTE))

@@ -22,8 +22,8 @@ _OTHER_BYTES = {
     "Kimi-K2-Thinking": 23_500_000_000,
     "Kimi-K2.5": 24_400_000_000,
 }
-# Model types whose options are known, and whether their checkpoints have Python code that SGLang
-# must run.
+# Model types whose layers SGLang is known to hand to the module, and whether a checkpoint of the
+# type has Python code that SGLang runs.
 _KNOWN_TYPES = {"deepseek_v4": False, "kimi_k2": True, "kimi_k25": True, "qwen3_moe": False}
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -174,10 +174,7 @@ def _stored(path: Path, decoder_layers: int) -> _Bytes:
 def _remarks(model_type: str) -> tuple[str, ...]:
     has_code = _KNOWN_TYPES.get(model_type)
     if has_code is None:
-        return (
-            f"cpumoe knows the options for {', '.join(_KNOWN_TYPES)}; "
-            f"the type {model_type} may need others",
-        )
+        return (f"SGLang with cpumoe was not tried with models of the type {model_type}",)
     if has_code:
         return (
             "the checkpoint has Python code, for its tokenizer; SGLang runs it if you pass "

@@ -25,7 +25,7 @@ from cpumoe.integrations.sglang.plugin import SWITCH
 # Options that have several names.
 MODEL = ("--model-path", "--model")
 WEIGHTS = ("--kt-weight-path",)
-TENSOR_PARALLEL = ("--tensor-parallel-size", "--tp-size", "--tp")
+_TENSOR_PARALLEL = ("--tensor-parallel-size", "--tp-size", "--tp")
 _GPU_EXPERTS = ("--kt-num-gpu-experts",)
 _GPU_RATIO = ("--kt-gpu-experts-ratio",)
 _FRACTION = ("--mem-fraction-static",)
@@ -68,15 +68,13 @@ def make_plan(
         InputError: a value in `given` is wrong.
     """
     planner = _Planner(model, machine, given, kv_cache)
-    if given.has("--config"):
-        planner.warnings.append("options of the file --config give way to those of this command")
     planner.check_host(host)
     gpu_experts = planner.gpu_experts()
     planner.check_memory(gpu_experts)
     if machine.nodes > 1:
         planner.remarks.append(
             f"{machine.nodes} memory nodes: cpumoe does not place experts by node yet, so "
-            "--kt-threadpool-count and --kt-numa-nodes have no effect"
+            "--kt-threadpool-count has no effect"
         )
     return Plan(
         arguments=tuple(planner.arguments(gpu_experts)),
@@ -95,7 +93,7 @@ class _Planner:
         self._kv_cache = kv_cache
         self._on_cpu = given.text("--device") == "cpu"
         self._ratio = given.number(float, *_GPU_RATIO)
-        self._ranks = int(given.number(int, *TENSOR_PARALLEL) or 0) or _ranks(len(machine.gpus))
+        self._ranks = int(given.number(int, *_TENSOR_PARALLEL) or 0) or _ranks(len(machine.gpus))
         self.remarks: list[str] = []
         self.warnings: list[str] = []
         self.problems: list[str] = []
@@ -113,7 +111,7 @@ class _Planner:
                 f"{host.name} {host.version}: cpumoe was written for {TESTED[host.name]}"
             )
         self.warnings += self._given.fit(host)
-        if host.name == UPSTREAM:  # `gpu_experts` makes a number of it.
+        if host.name == UPSTREAM:
             self._given.take(*_GPU_RATIO)
 
     def gpu_experts(self) -> int:
@@ -138,7 +136,8 @@ class _Planner:
         needed = model.layers * (model.experts - gpu_experts) * model.cpu_expert_bytes
         self.remarks.append(
             f"CPU: {format_bytes(needed)} for {model.experts - gpu_experts} of {model.experts} "
-            f"experts in each of {model.layers} layers"
+            f"experts in each of {model.layers} layers, "
+            f"{format_count(self._machine.cores, 'thread')}"
         )
         if 0 < free < needed:
             self.problems.append(
@@ -161,7 +160,7 @@ class _Planner:
         if not self._on_cpu:
             defaults.append((_FRACTION, [f"{_DEFAULT_FRACTION:g}"]))
             if self._ranks > 1:
-                defaults.append((TENSOR_PARALLEL, [str(self._ranks)]))
+                defaults.append((_TENSOR_PARALLEL, [str(self._ranks)]))
         words: list[str] = []
         for names, values in defaults:
             if not self._given.has(*names):
@@ -176,9 +175,9 @@ class _Planner:
             self.problems.append(
                 "no GPU: nvidia-smi finds none; --gpu-memory plans for another machine"
             )
-        elif gpus < self._ranks and not self._given.has("--nnodes"):
+        elif gpus < self._ranks:
             self.problems.append(
-                f"{TENSOR_PARALLEL[0]} {self._ranks} needs {format_count(self._ranks, 'GPU')}; "
+                f"{_TENSOR_PARALLEL[0]} {self._ranks} needs {format_count(self._ranks, 'GPU')}; "
                 f"this machine has {gpus}"
             )
 
@@ -201,8 +200,6 @@ class _Planner:
             )
             return 0
         bytes_of_one = model.layers * model.gpu_expert_bytes
-        if not bytes_of_one:  # all files are missing
-            return 0
         number = min(model.experts, room // bytes_of_one)
         self.remarks.append(
             f"GPU: {divided}, and {format_bytes(number * bytes_of_one)} for {number} of "

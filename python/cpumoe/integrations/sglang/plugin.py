@@ -2,13 +2,15 @@
 
 SGLang calls `register` in each of its processes, because cpumoe's metadata names it in the group
 ``sglang.srt.plugins``. It does nothing unless the command line has an option ``--kt-...``, or
-``CPUMOE_SGLANG=1`` is set. It then does three things, besides making cpumoe's module importable as
+``CPUMOE_SGLANG=1`` is set. It then does four things, besides making cpumoe's module importable as
 ``kt_kernel``:
 
-- SGLang's models multiply the experts' sum by the routed scaling factor, and so do its GPU experts.
-  The latter is switched off.
+- SGLang's models of DeepSeek, Kimi and GLM multiply the experts' sum by the routed scaling factor.
+  SGLang's GPU experts, or the routing before them, multiply by this factor as well. The latter is
+  switched off.
 - SGLang does not tell the module the model's SwiGLU limit and alpha. Now it does.
 - Layers of a draft model, which have numbers of decoder layers, keep their experts on the GPU.
+- Without ``--kt-num-gpu-experts``, SGLang fails. Now the CPU has all experts.
 
 Written for SGLang 0.5.23. sglang-kt does all this itself, and has no plugins.
 """
@@ -34,6 +36,7 @@ _OURS = "cpumoe.integrations.sglang.kt_kernel"
 _HOST = "sglang.srt.layers.moe.kt_ep_wrapper"
 # SGLang's layers hand their experts to this class.
 _METHOD = f"{_HOST}.KTEPWrapperMethod"
+_LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 
 
 def register() -> None:
@@ -55,7 +58,8 @@ def register() -> None:
     for target, hook in (
         (f"{_METHOD}.create_moe_runner", scale_once),
         (f"{_METHOD}.create_weights", tell_swiglu),
-        (f"{_HOST}.create_kt_config_from_server_args", keep_draft_layers),
+        (f"{_LAYER}.__init__", route_unscaled),
+        (f"{_HOST}.create_kt_config_from_server_args", layer_settings),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
     logger.info("cpumoe computes the experts that --kt-... options leave to the CPU")
@@ -92,15 +96,30 @@ def tell_swiglu(
         host_swiglu.reset(token)
 
 
-def keep_draft_layers(
-    original: Callable[..., object], server_args: object, layer_idx: int
-) -> object:
+def route_unscaled(
+    original: Callable[..., None], layer: Any, /, *args: object, **kwargs: object
+) -> None:
+    """Keeps the routed scaling factor out of the weights that the layer's routing computes.
+
+    SGLang's GPU methods for DeepSeek-V4's experts ask for weights that are scaled already. The
+    model applies the factor nonetheless, because it recognises SGLang's wrapper.
+    """
+    original(layer, *args, **kwargs)
+    wrapper: type = importlib.import_module(_HOST).KTEPWrapperMethod
+    if isinstance(layer.quant_method, wrapper):
+        layer.should_fuse_routed_scaling_factor_in_topk = False
+
+
+def layer_settings(original: Callable[..., Any], server_args: object, layer_idx: int) -> Any:
     """Returns SGLang's settings for a layer; None, which means "all on the GPU", for a draft's."""
     from sglang.srt.runtime_context import get_flags
 
     if get_flags().moe.in_speculative_scope:
         return None
-    return original(server_args, layer_idx)
+    settings = original(server_args, layer_idx)
+    if settings is not None and settings.num_gpu_experts is None:
+        settings.num_gpu_experts = 0
+    return settings
 
 
 def _wanted(arguments: list[str]) -> bool:
