@@ -146,7 +146,10 @@ class Checked {
             StreamCall::Options{.call = layer_.Options(layer_.MakeBatch(1))})) {
     bridge_->Prepare(stream_);
     device_->BeginCapture(stream_);
-    for (int i = 0; i < 2; ++i) Call(captured_);
+    for (int i = 0; i < 2; ++i) {
+      DelayJob();
+      Call(captured_);
+    }
     graph_ = device_->EndCapture(stream_);
   }
 
@@ -155,9 +158,8 @@ class Checked {
     const Batch replayed = layer_.MakeBatch(seed), made = layer_.MakeBatch(100 + seed);
     captured_.Set(replayed);
     eager_.Set(made);
-    DelayJobs();
     device_->Replay(graph_, stream_);
-    DelayJobs();
+    DelayJob();
     Call(eager_);
     device_->Synchronize(stream_);
     return (captured_.Output() == layer_.Expected(replayed) ? 0 : 1) +
@@ -176,9 +178,14 @@ class Checked {
     call_->Submit(stream_, batch.tensors());
     call_->Sync(stream_);
   }
-  // Lets a stream that does not wait for its job run ahead of it.
-  void DelayJobs() {
-    runtime_->Submit([](Node&) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); });
+  // Delays the next job in the stream's order, so that a stream that does not wait for it runs
+  // ahead of it.
+  void DelayJob() {
+    const auto delay = [](void* runtime) noexcept {
+      static_cast<Runtime*>(runtime)->Submit(
+          [](Node&) { std::this_thread::sleep_for(std::chrono::milliseconds(2)); });
+    };
+    device_->driver()->Launch(stream_, delay, runtime_.get());
   }
 
   const std::unique_ptr<CudaDevice> device_ = MakeCudaDevice();

@@ -30,8 +30,10 @@ class HostDevice final : public TestDevice {
     blocks_.push_back(std::make_unique<std::byte[]>(bytes));
     return blocks_.back().get();
   }
-  void Write(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void Read(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void Write(void* to, const void* from, size_t bytes) override {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  }
+  void Read(void* to, const void* from, size_t bytes) override { Write(to, from, bytes); }
   void Fill(StreamHandle, void* to, uint8_t value, size_t bytes) override {
     std::memset(to, value, bytes);
   }

@@ -1,11 +1,12 @@
 """Layers of SGLang on streams of CUDA, which a stand-in runs: results, graphs, masks, errors."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from fake_gpu import LIBRARY, FakeGpu, FakeGpuStream
-from moe_tools import Inputs, refused
+from moe_tools import Inputs, output_of, refused
 from sglang_tools import EXPERTS, batch, checkpoint, gpu, loaded, run
 
 from cpumoe.integrations.sglang import wrapper as module
@@ -233,3 +234,72 @@ def test_submit_can_be_made_to_wait(folder, device, stream, monkeypatch):
     wrapper = loaded(folder)
     wrapper.submit_forward(*on(device, batch(30)), stream)
     assert wrapper._layer.experts.statistics().calls == 1
+
+
+ENDS_DURING_CALLS = """
+import os
+import sys
+
+sys.path.insert(0, sys.argv[3])
+
+import torch
+from fake_gpu import FakeGpu, FakeGpuStream
+from sglang_tools import batch, loaded
+
+from cpumoe.integrations.sglang import wrapper as module
+
+gpu = FakeGpu()
+gpu.reset()
+streams = {}
+on_the_cpu = module.stream_of
+
+
+def stream_of(x, handle):
+    if handle is None:
+        return on_the_cpu(x, handle)
+    return streams.setdefault(handle, FakeGpuStream(gpu, handle))
+
+
+module.stream_of = stream_of
+layers = [loaded(sys.argv[1], layer_idx=i, max_deferred_experts_per_token=1) for i in (0, 1)]
+stream = gpu.new_stream()
+args = batch(20)
+own = [gpu.to(tensor) for tensor in args]
+
+
+def call(layer):
+    layer.submit_forward(*own, stream)
+    return layer.sync_forward(own[0], stream)
+
+
+call(layers[0])
+gpu.begin_capture(stream)
+call(layers[0])
+graph = gpu.end_capture(stream)
+for _ in range(50):
+    call(layers[0])
+    gpu.replay(graph, stream)
+layers[1].submit_forward(*args, None)
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child == 0:
+        for handle, tensors in ((stream, own), (None, args)):
+            try:
+                layers[0].submit_forward(*tensors, handle)
+            except RuntimeError as error:
+                assert "do not exist after fork()" in str(error), error
+            else:
+                os._exit(1)
+        del layers
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    gpu.synchronize(stream)
+    assert torch.isfinite(gpu.read(call(layers[0]))).all()
+print("end")
+"""
+
+
+@pytest.mark.parametrize("way", ["exit", "fork"])
+def test_a_process_may_exit_or_fork_during_calls(folder, way):
+    tests = str(Path(__file__).parent)
+    assert output_of(ENDS_DURING_CALLS, str(folder), way, tests) == "end"

@@ -187,7 +187,8 @@ class CudaStream(Stream):
 
     @override
     def new_bridge(self, buffer_bytes: int, captured_bytes: int) -> _core.Bridge:
-        with torch.cuda.device(self._device):  # makes the device's context current
+        with torch.cuda.device(self._device):
+            torch.cuda.mem_get_info()  # makes the device's context current on a new thread
             return _core.Bridge(cuda=True, buffer_bytes=buffer_bytes, captured_bytes=captured_bytes)
 
 
