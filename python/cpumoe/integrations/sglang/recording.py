@@ -115,7 +115,7 @@ def place(counts: torch.Tensor, gpu_experts: int) -> Placement:
     order = torch.cat([hottest[:, :chosen], hottest[:, chosen:].sort(dim=1).values], dim=1)
     used = counts.sum(dim=1) > 0
     # A layer without routed experts has nothing to place.
-    order[~used] = torch.arange(experts)
+    order[~used] = torch.arange(experts, device="cpu")
     masks = generate_gpu_experts_masks(counts, chosen * int(used.sum()))
     return Placement(counts, chosen, order, masks)
 
