@@ -98,6 +98,7 @@ expect 0 "mxfp4" cpumoe inspect v4-flash
 expect 0 "cpumoe validate" cpumoe synth tiny --model v4-flash --layers 1 --experts 4 --hidden 64 --intermediate 32
 expect 0 "generic" cpumoe validate tiny --isa generic --tokens 1
 expect 0 "tokens" quick_bench
+expect 0 "--kt-num-gpu-experts" cpumoe sglang v4-flash --dry-run
 expect 0 "The small model cannot write here" cpumoe demo --experts 2 --hidden 64 --intermediate 32
 missing plot bench --model tiny --plot plot.svg
 missing transformers generate -p a

@@ -223,6 +223,16 @@ def test_upstream_gets_the_tutorials_command_without_the_forks_options(v4):
     assert "--cuda-graph-bs became --cuda-graph-bs-decode" in said
 
 
+def test_the_option_names_of_kt_run_are_known(v4, use_host):
+    use_host(FORK)
+    given = ("--gpu-experts", 2, "--cpu-threads", 4, "--weights-path", v4)
+    found = options(MODEL, *given, "--kt-gpu-prefill-threshold=400")
+    assert found["--kt-num-gpu-experts"] == "2"
+    assert found["--kt-cpuinfer"] == "4"
+    assert found["--kt-weight-path"] == str(v4)
+    assert found["--kt-gpu-prefill-token-threshold"] == "400"
+
+
 def test_a_ratio_of_experts_becomes_a_number_for_upstream(use_host):
     assert options(MODEL, "--kt-gpu-experts-ratio", "0.1")["--kt-num-gpu-experts"] == "25"
     use_host(FORK)
@@ -370,4 +380,5 @@ def test_sglangs_own_parser_accepts_the_command(v4, use_host):
     assert parsed["disable_shared_experts_fusion"]
     assert full["speculative_algorithm"] == "EAGLE"
     assert full.get("kt_gpu_prefill_token_threshold") == (4096 if is_fork else None)
-    assert not {"--dry-run", "--gpu-memory", "--kv-cache", "--traceback"} & set(names)
+    ours = {"--dry-run", "--gpu-memory", "--kv-cache", "--traceback", *sglang_host._NAMES_OF_KT}
+    assert not ours & set(names)

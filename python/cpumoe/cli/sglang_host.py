@@ -22,6 +22,13 @@ _FORK_ONLY = (
     "--kt-expert-placement-strategy",
     "--record-kt-gpu-expert-distribution",
 )
+# Options of the command `kt run`, and their names in both SGLangs.
+_NAMES_OF_KT = {
+    "--gpu-experts": "--kt-num-gpu-experts",
+    "--cpu-threads": "--kt-cpuinfer",
+    "--weights-path": "--kt-weight-path",
+    "--kt-gpu-prefill-threshold": "--kt-gpu-prefill-token-threshold",
+}
 # Options of sglang-kt, and their names in SGLang.
 _NAMES_UPSTREAM = {
     "--cuda-graph-bs": "--cuda-graph-bs-decode",
@@ -60,7 +67,10 @@ class Options:
     """Options of SGLang's command line, as the user gave them.
 
     Args:
-        words: the words of the command line.
+        words: the words of the command line. Names of `kt run` become those of SGLang.
+
+    Raises:
+        InputError: the first word is no option.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -69,6 +79,7 @@ class Options:
         for word in words:
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
+                name = _NAMES_OF_KT.get(name, name)
                 self._groups.append([name, value] if equals else [name])
             elif self._groups:
                 self._groups[-1].append(word)
