@@ -229,6 +229,23 @@ def test_page_locked_memory_is_freed_with_the_models_last_layer(folder, device, 
     assert device.host_allocations() == before
 
 
+def test_weights_that_graphs_use_are_replaced_with_a_warning(folder, device, stream, caplog):
+    wrapper = loaded(folder)
+    own = on(device, batch(3))
+    call(wrapper, own, stream)
+    wrapper.load_weights()
+    call(wrapper, own, stream)
+    assert not caplog.records
+    device.begin_capture(stream)
+    call(wrapper, own, stream)
+    device.end_capture(stream)
+    wrapper.load_weights()
+    assert [record.message for record in caplog.records] == [
+        "layer 0: load_weights: CUDA graphs that captured calls of the earlier weights must not "
+        "run any more; capture them again"
+    ]
+
+
 def test_submit_can_be_made_to_wait(folder, device, stream, monkeypatch):
     monkeypatch.setenv("KT_FORCE_SYNC_SUBMIT", "1")
     wrapper = loaded(folder)

@@ -98,9 +98,11 @@ class Layer:
 
     def wait(self) -> bool:
         """Waits until no call runs. Returns False if nobody can tell, as during a capture."""
-        with self._lock:
-            calls = [call for of_stream in self._calls.values() for call in of_stream.values()]
-        return all(call.wait() for call in calls)
+        return all(call.wait() for call in self._all_calls())
+
+    def captured(self) -> int:
+        """Returns how many calls graphs have captured, and may make again at any time."""
+        return sum(call.captured_plans for call in self._all_calls())
 
     def follow_mask(self) -> None:
         """Loads the experts that the mask asks for, and gives back the memory of the others.
@@ -117,6 +119,10 @@ class Layer:
         self.experts.expert_mask = checked_mask(self._mask, self.experts.num_experts)
         if self.wait():
             self.experts.evict()
+
+    def _all_calls(self) -> list[_core.StreamCall]:
+        with self._lock:
+            return [call for calls in self._calls.values() for call in calls.values()]
 
     @contextmanager
     def naming_errors(self) -> Iterator[None]:

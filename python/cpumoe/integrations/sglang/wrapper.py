@@ -164,6 +164,12 @@ class KTMoEWrapper:
             FileNotFoundError, CheckpointError: see `cpumoe.Experts.from_checkpoint`.
         """
         slots = experts_of_slots(physical_to_logical_map_cpu, self._reader, self.num_experts)
+        if self._layer is not None and self._layer.captured():
+            logger.warning(
+                "layer %d: load_weights: CUDA graphs that captured calls of the earlier weights "
+                "must not run any more; capture them again",
+                self.layer_idx,
+            )
         self.sync_write_weight_scale_to_buffer()
         self._layer = self._write_back = None  # gives back memory before taking more
         start = time.monotonic()
@@ -211,9 +217,10 @@ class KTMoEWrapper:
         At most two layers may be between `submit_forward` and `sync_forward` on one stream.
 
         A CUDA graph may capture the call. The first call on a stream allocates page-locked memory,
-        so make a call on the stream before a capture. The graph may run on any stream, and as long
-        as the weights are not loaded again. If a call fails, its result is NaN, and the layer's
-        next `submit_forward` or `sync_forward` raises the error.
+        so make a call on the stream before a capture. The graph may run on any stream, as long as
+        the weights are not loaded again. Graphs that were captured on one stream must not run at
+        the same time, because their calls share memory. If a call fails, its result is NaN, and the
+        layer's next `submit_forward` or `sync_forward` raises the error.
 
         Args:
             hidden_states: ``[tokens, hidden]`` bf16, fp16 or fp32, on the CPU or on a GPU of CUDA.
