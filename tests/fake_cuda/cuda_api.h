@@ -59,6 +59,8 @@ FAKE_CUDA_API CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size
 FAKE_CUDA_API CUresult cuLaunchHostFunc(CUstream stream, void (*function)(void*), void* data);
 FAKE_CUDA_API CUresult cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value,
                                               unsigned flags);
+FAKE_CUDA_API CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value,
+                                               unsigned flags);
 
 FAKE_CUDA_API CUresult cuThreadExchangeStreamCaptureMode(int* mode);
 FAKE_CUDA_API CUresult cuStreamBeginCapture_v2(CUstream stream, int mode);

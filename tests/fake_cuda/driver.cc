@@ -330,6 +330,18 @@ CUresult cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr address, uint32_t v
   return CUDA_SUCCESS;
 }
 
+CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value, unsigned) {
+  if (const CUresult result = EnterInContext("cuStreamWriteValue32"); result != CUDA_SUCCESS)
+    return result;
+  if (!observer().waits_for_values) return CUDA_ERROR_NOT_SUPPORTED;
+  Queue(stream, [=] {
+    const Memory::Place word = memory().Find(address, sizeof(uint32_t));
+    if (!MayCopy(word, word, "in a write")) return;
+    __atomic_store_n(reinterpret_cast<uint32_t*>(word.bytes), value, __ATOMIC_RELEASE);
+  });
+  return CUDA_SUCCESS;
+}
+
 CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
   std::swap(*mode, capture_mode);
   return Enter("cuThreadExchangeStreamCaptureMode");
