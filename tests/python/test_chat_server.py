@@ -73,6 +73,21 @@ def test_events_that_say_nothing_are_passed_over(last):
     assert answered(events(delta(content="1"), last)) == "1"
 
 
+def test_what_sglang_sends_is_an_answer():
+    """The form of SGLang 0.5.23's events."""
+
+    def event(finish_reason=None, **said):
+        choice = {"index": 0, "delta": {"reasoning_content": None, **said}, "logprobs": None}
+        choice |= {"finish_reason": finish_reason, "matched_stop": None}
+        return {"object": "chat.completion.chunk", "choices": [choice]}
+
+    usage = {"prompt_tokens": 8, "total_tokens": 10, "completion_tokens": 2}
+    first, last = event(role="assistant", content=""), event("length")
+    counted = {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+    stream = (first, event(content=" thr"), event(content="ee"), last, counted)
+    assert answered(events(*stream)) == " three"
+
+
 @pytest.mark.parametrize(
     "content",
     [
