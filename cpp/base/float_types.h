@@ -67,6 +67,11 @@ struct E8M0 {
     if (IsNan()) return std::bit_cast<float>(0x7fc00000u);
     return std::bit_cast<float>(bits == 0 ? 0x00400000u : uint32_t{bits} << 23);
   }
+  // Exact, as a subnormal number where the power of two is one in bf16. NaN stays NaN.
+  Bf16 ToBf16() const {
+    const bool is_special = bits == 0 || IsNan();  // 2^-127, NaN
+    return {static_cast<uint16_t>((bits << 7) | (is_special ? 0x40 : 0))};
+  }
 };
 
 // Element types of the tensors that a host hands in and gets back.

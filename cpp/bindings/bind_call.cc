@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/submitted_call.h"
 #include "engine/call.h"
 #include "engine/layer.h"
 #include "engine/pending_call.h"
@@ -25,28 +26,6 @@ Call::Tensors Tensors(uintptr_t hidden_states, int64_t hidden_stride, int64_t to
           .weights = reinterpret_cast<const float*>(weights),
           .output = reinterpret_cast<void*>(output)};
 }
-
-// A call that the driver thread makes, and the Python objects whose memory the call reads and
-// writes. The objects live from before the call is queued until the call has ended.
-class SubmittedCall {
- public:
-  explicit SubmittedCall(py::object owned) : owned_(std::move(owned)) {}
-  ~SubmittedCall() {
-    const py::gil_scoped_release release;
-    pending_.WaitQuietly();
-  }
-  SubmittedCall(const SubmittedCall&) = delete;
-  SubmittedCall& operator=(const SubmittedCall&) = delete;
-
-  void Start(PendingCall pending) { pending_ = std::move(pending); }
-  bool Done() const { return pending_.Done(); }
-  void Wait() { pending_.Wait(); }
-  bool WaitFor(double seconds) { return pending_.WaitFor(seconds); }
-
- private:
-  py::object owned_;
-  PendingCall pending_;
-};
 
 void Run(const Call& self, uintptr_t hidden_states, int64_t hidden_stride, int64_t tokens,
          uintptr_t ids, uintptr_t weights, uintptr_t output) {
@@ -71,12 +50,6 @@ void BindCall(py::module_& m) {
       .value("BF16", DType::kBf16)
       .value("FP16", DType::kFp16)
       .value("FP32", DType::kFp32);
-
-  py::class_<SubmittedCall>(m, "SubmittedCall")
-      .def("done", &SubmittedCall::Done)
-      .def("wait", &SubmittedCall::Wait, py::call_guard<py::gil_scoped_release>())
-      .def("wait_for", &SubmittedCall::WaitFor, py::arg("seconds"),
-           py::call_guard<py::gil_scoped_release>());
 
   py::class_<Call>(m, "Call")
       .def(py::init([](std::shared_ptr<Runtime> runtime, std::shared_ptr<Layer> layer,

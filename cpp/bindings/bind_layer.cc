@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "bindings/bindings.h"
+#include "bindings/submitted_call.h"
 #include "engine/layer.h"
 #include "engine/runtime.h"
 #include "moe/moe.h"
@@ -32,6 +33,7 @@ struct MatrixArgs {
   int64_t codes_stride;
   uintptr_t scales;
   int64_t scales_stride;
+  bool scales_as_bf16;
 
   template <class Byte>
   RawMatrixOf<Byte> View() const {
@@ -41,7 +43,8 @@ struct MatrixArgs {
             codes_stride,
             reinterpret_cast<Byte*>(scales),
             scales_stride,
-            name.c_str()};
+            name.c_str(),
+            scales_as_bf16};
   }
 };
 
@@ -73,13 +76,34 @@ void Pack(Layer& self, Runtime& runtime, const std::vector<int64_t>& experts,
   self.Pack(runtime, experts, sources);
 }
 
+// The gate, up and down matrices of a shard, and its first intermediate feature.
+using ShardArgs = std::pair<std::array<MatrixArgs, 3>, int64_t>;
+
+std::vector<ExpertDestination> Destinations(const std::vector<ShardArgs>& shards) {
+  std::vector<ExpertDestination> out;
+  out.reserve(shards.size());
+  for (const auto& [matrices, begin] : shards) {
+    out.push_back({.gate = matrices[0].View<std::byte>(),
+                   .up = matrices[1].View<std::byte>(),
+                   .down = matrices[2].View<std::byte>(),
+                   .intermediate_begin = begin});
+  }
+  return out;
+}
+
 void Unpack(const Layer& self, Runtime& runtime, int64_t expert,
-            const std::array<MatrixArgs, 3>& matrices, int64_t intermediate_begin) {
-  const ExpertDestination out = {.gate = matrices[0].View<std::byte>(),
-                                 .up = matrices[1].View<std::byte>(),
-                                 .down = matrices[2].View<std::byte>(),
-                                 .intermediate_begin = intermediate_begin};
-  self.Unpack(runtime, expert, out);
+            const std::vector<ShardArgs>& shards) {
+  self.Unpack(runtime, expert, Destinations(shards));
+}
+
+std::unique_ptr<SubmittedCall> SubmitUnpack(const std::shared_ptr<Layer>& self, Runtime& runtime,
+                                            int64_t expert, std::vector<ShardArgs> shards,
+                                            py::object owned) {
+  auto call = std::make_unique<SubmittedCall>(std::move(owned));
+  const py::gil_scoped_release release;
+  const auto names = std::make_shared<std::vector<ShardArgs>>(std::move(shards));
+  call->Start(PendingCall(Layer::SubmitUnpack(self, runtime, expert, Destinations(*names))), names);
+  return call;
 }
 
 }  // namespace
@@ -112,18 +136,21 @@ void BindLayer(py::module_& m) {
 
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
-                       int64_t codes_stride, uintptr_t scales, int64_t scales_stride) {
+                       int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
+                       bool scales_as_bf16) {
              RequireCount(rows, name, " rows");
              RequireCount(columns, name, " columns");
              if (rows > 0 && columns > 0) {
                RequireAddress(AsPointer(codes), name, " codes");
                RequireAddress(AsPointer(scales), name, " scales");
              }
-             return MatrixArgs{std::move(name), rows,   columns,      codes,
-                               codes_stride,    scales, scales_stride};
+             return MatrixArgs{std::move(name), rows,   columns,       codes,
+                               codes_stride,    scales, scales_stride, scales_as_bf16};
            }),
            py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
-           py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"));
+           py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"),
+           py::arg("scales_as_bf16") = false)
+      .def_readonly("scales_as_bf16", &MatrixArgs::scales_as_bf16);
 
   py::class_<Layer::Statistics>(m, "LayerStatistics")
       .def_readonly("calls", &Layer::Statistics::calls)
@@ -156,8 +183,12 @@ void BindLayer(py::module_& m) {
            "Raises RuntimeError in a forked child, which must not change the layer.")
       .def("statistics", &Layer::statistics, "Sums over all calls since the layer was made.")
       .def("unpack", &Unpack, py::kw_only(), py::arg("runtime"), py::arg("expert"),
-           py::arg("matrices"), py::arg("intermediate_begin"),
-           py::call_guard<py::gil_scoped_release>());
+           py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
+           "Writes shards of an expert: the matrices gate, up and down of each, and its first "
+           "feature.")
+      .def("submit_unpack", &SubmitUnpack, py::kw_only(), py::arg("runtime"), py::arg("expert"),
+           py::arg("shards"), py::arg("owned"),
+           "Lets the runtime's driver unpack. `owned` lives until that has ended.");
 }
 
 }  // namespace cpumoe

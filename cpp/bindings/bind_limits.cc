@@ -28,16 +28,17 @@ double SecondsOf(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Memory to read. A thread first reads the chunks that it touched first, which on NUMA machines lie
-// in its own node's memory. Then it reads chunks that other threads have not reached yet.
-class ReadBuffer {
+// Memory to read and to copy. A thread first takes the chunks that it touched first, which on NUMA
+// machines lie in its own node's memory. Then it takes chunks that other threads have not reached
+// yet.
+class MemoryBuffer {
  public:
-  ReadBuffer(Runtime& runtime, int64_t bytes) {
+  MemoryBuffer(Runtime& runtime, int64_t bytes) {
     Require(bytes > 0, "bytes: must be positive, got ", bytes);
-    chunks_ = CeilDiv(bytes, kChunkBytes);
-    buffer_ = AlignedBuffer(static_cast<size_t>(chunks_ * kChunkBytes));
+    pairs_ = CeilDiv(bytes, 2 * kChunkBytes);
+    buffer_ = AlignedBuffer(static_cast<size_t>(2 * pairs_ * kChunkBytes));
     runtime.Execute([&](Node& node) {
-      ForChunks(node.pool(), [](std::byte* chunk) { std::memset(chunk, 0, kChunkBytes); });
+      ForPairs(node.pool(), [](std::byte* pair) { std::memset(pair, 0, 2 * kChunkBytes); });
     });
   }
 
@@ -46,46 +47,57 @@ class ReadBuffer {
   // Reads the buffer once and returns the seconds taken.
   double Read(Runtime& runtime, const std::string& isa, const std::string& origin) const {
     const VariantApi& variant = LoadVariant(isa, origin);
-    double seconds = 0;
-    runtime.Execute([&](Node& node) {
-      seconds = SecondsOf([&] {
-        ForChunks(node.pool(), [&](const std::byte* chunk) {
-          variant.read(reinterpret_cast<const float*>(chunk), kChunkFloats);
-        });
-      });
+    return Time(runtime, [&](const std::byte* pair) {
+      for (const std::byte* chunk : {pair, pair + kChunkBytes}) {
+        variant.read(reinterpret_cast<const float*>(chunk), kChunkFloats);
+      }
     });
-    return seconds;
+  }
+
+  // Copies one half of the buffer to the other, and returns the seconds taken.
+  double Copy(Runtime& runtime, const std::string& isa, const std::string& origin) const {
+    const VariantApi& variant = LoadVariant(isa, origin);
+    return Time(runtime,
+                [&](std::byte* pair) { variant.copy(pair + kChunkBytes, pair, kChunkBytes); });
   }
 
  private:
   static constexpr int64_t kChunkBytes = int64_t{1} << 20;
   static constexpr int64_t kChunkFloats = kChunkBytes / int64_t{sizeof(float)};
-  static_assert(kChunkFloats % kReadGranule == 0);
+  static_assert(kChunkFloats % kReadGranule == 0 && kChunkBytes % kCopyGranule == 0);
 
   struct alignas(128) Share {
-    std::atomic<int64_t> next{0};  // the first of this thread's chunks that no thread has taken
+    std::atomic<int64_t> next{0};  // the first of this thread's pairs that no thread has taken
     int64_t end = 0;
   };
 
   template <class Body>
-  void ForChunks(ThreadPool& pool, Body&& body) const {
+  double Time(Runtime& runtime, Body&& body) const {
+    double seconds = 0;
+    runtime.Execute([&](Node& node) { seconds = SecondsOf([&] { ForPairs(node.pool(), body); }); });
+    return seconds;
+  }
+
+  // Calls body(address) for each pair of chunks.
+  template <class Body>
+  void ForPairs(ThreadPool& pool, Body&& body) const {
     const int threads = pool.num_threads();
     std::vector<Share> shares(threads);
     for (int t = 0; t < threads; ++t) {
-      shares[t].next = chunks_ * t / threads;
-      shares[t].end = chunks_ * (t + 1) / threads;
+      shares[t].next = pairs_ * t / threads;
+      shares[t].end = pairs_ * (t + 1) / threads;
     }
     pool.For(threads, [&](int64_t /*task*/, int thread) {
       for (int i = 0; i < threads; ++i) {
         Share& share = shares[(thread + i) % threads];
-        for (int64_t chunk; (chunk = share.next.fetch_add(1)) < share.end;) {
-          body(buffer_.data() + chunk * kChunkBytes);
+        for (int64_t pair; (pair = share.next.fetch_add(1)) < share.end;) {
+          body(buffer_.data() + pair * 2 * kChunkBytes);
         }
       }
     });
   }
 
-  int64_t chunks_ = 0;
+  int64_t pairs_ = 0;
   AlignedBuffer buffer_;
 };
 
@@ -120,13 +132,16 @@ std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
 }  // namespace
 
 void BindLimits(py::module_& m) {
-  py::class_<ReadBuffer>(m, "ReadBuffer")
+  py::class_<MemoryBuffer>(m, "MemoryBuffer")
       .def(py::init<Runtime&, int64_t>(), py::arg("runtime"), py::arg("bytes"),
            py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("nbytes", &ReadBuffer::nbytes)
-      .def("read", &ReadBuffer::Read, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
+      .def_property_readonly("nbytes", &MemoryBuffer::nbytes)
+      .def("read", &MemoryBuffer::Read, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
            py::call_guard<py::gil_scoped_release>(),
-           "Reads the buffer once on all threads and returns the seconds taken.");
+           "Reads the buffer once on all threads and returns the seconds taken.")
+      .def("copy", &MemoryBuffer::Copy, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Copies one half to the other on all threads and returns the seconds taken.");
   m.def("peak_names", &PeakNames, py::arg("isa"), py::arg("origin"),
         "The precisions for which a variant can time multiply-adds in registers.");
   m.def(

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/submitted_call.h"
 #include "engine/runtime.h"
 #include "threading/topology.h"
 
@@ -45,6 +46,12 @@ void BindRuntime(py::module_& m) {
            }),
            py::kw_only(), py::arg("threads"), py::arg("cpus"), py::arg("callers_compute") = true)
       .def("close", &Runtime::Close, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<SubmittedCall>(m, "SubmittedCall")
+      .def("done", &SubmittedCall::Done)
+      .def("wait", &SubmittedCall::Wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait_for", &SubmittedCall::WaitFor, py::arg("seconds"),
+           py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace cpumoe

@@ -1,5 +1,6 @@
 #include "engine/layer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <iterator>
 #include <numeric>
@@ -104,11 +105,53 @@ void Layer::EvictMasked() {
   }
 }
 
-void Layer::Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const {
-  runtime.Execute([&](Node& node) {
-    const Reading lock = LockForUse();
-    moe_->Unpack(expert, out, node.pool());
-  });
+// An expert on its way to a host's memory, step by step.
+class Layer::Unpacking {
+ public:
+  // Throws std::invalid_argument if a shape does not fit.
+  Unpacking(const Layer& layer, int64_t expert, std::span<const ExpertDestination> out)
+      : layer_(layer), expert_(expert), out_(out), tasks_(layer.moe_->UnpackTasks(out)) {
+    layer.config().RequireExperts(expert, 1);
+  }
+
+  // Returns whether there are more steps.
+  bool Step(Node& node) {
+    const int64_t end = std::min(done_ + kStepTasks * node.pool().num_threads(), tasks_);
+    const Reading lock = layer_.LockForUse();
+    layer_.moe_->Unpack(expert_, out_, done_, end, node.pool());
+    done_ = end;
+    return done_ < tasks_;
+  }
+
+ private:
+  // Tasks of about 64 KiB for each thread: a fraction of a millisecond for which calls wait.
+  static constexpr int64_t kStepTasks = 16;
+
+  const Layer& layer_;
+  const int64_t expert_;
+  const std::span<const ExpertDestination> out_;
+  const int64_t tasks_;
+  int64_t done_ = 0;
+};
+
+void Layer::Unpack(Runtime& runtime, int64_t expert, std::span<const ExpertDestination> out) const {
+  Unpacking unpacking(*this, expert, out);
+  runtime.ExecuteSteps([&](Node& node) { return unpacking.Step(node); });
+}
+
+std::shared_ptr<Completion> Layer::SubmitUnpack(std::shared_ptr<const Layer> layer,
+                                                Runtime& runtime, int64_t expert,
+                                                std::vector<ExpertDestination> out) {
+  struct Job {
+    std::shared_ptr<const Layer> layer;
+    std::vector<ExpertDestination> out;
+    Unpacking unpacking;
+
+    Job(std::shared_ptr<const Layer> from, int64_t expert, std::vector<ExpertDestination> to)
+        : layer(std::move(from)), out(std::move(to)), unpacking(*layer, expert, out) {}
+  };
+  auto job = std::make_shared<Job>(std::move(layer), expert, std::move(out));
+  return runtime.SubmitSteps([job](Node& node) { return job->unpacking.Step(node); });
 }
 
 void Layer::Forward(const ForwardArgs& args, Node& node) const {

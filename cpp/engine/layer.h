@@ -61,8 +61,15 @@ class Layer {
   // Throws std::runtime_error in a forked child.
   void RequireOwnProcess() const;
 
-  // Writes the checkpoint bytes of a packed expert to `out`.
-  void Unpack(Runtime& runtime, int64_t expert, const ExpertDestination& out) const;
+  // Writes a packed expert, or shards of it, to `out` in its checkpoint's form. Calls that wait run
+  // in between. Throws std::out_of_range, and std::invalid_argument if a shape does not fit or the
+  // expert has no weights. If it is evicted meanwhile, a part of `out` has been written then.
+  void Unpack(Runtime& runtime, int64_t expert, std::span<const ExpertDestination> out) const;
+  // Lets the driver do that. The memory of `out`, and the names, must live until the completion is
+  // done. Throws at once if there is no such expert or a shape does not fit.
+  static std::shared_ptr<Completion> SubmitUnpack(std::shared_ptr<const Layer> layer,
+                                                  Runtime& runtime, int64_t expert,
+                                                  std::vector<ExpertDestination> out);
 
   // Sums over all calls since the layer was made.
   struct Statistics {
@@ -78,6 +85,8 @@ class Layer {
   void Forward(const ForwardArgs& args, Node& node) const;
 
  private:
+  class Unpacking;
+
   Layer(std::string isa, const FormatInfo& format, std::unique_ptr<Moe> moe);
 
   using Writing = std::unique_lock<std::shared_mutex>;

@@ -44,6 +44,18 @@ std::shared_ptr<Completion> Runtime::Submit(Body body) {
       [self = shared_from_this(), body = std::move(body)]() mutable { self->Run(body); });
 }
 
+std::shared_ptr<Completion> Runtime::SubmitSteps(Step step) {
+  fork_guard_.ThrowIfForked(kSubject);
+  const std::lock_guard lock(submit_mutex_);
+  return Driver().SubmitSteps(
+      [self = shared_from_this(), step = std::move(step)]() mutable { return self->Run(step); });
+}
+
+void Runtime::ExecuteSteps(const Step& step) {
+  bool more = true;
+  while (more) Execute([&](Node& node) { more = step(node); });
+}
+
 Executor& Runtime::Driver() {
   RequireOpen(node_ != nullptr && node_->driver() != nullptr);
   return *node_->driver();

@@ -26,6 +26,9 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   // What runs on a node. It may throw, and must not make calls on the runtime itself.
   using Body = std::function<void(Node&)>;
 
+  // One step of longer work. Returns whether there are more.
+  using Step = std::function<bool(Node&)>;
+
   // Throws what Node throws.
   static std::shared_ptr<Runtime> Create(const Options& options);
 
@@ -52,16 +55,24 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   // Queues body(node) for the driver thread. The queued body keeps the runtime alive.
   std::shared_ptr<Completion> Submit(Body body);
 
+  // Long work that gives way to calls. step(node) runs again and again until it returns false or
+  // throws, and calls that wait run between two steps. Returns when the last step has ended.
+  void ExecuteSteps(const Step& step);
+  // Queues such work for the driver thread.
+  std::shared_ptr<Completion> SubmitSteps(Step step);
+
  private:
   static constexpr char kSubject[] = "Runtime";
 
   explicit Runtime(const Options& options);
 
   template <class F>
-  void Run(F& body) {
+  auto Run(F& body) {
+    std::unique_lock turn(turn_mutex_);
     const std::lock_guard lock(run_mutex_);
+    turn.unlock();
     RequireOpen(node_ != nullptr);
-    body(*node_);
+    return body(*node_);
   }
   void ExecuteOnDriver(const Body& body);
   Executor& Driver();  // requires submit_mutex_
@@ -70,7 +81,10 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   const ForkGuard fork_guard_;
   const bool callers_compute_;
   // Locked in this order. Submitting takes submit_mutex_ alone, and never waits for a body.
-  std::mutex close_mutex_;      // held by the thread that closes
+  std::mutex close_mutex_;  // held by the thread that closes
+  // Held by the thread whose body is next. Without this mutex, a thread with many steps could lock
+  // run_mutex_ again and again before a call wakes up that waits for it.
+  std::mutex turn_mutex_;
   std::mutex run_mutex_;        // held while a body runs
   std::mutex submit_mutex_;     // guards the node's driver
   std::unique_ptr<Node> node_;  // null once closed; reset under all three mutexes

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "base/float_types.h"
+
 namespace cpumoe {
 
 template <class F>
@@ -22,6 +24,13 @@ concept WeightFormat = requires(typename F::Scale scale) {
   { F::IsValidScale(scale) } -> std::same_as<bool>;  // if false, the checkpoint is refused
   { scale.ToFloat() } -> std::same_as<float>;
 };
+
+// Whether scales are bf16 numbers, or become such numbers exactly.
+template <class F>
+concept HasBf16Scales =
+    WeightFormat<F> && (std::same_as<typename F::Scale, Bf16> || requires(typename F::Scale scale) {
+      { scale.ToBf16() } -> std::same_as<Bf16>;
+    });
 
 // The properties of a format that hosts need at run time.
 struct FormatInfo {

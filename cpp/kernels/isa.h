@@ -85,6 +85,16 @@ concept VectorIsa = requires(
   Isa::StoreActivations(staged, v);
 };
 
+// What writing experts to memory needs in addition.
+template <class Isa>
+concept StreamIsa = requires(std::byte* to, const std::byte* from) {
+  { Isa::kRegisterBytes } -> std::convertible_to<int>;  // of a vector: 16, 32 or 64
+  // Copies kVectorBytes bytes past the caches, where the ISA can. `to` is a multiple of as many.
+  Isa::Stream(to, from);
+  // Afterwards other threads and devices see what this thread has streamed.
+  Isa::FinishStreams();
+};
+
 // Whether the floating point kernels of an ISA round activations to less than fp32.
 template <class Isa>
 concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;

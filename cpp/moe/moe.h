@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "base/float_types.h"
 #include "formats/weight_format.h"
@@ -25,7 +26,8 @@ struct ExpertSource {
 };
 
 // Where to write the intermediate features [intermediate_begin, intermediate_begin + gate.rows) of
-// an expert. They are all features, or one rank's share of a tensor-parallel split.
+// an expert. They are all features, or one rank's share of a tensor-parallel split. Scales are as
+// the checkpoint stores them, or bf16 numbers (RawMatrix::scales_as_bf16).
 struct ExpertDestination {
   MutableRawMatrix gate, up, down;
   int64_t intermediate_begin = 0;
@@ -68,8 +70,17 @@ class Moe {
   // std::out_of_range and std::system_error.
   virtual void Evict(int64_t expert) = 0;
 
-  // Writes the checkpoint bytes of a packed expert to `out`.
-  virtual void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const = 0;
+  // The number of tasks, about 64 KiB each, that write an expert to `out`. Throws
+  // std::invalid_argument if a shape does not fit.
+  virtual int64_t UnpackTasks(std::span<const ExpertDestination> out) const = 0;
+  // Does tasks [begin, end) of writing a packed expert to `out`. Throws std::invalid_argument and
+  // std::out_of_range.
+  virtual void Unpack(int64_t expert, std::span<const ExpertDestination> out, int64_t begin,
+                      int64_t end, ThreadPool& pool) const = 0;
+  // Does all tasks of one destination.
+  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
+    Unpack(expert, {&out, 1}, 0, UnpackTasks({&out, 1}), pool);
+  }
 
   // output[t] = sum over the token's experts of weight * expert(hidden_states[t]), or += (see
   // ForwardArgs::accumulate). Only one thread at a time may call Forward with a given workspace.

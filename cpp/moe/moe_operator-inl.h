@@ -13,12 +13,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "base/check.h"
 #include "kernels/isa.h"
 #include "moe/forward_pass-inl.h"
 #include "moe/moe.h"
 #include "moe/packed_weights.h"
+#include "moe/unpack_expert-inl.h"
 #include "paths/compute_paths-inl.h"
 
 namespace cpumoe {
@@ -34,6 +36,7 @@ class MoeOperator : public Moe {
   using Codec = typename OperatorTraits<Derived>::Codec;
   using Format = typename Codec::Format;
   static_assert(WeightFormat<Format>, "a codec's Format must say how a checkpoint stores weights");
+  static_assert(StreamIsa<Isa>, "an ISA must say how it writes past the caches");
   static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
 
   explicit MoeOperator(const MoeConfig& config) : weights_(Checked(config)) {}
@@ -64,8 +67,15 @@ class MoeOperator : public Moe {
     weights_.Pack(expert, source, pool);
   }
   void Evict(int64_t expert) final { weights_.Evict(expert); }
-  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const final {
-    weights_.Unpack(expert, out, pool);
+  using Moe::Unpack;
+  int64_t UnpackTasks(std::span<const ExpertDestination> out) const final {
+    return ExpertUnpacker<Isa, Format>(weights_, out).tasks();
+  }
+  void Unpack(int64_t expert, std::span<const ExpertDestination> out, int64_t begin, int64_t end,
+              ThreadPool& pool) const final {
+    const ExpertUnpacker<Isa, Format> unpacker(weights_, out);
+    Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
+    unpacker.Run(expert, begin, end, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
     if constexpr (HasInt8Path<Isa, Codec>) {

@@ -93,27 +93,6 @@ class PackedWeights {
     packed_.GiveBack(copy * PackedBytes(), PackedBytes());
   }
 
-  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
-    Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
-    const int64_t copy = config_.CopyOf(expert);
-    const int64_t begin = out.intermediate_begin, count = out.gate.rows;
-    Require(begin >= 0 && count >= 0 && begin + count <= config_.intermediate_size &&
-                begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
-            F::kName, ": intermediate features to export must be whole groups of ", F::kGroupSize,
-            " within [0, ", config_.intermediate_size, "), got [", begin, ", ", begin + count, ")");
-    out.gate.RequireShape(count, config_.hidden_size);
-    out.up.RequireShape(count, config_.hidden_size);
-    out.down.RequireShape(config_.hidden_size, count);
-    ForEachTile(pool, [&](Projection p, int64_t tile, int) {
-      if (p == Projection::kDown) {
-        down_.UnpackTile(Matrix(copy, p), tile, 0, begin, out.down);
-      } else {
-        gate_up_.UnpackTile(Matrix(copy, p), tile, begin, 0,
-                            p == Projection::kGate ? out.gate : out.up);
-      }
-    });
-  }
-
  private:
   // No model comes near these limits, and products of them do not overflow 64 bits.
   static constexpr int64_t kMaxExperts = int64_t{1} << 16;

@@ -1,4 +1,4 @@
-// Packs checkpoint rows to tiles (kernels/tile.h) and unpacks them, bit for bit.
+// Packs checkpoint rows to tiles (kernels/tile.h), bit for bit. unpack-inl.h does the reverse.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,10 @@ class PackedLayout {
  public:
   using Geometry = TileGeometry<F::kCodeBits, F::kGroupSize>;
   using Scale = typename F::Scale;
+  static constexpr int64_t kScaleBytes = sizeof(Scale);
+  using ScaleWord = std::conditional_t<kScaleBytes == 1, uint8_t,
+                                       std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
+  static_assert(sizeof(ScaleWord) == kScaleBytes);
 
   // `interleaved` matrices of this shape take turns in memory, one tile of each.
   PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
@@ -94,34 +98,7 @@ class PackedLayout {
     return range;
   }
 
-  // Unpacks the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
-  // [column_begin, column_begin + out.columns) of the matrix, and writes it to `out`. The columns
-  // must be whole groups.
-  void UnpackTile(const std::byte* packed, int64_t tile, int64_t row_begin, int64_t column_begin,
-                  const MutableRawMatrix& out) const {
-    const TileView view = Tile(packed, tile);
-    const int64_t first = std::max(tile * kTileRows, row_begin);
-    const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, rows_});
-    const int64_t group = column_begin / F::kGroupSize;
-    const int64_t groups = out.columns / F::kGroupSize;
-    std::byte* codes[kTileRows] = {};  // null for a row that is not wanted
-    std::byte* scales[kTileRows] = {};
-    for (int64_t row = first; row < last; ++row) {
-      codes[row % kTileRows] = out.codes + (row - row_begin) * out.codes_stride;
-      scales[row % kTileRows] = out.scales + (row - row_begin) * out.scales_stride;
-    }
-    LanesToRows<uint32_t>(view.codes + group * Geometry::kGroupBytes,
-                          groups * Geometry::kGroupVectors, codes, kSwap);
-    LanesToRows<ScaleWord>(view.scales + group * kTileRows * kScaleBytes, groups, scales,
-                           [](auto words) { return words; });
-  }
-
  private:
-  static constexpr int64_t kScaleBytes = sizeof(Scale);
-  using ScaleWord = std::conditional_t<kScaleBytes == 1, uint8_t,
-                                       std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
-  static_assert(sizeof(ScaleWord) == kScaleBytes);
-
   static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }

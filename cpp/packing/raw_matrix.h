@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/check.h"
+#include "base/float_types.h"
 
 namespace cpumoe {
 
@@ -21,6 +22,8 @@ struct RawMatrixOf {
   Byte* scales = nullptr;
   int64_t scales_stride = 0;
   const char* name = "weight";  // for error messages
+  // Whether the scales are bf16 numbers instead of the format's own type. Destinations only.
+  bool scales_as_bf16 = false;
 
   void RequireShape(int64_t wanted_rows, int64_t wanted_columns) const {
     Require(rows == wanted_rows && columns == wanted_columns, name, ": expected [", wanted_rows,
@@ -50,8 +53,8 @@ struct RawMatrixOf {
     RawMatrixOf shard = *this;
     shard.columns = count;
     shard.codes += begin * Format::kCodeBits / 8;
-    shard.scales +=
-        begin / Format::kGroupSize * static_cast<int64_t>(sizeof(typename Format::Scale));
+    const size_t scale_bytes = scales_as_bf16 ? sizeof(Bf16) : sizeof(typename Format::Scale);
+    shard.scales += begin / Format::kGroupSize * static_cast<int64_t>(scale_bytes);
     return shard;
   }
 };

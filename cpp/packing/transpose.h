@@ -92,38 +92,23 @@ void RowsToLanes(const std::byte* const (&rows)[kTileRows], int64_t count, std::
   }
 }
 
-// Turns in[count][16] into rows of `count` words, the reverse of RowsToLanes. Null rows are left
-// out.
-template <class Word, class Map>
-void LanesToRows(const std::byte* in, int64_t count, std::byte* const (&rows)[kTileRows], Map map) {
+// Turns in[count][16] into rows of `count` words, the reverse of RowsToLanes.
+template <class Word>
+void LanesToRows(const std::byte* in, int64_t count, Word* const (&rows)[kTileRows]) {
   using Block = BlockOf<Word>;
-  constexpr int kLine = 64 / sizeof(Word);
   constexpr int kLaneBytes = kTileRows * sizeof(Word);
-  for (int64_t line = 0; line < count; line += kLine) {
-    const int64_t words = std::min<int64_t>(kLine, count - line);
-    const std::byte* from = in + line * kLaneBytes;
-    alignas(64) Word lines[kTileRows][kLine];
-    for (int r = 0; r < kTileRows; r += Block::kWords) {
-      int64_t w = 0;
-      for (; w + Block::kWords <= words; w += Block::kWords) {
-        TransposeBlock<Word>(
-            [&](int i) {
-              const std::byte* lane = from + (w + i) * kLaneBytes + r * sizeof(Word);
-              return map(LoadVector<typename Block::Vector>(lane));
-            },
-            [&](int i, auto vector) { std::memcpy(&lines[r + i][w], &vector, sizeof(vector)); });
-      }
-      for (; w < words; ++w) {
-        for (int i = 0; i < Block::kWords; ++i) {
-          Word word;
-          std::memcpy(&word, from + w * kLaneBytes + (r + i) * sizeof(Word), sizeof(Word));
-          lines[r + i][w] = map(word);
-        }
-      }
+  const int64_t whole = count - count % Block::kWords;
+  for (int r = 0; r < kTileRows; r += Block::kWords) {
+    for (int64_t w = 0; w < whole; w += Block::kWords) {
+      const std::byte* from = in + w * kLaneBytes + r * sizeof(Word);
+      TransposeBlock<Word>(
+          [&](int i) { return LoadVector<typename Block::Vector>(from + i * kLaneBytes); },
+          [&](int i, auto vector) { std::memcpy(rows[r + i] + w, &vector, sizeof(vector)); });
     }
+  }
+  for (int64_t w = whole; w < count; ++w) {
     for (int r = 0; r < kTileRows; ++r) {
-      if (rows[r] == nullptr) continue;
-      std::memcpy(rows[r] + line * sizeof(Word), lines[r], words * sizeof(Word));
+      std::memcpy(rows[r] + w, in + w * kLaneBytes + r * sizeof(Word), sizeof(Word));
     }
   }
 }

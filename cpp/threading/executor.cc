@@ -33,16 +33,25 @@ Clock::time_point DeadlineAfter(std::chrono::nanoseconds timeout) {
 
 }  // namespace
 
-struct Executor::Queue {
-  struct Entry {
-    std::function<void()> job;
-    std::shared_ptr<Completion> completion;
-  };
+struct Executor::Entry {
+  std::function<void()> job;  // one of the two
+  std::function<bool()> step;
+  std::shared_ptr<Completion> completion = nullptr;
 
+  // Returns whether there are more steps.
+  bool Run() {
+    if (step) return step();
+    job();
+    return false;
+  }
+};
+
+struct Executor::Queue {
   static constexpr uint32_t kStop = 1u << 31;
 
-  std::mutex mutex;  // guards entries, started, driver
+  std::mutex mutex;  // guards the entries, started, driver
   std::deque<Entry> entries;
+  std::deque<Entry> in_steps;
   bool started = false;
   pthread_t driver{};
   // Entries announced to the driver, plus kStop. The driver parks on this word.
@@ -56,10 +65,18 @@ struct Executor::Queue {
 
   Entry Pop() {
     const std::lock_guard lock(mutex);
-    Entry entry = std::move(entries.front());
-    entries.pop_front();
+    std::deque<Entry>& from = entries.empty() ? in_steps : entries;
+    Entry entry = std::move(from.front());
+    from.pop_front();
     signal.fetch_sub(1);
     return entry;
+  }
+
+  // Puts a job back whose next step is due.
+  void Return(Entry& entry) {
+    const std::lock_guard lock(mutex);
+    in_steps.push_front(std::move(entry));
+    signal.fetch_add(1);
   }
 };
 
@@ -120,8 +137,17 @@ Executor::~Executor() {
 }
 
 std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
+  return Enqueue({.job = std::move(job), .step = nullptr});
+}
+
+std::shared_ptr<Completion> Executor::SubmitSteps(std::function<bool()> step) {
+  return Enqueue({.job = nullptr, .step = std::move(step)});
+}
+
+std::shared_ptr<Completion> Executor::Enqueue(Entry entry) {
   fork_guard_.ThrowIfForked(kSubject);
   std::shared_ptr<Completion> completion(new Completion(queue_.get()));
+  entry.completion = completion;
   {
     const std::lock_guard lock(queue_->mutex);
     if (!queue_->started) {
@@ -129,7 +155,7 @@ std::shared_ptr<Completion> Executor::Submit(std::function<void()> job) {
       queue_->started = true;
       if (!SetAffinity(queue_->driver, cpus_)) SetAffinity(queue_->driver, makers_cpus_);
     }
-    queue_->entries.push_back({std::move(job), completion});
+    (entry.step ? queue_->in_steps : queue_->entries).push_back(std::move(entry));
   }
   queue_->Announce(1);
   return completion;
@@ -148,14 +174,18 @@ void Executor::Drive(Queue& queue) {
                 queue.driver_parked.store(0, std::memory_order_relaxed);
               });
     if (queue.signal.load() == Queue::kStop) return;
-    Queue::Entry entry = queue.Pop();
+    Entry entry = queue.Pop();
     std::exception_ptr error;
     try {
-      entry.job();
+      if (entry.Run()) {
+        queue.Return(entry);
+        continue;
+      }
     } catch (...) {
       error = std::current_exception();
     }
     entry.job = nullptr;
+    entry.step = nullptr;
     entry.completion->Finish(std::move(error));
   }
 }

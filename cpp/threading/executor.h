@@ -1,4 +1,5 @@
-// Asynchronous calls: one driver thread that runs jobs in the order of their submission.
+// Asynchronous calls: one driver thread that runs jobs in the order of their submission, and long
+// jobs step by step in between.
 #pragma once
 
 #include <atomic>
@@ -59,11 +60,18 @@ class Executor {
   // std::system_error if it cannot. Throws std::runtime_error in a forked child.
   std::shared_ptr<Completion> Submit(std::function<void()> job);
 
+  // Queues a job in steps, which gives way to the jobs of Submit: those run first, also between two
+  // steps. The job ends when step() returns false or throws. Such jobs run one after the other, in
+  // the order of their submission. Errors are those of Submit.
+  std::shared_ptr<Completion> SubmitSteps(std::function<bool()> step);
+
   // Whether the calling thread is the driver.
   bool IsDriver() const;
 
  private:
   struct Queue;
+  struct Entry;
+  std::shared_ptr<Completion> Enqueue(Entry entry);
   static void Drive(Queue& queue);
 
   const ForkGuard fork_guard_;

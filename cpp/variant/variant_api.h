@@ -40,10 +40,14 @@ struct VariantApi {
   size_t num_peaks;
   const PeakEntry* peaks;
   void (*read)(const float* data, int64_t count);  // count must be a multiple of kReadGranule
+  // Copies past the caches, where the ISA can. `bytes` must be a multiple of kCopyGranule, and `to`
+  // a multiple of 64.
+  void (*copy)(std::byte* to, const std::byte* from, int64_t bytes);
   FewTokens few_tokens;
 };
 
 inline constexpr int64_t kReadGranule = 1024;
+inline constexpr int64_t kCopyGranule = 1024;
 
 using VariantApiFunction = const VariantApi* (*)();
 inline constexpr char kVariantApiSymbol[] = "cpumoe_variant_api";

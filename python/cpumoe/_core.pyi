@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MoeConfig', 'NumaNode', 'Precision', 'ReadBuffer', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -94,6 +94,13 @@ class Runtime:
         ...
     def close(self) -> None:
         ...
+class SubmittedCall:
+    def done(self) -> bool:
+        ...
+    def wait(self) -> None:
+        ...
+    def wait_for(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        ...
 class Precision:
     """
     Members:
@@ -143,7 +150,10 @@ class MoeConfig:
     def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
         ...
 class Matrix:
-    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex, scales_as_bf16: bool = False) -> None:
+        ...
+    @property
+    def scales_as_bf16(self) -> bool:
         ...
 class LayerStatistics:
     @property
@@ -191,8 +201,14 @@ class Layer:
         """
         Sums over all calls since the layer was made.
         """
-    def unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, matrices: typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], intermediate_begin: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
+    def submit_unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, shards: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.SupportsInt | typing.SupportsIndex]], owned: typing.Any) -> SubmittedCall:
+        """
+        Lets the runtime's driver unpack. `owned` lives until that has ended.
+        """
+    def unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, shards: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.SupportsInt | typing.SupportsIndex]]) -> None:
+        """
+        Writes shards of an expert: the matrices gate, up and down of each, and its first feature.
+        """
 class DType:
     """
     Members:
@@ -241,13 +257,6 @@ class DType:
     @property
     def value(self) -> int:
         ...
-class SubmittedCall:
-    def done(self) -> bool:
-        ...
-    def wait(self) -> None:
-        ...
-    def wait_for(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
-        ...
 class Call:
     def __init__(self, *, runtime: Runtime, layer: Layer, input_dtype: DType, output_dtype: DType, accumulate: bool = False, fp32_as_bf16: bool = False, top_k: typing.SupportsInt | typing.SupportsIndex, ids_are_64_bit: bool) -> None:
         ...
@@ -292,9 +301,13 @@ class StreamCall:
         """
         How many jobs graphs have recorded.
         """
-class ReadBuffer:
+class MemoryBuffer:
     def __init__(self, runtime: Runtime, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    def copy(self, runtime: Runtime, isa: str, origin: str) -> float:
+        """
+        Copies one half to the other on all threads and returns the seconds taken.
+        """
     def read(self, runtime: Runtime, isa: str, origin: str) -> float:
         """
         Reads the buffer once on all threads and returns the seconds taken.

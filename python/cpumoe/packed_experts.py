@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -149,6 +149,19 @@ class PackedExperts:
                 export_into(self._layer, self._form, expert_id, buffers, intermediate, core)
             else:
                 copy_into(weights, self._form, expert_id, buffers, intermediate)
+
+    def _submit_export(
+        self, expert_id: int, shards: Sequence[tuple[list[_core.Matrix], int]]
+    ) -> _core.SubmittedCall:
+        """Lets the runtime write shards of an expert: the matrices of each, and its first feature.
+
+        For integrations whose host names memory by addresses and answers for it. Waiting for the
+        result raises ValueError if the expert has no weights in memory.
+        """
+        core, _ = self._threads()
+        return self._layer.submit_unpack(
+            runtime=core, expert=self._checked(expert_id), shards=shards, owned=None
+        )
 
     def pack(
         self,

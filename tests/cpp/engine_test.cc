@@ -100,6 +100,61 @@ TEST(Engine, ManyCallers) {
   }
 }
 
+// Work in steps ends here only after a call has run in between.
+TEST(Engine, CallsRunBetweenTheStepsOfLongWork) {
+  const EngineCase engine;
+  for (const bool callers_compute : {true, false}) {
+    const auto runtime =
+        Runtime::Create({.node = {.threads = 2}, .callers_compute = callers_compute});
+    const Call call(runtime, engine.layer(), engine.Options());
+    for (const bool submits_steps : {true, false}) {
+      for (const bool submits_call : {true, false}) {
+        Bytes output = engine.Output();
+        std::atomic<bool> started{false}, called{false};
+        std::thread caller([&] {
+          while (!started) std::this_thread::yield();
+          if (submits_call) {
+            call.Submit(engine.Tensors(output))->Wait();
+          } else {
+            call.Execute(engine.Tensors(output));
+          }
+          called = true;
+        });
+        const auto step = [&](Node& /*node*/) {
+          started = true;
+          return !called;
+        };
+        if (submits_steps) {
+          runtime->SubmitSteps(step)->Wait();
+        } else {
+          runtime->ExecuteSteps(step);
+        }
+        caller.join();
+        EXPECT_EQ(output, engine.expected());
+      }
+    }
+  }
+}
+
+TEST(Engine, StepsThatFailAreReportedAndLaterCallsWork) {
+  const EngineCase engine;
+  const auto runtime = TwoThreads();
+  int steps = 0;
+  const auto step = [&](Node& /*node*/) -> bool {
+    if (++steps % 3 == 0) throw std::runtime_error("third");
+    return true;
+  };
+  EXPECT_EQ(MessageOf([&] { runtime->ExecuteSteps(step); }), "third");
+  EXPECT_EQ(MessageOf([&] { runtime->SubmitSteps(step)->Wait(); }), "third");
+  EXPECT_EQ(steps, 6);
+  Bytes output = engine.Output();
+  Call(runtime, engine.layer(), engine.Options()).Execute(engine.Tensors(output));
+  EXPECT_EQ(output, engine.expected());
+  runtime->Close();
+  EXPECT_EQ(MessageOf([&] { runtime->ExecuteSteps(step); }),
+            "this Runtime is closed; create a new one");
+}
+
 // A host's thread may have a small stack, block signals and round as it likes.
 TEST(Engine, ForeignThreads) {
   const EngineCase engine({.tokens = 40});

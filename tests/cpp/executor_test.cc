@@ -59,6 +59,50 @@ TEST(Executor, RunsJobsInOrderOnOneThread) {
   EXPECT_NE(threads[0], std::this_thread::get_id());
 }
 
+TEST(Executor, StepsGiveWayToJobsAndFollowOneAnother) {
+  Executor executor;
+  std::string order;
+  int left = 3;
+  std::shared_ptr<Completion> job, second;
+  const auto first = executor.SubmitSteps([&] {
+    order += 'a';
+    if (left == 3) {
+      second = executor.SubmitSteps([&] {
+        order += 'b';
+        return order.size() < 6;
+      });
+      job = executor.Submit([&] { order += 'j'; });
+    }
+    return --left > 0;
+  });
+  first->Wait();
+  EXPECT_TRUE(job->Done());
+  second->Wait();
+  EXPECT_EQ(order, "ajaabb");
+}
+
+TEST(Executor, AStepThatThrowsEndsItsJob) {
+  Executor executor;
+  int steps = 0;
+  const auto failed = executor.SubmitSteps([&]() -> bool {
+    if (++steps == 2) throw std::runtime_error("step 2");
+    return true;
+  });
+  EXPECT_THROW(failed->Wait(), std::runtime_error);
+  EXPECT_EQ(steps, 2);
+  executor.SubmitSteps([&] { return ++steps < 5; })->Wait();
+  EXPECT_EQ(steps, 5);
+}
+
+TEST(Executor, DestructorRunsAllSteps) {
+  int steps = 0;
+  {
+    Executor executor;
+    executor.SubmitSteps([&] { return ++steps < 100; });
+  }
+  EXPECT_EQ(steps, 100);
+}
+
 TEST(Executor, SubmitAndWaitInTurn) {
   Executor executor;
   int64_t sum = 0;

@@ -1,6 +1,8 @@
 // Unpack returns the checkpoint's bytes, for every ISA x format.
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -88,6 +90,80 @@ TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
   EXPECT_EQ(whole.gate, layer.Matrix(1, 0));
   EXPECT_EQ(whole.up, layer.Matrix(1, 1));
   EXPECT_EQ(whole.down, layer.Matrix(1, 2));
+}
+
+// One call writes several shards, and any part of its tasks. Threads share them.
+TEST_P(ExportTest, ShardsInOneCallAndTaskByTask) {
+  const TestLayer layer = MakeLayer(6 * GroupSize());
+  const MoeConfig& config = layer.config();
+  const auto moe = Create(layer);
+  PinnedPool pool({.threads = 3});
+  Copy whole(format(), config.intermediate_size, config.hidden_size);
+  const ExpertDestination out = whole.Views();
+  std::vector<ExpertDestination> shards;
+  VisitFormat(format(), [&]<class F>(F) {
+    for (const int64_t begin : {2 * GroupSize(), 4 * GroupSize(), int64_t{0}}) {
+      const int64_t count = 2 * GroupSize();
+      shards.push_back({.gate = out.gate.Rows(begin, count),
+                        .up = out.up.Rows(begin, count),
+                        .down = out.down.template Columns<F>(begin, count),
+                        .intermediate_begin = begin});
+    }
+  });
+  const int64_t tasks = moe->UnpackTasks(shards);
+  EXPECT_GE(tasks, 2 * std::ssize(shards));
+  const auto expect_whole = [&] {
+    EXPECT_EQ(whole.gate, layer.Matrix(2, 0));
+    EXPECT_EQ(whole.up, layer.Matrix(2, 1));
+    EXPECT_EQ(whole.down, layer.Matrix(2, 2));
+  };
+  moe->Unpack(2, shards, 0, tasks, pool);
+  expect_whole();
+  moe->Unpack(0, out, pool);
+  for (int64_t task = 0; task < tasks; ++task) moe->Unpack(2, shards, task, task + 1, pool);
+  expect_whole();
+  EXPECT_EQ(moe->UnpackTasks({}), 0);
+}
+
+// Rows as long as a model's, whose tiles fill several lines of each row.
+TEST_P(ExportTest, ScalesAsBf16AndLongRows) {
+  const TestLayer layer(format(), LayerSpec{.experts = 1,
+                                            .hidden = 33 * GroupSize(),
+                                            .intermediate = 18 * GroupSize(),
+                                            .gate_up_scales = {},
+                                            .down_scales = {}});
+  const MoeConfig& config = layer.config();
+  const auto moe = Create(layer);
+  SerialPool pool;
+  Copy copy(format(), config.intermediate_size, config.hidden_size);
+  ExpertDestination out = copy.Views();
+  std::vector<std::vector<uint16_t>> numbers;
+  for (MutableRawMatrix* matrix : {&out.gate, &out.up, &out.down}) {
+    const int64_t groups = matrix->columns / GroupSize();
+    numbers.emplace_back(matrix->rows * groups);
+    matrix->scales = reinterpret_cast<std::byte*>(numbers.back().data());
+    matrix->scales_stride = groups * 2;
+    matrix->scales_as_bf16 = true;
+  }
+  moe->Unpack(0, out, pool);
+  VisitFormat(format(), [&]<class F>(F) {
+    for (int m = 0; m < 3; ++m) {
+      const RawMatrix source = layer.Matrix(0, m).View();
+      const int64_t groups = source.columns / GroupSize();
+      for (int64_t i = 0; i < source.rows * groups; ++i) {
+        typename F::Scale scale;
+        std::memcpy(&scale,
+                    source.scales + i / groups * source.scales_stride + i % groups * sizeof(scale),
+                    sizeof(scale));
+        ASSERT_EQ(Bf16{numbers[m][i]}.ToFloat(), scale.ToFloat()) << m << ": " << i;
+      }
+    }
+  });
+  Copy stored(format(), config.intermediate_size, config.hidden_size);
+  moe->Unpack(0, stored.Views(), pool);
+  EXPECT_EQ(stored.gate, layer.Matrix(0, 0));
+  EXPECT_EQ(stored.up, layer.Matrix(0, 1));
+  EXPECT_EQ(stored.down, layer.Matrix(0, 2));
 }
 
 TEST_P(ExportTest, RefusesWhatItCannotExport) {

@@ -135,7 +135,10 @@ TEST(E8M0Test, AllBytes) {
     const E8M0 scale{static_cast<uint8_t>(byte)};
     EXPECT_FALSE(scale.IsNan());
     EXPECT_EQ(scale.ToFloat(), std::ldexp(1.0, byte - 127)) << byte;
+    EXPECT_EQ(scale.ToBf16().ToFloat(), scale.ToFloat()) << byte;
   }
+  EXPECT_EQ(E8M0{0}.ToBf16().bits, 0x0040);  // 2^-127, subnormal
+  EXPECT_EQ(E8M0{255}.ToBf16().bits, 0x7fc0);
   EXPECT_TRUE(E8M0{255}.IsNan());
   EXPECT_TRUE(std::isnan(E8M0{255}.ToFloat()));
 }

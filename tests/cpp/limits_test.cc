@@ -1,10 +1,13 @@
 // The loops that measure an ISA's limits do the work that they claim to do.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "cpp/isa_test.h"
 
 namespace cpumoe {
@@ -30,6 +33,18 @@ TEST_P(LimitsTest, ReadStaysWithinItsData) {
     const std::vector<float> data(count,
                                   1.0f);  // AddressSanitizer would notice a read beyond the end
     run_.variant().read(data.data(), count);
+  }
+}
+
+TEST_P(LimitsTest, CopyCopiesEveryByteAndNoMore) {
+  for (const int64_t bytes : {int64_t{0}, kCopyGranule, 3 * kCopyGranule}) {
+    std::vector<std::byte> from(bytes);
+    for (int64_t i = 0; i < bytes; ++i) from[i] = static_cast<std::byte>(i * 37 + i / 64);
+    const AlignedBuffer to(bytes + 1);
+    to.data()[bytes] = std::byte{0xee};
+    run_.variant().copy(to.data(), from.data(), bytes);
+    EXPECT_TRUE(std::equal(from.begin(), from.end(), to.data()));
+    EXPECT_EQ(to.data()[bytes], std::byte{0xee});
   }
 }
 

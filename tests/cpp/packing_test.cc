@@ -11,6 +11,7 @@
 #include "cpp/test_matrix.h"
 #include "formats/weight_format.h"
 #include "packing/pack.h"
+#include "packing/unpack-inl.h"
 
 namespace cpumoe {
 namespace {
@@ -44,6 +45,19 @@ TEST(EvenOddTest, EightBits) { CheckEvenOdd<8>(); }
 TEST(EvenOddTest, SixteenBits) { CheckEvenOdd<16>(); }
 TEST(EvenOddTest, AsDrawnInTileH) { EXPECT_EQ(SwapEvenOdd<4>(0x76543210u), 0x73516240u); }
 
+// Ordinary stores, from registers as wide as those of some ISA. `streamed` counts lines.
+template <int kBytes>
+struct PlainStores {
+  static constexpr int kRegisterBytes = kBytes;
+  static inline int streamed = 0;
+  static void Stream(std::byte* to, const std::byte* from) {
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(to) % kVectorBytes, 0u);
+    std::memcpy(to, from, kVectorBytes);
+    ++streamed;
+  }
+  static void FinishStreams() {}
+};
+
 template <class F>
 class PackingTest : public testing::Test {
  protected:
@@ -59,10 +73,12 @@ class PackingTest : public testing::Test {
     }
     return packed;
   }
+  template <class Isa = PlainStores<16>>
   static void Unpack(const Layout& layout, const std::vector<std::byte>& packed, int64_t row_begin,
                      int64_t column_begin, const MutableRawMatrix& out) {
     for (int64_t tile = 0; tile < layout.tiles(); ++tile) {
-      layout.UnpackTile(packed.data(), tile, row_begin, column_begin, out);
+      TileUnpacker<Isa, F>::Unpack(layout.Tile(packed.data(), tile), tile, layout.rows(), row_begin,
+                                   column_begin, out);
     }
   }
 };
@@ -75,9 +91,16 @@ TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
       const int64_t columns = groups * TypeParam::kGroupSize;
       const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
       const PackedLayout<TypeParam> layout(rows, columns);
-      TestMatrix back(this->Name(), rows, columns);
-      this->Unpack(layout, this->Pack(layout, source.View()), 0, 0, back.MutableView());
-      ASSERT_EQ(back, source) << "[" << rows << ", " << columns << "]";
+      const std::vector<std::byte> packed = this->Pack(layout, source.View());
+      const auto round_trip = [&]<class Isa>(Isa) {
+        TestMatrix back(this->Name(), rows, columns);
+        this->template Unpack<Isa>(layout, packed, 0, 0, back.MutableView());
+        ASSERT_EQ(back, source) << "[" << rows << ", " << columns << "], registers of "
+                                << Isa::kRegisterBytes << " bytes";
+      };
+      round_trip(PlainStores<16>());
+      round_trip(PlainStores<32>());
+      round_trip(PlainStores<64>());
     }
   }
 }
@@ -131,6 +154,83 @@ TYPED_TEST(PackingTest, StridedRows) {
     this->Unpack(layout, this->Pack(layout, half), 0, 0, out);
   }
   EXPECT_EQ(back, interleaved);
+}
+
+// Only whole lines are streamed: all of a row that begins and ends with a line, none of a short
+// one.
+TYPED_TEST(PackingTest, RowsAtAnyAddress) {
+  using F = TypeParam;
+  using Isa = PlainStores<32>;
+  Rng rng(7);
+  const int64_t rows = 16, columns = 20 * F::kGroupSize;
+  const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
+  const RawMatrix view = source.View();
+  const PackedLayout<F> layout(rows, columns);
+  const std::vector<std::byte> packed = this->Pack(layout, view);
+  const int64_t code_bytes = columns * F::kCodeBits / 8;
+  const auto scale_bytes = static_cast<int64_t>(20 * sizeof(typename F::Scale));
+  for (const int64_t misaligned : {0, 1, 31, 63}) {
+    for (const int64_t gap : {0, 5, 64}) {
+      const int64_t stride = RoundUp(code_bytes, kVectorBytes) + gap;
+      std::vector<std::byte> codes(rows * stride + 2 * kVectorBytes, TestMatrix::kFiller);
+      std::vector<std::byte> scales(rows * scale_bytes);
+      const auto start = reinterpret_cast<uintptr_t>(codes.data());
+      const auto begin = RoundUp(static_cast<int64_t>(start), kVectorBytes) + misaligned;
+      std::byte* first = codes.data() + (begin - static_cast<int64_t>(start));
+      Isa::streamed = 0;
+      this->template Unpack<Isa>(layout, packed, 0, 0,
+                                 {.rows = rows,
+                                  .columns = columns,
+                                  .codes = first,
+                                  .codes_stride = stride,
+                                  .scales = scales.data(),
+                                  .scales_stride = scale_bytes});
+      for (int64_t row = 0; row < rows; ++row) {
+        EXPECT_EQ(
+            std::memcmp(first + row * stride, view.codes + row * view.codes_stride, code_bytes), 0);
+        for (int64_t i = row * stride + code_bytes; i < (row + 1) * stride; ++i) {
+          EXPECT_EQ(first[i], TestMatrix::kFiller);
+        }
+      }
+      EXPECT_EQ(std::count_if(codes.data(), first,
+                              [](std::byte byte) { return byte != TestMatrix::kFiller; }),
+                0);
+      if (misaligned == 0 && gap % kVectorBytes == 0) {
+        EXPECT_GE(Isa::streamed, rows * (code_bytes / kVectorBytes));
+      }
+    }
+  }
+}
+
+TYPED_TEST(PackingTest, ScalesBecomeBf16) {
+  using F = TypeParam;
+  using Scale = typename F::Scale;
+  if constexpr (HasBf16Scales<F>) {
+    const std::vector<Scale> scales = ValidScales<F>();
+    const auto groups = static_cast<int64_t>(scales.size());
+    const int64_t rows = 17, columns = groups * F::kGroupSize;
+    TestMatrix source(this->Name(), rows, columns);
+    const MutableRawMatrix view = source.MutableView();
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(view.scales + row * view.scales_stride, scales.data(), groups * sizeof(Scale));
+    }
+    const PackedLayout<F> layout(rows, columns);
+    TestMatrix codes(this->Name(), rows, columns);
+    std::vector<Bf16> numbers(rows * groups);
+    MutableRawMatrix out = codes.MutableView();
+    out.scales = reinterpret_cast<std::byte*>(numbers.data());
+    out.scales_stride = groups * static_cast<int64_t>(sizeof(Bf16));
+    out.scales_as_bf16 = true;
+    this->Unpack(layout, this->Pack(layout, source.View()), 0, 0, out);
+    for (int64_t i = 0; i < rows * groups; ++i) {
+      EXPECT_EQ(numbers[i].ToFloat(), scales[i % groups].ToFloat()) << i % groups;
+    }
+    std::fill(numbers.begin(), numbers.end(), Bf16{0});
+    this->Unpack(layout, this->Pack(layout, source.View()), 0, 2 * F::kGroupSize,
+                 out.template Columns<F>(2 * F::kGroupSize, F::kGroupSize));
+    EXPECT_EQ(numbers[groups + 2].ToFloat(), scales[2].ToFloat());
+    EXPECT_EQ(numbers[groups + 3].bits, 0);
+  }
 }
 
 TYPED_TEST(PackingTest, GapsBetweenRowsAreLeftAlone) {

@@ -15,7 +15,7 @@ import cpumoe
 from cpumoe import _core, models, reference
 from cpumoe.cli import bench_compare
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.measure import benchmark, limits, tuning
+from cpumoe.measure import benchmark, limits, tuning, write_back
 from cpumoe.measure.benchmark import Limit, Limits, Timing, Turn, Variant
 from cpumoe.measure.tuning import Comparison, Crossover, Form
 
@@ -28,6 +28,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(limits, "_TASKS_PER_THREAD", 4)
     monkeypatch.setattr(benchmark, "_LIMIT_SECONDS", 0)
+    monkeypatch.setattr(write_back, "_COPY_SECONDS", 0)
     # The tests do not depend on a quiet machine.
     monkeypatch.setattr(Limits, "steady", True)
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
@@ -202,6 +203,48 @@ def test_tune(v4, tmp_path):
     assert text.count("best crossover: ") == len(crossovers)
     assert json.loads(path.read_text()).keys() == document.keys()
     assert "expected a file that cpumoe bench --json wrote" in refuse("--compare", path)
+
+
+def test_write_back(v4, tmp_path):
+    path = tmp_path / "write_back.json"
+    arguments = ("--write-back", "--model", v4, "--isa", "all")
+    text = succeed(*arguments, "--json", path)
+    assert all(isa in text for isa in cpumoe.supported_isas())
+    assert "memory copy" in text
+    document = json.loads(path.read_text())
+    assert document.keys() == measure(*arguments).keys()
+    copy = document["machine"]["copy_bandwidth"]
+    assert [row["isa"] for row in document["rows"]] == cpumoe.supported_isas()
+    weights = 3 * SMALL["hidden"] * SMALL["intermediate"]
+    for row in document["rows"]:
+        # Codes and E8M0 scales are read; codes and bf16 scales are written.
+        assert row["bytes"] == weights // 2 * 2 + weights // 32 * 3
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"])
+        assert row["low"] <= row["seconds"] <= row["high"]
+        assert row["calls"] >= len(row["turns"]) == 2
+        shares = [
+            row["bytes"] / max(turn["copy_bytes_per_second"]) / turn["seconds"]
+            for turn in row["turns"]
+        ]
+        assert row["share_of_copy_bandwidth"] == pytest.approx(statistics.median(shares))
+        for turn in row["turns"]:
+            values = turn["copy_bytes_per_second"]
+            assert copy["least"] <= min(values) <= max(values) <= copy["bytes_per_second"]
+
+
+def test_write_back_of_made_up_int4(small_model):
+    row = measure("--write-back", "--experts", EXPERTS, "--format", "int4")["rows"][0]
+    weights = 3 * HIDDEN * INNER
+    assert row["bytes"] == 2 * (weights // 2 + weights // 32 * 2)
+
+
+def test_write_back_refusals(v4):
+    assert "--tokens cannot be combined with --write-back" in refuse("--write-back", "--tokens", 1)
+    assert "--write-back cannot be combined with --tune" in refuse("--write-back", "--tune")
+    assert "--batch-invariant cannot be combined" in refuse("--write-back", "--batch-invariant")
+    assert "--write-back expects one precision" in refuse(
+        "--write-back", "--model", v4, "--precision", "all"
+    )
 
 
 def test_tune_refusals(v4, monkeypatch):

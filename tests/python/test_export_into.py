@@ -95,12 +95,13 @@ def test_rows_may_lie_apart_and_nothing_else_is_written(isa, fmt):
     assert not down[[0, 1, 3]].any()
 
 
-def test_scales_of_any_size_become_bf16_exactly():
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
+def test_scales_of_any_size_become_bf16_exactly(isa):
     weights = layer("mxfp4", hidden=HIDDEN, intermediate=INTERMEDIATE)
     scales = weights.gate.scales.clone()
     scales.view(-1)[:255] = torch.arange(255).to(torch.uint8)  # 255 is NaN
     gate = QuantizedMatrix(weights.gate.codes, scales)
-    experts = cpumoe.Experts.from_tensors(**{**weights.tensors, "gate": gate})
+    experts = cpumoe.Experts.from_tensors(**{**weights.tensors, "gate": gate}, isa=isa)
     into = buffers(scales=torch.bfloat16)
     wide = torch.full((INTERMEDIATE, HIDDEN // 32 + 3), 7.0, dtype=torch.bfloat16)
     into["gate"] = (into["gate"][0], wide[:, :-3])
@@ -112,6 +113,33 @@ def test_scales_of_any_size_become_bf16_exactly():
     assert same(into["gate"][0], weights.gate.codes[0])
     back = into["down"][1].view(torch.int16) >> 7
     assert torch.equal(back.to(torch.uint8), weights.down.scales[0])
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("offset", [0, 3, 64])
+def test_buffers_may_begin_at_any_byte(isa, fmt, offset):
+    """Rows are longer than a cache line, and none of them needs to begin with one."""
+    hidden, features = 320, 288
+    weights = layer(fmt, hidden=hidden, intermediate=features)
+    experts = weights.pack(isa=isa)
+    whole = experts.export(1)
+    storage = cpumoe.weight_format(fmt).scale_storage
+    memory, into = {}, {}
+    for name, (n, k) in {
+        "gate": (features, hidden),
+        "up": (features, hidden),
+        "down": (hidden, features),
+    }.items():
+        size = n * k // 2
+        memory[name] = torch.full((size + offset + 64,), 7, dtype=torch.uint8)
+        codes = memory[name][offset : offset + size].view(n, k // 2)
+        into[name] = (codes, torch.zeros(n, k // 32, dtype=storage))
+    experts.export_into(1, **into)
+    for name, (codes, scales) in into.items():
+        assert same(codes, getattr(whole, name).codes)
+        assert same(scales, getattr(whole, name).scales)
+        assert memory[name][:offset].eq(7).all()
+        assert memory[name][offset + codes.numel() :].eq(7).all()
 
 
 def test_e8m0_scales_may_have_their_own_dtype(weights, experts):

@@ -46,7 +46,7 @@ def test_refusals(runtime):
     with pytest.raises(ValueError, match='variant generic has no loop for precision "fp64"'):
         _core.run_dots(runtime.core, "generic", "isa", "fp64", 1, 1)
     with pytest.raises(ValueError, match="bytes: must be positive, got 0"):
-        _core.ReadBuffer(runtime.core, 0)
+        _core.MemoryBuffer(runtime.core, 0)
     closed = cpumoe.Runtime(1)
     closed.close()
     with pytest.raises(RuntimeError, match="closed"):

@@ -35,8 +35,8 @@ def folder(request, tmp_path_factory):
 class Buffers:
     """The memory of all ranks for one expert."""
 
-    def __init__(self, ranks):
-        self.ranks, features = ranks, INTERMEDIATE // ranks
+    def __init__(self, ranks, offset=0):
+        self.ranks, self.offset, features = ranks, offset, INTERMEDIATE // ranks
         self.shapes = {
             "w13": (2 * features, HIDDEN // 2),
             "w13_scales": (2 * features, HIDDEN // 32 * 2),
@@ -44,17 +44,23 @@ class Buffers:
             "w2_scales": (HIDDEN, features // 32 * 2),
         }
         self.memory = {
-            name: [torch.full((n * k + GUARD,), 0xAB, dtype=torch.uint8) for _ in range(ranks)]
+            name: [
+                torch.full((offset + n * k + GUARD,), 0xAB, dtype=torch.uint8) for _ in range(ranks)
+            ]
             for name, (n, k) in self.shapes.items()
         }
 
     def addresses(self):
-        return [[tensor.data_ptr() for tensor in tensors] for tensors in self.memory.values()]
+        return [
+            [tensor.data_ptr() + self.offset for tensor in tensors]
+            for tensors in self.memory.values()
+        ]
 
     def written(self, name, rank):
         memory = self.memory[name][rank]
         assert bytes(memory[-GUARD:].tolist()) == b"\xab" * GUARD
-        return memory[:-GUARD].view(self.shapes[name])
+        assert bytes(memory[: self.offset].tolist()) == b"\xab" * self.offset
+        return memory[self.offset : -GUARD].view(self.shapes[name])
 
 
 def expected(folder, expert, ranks, layer=None):
@@ -116,6 +122,15 @@ def test_the_least_scale_is_exact(tmp_path, ranks, masked):
     wrapper.submit_write_weight_scale_to_buffer(ranks, 3, *buffers.addresses())
     wrapper.sync_write_weight_scale_to_buffer()
     assert_written(buffers, folder, 3)
+
+
+@pytest.mark.parametrize("offset", [2, 62])
+def test_memory_may_begin_anywhere(folder, offset):
+    wrapper = loaded(folder)
+    buffers = Buffers(2, offset)
+    wrapper.submit_write_weight_scale_to_buffer(2, 5, *buffers.addresses())
+    wrapper.sync_write_weight_scale_to_buffer()
+    assert_written(buffers, folder, 5)
 
 
 def test_slots_are_written_not_the_checkpoints_numbers(folder):

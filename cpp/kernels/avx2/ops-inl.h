@@ -61,6 +61,15 @@ struct Avx2 : Fp32Multiplicands {
     __m256i lo, hi;
   };
 
+  static constexpr int kRegisterBytes = 32;
+  static void Stream(std::byte* to, const std::byte* from) {
+    for (int i = 0; i < kVectorBytes; i += kRegisterBytes) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    }
+  }
+  static void FinishStreams() { _mm_sfence(); }
+
   static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Vec Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void Store(float* p, Vec v) {

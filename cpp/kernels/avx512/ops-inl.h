@@ -55,6 +55,12 @@ struct Avx512 : Fp32Multiplicands {
     __m512i words;
   };
 
+  static constexpr int kRegisterBytes = 64;
+  static void Stream(std::byte* to, const std::byte* from) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  static void FinishStreams() { _mm_sfence(); }
+
   static Vec Zero() { return _mm512_setzero_ps(); }
   static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
   static void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }

@@ -64,6 +64,10 @@ struct Generic : Fp32Multiplicands {
   };
   using ByteTable = CodeTable<uint8_t>;
 
+  static constexpr int kRegisterBytes = 16;
+  static void Stream(std::byte* to, const std::byte* from) { std::memcpy(to, from, kVectorBytes); }
+  static void FinishStreams() {}
+
   static Vec Zero() { return Broadcast(0.0f); }
   static Vec Load(const float* p) {
     return Map([p](int i) {

@@ -86,7 +86,9 @@ def _bias(bias: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor
     return bias
 
 
-def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
+def matrix_view(
+    matrix: QuantizedMatrix, name: str, *, scales_as_bf16: bool = False
+) -> _core.Matrix:
     """Returns the addresses of one matrix; `name` is for the engine's errors."""
     codes, scales = matrix.codes, matrix.scales
     rows, columns = matrix.shape
@@ -98,4 +100,5 @@ def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
         codes_stride=codes.stride(0) * codes.itemsize,
         scales=address(scales, f"{name} scales"),
         scales_stride=scales.stride(0) * scales.itemsize,
+        scales_as_bf16=scales_as_bf16,
     )

@@ -19,8 +19,6 @@ from cpumoe.formats import QuantizedMatrix, WeightFormat
 # Memory for a matrix [N, K]: a QuantizedMatrix, or a tuple (codes, scales).
 MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
 
-_BLOCK_SCALES = (1 << 15) - 1
-
 
 def new_expert(form: ExpertForm) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
     """Returns memory for an expert's gate, up and down."""
@@ -49,12 +47,8 @@ def export_into(
     """Writes a packed expert to the caller's memory; see `Experts.export_into`."""
     features = _features(intermediate, form)
     targets = _targets(form, buffers, len(features))
-    layer.unpack(
-        runtime=runtime,
-        expert=expert,
-        matrices=[target.matrix for target in targets],
-        intermediate_begin=features.start,
-    )
+    shard = ([target.matrix for target in targets], features.start)
+    layer.unpack(runtime=runtime, expert=expert, shards=[shard])
     for target in targets:
         target.finish()
 
@@ -74,7 +68,10 @@ def copy_into(
         form.fmt.check_scales(matrix.scales, matrix.name)
     first, last = features.start, features.stop
     for name, matrix, target in zip(buffers, matrices, targets, strict=True):
-        for source, memory in ((matrix.codes, target.codes), (matrix.scales, target.stored)):
+        scales = matrix.scales
+        if target.matrix.scales_as_bf16:
+            scales = scales.view(torch.float8_e8m0fnu)
+        for source, memory in ((matrix.codes, target.codes), (scales, target.scales.detach())):
             if name == "down":
                 per = form.intermediate_size // source.shape[1]  # features per byte, or per scale
                 memory.copy_(source[:, first // per : last // per])
@@ -85,23 +82,16 @@ def copy_into(
 
 @dataclass(frozen=True)
 class _Target:
-    """A matrix that is written, and what becomes of its scales."""
+    """A matrix that is written."""
 
     matrix: _core.Matrix
-    codes: torch.Tensor  # the caller's memory
-    stored: torch.Tensor  # the scales that are written first, in the format's own dtype
-    scales: torch.Tensor  # the caller's
+    codes: torch.Tensor  # the caller's memory, as bytes
+    scales: torch.Tensor  # the caller's memory, bf16 or as the format stores scales
     written: tuple[torch.Tensor, torch.Tensor]  # the caller's tensors
     memories: tuple[tuple[torch.Tensor, str], tuple[torch.Tensor, str]]  # with their names
 
     def finish(self) -> None:
-        """Converts the scales if the caller wants others, and tells autograd of the change."""
-        if self.stored is not self.scales:
-            powers, numbers = self.stored.view(torch.float8_e8m0fnu), self.scales.detach()
-            # PyTorch copies larger blocks on several threads, which would wait for the engine's.
-            rows = max(1, _BLOCK_SCALES // max(1, powers.shape[1]))
-            for row in range(0, powers.shape[0], rows):
-                numbers[row : row + rows].copy_(powers[row : row + rows])
+        """Tells autograd of the change."""
         for tensor in self.written:
             wrote_output(tensor)
 
@@ -170,13 +160,13 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
     code_memory = _memory(codes, f"{name} codes", fmt.code_dtypes, rows, columns * fmt.code_bits)
     bits = groups * 8 * (torch.bfloat16.itemsize if converts else fmt.scale_storage.itemsize)
     scale_memory = _memory(scales, f"{name} scales", accepted, rows, bits)
-    stored = scale_memory
-    if converts:
-        stored = torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu")
-    bytes_ = code_memory.view(torch.uint8)
-    matrix = matrix_view(QuantizedMatrix(bytes_, stored.view(fmt.scale_storage)), name)
+    written = QuantizedMatrix(
+        code_memory.view(torch.uint8),
+        scale_memory if converts else scale_memory.view(fmt.scale_storage),
+    )
+    matrix = matrix_view(written, name, scales_as_bf16=converts)
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
-    return _Target(matrix, bytes_, stored, scale_memory, (codes, scales), memories)
+    return _Target(matrix, written.codes, written.scales, (codes, scales), memories)
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

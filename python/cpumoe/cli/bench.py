@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpumoe._base.progress import progress_bar
-from cpumoe.cli import bench_compare, bench_plot, bench_report, bench_tune, console
+from cpumoe.cli import (
+    bench_compare,
+    bench_plot,
+    bench_report,
+    bench_tune,
+    bench_write_back,
+    console,
+)
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
@@ -88,6 +95,14 @@ _TuneOption = Annotated[
         "faster.",
     ),
 ]
+_WriteBackOption = Annotated[
+    bool,
+    typer.Option(
+        "--write-back",
+        help="Do not print the usual table. Time how fast experts are written to memory from which "
+        "a GPU takes them, beside the memory's copy bandwidth.",
+    ),
+]
 _DataOption = Annotated[
     Path | None,
     value_option(
@@ -130,6 +145,7 @@ def command(
     rounds: _RoundsOption = 5,
     batch_invariant: _BatchInvariantOption = False,
     tune: _TuneOption = False,
+    write_back: _WriteBackOption = False,
     data: _DataOption = None,
     *,
     output: OutputOptions,
@@ -154,13 +170,15 @@ def command(
         if output.plot is not None:
             bench_plot.require(output.plot)
         variants = _variants(isa, precision)
-        if tune:
+        other = _other_table(tune, write_back)
+        if other is not None:
             unused = {"tokens": tokens, "routing": routing, "data": data, "plot": output.plot}
-            _refuse_beside("--tune", **unused, compare=output.compare)
+            _refuse_beside(other, **unused, compare=output.compare)
             if batch_invariant:
-                raise InputError("--batch-invariant cannot be combined with --tune")
+                raise InputError(f"--batch-invariant cannot be combined with {other}")
             weights, runtime = _weights(model, format, experts), _runtime(threads)
-            bench_tune.run(model, weights, variants, runtime, seconds, rounds, output.json)
+            measure = bench_tune.run if tune else bench_write_back.run
+            measure(model, weights, variants, runtime, seconds, rounds, output.json)
             return
         counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
@@ -191,6 +209,15 @@ def command(
         }
         document = bench_report.document(result, settings, runtime.threads)
         _output(document, output, old)
+
+
+def _other_table(tune: bool, write_back: bool) -> str | None:
+    """The option that asks for another table than the usual one."""
+    if tune and write_back:
+        raise InputError("--write-back cannot be combined with --tune")
+    if tune:
+        return "--tune"
+    return "--write-back" if write_back else None
 
 
 def _output(document: dict[str, Any], output: OutputOptions, old: dict[str, Any] | None) -> None:

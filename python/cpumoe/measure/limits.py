@@ -1,4 +1,4 @@
-"""The machine's limits: how fast it reads memory, and how fast it multiplies and adds.
+"""The machine's limits: how fast it reads and copies memory, and how fast it multiplies and adds.
 
 A call must read its weights and sum its products, so it cannot be faster than either limit allows.
 How close it comes to the slower of the two says how much is left to gain. Both limits are measured
@@ -7,6 +7,7 @@ on the threads that experts run on, by loops that do nothing else (``cpp/kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class DotPeak:
 
 
 class MemoryReader:
-    """A buffer that a runtime's threads read together, any number of times.
+    """A buffer that a runtime's threads read or copy together, any number of times.
 
     The buffer lies on huge pages where the kernel grants them, and is read with the widest loads
     that this CPU has. Deleting the reader frees the buffer.
@@ -87,9 +88,33 @@ class MemoryReader:
         self._runtime = runtime
         self._isa = usable_isas()[-1]
         before = _kilobytes(_SMAPS, "AnonHugePages")
-        self._buffer = _core.ReadBuffer(runtime.core, size)
+        self._buffer = _core.MemoryBuffer(runtime.core, size)
         gained = (_kilobytes(_SMAPS, "AnonHugePages") - before) * 1024
         self._huge_pages = gained >= 0.9 * self._buffer.nbytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffer."""
+        return self._buffer.nbytes
+
+    @property
+    def huge_pages(self) -> bool:
+        """Whether the kernel backed the buffer with huge pages."""
+        return self._huge_pages
+
+    def measure_copy(self, *, seconds: float = 0.5) -> float:
+        """Copies one half of the buffer to the other, past the caches.
+
+        Args:
+            seconds: time to spend (three runs at least).
+
+        Returns:
+            Bytes read and written per second, in the best run.
+
+        Raises:
+            RuntimeError: the runtime is closed.
+        """
+        return self._buffer.nbytes / min(self._times(self._buffer.copy, seconds))
 
     def measure(self, *, seconds: float = 0.5) -> ReadBandwidth:
         """Returns the best run.
@@ -100,9 +125,7 @@ class MemoryReader:
         Raises:
             RuntimeError: the runtime is closed.
         """
-        times: list[float] = []
-        while len(times) < 3 or sum(times) < seconds:
-            times.append(self._buffer.read(self._runtime.core, self._isa, "isa"))
+        times = self._times(self._buffer.read, seconds)
         return ReadBandwidth(
             bytes_per_second=self._buffer.nbytes / min(times),
             isa=self._isa,
@@ -110,6 +133,14 @@ class MemoryReader:
             buffer_bytes=self._buffer.nbytes,
             huge_pages=self._huge_pages,
         )
+
+    def _times(
+        self, run: Callable[[_core.Runtime, str, str], float], seconds: float
+    ) -> list[float]:
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            times.append(run(self._runtime.core, self._isa, "isa"))
+        return times
 
 
 def measure_read_bandwidth(

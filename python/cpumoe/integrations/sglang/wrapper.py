@@ -297,7 +297,7 @@ class KTMoEWrapper:
             w2_scale_ptrs: an address per rank.
 
         Raises:
-            RuntimeError: `load_weights` was not called.
+            RuntimeError: `load_weights` was not called, or the runtime is closed.
             TypeError, ValueError: a value is wrong, or the ranks do not get whole groups.
             IndexError: there is no such expert.
         """

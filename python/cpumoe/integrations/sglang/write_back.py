@@ -17,28 +17,29 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from cpumoe import _core
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.integrations.sglang.checks import integer_in
 from cpumoe.packed_experts import PackedExperts
 
 
 class WriteBack:
-    """Writes the experts of a layer. One thread writes for all layers, in the order of requests.
+    """Writes the experts of a layer.
 
-    The threads of the runtime do the work, one part of one rank at a time, and forward calls come
-    in between.
+    All threads of the runtime write an expert, for all ranks at once, in steps of a fraction of a
+    millisecond. Forward calls that wait run between two steps. Experts of all layers are written in
+    the order of requests.
     """
 
     def __init__(self, experts: PackedExperts) -> None:
         """Writes `experts`."""
         self._experts = experts
         self._group = weight_format(experts.format).group_size
-        self._running: list[Future[None]] = []
+        self._running: list[_Writing] = []
         self._process = os.getpid()
 
     def submit(self, ranks: object, expert: object, addresses: Sequence[Sequence[int]]) -> None:
@@ -52,6 +53,7 @@ class WriteBack:
         Raises:
             TypeError, ValueError: a value is wrong, or the ranks do not get whole groups.
             IndexError: there is no such expert.
+            RuntimeError: the runtime is closed.
         """
         count = integer_in(ranks, "gpu_tp_count", 1)
         experts = self._experts
@@ -65,20 +67,33 @@ class WriteBack:
                 f"got {count}; pass another --tp-size"
             )
         parts = [self._part(rank, count, addresses) for rank in range(count)]
-        self._running.append(_writer().submit(self._write, slot, parts))
+        call = experts._submit_export(slot, [part.shard() for part in parts])
+        self._running.append(_Writing(slot, parts, call))
 
     def sync(self) -> None:
         """Waits until everything is written; raises the first error of a writing.
 
-        A forked child does not wait for what its parent submitted.
+        An expert that has no weights in memory is read from the checkpoint now. A forked child does
+        not wait for what its parent submitted.
         """
         running, self._running = self._running, []
         if os.getpid() != self._process:
             return
-        for future in running:
-            future.exception()  # wait for all, whatever happens
-        for future in running:
-            future.result()
+        errors = []
+        for writing in running:  # wait for all, whatever happens
+            try:
+                self._finish(writing)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _finish(self, writing: _Writing) -> None:
+        try:
+            writing.call.wait()
+        except ValueError:  # The expert has no weights in memory, or lost them meanwhile.
+            for part in writing.parts:
+                part.read(self._experts, writing.slot)
 
     def _part(self, rank: int, ranks: int, addresses: Sequence[Sequence[int]]) -> _Part:
         names = ("w13_weight_ptrs", "w13_scale_ptrs", "w2_weight_ptrs", "w2_scale_ptrs")
@@ -87,70 +102,92 @@ class WriteBack:
             for name, pointers in zip(names, addresses, strict=True)
         )
         hidden, features = self._experts.hidden_size, self._experts.intermediate_size // ranks
-
-        def matrix(codes: int, scales: int, rows: int, columns: int) -> QuantizedMatrix:
-            groups = columns // self._group
-            return QuantizedMatrix(
-                _memory(codes, rows, columns // 2, torch.uint8),
-                _memory(scales, rows, groups, torch.bfloat16),
-            )
-
-        gate_up = matrix(w13, w13_scales, 2 * features, hidden)
+        groups = hidden // self._group
         return _Part(
-            slice(rank * features, (rank + 1) * features),
-            QuantizedMatrix(gate_up.codes[:features], gate_up.scales[:features]),
-            QuantizedMatrix(gate_up.codes[features:], gate_up.scales[features:]),
-            matrix(w2, w2_scales, hidden, features),
+            rank * features,
+            _Memory("gate", features, hidden, groups, w13, w13_scales),
+            _Memory(
+                "up",
+                features,
+                hidden,
+                groups,
+                w13 + features * hidden // 2,
+                w13_scales + features * groups * torch.bfloat16.itemsize,
+            ),
+            _Memory("down", hidden, features, features // self._group, w2, w2_scales),
         )
 
-    @torch.inference_mode()  # A host in this mode makes tensors that cannot be changed outside it.
-    def _write(self, slot: int, parts: list[_Part]) -> None:
-        for part in parts:
-            self._experts.export_into(
-                slot,
-                gate=part.gate,
-                up=part.up,
-                down=part.down,
-                intermediate=part.features,
-                read_missing=True,
-            )
+
+@dataclass(frozen=True)
+class _Memory:
+    """The host's memory for a matrix of two codes per byte and bf16 scales, in dense rows."""
+
+    name: str
+    rows: int
+    columns: int
+    groups: int  # of a row
+    codes: int  # addresses
+    scales: int
+
+    def matrix(self) -> _core.Matrix:
+        return _core.Matrix(
+            name=self.name,
+            rows=self.rows,
+            columns=self.columns,
+            codes=self.codes,
+            codes_stride=self.columns // 2,
+            scales=self.scales,
+            scales_stride=self.groups * torch.bfloat16.itemsize,
+            scales_as_bf16=True,
+        )
+
+    def tensors(self) -> QuantizedMatrix:
+        def tensor(address: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            size = self.rows * columns * dtype.itemsize
+            memory = (ctypes.c_uint8 * size).from_address(address)
+            return torch.frombuffer(memory, dtype=dtype).view(self.rows, columns)
+
+        return QuantizedMatrix(
+            tensor(self.codes, self.columns // 2, torch.uint8),
+            tensor(self.scales, self.groups, torch.bfloat16),
+        )
 
 
 @dataclass(frozen=True)
 class _Part:
     """The intermediate features of a rank, and the memory for them."""
 
-    features: slice
-    gate: QuantizedMatrix
-    up: QuantizedMatrix
-    down: QuantizedMatrix
+    begin: int
+    gate: _Memory
+    up: _Memory
+    down: _Memory
+
+    def shard(self) -> tuple[list[_core.Matrix], int]:
+        return [self.gate.matrix(), self.up.matrix(), self.down.matrix()], self.begin
+
+    @torch.inference_mode()  # A host in this mode makes tensors that cannot be changed outside it.
+    def read(self, experts: PackedExperts, slot: int) -> None:
+        """Writes the part of an expert that may be missing in memory."""
+        experts.export_into(
+            slot,
+            gate=self.gate.tensors(),
+            up=self.up.tensors(),
+            down=self.down.tensors(),
+            intermediate=slice(self.begin, self.begin + self.gate.rows),
+            read_missing=True,
+        )
 
 
-def _memory(address: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor on memory that the host owns."""
-    memory = (ctypes.c_uint8 * (rows * columns * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+@dataclass(frozen=True)
+class _Writing:
+    """An expert on its way."""
+
+    slot: int
+    parts: list[_Part]
+    call: _core.SubmittedCall
 
 
 def _address(pointers: Sequence[int], name: str, rank: int, ranks: int) -> int:
     if len(pointers) != ranks:
         raise ValueError(f"{name}: expected {ranks} addresses, one per rank, got {len(pointers)}")
     return integer_in(pointers[rank], f"{name}[{rank}]", 1)
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _writer() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(1, thread_name_prefix="cpumoe-write-back")
-    return _pool
-
-
-def _forget_writer() -> None:
-    global _pool
-    _pool = None  # The child does not have the parent's thread.
-
-
-os.register_at_fork(after_in_child=_forget_writer)

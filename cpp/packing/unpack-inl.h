@@ -1,0 +1,246 @@
+// Unpacks tiles (kernels/tile.h) to checkpoint rows, bit for bit, past the caches.
+//
+// Whoever takes an exported expert, such as a GPU, reads it from memory. An ordinary store reads
+// the line that it changes, and drives out of the caches what calls need. A streaming store does
+// neither, but writes whole lines only. Therefore 256 bytes of each of a tile's rows are gathered
+// in L1:
+//
+//      64 vectors of the tile  --transposed-->  16 rows of 256 bytes  --streamed-->  memory
+//
+// Rows whose memory is not aligned to lines, or that are shorter than a line, are written with
+// ordinary stores at their ends.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "base/float_types.h"
+#include "formats/weight_format.h"
+#include "kernels/isa.h"
+#include "kernels/tile.h"
+#include "packing/pack.h"
+#include "packing/raw_matrix.h"
+#include "packing/transpose.h"
+
+namespace cpumoe {
+
+// The next bytes of a tile's rows, on their way to memory.
+template <StreamIsa Isa>
+class RowStage {
+ public:
+  static constexpr int64_t kRowBytes = 4 * kVectorBytes;
+
+  std::byte* Row(int row) { return bytes_[row]; }
+
+  // Writes the first `count` bytes of every row to rows[row] + offset. Leaves out null rows.
+  void Write(std::byte* const (&rows)[kTileRows], int64_t offset, int64_t count) const {
+    for (int r = 0; r < kTileRows; ++r) {
+      if (rows[r] != nullptr) Copy(rows[r] + offset, bytes_[r], count);
+    }
+  }
+
+ private:
+  static void Copy(std::byte* to, const std::byte* from, int64_t count) {
+    const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kVectorBytes);
+    int64_t i = std::min(misaligned == 0 ? 0 : kVectorBytes - misaligned, count);
+    std::memcpy(to, from, i);
+    for (; i + kVectorBytes <= count; i += kVectorBytes) Isa::Stream(to + i, from + i);
+    std::memcpy(to + i, from + i, count - i);
+  }
+
+  alignas(kVectorBytes) std::byte bytes_[kTileRows][kRowBytes];
+};
+
+// Transposes sixteen vectors of a tile to one line of each row, in the widest registers of an ISA.
+//
+// A register holds kLanes lanes of four words. Words change places within their lanes first, and
+// whole lanes afterwards.
+template <int kRegisterBytes>
+class LineTranspose {
+ public:
+  static constexpr int kVectors = 16;
+  using Words __attribute__((vector_size(kRegisterBytes))) = uint32_t;
+
+  // Stores the line of row r to rows + r * distance. `map` is applied to vectors of words.
+  template <class Map>
+  static void Run(const std::byte* in, std::byte* rows, int64_t distance, Map map) {
+    for (int part = 0; part < kVectorBytes; part += kRegisterBytes) {    // of the vectors
+      for (int line = 0; line < kVectorBytes; line += kRegisterBytes) {  // the part of the lines
+        Words blocks[kLanes][4];
+        for (int b = 0; b < kLanes; ++b) {
+          const std::byte* from = in + (line / 4 + 4 * b) * kVectorBytes + part;
+          TransposeWords([&](int i) { return map(Load(from + i * kVectorBytes)); }, blocks[b]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          std::byte* to = rows + (part / 4 + i) * distance + line;
+          TransposeLanes([&](int b) { return blocks[b][i]; },
+                         [&](int lane, const Words& words) {
+                           std::memcpy(to + 4 * lane * distance, &words, kRegisterBytes);
+                         });
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLanes = kRegisterBytes / 16;
+  static constexpr int kWords = kRegisterBytes / 4;
+  static_assert(kLanes == 1 || kLanes == 2 || kLanes == 4);
+
+  static Words Load(const std::byte* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    return words;
+  }
+
+  // Word w of the result is word kIndex(w) of a and b one after the other.
+  template <auto kIndex, int... kWord>
+  static Words Permute(const Words& a, const Words& b, std::integer_sequence<int, kWord...>) {
+    return __builtin_shufflevector(a, b, kIndex(kWord)...);
+  }
+  template <auto kIndex>
+  static Words Permute(const Words& a, const Words& b) {
+    return Permute<kIndex>(a, b, std::make_integer_sequence<int, kWords>{});
+  }
+  // In each lane: words kFirst and kFirst + 1 of both operands, in turns.
+  template <int kFirst>
+  static constexpr auto kInterleave =
+      [](int w) { return w / 4 * 4 + kFirst + w % 4 / 2 + w % 2 * kWords; };
+  // In each lane: words kFirst and kFirst + 1 of a, then those of b.
+  template <int kFirst>
+  static constexpr auto kConcatenate =
+      [](int w) { return w / 4 * 4 + kFirst + w % 2 + w % 4 / 2 * kWords; };
+  // Every other lane of a from lane kFirst on, then those of b.
+  template <int kFirst>
+  static constexpr auto kEveryOtherLane = [](int w) {
+    const int lane = w / 4, half = kLanes / 2;
+    return lane % half * 8 + 4 * kFirst + w % 4 + lane / half * kWords;
+  };
+
+  // Transposes the 4 x 4 words of each lane of load(0..3).
+  template <class Load>
+  static void TransposeWords(Load&& load, Words (&out)[4]) {
+    const Words a = load(0), b = load(1), c = load(2), d = load(3);
+    const Words ab[] = {Permute<kInterleave<0>>(a, b), Permute<kInterleave<2>>(a, b)};
+    const Words cd[] = {Permute<kInterleave<0>>(c, d), Permute<kInterleave<2>>(c, d)};
+    for (int half = 0; half < 2; ++half) {
+      out[2 * half] = Permute<kConcatenate<0>>(ab[half], cd[half]);
+      out[2 * half + 1] = Permute<kConcatenate<2>>(ab[half], cd[half]);
+    }
+  }
+
+  // Transposes the kLanes x kLanes lanes of load(0..kLanes - 1). store(lane, Words) takes them.
+  template <class Load, class Store>
+  static void TransposeLanes(Load&& load, Store&& store) {
+    if constexpr (kLanes == 1) {
+      store(0, load(0));
+    } else if constexpr (kLanes == 2) {
+      store(0, Permute<kEveryOtherLane<0>>(load(0), load(1)));
+      store(1, Permute<kEveryOtherLane<1>>(load(0), load(1)));
+    } else {
+      const Words even[] = {Permute<kEveryOtherLane<0>>(load(0), load(1)),
+                            Permute<kEveryOtherLane<0>>(load(2), load(3))};
+      const Words odd[] = {Permute<kEveryOtherLane<1>>(load(0), load(1)),
+                           Permute<kEveryOtherLane<1>>(load(2), load(3))};
+      store(0, Permute<kEveryOtherLane<0>>(even[0], even[1]));
+      store(1, Permute<kEveryOtherLane<0>>(odd[0], odd[1]));
+      store(2, Permute<kEveryOtherLane<1>>(even[0], even[1]));
+      store(3, Permute<kEveryOtherLane<1>>(odd[0], odd[1]));
+    }
+  }
+};
+
+// Writes the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
+// [column_begin, column_begin + out.columns) of the matrix to `out`. The columns must be whole
+// groups. Other threads and devices are sure to see it after Isa::FinishStreams.
+template <StreamIsa Isa, WeightFormat F>
+class TileUnpacker {
+ public:
+  using Layout = PackedLayout<F>;
+
+  static void Unpack(const TileView& view, int64_t tile, int64_t matrix_rows, int64_t row_begin,
+                     int64_t column_begin, const MutableRawMatrix& out) {
+    const int64_t first = std::max(tile * kTileRows, row_begin);
+    const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, matrix_rows});
+    if (first >= last) return;
+    const int64_t group = column_begin / F::kGroupSize;
+    const int64_t groups = out.columns / F::kGroupSize;
+    std::byte* codes[kTileRows] = {};  // null for a row that is not wanted
+    std::byte* scales[kTileRows] = {};
+    for (int64_t row = first; row < last; ++row) {
+      codes[row % kTileRows] = out.codes + (row - row_begin) * out.codes_stride;
+      scales[row % kTileRows] = out.scales + (row - row_begin) * out.scales_stride;
+    }
+    UnpackCodes(view.codes + group * Geometry::kGroupBytes, groups * Geometry::kGroupVectors,
+                codes);
+    const std::byte* from = view.scales + group * kTileRows * Layout::kScaleBytes;
+    if constexpr (HasBf16Scales<F>) {
+      if (out.scales_as_bf16) return UnpackScales<Bf16>(from, groups, scales);
+    }
+    UnpackScales<typename F::Scale>(from, groups, scales);
+  }
+
+ private:
+  using Geometry = typename Layout::Geometry;
+  using Stage = RowStage<Isa>;
+  using Line = LineTranspose<Isa::kRegisterBytes>;
+
+  static void UnpackCodes(const std::byte* in, int64_t vectors,
+                          std::byte* const (&rows)[kTileRows]) {
+    constexpr auto kUnswap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
+    constexpr int64_t kWordBytes = 4;
+    Stage stage;
+    for (int64_t v = 0; v < vectors; v += Stage::kRowBytes / kWordBytes) {
+      const int64_t end = std::min(v + Stage::kRowBytes / kWordBytes, vectors);
+      int64_t i = v;
+      for (; i + Line::kVectors <= end; i += Line::kVectors) {
+        Line::Run(in + i * kVectorBytes, stage.Row(0) + (i - v) * kWordBytes, Stage::kRowBytes,
+                  kUnswap);
+      }
+      if (i < end) {
+        std::byte rest[Line::kVectors * kVectorBytes] = {};
+        std::memcpy(rest, in + i * kVectorBytes, (end - i) * kVectorBytes);
+        Line::Run(rest, stage.Row(0) + (i - v) * kWordBytes, Stage::kRowBytes, kUnswap);
+      }
+      stage.Write(rows, v * kWordBytes, (end - v) * kWordBytes);
+    }
+  }
+
+  // Writes scales as type To.
+  template <class To>
+  static void UnpackScales(const std::byte* in, int64_t groups,
+                           std::byte* const (&rows)[kTileRows]) {
+    using Word = typename Layout::ScaleWord;
+    constexpr int64_t kTo = sizeof(To);
+    constexpr int64_t kGroups = Stage::kRowBytes / std::max(kTo, Layout::kScaleBytes);
+    Stage stage;
+    Word words[kTileRows][kGroups];
+    Word* word_rows[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) word_rows[r] = words[r];
+    for (int64_t g = 0; g < groups; g += kGroups) {
+      const int64_t count = std::min(kGroups, groups - g);
+      LanesToRows<Word>(in + g * kTileRows * Layout::kScaleBytes, count, word_rows);
+      for (int r = 0; r < kTileRows; ++r) Convert<To>(words[r], count, stage.Row(r));
+      stage.Write(rows, g * kTo, count * kTo);
+    }
+  }
+
+  template <class To, class Word>
+  static void Convert(const Word* words, int64_t count, std::byte* out) {
+    if constexpr (std::is_same_v<To, typename F::Scale>) {
+      std::memcpy(out, words, count * sizeof(Word));
+    } else {
+      static_assert(std::is_same_v<To, Bf16>);
+      for (int64_t i = 0; i < count; ++i) {
+        const Bf16 scale = typename F::Scale{words[i]}.ToBf16();
+        std::memcpy(out + i * sizeof(scale), &scale, sizeof(scale));
+      }
+    }
+  }
+};
+
+}  // namespace cpumoe
