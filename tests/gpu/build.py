@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--package", type=Path)
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
+    # CMake and Ninja may be packages of this Python, whose folder PATH need not have.
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
     if options.package:
         for program in ("latency", "stream_test"):
             lack(program, "--package: nothing is compiled")

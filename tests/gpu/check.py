@@ -67,7 +67,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
             BUILD_SECONDS * slower,
             (),
             python(
-                "build.py",
+                "build",
                 work,
                 "--seconds",
                 str(BUILD_SECONDS * slower),

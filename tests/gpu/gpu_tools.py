@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tests.gpu.results import FAIL, report
 
 from cpumoe import Runtime
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
@@ -93,6 +91,7 @@ class Cuda:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Captures the operations of `function` into a graph; returns what replays it."""
+        self.synchronize()  # Tensors that the graph uses may still be on their way.
         with torch.cuda.stream(self._capture_stream):
             function()  # a call before the capture, as hosts make it
         self.synchronize()
@@ -195,7 +194,7 @@ def make_layers(work: Path, sizes: Sizes, **options: Any) -> list[KTMoEWrapper]:
     folder = work / "checkpoints" / "-".join(str(size) for size in vars(sizes).values())
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(folder, find_model("v4-flash"), **vars(sizes))
+        write_checkpoint(folder, find_model("v4-flash"), pattern="random", **vars(sizes))
     layers = []
     for index in range(sizes.layers):
         layer = KTMoEWrapper(
@@ -286,13 +285,3 @@ def arguments() -> Arguments:
     parser.add_argument("--without-gpu", action="store_true")
     options = parser.parse_args()
     return Arguments(options.work, Cpu() if options.without_gpu else Cuda())
-
-
-def run_parts(parts: dict[str, Callable[[], None]]) -> None:
-    """Runs the parts of a step; one that raises an exception has failed, and the next one runs."""
-    for name, part in parts.items():
-        try:
-            part()
-        except Exception as error:
-            traceback.print_exc()
-            report(FAIL, name, f"{type(error).__name__}: {error}".partition("\n")[0])

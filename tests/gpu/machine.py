@@ -10,9 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.gpu.results import PASS, SKIPPED, lack, provide, report
+from tests.gpu.results import PASS, SKIPPED, lack, provide, report, run_parts
 
 LIBRARY = "libcuda.so.1"
 DEVICE_NAME, ATTRIBUTE_CAPABILITY = 256, (75, 76)
@@ -128,12 +129,14 @@ def check_rest() -> None:
 def main() -> None:
     """Reports what there is."""
     work = Path(sys.argv[1])
-    check_rest()
+    parts: dict[str, Callable[[], None]] = {"CPU": check_rest}
     if "--without-gpu" in sys.argv:
         lack("gpu", "--without-gpu")
-        return provide(torch_device="cpu")
-    check_driver(work)
-    return check_torch()
+        lack("driver", "--without-gpu, and the stand-in has not been built")
+        provide(torch_device="cpu")
+    else:
+        parts |= {"GPU": lambda: check_driver(work), "PyTorch": check_torch}
+    run_parts(parts)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ printed counts, even if the step hangs or crashes later.
 from __future__ import annotations
 
 import json
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 RESULT = "@@result "
@@ -41,3 +43,13 @@ def provide(**facts: Any) -> None:
 def lack(fact: str, reason: str) -> None:
     """Tells later steps why something is missing."""
     print(FACTS + json.dumps({"lacks": {fact: reason}}), flush=True)
+
+
+def run_parts(parts: dict[str, Callable[[], None]]) -> None:
+    """Runs the parts of a step; one that raises an exception has failed, and the next one runs."""
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            report(FAIL, name, f"{type(error).__name__}: {error}".partition("\n")[0])

@@ -25,9 +25,8 @@ from tests.gpu.gpu_tools import (
     call,
     make_batch,
     make_layers,
-    run_parts,
 )
-from tests.gpu.results import SKIPPED, check, report
+from tests.gpu.results import SKIPPED, check, report, run_parts
 
 from cpumoe import open_checkpoint, weight_format
 from cpumoe.integrations.sglang import kt_kernel

@@ -18,9 +18,8 @@ from tests.gpu.gpu_tools import (
     difference,
     make_batch,
     make_layers,
-    run_parts,
 )
-from tests.gpu.results import check
+from tests.gpu.results import check, run_parts
 
 SIZES = Sizes(layers=3)
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 31, 64, 100, 128, 300, 512, 1000, 2048, MOST_TOKENS)

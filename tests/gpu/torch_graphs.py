@@ -20,10 +20,9 @@ from tests.gpu.gpu_tools import (
     difference,
     make_batch,
     make_layers,
-    run_parts,
     runtime_of,
 )
-from tests.gpu.results import check
+from tests.gpu.results import check, run_parts
 
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
 
@@ -111,6 +110,7 @@ class Graphs:
             "replays": self.replay,
             "replays and eager calls": self.mix,
             "side streams": self.side_streams,
+            "deferral": self.defer,
             "errors": self.fail,
         }
 
@@ -176,6 +176,17 @@ class Graphs:
             f"{len(bad)}: {bad[:1]}",
             us_per_layer=graph.microseconds_per_layer(),
         )
+
+    def defer(self) -> None:
+        """A graph whose layers leave experts to the next one."""
+        layers = make_layers(self._work, SIZES, max_deferred_experts_per_token=2)
+        graph = Graph(self._device, layers, 4)
+        bad = []
+        for batch in self._inputs[4]:
+            output = graph.replay(batch.to(self._device.device))
+            self._device.synchronize()
+            bad += filter(None, [difference(output, _pass(layers, batch, 0))])
+        check("deferral in a graph", not bad, f"{len(bad)} of {INPUTS}: {bad[:1]}")
 
     def fail(self) -> None:
         """A job that fails in a replay gives NaN, and its error at the next call."""

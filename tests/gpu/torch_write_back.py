@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.gpu.gpu_tools import Device, Sizes, arguments, call, make_batch, make_layers, run_parts
-from tests.gpu.results import check, report
+from tests.gpu.gpu_tools import Device, Sizes, arguments, call, make_batch, make_layers
+from tests.gpu.results import check, report, run_parts
 
 from cpumoe import open_checkpoint
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.gpu import build, stream_tests, torch_calls, torch_graphs, torch_overlap
 from tests.gpu import torch_write_back as write_back
-from tests.gpu.gpu_tools import Cpu, Sizes, difference, run_parts
-from tests.gpu.results import RESULT
+from tests.gpu.gpu_tools import Cpu, Sizes, difference
+from tests.gpu.results import RESULT, run_parts
 from tests.gpu.runner import Runner, Step
 
 ROOT = Path(__file__).parents[2]
