@@ -4,6 +4,7 @@
 #   hooks.py    SGLang's own class of layers, as cpumoe's plugin changes it
 #   fork.py     sglang-kt's wrapper of experts: hybrid, moved experts, experts written for the GPU, deferral
 #   engine.py   SGLang's engine generates with a tiny model; the tokens must equal those of SGLang alone
+#   command.py  `cpumoe sglang` prints commands that the parsers of both accept, and starts a server
 #
 #   bash tests/hosts/sglang.sh                      makes the environment in a temporary folder
 #   bash tests/hosts/sglang.sh ENVIRONMENT          makes it there, or uses it if it exists
@@ -39,7 +40,10 @@ common=$work/cpumoe:$here/without_gpu
 failed=0
 PYTHONPATH=$common "$host/bin/python" "$here/engine.py" make "$work/tiny"
 PYTHONPATH=$common "$host/bin/python" "$here/hooks.py" "$work"/tiny/{model,experts} || failed=1
-PYTHONPATH=$common:$work/cpumoe/cpumoe/integrations/sglang/pythonpath:$host/sglang-kt \
-    "$host/bin/python" "$here/fork.py" || failed=1
+fork=$common:$work/cpumoe/cpumoe/integrations/sglang/pythonpath:$host/sglang-kt
+PYTHONPATH=$fork "$host/bin/python" "$here/fork.py" || failed=1
+PYTHONPATH=$common "$host/bin/python" "$here/command.py" options || failed=1
+PYTHONPATH=$fork "$host/bin/python" "$here/command.py" options || failed=1
+PYTHONPATH=$common "$host/bin/python" "$here/command.py" serve "$work/tiny" || failed=1
 PYTHONPATH=$common "$host/bin/python" "$here/engine.py" compare "$work/tiny" || failed=1
 exit $failed
