@@ -22,7 +22,7 @@ using Bytes = std::vector<std::byte>;
 // How often tests that look for growth repeat a call. tests/full.sh asks for more.
 int Repetitions() {
   const char* const text = std::getenv("CPUMOE_TEST_STREAM_CALLS");
-  return text == nullptr ? 500 : std::atoi(text);
+  return text == nullptr ? 2000 : std::atoi(text);
 }
 
 class StreamLifetimeTest : public StreamTest {
