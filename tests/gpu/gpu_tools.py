@@ -226,7 +226,8 @@ def captured_plans(layers: list[KTMoEWrapper]) -> int:
     return sum(
         call.captured_plans
         for layer in layers
-        for calls in getattr(layer._layer, "_calls", {}).values()
+        if layer._layer is not None
+        for calls in layer._layer._calls.values()
         for call in calls.values()
     )
 

@@ -6,13 +6,21 @@ printed counts, even if the step hangs or crashes later.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 RESULT = "@@result "
 FACTS = "@@facts "
+PART = "@@part "
+
+# Variables of the environment: the first part to run, and the most seconds for a part.
+FIRST_PART, PART_SECONDS = "CPUMOE_GPU_CHECK_FIRST_PART", "CPUMOE_GPU_CHECK_PART_SECONDS"
+REPORTED = 76  # exit status: a part has failed and said so, and the process cannot go on
 
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 
@@ -46,10 +54,26 @@ def lack(fact: str, reason: str) -> None:
 
 
 def run_parts(parts: dict[str, Callable[[], None]]) -> None:
-    """Runs the parts of a step; one that raises an exception has failed, and the next one runs."""
-    for name, part in parts.items():
+    """Runs the parts of a step; one that raises an exception has failed, and the next one runs.
+
+    If a part hangs, crashes, or leaves CUDA unusable, the process ends, and the runner runs the
+    parts behind it in a new process.
+    """
+    first, limit = int(os.environ.get(FIRST_PART, 0)), float(os.environ.get(PART_SECONDS, 0))
+    for number, (name, part) in enumerate(parts.items()):
+        if number < first:
+            continue
+        is_last = number == len(parts) - 1
+        print(PART + json.dumps({"number": number, "name": name, "last": is_last}), flush=True)
+        if limit:
+            faulthandler.dump_traceback_later(limit, exit=True)
         try:
             part()
         except Exception as error:
             traceback.print_exc()
             report(FAIL, name, f"{type(error).__name__}: {error}".partition("\n")[0])
+            if "CUDA error" in str(error):
+                sys.stderr.flush()
+                os._exit(REPORTED)
+        if limit:
+            faulthandler.cancel_dump_traceback_later()

@@ -18,12 +18,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.results import FACTS, FAIL, PASS, RESULT, SKIPPED
+from tests.gpu.results import (
+    FACTS,
+    FAIL,
+    FIRST_PART,
+    PART,
+    PART_SECONDS,
+    PASS,
+    REPORTED,
+    RESULT,
+    SKIPPED,
+)
 
 # Time to write the results, out of what the steps share.
 RESERVE = 3.0
 # A step that would get less time is skipped.
 LEAST = 5.0
+# The most time for a part, relative to what its step has.
+PART_SHARE = 0.5
+HUNG = "Timeout ("  # how faulthandler begins when that time is over
 TAIL_LINES = 25
 POLL = 0.2
 
@@ -80,6 +93,8 @@ class Runner:
         self.facts: dict[str, Any] = {}
         self.lacks: dict[str, str] = {}
         self.outcomes: list[Outcome] = []
+        self._part: dict[str, Any] | None = None  # the part that runs, of a step with parts
+        self._hung = False
         self._folder = folder
         self._out = out
         self._about = about
@@ -140,37 +155,68 @@ class Runner:
     def _execute(self, step: Step, outcome: Outcome, seconds: float) -> None:
         start = time.monotonic()
         try:
-            command = [str(part) for part in step.command(self.facts)]
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment(self.facts)}
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=self._folder,
-                start_new_session=True,
-                text=True,
-                errors="replace",
-            )
+            first: int | None = 0
+            while first is not None:
+                first = self._run_from(first, step, outcome, start + seconds)
         except Exception as error:
             outcome.status, outcome.reason = FAIL, f"{type(error).__name__}: {error}"
-            return
+        outcome.seconds = round(time.monotonic() - start, 1)
+
+    def _run_from(self, first: int, step: Step, outcome: Outcome, end: float) -> int | None:
+        """Runs a step from its part `first` on; returns the part to go on with, if there is one."""
+        self._part, self._hung = None, False
+        outcome.output_tail = []
+        seconds = end - time.monotonic()
+        process = self._start(step, first, seconds)
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
-        finished = self._collect(process, lines, outcome, start + seconds)
-        outcome.seconds = round(time.monotonic() - start, 1)
-        if not finished:
-            outcome.status, outcome.reason = FAIL, f"not finished after {outcome.seconds:.0f} s"
-        elif process.returncode:
-            outcome.status, outcome.reason = FAIL, _describe(process.returncode)
-        elif not outcome.results:
-            outcome.status, outcome.reason = FAIL, "ended without a result"
-        else:
-            _summarize(outcome)
+        finished = self._collect(process, lines, outcome, end)
+        code = process.returncode
+        if finished and not code and outcome.results:
             outcome.output_tail = []
-        for line in outcome.output_tail:
-            self._say(f"        | {line}", log=False)
+            _summarize(outcome)
+            return None
+        if code != REPORTED:
+            for line in outcome.output_tail:
+                self._say(f"        | {line}", log=False)
+        reason = (
+            f"not finished after {seconds:.0f} s"
+            if not finished
+            else "hung; the log says where"
+            if self._hung
+            else _describe(code)
+            if code
+            else "ended without a result"
+        )
+        part = self._part
+        if part is None:
+            outcome.status, outcome.reason = FAIL, reason
+            return None
+        if code != REPORTED:
+            self._add({"status": FAIL, "name": part["name"], "reason": reason}, outcome)
+        _summarize(outcome)
+        goes_on = finished and not part["last"] and end - time.monotonic() > LEAST
+        return int(part["number"]) + 1 if goes_on else None
+
+    def _start(self, step: Step, first: int, seconds: float) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            FIRST_PART: str(first),
+            PART_SECONDS: str(seconds * PART_SHARE),
+            **step.environment(self.facts),
+        }
+        return subprocess.Popen(
+            [str(part) for part in step.command(self.facts)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=self._folder,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
 
     def _collect(
         self,
@@ -180,8 +226,9 @@ class Runner:
         end: float,
     ) -> bool:
         """Takes lines until the process has ended; returns False if it had to be killed."""
+        complete = False
         try:
-            self._take_until(lines, outcome, end, lambda: process.poll() is not None)
+            complete = self._take_until(lines, outcome, end, lambda: process.poll() is not None)
             process.wait(max(end - time.monotonic(), 0))
             return True
         except subprocess.TimeoutExpired:
@@ -192,7 +239,8 @@ class Runner:
             # A process that waits for a broken driver cannot even be killed.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-            self._take_until(lines, outcome, time.monotonic() + 1, lambda: False)
+            if not complete:
+                self._take_until(lines, outcome, time.monotonic() + 1, lambda: False)
 
     def _take_until(
         self,
@@ -200,39 +248,50 @@ class Runner:
         outcome: Outcome,
         end: float,
         ended: Callable[[], bool],
-    ) -> None:
-        """Takes lines until there are no more, `ended` returns True, or it is `end`."""
+    ) -> bool:
+        """Takes lines until there are no more, `ended` returns True, or it is `end`.
+
+        Returns whether there are no more.
+        """
         while (left := end - time.monotonic()) > 0:
             try:
                 line = lines.get(timeout=min(left, POLL))
             except queue.Empty:
                 # A process that the step has started may keep the pipe open.
                 if ended():
-                    return
+                    return False
                 continue
             if line is None:
-                return
+                return True
             self._take(line.rstrip("\n"), outcome)
+        return False
 
     def _take(self, line: str, outcome: Outcome) -> None:
         try:
             if line.startswith(RESULT):
-                result = json.loads(line.removeprefix(RESULT))
-                numbers = result.setdefault("numbers", {})
-                text = f"{result['status']:8} {outcome.name}: {result['name']}"
-                reason = result.setdefault("reason", "")
-                outcome.results.append(result)
-                self._say("  ".join([text, *([reason] if reason else []), *_pairs(numbers)]))
-                return
+                return self._add(json.loads(line.removeprefix(RESULT)), outcome)
+            if line.startswith(PART):
+                self._part = json.loads(line.removeprefix(PART))
+                return None
             if line.startswith(FACTS):
                 facts = json.loads(line.removeprefix(FACTS))
                 self.facts |= facts.get("has", {})
                 self.lacks |= facts.get("lacks", {})
-                return
+                return None
         except (KeyError, ValueError):
             pass  # A process that was killed ends in half a line.
+        self._hung = self._hung or line.startswith(HUNG)
         print(line, file=self._log, flush=True)
         outcome.output_tail = [*outcome.output_tail, line][-TAIL_LINES:]
+        return None
+
+    def _add(self, result: dict[str, Any], outcome: Outcome) -> None:
+        """Adds a result to those of a step, and prints it."""
+        text = f"{result['status']:8} {outcome.name}: {result['name']}"
+        numbers = result.setdefault("numbers", {})
+        reason = result.setdefault("reason", "")
+        outcome.results.append(result)
+        self._say("  ".join([text, *([reason] if reason else []), *_pairs(numbers)]))
 
     def _say(self, line: str, *, log: bool = True) -> None:
         print(line, flush=True)

@@ -94,7 +94,7 @@ class Graphs:
         self._device = device
         self._replays = replays
         self._layers = make_layers(work, SIZES)
-        self._graphs = {}
+        self._graphs: dict[int, Graph] = {}
         self._inputs = {
             tokens: [make_batch(SIZES, tokens, seed) for seed in range(INPUTS)] for tokens in TOKENS
         }
@@ -114,11 +114,17 @@ class Graphs:
             "errors": self.fail,
         }
 
-    def capture(self) -> None:
-        """Largest first, as SGLang captures them."""
+    def graphs(self) -> dict[int, Graph]:
+        """Returns the graphs by number of tokens. The first call captures them."""
+        # Largest first, as SGLang captures them.
         for tokens in sorted(TOKENS, reverse=True):
-            self._graphs[tokens] = Graph(self._device, self._layers, tokens)
-        check("capture of 8 layers", True, graphs=len(self._graphs))
+            if tokens not in self._graphs:
+                self._graphs[tokens] = Graph(self._device, self._layers, tokens)
+        return self._graphs
+
+    def capture(self) -> None:
+        """A graph for each number of tokens."""
+        check("capture of 8 layers", True, graphs=len(self.graphs()))
 
     def replay(self) -> None:
         """Each replay's output is compared; memory and plans do not grow."""
@@ -127,7 +133,7 @@ class Graphs:
             for tokens, batches in self._inputs.items()
         }
         rss, plans = [], []
-        for tokens, graph in self._graphs.items():
+        for tokens, graph in self.graphs().items():
             wrong = []
             for _ in range(max(self._replays // INPUTS, 1)):
                 # The inputs of the next replay are queued before the last one has run.
@@ -153,7 +159,7 @@ class Graphs:
         wrong = []
         for seed in range(INPUTS):
             outputs = {}
-            for tokens, graph in self._graphs.items():
+            for tokens, graph in self.graphs().items():
                 batch = self._inputs[tokens][seed].to(self._device.device)
                 outputs[tokens] = graph.replay(batch)
                 eager = _pass(self._layers, batch, self._device.handle())

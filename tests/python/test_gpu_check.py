@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.gpu import build, stream_tests, torch_calls, torch_graphs, torch_overlap
+from tests.gpu import build, runner, stream_tests, torch_calls, torch_graphs, torch_overlap
 from tests.gpu import torch_write_back as write_back
 from tests.gpu.gpu_tools import Cpu, Sizes, difference
 from tests.gpu.results import RESULT, run_parts
@@ -36,9 +36,9 @@ def run(tmp_path):
     """Runs steps; returns the document that they leave."""
 
     def run(*steps, seconds=60.0):
-        runner = Runner(ROOT, tmp_path / "out", seconds, {"by": "a test"})
+        own = Runner(ROOT, tmp_path / "out", seconds, {"by": "a test"})
         for step in steps:
-            runner.run(step)
+            own.run(step)
         return json.loads((tmp_path / "out" / "results.json").read_text())
 
     return run
@@ -86,6 +86,40 @@ def test_what_fails_is_named_and_its_output_shown(run, capsys):
     assert [s["reason"] for s in document["steps"]] == ["sum: it is 5", "exit status 1"]
     assert "why" in document["steps"][1]["output_tail"]
     assert "| ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+PARTS = """
+import os, time
+from tests.gpu.results import report, run_parts
+
+def fault():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+run_parts({
+    "first": lambda: report("PASS", "1", pid=os.getpid()),
+    "hangs": lambda: time.sleep(60),
+    "raises": lambda: 1 / 0,
+    "faults": fault,
+    "crashes": os.abort,
+    "last": lambda: report("PASS", "6", pid=os.getpid()),
+})
+"""
+
+
+def test_parts_behind_one_that_hangs_or_crashes_run_in_a_new_process(run, monkeypatch):
+    monkeypatch.setattr(runner, "PART_SHARE", 0.02)
+    [only] = run(step("parts", PARTS, seconds=100))["steps"]
+    assert [(result["name"], result["reason"]) for result in only["results"]] == [
+        ("1", ""),
+        ("hangs", "hung; the log says where"),
+        ("raises", "ZeroDivisionError: division by zero"),
+        ("faults", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("crashes", "ended by SIGABRT"),
+        ("6", ""),
+    ]
+    assert only["status"] == "FAIL"
+    first, *_, last = only["results"]
+    assert first["numbers"] != last["numbers"]
 
 
 def test_a_step_that_says_nothing_or_does_not_start_has_failed(run):
