@@ -125,7 +125,7 @@ class Layer::Unpacking {
 
  private:
   // Tasks of about 64 KiB for each thread: a fraction of a millisecond for which calls wait.
-  static constexpr int64_t kStepTasks = 16;
+  static constexpr int64_t kStepTasks = 32;
 
   const Layer& layer_;
   const int64_t expert_;

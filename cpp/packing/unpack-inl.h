@@ -8,7 +8,8 @@
 //      64 vectors of the tile  --transposed-->  16 rows of 256 bytes  --streamed-->  memory
 //
 // Rows whose memory is not aligned to lines, or that are shorter than a line, are written with
-// ordinary stores at their ends.
+// ordinary stores at their ends. If registers are as wide as lines, aligned lines are streamed from
+// registers. That is a third faster, because reading and writing then alternate more finely.
 #pragma once
 
 #include <algorithm>
@@ -65,9 +66,10 @@ class LineTranspose {
   static constexpr int kVectors = 16;
   using Words __attribute__((vector_size(kRegisterBytes))) = uint32_t;
 
-  // Stores the line of row r to rows + r * distance. `map` is applied to vectors of words.
-  template <class Map>
-  static void Run(const std::byte* in, std::byte* rows, int64_t distance, Map map) {
+  // Calls store(row, byte of the line, Words) for all parts of all lines. `map` is applied to
+  // vectors of words.
+  template <class Map, class Store>
+  static void Run(const std::byte* in, Map map, Store store) {
     for (int part = 0; part < kVectorBytes; part += kRegisterBytes) {    // of the vectors
       for (int line = 0; line < kVectorBytes; line += kRegisterBytes) {  // the part of the lines
         Words blocks[kLanes][4];
@@ -76,11 +78,9 @@ class LineTranspose {
           TransposeWords([&](int i) { return map(Load(from + i * kVectorBytes)); }, blocks[b]);
         }
         for (int i = 0; i < 4; ++i) {
-          std::byte* to = rows + (part / 4 + i) * distance + line;
-          TransposeLanes([&](int b) { return blocks[b][i]; },
-                         [&](int lane, const Words& words) {
-                           std::memcpy(to + 4 * lane * distance, &words, kRegisterBytes);
-                         });
+          TransposeLanes(
+              [&](int b) { return blocks[b][i]; },
+              [&](int lane, const Words& words) { store(part / 4 + i + 4 * lane, line, words); });
         }
       }
     }
@@ -188,26 +188,42 @@ class TileUnpacker {
   using Geometry = typename Layout::Geometry;
   using Stage = RowStage<Isa>;
   using Line = LineTranspose<Isa::kRegisterBytes>;
+  static constexpr int64_t kWordBytes = 4;
+  static constexpr auto kUnswap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   static void UnpackCodes(const std::byte* in, int64_t vectors,
                           std::byte* const (&rows)[kTileRows]) {
-    constexpr auto kUnswap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
-    constexpr int64_t kWordBytes = 4;
+    if (Isa::kRegisterBytes == kVectorBytes && vectors % Line::kVectors == 0 && AreLines(rows)) {
+      for (int64_t v = 0; v < vectors; v += Line::kVectors) {
+        Line::Run(in + v * kVectorBytes, kUnswap, [&](int row, int, const auto& words) {
+          Isa::Stream(rows[row] + v * kWordBytes, reinterpret_cast<const std::byte*>(&words));
+        });
+      }
+      return;
+    }
     Stage stage;
     for (int64_t v = 0; v < vectors; v += Stage::kRowBytes / kWordBytes) {
       const int64_t end = std::min(v + Stage::kRowBytes / kWordBytes, vectors);
       int64_t i = v;
-      for (; i + Line::kVectors <= end; i += Line::kVectors) {
-        Line::Run(in + i * kVectorBytes, stage.Row(0) + (i - v) * kWordBytes, Stage::kRowBytes,
-                  kUnswap);
-      }
+      const auto run = [&](const std::byte* from) {
+        Line::Run(from, kUnswap, [&](int row, int byte, const auto& words) {
+          std::memcpy(stage.Row(row) + (i - v) * kWordBytes + byte, &words, sizeof(words));
+        });
+      };
+      for (; i + Line::kVectors <= end; i += Line::kVectors) run(in + i * kVectorBytes);
       if (i < end) {
         std::byte rest[Line::kVectors * kVectorBytes] = {};
         std::memcpy(rest, in + i * kVectorBytes, (end - i) * kVectorBytes);
-        Line::Run(rest, stage.Row(0) + (i - v) * kWordBytes, Stage::kRowBytes, kUnswap);
+        run(rest);
       }
       stage.Write(rows, v * kWordBytes, (end - v) * kWordBytes);
     }
+  }
+
+  static bool AreLines(std::byte* const (&rows)[kTileRows]) {
+    return std::ranges::all_of(rows, [](const std::byte* row) {
+      return row != nullptr && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0;
+    });
   }
 
   // Writes scales as type To.

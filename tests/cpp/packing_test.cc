@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "cpp/all_formats.h"
 #include "cpp/test_matrix.h"
 #include "formats/weight_format.h"
@@ -156,47 +157,78 @@ TYPED_TEST(PackingTest, StridedRows) {
   EXPECT_EQ(back, interleaved);
 }
 
+// Memory for rows of codes and scales, each `misaligned` bytes behind the beginning of a line, with
+// `gap` bytes between rows. A pattern fills the rest.
+class OddMemory {
+ public:
+  OddMemory(int64_t rows, int64_t code_bytes, int64_t scale_bytes, int64_t misaligned, int64_t gap)
+      : rows_(rows),
+        misaligned_(misaligned),
+        strides_{code_bytes + gap, scale_bytes + gap},
+        sizes_{code_bytes, scale_bytes} {
+    for (int i = 0; i < 2; ++i) {
+      buffers_[i] = AlignedBuffer(misaligned + rows * strides_[i] + 1);
+      std::memset(buffers_[i].data(), kFiller, buffers_[i].size());
+    }
+  }
+
+  MutableRawMatrix View(int64_t columns) const {
+    return {.rows = rows_,
+            .columns = columns,
+            .codes = buffers_[0].data() + misaligned_,
+            .codes_stride = strides_[0],
+            .scales = buffers_[1].data() + misaligned_,
+            .scales_stride = strides_[1]};
+  }
+
+  void ExpectRows(const RawMatrix& source) const {
+    const std::byte* from[] = {source.codes, source.scales};
+    const int64_t from_strides[] = {source.codes_stride, source.scales_stride};
+    for (int i = 0; i < 2; ++i) {
+      std::vector<std::byte> expected(buffers_[i].size(), std::byte{kFiller});
+      for (int64_t row = 0; row < rows_; ++row) {
+        std::copy_n(from[i] + row * from_strides[i], sizes_[i],
+                    expected.data() + misaligned_ + row * strides_[i]);
+      }
+      EXPECT_EQ(std::memcmp(buffers_[i].data(), expected.data(), expected.size()), 0)
+          << (i == 0 ? "codes" : "scales") << ", misaligned by " << misaligned_;
+    }
+  }
+
+ private:
+  static constexpr uint8_t kFiller = 0xee;
+
+  const int64_t rows_, misaligned_;
+  const int64_t strides_[2], sizes_[2];
+  AlignedBuffer buffers_[2];
+};
+
 // Only whole lines are streamed: all of a row that begins and ends with a line, none of a short
 // one.
 TYPED_TEST(PackingTest, RowsAtAnyAddress) {
   using F = TypeParam;
-  using Isa = PlainStores<32>;
   Rng rng(7);
-  const int64_t rows = 16, columns = 20 * F::kGroupSize;
-  const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
-  const RawMatrix view = source.View();
-  const PackedLayout<F> layout(rows, columns);
-  const std::vector<std::byte> packed = this->Pack(layout, view);
-  const int64_t code_bytes = columns * F::kCodeBits / 8;
-  const auto scale_bytes = static_cast<int64_t>(20 * sizeof(typename F::Scale));
-  for (const int64_t misaligned : {0, 1, 31, 63}) {
-    for (const int64_t gap : {0, 5, 64}) {
-      const int64_t stride = RoundUp(code_bytes, kVectorBytes) + gap;
-      std::vector<std::byte> codes(rows * stride + 2 * kVectorBytes, TestMatrix::kFiller);
-      std::vector<std::byte> scales(rows * scale_bytes);
-      const auto start = reinterpret_cast<uintptr_t>(codes.data());
-      const auto begin = RoundUp(static_cast<int64_t>(start), kVectorBytes) + misaligned;
-      std::byte* first = codes.data() + (begin - static_cast<int64_t>(start));
-      Isa::streamed = 0;
-      this->template Unpack<Isa>(layout, packed, 0, 0,
-                                 {.rows = rows,
-                                  .columns = columns,
-                                  .codes = first,
-                                  .codes_stride = stride,
-                                  .scales = scales.data(),
-                                  .scales_stride = scale_bytes});
-      for (int64_t row = 0; row < rows; ++row) {
-        EXPECT_EQ(
-            std::memcmp(first + row * stride, view.codes + row * view.codes_stride, code_bytes), 0);
-        for (int64_t i = row * stride + code_bytes; i < (row + 1) * stride; ++i) {
-          EXPECT_EQ(first[i], TestMatrix::kFiller);
-        }
-      }
-      EXPECT_EQ(std::count_if(codes.data(), first,
-                              [](std::byte byte) { return byte != TestMatrix::kFiller; }),
-                0);
-      if (misaligned == 0 && gap % kVectorBytes == 0) {
-        EXPECT_GE(Isa::streamed, rows * (code_bytes / kVectorBytes));
+  for (const int64_t groups : {4, 20, 32, 33}) {
+    const int64_t rows = 35, columns = groups * F::kGroupSize;
+    const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
+    const PackedLayout<F> layout(rows, columns);
+    const std::vector<std::byte> packed = this->Pack(layout, source.View());
+    const int64_t code_bytes = columns * F::kCodeBits / 8;
+    const auto scale_bytes = static_cast<int64_t>(groups * sizeof(typename F::Scale));
+    for (const int64_t misaligned : {0, 1, 31, 63}) {
+      for (const int64_t gap : {0, 5, 64}) {
+        const auto unpack = [&]<class Isa>(Isa) {
+          const OddMemory memory(rows, code_bytes, scale_bytes, misaligned, gap);
+          Isa::streamed = 0;
+          this->template Unpack<Isa>(layout, packed, 0, 0, memory.View(columns));
+          memory.ExpectRows(source.View());
+          if (misaligned == 0 && (code_bytes + gap) % kVectorBytes == 0) {
+            EXPECT_GE(Isa::streamed, rows * (code_bytes / kVectorBytes));
+          }
+        };
+        unpack(PlainStores<16>());
+        unpack(PlainStores<32>());
+        unpack(PlainStores<64>());
       }
     }
   }
