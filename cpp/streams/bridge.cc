@@ -30,7 +30,8 @@ Lane& Bridge::LaneOf(StreamHandle stream) {
         "submit: a stream's first call needs memory, which cannot be allocated during a capture; "
         "make a call on this stream, or call prepare, before the capture begins");
   }
-  return *lanes_.emplace(stream, std::make_unique<Lane>(driver_, stream, options_)).first->second;
+  auto lane = std::make_unique<Lane>(driver_, stream, options_, running_, captured_);
+  return *lanes_.emplace(stream, std::move(lane)).first->second;
 }
 
 void Bridge::Abandon(const StreamWork& work) noexcept {

@@ -40,6 +40,7 @@ class Bridge {
   const ForkGuard fork_guard_;
   const std::shared_ptr<StreamDriver> driver_;
   const Lane::Options options_;
+  Handover running_, captured_;
   std::mutex mutex_;  // guards lanes_
   std::map<StreamHandle, std::unique_ptr<Lane>> lanes_;
 };

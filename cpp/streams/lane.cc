@@ -21,19 +21,20 @@ void AwaitSet(void* word) noexcept {
 
 }  // namespace
 
-Lane::Lane(std::shared_ptr<StreamDriver> driver, StreamHandle stream, const Options& options)
+Lane::Lane(std::shared_ptr<StreamDriver> driver, StreamHandle stream, const Options& options,
+           Handover& running, Handover& captured)
     : driver_(std::move(driver)),
       stream_(stream),
-      running_(MakePair(options.buffer_bytes)),
-      captured_(MakePair(options.captured_bytes)),
+      running_(MakePair(options.buffer_bytes, running)),
+      captured_(MakePair(options.captured_bytes, captured)),
       waits_for_values_(
           !options.wait_by_function &&
           driver_->WaitForValue(stream, running_.slots[0].buffer->done(), TransferBuffer::kSet)) {}
 
-Lane::SlotPair Lane::MakePair(int64_t bytes) const {
+Lane::SlotPair Lane::MakePair(int64_t bytes, Handover& handover) const {
   SlotPair pair;
   for (Slot& slot : pair.slots) slot.buffer = std::make_unique<TransferBuffer>(driver_, bytes);
-  pair.sum = std::make_unique<DeferredSum>();
+  pair.handover = &handover;
   return pair;
 }
 
@@ -94,8 +95,6 @@ void Lane::SubmitPiece(SlotPair& pair, StreamWork& work, const Call::Tensors& te
   pair.waiting.reserve(pair.waiting.size() + 1);
   Slot* slot = nullptr;
   if (tensors.tokens > 0) {
-    // Only the jobs of one runtime run in their order.
-    if (pair.last != nullptr && pair.runtime != &work.runtime()) Settle(*pair.last);
     slot = &TakeSlot(pair, work);
     const auto copy = [&](const TransferLayout::Range& to, const void* from) {
       if (to.bytes > 0) driver_->CopyToHost(stream_, slot->buffer->At(to), from, to.bytes);
@@ -103,12 +102,20 @@ void Lane::SubmitPiece(SlotPair& pair, StreamWork& work, const Call::Tensors& te
     copy(layout.hidden_states, tensors.hidden_states);
     copy(layout.ids, tensors.ids);
     copy(layout.weights, tensors.weights);
+    Handover& handover = *pair.handover;
+    const std::lock_guard lock(handover.mutex);
+    // The jobs of another runtime may run at the same time, so the stream waits for the last one.
+    if (handover.last != nullptr && handover.runtime != &work.runtime()) {
+      Await(handover.last->done());
+      if (handover.last_defers) Await(handover.last->idle());
+    }
     work.Launch(*driver_, stream_, pair.capture.has_value(),
-                {*slot->buffer, layout, first, tensors.tokens, of, *pair.sum});
+                {*slot->buffer, layout, first, tensors.tokens, of, handover.sum});
+    handover.last = slot->buffer.get();
+    handover.last_defers = work.defers();
+    handover.runtime = &work.runtime();
     slot->unawaited = slot->taken = true;
     slot->lent = work.defers();
-    pair.last = slot;
-    pair.runtime = &work.runtime();
   }
   pair.waiting.push_back({&work, slot, layout.output, tensors.output});
 }

@@ -18,6 +18,16 @@
 
 namespace cpumoe {
 
+// What the jobs of all streams hand on: a host may give each layer a stream of its own. Jobs of one
+// runtime run in their order.
+struct Handover {
+  DeferredSum sum;
+  std::mutex mutex;                // guards what follows
+  TransferBuffer* last = nullptr;  // of the last job
+  bool last_defers = false;
+  const Runtime* runtime = nullptr;  // that runs the last job
+};
+
 // Two buffers serve the calls of a stream in turn, so that one call can be submitted before the
 // output of the last one has been fetched. A later call may reuse a buffer at once: in the stream's
 // order its copies come after the output was fetched.
@@ -33,8 +43,10 @@ class Lane {
     bool wait_by_function = false;
   };
 
-  // Not during a capture. Throws what the driver throws.
-  Lane(std::shared_ptr<StreamDriver> driver, StreamHandle stream, const Options& options);
+  // Not during a capture. `running` and `captured` belong to calls of these kinds, and live as long
+  // as the lane makes calls and their jobs run. Throws what the driver throws.
+  Lane(std::shared_ptr<StreamDriver> driver, StreamHandle stream, const Options& options,
+       Handover& running, Handover& captured);
 
   // Any thread may call. See StreamCall.
   void Submit(StreamWork& work, const Call::Tensors& tensors);
@@ -60,12 +72,10 @@ class Lane {
     size_t next = 0;
     std::vector<WaitingCall> waiting;  // in the order of submission
     std::optional<uint64_t> capture;   // that the members above belong to
-    std::unique_ptr<DeferredSum> sum;  // that jobs hand on
-    Slot* last = nullptr;              // of the last job
-    const Runtime* runtime = nullptr;  // that runs the last job
+    Handover* handover;
   };
 
-  SlotPair MakePair(int64_t bytes) const;
+  SlotPair MakePair(int64_t bytes, Handover& handover) const;
   // The pair for calls that are made now.
   SlotPair& CurrentPair();
   void SubmitPieces(SlotPair& pair, StreamWork& work, const Call::Tensors& tensors);

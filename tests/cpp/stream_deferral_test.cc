@@ -220,6 +220,21 @@ TEST_P(StreamDeferralTest, ACallInPiecesAddsTheSumAndDefersNothing) {
   }
 }
 
+// sglang-kt gives each layer a stream of its own, and orders the streams itself.
+TEST_P(StreamDeferralTest, SumsPassBetweenStreamsThatTheHostOrders) {
+  for (const int threads : {0, 1}) {
+    if (threads > 0) runtimes.push_back(Runtime::Create({.node = {.threads = threads}}));
+    MakeBatches(1);
+    MakeCalls(kTokens);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      stream = device->NewStream();
+      Make(i);
+      device->Synchronize(stream);
+    }
+    ExpectOutputs();
+  }
+}
+
 // Jobs of two runtimes may run at the same time, and would then use the sum at the same time.
 TEST_P(StreamDeferralTest, LayersWithThreadsOfTheirOwnAddInOrder) {
   MakeBatches(1);

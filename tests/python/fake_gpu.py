@@ -113,6 +113,8 @@ class FakeGpu:
 class FakeGpuStream(CpuStream):
     """A stream of the stand-in, whose tensors look like the CPU's."""
 
+    device = torch.device("cuda", 0)
+
     def __init__(self, gpu: FakeGpu, handle: int) -> None:
         super().__init__(handle)
         self._gpu = gpu

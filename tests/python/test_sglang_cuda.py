@@ -128,6 +128,17 @@ def test_graphs_compute_with_the_inputs_of_their_time(folder, device, stream, de
     assert device.host_allocations() == allocations
 
 
+def test_layers_with_streams_of_their_own_hand_on_what_they_defer(folder, device):
+    wrappers = layers(folder, max_deferred_experts_per_token=2)
+    args = batch(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "stream_of", ON_THE_CPU)
+        expected = passes(wrappers, args, None)
+    for wrapper, output in zip(wrappers, expected, strict=True):
+        stream = device.new_stream()  # sglang-kt orders its streams by events
+        assert torch.equal(result(device, wrapper, args, stream), output)
+
+
 def test_a_graph_sees_a_change_of_the_mask(folder, device, stream):
     wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
     args = batch(16)

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 _CAPTURED_TOKENS = 1024
 
 
+_Bridges = WeakKeyDictionary[ExpertReader, dict[tuple[torch.device, torch.dtype], _core.Bridge]]
+_thread = threading.local()
+
+
 @dataclass(frozen=True)
 class _Started:
     """A call between `Stream.submit` and `Stream.sync`."""
@@ -38,16 +42,18 @@ class _Started:
 
 
 class Stream:
-    """The calls on one stream; the subclasses say where its tensors are."""
+    """The calls on one stream; the subclasses say where its tensors are.
+
+    Attributes:
+        device: where they are.
+    """
+
+    device: torch.device
 
     def __init__(self, handle: int) -> None:
         """Makes calls on the stream that the driver knows as `handle`."""
         self._handle = handle
         self._started: WeakKeyDictionary[Layer, _Started] = WeakKeyDictionary()
-        # Layers of a model share buffers, through which they also hand on what they defer.
-        self._bridges: WeakKeyDictionary[ExpertReader, dict[torch.dtype, _core.Bridge]] = (
-            WeakKeyDictionary()
-        )
 
     def submit(
         self, layer: Layer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -128,8 +134,14 @@ class Stream:
         raise NotImplementedError
 
     def _bridge(self, layer: Layer, form: Form) -> _core.Bridge:
-        bridges = self._bridges.setdefault(layer.model, {})
-        bridge = bridges.get(form.dtype)
+        # A thread passes through the layers of a model, perhaps with a stream for each of them.
+        # Through the bridge the layers hand on what they defer.
+        models: _Bridges | None = getattr(_thread, "bridges", None)
+        if models is None:
+            models = _thread.bridges = WeakKeyDictionary()
+        bridges = models.setdefault(layer.model, {})
+        key = (self.device, form.dtype)
+        bridge = bridges.get(key)
         if bridge is None:
 
             def size(tokens: int) -> int:
@@ -137,12 +149,14 @@ class Stream:
                 return _core.stream_buffer_bytes(hidden_size=hidden, tokens=tokens, **form.sizes())
 
             captured = min(layer.tokens, _CAPTURED_TOKENS)
-            bridge = bridges[form.dtype] = self.new_bridge(size(layer.tokens), size(captured))
+            bridge = bridges[key] = self.new_bridge(size(layer.tokens), size(captured))
         return bridge
 
 
 class CpuStream(Stream):
     """The calls of one thread on CPU tensors."""
+
+    device = torch.device("cpu")
 
     @override
     def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
@@ -165,15 +179,15 @@ class CudaStream(Stream):
     def __init__(self, device: torch.device, handle: int) -> None:
         """Makes calls on the stream that CUDA knows as `handle`."""
         super().__init__(handle)
-        self._device = device
+        self.device = device
 
     @override
     def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != self._device or tensor.layout != torch.strided:
+        if tensor.device != self.device or tensor.layout != torch.strided:
             raise TypeError(
-                f"{name}: expected a dense tensor on {self._device}, where the hidden states are, "
+                f"{name}: expected a dense tensor on {self.device}, where the hidden states are, "
                 f"got layout {tensor.layout} on {tensor.device}"
             )
         tensor = tensor.detach().contiguous()
@@ -187,12 +201,11 @@ class CudaStream(Stream):
 
     @override
     def new_bridge(self, buffer_bytes: int, captured_bytes: int) -> _core.Bridge:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             torch.cuda.mem_get_info()  # makes the device's context current on a new thread
             return _core.Bridge(cuda=True, buffer_bytes=buffer_bytes, captured_bytes=captured_bytes)
 
 
-_thread = threading.local()
 _cuda_streams: dict[tuple[torch.device, int], CudaStream] = {}
 
 
