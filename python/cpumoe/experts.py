@@ -131,6 +131,7 @@ class Experts(PackedExperts):
 
         Raises:
             FileNotFoundError: the folder or a shard is missing.
+            OSError: a shard cannot be read or mapped.
             CheckpointError: the checkpoint is damaged or incomplete (a ValueError).
             UnsupportedFormatError: the experts are in a format that cpumoe does not support, or
                 `swiglu` is None and config.json does not specify it.

@@ -227,3 +227,38 @@ def test_closed_folder_says_so(single):
     folder.close()
     with pytest.raises(ValueError, match="the checkpoint is closed"):
         folder.info("codes")
+
+
+UNMAPPABLE = """
+import os, resource, sys
+from pathlib import Path
+from cpumoe.checkpoint import SafetensorsFolder
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+room = pages * os.sysconf("SC_PAGE_SIZE") + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    SafetensorsFolder(sys.argv[1]).check_shards()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("mappings", [0.5, 1.5])  # safetensors maps a file, then PyTorch does
+def test_a_shard_larger_than_the_address_space_is_a_clear_error(tmp_path, mappings):
+    size = 16 << 30
+    entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # a hole, which takes no disk
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-c", UNMAPPABLE, tmp_path, str(int(size * mappings))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    size = path.stat().st_size
+    expected = f"{path}: expected a file that can be mapped, got an error for its {size} bytes: "
+    assert result.stdout.startswith(expected)
+    assert "Cannot allocate memory" in result.stdout
+    assert "; raise the limit of virtual memory (`ulimit -v`), set" in result.stdout
+    assert result.stdout.count("\n") == 1

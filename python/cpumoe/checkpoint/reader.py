@@ -174,6 +174,7 @@ class ExpertReader(ABC):
             TypeError: `layer` or `index` is not an int.
             IndexError: there is no such layer or expert.
             FileNotFoundError: a shard is missing.
+            OSError: a shard cannot be read or mapped.
             CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
                 shape.
             ValueError: a scale is NaN, or the checkpoint is closed.
@@ -236,6 +237,7 @@ class ExpertReader(ABC):
             TypeError: `layer` is not an int.
             IndexError: there is no such layer.
             FileNotFoundError: a shard is missing.
+            OSError: a shard cannot be read or mapped.
             CheckpointError: a shard is damaged, or a tensor is missing or has a wrong dtype or
                 shape.
             ValueError: the checkpoint is closed.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from cpumoe.checkpoint.weight_files import (
 
 # The hub's cache has a folder for each model, which has a checkpoint's folder for each commit.
 _SNAPSHOTS = "snapshots"
+_NO_MEMORY = os.strerror(errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class SafetensorsFolder:
 
         Raises:
             FileNotFoundError: the tensor's shard is missing.
+            OSError: the shard cannot be read or mapped.
             CheckpointError: the shard is truncated or malformed or has changed since it was opened,
                 or the tensor is missing or has another dtype or shape.
             ValueError: the folder is closed.
@@ -315,5 +318,20 @@ def _open_shard(path: Path, wanted: str | None) -> _Shard:
         handle = safetensors.safe_open(path, framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: {shown(str(error), 240)}") from error
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises a RuntimeError
+        raise _not_mapped(path, state.size, error) from error
     state.check_is(path)
     return _Shard(tensors, handle, state)
+
+
+def _not_mapped(path: Path, size: int, error: Exception) -> OSError:
+    # PyTorch maps a file such that its pages could be written, so that the system counts its bytes.
+    remedy = (
+        "; raise the limit of virtual memory (`ulimit -v`), set the system's vm.overcommit_memory "
+        "to 1, or split the checkpoint into smaller shards"
+    )
+    why = shown(str(error).rpartition(">: ")[2], 240)  # without PyTorch's "<FILE>: "
+    return OSError(
+        f"{path}: expected a file that can be mapped, got an error for its {size} bytes: {why}"
+        f"{remedy if _NO_MEMORY in why else ''}"
+    )
