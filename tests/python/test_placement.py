@@ -1,6 +1,8 @@
 """`cpumoe placement`: what SGLang has recorded becomes the GPU's experts."""
 
 import json
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -103,7 +105,18 @@ ODD = {
     "keys": ({"rank": 0}, "logical_count: expected a tensor, got NoneType"),
     "shape": ({"logical_count": torch.ones(3)}, "expected numbers [passes, layers, experts], got"),
     "empty": ({"logical_count": torch.ones(0, 2, 3)}, "got float32 [0, 2, 3]"),
-    "sparse": ({"logical_count": torch.ones(1, 2).to_sparse()}, "expected numbers [passes"),
+    "sparse": (
+        {"logical_count": torch.ones(1, 2).to_sparse()},
+        "expected a dense tensor, got layout torch.sparse_coo; save it with .to_dense()",
+    ),
+    "meta": (
+        {"logical_count": torch.ones(1, 2, device="meta")},
+        "expected a tensor with values, got device meta; record again",
+    ),
+    "uint64": ({"logical_count": torch.ones(1, 2).to(torch.uint64)}, "got uint64 [1, 2]; save it"),
+    "float8": ({"logical_count": torch.ones(1, 2).to(torch.float8_e4m3fn)}, "got float8_e4m3fn"),
+    "overflow": ({"logical_count": torch.full((2, 4), 2**62)}, "expected a sum below 2^62, got 3"),
+    "huge": ({"logical_count": torch.full((2, 3), 1e30)}, "expected a sum below 2^62, got 6e+30"),
     "negative": ({"logical_count": -torch.ones(1, 2, 3)}, "got negative ones"),
     "nan": ({"logical_count": torch.full((2, 3), torch.nan)}, "got NaN or infinity"),
     "zeros": ({"logical_count": torch.zeros(4, 2, 3)}, "got zeros; send requests between"),
@@ -115,7 +128,60 @@ def test_an_odd_recording_is_refused(name, tmp_path):
     content, message = ODD[name]
     path = tmp_path / "stats.pt"
     torch.save(content, path)
-    assert message in refuse("placement", path, "--gpu-experts", 1)
+    out = tmp_path / "out.pt"
+    assert message in refuse("placement", path, "--gpu-experts", 1, "--output", out)
+    assert not out.exists()
+
+
+def test_counts_up_to_the_largest_sum_are_added_exactly(tmp_path):
+    counts = torch.tensor([[[2**60, 1]], [[2**61, 2]]])
+    torch.save({"logical_count": counts}, tmp_path / "stats.pt")
+    document = read("placement", tmp_path / "stats.pt", "--gpu-experts", 1)
+    assert document["routed_tokens"] == 2**60 + 2**61 + 3
+
+
+@contextmanager
+def file_size_limit(nbytes):
+    """Lets the system refuse to write longer files, as it does if the disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+def test_an_output_that_cannot_be_written_gets_one_line(recording, tmp_path, suffix):
+    command = ("placement", recording[0], "--gpu-experts", 1, "--output")
+    missing = tmp_path / f"missing/out{suffix}"
+    assert refuse(*command, missing) == f"error: {missing}: No such file or directory\n"
+    folder = tmp_path / f"folder{suffix}"
+    folder.mkdir()
+    assert refuse(*command, folder) == f"error: {folder}: Is a directory\n"
+    assert sorted(tmp_path.iterdir()) == sorted([recording[0], folder])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+def test_a_disk_that_is_full_leaves_the_old_output(recording, tmp_path, suffix):
+    out = tmp_path / f"out{suffix}"
+    out.write_text("old")
+    with file_size_limit(16):
+        message = refuse("placement", recording[0], "--gpu-experts", 1, "--output", out)
+    assert message == f"error: {out}: File too large\n"
+    assert out.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == sorted([recording[0], out])
+
+
+def test_a_link_and_the_permissions_of_an_old_output_stay(recording, tmp_path):
+    out, link = tmp_path / "out.json", tmp_path / "link.json"
+    out.write_text("old")
+    out.chmod(0o640)
+    link.symlink_to(out)
+    succeed("placement", recording[0], "--gpu-experts", 1, "--output", link)
+    assert link.is_symlink()
+    assert "physical_to_logical_map" in json.loads(out.read_text())
+    assert out.stat().st_mode & 0o777 == 0o640
 
 
 class Code:

@@ -59,10 +59,10 @@ def command(
                 f"got {gpu_experts}"
             )
         placement = place(counts, gpu_experts)
+        document = collect(placement, output)
         if output is not None:
             write = placement.write_map if output.suffix == _MAP else placement.write_counts
             write(output)
-        document = collect(placement, output)
         if json_output:
             console.show_json(document)
         else:

@@ -6,18 +6,26 @@ SGLang counts while it is told to record (``/start_expert_distribution_record``)
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cpumoe._base.tensors import describe
+from cpumoe._base.tensors import describe, dtype_name
 from cpumoe.integrations.sglang.checks import integer_in
 from cpumoe.integrations.sglang.placement import generate_gpu_experts_masks
 
 _COUNTS = "logical_count"
+_DTYPES = (
+    *(torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8),
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+)
+_MOST = 2**62  # sums below it, rounded to float64, are sums of int64, too
 _MODE = "--expert-distribution-recorder-mode stat"
 
 
@@ -55,14 +63,24 @@ class Placement:
         return _share(self.counts[self.masks], self.counts)
 
     def write_map(self, path: str | os.PathLike[str]) -> None:
-        """Writes `physical_to_logical`, for ``--init-expert-location`` of SGLang."""
+        """Writes `physical_to_logical`, for ``--init-expert-location`` of SGLang.
+
+        Raises:
+            OSError: the file cannot be written. One of its name stays as it was.
+        """
         document = {"physical_to_logical_map": self.physical_to_logical.tolist()}
-        Path(path).write_text(json.dumps(document) + "\n", "utf-8")
+        _replace(path, (json.dumps(document) + "\n").encode())
 
     def write_counts(self, path: str | os.PathLike[str]) -> None:
-        """Writes `counts`, from which sglang-kt makes `masks`, and `masks` beside them."""
+        """Writes `counts`, from which sglang-kt makes `masks`, and `masks` beside them.
+
+        Raises:
+            OSError: the file cannot be written. One of its name stays as it was.
+        """
         document = {_COUNTS: self.counts[None], "gpu_experts_masks": self.masks}
-        torch.save(document, path)
+        content = io.BytesIO()
+        torch.save(document, content)
+        _replace(path, content.getvalue())
 
 
 def read_counts(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -122,16 +140,36 @@ def place(counts: torch.Tensor, gpu_experts: int) -> Placement:
 
 def _summed(counts: torch.Tensor, path: object) -> torch.Tensor:
     """The counts of all recorded passes together."""
-    dense = counts.layout is torch.strided and not (counts.is_quantized or counts.is_complex())
-    if counts.dim() not in (2, 3) or counts.numel() == 0 or not dense:
+    subject = f"{path}: {_COUNTS}"
+    if counts.is_nested or counts.layout is not torch.strided:
+        layout = "torch.nested" if counts.is_nested else counts.layout
         raise ValueError(
-            f"{path}: {_COUNTS}: expected numbers [passes, layers, experts], got {describe(counts)}"
+            f"{subject}: expected a dense tensor, got layout {layout}; save it with .to_dense()"
+        )
+    if counts.device.type != "cpu":
+        raise ValueError(
+            f"{subject}: expected a tensor with values, got device {counts.device}; record again"
+        )
+    if counts.dim() not in (2, 3) or counts.numel() == 0:
+        raise ValueError(
+            f"{subject}: expected numbers [passes, layers, experts], got {describe(counts)}"
+        )
+    if counts.dtype not in _DTYPES:
+        names = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
+        raise ValueError(
+            f"{subject}: expected one of {names}, got {describe(counts)}; save it with .long()"
         )
     passes = counts if counts.dim() == 3 else counts[None]
     if passes.is_floating_point() and not bool(passes.isfinite().all()):
-        raise ValueError(f"{path}: {_COUNTS}: expected finite numbers, got NaN or infinity")
+        raise ValueError(f"{subject}: expected finite numbers, got NaN or infinity")
     if bool((passes < 0).any()):
-        raise ValueError(f"{path}: {_COUNTS}: expected numbers from 0 on, got negative ones")
+        raise ValueError(f"{subject}: expected numbers from 0 on, got negative ones")
+    routed = float(passes.double().sum())  # An integer's sum would wrap around.
+    if routed >= _MOST:
+        raise ValueError(
+            f"{subject}: expected a sum below 2^62, got {routed:.3g}; the file is damaged: record "
+            "again"
+        )
     total = passes.to(torch.int64).sum(dim=0)
     if not bool(total.any()):
         raise ValueError(
@@ -139,6 +177,29 @@ def _summed(counts: torch.Tensor, path: object) -> torch.Tensor:
             "/start_expert_distribution_record and /dump_expert_distribution_record"
         )
     return total
+
+
+def _replace(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file wholly, or leaves the one of its name as it is.
+
+    Raises:
+        OSError: it names `path`, whatever file the system refused.
+    """
+    target = Path(os.path.realpath(path))  # A link stays a link.
+    beside = target.with_name(f".cpumoe-{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            with beside.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, beside)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _share(part: torch.Tensor, counts: torch.Tensor) -> float:
