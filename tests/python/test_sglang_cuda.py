@@ -311,9 +311,10 @@ layers[1].submit_forward(*args, None)
 if sys.argv[2] == "fork":
     child = os.fork()
     if child == 0:
-        for handle, tensors in ((stream, own), (None, args)):
+        for handle, tensors in ((stream, own), (None, list(args))):
             try:
                 layers[0].submit_forward(*tensors, handle)
+                layers[0].sync_forward(tensors[0], handle)
             except RuntimeError as error:
                 assert "do not exist after fork()" in str(error), error
             else:

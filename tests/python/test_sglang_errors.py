@@ -98,6 +98,22 @@ def folder(tmp_path_factory):
             "--kt-weight-path must be the experts of the model that runs",
         ),
         (
+            {"num_experts": 2**70},
+            ValueError,
+            f"num_experts: expected 1 to 65536, got {2**70}",
+        ),
+        (
+            {"chunked_prefill_size": 10**12},
+            ValueError,
+            "chunked_prefill_size: expected at most 262144, because so many tokens go to the CPU "
+            "at once, got 1000000000000",
+        ),
+        (
+            {"numa_nodes": 5},
+            TypeError,
+            "numa_nodes: expected a list of ints or None, got 5",
+        ),
+        (
             {"swiglu_alpha": 1.702},
             ValueError,
             "swiglu_alpha: expected none, as the checkpoint FOLDER has, got 1.702; "

@@ -2,8 +2,13 @@
 
 import copy
 import gc
+import os
 import pickle
+import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from sglang_tools import (
     run,
 )
 
+from cpumoe import CheckpointError
 from cpumoe.integrations.sglang.kt_kernel import generate_gpu_experts_masks
 
 
@@ -80,6 +86,86 @@ def test_a_mask_may_be_replaced(folder):
     wrapper.gpu_experts_mask = gpu(3, 4)
     args = batch(32)
     assert_close(run(wrapper, args), oracle(folder, args, mask=gpu(3, 4)))
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
+def test_other_threads_may_call_while_the_mask_changes(folder, in_place):
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1, 2, 3))
+    masks = [gpu(4, 5, 6, 7), gpu(0, 1, 2, 3)]
+    args = batch(8)
+    expected = []
+    for mask in masks:
+        wrapper.gpu_experts_mask = mask
+        expected.append(run(wrapper, args))
+    assert not torch.equal(*expected)
+    ended = threading.Event()
+
+    def call():
+        calls = 0
+        while not ended.is_set() or not calls:
+            result = run(wrapper, args)
+            assert any(torch.equal(result, each) for each in expected)
+            calls += 1
+
+    with ThreadPoolExecutor(1) as caller:
+        calls = caller.submit(call)
+        try:
+            for turn in range(60):
+                if in_place:
+                    wrapper.gpu_experts_mask.copy_(masks[turn % 2])
+                else:
+                    wrapper.gpu_experts_mask = masks[turn % 2]
+        finally:
+            ended.set()
+        calls.result()
+
+
+def test_a_mask_whose_experts_cannot_be_read_is_not_taken(tmp_path):
+    folder = checkpoint(tmp_path)
+    wrapper = loaded(folder, gpu_experts_mask=gpu(0, 1))
+    args = batch(8)
+    old = run(wrapper, args)
+    file = folder / "model.safetensors"
+    written = file.stat().st_mtime_ns
+    os.utime(file, ns=(written, written + 10**9))
+    for change in (
+        lambda: setattr(wrapper, "gpu_experts_mask", gpu()),
+        lambda: wrapper.gpu_experts_mask.zero_(),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(str(file))):
+            change()
+        assert torch.equal(wrapper.gpu_experts_mask, gpu(0, 1))
+        assert torch.equal(run(wrapper, args), old)
+    # The remedy: load the weights again.
+    wrapper.load_weights()
+    wrapper.gpu_experts_mask = gpu()
+    assert_close(run(wrapper, args), oracle(folder, args))
+
+
+AFTER_FORK = """
+import os, sys, traceback
+import torch
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from sglang_tools import assert_close, batch, loaded, oracle, run
+
+folder = Path(sys.argv[1])
+args = batch(4)
+expected = run(loaded(folder), args)
+child = os.fork()
+if child == 0:
+    try:
+        assert torch.equal(run(loaded(folder), args), expected)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_may_load_layers_of_its_own(folder):
+    assert output_of(AFTER_FORK, str(folder), str(Path(__file__).parent)).strip() == "0"
 
 
 MEMORY = """

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from cpumoe._base.tensors import describe
-from cpumoe.checkpoint import ExpertReader, open_checkpoint
+from cpumoe.checkpoint import CheckpointError, ExpertReader, open_checkpoint
 from cpumoe.integrations.sglang.checks import number_or_none
 from cpumoe.numerics.swiglu import SwiGLU
 
@@ -160,9 +160,17 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
 def _shared_reader(path: Path) -> ExpertReader:
     key = os.path.realpath(path)
     reader = _readers.get(key)
-    if reader is None or reader.folder.closed:
+    if reader is None or reader.folder.closed or not _unchanged(reader):
         reader = _readers[key] = open_checkpoint(path)
     return reader
+
+
+def _unchanged(reader: ExpertReader) -> bool:
+    try:
+        reader.folder.check_unchanged()
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def _check_sizes(reader: ExpertReader, sizes: LayerSizes) -> None:

@@ -58,13 +58,21 @@ class Layer:
         deferred: int,
         tokens: int,
     ) -> None:
-        """Makes calls of `experts` that skip those of `mask`, which the host may change."""
+        """Makes calls of `experts` that skip those of `mask`, which the host may change.
+
+        `experts` have weights for all others, and `mask` as their mask.
+        """
         self.experts = experts
         self.index = index
         self.model = model
         self.deferred = deferred
         self.tokens = tokens
-        self._mask = mask
+        self._hosts_mask = mask
+        # The mask that calls read. It follows the host's when the experts are in memory that the
+        # host's asks for. Graphs know its address.
+        self._mask = checked_mask(mask, experts.num_experts)
+        self._changing = threading.Lock()  # one change of the mask at a time
+        self._submitting = threading.Lock()  # no call reads the mask while it changes
         self._calls: WeakKeyDictionary[object, dict[Form, _core.StreamCall]] = WeakKeyDictionary()
         self._lock = threading.Lock()  # guards _calls
 
@@ -104,21 +112,40 @@ class Layer:
         """Returns how many calls graphs have captured, and may make again at any time."""
         return sum(call.captured_plans for call in self._all_calls())
 
-    def follow_mask(self) -> None:
-        """Loads the experts that the mask asks for, and gives back the memory of the others.
+    @contextmanager
+    def submitting(self) -> Iterator[None]:
+        """The time in which a call reads the mask."""
+        with self._submitting:
+            yield
 
+    def follow_mask(self) -> None:
+        """Loads the experts that the host's mask asks for, and gives back memory of the others.
+
+        Calls of other threads go on. They skip the experts of the old mask, or of the new one.
         While a graph is captured, memory is not given back: earlier calls may need it.
 
         Raises:
-            FileNotFoundError, CheckpointError: an expert cannot be read.
+            FileNotFoundError, CheckpointError: an expert cannot be read. The host's mask then is
+                again as it was.
         """
         used = self.experts.expert_mask
         assert used is not None
-        if torch.equal(used, self._mask):
+        if torch.equal(self._mask, self._hosts_mask) and torch.equal(used, self._mask):
             return
-        self.experts.expert_mask = checked_mask(self._mask, self.experts.num_experts)
-        if self.wait():
-            self.experts.evict()
+        with self._changing:
+            wanted = checked_mask(self._hosts_mask, self.experts.num_experts)
+            try:
+                # Packs what is missing, and keeps what running calls need.
+                both = checked_mask(self._mask & wanted, self.experts.num_experts)
+                self.experts.expert_mask = both
+            except BaseException:
+                self._hosts_mask.copy_(self._mask)
+                raise
+            with self._submitting:
+                self._mask.copy_(wanted)
+            self.experts.expert_mask = wanted
+            if self.wait():
+                self.experts.evict()
 
     def _all_calls(self) -> list[_core.StreamCall]:
         with self._lock:

@@ -7,6 +7,7 @@ CPU and the GPU can read, starts the experts' job, and lets the stream wait for 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -31,6 +32,16 @@ _CAPTURED_TOKENS = 1024
 
 _Bridges = WeakKeyDictionary[ExpertReader, dict[tuple[torch.device, torch.dtype], _core.Bridge]]
 _thread = threading.local()
+_of_parents: list[threading.local] = []  # never freed, because their threads do not exist here
+
+
+def _forget_parent() -> None:
+    global _thread
+    _of_parents.append(_thread)
+    _thread = threading.local()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Stream:
         output, output_address = self.new_output(x)
         output = without_gradients(output, x, weights)
         form = layer.form_of(x, ids)
-        with layer.naming_errors():
+        with layer.naming_errors(), layer.submitting():
             call = layer.call(self, form, lambda: self._bridge(layer, form))
             call.submit(
                 self._handle,

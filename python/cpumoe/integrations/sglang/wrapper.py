@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _SYNCHRONOUS = "KT_FORCE_SYNC_SUBMIT"
 # The most tokens of a call that go to the CPU at once, if the host does not divide its prompts.
 _MOST_TOKENS = 4096
+_MOST_EXPERTS = 1 << 16  # as the engine
+_LONGEST_CHUNK = 1 << 18
 
 
 class KTMoEWrapper:
@@ -102,7 +104,7 @@ class KTMoEWrapper:
             )
         format_of(method)
         self.layer_idx = integer_in(layer_idx, "layer_idx", 0)
-        self.num_experts = integer_in(num_experts, "num_experts", 1)
+        self.num_experts = integer_in(num_experts, "num_experts", 1, _MOST_EXPERTS)
         self.num_experts_per_tok = integer_in(
             num_experts_per_tok, "num_experts_per_tok", 1, self.num_experts
         )
@@ -116,13 +118,18 @@ class KTMoEWrapper:
         self.chunked_prefill_size = chunked_prefill_size
         tokens = 0 if chunked_prefill_size is None else chunked_prefill_size
         tokens = integer(tokens, "chunked_prefill_size")
+        if tokens > _LONGEST_CHUNK:
+            raise ValueError(
+                f"chunked_prefill_size: expected at most {_LONGEST_CHUNK}, because so many tokens "
+                f"go to the CPU at once, got {tokens}"
+            )
         self._most_tokens = tokens if tokens > 0 else _MOST_TOKENS
         _check_nodes(threadpool_count, numa_nodes)
         self._gpu_mask = gpu_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
-        sizes = LayerSizes(
+        self._sizes = LayerSizes(
             self.layer_idx, self.num_experts, self.hidden_size, self.moe_intermediate_size
         )
-        self._reader = open_experts(weight_path, method, sizes)
+        self._reader = open_experts(weight_path, method, self._sizes)
         self._swiglu = swiglu_of(self._reader, swiglu_limit, swiglu_alpha)
         self._runtime = _runtime_of(cpuinfer_threads)
         self._synchronous = os.environ.get(_SYNCHRONOUS) == "1"
@@ -134,9 +141,10 @@ class KTMoEWrapper:
         """Bool ``[num_experts]`` on the CPU; True: the GPU has the expert.
 
         It may be changed in place, or assigned. Experts that the CPU then needs are loaded before
-        the change returns, and the memory of the others is given back. A call uses the mask as it
-        is at its `submit_forward`. A captured CUDA graph uses the mask as it is when the graph
-        runs, so it must not change while a graph with the layer runs.
+        the change returns, and the memory of the others is given back. If an expert cannot be
+        loaded, the mask is again as it was. Other threads may make calls meanwhile. A call uses the
+        mask as it is at its `submit_forward`. A captured CUDA graph uses the mask as it is when the
+        graph runs, so the mask must not change while a graph with the layer runs.
         """
         return HostsMask.over(self._gpu_mask, self._follow_mask)
 
@@ -163,6 +171,8 @@ class KTMoEWrapper:
             TypeError, ValueError: the map is wrong.
             FileNotFoundError, CheckpointError: see `cpumoe.Experts.from_checkpoint`.
         """
+        # The files may have changed since.
+        self._reader = open_experts(self.weight_path, self.method, self._sizes)
         slots = experts_of_slots(physical_to_logical_map_cpu, self._reader, self.num_experts)
         if self._layer is not None and self._layer.captured():
             logger.warning(
@@ -347,6 +357,8 @@ class KTMoEWrapper:
 def _check_nodes(threadpool_count: object, numa_nodes: Sequence[int] | None) -> None:
     if threadpool_count is not None:
         integer_in(threadpool_count, "threadpool_count", 1)
+    if numa_nodes is not None and not isinstance(numa_nodes, Iterable):
+        raise TypeError(f"numa_nodes: expected a list of ints or None, got {numa_nodes!r}")
     for node in numa_nodes or ():
         integer_in(node, "numa_nodes", 0)
 
