@@ -90,8 +90,8 @@ def test_the_command_fits_the_model_and_the_machine():
         "--model-path": MODEL,
         "--kt-weight-path": MODEL,
         "--kt-method": "MXFP4",
-        # (0.8 * 34.36 - 10.8 - 2.15) GB / (43 layers * 13.37 MB)
-        "--kt-num-gpu-experts": "25",
+        # (0.8 * 34.36 - 7.16 - 2.15) GB / (43 layers * 13.37 MB)
+        "--kt-num-gpu-experts": "31",
         "--kt-cpuinfer": "96",
         "--kt-threadpool-count": "2",
         "--disable-shared-experts-fusion": "",
@@ -108,9 +108,9 @@ def test_the_environment_leads_both_hosts_to_the_module(monkeypatch):
 
 def test_memory_and_nodes_are_explained():
     said = dry_run(MODEL)[2]
-    assert "GPU: 80 % of 34.4 GB for 10.8 GB of weights besides experts, 2.15 GB of KV" in said
-    assert "14.4 GB for 25 of 256 experts in each layer" in said
-    assert "CPU: 133 GB for 231 of 256 experts in each of 43 layers, 96 threads" in said
+    assert "GPU: 80 % of 34.4 GB for 7.16 GB of weights besides experts, 2.15 GB of KV" in said
+    assert "17.8 GB for 31 of 256 experts in each layer" in said
+    assert "CPU: 129 GB for 225 of 256 experts in each of 43 layers, 96 threads" in said
     assert "cpumoe does not place experts by node yet" in said
 
 
@@ -118,6 +118,7 @@ def test_given_options_take_precedence_and_unknown_ones_pass_through():
     given = ("--kt-cpuinfer", 8, "--tp=1", "--kt-num-gpu-experts=3", "--some-new-option", "1", "-1")
     found = options(MODEL, *given)
     assert found["--kt-cpuinfer"] == "8"
+    assert "layers, 8 threads" in dry_run(MODEL, *given)[2]
     assert found["--kt-num-gpu-experts"] == "3"
     assert found["--some-new-option"] == "1 -1"
     assert found["--tp"] == "1"
@@ -127,9 +128,11 @@ def test_given_options_take_precedence_and_unknown_ones_pass_through():
 @pytest.mark.parametrize(
     ("arguments", "experts"),
     [
-        (("--gpu-memory", 48), 49),
-        (("--kv-cache", 8), 14),
-        (("--mem-fraction-static", "0.9"), 31),
+        (("--gpu-memory", 48), 55),
+        (("--kv-cache", 8), 20),
+        (("--mem-fraction-static", "0.9"), 37),
+        (("--mem-fraction", "0.9"), 37),
+        (("--speculative-algorithm", "EAGLE"), 25),
         (("--gpu-memory", 400), 256),
     ],
 )
@@ -159,8 +162,8 @@ def test_several_gpus_share_the_weights(use_machine):
     use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 3))
     found = options(MODEL)
     assert found["--tensor-parallel-size"] == "2"
-    assert found["--kt-num-gpu-experts"] == "69"
-    assert options(MODEL, "--tp-size", 1)["--kt-num-gpu-experts"] == "25"
+    assert found["--kt-num-gpu-experts"] == "75"
+    assert options(MODEL, "--tp-size", 1)["--kt-num-gpu-experts"] == "31"
 
 
 def test_sizes_come_from_the_checkpoint(v4, use_machine):
@@ -181,6 +184,7 @@ def test_sizes_come_from_the_checkpoint(v4, use_machine):
 
     assert chosen(dense + 2 * layers * expert + slack) == "2"
     assert chosen(dense + experts * layers * expert + slack) == str(experts)
+    assert chosen(dense + layers * expert + slack) == "1"
     speculative = ("--speculative-algorithm", "EAGLE")
     assert chosen(dense + drafts + layers * expert + slack, *speculative) == "1"
 
@@ -271,10 +275,59 @@ def test_everything_that_is_missing_is_named(use_machine, use_host):
 
 
 def test_a_gpu_that_is_too_small_is_refused(use_machine):
-    use_machine(Machine(8, 1, 256 * GIB, (Gpu("a GPU", 12 * GIB),)))
+    use_machine(Machine(8, 1, 256 * GIB, (Gpu("a GPU", 8 * GIB),)))
     said = problems(MODEL)
-    assert "the GPU's memory is too small: 80 % of 12.9 GB for 10.8 GB of weights" in said
+    assert "the GPU's memory is too small: 80 % of 8.59 GB for 7.16 GB of weights" in said
     assert "--tensor-parallel-size 4 needs 4 GPUs; this machine has 1" in problems(MODEL, "--tp", 4)
+    assert "warning: the GPU's memory is too small" in dry_run(MODEL, "--kt-num-gpu", 2)[2]
+
+
+def test_more_experts_than_the_gpu_has_memory_for_are_a_warning():
+    said = dry_run(MODEL, "--kt-num-gpu-experts", 200)[2]
+    assert "GPU: 80 % of 34.4 GB" in said
+    assert (
+        "warning: the GPU needs 115 GB for 200 of 256 experts in each layer, but has 18.2 GB for "
+        "experts, which is enough for 31"
+    ) in said
+    assert "for 31 of 256 experts" in (said := dry_run(MODEL, "--kt-num-gpu-experts", 31)[2])
+    assert "the GPU needs" not in said
+
+
+def test_a_plan_for_another_machine_starts_nothing_without_a_gpu(v4, use_machine, monkeypatch):
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("a server was started"))
+    use_machine(Machine(8, 1, 256 * GIB, ()))
+    memory = ("--gpu-memory", 32)
+    for parallel in ((), ("--tp", 3)):
+        result = run("sglang", v4, *memory, *parallel)
+        assert result.exit_code == 2
+        said = result.stderr
+        assert "no GPU: nvidia-smi finds none; --dry-run with --gpu-memory" in said
+        assert "this machine has" not in said
+        assert "warning" not in dry_run(v4, *memory, *parallel)[2]
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    assert run("sglang", v4, *memory, "--device", "cpu").exit_code == 0
+    assert calls
+
+
+def test_what_cpumoe_does_not_compute_is_refused(v4):
+    said = problems(v4, "--kt-method", "FP8")
+    assert f"--kt-method: expected MXFP4, the format of the experts in {v4}, got 'FP8'" in said
+    assert "got 'RAWINT4'; leave the option out" in problems(v4, "--kt-method", "RAWINT4")
+    assert "--kt-method" in options(v4, "--kt-method", "mxfp4")
+    assert "no LoRA adapters for experts" in problems(v4, "--kt-expert-lora-path", "x")
+
+
+def test_shortened_options_become_whole():
+    short = ("--kt-num-gpu", 5, "--kt-cpu=8", "--mem-frac", "0.9", "--tensor-par", 1, "--kt-meth")
+    found = options(MODEL, *short, "MXFP4", "--kt-n", 1, "--de", 2)
+    assert found["--kt-num-gpu-experts"] == "5"
+    assert found["--kt-cpuinfer"] == "8"
+    assert found["--mem-fraction-static"] == "0.9"
+    assert found["--tensor-parallel-size"] == "1"
+    assert found["--kt-method"] == "MXFP4"
+    assert found["--kt-n"] == "1"  # ambiguous in sglang-kt
+    assert found["--de"] == "2"
 
 
 def test_an_incomplete_download_is_named(tmp_path):
@@ -289,7 +342,9 @@ def test_an_untested_version_is_a_warning(use_host):
 
 
 def test_wrong_models_are_refused(v4, tmp_path):
-    assert "expected a model: cpumoe sglang MODEL" in refuse("sglang", "--port", 1)
+    said = refuse("sglang", "--port", 1, MODEL)
+    assert "expected a model: cpumoe sglang MODEL" in said
+    assert "MODEL comes before SGLang's options" in said
     assert "either MODEL or --model-path, got both" in refuse("sglang", v4, "--model", v4)
     assert "unknown model 'nonsense'" in refuse("sglang", "nonsense")
     assert "no such checkpoint folder" in refuse("sglang", "./nonsense")
@@ -312,17 +367,31 @@ def test_what_was_not_tried_is_said(gpt_oss, tmp_path):
     ("arguments", "message"),
     [
         (("--kt-num-gpu-experts", 257), "expected at most 256 experts per layer, got 257"),
-        (("--kt-gpu-experts-ratio", 1.5), "--kt-gpu-experts-ratio: expected at most 256"),
+        (("--kt-num-gpu-experts", 10**400), "expected at most 256 experts per layer, got 1000"),
+        (("--kt-gpu-experts-ratio", 2), "--kt-gpu-experts-ratio: expected a number from 0 to 1"),
+        (("--kt-gpu-experts-ratio", "inf"), "expected a number from 0 to 1, got 'inf'"),
         (("--kt-num-gpu-experts", "many"), "expected an integer from 0 on, got 'many'"),
-        (("--mem-fraction-static", "-1"), "expected a number from 0 on, got '-1'"),
+        (("--mem-fraction-static", "-1"), "expected a number from 0 to 1, got '-1'"),
+        (("--mem-fraction-static", "1.5"), "--mem-fraction-static: expected a number from 0 to 1"),
+        (("--mem-fraction-static", "1e300"), "expected a number from 0 to 1, got '1e300'"),
+        (("--mem-fraction-static", "nan"), "expected a number from 0 to 1, got 'nan'"),
+        (("--kt-cpuinfer", "-3"), "--kt-cpuinfer: expected an integer from 1 on, got '-3'"),
+        (("--kt-threadpool-count", 0), "--kt-threadpool-count: expected an integer from 1 on"),
+        (("--tensor-parallel-size", 0), "expected an integer from 1 to 1024, got '0'"),
+        (("--tp", 10**400), "expected an integer from 1 to 1024, got '1000"),
         (("--tp", 1, 2), "--tp: expected one value, got 2"),
-        (("--gpu-memory", 0), "--gpu-memory: expected more than 0 GiB"),
-        (("--kv-cache", "nan"), "--kv-cache: expected 0 or more GiB"),
+        (("--gpu-memory", 0), "--gpu-memory: expected more than 0 and at most 65536 GiB, got 0"),
+        (("--gpu-memory", "1e300"), "and at most 65536 GiB, got 1e+300"),
+        (("--gpu-memory", "inf"), "and at most 65536 GiB, got inf"),
+        (("--kv-cache", "nan"), "--kv-cache: expected 0 to 65536 GiB, got nan"),
+        (("--kv-cache", "1e300"), "--kv-cache: expected 0 to 65536 GiB, got 1e+300"),
         (("word",), "expected an option of SGLang, got 'word'"),
     ],
 )
-def test_wrong_values_are_refused(arguments, message):
+def test_wrong_values_are_refused(arguments, message, use_machine):
     assert message in refuse("sglang", MODEL, *arguments)
+    use_machine(Machine(8, 1, 96 * GIB, ()))
+    assert message in refuse("sglang", MODEL, *arguments, "--dry-run")
 
 
 def test_the_process_becomes_the_server(v4, monkeypatch):
@@ -376,7 +445,7 @@ def test_sglangs_own_parser_accepts_the_command(v4, use_host):
     assert odd == odd_too == []
     assert parsed["model_path"] == parsed["kt_weight_path"] == MODEL
     assert parsed["kt_method"] == full["kt_method"] == "MXFP4"
-    assert (parsed["kt_num_gpu_experts"], parsed["kt_cpuinfer"]) == (25, 96)
+    assert (parsed["kt_num_gpu_experts"], parsed["kt_cpuinfer"]) == (31, 96)
     assert parsed["disable_shared_experts_fusion"]
     assert full["speculative_algorithm"] == "EAGLE"
     assert full.get("kt_gpu_prefill_token_threshold") == (4096 if is_fork else None)

@@ -23,6 +23,7 @@ EXAMPLE = "Example: `cpumoe sglang DeepSeek-V4-Flash --dry-run`"
 CONTEXT = {"ignore_unknown_options": True}
 
 _GIBIBYTE = 1 << 30
+_MOST_GIBIBYTES = 65536
 _SERVER = ("-m", "sglang.launch_server")
 
 
@@ -57,7 +58,7 @@ def command(
     the place of MODEL.
     """
     with reported(traceback):
-        plan = _plan(arguments or [], gpu_memory, kv_cache)
+        plan = _plan(arguments or [], gpu_memory, kv_cache, dry_run)
         line = [sys.executable, *_SERVER, *plan.arguments]
         for remark in plan.remarks:
             console.show_aside(remark)
@@ -76,15 +77,20 @@ def command(
         _run(line, plan)
 
 
-def _plan(arguments: Sequence[str], gpu_memory: float | None, kv_cache: float) -> Plan:
+def _plan(
+    arguments: Sequence[str], gpu_memory: float | None, kv_cache: float, dry_run: bool
+) -> Plan:
     from cpumoe.cli import sglang_host, sglang_machine
     from cpumoe.cli.sglang_model import find_launch_model
-    from cpumoe.cli.sglang_plan import MODEL, WEIGHTS, make_plan
+    from cpumoe.cli.sglang_plan import MODEL, MOST_GPUS, TENSOR_PARALLEL, WEIGHTS, make_plan
 
-    if not 0 <= kv_cache < float("inf"):
-        raise InputError(f"--kv-cache: expected 0 or more GiB, got {kv_cache}")
-    if gpu_memory is not None and not 0 < gpu_memory < float("inf"):
-        raise InputError(f"--gpu-memory: expected more than 0 GiB, got {gpu_memory}")
+    if not 0 <= kv_cache <= _MOST_GIBIBYTES:
+        raise InputError(f"--kv-cache: expected 0 to {_MOST_GIBIBYTES} GiB, got {kv_cache:g}")
+    if gpu_memory is not None and not 0 < gpu_memory <= _MOST_GIBIBYTES:
+        raise InputError(
+            f"--gpu-memory: expected more than 0 and at most {_MOST_GIBIBYTES} GiB, got "
+            f"{gpu_memory:g}"
+        )
     words = list(arguments)
     name = words.pop(0) if words and not words[0].startswith("-") else None
     given = sglang_host.Options(words)
@@ -93,11 +99,17 @@ def _plan(arguments: Sequence[str], gpu_memory: float | None, kv_cache: float) -
     elif given.has(*MODEL):
         raise InputError(f"expected either MODEL or {MODEL[0]}, got both")
     if name is None:
-        raise InputError(f"expected a model: cpumoe sglang MODEL, or {MODEL[0]} FOLDER")
+        raise InputError(
+            f"expected a model: cpumoe sglang MODEL, or {MODEL[0]} FOLDER; MODEL comes before "
+            "SGLang's options"
+        )
     machine = sglang_machine.this_machine()
     if gpu_memory is not None:
         memory = round(gpu_memory * _GIBIBYTE)
-        gpus = machine.gpus or (sglang_machine.Gpu("GPU", memory),)
+        gpus = machine.gpus
+        if dry_run and not gpus:  # a plan for another machine
+            number = given.integer(*TENSOR_PARALLEL, least=1, most=MOST_GPUS) or 1
+            gpus = (sglang_machine.Gpu("GPU", memory),) * number
         machine = replace(machine, gpus=tuple(replace(gpu, memory=memory) for gpu in gpus))
     model = find_launch_model(name, given.text(*WEIGHTS))
     host = sglang_host.installed_host()

@@ -35,6 +35,24 @@ _NAMES_UPSTREAM = {
     "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
 }
 
+# SGLang takes shortened options. Option -> its shortest form that is unique in both SGLangs.
+_SHORTEST = {
+    "--device": "--dev",
+    "--disable-shared-experts-fusion": "--disable-shared",
+    "--kt-cpuinfer": "--kt-cp",
+    "--kt-expert-lora-path": "--kt-expert-l",
+    "--kt-gpu-experts-ratio": "--kt-gpu-e",
+    "--kt-method": "--kt-me",
+    "--kt-num-gpu-experts": "--kt-num-",
+    "--kt-threadpool-count": "--kt-t",
+    "--kt-weight-path": "--kt-w",
+    "--mem-fraction-static": "--mem-",
+    "--model-path": "--model-p",
+    "--speculative-algorithm": "--speculative-al",
+    "--tensor-parallel-size": "--tensor",
+    "--tp-size": "--tp-",
+}
+
 
 @dataclass(frozen=True)
 class Host:
@@ -67,7 +85,8 @@ class Options:
     """Options of SGLang's command line, as the user gave them.
 
     Args:
-        words: the words of the command line. Names of `kt run` become those of SGLang.
+        words: the words of the command line. Names of `kt run` become those of SGLang, and
+            shortened names that the plan needs become whole.
 
     Raises:
         InputError: the first word is no option.
@@ -79,7 +98,7 @@ class Options:
         for word in words:
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
-                name = _NAMES_OF_KT.get(name, name)
+                name = _NAMES_OF_KT.get(name) or _whole(name)
                 self._groups.append([name, value] if equals else [name])
             elif self._groups:
                 self._groups[-1].append(word)
@@ -107,22 +126,39 @@ class Options:
             raise InputError(f"{values[-1][0]}: expected one value, got {len(values[-1]) - 1}")
         return values[-1][1]
 
-    def number(self, kind: type[int] | type[float], *names: str) -> float | None:
-        """Returns an option's value as a number; None: it was not given.
+    def integer(self, *names: str, least: int = 0, most: int | None = None) -> int | None:
+        """Returns an option's value from `least` to `most`; None: it was not given.
 
         Raises:
-            InputError: the value is no such number, or negative.
+            InputError: the value is no such integer.
         """
         text = self.text(*names)
         if text is None:
             return None
         try:
-            value = kind(text)
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            end = "on" if most is None else f"to {most}"
+            raise InputError(f"{names[0]}: expected an integer from {least} {end}, got {text!r}")
+        return value
+
+    def share(self, *names: str) -> float | None:
+        """Returns an option's value from 0 to 1; None: it was not given.
+
+        Raises:
+            InputError: the value is no such number.
+        """
+        text = self.text(*names)
+        if text is None:
+            return None
+        try:
+            value = float(text)
         except ValueError:
             value = -1
-        if not value >= 0:
-            what = "an integer" if kind is int else "a number"
-            raise InputError(f"{names[0]}: expected {what} from 0 on, got {text!r}")
+        if not 0 <= value <= 1:
+            raise InputError(f"{names[0]}: expected a number from 0 to 1, got {text!r}")
         return value
 
     def take(self, *names: str) -> list[str]:
@@ -144,3 +180,11 @@ class Options:
                 done.append(f"{group[0]} became {name}, as SGLang calls this option")
                 group[0] = name
         return done
+
+
+def _whole(name: str) -> str:
+    """The option that a shortened name stands for, if the plan needs this option."""
+    for option, shortest in _SHORTEST.items():
+        if option.startswith(name) and name.startswith(shortest):
+            return option
+    return name

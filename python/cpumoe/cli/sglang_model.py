@@ -16,11 +16,12 @@ from cpumoe.integrations.sglang.checkpoint import METHODS
 if TYPE_CHECKING:
     from cpumoe.models.registry import ModelSpec
 
-# Bytes of a published checkpoint without its routed experts, for models that are not downloaded.
+# Bytes of published checkpoints, for models that are not downloaded: of all weights but those of
+# routed experts and draft layers, and of draft layers with their experts.
 _OTHER_BYTES = {
-    "DeepSeek-V4-Flash": 10_800_000_000,
-    "Kimi-K2-Thinking": 23_500_000_000,
-    "Kimi-K2.5": 24_400_000_000,
+    "DeepSeek-V4-Flash": (7_160_000_000, 3_640_000_000),
+    "Kimi-K2-Thinking": (23_500_000_000, 0),
+    "Kimi-K2.5": (24_400_000_000, 0),
 }
 # Model types whose layers SGLang is known to hand to the module, and whether a checkpoint of the
 # type has Python code that SGLang runs.
@@ -100,7 +101,8 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
     else:
         spec = _registered(model)
         path = spec.name
-        stored = _Bytes(_published_bytes(spec), layers * experts * expert_bytes, 0)
+        dense, draft = _published_bytes(spec)
+        stored = _Bytes(dense, layers * experts * expert_bytes, draft)
         missing += (f"{path}: no such folder; hf download {spec.aliases[0]} --local-dir {path}",)
     return LaunchModel(
         path=path,
@@ -144,7 +146,7 @@ def _registered(name: str) -> ModelSpec:
         raise InputError(f"{name}: no such folder, and {error}") from error
 
 
-def _published_bytes(spec: ModelSpec) -> int:
+def _published_bytes(spec: ModelSpec) -> tuple[int, int]:
     try:
         return _OTHER_BYTES[spec.name]
     except KeyError:

@@ -22,14 +22,19 @@ from cpumoe.cli.sglang_model import LaunchModel
 from cpumoe.integrations.sglang import pythonpath
 from cpumoe.integrations.sglang.plugin import SWITCH
 
-# Options that have several names.
+# Options, with their other names.
 MODEL = ("--model-path", "--model")
 WEIGHTS = ("--kt-weight-path",)
-_TENSOR_PARALLEL = ("--tensor-parallel-size", "--tp-size", "--tp")
+TENSOR_PARALLEL = ("--tensor-parallel-size", "--tp-size", "--tp")
 _GPU_EXPERTS = ("--kt-num-gpu-experts",)
 _GPU_RATIO = ("--kt-gpu-experts-ratio",)
 _FRACTION = ("--mem-fraction-static",)
+_METHOD = ("--kt-method",)
+_THREADS = ("--kt-cpuinfer",)
+_NODES = ("--kt-threadpool-count",)
+_LORA = ("--kt-expert-lora-path",)
 
+MOST_GPUS = 1024
 _DEFAULT_FRACTION = 0.8
 
 
@@ -69,6 +74,7 @@ def make_plan(
     """
     planner = _Planner(model, machine, given, kv_cache)
     planner.check_host(host)
+    planner.check_method()
     gpu_experts = planner.gpu_experts()
     planner.check_memory(gpu_experts)
     if machine.nodes > 1:
@@ -92,8 +98,13 @@ class _Planner:
         self._given = given
         self._kv_cache = kv_cache
         self._on_cpu = given.text("--device") == "cpu"
-        self._ratio = given.number(float, *_GPU_RATIO)
-        self._ranks = int(given.number(int, *_TENSOR_PARALLEL) or 0) or _ranks(len(machine.gpus))
+        self._ratio = given.share(*_GPU_RATIO)
+        fraction = given.share(*_FRACTION)
+        self._fraction = _DEFAULT_FRACTION if fraction is None else fraction
+        ranks = given.integer(*TENSOR_PARALLEL, least=1, most=MOST_GPUS)
+        self._ranks = ranks or _ranks(len(machine.gpus))
+        self._threads = given.integer(*_THREADS, least=1) or machine.cores
+        given.integer(*_NODES, least=1)
         self.remarks: list[str] = []
         self.warnings: list[str] = []
         self.problems: list[str] = []
@@ -114,21 +125,34 @@ class _Planner:
         if host.name == UPSTREAM:
             self._given.take(*_GPU_RATIO)
 
+    def check_method(self) -> None:
+        """Finds out whether the user asked for what cpumoe does not compute."""
+        method = self._given.text(*_METHOD)
+        if method is not None and method.upper() != self._model.method:
+            self.problems.append(
+                f"{_METHOD[0]}: expected {self._model.method}, the format of the experts in "
+                f"{self._given.text(*WEIGHTS) or self._model.weights}, got {method!r}; leave the "
+                "option out"
+            )
+        if self._given.has(*_LORA):
+            self.problems.append(
+                f"{_LORA[0]}: cpumoe has no LoRA adapters for experts; leave the option out"
+            )
+
     def gpu_experts(self) -> int:
         """Returns how many experts of each layer the GPUs have."""
         experts = self._model.experts
-        number = self._given.number(int, *_GPU_EXPERTS)
+        number = self._given.integer(*_GPU_EXPERTS)
+        if number is not None and number > experts:
+            raise InputError(
+                f"{_GPU_EXPERTS[0]}: expected at most {experts} experts per layer, got {number}"
+            )
         if self._ratio is not None:
             number = int(experts * self._ratio)
-        if number is not None and number > experts:
-            option = (_GPU_EXPERTS if self._ratio is None else _GPU_RATIO)[0]
-            raise InputError(
-                f"{option}: expected at most {experts} experts per layer, got {number:g}"
-            )
         self._check_gpus()
-        if number is not None:
-            return int(number)
-        return self._experts_that_fit() if self._machine.gpus and not self._on_cpu else 0
+        if self._on_cpu or not self._machine.gpus:
+            return number or 0
+        return self._divide_memory(number)
 
     def check_memory(self, gpu_experts: int) -> None:
         """Finds out whether the system has memory for the other experts."""
@@ -137,7 +161,7 @@ class _Planner:
         self.remarks.append(
             f"CPU: {format_bytes(needed)} for {model.experts - gpu_experts} of {model.experts} "
             f"experts in each of {model.layers} layers, "
-            f"{format_count(self._machine.cores, 'thread')}"
+            f"{format_count(self._threads, 'thread')}"
         )
         if 0 < free < needed:
             self.problems.append(
@@ -151,16 +175,16 @@ class _Planner:
         defaults: list[tuple[Sequence[str], Sequence[str]]] = [
             (MODEL, [model.path]),
             (WEIGHTS, [model.weights]),
-            (("--kt-method",), [model.method]),
+            (_METHOD, [model.method]),
             ((*_GPU_EXPERTS, *_GPU_RATIO), [str(gpu_experts)]),
-            (("--kt-cpuinfer",), [str(machine.cores)]),
-            (("--kt-threadpool-count",), [str(machine.nodes)]),
+            (_THREADS, [str(machine.cores)]),
+            (_NODES, [str(machine.nodes)]),
             (("--disable-shared-experts-fusion",), []),
         ]
         if not self._on_cpu:
             defaults.append((_FRACTION, [f"{_DEFAULT_FRACTION:g}"]))
             if self._ranks > 1:
-                defaults.append((_TENSOR_PARALLEL, [str(self._ranks)]))
+                defaults.append((TENSOR_PARALLEL, [str(self._ranks)]))
         words: list[str] = []
         for names, values in defaults:
             if not self._given.has(*names):
@@ -173,39 +197,52 @@ class _Planner:
             return
         if not gpus:
             self.problems.append(
-                "no GPU: nvidia-smi finds none; --gpu-memory plans for another machine"
+                "no GPU: nvidia-smi finds none; --dry-run with --gpu-memory plans for another "
+                "machine"
             )
         elif gpus < self._ranks:
             self.problems.append(
-                f"{_TENSOR_PARALLEL[0]} {self._ranks} needs {format_count(self._ranks, 'GPU')}; "
+                f"{TENSOR_PARALLEL[0]} {self._ranks} needs {format_count(self._ranks, 'GPU')}; "
                 f"this machine has {gpus}"
             )
 
-    def _experts_that_fit(self) -> int:
+    def _divide_memory(self, number: int | None) -> int:
+        """Divides the GPUs' memory, and returns the number of experts.
+
+        Args:
+            number: the number that the user wants; None: as many as fit.
+        """
         model, ranks = self._model, self._ranks
-        fraction = self._given.number(float, *_FRACTION)
-        share = _DEFAULT_FRACTION if fraction is None else fraction
         memory = min(gpu.memory for gpu in self._machine.gpus[:ranks])
         speculative = self._given.has("--speculative-algorithm")
         dense = model.dense_bytes + (model.draft_bytes if speculative else 0)
-        room = int((share * memory - self._kv_cache) * ranks) - dense
+        room = int((self._fraction * memory - self._kv_cache) * ranks) - dense
         divided = (
-            f"{format_percent(share)} of {format_bytes(memory * ranks)} for {format_bytes(dense)} "
-            f"of weights besides experts, {format_bytes(self._kv_cache * ranks)} of KV cache"
+            f"{format_percent(self._fraction)} of {format_bytes(memory * ranks)} for "
+            f"{format_bytes(dense)} of weights besides experts, "
+            f"{format_bytes(self._kv_cache * ranks)} of KV cache"
         )
         if room < 0:
-            self.problems.append(
+            # Only a user who gave the number may know better.
+            (self.problems if number is None else self.warnings).append(
                 f"the GPU's memory is too small: {divided}; raise {_FRACTION[0]}, lower --kv-cache "
                 "or use more GPUs"
             )
-            return 0
+            return number or 0
         bytes_of_one = model.layers * model.gpu_expert_bytes
-        number = min(model.experts, room // bytes_of_one)
-        self.remarks.append(
-            f"GPU: {divided}, and {format_bytes(number * bytes_of_one)} for {number} of "
-            f"{model.experts} experts in each layer"
+        most = min(model.experts, room // bytes_of_one)
+        chosen = most if number is None else number
+        needed = (
+            f"{format_bytes(chosen * bytes_of_one)} for {chosen} of {model.experts} experts in "
+            "each layer"
         )
-        return number
+        self.remarks.append(f"GPU: {divided}, and {needed}")
+        if chosen > most:
+            self.warnings.append(
+                f"the GPU needs {needed}, but has {format_bytes(room)} for experts, which is "
+                f"enough for {most}"
+            )
+        return chosen
 
 
 def _ranks(gpus: int) -> int:

@@ -34,7 +34,7 @@ def options_are_accepted():
     printed = subprocess.check_output([*command, *given], text=True).replace("\\\n", " ").split()
     arguments = parser.parse_args(printed[printed.index("sglang.launch_server") + 1 :])
     assert arguments.kt_method == "MXFP4"
-    assert arguments.kt_num_gpu_experts == 25
+    assert arguments.kt_num_gpu_experts == 31
 
 
 def server_gives_the_engines_tokens(folder):
