@@ -38,20 +38,22 @@ _NAMES_UPSTREAM = {
 # SGLang takes shortened options. Option -> its shortest form that is unique in both SGLangs.
 _SHORTEST = {
     "--device": "--dev",
-    "--disable-shared-experts-fusion": "--disable-shared",
-    "--kt-cpuinfer": "--kt-cp",
+    "--disable-shared-experts-fusion": "--disable-s",
+    "--kt-cpuinfer": "--kt-c",
     "--kt-expert-lora-path": "--kt-expert-l",
     "--kt-gpu-experts-ratio": "--kt-gpu-e",
     "--kt-method": "--kt-me",
     "--kt-num-gpu-experts": "--kt-num-",
     "--kt-threadpool-count": "--kt-t",
     "--kt-weight-path": "--kt-w",
-    "--mem-fraction-static": "--mem-",
+    "--mem-fraction-static": "--mem",
     "--model-path": "--model-p",
     "--speculative-algorithm": "--speculative-al",
-    "--tensor-parallel-size": "--tensor",
+    "--tensor-parallel-size": "--te",
     "--tp-size": "--tp-",
 }
+# Names that SGLang has, or takes, although longer ones begin with them.
+_SHORT_NAMES = ("--model", "--tp")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Options:
             shortened names that the plan needs become whole.
 
     Raises:
-        InputError: the first word is no option.
+        InputError: the first word is no option, or a shortened name may stand for several.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -184,7 +186,11 @@ class Options:
 
 def _whole(name: str) -> str:
     """The option that a shortened name stands for, if the plan needs this option."""
-    for option, shortest in _SHORTEST.items():
-        if option.startswith(name) and name.startswith(shortest):
-            return option
-    return name
+    options = [option for option in _SHORTEST if option.startswith(name)]
+    if not options or name in _SHORT_NAMES:
+        return name
+    if len(options) == 1 and name.startswith(_SHORTEST[options[0]]):
+        return options[0]
+    raise InputError(
+        f"{name}: expected the whole name of an option, got the start of {', '.join(options)}"
+    )
