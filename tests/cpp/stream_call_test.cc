@@ -20,8 +20,7 @@ enum class Kind { kValues, kHostFunctions, kNoDriver };
 
 class StreamCallTest : public StreamTest, public testing::WithParamInterface<Kind> {
  protected:
-  void SetUp() override {
-    StreamTest::SetUp();
+  StreamCallTest() {
     fake::Delay(1, 20);
     if (GetParam() == Kind::kNoDriver) {
       device = MakeHostDevice();
@@ -44,6 +43,15 @@ class StreamCallTest : public StreamTest, public testing::WithParamInterface<Kin
     return batch.Output();
   }
 
+  // Makes a call with buffers for `tokens` tokens, and expects the bits of a call without a stream.
+  void CheckCall(const StreamCase& layer, int64_t tokens) {
+    const Batch batch = layer.MakeBatch(3);
+    const DeviceBatch on_device(*device, batch, layer.hidden_size());
+    StreamCall call(MakeBridge(layer.Buffers(tokens)), runtime, layer.layer(),
+                    {.call = layer.Options(batch)});
+    EXPECT_EQ(Run(call, device->NewStream(), on_device), layer.Expected(batch));
+  }
+
   std::unique_ptr<TestDevice> device;
   std::shared_ptr<Runtime> runtime;
 };
@@ -58,32 +66,20 @@ INSTANTIATE_TEST_SUITE_P(Devices, StreamCallTest,
                          NameOf);
 
 TEST_P(StreamCallTest, EveryCombinationOfTypesGivesTheBitsOfACallWithoutAStream) {
-  const StreamHandle stream = device->NewStream();
   const std::vector<DType> dtypes = {DType::kBf16, DType::kFp16, DType::kFp32};
   for (const DType input : dtypes) {
     for (const DType output : dtypes) {
       for (const bool wide : {false, true}) {
-        const StreamCase layer({.dtype = input, .output_dtype = output, .ids_are_64_bit = wide});
-        const Batch batch = layer.MakeBatch(3);
-        const DeviceBatch on_device(*device, batch, layer.hidden_size());
-        StreamCall call(MakeBridge(layer.Buffers(8)), runtime, layer.layer(),
-                        {.call = layer.Options(batch)});
-        EXPECT_EQ(Run(call, stream, on_device), layer.Expected(batch));
+        CheckCall(StreamCase({.dtype = input, .output_dtype = output, .ids_are_64_bit = wide}), 8);
       }
     }
   }
 }
 
 TEST_P(StreamCallTest, OddShapes) {
-  const StreamHandle stream = device->NewStream();
   for (const BatchSpec& spec : {BatchSpec{.tokens = 0}, BatchSpec{.tokens = 1},
                                 BatchSpec{.top_k = 0}, BatchSpec{.tokens = 130, .top_k = 4}}) {
-    const StreamCase layer(spec);
-    const Batch batch = layer.MakeBatch(4);
-    const DeviceBatch on_device(*device, batch, layer.hidden_size());
-    StreamCall call(MakeBridge(layer.Buffers(130)), runtime, layer.layer(),
-                    {.call = layer.Options(batch)});
-    EXPECT_EQ(Run(call, stream, on_device), layer.Expected(batch));
+    CheckCall(StreamCase(spec), 130);
   }
 }
 

@@ -94,7 +94,6 @@ class DeferringLayer {
 class StreamDeferralTest : public StreamTest, public testing::WithParamInterface<DType> {
  protected:
   StreamDeferralTest() {
-    fake::Reset();
     fake::Delay(4, 50);
     device = MakeCudaDevice();
     stream = device->NewStream();

@@ -28,7 +28,6 @@ int Repetitions() {
 class StreamLifetimeTest : public StreamTest {
  protected:
   StreamLifetimeTest() {
-    fake::Reset();
     device = MakeCudaDevice();
     stream = device->NewStream();
     allocations = fake::HostAllocations();
@@ -90,7 +89,7 @@ TEST_F(StreamLifetimeTest, PageLockedMemoryIsFreedInEveryOrderOfDestruction) {
   }
 }
 
-// The stream's first operation holds the call up while its owner destroys it.
+// The call's job waits for the runtime's driver while the call's owner destroys it.
 TEST_F(StreamLifetimeTest, DestroyingACallWaitsForItsJob) {
   std::promise<void> gate = HoldDriver();
   Submit();
@@ -189,8 +188,8 @@ constexpr char kForked[] =
     "Bridge: its threads belong to the parent process and do not exist after fork(); create a new "
     "Runtime in the child process";
 
-// Returns which use of the parent's handles in a forked child was wrong, 0 for none.
 TEST_F(StreamLifetimeTest, AForkedChildGetsErrorsAndCanDropTheHandles) {
+  // Uses the parent's handles; returns which use did not get its error, 0 for none.
   const auto use = [&] {
     if (MessageOf([&] { Submit(); }) != kForked) return 1;
     if (MessageOf([&] { Sync(); }) != kForked) return 2;

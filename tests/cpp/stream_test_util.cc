@@ -213,7 +213,6 @@ void Fail(const std::string& function, int nth, int error) {
 }
 void WaitValues(bool supported) { FAKE(fake_cuda_wait_values, supported ? 1 : 0); }
 void Break() { FAKE(fake_cuda_break); }
-int64_t Calls(const std::string& function) { return FAKE(fake_cuda_calls, function.c_str()); }
 int64_t HostAllocations() { return FAKE(fake_cuda_host_allocations); }
 int64_t Violations() { return FAKE(fake_cuda_violations); }
 std::string Violation() {

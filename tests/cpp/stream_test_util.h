@@ -25,7 +25,7 @@ class TestDevice {
   virtual StreamHandle NewStream() = 0;
   virtual void Synchronize(StreamHandle stream) = 0;
 
-  // Zeroed memory, which lives as long as the device.
+  // Memory that lives as long as the device.
   virtual void* Allocate(size_t bytes) = 0;
   // Immediately, for idle streams.
   virtual void Write(void* to, const void* from, size_t bytes) = 0;
@@ -99,17 +99,17 @@ void Delay(uint64_t seed, int microseconds);
 void Fail(const std::string& function, int nth, int error);
 void WaitValues(bool supported);
 void Break();
-int64_t Calls(const std::string& function);
 int64_t HostAllocations();
 int64_t Violations();
 // The text of the first violation; empty if there was none.
 std::string Violation();
 }  // namespace fake
 
-// Resets the fake driver, and expects no violation of a test.
+// Resets the fake driver before a derived class makes its members, and expects no violation of a
+// test.
 class StreamTest : public testing::Test {
  protected:
-  void SetUp() override { fake::Reset(); }
+  StreamTest() { fake::Reset(); }
   void TearDown() override { EXPECT_EQ(fake::Violation(), ""); }
 };
 

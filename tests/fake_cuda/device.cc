@@ -55,7 +55,6 @@ void Observer::Reset() {
   const std::lock_guard lock(mutex_);
   violations_ = 0;
   first_.clear();
-  calls_.clear();
   failures_.clear();
   delay_ = 0;
   waits_for_values = true;
@@ -82,11 +81,6 @@ void Observer::Fail(const std::string& function, int nth, CUresult error) {
   failures_[function] = {nth, error};
 }
 
-int64_t Observer::calls(const std::string& function) {
-  const std::lock_guard lock(mutex_);
-  return calls_[function];
-}
-
 void Observer::Delay(uint64_t seed, int microseconds) {
   const std::lock_guard lock(mutex_);
   random_.seed(seed);
@@ -95,7 +89,6 @@ void Observer::Delay(uint64_t seed, int microseconds) {
 
 CUresult Observer::Enter(const char* function) {
   const std::lock_guard lock(mutex_);
-  ++calls_[function];
   const auto failure = failures_.find(function);
   if (failure == failures_.end() || --failure->second.countdown > 0) return CUDA_SUCCESS;
   const CUresult error = failure->second.error;

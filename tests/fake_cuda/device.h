@@ -48,10 +48,9 @@ class Observer {
   int64_t violations();
   const char* first_violation();
   void Fail(const std::string& function, int nth, CUresult error);
-  int64_t calls(const std::string& function);
   void Delay(uint64_t seed, int microseconds);
 
-  // Counts a call of `function`; the error that it shall return.
+  // Notes a call of `function`; returns the error that the call shall return.
   CUresult Enter(const char* function);
   // Waits as long as an operation shall.
   void Pause();
@@ -67,7 +66,6 @@ class Observer {
   std::mutex mutex_;
   int64_t violations_ = 0;
   std::string first_;
-  std::map<std::string, int64_t> calls_;
   std::map<std::string, Failure> failures_;
   std::mt19937_64 random_;
   std::atomic<int> delay_{0};

@@ -412,7 +412,6 @@ void fake_cuda_fail(const char* function, int nth, CUresult error) {
 }
 void fake_cuda_wait_values(int supported) { observer().waits_for_values = supported != 0; }
 void fake_cuda_break() { observer().broken = true; }
-int64_t fake_cuda_calls(const char* function) { return observer().calls(function); }
 int64_t fake_cuda_host_allocations() { return memory().host_allocations(); }
 
 }  // extern "C"

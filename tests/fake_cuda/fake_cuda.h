@@ -7,7 +7,7 @@
 #include "fake_cuda/cuda_api.h"
 
 extern "C" {
-// Forgets violations, counts and settings. Streams must be idle.
+// Forgets violations and settings. Streams must be idle.
 FAKE_CUDA_API void fake_cuda_reset();
 
 // Uses of the driver that a real one forbids, or that would go wrong there at times. The text
@@ -24,8 +24,6 @@ FAKE_CUDA_API void fake_cuda_wait_values(int supported);
 // The device fails: from now on operations do nothing, and functions return an error.
 FAKE_CUDA_API void fake_cuda_break();
 
-// How often `function` was called since the reset.
-FAKE_CUDA_API int64_t fake_cuda_calls(const char* function);
 // Allocations of page-locked memory that have not been freed.
 FAKE_CUDA_API int64_t fake_cuda_host_allocations();
 }
