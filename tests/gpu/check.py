@@ -42,7 +42,6 @@ def steps(options: argparse.Namespace) -> list[Step]:
     work = str(options.work)
     slower = max(options.minutes / MINUTES, 1)
     tensors = ("--without-gpu",) if options.without_gpu else ()
-    torch = ("package", "torch_device")
     build = ("--package", str(options.package)) if options.package else ()
 
     def tests(*more: str) -> Callable[[dict[str, Any]], Sequence[str]]:
@@ -51,6 +50,16 @@ def steps(options: argparse.Namespace) -> list[Step]:
             *(("--stand-in",) if options.without_gpu else ()),
             *more,
         ]
+
+    def on_tensors(name: str, module: str, title: str, *, seconds: float = 90) -> Step:
+        return Step(
+            name,
+            title,
+            seconds * slower,
+            ("package", "torch_device"),
+            python(module, work, *tensors),
+            environment=with_package,
+        )
 
     return [
         Step(
@@ -92,46 +101,15 @@ def steps(options: argparse.Namespace) -> list[Step]:
             tests(),
             environment=with_driver,
         ),
-        Step(
-            "calls",
-            "tensors of the GPU give the bits of CPU tensors",
-            90 * slower,
-            torch,
-            python("torch_calls", work, *tensors),
-            environment=with_package,
+        on_tensors("calls", "torch_calls", "tensors of the GPU give the bits of CPU tensors"),
+        on_tensors("graphs", "torch_graphs", "CUDA graphs of 8 layers, replayed 1,000 times"),
+        on_tensors(
+            "overlap", "torch_overlap", "experts on the CPU beside a kernel on the GPU", seconds=60
         ),
-        Step(
-            "graphs",
-            "CUDA graphs of 8 layers, replayed 1,000 times",
-            90 * slower,
-            torch,
-            python("torch_graphs", work, *tensors),
-            environment=with_package,
+        on_tensors(
+            "write-back", "torch_write_back", "experts written into page-locked memory", seconds=60
         ),
-        Step(
-            "overlap",
-            "experts on the CPU beside a kernel on the GPU",
-            60 * slower,
-            torch,
-            python("torch_overlap", work, *tensors),
-            environment=with_package,
-        ),
-        Step(
-            "write-back",
-            "experts written into page-locked memory",
-            60 * slower,
-            torch,
-            python("torch_write_back", work, *tensors),
-            environment=with_package,
-        ),
-        Step(
-            "sglang",
-            "KTEPWrapperMethod of the installed SGLang",
-            90 * slower,
-            torch,
-            python("sglang_method", work, *tensors),
-            environment=with_package,
-        ),
+        on_tensors("sglang", "sglang_method", "KTEPWrapperMethod of the installed SGLang"),
         Step(
             "sanitizer",
             "the C++ tests of streams under compute-sanitizer",

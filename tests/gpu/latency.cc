@@ -289,8 +289,9 @@ int main(int argc, char** argv) {
       Report(row, "FAIL", "no process for it");
     } else if (WIFSIGNALED(status)) {
       Report(row, "FAIL",
-             WTERMSIG(status) == SIGALRM ? "not finished after 8 s"
-                                         : "ended by signal " + std::to_string(WTERMSIG(status)));
+             WTERMSIG(status) == SIGALRM
+                 ? "not finished after " + std::to_string(kSecondsOfARow) + " s"
+                 : "ended by signal " + std::to_string(WTERMSIG(status)));
     }
   }
   return 0;

@@ -16,7 +16,9 @@ from pathlib import Path
 from tests.gpu.results import PASS, SKIPPED, lack, provide, report, run_parts
 
 LIBRARY = "libcuda.so.1"
-DEVICE_NAME, ATTRIBUTE_CAPABILITY = 256, (75, 76)
+NAME_BYTES = 256
+# The attributes of a device that are the major and the minor number of its compute capability.
+CAPABILITY_ATTRIBUTES = (75, 76)
 
 
 def output_of(*command: str, seconds: float = 20) -> str:
@@ -43,11 +45,11 @@ def check_driver(work: Path) -> None:
     cuda.cuDeviceGetCount(ctypes.byref(count))
     if count.value == 0 or cuda.cuDeviceGet(ctypes.byref(device), 0):
         return no_gpu("the driver has no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES")
-    name = ctypes.create_string_buffer(DEVICE_NAME)
-    cuda.cuDeviceGetName(name, DEVICE_NAME, device)
+    name = ctypes.create_string_buffer(NAME_BYTES)
+    cuda.cuDeviceGetName(name, NAME_BYTES, device)
     cuda.cuDriverGetVersion(ctypes.byref(version))
     capability = []
-    for attribute in ATTRIBUTE_CAPABILITY:
+    for attribute in CAPABILITY_ATTRIBUTES:
         value = ctypes.c_int()
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         capability.append(value.value)

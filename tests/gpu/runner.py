@@ -10,7 +10,6 @@ import os
 import queue
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.gpu.output import lines_of
 from tests.gpu.results import (
     FACTS,
     FAIL,
@@ -168,8 +168,7 @@ class Runner:
         outcome.output_tail = []
         seconds = end - time.monotonic()
         process = self._start(step, first, seconds)
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        lines = lines_of(process)
         finished = self._collect(process, lines, outcome, end)
         code = process.returncode
         if finished and not code and outcome.results:
@@ -310,13 +309,6 @@ def _count(results: list[dict[str, Any]]) -> str:
     statuses = [result["status"] for result in results]
     counts = ((status, statuses.count(status)) for status in (PASS, SKIPPED))
     return ", ".join(f"{count} {status}" for status, count in counts if count)
-
-
-def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
-    lines.put(None)
 
 
 def _summarize(outcome: Outcome) -> None:

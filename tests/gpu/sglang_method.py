@@ -26,7 +26,7 @@ from tests.gpu.gpu_tools import (
     make_batch,
     make_layers,
 )
-from tests.gpu.results import SKIPPED, check, report, run_parts
+from tests.gpu.results import PASS, SKIPPED, check, report, run_parts
 
 from cpumoe import open_checkpoint, weight_format
 from cpumoe.integrations.sglang import kt_kernel
@@ -217,7 +217,7 @@ def main() -> None:
     if importlib.util.find_spec("sglang") is None:
         return report(SKIPPED, "SGLang", "neither sglang nor sglang-kt is installed")
     names = packages_distributions().get("sglang", [])
-    report("PASS", "SGLang", **{name: version(name) for name in names})
+    report(PASS, "SGLang", **{name: version(name) for name in names})
     try:
         host = import_host(device)
     except ImportError as error:

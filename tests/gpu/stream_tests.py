@@ -13,10 +13,10 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
+from tests.gpu.output import lines_of
 from tests.gpu.results import FAIL, SKIPPED, check, report
 
 # A test that skips itself on a real driver library. It shows which library was used.
@@ -68,8 +68,7 @@ class Tests:
             errors="replace",
             start_new_session=True,
         )
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        lines = lines_of(process)
         try:
             while True:
                 left = min(SILENCE, self._end - time.monotonic())
@@ -85,13 +84,6 @@ class Tests:
             return f"hung for {left:.0f} s"
         self.codes.append(code)
         return f"ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
-
-
-def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
-    lines.put(None)
 
 
 def run_tests(program: str, stand_in: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tests.gpu.gpu_tools import Device, Sizes, arguments, call, make_batch, make_layers
-from tests.gpu.results import check, report, run_parts
+from tests.gpu.results import PASS, check, report, run_parts
 
 from cpumoe import open_checkpoint
 
@@ -96,7 +96,7 @@ class WriteBack:
         both = max(write(copy=True) for _ in range(ROUNDS))
         memory = _copy_gb_per_s(slots[0].nbytes * 16)
         report(
-            "PASS",
+            PASS,
             "write-back",
             gb_per_s=alone,
             with_copies_gb_per_s=both,
