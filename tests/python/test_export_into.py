@@ -288,7 +288,7 @@ def test_an_expert_without_weights_is_read_from_its_checkpoint(tmp_path, model):
     assert part.packed_experts == []
 
 
-def test_reading_a_missing_expert_is_asked_for(tmp_path, weights):
+def test_reading_a_missing_expert_is_asked_for(weights):
     hidden = mask(1)
     kept = weights.pack(expert_mask=hidden, pack_masked=False)
     with refused(ValueError, "expert 1 has no weights to export; pack it first"):

@@ -240,8 +240,9 @@ def test_steps_with_tensors_work_on_the_cpu(name, tmp_path, capsys, monkeypatch)
     results = [json.loads(x.removeprefix(RESULT)) for x in lines if x.startswith(RESULT)]
     assert len(results) >= len(parts)
     failed = [result for result in results if result["status"] == "FAIL"]
-    if name != "overlap":  # which depends on what else the machine does
-        assert failed == []
+    if name == "overlap":  # whose times depend on what else the machine does
+        failed = [result for result in failed if "step_ms" not in result["numbers"]]
+    assert failed == []
 
 
 def test_a_part_that_raises_has_failed_and_the_next_one_runs(capsys):

@@ -229,13 +229,12 @@ def test_no_call_sees_a_change_half_done():
     experts = weights.pack(expert_mask=masks[0])
     ended = threading.Event()
 
-    def use(submit: bool) -> int:
+    def use(submit: bool) -> None:
         calls = 0
         while not ended.is_set() or not calls:
             y = experts.submit(*args).result() if submit else experts(*args)
             assert any(torch.equal(y, each) for each in expected)
             calls += 1
-        return calls
 
     with ThreadPoolExecutor(3) as threads:
         callers = [threads.submit(use, i % 2 == 0) for i in range(3)]
@@ -247,7 +246,8 @@ def test_no_call_sees_a_change_half_done():
                 experts.evict()
         finally:
             ended.set()
-        assert all(caller.result() > 0 for caller in callers)
+        for caller in callers:
+            caller.result()
 
 
 def test_evicting_half_of_the_experts_gives_their_memory_back():

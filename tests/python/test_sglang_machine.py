@@ -60,7 +60,7 @@ def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
     limits[0].write_text("500\n")
     limits[1].write_text("max\n")
     monkeypatch.setattr(sglang_machine, "_LIMITS", limits)
-    assert sglang_machine._free_memory() == 500
+    assert sglang_machine.this_machine().memory == 500
 
 
 def test_the_installed_host_is_told_by_its_plugins(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Calls on streams, as Python makes them. There is no driver here: the tensors are the CPU's."""
 
 import gc
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,23 +111,18 @@ def test_the_mask_may_change_and_lives_as_long_as_the_call(experts):
     assert owner() is None
 
 
-# The second half of the first call waits without the GIL, or the other thread could not go on.
 def test_threads_may_use_streams_of_their_own(experts):
     call = make_call(experts)
     batches = [inputs(WEIGHTS, 5, seed=seed) for seed in range(20)]
-    outputs = {}
 
     def make_calls(stream):
-        outputs[stream] = [output_of_call(call, batch, stream) for batch in batches]
+        return [output_of_call(call, batch, stream) for batch in batches]
 
-    threads = [threading.Thread(target=make_calls, args=(stream,)) for stream in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(make_calls, range(3)))
     expected = [experts(*batch) for batch in batches]
-    for stream in range(3):
-        assert all(map(torch.equal, outputs[stream], expected))
+    for outputs in results:
+        assert all(map(torch.equal, outputs, expected))
 
 
 def test_wrong_uses_are_refused(experts):
