@@ -57,6 +57,41 @@ def quick_commands(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
+@pytest.fixture
+def no_downloads(monkeypatch, tmp_path):
+    """Hides the models that this machine has downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def use_host(monkeypatch):
+    """Sets the SGLang that `cpumoe sglang` finds; a test may set another one, or None."""
+    from cpumoe.cli import sglang_host
+
+    def use(name, version=None):
+        host = None
+        if name is not None:
+            host = sglang_host.Host(name, version or sglang_host.TESTED[name])
+        monkeypatch.setattr(sglang_host, "installed_host", lambda: host)
+
+    use(sglang_host.UPSTREAM)
+    return use
+
+
+@pytest.fixture
+def use_machine(monkeypatch):
+    """Sets the machine that `cpumoe sglang` finds; a test may set another one."""
+    from sglang_command_tools import LARGE
+
+    from cpumoe.cli import sglang_machine
+
+    def use(machine):
+        monkeypatch.setattr(sglang_machine, "this_machine", lambda: machine)
+
+    use(LARGE)
+    return use
+
+
 def emulated_instructions():
     """Rows of tests/emulator/instructions.h, with counts; the emulator must be preloaded."""
     report = ctypes.CDLL(None).cpumoe_emulator_report

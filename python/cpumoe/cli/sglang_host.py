@@ -23,7 +23,7 @@ _FORK_ONLY = (
     "--record-kt-gpu-expert-distribution",
 )
 # Options of the command `kt run`, and their names in both SGLangs.
-_NAMES_OF_KT = {
+NAMES_OF_KT = {
     "--gpu-experts": "--kt-num-gpu-experts",
     "--cpu-threads": "--kt-cpuinfer",
     "--weights-path": "--kt-weight-path",
@@ -100,7 +100,7 @@ class Options:
         for word in words:
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
-                name = _NAMES_OF_KT.get(name) or _whole(name)
+                name = NAMES_OF_KT.get(name) or _whole(name)
                 self._groups.append([name, value] if equals else [name])
             elif self._groups:
                 self._groups[-1].append(word)
