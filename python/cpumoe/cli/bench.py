@@ -99,8 +99,8 @@ _WriteBackOption = Annotated[
     bool,
     typer.Option(
         "--write-back",
-        help="Do not print the usual table. Time how fast experts are written to memory from which "
-        "a GPU takes them, beside the memory's copy bandwidth.",
+        help="Do not print the usual table. Time the writing of experts to memory from which a GPU "
+        "takes them, beside the memory's copy bandwidth.",
     ),
 ]
 _DataOption = Annotated[
