@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -177,8 +178,11 @@ def command(
             if batch_invariant:
                 raise InputError(f"--batch-invariant cannot be combined with {other}")
             weights, runtime = _weights(model, format, experts), _runtime(threads)
-            measure = bench_tune.run if tune else bench_write_back.run
-            measure(model, weights, variants, runtime, seconds, rounds, output.json)
+            settings = {"model": model, **bench_report.sizes(weights, weights.top_k)}
+            settings |= {"seconds": seconds, "rounds": rounds}
+            table = bench_tune if tune else bench_write_back
+            document = table.measure(weights, variants, runtime, settings)
+            _output(document, table.render, output, None)
             return
         counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
@@ -208,7 +212,7 @@ def command(
             "seconds": seconds,
         }
         document = bench_report.document(result, settings, runtime.threads)
-        _output(document, output, old)
+        _output(document, bench_report.render, output, old)
 
 
 def _other_table(tune: bool, write_back: bool) -> str | None:
@@ -220,12 +224,17 @@ def _other_table(tune: bool, write_back: bool) -> str | None:
     return "--write-back" if write_back else None
 
 
-def _output(document: dict[str, Any], output: OutputOptions, old: dict[str, Any] | None) -> None:
+def _output(
+    document: dict[str, Any],
+    render: Callable[[dict[str, Any]], None],
+    output: OutputOptions,
+    old: dict[str, Any] | None,
+) -> None:
     to_stdout = output.json == Path("-")
     if to_stdout:
         console.show_json(document)
     else:
-        bench_report.render(document)
+        render(document)
         if old is not None:
             bench_compare.render(old, document)
         if output.json is not None:

@@ -43,32 +43,35 @@ if TYPE_CHECKING:
 VERSION = 3
 
 
+def head(version: int, settings: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Returns the beginning of a document, without what was measured."""
+    return {
+        "version": version,
+        "settings": settings,
+        "machine": {"cpu": cpu_model(), "threads": threads, "versions": versions()},
+    }
+
+
 def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str, Any]:
     """Returns what ``bench --json`` writes."""
     limits = result.limits
     read, how = limits.read, limits.reads[0]
-    return {
-        "version": VERSION,
-        "settings": settings,
-        "machine": {
-            "cpu": cpu_model(),
-            "threads": threads,
-            "versions": versions(),
-            "read_bandwidth": {
-                "bytes_per_second": read.best,
-                "least": read.least,
-                "isa": how.isa,
-                "buffer_bytes": how.buffer_bytes,
-                "huge_pages": how.huge_pages,
-            },
-            "dot_peaks": [
-                {**vars(variant), "macs_per_second": limit.best, "least": limit.least}
-                for variant, limit in limits.dots.items()
-            ],
-            "steady": limits.steady,
+    beginning = head(VERSION, settings, threads)
+    beginning["machine"] |= {
+        "read_bandwidth": {
+            "bytes_per_second": read.best,
+            "least": read.least,
+            "isa": how.isa,
+            "buffer_bytes": how.buffer_bytes,
+            "huge_pages": how.huge_pages,
         },
-        "rows": [_row(timing) for timing in result.timings],
+        "dot_peaks": [
+            {**vars(variant), "macs_per_second": limit.best, "least": limit.least}
+            for variant, limit in limits.dots.items()
+        ],
+        "steady": limits.steady,
     }
+    return {**beginning, "rows": [_row(timing) for timing in result.timings]}
 
 
 def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:

@@ -18,13 +18,11 @@ null means any number of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpumoe._base.progress import progress_bar
 from cpumoe.cli import bench_report, console
 from cpumoe.cli.errors import InputError
-from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
     from cpumoe.measure.benchmark import Variant
@@ -36,16 +34,15 @@ VERSION = 2
 _PRECISION = "bf16"
 
 
-def run(
-    model: str,
+def measure(
     weights: LayerWeights,
     variants: Sequence[Variant],
     runtime: Runtime,
-    seconds: float,
-    rounds: int,
-    json_file: Path | None,
-) -> None:
-    """Measures the variants one after the other, and prints or writes the result.
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Measures the variants one after the other, and returns the document.
+
+    `settings` are the document's, and say how long to measure.
 
     Raises:
         InputError: a precision that uses one kernel for any number of tokens.
@@ -62,28 +59,17 @@ def run(
     with progress_bar(still=True) as progress:
         found = [
             measure_crossover(
-                weights, variant.isa, runtime, seconds=seconds, rounds=rounds, progress=progress
+                weights,
+                variant.isa,
+                runtime,
+                seconds=settings["seconds"],
+                rounds=settings["rounds"],
+                progress=progress,
             )
             for variant in variants
         ]
-    document = {
-        "version": VERSION,
-        "settings": {
-            "model": model,
-            **bench_report.sizes(weights, weights.top_k),
-            "seconds": seconds,
-            "rounds": rounds,
-        },
-        "machine": {"cpu": cpu_model(), "threads": runtime.threads, "versions": versions()},
-        "crossovers": [_describe(crossover) for crossover in found],
-    }
-    if json_file == Path("-"):
-        console.show_json(document)
-        return
-    _render(document)
-    if json_file is not None:
-        console.write_json(json_file, document)
-        console.show(f"wrote {console.escape(str(json_file))}")
+    head = bench_report.head(VERSION, settings, runtime.threads)
+    return {**head, "crossovers": [_describe(crossover) for crossover in found]}
 
 
 def _describe(crossover: Crossover) -> dict[str, Any]:
@@ -112,7 +98,8 @@ def _count(tokens: int) -> int | None:
     return None if tokens == ANY_TOKENS else tokens
 
 
-def _render(document: dict[str, Any]) -> None:
+def render(document: dict[str, Any]) -> None:
+    """Prints the document as tables."""
     settings, machine = document["settings"], document["machine"]
     threads = console.format_count(machine["threads"], "thread")
     console.show(

@@ -18,13 +18,11 @@ is the median of its turns' shares.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpumoe._base.progress import progress_bar
 from cpumoe.cli import bench_report, console
 from cpumoe.cli.errors import InputError
-from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,16 +35,15 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-def run(
-    model: str,
+def measure(
     weights: LayerWeights,
     variants: Sequence[Variant],
     runtime: Runtime,
-    seconds: float,
-    rounds: int,
-    json_file: Path | None,
-) -> None:
-    """Measures the variants, and prints or writes the result.
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Measures the variants, and returns the document.
+
+    `settings` are the document's, and say how long to measure.
 
     Raises:
         InputError: several precisions, which all write the same bytes.
@@ -61,36 +58,21 @@ def run(
         )
     with progress_bar(still=True) as progress:
         result = write_back.run(
-            weights, isas, runtime, seconds=seconds, rounds=rounds, progress=progress
+            weights,
+            isas,
+            runtime,
+            seconds=settings["seconds"],
+            rounds=settings["rounds"],
+            progress=progress,
         )
-    document = {
-        "version": VERSION,
-        "settings": {
-            "model": model,
-            **bench_report.sizes(weights, weights.top_k),
-            "seconds": seconds,
-            "rounds": rounds,
-        },
-        "machine": {
-            "cpu": cpu_model(),
-            "threads": runtime.threads,
-            "versions": versions(),
-            "copy_bandwidth": {
-                "bytes_per_second": result.copy.best,
-                "least": result.copy.least,
-                "buffer_bytes": result.buffer_bytes,
-                "huge_pages": result.huge_pages,
-            },
-        },
-        "rows": [_row(timing) for timing in result.timings],
+    document = bench_report.head(VERSION, settings, runtime.threads)
+    document["machine"]["copy_bandwidth"] = {
+        "bytes_per_second": result.copy.best,
+        "least": result.copy.least,
+        "buffer_bytes": result.buffer_bytes,
+        "huge_pages": result.huge_pages,
     }
-    if json_file == Path("-"):
-        console.show_json(document)
-        return
-    _render(document)
-    if json_file is not None:
-        console.write_json(json_file, document)
-        console.show(f"wrote {console.escape(str(json_file))}")
+    return {**document, "rows": [_row(timing) for timing in result.timings]}
 
 
 def _row(timing: WriteBackTiming) -> dict[str, Any]:
@@ -108,7 +90,8 @@ def _row(timing: WriteBackTiming) -> dict[str, Any]:
     }
 
 
-def _render(document: dict[str, Any]) -> None:
+def render(document: dict[str, Any]) -> None:
+    """Prints the document as a table."""
     settings, machine, rows = document["settings"], document["machine"], document["rows"]
     copy = machine["copy_bandwidth"]
     pages = "huge pages" if copy["huge_pages"] else "small pages"
