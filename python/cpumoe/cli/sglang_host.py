@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cpumoe.cli.errors import InputError
+
+_Number = TypeVar("_Number", int, float)
 
 UPSTREAM, FORK = "sglang", "sglang-kt"
 # The versions that cpumoe is written for.
@@ -134,17 +138,9 @@ class Options:
         Raises:
             InputError: the value is no such integer.
         """
-        text = self.text(*names)
-        if text is None:
-            return None
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            end = "on" if most is None else f"to {most}"
-            raise InputError(f"{names[0]}: expected an integer from {least} {end}, got {text!r}")
-        return value
+        end = "on" if most is None else f"to {most}"
+        limit = math.inf if most is None else most
+        return self._number(names, int, least, limit, f"an integer from {least} {end}")
 
     def share(self, *names: str) -> float | None:
         """Returns an option's value from 0 to 1; None: it was not given.
@@ -152,16 +148,7 @@ class Options:
         Raises:
             InputError: the value is no such number.
         """
-        text = self.text(*names)
-        if text is None:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1
-        if not 0 <= value <= 1:
-            raise InputError(f"{names[0]}: expected a number from 0 to 1, got {text!r}")
-        return value
+        return self._number(names, float, 0, 1, "a number from 0 to 1")
 
     def take(self, *names: str) -> list[str]:
         """Removes options, and returns them as text."""
@@ -182,6 +169,26 @@ class Options:
                 done.append(f"{group[0]} became {name}, as SGLang calls this option")
                 group[0] = name
         return done
+
+    def _number(
+        self,
+        names: tuple[str, ...],
+        kind: Callable[[str], _Number],
+        least: int,
+        most: float,
+        expected: str,
+    ) -> _Number | None:
+        text = self.text(*names)
+        if text is None:
+            return None
+        value: _Number | None
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:  # nor NaN
+            raise InputError(f"{names[0]}: expected {expected}, got {text!r}")
+        return value
 
 
 def _whole(name: str) -> str:
