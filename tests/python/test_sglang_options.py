@@ -70,6 +70,14 @@ def test_a_ratio_of_experts_becomes_a_number_for_upstream(use_host):
     assert "--kt-num-gpu-experts" not in found
 
 
+def test_a_ratio_of_experts_takes_precedence_over_a_number(use_host):
+    both = ("--kt-gpu-experts-ratio", "0.1", "--kt-num-gpu-experts", 5)
+    assert options(MODEL, *both)["--kt-num-gpu-experts"] == "25"
+    use_host(FORK)
+    found = options(MODEL, *both)
+    assert (found["--kt-gpu-experts-ratio"], found["--kt-num-gpu-experts"]) == ("0.1", "5")
+
+
 def test_the_tutorials_command_works_flag_for_flag_with_the_fork(v4, use_host, use_machine):
     use_host(FORK)
     use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 8))

@@ -122,8 +122,9 @@ class _Planner:
                 f"{host.name} {host.version}: cpumoe was written for {TESTED[host.name]}"
             )
         self.warnings += self._given.fit(host)
-        if host.name == UPSTREAM:
-            self._given.take(*_GPU_RATIO)
+        if host.name == UPSTREAM and self._ratio is not None:
+            # SGLang knows numbers only. sglang-kt prefers the ratio to a number, so the plan does.
+            self._given.take(*_GPU_RATIO, *_GPU_EXPERTS)
 
     def check_method(self) -> None:
         """Finds out whether the user asked for what cpumoe does not compute."""
