@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cpumoe.checkpoint import SafetensorsFolder
 from cpumoe.cli import inspect_model
 from cpumoe.cli.errors import InputError
-from cpumoe.integrations.sglang.checkpoint import METHODS
+from cpumoe.integrations.sglang.checkpoint import method_of
 
 if TYPE_CHECKING:
     from cpumoe.models.registry import ModelSpec
@@ -81,17 +81,13 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
         weights: the folder with the experts for the CPU; None: the model's own.
 
     Raises:
-        InputError: there is no such model, or cpumoe does not compute its format.
-        OSError, ValueError: a folder is no MoE checkpoint.
+        InputError: there is no such model.
+        OSError, ValueError: a folder is no MoE checkpoint, or cpumoe does not compute its format
+            for SGLang.
     """
     folder = Path(model) if Path(model).exists() else _downloaded(model)
     document = inspect_model.collect(weights or str(folder or model))
-    method = next((m for m, name in METHODS.items() if name == document["format"]), None)
-    if method is None:
-        raise InputError(
-            f"{weights or model}: expected experts in {' or '.join(METHODS.values())}, which are "
-            f"the formats that cpumoe computes for SGLang, got {document['format']}"
-        )
+    method = method_of(weights or model, document["format"])
     layers, experts = len(document["layers"]), document["num_experts"]
     expert_bytes = document["bytes"]["expert"]
     missing = tuple(document["reasons"])

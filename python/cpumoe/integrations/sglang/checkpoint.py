@@ -23,7 +23,7 @@ host_swiglu: ContextVar[tuple[float | None, float | None]] = ContextVar(
     "host_swiglu", default=(None, None)
 )
 
-# One reader per folder, for the layers that use it. Its index takes megabytes.
+# One reader per folder, for the layers that use it, because a reader's index takes megabytes.
 _readers: WeakValueDictionary[str, ExpertReader] = WeakValueDictionary()
 
 
@@ -55,6 +55,25 @@ def format_of(method: object) -> str:
     return name
 
 
+def method_of(weights: object, fmt: str) -> str:
+    """Returns the ``--kt-method`` of a checkpoint whose experts have a weight format.
+
+    Args:
+        weights: the checkpoint's folder or name, for the error.
+        fmt: name of the weight format.
+
+    Raises:
+        ValueError: SGLang has no method for the format that cpumoe computes.
+    """
+    for method, name in METHODS.items():
+        if name == fmt:
+            return method
+    raise ValueError(
+        f"{weights}: expected experts in {' or '.join(METHODS.values())}, which are the formats "
+        f"that cpumoe computes for SGLang, got {fmt}"
+    )
+
+
 def open_experts(path: object, method: str, sizes: LayerSizes) -> ExpertReader:
     """Opens a checkpoint and checks that a layer is as the host says.
 
@@ -68,8 +87,8 @@ def open_experts(path: object, method: str, sizes: LayerSizes) -> ExpertReader:
         raise TypeError(f"weight_path: expected a folder, got {path!r}; pass --kt-weight-path")
     reader = _shared_reader(Path(path))
     reader.check_supported()
+    fitting = method_of(path, reader.format)
     if reader.format != format_of(method):
-        fitting = next(name for name, fmt in METHODS.items() if fmt == reader.format)
         raise ValueError(
             f"method: expected {fitting}, because the experts of {path} are {reader.format}, got "
             f"{method}; pass --kt-method {fitting}"
