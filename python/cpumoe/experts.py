@@ -369,6 +369,7 @@ class Experts(PackedExperts):
         if self._residency.mask is not None:
             self._residency.refresh_mask(self._threads())
         destination = NEW_TENSOR
+        # A Destination refuses an `accumulate` that is no bool.
         if out is not None or out_dtype is not None or accumulate is not False:
             destination = Destination(out, out_dtype, accumulate, copy_inputs)
         given = (hidden_states, topk_ids, topk_weights)

@@ -15,6 +15,7 @@ from sglang_tools import (
     run,
 )
 
+from cpumoe.integrations.sglang import checkpoint as checkpoint_module
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
 from cpumoe.integrations.sglang.streams import CudaStream
 
@@ -105,8 +106,8 @@ def folder(tmp_path_factory):
         (
             {"chunked_prefill_size": 10**12},
             ValueError,
-            "chunked_prefill_size: expected at most 262144, because so many tokens go to the CPU "
-            "at once, got 1000000000000",
+            "chunked_prefill_size: expected at most 262144, because page-locked memory must have "
+            "room for so many tokens, got 1000000000000; pass a smaller --chunked-prefill-size",
         ),
         (
             {"numa_nodes": 5},
@@ -139,6 +140,16 @@ def folder(tmp_path_factory):
 def test_wrong_arguments_are_refused_with_the_remedy(folder, changes, kind, message):
     with refused(kind, message.replace("FOLDER", str(folder))):
         KTMoEWrapper(**arguments(folder, **changes))
+
+
+def test_a_format_without_a_method_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "METHODS", {"RAWINT4": "int4"})
+    message = (
+        f"{folder}: expected experts in int4, which are the formats that cpumoe computes for "
+        "SGLang, got mxfp4"
+    )
+    with refused(ValueError, message):
+        KTMoEWrapper(**arguments(folder, method="RAWINT4"))
 
 
 def test_a_missing_folder_is_named(folder, tmp_path):
@@ -184,6 +195,15 @@ def test_sync_without_submit_is_refused(folder):
     run(wrapper, args)
     with refused(RuntimeError, message):
         wrapper.sync_forward(args.hidden_states, None)
+
+
+def test_sync_without_submit_names_the_stream_of_a_gpu(folder):
+    layer = loaded(folder)._layer
+    message = (
+        "layer 0: sync_forward: expected a submit_forward before it on the same stream, got none"
+    )
+    with refused(RuntimeError, message):
+        CudaStream(torch.device("cuda", 0), 7).sync(layer, batch(1).hidden_states)
 
 
 def test_sync_of_another_shape_is_refused(folder):

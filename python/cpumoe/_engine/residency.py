@@ -22,7 +22,6 @@ class Residency:
 
     Changes come one after the other. A call sees the layer as it is before or after a change. A
     change that fails changes nothing.
-
     """
 
     def __init__(

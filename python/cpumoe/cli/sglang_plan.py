@@ -4,7 +4,7 @@ The GPUs' memory is divided in this order::
 
     fraction * memory = dense weights + KV cache + experts
 
-``fraction`` is SGLang's ``--mem-fraction-static``. What is left beside it is for activations, CUDA
+``fraction`` is SGLang's ``--mem-fraction-static``. The rest of the memory is for activations, CUDA
 graphs and the driver. Weights are divided among the GPUs, and each GPU has a KV cache.
 """
 

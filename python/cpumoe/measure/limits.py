@@ -1,8 +1,9 @@
 """The machine's limits: how fast it reads and copies memory, and how fast it multiplies and adds.
 
 A call must read its weights and sum its products, so it cannot be faster than either limit allows.
-How close it comes to the slower of the two says how much is left to gain. Both limits are measured
-on the threads that experts run on, by loops that do nothing else (``cpp/kernels/limits-inl.h``).
+How close it comes to the slower of the two says how much is left to gain. Writing an expert for a
+GPU (`cpumoe.measure.write_back`) is compared with a copy. All limits are measured on the threads
+that experts run on, by loops that do nothing else (``cpp/kernels/limits-inl.h``).
 """
 
 from __future__ import annotations

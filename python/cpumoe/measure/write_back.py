@@ -1,8 +1,8 @@
 """Times how fast experts are written to memory from which a GPU takes them.
 
 A GPU that computes a long prompt by itself needs every expert of a layer (`Experts.export_into`).
-Writing an expert reads its packed weights and writes as many bytes. So it cannot be faster than a
-copy of as many bytes, and the memory's copy bandwidth is measured right before and after each turn.
+Writing an expert reads its packed weights and writes about as many bytes, so it cannot be faster
+than a copy of them. The memory's copy bandwidth is measured right before and after each turn.
 """
 
 from __future__ import annotations

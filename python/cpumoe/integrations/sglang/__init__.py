@@ -1,7 +1,5 @@
 """cpumoe for SGLang: the GPU has attention and some experts, cpumoe computes the other experts.
 
-This version takes CPU tensors only, so a server with a GPU cannot run yet.
-
 SGLang hands experts to a module named ``kt_kernel``. `cpumoe.integrations.sglang.kt_kernel` is such
 a module. There are two ways to it:
 

@@ -41,7 +41,7 @@ class Layer:
     """The experts of a decoder layer.
 
     Attributes:
-        experts: they compute.
+        experts: the experts.
         index: number of the decoder layer.
         model: the checkpoint, which identifies the model.
         deferred: how many of a token's experts may run after the layer; 0: none.
@@ -68,8 +68,8 @@ class Layer:
         self.deferred = deferred
         self.tokens = tokens
         self._hosts_mask = mask
-        # The mask that calls read. It follows the host's when the experts are in memory that the
-        # host's asks for. Graphs know its address.
+        # The mask that calls read, and whose address graphs know. This mask follows the host's as
+        # soon as the experts that the host's asks for are in memory.
         self._mask = checked_mask(mask, experts.num_experts)
         self._changing = threading.Lock()  # one change of the mask at a time
         self._submitting = threading.Lock()  # no call reads the mask while it changes
@@ -121,7 +121,7 @@ class Layer:
     def follow_mask(self) -> None:
         """Loads the experts that the host's mask asks for, and gives back memory of the others.
 
-        Calls of other threads go on. They skip the experts of the old mask, or of the new one.
+        Calls of other threads go on, and skip the experts of the old mask, or of the new one.
         While a graph is captured, memory is not given back: earlier calls may need it.
 
         Raises:

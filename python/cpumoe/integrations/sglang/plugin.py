@@ -1,16 +1,16 @@
 """Makes an unmodified SGLang use cpumoe for the experts on the CPU.
 
 SGLang calls `register` in each of its processes, because cpumoe's metadata names it in the group
-``sglang.srt.plugins``. It does nothing unless the command line has an option ``--kt-...``, or
-``CPUMOE_SGLANG=1`` is set. It then does four things, besides making cpumoe's module importable as
-``kt_kernel``:
+``sglang.srt.plugins``. `register` does nothing unless the command line has an option ``--kt-...``,
+or ``CPUMOE_SGLANG=1`` is set. If one of the two is there, `register` makes cpumoe's module
+importable as ``kt_kernel``, and does four more things:
 
 - SGLang's models of DeepSeek, Kimi and GLM multiply the experts' sum by the routed scaling factor.
-  SGLang's GPU experts, or the routing before them, multiply by this factor as well. The latter is
-  switched off.
-- SGLang does not tell the module the model's SwiGLU limit and alpha. Now it does.
+  SGLang's GPU experts, or the routing before them, multiply by this factor as well. `register`
+  leaves the factor to the models.
+- SGLang does not tell the module the model's SwiGLU limit and alpha. `register` makes SGLang do so.
 - Layers of a draft model, which have numbers of decoder layers, keep their experts on the GPU.
-- Without ``--kt-num-gpu-experts``, SGLang fails. Now the CPU has all experts.
+- SGLang fails without ``--kt-num-gpu-experts``. With `register`, the CPU then has all experts.
 
 Written for SGLang 0.5.23. sglang-kt does all this itself, and has no plugins.
 """
@@ -77,7 +77,7 @@ def scale_once(
 def tell_swiglu(
     original: Callable[..., object], method: object, /, layer: Any, *args: object, **kwargs: object
 ) -> object:
-    """Tells the module that the layer makes the layer's SwiGLU limit and alpha."""
+    """Tells cpumoe's module the SwiGLU limit and alpha of the layer that is being made."""
     from cpumoe.integrations.sglang.checkpoint import host_swiglu
     from cpumoe.integrations.sglang.checks import number_or_none
 

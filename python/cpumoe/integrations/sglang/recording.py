@@ -40,8 +40,8 @@ class Placement:
         physical_to_logical: int64 ``[layers, experts]``, for SGLang. The first `gpu_experts` slots
             of a layer, which are the GPU's, have its most used experts, in falling order. The
             others have the layer's other experts, in rising order.
-        masks: bool ``[layers, experts]``, for sglang-kt; True: the GPU has the expert. It has
-            as many experts as with the map, but takes the most used ones of all layers.
+        masks: bool ``[layers, experts]``, for sglang-kt; True: the GPU has the expert. The GPU
+            has as many experts as with the map, but the most used ones of all layers together.
     """
 
     counts: torch.Tensor
@@ -66,7 +66,7 @@ class Placement:
         """Writes `physical_to_logical`, for ``--init-expert-location`` of SGLang.
 
         Raises:
-            OSError: the file cannot be written. One of its name stays as it was.
+            OSError: the file cannot be written. An older file of this name stays as it was.
         """
         document = {"physical_to_logical_map": self.physical_to_logical.tolist()}
         _replace(path, (json.dumps(document) + "\n").encode())
@@ -75,7 +75,7 @@ class Placement:
         """Writes `counts`, from which sglang-kt makes `masks`, and `masks` beside them.
 
         Raises:
-            OSError: the file cannot be written. One of its name stays as it was.
+            OSError: the file cannot be written. An older file of this name stays as it was.
         """
         document = {_COUNTS: self.counts[None], "gpu_experts_masks": self.masks}
         content = io.BytesIO()
@@ -180,10 +180,10 @@ def _summed(counts: torch.Tensor, path: object) -> torch.Tensor:
 
 
 def _replace(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file wholly, or leaves the one of its name as it is.
+    """Writes a file wholly, or leaves an older file of this name as it is.
 
     Raises:
-        OSError: it names `path`, whatever file the system refused.
+        OSError: the file cannot be written. The error names `path`, whatever the system refused.
     """
     target = Path(os.path.realpath(path))  # A link stays a link.
     beside = target.with_name(f".cpumoe-{secrets.token_hex(8)}.tmp")

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,10 +57,12 @@ class Stream:
     """The calls on one stream; the subclasses say where its tensors are.
 
     Attributes:
-        device: where they are.
+        device: where the stream's tensors are.
+        kind: what a host knows the stream as, for errors.
     """
 
     device: torch.device
+    kind: ClassVar[str]
 
     def __init__(self, handle: int) -> None:
         """Makes calls on the stream that the driver knows as `handle`."""
@@ -107,7 +110,7 @@ class Stream:
         if started is None:
             raise RuntimeError(
                 f"layer {layer.index}: sync_forward: expected a submit_forward before it on the "
-                "same thread, got none"
+                f"same {self.kind}, got none"
             )
         output = started.output
         if x.shape != output.shape or x.dtype != output.dtype:
@@ -168,6 +171,7 @@ class CpuStream(Stream):
     """The calls of one thread on CPU tensors."""
 
     device = torch.device("cpu")
+    kind = "thread"
 
     @override
     def dense(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
@@ -186,6 +190,8 @@ class CpuStream(Stream):
 
 class CudaStream(Stream):
     """A stream of a GPU, on which the host queues operations itself."""
+
+    kind = "stream"
 
     def __init__(self, device: torch.device, handle: int) -> None:
         """Makes calls on the stream that CUDA knows as `handle`."""

@@ -39,8 +39,8 @@ class KTMoEWrapper:
     """The experts of one layer that the CPU computes.
 
     SGLang makes one for each layer, and calls `load_weights` once and then, for each forward pass,
-    `submit_forward` and `sync_forward`. `gpu_experts_mask` says which experts the GPU has. They
-    are skipped, and take no memory.
+    `submit_forward` and `sync_forward`. `gpu_experts_mask` says which experts the GPU has. These
+    experts are skipped, and take no memory.
 
     Args:
         layer_idx: number of the decoder layer.
@@ -53,11 +53,11 @@ class KTMoEWrapper:
         num_gpu_experts: the GPU has the first ones, as SGLang says it. None means 0.
         gpu_experts_mask: bool ``[num_experts]``, the GPU's experts, as sglang-kt says it.
         cpuinfer_threads: number of threads. None: as `cpumoe.Runtime` chooses.
-        threadpool_count: number of memory nodes, at least 1. It has no effect yet.
-        numa_nodes: numbers of memory nodes. They have no effect yet.
-        chunked_prefill_size: the most tokens that a call passes to the CPU at once. It decides the
-            size of the page-locked memory through which they go. Any number of tokens works, but
-            more are computed in several parts, which defer nothing. None, or less than 1: 4096.
+        threadpool_count: number of memory nodes, at least 1; without an effect yet.
+        numa_nodes: numbers of memory nodes; without an effect yet.
+        chunked_prefill_size: the most tokens that a call passes to the CPU at once, for which
+            page-locked memory has room. A call of more tokens is computed in several parts, which
+            defer nothing. None, or less than 1: 4096.
         max_deferred_experts_per_token: how many of a token's experts may be computed while the GPU
             goes on. The next layer's result then contains them. None or 0: none.
         swiglu_limit: bound of the activation's clamps. None or 0: as the checkpoint says.
@@ -120,8 +120,9 @@ class KTMoEWrapper:
         tokens = integer(tokens, "chunked_prefill_size")
         if tokens > _LONGEST_CHUNK:
             raise ValueError(
-                f"chunked_prefill_size: expected at most {_LONGEST_CHUNK}, because so many tokens "
-                f"go to the CPU at once, got {tokens}"
+                f"chunked_prefill_size: expected at most {_LONGEST_CHUNK}, because page-locked "
+                f"memory must have room for so many tokens, got {tokens}; pass a smaller "
+                "--chunked-prefill-size"
             )
         self._most_tokens = tokens if tokens > 0 else _MOST_TOKENS
         _check_nodes(threadpool_count, numa_nodes)
@@ -140,11 +141,11 @@ class KTMoEWrapper:
     def gpu_experts_mask(self) -> torch.Tensor:
         """Bool ``[num_experts]`` on the CPU; True: the GPU has the expert.
 
-        It may be changed in place, or assigned. Experts that the CPU then needs are loaded before
-        the change returns, and the memory of the others is given back. If an expert cannot be
-        loaded, the mask is again as it was. Other threads may make calls meanwhile. A call uses the
-        mask as it is at its `submit_forward`. A captured CUDA graph uses the mask as it is when the
-        graph runs, so the mask must not change while a graph with the layer runs.
+        The mask may be changed in place, or assigned. Experts that the CPU then needs are loaded
+        before the change returns, and the memory of the others is given back. If an expert cannot
+        be loaded, the mask is again as it was. Other threads may make calls meanwhile. A call uses
+        the mask as it is at its `submit_forward`. A captured CUDA graph uses the mask as it is when
+        the graph runs, so the mask must not change while a graph with the layer runs.
         """
         return HostsMask.over(self._gpu_mask, self._follow_mask)
 
@@ -340,7 +341,7 @@ class KTMoEWrapper:
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """Does nothing, because no buffers are kept."""
+        """Does nothing: calls use their buffers as long as the model lives."""
 
     def _loaded(self, name: str) -> Layer:
         if self._layer is None:

@@ -8,8 +8,8 @@ of R gets the intermediate features from r * I/R to (r + 1) * I/R:
     w2          columns                   uint8 [H, I/R/2]
     w2 scales   of these columns          bf16  [H, I/R/32]
 
-MXFP4's scales, powers of two, become bf16 numbers. That is exact, also for 2^-127, which is
-subnormal in bf16.
+MXFP4's scales, powers of two, become bf16 numbers. The conversion is exact, also for 2^-127,
+which is subnormal in bf16.
 """
 
 from __future__ import annotations
