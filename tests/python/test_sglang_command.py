@@ -203,6 +203,17 @@ def test_an_incomplete_download_is_named(tmp_path):
     assert "1 shard missing" in problems(folder)
 
 
+def test_a_checkpoint_without_experts_is_refused(v4, tmp_path):
+    dense = write_small(tmp_path / "model", "v4-flash")
+    names = load_file(dense / "model.safetensors")
+    edit_tensors(dense, dict.fromkeys((name for name in names if ".experts." in name), None))
+    assert refuse("sglang", dense, "--dry-run") == (
+        f"error: {dense}: expected a checkpoint that has routed experts, got layers without any; "
+        "pass --kt-weight-path FOLDER, the checkpoint of the experts\n"
+    )
+    assert options(dense, "--kt-weight-path", v4)["--model-path"] == str(dense)
+
+
 def test_an_untested_version_is_a_warning(use_host):
     use_host(UPSTREAM, "0.6.0")
     assert "warning: sglang 0.6.0: cpumoe was written for 0.5.23" in dry_run(MODEL)[2]

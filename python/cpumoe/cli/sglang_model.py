@@ -81,7 +81,7 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
         weights: the folder with the experts for the CPU; None: the model's own.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its checkpoint has no routed experts.
         OSError, ValueError: a folder is no MoE checkpoint, or cpumoe does not compute its format
             for SGLang.
     """
@@ -89,6 +89,11 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
     document = inspect_model.collect(weights or str(folder or model))
     method = method_of(weights or model, document["format"])
     layers, experts = len(document["layers"]), document["num_experts"]
+    if not layers:
+        raise InputError(
+            f"{weights or model}: expected a checkpoint that has routed experts, got layers "
+            "without any; pass --kt-weight-path FOLDER, the checkpoint of the experts"
+        )
     expert_bytes = document["bytes"]["expert"]
     missing = tuple(document["reasons"])
     if folder is not None:
@@ -107,7 +112,8 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
         layers=layers,
         experts=experts,
         cpu_expert_bytes=expert_bytes,
-        gpu_expert_bytes=stored.experts // max(1, layers * experts) or expert_bytes,
+        # The model's own folder may lack experts that another folder has for the CPU.
+        gpu_expert_bytes=stored.experts // (layers * experts) or expert_bytes,
         dense_bytes=stored.dense,
         draft_bytes=stored.draft,
         missing=missing,
