@@ -26,7 +26,7 @@ class WriteBack(common.LayerSuite):
 
 
 def slot(experts):
-    """Memory for the codes and scales of gate, up and down."""
+    """Memory for gate, up and down: two MXFP4 codes per byte, and a scale per 32 codes."""
     hidden, features = experts.hidden_size, experts.intermediate_size
     return {
         name: (

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/call_tensors.h"
 #include "bindings/submitted_call.h"
 #include "engine/call.h"
 #include "engine/layer.h"
@@ -17,19 +18,9 @@ namespace py = pybind11;
 namespace cpumoe {
 namespace {
 
-Call::Tensors Tensors(uintptr_t hidden_states, int64_t hidden_stride, int64_t tokens, uintptr_t ids,
-                      uintptr_t weights, uintptr_t output) {
-  return {.hidden_states = reinterpret_cast<const void*>(hidden_states),
-          .hidden_stride = hidden_stride,
-          .tokens = tokens,
-          .ids = reinterpret_cast<const void*>(ids),
-          .weights = reinterpret_cast<const float*>(weights),
-          .output = reinterpret_cast<void*>(output)};
-}
-
 void Run(const Call& self, uintptr_t hidden_states, int64_t hidden_stride, int64_t tokens,
          uintptr_t ids, uintptr_t weights, uintptr_t output) {
-  self.Execute(Tensors(hidden_states, hidden_stride, tokens, ids, weights, output));
+  self.Execute(TensorsAt(hidden_states, hidden_stride, tokens, ids, weights, output));
 }
 
 std::unique_ptr<SubmittedCall> Submit(const Call& self, uintptr_t hidden_states,
@@ -39,7 +30,7 @@ std::unique_ptr<SubmittedCall> Submit(const Call& self, uintptr_t hidden_states,
   auto call = std::make_unique<SubmittedCall>(std::move(owned));
   const py::gil_scoped_release release;
   call->Start(PendingCall(self.Submit(
-      Tensors(hidden_states, hidden_stride, tokens, ids, weights, output), copy_inputs)));
+      TensorsAt(hidden_states, hidden_stride, tokens, ids, weights, output), copy_inputs)));
   return call;
 }
 

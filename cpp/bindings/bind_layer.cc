@@ -175,8 +175,7 @@ void BindLayer(py::module_& m) {
           [](Layer& self, uintptr_t mask) { self.SetMask(reinterpret_cast<const uint8_t*>(mask)); },
           py::kw_only(), py::arg("mask"), py::call_guard<py::gil_scoped_release>(),
           "Sets the mask by its address: a byte per expert, not 0 if calls skip the expert. Calls "
-          "read "
-          "it until another mask is set.")
+          "read the mask until another one is set.")
       .def("evict_masked", &Layer::EvictMasked, py::call_guard<py::gil_scoped_release>(),
            "Gives the memory of all experts that the mask skips back to the system.")
       .def("require_own_process", &Layer::RequireOwnProcess,
@@ -188,7 +187,7 @@ void BindLayer(py::module_& m) {
            "feature.")
       .def("submit_unpack", &SubmitUnpack, py::kw_only(), py::arg("runtime"), py::arg("expert"),
            py::arg("shards"), py::arg("owned"),
-           "Lets the runtime's driver unpack. `owned` lives until that has ended.");
+           "Lets the runtime's driver unpack. `owned` lives until the call has ended.");
 }
 
 }  // namespace cpumoe

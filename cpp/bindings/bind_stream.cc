@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/call_tensors.h"
 #include "engine/layer.h"
 #include "engine/runtime.h"
 #include "streams/bridge.h"
@@ -73,12 +74,7 @@ StreamCallHolder MakeStreamCall(std::shared_ptr<Bridge> bridge, std::shared_ptr<
 
 void Submit(StreamCall& self, StreamHandle stream, uintptr_t hidden_states, int64_t hidden_stride,
             int64_t tokens, uintptr_t ids, uintptr_t weights, uintptr_t output) {
-  self.Submit(stream, {.hidden_states = reinterpret_cast<const void*>(hidden_states),
-                       .hidden_stride = hidden_stride,
-                       .tokens = tokens,
-                       .ids = reinterpret_cast<const void*>(ids),
-                       .weights = reinterpret_cast<const float*>(weights),
-                       .output = reinterpret_cast<void*>(output)});
+  self.Submit(stream, TensorsAt(hidden_states, hidden_stride, tokens, ids, weights, output));
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ void Layer::EvictMasked() {
 // An expert on its way to a host's memory, step by step.
 class Layer::Unpacking {
  public:
-  // Throws std::invalid_argument if a shape does not fit.
+  // Throws std::invalid_argument if a shape does not fit, and std::out_of_range.
   Unpacking(const Layer& layer, int64_t expert, std::span<const ExpertDestination> out)
       : layer_(layer), expert_(expert), out_(out), tasks_(layer.moe_->UnpackTasks(out)) {
     layer.config().RequireExperts(expert, 1);

@@ -63,9 +63,9 @@ class Layer {
 
   // Writes a packed expert, or shards of it, to `out` in its checkpoint's form. Calls that wait run
   // in between. Throws std::out_of_range, and std::invalid_argument if a shape does not fit or the
-  // expert has no weights. If it is evicted meanwhile, a part of `out` has been written then.
+  // expert has no weights. If the expert is evicted meanwhile, a part of `out` has been written.
   void Unpack(Runtime& runtime, int64_t expert, std::span<const ExpertDestination> out) const;
-  // Lets the driver do that. The memory of `out`, and the names, must live until the completion is
+  // Lets the driver unpack. The memory of `out`, and the names, must live until the completion is
   // done. Throws at once if there is no such expert or a shape does not fit.
   static std::shared_ptr<Completion> SubmitUnpack(std::shared_ptr<const Layer> layer,
                                                   Runtime& runtime, int64_t expert,

@@ -58,7 +58,7 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   // Long work that gives way to calls. step(node) runs again and again until it returns false or
   // throws, and calls that wait run between two steps. Returns when the last step has ended.
   void ExecuteSteps(const Step& step);
-  // Queues such work for the driver thread.
+  // Queues such work for the driver thread. The queued work keeps the runtime alive.
   std::shared_ptr<Completion> SubmitSteps(Step step);
 
  private:
@@ -87,7 +87,7 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   std::mutex turn_mutex_;
   std::mutex run_mutex_;        // held while a body runs
   std::mutex submit_mutex_;     // guards the node's driver
-  std::unique_ptr<Node> node_;  // null once closed; reset under all three mutexes
+  std::unique_ptr<Node> node_;  // null once closed; reset under all but turn_mutex_
 };
 
 }  // namespace cpumoe

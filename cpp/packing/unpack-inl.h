@@ -9,7 +9,7 @@
 //
 // Rows whose memory is not aligned to lines, or that are shorter than a line, are written with
 // ordinary stores at their ends. If registers are as wide as lines, aligned lines are streamed from
-// registers. That is a third faster, because reading and writing then alternate more finely.
+// registers. Reading and writing then alternate more finely, which is faster.
 #pragma once
 
 #include <algorithm>
@@ -156,7 +156,7 @@ class LineTranspose {
 
 // Writes the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
 // [column_begin, column_begin + out.columns) of the matrix to `out`. The columns must be whole
-// groups. Other threads and devices are sure to see it after Isa::FinishStreams.
+// groups. Other threads and devices are sure to see `out` after Isa::FinishStreams.
 template <StreamIsa Isa, WeightFormat F>
 class TileUnpacker {
  public:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "base/bits.h"
+
 namespace cpumoe {
 namespace {
 
@@ -20,7 +22,7 @@ bool IsAmongGreatest(const float* weights, int64_t top_k, int64_t slot, int64_t 
 template <class Element>
 void Convert(const float* from, int64_t count, Element* to, ThreadPool& pool) {
   constexpr int64_t kChunk = 4096;
-  pool.For((count + kChunk - 1) / kChunk, [&](int64_t chunk, int) {
+  pool.For(CeilDiv(count, kChunk), [&](int64_t chunk, int) {
     const int64_t end = std::min(count, (chunk + 1) * kChunk);
     for (int64_t i = chunk * kChunk; i < end; ++i) to[i] = Element::FromFloat(from[i]);
   });

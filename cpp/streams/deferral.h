@@ -36,7 +36,8 @@ class ExpertSplit {
   std::vector<int64_t> later_ids_;  // or pairs of 32-bit ids
 };
 
-// The sum that a stream's next call adds to its output. Only jobs use it, one after the other.
+// The sum of deferred experts, which the model's next layer adds to its output. Only jobs use the
+// sum, one after the other.
 class DeferredSum {
  public:
   bool empty() const { return values_.empty(); }

@@ -36,7 +36,8 @@ class StreamDriver {
   // Runs function(data). The function must not call the driver and must not wait for the stream.
   virtual void Launch(StreamHandle stream, HostFunction function, void* data) = 0;
   // Waits until `word`, in memory of AllocateHost, is `value`. Returns false if the driver has no
-  // such operation; not during a capture, which the attempt could end.
+  // such operation. The first wait must not be made during a capture, because a refused attempt
+  // could end the capture.
   virtual bool WaitForValue(StreamHandle stream, const std::atomic<uint32_t>& word,
                             uint32_t value) = 0;
 

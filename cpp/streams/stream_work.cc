@@ -126,9 +126,7 @@ void StreamWork::End(Plan* plan) noexcept {
 }
 
 // A call that is made in pieces defers nothing.
-bool StreamWork::Defers(const Piece& piece) const {
-  return options_.deferred_experts > 0 && piece.tokens == piece.of;
-}
+bool StreamWork::Defers(const Piece& piece) const { return defers() && piece.tokens == piece.of; }
 
 ForwardArgs StreamWork::Args(const Plan& plan) const {
   const Piece& piece = plan.piece;

@@ -52,7 +52,7 @@ class StreamWork {
     int64_t first;  // token
     int64_t tokens;
     int64_t of;        // tokens of the whole call
-    DeferredSum& sum;  // of the stream
+    DeferredSum& sum;  // of the bridge
   };
   // Queues the function that starts the job. Throws what the driver throws.
   void Launch(StreamDriver& driver, StreamHandle stream, bool captured, const Piece& piece);
@@ -76,7 +76,7 @@ class StreamWork {
   void Run(Plan* plan, Node& node) noexcept;
   // Returns whether something is left for ComputeLater.
   bool Compute(const Plan& plan, Node& node);
-  // The forward pass, whose result is added to the stream's sum.
+  // Adds the forward pass to the sum of deferred experts, and writes the total to the output.
   void AddSum(ForwardArgs args, const Piece& piece, Node& node);
   void ComputeLater(const Plan& plan, Node& node) noexcept;
   void Fail(const Piece& piece, const std::exception_ptr& error) noexcept;

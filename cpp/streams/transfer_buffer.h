@@ -40,7 +40,7 @@ class TransferBuffer {
   std::byte* At(const TransferLayout::Range& range) const { return memory_ + range.begin; }
 
   // Two words for which streams wait until they are kSet. `done`: the output is complete. `idle`:
-  // the job has read all that it will. Only jobs that read on when they are done use that word.
+  // the job has read all that it will. Jobs that read nothing after `done` leave `idle` set.
   static constexpr uint32_t kUnset = 0, kSet = 1;
   std::atomic<uint32_t>& done() const { return *done_; }
   std::atomic<uint32_t>& idle() const { return *idle_; }
@@ -57,7 +57,8 @@ class TransferBuffer {
 // may be gone: nothing but the address is used afterwards.
 void SetValue(std::atomic<uint32_t>& word, uint32_t value) noexcept;
 
-// Polls for a short time, then sleeps until `word` is `value`. Whoever changes the word wakes it.
+// Polls for a short time, then sleeps until `word` is `value`. Whoever changes the word must wake
+// its waiters.
 void AwaitValue(std::atomic<uint32_t>& word, uint32_t value) noexcept;
 
 }  // namespace cpumoe

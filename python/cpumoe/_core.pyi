@@ -195,7 +195,7 @@ class Layer:
         """
     def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
-        Sets the mask by its address: a byte per expert, not 0 if calls skip the expert. Calls read it until another mask is set.
+        Sets the mask by its address: a byte per expert, not 0 if calls skip the expert. Calls read the mask until another one is set.
         """
     def statistics(self) -> LayerStatistics:
         """
@@ -203,7 +203,7 @@ class Layer:
         """
     def submit_unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, shards: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.SupportsInt | typing.SupportsIndex]], owned: typing.Any) -> SubmittedCall:
         """
-        Lets the runtime's driver unpack. `owned` lives until that has ended.
+        Lets the runtime's driver unpack. `owned` lives until the call has ended.
         """
     def unpack(self, *, runtime: Runtime, expert: typing.SupportsInt | typing.SupportsIndex, shards: collections.abc.Sequence[tuple[typing.Annotated[collections.abc.Sequence[Matrix], "FixedSize(3)"], typing.SupportsInt | typing.SupportsIndex]]) -> None:
         """
