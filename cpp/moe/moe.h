@@ -77,10 +77,6 @@ class Moe {
   // std::out_of_range.
   virtual void Unpack(int64_t expert, std::span<const ExpertDestination> out, int64_t begin,
                       int64_t end, ThreadPool& pool) const = 0;
-  // Does all tasks of one destination.
-  void Unpack(int64_t expert, const ExpertDestination& out, ThreadPool& pool) const {
-    Unpack(expert, {&out, 1}, 0, UnpackTasks({&out, 1}), pool);
-  }
 
   // output[t] = sum over the token's experts of weight * expert(hidden_states[t]), or += (see
   // ForwardArgs::accumulate). Only one thread at a time may call Forward with a given workspace.

@@ -67,7 +67,6 @@ class MoeOperator : public Moe {
     weights_.Pack(expert, source, pool);
   }
   void Evict(int64_t expert) final { weights_.Evict(expert); }
-  using Moe::Unpack;
   int64_t UnpackTasks(std::span<const ExpertDestination> out) const final {
     return ExpertUnpacker<Isa, Format>(weights_, out).tasks();
   }

@@ -30,6 +30,11 @@ struct Copy {
   }
 };
 
+// Does all tasks of one destination.
+void UnpackAll(const Moe& moe, int64_t expert, const ExpertDestination& out, ThreadPool& pool) {
+  moe.Unpack(expert, {&out, 1}, 0, moe.UnpackTasks({&out, 1}), pool);
+}
+
 class ExportTest : public MoeTest {
  protected:
   int64_t GroupSize() const {
@@ -59,7 +64,7 @@ TEST_P(ExportTest, EveryExpertBitForBit) {
     PackExperts(*moe, experts, sources, pool);
     for (int64_t e = 0; e < config.num_experts; ++e) {
       Copy copy(format(), config.intermediate_size, config.hidden_size);
-      moe->Unpack(e, copy.Views(), pool);
+      UnpackAll(*moe, e, copy.Views(), pool);
       EXPECT_EQ(copy.gate, layer.Matrix(e, 0)) << "expert " << e;
       EXPECT_EQ(copy.up, layer.Matrix(e, 1)) << "expert " << e;
       EXPECT_EQ(copy.down, layer.Matrix(e, 2)) << "expert " << e;
@@ -79,12 +84,12 @@ TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
       {0, GroupSize()}, {GroupSize(), 2 * GroupSize()}, {3 * GroupSize(), GroupSize()}};
   VisitFormat(format(), [&]<class F>(F) {
     for (const auto& [begin, count] : shares) {
-      moe->Unpack(1,
-                  {.gate = out.gate.Rows(begin, count),
-                   .up = out.up.Rows(begin, count),
-                   .down = out.down.template Columns<F>(begin, count),
-                   .intermediate_begin = begin},
-                  pool);
+      UnpackAll(*moe, 1,
+                {.gate = out.gate.Rows(begin, count),
+                 .up = out.up.Rows(begin, count),
+                 .down = out.down.template Columns<F>(begin, count),
+                 .intermediate_begin = begin},
+                pool);
     }
   });
   EXPECT_EQ(whole.gate, layer.Matrix(1, 0));
@@ -119,7 +124,7 @@ TEST_P(ExportTest, ShardsInOneCallAndTaskByTask) {
   };
   moe->Unpack(2, shards, 0, tasks, pool);
   expect_whole();
-  moe->Unpack(0, out, pool);
+  UnpackAll(*moe, 0, out, pool);
   for (int64_t task = 0; task < tasks; ++task) moe->Unpack(2, shards, task, task + 1, pool);
   expect_whole();
   EXPECT_EQ(moe->UnpackTasks({}), 0);
@@ -145,7 +150,7 @@ TEST_P(ExportTest, ScalesAsBf16AndLongRows) {
     matrix->scales_stride = groups * 2;
     matrix->scales_as_bf16 = true;
   }
-  moe->Unpack(0, out, pool);
+  UnpackAll(*moe, 0, out, pool);
   VisitFormat(format(), [&]<class F>(F) {
     for (int m = 0; m < 3; ++m) {
       const RawMatrix source = layer.Matrix(0, m).View();
@@ -160,7 +165,7 @@ TEST_P(ExportTest, ScalesAsBf16AndLongRows) {
     }
   });
   Copy stored(format(), config.intermediate_size, config.hidden_size);
-  moe->Unpack(0, stored.Views(), pool);
+  UnpackAll(*moe, 0, stored.Views(), pool);
   EXPECT_EQ(stored.gate, layer.Matrix(0, 0));
   EXPECT_EQ(stored.up, layer.Matrix(0, 1));
   EXPECT_EQ(stored.down, layer.Matrix(0, 2));
@@ -172,21 +177,21 @@ TEST_P(ExportTest, RefusesWhatItCannotExport) {
   const auto moe = Create(layer);
   SerialPool pool;
   Copy copy(format(), intermediate, hidden);
-  EXPECT_THROW(moe->Unpack(-1, copy.Views(), pool), std::out_of_range);
-  EXPECT_THROW(moe->Unpack(3, copy.Views(), pool), std::out_of_range);
-  EXPECT_THROW(moe->Unpack(0, copy.Views(-GroupSize()), pool), std::invalid_argument);
-  EXPECT_THROW(moe->Unpack(0, copy.Views(GroupSize()), pool), std::invalid_argument);
+  EXPECT_THROW(UnpackAll(*moe, -1, copy.Views(), pool), std::out_of_range);
+  EXPECT_THROW(UnpackAll(*moe, 3, copy.Views(), pool), std::out_of_range);
+  EXPECT_THROW(UnpackAll(*moe, 0, copy.Views(-GroupSize()), pool), std::invalid_argument);
+  EXPECT_THROW(UnpackAll(*moe, 0, copy.Views(GroupSize()), pool), std::invalid_argument);
   Copy part(format(), GroupSize(), hidden);
-  EXPECT_THROW(moe->Unpack(0, part.Views(4), pool), std::invalid_argument);
+  EXPECT_THROW(UnpackAll(*moe, 0, part.Views(4), pool), std::invalid_argument);
   const auto empty = Create(layer.config());
-  EXPECT_THROW(empty->Unpack(0, copy.Views(), pool), std::invalid_argument);
+  EXPECT_THROW(UnpackAll(*empty, 0, copy.Views(), pool), std::invalid_argument);
 
   // Every matrix must have the shape of the slice.
   Copy wide(format(), intermediate, hidden + GroupSize());
   const auto refuses = [&](auto&& change) {
     ExpertDestination out = copy.Views();
     change(out);
-    EXPECT_THROW(moe->Unpack(0, out, pool), std::invalid_argument);
+    EXPECT_THROW(UnpackAll(*moe, 0, out, pool), std::invalid_argument);
   };
   refuses([&](ExpertDestination& out) { out.gate = wide.gate.MutableView(); });
   refuses([&](ExpertDestination& out) { out.up = wide.up.MutableView(); });
