@@ -4,12 +4,37 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <thread>
+
 namespace cpumoe {
 
+// Whether all threads of this process but the calling one sleep.
+inline bool OtherThreadsSleep() {
+  const std::string self = std::to_string(gettid());
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    if (task.path().filename() == self) continue;
+    std::string stat;
+    std::getline(std::ifstream(task.path() / "stat"), stat);
+    const size_t name_end = stat.rfind(") ");
+    // The file of a thread that has just ended is empty.
+    if (name_end != std::string::npos && stat[name_end + 2] != 'S') return false;
+  }
+  return true;
+}
+
 // Runs body() in a forked child and returns its result, 100 if it threw; -1 if the child hung or
-// died.
+// died. Forks when the other threads sleep: a sanitizer's allocator, unlike the C library's, stays
+// locked in a child that is forked while another thread allocates, as a thread that starts does.
 template <class Body>
 int ResultInChild(Body body) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (!OtherThreadsSleep() && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::yield();
+  }
   const pid_t child = fork();
   if (child == 0) {
     alarm(60);
