@@ -27,11 +27,12 @@ inline bool OtherThreadsSleep() {
 }
 
 // Runs body() in a forked child and returns its result, 100 if it threw; -1 if the child hung or
-// died. Forks when the other threads sleep: a sanitizer's allocator, unlike the C library's, stays
-// locked in a child that is forked while another thread allocates, as a thread that starts does.
+// died. Forks when the other threads sleep, or after a second if one polls: a sanitizer's
+// allocator, unlike the C library's, stays locked in a child that is forked while another thread
+// allocates, as a thread that starts does.
 template <class Body>
 int ResultInChild(Body body) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(1);
   while (!OtherThreadsSleep() && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::yield();
   }
