@@ -13,6 +13,8 @@ cpumoe_isa(avx512_vnni ARCHITECTURES x86_64 PARENT avx512 FEATURES avx512vnni)
 cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512_vnni FEATURES avx512bf16)
 cpumoe_isa(amx ARCHITECTURES x86_64 PARENT avx512_bf16 FEATURES amx-tile amx-bf16 amx-int8)
 
-# Weight formats, each in cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h.
+# Weight formats, each in cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h. CLASS is the format's
+# class, if that is not the name in CamelCase.
 cpumoe_format(mxfp4)
 cpumoe_format(int4)
+cpumoe_format(bf16 CLASS Bf16Weights)

@@ -23,7 +23,13 @@ EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 544, 288, 3
 def random_stack(
     format: str, rows: int, columns: int, seed: torch.Generator
 ) -> cpumoe.QuantizedMatrix:
-    """Returns random codes ``[experts, rows, columns/2]`` with scales of moderate size."""
+    """Returns random codes ``[experts, rows, columns/2]`` with scales of moderate size.
+
+    In a format without scales it returns normal weights.
+    """
+    if cpumoe.WEIGHT_FORMATS[format].scale_storage is None:
+        weights = 0.05 * torch.randn(EXPERTS, rows, columns, generator=seed)
+        return cpumoe.QuantizedMatrix(weights.to(cpumoe.WEIGHT_FORMATS[format].code_dtypes[0]))
     shape = (EXPERTS, rows, columns // 2)
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seed)
     exponents = torch.randint(-8, -3, (EXPERTS, rows, columns // 32), generator=seed)

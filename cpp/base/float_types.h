@@ -5,6 +5,7 @@
 #pragma once
 
 #include <bit>
+#include <concepts>
 #include <cstdint>
 
 #include "base/strict_math.h"
@@ -73,6 +74,18 @@ struct E8M0 {
     return {static_cast<uint16_t>((bits << 7) | (is_special ? 0x40 : 0))};
   }
 };
+
+// The scale type of weights that have no scales. It takes no memory.
+struct NoScale {
+  float ToFloat() const { return 1.0f; }
+};
+
+template <class Format>
+concept HasScales = !std::same_as<typename Format::Scale, NoScale>;
+
+// The bytes of one scale.
+template <class Scale>
+inline constexpr int64_t kBytesOfScale = std::same_as<Scale, NoScale> ? 0 : sizeof(Scale);
 
 // Element types of the tensors that a host hands in and gets back.
 enum class DType : int32_t { kBf16, kFp16, kFp32 };

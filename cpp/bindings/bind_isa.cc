@@ -37,7 +37,7 @@ void BindIsa(py::module_& m) {
   py::class_<FormatInfo>(m, "FormatInfo")
       .def_readonly("name", &FormatInfo::name)
       .def_readonly("code_bits", &FormatInfo::code_bits)
-      .def_readonly("group_size", &FormatInfo::group_size)
+      .def_readonly("scale_depth", &FormatInfo::scale_depth)
       .def_readonly("scale_bytes", &FormatInfo::scale_bytes);
   py::class_<FewTokens>(m, "FewTokens")
       .def_readonly("crossover", &FewTokens::crossover)

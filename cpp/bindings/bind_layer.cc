@@ -33,6 +33,7 @@ struct MatrixArgs {
   int64_t codes_stride;
   uintptr_t scales;
   int64_t scales_stride;
+  int64_t scale_depth;
   bool scales_as_bf16;
 
   template <class Byte>
@@ -43,6 +44,7 @@ struct MatrixArgs {
             codes_stride,
             reinterpret_cast<Byte*>(scales),
             scales_stride,
+            scale_depth,
             name.c_str(),
             scales_as_bf16};
   }
@@ -137,19 +139,20 @@ void BindLayer(py::module_& m) {
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
                        int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
-                       bool scales_as_bf16) {
+                       int64_t scale_depth, bool scales_as_bf16) {
              RequireCount(rows, name, " rows");
              RequireCount(columns, name, " columns");
              if (rows > 0 && columns > 0) {
                RequireAddress(AsPointer(codes), name, " codes");
-               RequireAddress(AsPointer(scales), name, " scales");
              }
-             return MatrixArgs{std::move(name), rows,   columns,       codes,
-                               codes_stride,    scales, scales_stride, scales_as_bf16};
+             Require(scale_depth > 0, name, ": scale_depth must be positive, got ", scale_depth);
+             return MatrixArgs{std::move(name), rows,         columns,
+                               codes,           codes_stride, scales,
+                               scales_stride,   scale_depth,  scales_as_bf16};
            }),
            py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
-           py::arg("codes_stride"), py::arg("scales"), py::arg("scales_stride"),
-           py::arg("scales_as_bf16") = false)
+           py::arg("codes_stride"), py::arg("scales") = 0, py::arg("scales_stride") = 0,
+           py::arg("scale_depth") = kGroupSize, py::arg("scales_as_bf16") = false)
       .def_readonly("scales_as_bf16", &MatrixArgs::scales_as_bf16);
 
   py::class_<Layer::Statistics>(m, "LayerStatistics")
@@ -165,6 +168,9 @@ void BindLayer(py::module_& m) {
            "The bytes of the experts that are packed now.")
       .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),
            "One number per expert; 0: it has no weights.")
+      .def("scale_depths", &Layer::ScaleDepths, py::kw_only(), py::arg("expert"),
+           py::call_guard<py::gil_scoped_release>(),
+           "How many successive k of the stored gate, up and down share a scale.")
       .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("experts"), py::arg("weights"),
            py::call_guard<py::gil_scoped_release>())
       .def("evict", &Layer::Evict, py::kw_only(), py::arg("expert"),

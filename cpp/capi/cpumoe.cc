@@ -166,12 +166,19 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   // Before anything is computed from the sizes, which may be any numbers.
   view.RequireShape(rows, columns);
   RequireAddress(matrix.codes, name, ".codes");
-  RequireAddress(matrix.scales, name, ".scales");
+  if (matrix.scale_depth != 0) view.scale_depth = matrix.scale_depth;
+  Require(view.scale_depth > 0, name, ".scale_depth: expected a positive number, or 0 for ",
+          kGroupSize, ", got ", matrix.scale_depth);
+  if (format.scale_bytes == 0) {
+    Require(matrix.scales == nullptr, name, ".scales: expected NULL, because ", format.name,
+            " has no scales");
+  } else {
+    RequireAddress(matrix.scales, name, ".scales");
+  }
   view.codes_stride =
       Stride(matrix.codes_stride, columns * format.code_bits / 8, rows, name + ".codes_stride");
-  view.scales_stride =
-      Stride(matrix.scales_stride, columns / format.group_size * format.scale_bytes, rows,
-             name + ".scales_stride");
+  view.scales_stride = Stride(matrix.scales_stride, view.scale_columns() * format.scale_bytes, rows,
+                              name + ".scales_stride");
   return view;
 }
 

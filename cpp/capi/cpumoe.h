@@ -93,7 +93,7 @@ typedef struct cpumoe_swiglu {
 } cpumoe_swiglu;
 
 typedef struct cpumoe_layer_options {
-  const char* format; /* "mxfp4" or "int4" */
+  const char* format; /* "mxfp4", "int4" or "bf16" */
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
@@ -115,8 +115,8 @@ CPUMOE_API const char* cpumoe_layer_variant(const cpumoe_layer* layer) CPUMOE_NO
 CPUMOE_API size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
 
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
- * low half first. Each row has columns / 32 scales: one byte each (mxfp4, E8M0) or two (int4,
- * bf16).
+ * low half first. In bf16 a code is the weight. Each row has columns / scale_depth scales: one byte
+ * each (mxfp4, E8M0), two (int4, bf16), or none (bf16).
  */
 typedef struct cpumoe_matrix {
   int64_t rows;
@@ -125,6 +125,8 @@ typedef struct cpumoe_matrix {
   int64_t codes_stride; /* bytes from one row to the next; 0: rows follow each other */
   const void* scales;
   int64_t scales_stride; /* bytes from one row of scales to the next; 0: they follow each other */
+  int64_t scale_depth;   /* successive weights of a row that share a scale; 0: 32. int4 allows any
+                            multiple of 32, such as a whole row */
 } cpumoe_matrix;
 
 typedef struct cpumoe_expert {

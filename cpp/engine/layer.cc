@@ -62,6 +62,11 @@ std::vector<uint8_t> Layer::packed() const {
   return packed;
 }
 
+std::array<int64_t, 3> Layer::ScaleDepths(int64_t expert) const {
+  const Reading lock = LockForUse();
+  return moe_->ScaleDepths(expert);
+}
+
 void Layer::Pack(Runtime& runtime, std::span<const int64_t> experts,
                  std::span<const ExpertSource> sources) {
   Require(experts.size() == sources.size(), "experts: expected one index for each of the ",

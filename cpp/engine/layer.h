@@ -1,6 +1,7 @@
 // A layer of routed experts: a handle that calls share with the host.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +40,10 @@ class Layer {
   size_t packed_bytes() const;
   // One byte per expert: whether it has weights.
   std::vector<uint8_t> packed() const;
+
+  // How many successive k of an expert's stored gate, up and down share a scale. Throws
+  // std::out_of_range, and std::invalid_argument if the expert has no weights.
+  std::array<int64_t, 3> ScaleDepths(int64_t expert) const;
 
   // Packs sources[i] as expert experts[i], for its replicas (MoeConfig::copy_of) as well. After an
   // exception some of these experts have no weights.

@@ -1,7 +1,7 @@
-// Symmetric INT4: a code is its value + 8, and 32 codes share one bf16 scale (compressed-tensors
-// "pack-quantized").
+// Symmetric INT4: a code is its value + 8, and 32 codes, a multiple of 32, or a row share one bf16
+// scale (compressed-tensors "pack-quantized").
 //
-// The routed experts of Kimi-K2 have this format.
+// The routed experts of Kimi-K2 have this format, with one scale per 32 codes.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@ struct Int4 {
   using Scale = Bf16;
   static constexpr std::string_view kName = "int4";
   static constexpr int kCodeBits = 4;
-  static constexpr int kGroupSize = 32;
+  static constexpr int kScaleDepth = 32;
   static constexpr float kMinMagnitude = 1.0f;
   static constexpr float kMaxMagnitude = 8.0f;
   static constexpr float kUnit = 1.0f;
@@ -28,6 +28,7 @@ struct Int4 {
                                                         4.0f,  5.0f,  6.0f,  7.0f};
 
   static float Decode(uint32_t code) { return kCodeValues[code]; }
+  static bool AllowsScaleDepth(int64_t depth) { return depth > 0 && depth % kScaleDepth == 0; }
   static bool IsValidScale(Scale scale) { return std::isfinite(scale.ToFloat()); }
 };
 

@@ -17,7 +17,7 @@ struct Mxfp4 {
   using Scale = E8M0;
   static constexpr std::string_view kName = "mxfp4";
   static constexpr int kCodeBits = 4;
-  static constexpr int kGroupSize = 32;
+  static constexpr int kScaleDepth = 32;
   static constexpr float kMinMagnitude = 0.5f;
   static constexpr float kMaxMagnitude = 6.0f;
   static constexpr float kUnit = 0.5f;
@@ -26,6 +26,7 @@ struct Mxfp4 {
       -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
   static float Decode(uint32_t code) { return kCodeValues[code]; }
+  static bool AllowsScaleDepth(int64_t depth) { return depth == kScaleDepth; }
   static bool IsValidScale(Scale scale) { return !scale.IsNan(); }
 };
 

@@ -41,7 +41,6 @@ inline constexpr int kMaxDigit = 64;  // greatest magnitude of a digit
 constexpr int IntegerBits(int digits) { return digits * kDigitBits - 1; }
 
 // One group of a token's activations, as digits.
-template <int kGroupSize>
 struct DigitGroup {
   // Most significant digit first. Four successive digits are in the order kQuadOrder.
   int8_t digits[kMostDigits][kGroupSize];
@@ -55,9 +54,8 @@ struct DigitGroup {
 // 64th is reserved for the lower digits.
 template <class Codec>
 constexpr bool DigitsFit() {
-  constexpr int64_t kGroupSize = Codec::Format::kGroupSize;
-  constexpr int64_t kDigitSum = kGroupSize * Codec::kGreatest * kMaxDigit;
-  constexpr int64_t kStart = (kGroupSize * Codec::kOffset) << IntegerBits(kMostDigits);
+  constexpr int64_t kDigitSum = int64_t{kGroupSize} * Codec::kGreatest * kMaxDigit;
+  constexpr int64_t kStart = (int64_t{kGroupSize} * Codec::kOffset) << IntegerBits(kMostDigits);
   return kDigitSum / 2 <= INT16_MAX &&
          (kDigitSum << (kMostDigits - 1) * kDigitBits) + kStart <= int64_t{INT32_MAX} / 64 * 63;
 }
@@ -66,7 +64,7 @@ template <class Isa, class Codec>
 class DigitGemm {
   static_assert(QuadCodec<Codec, Isa> && DigitsFit<Codec>());
   using Format = typename Codec::Format;
-  using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
+  using Geometry = TileGeometry<Format::kCodeBits>;
   using Scale = typename Format::Scale;
   using Quad = typename Isa::Quad;
   using Vec = typename Isa::Vec;
@@ -74,7 +72,7 @@ class DigitGemm {
   static constexpr int kTiles = Isa::kTiles;
 
  public:
-  using Group = DigitGroup<Format::kGroupSize>;
+  using Group = DigitGroup;
 
   struct Token {
     const Group* groups;

@@ -44,7 +44,7 @@ inline __attribute__((always_inline)) void PrefetchL2(const std::byte* at) {
 // for memory a quarter of the time (docs/performance.md).
 template <class Geometry, class Scale>
 struct Stream {
-  static constexpr int64_t kScaleBytes = kTileRows * int64_t{sizeof(Scale)};  // of one group
+  static constexpr int64_t kScaleBytes = kTileRows * kBytesOfScale<Scale>;  // of one group
 
   // Calls body(g) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each tile
   // has `groups` groups. Either all tiles know which tile follows them, or none does (LinkTiles
@@ -71,8 +71,8 @@ struct Stream {
  private:
   static constexpr int64_t kAhead = 2048 / Geometry::kGroupBytes;
   static constexpr int64_t kScalesAhead = 24;
-  static constexpr int64_t kScaleGroups =
-      kCacheLine / kScaleBytes;  // groups whose scales share a cache line
+  static constexpr int64_t kScaleGroups =  // groups whose scales share a cache line
+      kCacheLine / std::max<int64_t>(kScaleBytes, 1);
 
   template <int kGroups>
   static inline __attribute__((always_inline)) void FetchCodes(const std::byte* codes, int64_t g) {
@@ -84,7 +84,7 @@ struct Stream {
   template <int kTiles, int kStep>
   static inline __attribute__((always_inline)) void FetchScales(const TileView* tiles, int64_t g,
                                                                 int64_t groups) {
-    if (g % kScaleGroups >= kStep) return;
+    if (kScaleBytes == 0 || g % kScaleGroups >= kStep) return;
     for (int r = 0; r < kTiles; ++r) {
       const bool own = g + kScalesAhead < groups || tiles[r].next == nullptr;
       const std::byte* scales =
@@ -106,7 +106,7 @@ template <class Isa, class Codec>
 struct Gemm {
   static_assert(TileCodec<Codec, Isa>);
   using Format = typename Codec::Format;
-  using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
+  using Geometry = TileGeometry<Format::kCodeBits>;
   using Scale = typename Format::Scale;
   using Activation = typename Isa::Activation;
   using Pair = typename Isa::Pair;
@@ -114,7 +114,8 @@ struct Gemm {
 
   using Tiles = Stream<Geometry, Scale>;
 
-  static constexpr bool kFolding = FoldingCodec<Codec, Isa>;
+  static constexpr bool kScaled = HasScales<Format>;
+  static constexpr bool kFolding = !kScaled || FoldingCodec<Codec, Isa>;
   static constexpr int kPanelGroups = Isa::kPanelPairs / Geometry::kGroupPairs;
   static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0);
 
@@ -125,15 +126,28 @@ struct Gemm {
   template <int kTokens, int kTiles>
   static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
-    // A sum is a chain of dependent instructions. With few sums, two groups are summed at once.
-    constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
-    for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
-    const int64_t whole = groups / kAtOnce * kAtOnce;
-    Tiles::template ForGroups<kTiles, kAtOnce>(
-        tiles, 0, whole, groups, [&](int64_t g) __attribute__((always_inline)) {
-          FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
-        });
-    if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
+    if constexpr (kScaled) {
+      // A sum is a chain of dependent instructions. With few sums, two groups are summed at once.
+      constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
+      for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
+      const int64_t whole = groups / kAtOnce * kAtOnce;
+      Tiles::template ForGroups<kTiles, kAtOnce>(
+          tiles, 0, whole, groups, [&](int64_t g) __attribute__((always_inline)) {
+            FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
+          });
+      if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
+    } else {
+      // Sums stay in registers over the whole of K.
+      Vec sum[1][kTiles][kTokens];
+      Clear(sum[0]);
+      Tiles::template ForGroups<kTiles>(tiles, 0, groups, groups,
+                                        [&](int64_t g) __attribute__((always_inline)) {
+                                          AddGroups<1, kTokens, kTiles>(codec, tiles, g, a, sum);
+                                        });
+      for (int r = 0; r < kTiles; ++r) {
+        for (int t = 0; t < kTokens; ++t) Isa::Store(SumsAt(c, r, t, kTokens), sum[0][r][t]);
+      }
+    }
   }
 
   // Decodes groups [begin, end) of the tiles' `groups` into panel[pair][tile]. If `streams`, also
@@ -162,7 +176,7 @@ struct Gemm {
     for (int r = 0; r < kTiles; ++r) {
       const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
       [[maybe_unused]] const auto fold = [&] {
-        if constexpr (kFold)
+        if constexpr (kFold && kScaled)
           return codec.FoldScales(ScalesOf(tiles[r], g));
         else
           return 0;
@@ -171,7 +185,7 @@ struct Gemm {
         const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
         Unroll<Geometry::kVectorPairs>([&](auto p) {
           Pair* out = place(r, v * Geometry::kVectorPairs + p);
-          if constexpr (kFold) {
+          if constexpr (kFold && kScaled) {
             *out = codec.template DecodeFolded<p>(codes, fold);
           } else {
             *out = codec.template Decode<p>(codes);
@@ -243,9 +257,18 @@ struct Gemm {
                                                                 const TileView* tiles, int64_t g,
                                                                 const Activation* a, float* c) {
     KeepInMemory();
-    a += g * Format::kGroupSize * kTokens;
     Vec part[kGroups][kTiles][kTokens];
     for (auto& group : part) Clear(group);
+    AddGroups<kGroups, kTokens, kTiles>(codec, tiles, g, a, part);
+    for (int i = 0; i < kGroups; ++i) AddScaled(codec, tiles, g + i, part[i], c);
+  }
+
+  // part[i] += A * group g + i of the tiles, unscaled.
+  template <int kGroups, int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void AddGroups(
+      const Codec& codec, const TileView* tiles, int64_t g, const Activation* a,
+      Vec (&part)[kGroups][kTiles][kTokens]) {
+    a += g * kGroupSize * kTokens;
     for (int v = 0; v < Geometry::kGroupVectors; ++v) {
       typename Isa::Codes codes[kGroups][kTiles];
       for (int r = 0; r < kTiles; ++r) {
@@ -257,7 +280,7 @@ struct Gemm {
       }
       Unroll<Geometry::kVectorPairs>([&](auto p) __attribute__((always_inline)) {
         for (int i = 0; i < kGroups; ++i) {
-          const Activation* x = a + i * Format::kGroupSize * kTokens;
+          const Activation* x = a + i * kGroupSize * kTokens;
           Pair w[kTiles];
           for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[i][r]);
           for (int t = 0; t < kTokens; ++t) {
@@ -268,7 +291,6 @@ struct Gemm {
         a += 2 * kTokens;
       });
     }
-    for (int i = 0; i < kGroups; ++i) AddScaled(codec, tiles, g + i, part[i], c);
   }
 
   template <int kTokens, int kTiles>

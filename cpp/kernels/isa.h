@@ -72,6 +72,7 @@ concept VectorIsa = requires(
   { Isa::LoadCodes(bytes) } -> std::same_as<typename Isa::Codes>;
   { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
   { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
+  { Isa::FromBf16(codes) } -> std::same_as<typename Isa::Pair>;  // codes of 16 bits, bf16 weights
   { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen scales as fp32
   { Isa::LoadScales(bf16) } -> std::same_as<typename Isa::Vec>;
   { Isa::LoadFold(e8m0) } -> std::same_as<typename Isa::Fold>;
@@ -175,17 +176,22 @@ template <class Isa>
 inline constexpr bool kHasNarrowQuadSums =
     Isa::kQuadSumLimit <= std::numeric_limits<int16_t>::max();
 
-// A codec says how a format's packed tile becomes multiplicands on an ISA.
+// A codec says how a format's packed tile becomes multiplicands on an ISA. Where the format has
+// scales, GroupScales loads those of a group.
 //
 // A codec whose group scales multiply the multiplicands exactly also has FoldScales and
 // DecodeFolded. If these are missing, or if a matrix has a scale that leaves the multiplicand's
 // range (Isa::FoldsExactly), scales are applied to the fp32 sum of each group.
 template <class C, class Isa>
-concept TileCodec = VectorIsa<Isa> && requires(const C codec, typename Isa::Codes codes,
-                                               const typename C::Format::Scale* scales) {
-  { codec.template Decode<0>(codes) } -> std::same_as<typename Isa::Pair>;
+concept ScalingCodec = requires(const C codec, const typename C::Format::Scale* scales) {
   { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;
 };
+
+template <class C, class Isa>
+concept TileCodec = VectorIsa<Isa> && (!HasScales<typename C::Format> || ScalingCodec<C, Isa>) &&
+                    requires(const C codec, typename Isa::Codes codes) {
+                      { codec.template Decode<0>(codes) } -> std::same_as<typename Isa::Pair>;
+                    };
 
 template <class C, class Isa>
 concept FoldingCodec =

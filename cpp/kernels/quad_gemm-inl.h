@@ -48,7 +48,7 @@ template <class Isa, class Codec>
 constexpr bool QuadSumsFit(int64_t greatest) {
   constexpr int64_t kInteger = std::max(Codec::kOffset, Codec::kGreatest - Codec::kOffset);
   constexpr int kSums = kHasNarrowQuadSums<Isa> ? 2 : 1;
-  return Codec::Format::kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
+  return kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
 }
 
 // Returns the start of a group's sums: minus the bytes' offset times the sum of `quads`,
@@ -57,7 +57,7 @@ constexpr bool QuadSumsFit(int64_t greatest) {
 template <class Isa, class Codec>
 int32_t StartOf(const int8_t* quads) {
   int32_t halves[2] = {};
-  for (int i = 0; i < Codec::Format::kGroupSize; ++i) halves[i % kQuadDepth / 2] += quads[i];
+  for (int i = 0; i < kGroupSize; ++i) halves[i % kQuadDepth / 2] += quads[i];
   const int32_t first = -Codec::kOffset * halves[0], second = -Codec::kOffset * halves[1];
   if constexpr (!kHasNarrowQuadSums<Isa>) return first + second;
   return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
@@ -84,7 +84,7 @@ template <class Isa, class Codec>
 class QuadGemm {
   static_assert(QuadCodec<Codec, Isa>);
   using Format = typename Codec::Format;
-  using Geometry = TileGeometry<Format::kCodeBits, Format::kGroupSize>;
+  using Geometry = TileGeometry<Format::kCodeBits>;
   using Scale = typename Format::Scale;
   using Quad = typename Isa::Quad;
   using Vec = typename Isa::Vec;
@@ -140,10 +140,10 @@ class QuadGemm {
 
   static QuadBlock BlockAt(const TilePair& w, const TokenBlocks& blocks, int64_t b,
                            const std::byte* staged) {
-    const int64_t columns = w.groups * Format::kGroupSize;
-    const int64_t bytes = QuadBlock::BytesPerToken(columns, Format::kGroupSize);
+    const int64_t columns = w.groups * kGroupSize;
+    const int64_t bytes = QuadBlock::BytesPerToken(columns, kGroupSize);
     return QuadBlock::At(staged + blocks.Begin(b) * bytes, blocks.Size(b), columns,
-                         Format::kGroupSize);
+                         kGroupSize);
   }
 
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const Span& span,
@@ -168,9 +168,9 @@ class QuadGemm {
   // c[tile][token][16] += the span's product.
   template <int kTokens, bool kDecoded>
   __attribute__((flatten)) static void Multiply(Codec codec, Span span, QuadBlock a, float* c) {
-    const int8_t* x = a.quads + span.begin * Format::kGroupSize * kTokens;
+    const int8_t* x = a.quads + span.begin * kGroupSize * kTokens;
     if constexpr (kDecoded) {
-      for (int64_t g = span.begin; g < span.end; ++g, x += Format::kGroupSize * kTokens) {
+      for (int64_t g = span.begin; g < span.end; ++g, x += kGroupSize * kTokens) {
         AddGroup<kTokens, kDecoded>(codec, span, span.tiles, g, a, x, c);
       }
     } else {
@@ -181,7 +181,7 @@ class QuadGemm {
               AddGroup<kTokens, kDecoded>(codec, span, span.tiles + i * kTiles, g, a, x,
                                           SumsAt(c, i * kTiles, 0, kTokens));
             });
-            x += Format::kGroupSize * kTokens;
+            x += kGroupSize * kTokens;
           });
     }
   }

@@ -23,6 +23,9 @@
 namespace cpumoe {
 
 inline constexpr int kTileRows = 16;
+// Successive k that kernels multiply together: a group. Packed scales belong to one group, whatever
+// a format's own grid of scales is, and byte paths round a group of activations as a whole.
+inline constexpr int kGroupSize = 32;
 inline constexpr int kVectorBytes = kTileRows * 4;
 
 // The bit of the low half-word at which the even code of a vector's pair (k, k+1) begins.
@@ -42,8 +45,8 @@ constexpr int InQuadOrder(int i) {
   return i / kQuadDepth * kQuadDepth + kQuadOrder[i % kQuadDepth];
 }
 
-// Geometry of a tile whose codes have `kCodeBits` bits and whose scales cover `kGroupSize` codes.
-template <int kCodeBits, int kGroupSize>
+// Geometry of a tile whose codes have `kCodeBits` bits.
+template <int kCodeBits>
 struct TileGeometry {
   static constexpr int kVectorDepth = 32 / kCodeBits;    // k per vector
   static constexpr int kVectorPairs = kVectorDepth / 2;  // pairs (k, k+1) per vector

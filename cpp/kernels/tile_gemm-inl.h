@@ -57,13 +57,17 @@ class TileGemm {
       RunFused(codec, w, a, c);
       return;
     }
-    if constexpr (Kernels::kFolding) {
-      if (w[0].fold) {
-        RunMany<true>(codec, w, a, panel, c);
-        return;
+    if constexpr (!Kernels::kScaled) {
+      RunMany<true>(codec, w, a, panel, c);
+    } else {
+      if constexpr (Kernels::kFolding) {
+        if (w[0].fold) {
+          RunMany<true>(codec, w, a, panel, c);
+          return;
+        }
       }
+      RunMany<false>(codec, w, a, panel, c);
     }
-    RunMany<false>(codec, w, a, panel, c);
   }
 
  private:
@@ -198,7 +202,7 @@ class TileGemm {
                        int64_t b, int first) {
     const int tokens = c.blocks().Size(b);
     const int64_t column = c.blocks().Begin(b) * s.groups + s.begin * tokens;
-    return {tokens, a + column * Format::kGroupSize, c.At(pair, b, first)};
+    return {tokens, a + column * kGroupSize, c.At(pair, b, first)};
   }
 
   // Returns the bytes from a block's columns of this span to its columns of the next round, or 0 if
@@ -276,7 +280,7 @@ class TileGemm {
     std::copy_n(s.tiles, kAtOnce, tiles.begin());
     const auto multiply = [&, block, panel = s.panel](int64_t g) __attribute__((always_inline)) {
       const Pair* slot = panel + g % kRing * kSlot;
-      const Activation* a = block.a + g * Format::kGroupSize * block.tokens;
+      const Activation* a = block.a + g * kGroupSize * block.tokens;
       if constexpr (kFold) {
         StepGroup<kAtOnce>(unit, slot, a, block.tokens);
       } else {
@@ -304,7 +308,7 @@ class TileGemm {
   static inline __attribute__((always_inline)) void StepGroup(PanelUnitOf<Isa>& unit,
                                                               const Pair* panel,
                                                               const Activation* a, int tokens) {
-    for (int k = 0; k < Format::kGroupSize; k += Isa::kPanelStep) {
+    for (int k = 0; k < kGroupSize; k += Isa::kPanelStep) {
       unit.template Step<kAtOnce>(panel + k / 2, Geometry::kGroupPairs, a + int64_t{k} * tokens);
     }
   }

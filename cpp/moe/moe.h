@@ -1,6 +1,7 @@
 // The interface of a layer's routed experts, for every weight format and ISA.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -60,6 +61,9 @@ class Moe {
   // The bytes of one packed copy (MoeConfig::copy_of), its biases included.
   virtual int64_t copy_bytes() const = 0;
   virtual bool HasWeights(int64_t expert) const = 0;  // throws std::out_of_range
+  // How many successive k of an expert's stored gate, up and down share a scale. Throws
+  // std::out_of_range, and std::invalid_argument if the expert has no weights.
+  virtual std::array<int64_t, 3> ScaleDepths(int64_t expert) const = 0;
 
   // Packs one expert, for its replicas as well. Throws std::invalid_argument if a shape or a scale
   // violates the config or the format. The expert then has no weights.

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -39,11 +40,15 @@ class MoeOperator : public Moe {
   static_assert(StreamIsa<Isa>, "an ISA must say how it writes past the caches");
   static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
 
-  explicit MoeOperator(const MoeConfig& config) : weights_(Checked(config)) {}
+  explicit MoeOperator(const MoeConfig& config) : weights_(config) {}
 
   const MoeConfig& config() const final { return weights_.config(); }
   int64_t copy_bytes() const final { return weights_.copy_bytes(); }
   bool HasWeights(int64_t expert) const final { return weights_.HasWeights(expert); }
+  std::array<int64_t, kProjections> ScaleDepths(int64_t expert) const final {
+    RequireWeights(expert);
+    return weights_.scale_depths(config().CopyOf(expert));
+  }
   const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
@@ -58,9 +63,13 @@ class MoeOperator : public Moe {
   // Whether every product of a code and a scale of the copy is exact in the ISA's multiplicand
   // type.
   bool FoldsExactly(int64_t copy) const {
-    const ScaleRange& scales = weights_.scales(copy);
-    return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
-                             scales.greatest * Format::kMaxMagnitude);
+    if constexpr (HasScales<Format>) {
+      const ScaleRange& scales = weights_.scales(copy);
+      return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
+                               scales.greatest * Format::kMaxMagnitude);
+    } else {
+      return true;
+    }
   }
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) final {
@@ -73,7 +82,7 @@ class MoeOperator : public Moe {
   void Unpack(int64_t expert, std::span<const ExpertDestination> out, int64_t begin, int64_t end,
               ThreadPool& pool) const final {
     const ExpertUnpacker<Isa, Format> unpacker(weights_, out);
-    Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
+    RequireWeights(expert);
     unpacker.Run(expert, begin, end, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
@@ -93,15 +102,11 @@ class MoeOperator : public Moe {
   }
 
  private:
-  static constexpr int64_t kMaxRoundPairs = 16384;
-
-  static const MoeConfig& Checked(const MoeConfig& config) {
-    Require(
-        config.precision == Precision::kBf16 || HasInt8Path<Isa, Codec>, Format::kName,
-        ": there is no int8 path for this format on this ISA; use precision \"bf16\", or another "
-        "ISA");
-    return config;
+  void RequireWeights(int64_t expert) const {
+    Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
   }
+
+  static constexpr int64_t kMaxRoundPairs = 16384;
 
   template <class Path>
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const {

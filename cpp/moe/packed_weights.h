@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -16,6 +17,7 @@
 namespace cpumoe {
 
 enum class Projection { kGate, kUp, kDown };
+inline constexpr int kProjections = 3;
 
 template <WeightFormat F>
 class PackedWeights {
@@ -27,6 +29,7 @@ class PackedWeights {
         packed_(Allocate(config.copies(), PackedBytes())),
         biases_(config.has_bias ? config.copies() * BiasSize() : 0),
         scales_(config.copies()),
+        depths_(config.copies()),
         has_weights_(config.copies(), 0) {}
 
   const MoeConfig& config() const { return config_; }
@@ -43,6 +46,10 @@ class PackedWeights {
 
   // What calls read, by the number of the copy.
   const ScaleRange& scales(int64_t copy) const { return scales_[copy]; }
+  // How many successive k of each stored matrix share a scale (RawMatrix::scale_depth).
+  const std::array<int64_t, kProjections>& scale_depths(int64_t copy) const {
+    return depths_[copy];
+  }
 
   const PackedLayout<F>& layout(Projection p) const {
     return p == Projection::kDown ? down_ : gate_up_;
@@ -61,6 +68,8 @@ class PackedWeights {
     source.gate.RequireShape(gate_up_.rows(), gate_up_.columns());
     source.up.RequireShape(gate_up_.rows(), gate_up_.columns());
     source.down.RequireShape(down_.rows(), down_.columns());
+    const RawMatrix* const matrices[] = {&source.gate, &source.up, &source.down};
+    for (const RawMatrix* matrix : matrices) matrix->RequireScales<F>();
     const bool biased = source.gate_bias != nullptr;
     Require(biased == config_.has_bias && biased == (source.up_bias != nullptr) &&
                 biased == (source.down_bias != nullptr),
@@ -70,13 +79,12 @@ class PackedWeights {
     has_weights_[copy] = 0;
     std::vector<ScaleRange> ranges(pool.num_threads());
     ForEachTile(pool, [&](Projection p, int64_t tile, int thread) {
-      const RawMatrix& matrix = p == Projection::kGate ? source.gate
-                                : p == Projection::kUp ? source.up
-                                                       : source.down;
+      const RawMatrix& matrix = *matrices[static_cast<int>(p)];
       ranges[thread].Merge(layout(p).PackTile(matrix, tile, Matrix(copy, p)));
     });
     for (const ScaleRange& range : ranges) ranges[0].Merge(range);
     scales_[copy] = ranges[0];
+    for (int p = 0; p < kProjections; ++p) depths_[copy][p] = matrices[p]->scale_depth;
     if (biased) {
       float* bias = biases_.data() + copy * BiasSize();
       bias = std::copy_n(source.gate_bias, config_.intermediate_size, bias);
@@ -113,8 +121,8 @@ class PackedWeights {
     return c;
   }
   static void CheckSize(int64_t size, const char* name) {
-    Require(size > 0 && size % F::kGroupSize == 0, F::kName, ": ", name,
-            " must be a positive multiple of ", F::kGroupSize, ", got ", size);
+    Require(size > 0 && size % kGroupSize == 0, F::kName, ": ", name,
+            " must be a positive multiple of ", kGroupSize, ", got ", size);
     Require(size <= kMaxSize, name, " must be at most ", kMaxSize, ", got ", size);
   }
 
@@ -169,6 +177,7 @@ class PackedWeights {
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [copies][gate | up | down], empty without biases
   std::vector<ScaleRange> scales_;  // by copy, over its three matrices
+  std::vector<std::array<int64_t, kProjections>> depths_;  // by copy
   std::vector<uint8_t> has_weights_;
 };
 

@@ -32,6 +32,7 @@ class ExpertUnpacker {
   // Does tasks [begin, end) for an expert that has weights.
   void Run(int64_t expert, int64_t begin, int64_t end, ThreadPool& pool) const {
     const int64_t copy = weights_.config().CopyOf(expert);
+    if constexpr (HasScales<F>) RequireScales(copy);
     pool.For(end - begin, [&](int64_t task, int /*thread*/) {
       task += begin;
       for (const ExpertDestination& each : out_) {
@@ -101,8 +102,8 @@ class ExpertUnpacker {
     const MoeConfig& config = weights_.config();
     const int64_t begin = out.intermediate_begin, count = out.gate.rows;
     Require(begin >= 0 && count >= 0 && begin + count <= config.intermediate_size &&
-                begin % F::kGroupSize == 0 && count % F::kGroupSize == 0,
-            F::kName, ": intermediate features to export must be whole groups of ", F::kGroupSize,
+                begin % kGroupSize == 0 && count % kGroupSize == 0,
+            F::kName, ": intermediate features to export must be whole groups of ", kGroupSize,
             " within [0, ", config.intermediate_size, "), got [", begin, ", ", begin + count, ")");
     out.gate.RequireShape(count, config.hidden_size);
     out.up.RequireShape(count, config.hidden_size);
@@ -110,6 +111,25 @@ class ExpertUnpacker {
     const bool converts =
         out.gate.scales_as_bf16 || out.up.scales_as_bf16 || out.down.scales_as_bf16;
     Require(!converts || HasBf16Scales<F>, F::kName, ": scales are not exact in bf16");
+  }
+
+  // Each destination must have a scale wherever the stored matrix begins another one.
+  void RequireScales(int64_t copy) const {
+    const auto& [gate, up, down] = weights_.scale_depths(copy);
+    for (const ExpertDestination& each : out_) {
+      RequireScales(each.gate, 0, gate);
+      RequireScales(each.up, 0, up);
+      RequireScales(each.down, each.intermediate_begin, down);
+    }
+  }
+  static void RequireScales(const MutableRawMatrix& out, int64_t begin, int64_t stored) {
+    out.template RequireScales<F>();
+    for (int64_t k = 0; k < out.columns; k += out.scale_depth) {
+      const int64_t last = std::min(k + out.scale_depth, out.columns) - 1;
+      Require((begin + k) / stored == (begin + last) / stored, out.name, ": ", stored,
+              " weights share a scale, so ", out.columns, " columns from ", begin,
+              " on cannot have a scale for each ", out.scale_depth);
+    }
   }
 
   const PackedWeights<F>& weights_;

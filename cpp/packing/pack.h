@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "base/bits.h"
 #include "base/check.h"
@@ -47,21 +48,21 @@ struct ScaleRange {
 template <WeightFormat F>
 class PackedLayout {
  public:
-  using Geometry = TileGeometry<F::kCodeBits, F::kGroupSize>;
+  using Geometry = TileGeometry<F::kCodeBits>;
   using Scale = typename F::Scale;
-  static constexpr int64_t kScaleBytes = sizeof(Scale);
+  static constexpr int64_t kScaleBytes = kBytesOfScale<Scale>;
   using ScaleWord = std::conditional_t<kScaleBytes == 1, uint8_t,
                                        std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
-  static_assert(sizeof(ScaleWord) == kScaleBytes);
+  static_assert(!HasScales<F> || sizeof(ScaleWord) == kScaleBytes);
 
   // `interleaved` matrices of this shape take turns in memory, one tile of each.
   PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
       : rows_(rows),
         columns_(columns),
-        groups_(columns / F::kGroupSize),
+        groups_(columns / kGroupSize),
         distance_(interleaved * TileBytes()) {
-    Require(columns % F::kGroupSize == 0, F::kName, ": columns must be a multiple of ",
-            F::kGroupSize, ", got ", columns);
+    Require(columns % kGroupSize == 0, F::kName, ": columns must be a multiple of ", kGroupSize,
+            ", got ", columns);
   }
 
   int64_t rows() const { return rows_; }
@@ -83,22 +84,48 @@ class PackedLayout {
   // std::invalid_argument with the scale's place.
   ScaleRange PackTile(const RawMatrix& source, int64_t tile, std::byte* packed) const {
     const TileView view = Tile(packed, tile);
-    const std::byte* codes[kTileRows];
-    const std::byte* scales[kTileRows];
     ScaleRange range;
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t row = std::min(tile * kTileRows + r, rows_ - 1);
-      codes[r] = source.codes + row * source.codes_stride;
-      scales[r] = source.scales + row * source.scales_stride;
-      range.Merge(RangeOfRow(source, row));
+    if constexpr (HasScales<F>) {
+      range = PackScales(source, tile, const_cast<std::byte*>(view.scales));
     }
-    RowsToLanes<ScaleWord>(scales, groups_, const_cast<std::byte*>(view.scales),
-                           [](auto words) { return words; });
+    const std::byte* codes[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      codes[r] = source.codes + RowOf(tile, r) * source.codes_stride;
+    }
     RowsToLanes<uint32_t>(codes, Vectors(), const_cast<std::byte*>(view.codes), kSwap);
     return range;
   }
 
  private:
+  // The row of the matrix in row r of a tile.
+  int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
+
+  // Packs one scale per group. Groups that share a stored scale get a copy each, so that kernels
+  // are the same for any depth.
+  ScaleRange PackScales(const RawMatrix& source, int64_t tile, std::byte* out) const {
+    const std::byte* scales[kTileRows];
+    ScaleRange range;
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t row = RowOf(tile, r);
+      scales[r] = source.scales + row * source.scales_stride;
+      range.Merge(RangeOfRow(source, row));
+    }
+    std::vector<ScaleWord> copies;
+    if (source.scale_depth != kGroupSize) {
+      copies.resize(kTileRows * groups_);
+      for (int r = 0; r < kTileRows; ++r) {
+        ScaleWord* row = &copies[r * groups_];
+        for (int64_t g = 0; g < groups_; ++g) {
+          std::memcpy(row + g, scales[r] + g * kGroupSize / source.scale_depth * kScaleBytes,
+                      kScaleBytes);
+        }
+        scales[r] = reinterpret_cast<const std::byte*>(row);
+      }
+    }
+    RowsToLanes<ScaleWord>(scales, groups_, out, [](auto words) { return words; });
+    return range;
+  }
+
   static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }
@@ -109,7 +136,7 @@ class PackedLayout {
     uint32_t invalid = 0;
     // Magnitudes of floats are in the order of their bits.
     uint32_t least = ~0u, greatest = 0;
-    for (int64_t g = 0; g < groups_; ++g) {
+    for (int64_t g = 0; g < source.scale_columns(); ++g) {
       Scale scale;
       std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
       const uint32_t magnitude = std::bit_cast<uint32_t>(scale.ToFloat()) & 0x7fffffffu;

@@ -5,8 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/bits.h"
 #include "base/check.h"
 #include "base/float_types.h"
+#include "formats/weight_format.h"
+#include "kernels/tile.h"
 
 namespace cpumoe {
 
@@ -19,11 +22,33 @@ struct RawMatrixOf {
   int64_t columns = 0;  // K, input features
   Byte* codes = nullptr;
   int64_t codes_stride = 0;  // bytes from one row to the next
-  Byte* scales = nullptr;
+  Byte* scales = nullptr;    // null if the format has none
   int64_t scales_stride = 0;
-  const char* name = "weight";  // for error messages
+  int64_t scale_depth = kGroupSize;  // successive k that share a scale
+  const char* name = "weight";       // for error messages
   // Whether the scales are bf16 numbers instead of the format's own type. Destinations only.
   bool scales_as_bf16 = false;
+
+  // Scales of a row.
+  int64_t scale_columns() const { return CeilDiv(columns, scale_depth); }
+
+  template <class Format>
+  int64_t ScaleBytes() const {
+    return scales_as_bf16 ? int64_t{sizeof(Bf16)} : kBytesOfScale<typename Format::Scale>;
+  }
+
+  // Throws std::invalid_argument unless the matrix has the scales that the format needs.
+  template <class Format>
+  void RequireScales() const {
+    if constexpr (HasScales<Format>) {
+      Require(scales != nullptr || rows == 0 || columns == 0, name, ": ", Format::kName,
+              " needs scales, got none");
+      Require(Format::AllowsScaleDepth(scale_depth), name, ": ", Format::kName,
+              " has no groups of ", scale_depth, " weights that share a scale");
+    } else {
+      Require(scales == nullptr, name, ": ", Format::kName, " has no scales, got some");
+    }
+  }
 
   void RequireShape(int64_t wanted_rows, int64_t wanted_columns) const {
     Require(rows == wanted_rows && columns == wanted_columns, name, ": expected [", wanted_rows,
@@ -47,14 +72,13 @@ struct RawMatrixOf {
   RawMatrixOf Columns(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= columns, name, ": columns [", begin, ", ",
             begin + count, ") are not within the matrix's ", columns);
-    Require(begin % Format::kGroupSize == 0 && count % Format::kGroupSize == 0, name,
-            ": a slice of columns must consist of whole groups of ", Format::kGroupSize, ", got [",
+    Require(begin % scale_depth == 0 && (count % scale_depth == 0 || begin + count == columns),
+            name, ": a slice of columns must consist of whole groups of ", scale_depth, ", got [",
             begin, ", ", begin + count, ")");
     RawMatrixOf shard = *this;
     shard.columns = count;
     shard.codes += begin * Format::kCodeBits / 8;
-    const size_t scale_bytes = scales_as_bf16 ? sizeof(Bf16) : sizeof(typename Format::Scale);
-    shard.scales += begin / Format::kGroupSize * static_cast<int64_t>(scale_bytes);
+    shard.scales += begin / scale_depth * ScaleBytes<Format>();
     return shard;
   }
 };

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "base/float_types.h"
 #include "formats/weight_format.h"
@@ -167,8 +168,8 @@ class TileUnpacker {
     const int64_t first = std::max(tile * kTileRows, row_begin);
     const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, matrix_rows});
     if (first >= last) return;
-    const int64_t group = column_begin / F::kGroupSize;
-    const int64_t groups = out.columns / F::kGroupSize;
+    const int64_t group = column_begin / kGroupSize;
+    const int64_t groups = out.columns / kGroupSize;
     std::byte* codes[kTileRows] = {};  // null for a row that is not wanted
     std::byte* scales[kTileRows] = {};
     for (int64_t row = first; row < last; ++row) {
@@ -177,11 +178,9 @@ class TileUnpacker {
     }
     UnpackCodes(view.codes + group * Geometry::kGroupBytes, groups * Geometry::kGroupVectors,
                 codes);
-    const std::byte* from = view.scales + group * kTileRows * Layout::kScaleBytes;
-    if constexpr (HasBf16Scales<F>) {
-      if (out.scales_as_bf16) return UnpackScales<Bf16>(from, groups, scales);
+    if constexpr (HasScales<F>) {
+      UnpackScales(view.scales + group * kScaleLanes, out, scales);
     }
-    UnpackScales<typename F::Scale>(from, groups, scales);
   }
 
  private:
@@ -224,6 +223,27 @@ class TileUnpacker {
     return std::ranges::all_of(rows, [](const std::byte* row) {
       return row != nullptr && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0;
     });
+  }
+
+  static constexpr int64_t kScaleLanes = kTileRows * Layout::kScaleBytes;
+
+  // Writes the scales of groups `in`, one per run of out.scale_depth columns.
+  static void UnpackScales(const std::byte* in, const MutableRawMatrix& out,
+                           std::byte* const (&rows)[kTileRows]) {
+    const int64_t count = out.scale_columns();
+    std::vector<std::byte> first;  // scales of the first group of each run
+    if (out.scale_depth != kGroupSize) {
+      first.resize(count * kScaleLanes);
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(&first[i * kScaleLanes], in + i * out.scale_depth / kGroupSize * kScaleLanes,
+                    kScaleLanes);
+      }
+      in = first.data();
+    }
+    if constexpr (HasBf16Scales<F>) {
+      if (out.scales_as_bf16) return UnpackScales<Bf16>(in, count, rows);
+    }
+    UnpackScales<typename F::Scale>(in, count, rows);
   }
 
   // Writes scales as type To.

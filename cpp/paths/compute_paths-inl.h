@@ -7,21 +7,18 @@
 #include "paths/float_path-inl.h"
 #include "paths/int8_path-inl.h"
 #include "paths/mixed_path-inl.h"
+#include "paths/wide_path-inl.h"
 
 namespace cpumoe {
 
-// Whether a format has the groups that the byte paths need: its codes are integers, and a group is
-// a whole number of tiles of intermediate features. The ISA's sums must also hold a group's
-// products, which HasDigitPath and HasInt8Path check.
-template <class Codec>
-concept HasByteGroups =
-    HasIntegerCodes<typename Codec::Format> && Codec::Format::kGroupSize % kTileRows == 0;
+// Whether the byte paths can compute a format: its codes are integers, and the ISA's sums hold a
+// group's products.
 template <class Isa, class Codec>
-concept HasDigitPath =
-    HasByteGroups<Codec> && (Isa::kDigitLimit > 0) && DigitsFit<ByteCodec<Isa, Codec>>();
+concept HasDigitPath = HasIntegerCodes<typename Codec::Format> && (Isa::kDigitLimit > 0) &&
+                       DigitsFit<ByteCodec<Isa, Codec>>();
 template <class Isa, class Codec>
-concept HasInt8Path =
-    HasByteGroups<Codec> && QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
+concept HasInt8Path = HasIntegerCodes<typename Codec::Format> &&
+                      QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
 
 template <class Isa, class Codec>
 struct DefaultPathTraits {
@@ -45,14 +42,16 @@ struct PrecisePathTraits {
 };
 template <RoundsActivations Isa, class Codec>
 struct PrecisePathTraits<Isa, Codec> {
-  static_assert(HasDigitPath<Isa, Codec>,
-                "on an ISA that rounds activations to bf16, fp32 calls are multiplied as digits of "
-                "bytes: give the format kUnit and groups for them (formats/integer_codes.h), the "
-                "ISA kDigitLimit > 0, or this pair a path that keeps fp32");
+  using Type = WidePath<Isa, Codec>;
+};
+template <RoundsActivations Isa, class Codec>
+  requires HasDigitPath<Isa, Codec>
+struct PrecisePathTraits<Isa, Codec> {
   using Type = DigitPath<Isa, Codec>;
 };
 
-// The path of Precision::kBf16 for calls whose activations must not be rounded to bf16.
+// The path of Precision::kBf16 for calls whose activations must not be rounded to bf16: digits of
+// bytes where codes are integers, and the wider ISA's floating point elsewhere.
 template <class Isa, class Codec>
 using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
 

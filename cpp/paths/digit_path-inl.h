@@ -31,7 +31,6 @@ class DigitPath {
   using Gemm = DigitGemm<Isa, Codec>;
   using Stage = DigitStage<Codec>;
   using Group = typename Stage::Group;
-  static constexpr int kGroupSize = Codec::Format::kGroupSize;
   static_assert(DigitIsa<Isa>, "an ISA that multiplies digits must say how their sums are added");
 
  public:

@@ -20,7 +20,7 @@ class FloatPath {
   using Activation = typename Isa::Activation;
   using Gemm = TileGemm<Isa, Codec>;
   static_assert(
-      Codec::Format::kGroupSize % Isa::kPanelStep == 0,
+      kGroupSize % Isa::kPanelStep == 0,
       "a group must be whole steps of the ISA's panels: scales that do not fold are applied "
       "to the sum of each group");
 

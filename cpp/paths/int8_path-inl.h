@@ -20,7 +20,6 @@ class Int8Path {
   using Codec = ByteCodec<Isa, FloatCodec>;
   using Gemm = QuadGemm<Isa, Codec>;
   using Stage = QuadStage<Isa, Codec>;
-  static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
   static constexpr int kFewTokenLimit = 0;  // not used: the number of blocks decides

@@ -30,10 +30,9 @@ namespace cpumoe {
 
 template <class Codec>
 class DigitStage {
-  static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
-  using Group = DigitGroup<kGroupSize>;
+  using Group = DigitGroup;
 
   // `dtype` is the element type of the call.
   explicit DigitStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
@@ -41,24 +40,24 @@ class DigitStage {
   // Writes a row of `columns` activations of any element type. The row's groups are `stride` apart.
   template <class Element>
   void Row(const Element* x, int64_t columns, Group* out, int64_t stride) const {
-    ForGroups<kGroupSize>(
+    ForGroups(
         x, columns, [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
   }
 
   // Writes one group. A lone infinity is one times an infinite scale. With two infinities or a NaN,
   // the whole group is NaN.
   void Write(const float* x, Group& out) const {
-    const float greatest = GreatestMagnitude<kGroupSize>(x);
+    const float greatest = GreatestMagnitude(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
     if (greatest < kLeast) return WriteTiny(x, greatest, out);
     int32_t integers[kGroupSize];
     if (may_have_few_) {
       const float unit = Unit(greatest, kFewDigits);
-      RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
+      RoundToIntegers(x, 1.0f / unit, integers);
       if (!HasOutlier(integers)) return WriteDigits<kFewDigits>(integers, unit, out);
     }
     const float unit = Unit(greatest, kMostDigits);
-    RoundToIntegers<kGroupSize>(x, 1.0f / unit, integers);
+    RoundToIntegers(x, 1.0f / unit, integers);
     WriteDigits<kMostDigits>(integers, unit, out);
   }
 
@@ -89,7 +88,7 @@ class DigitStage {
     for (int i = 0; i < kGroupSize; ++i) lifted[i] = x[i] * kLift;
     const float unit = std::max(Unit(greatest * kLift, kMostDigits), kLeastUnit * kLift);
     int32_t integers[kGroupSize];
-    RoundToIntegers<kGroupSize>(lifted, 1.0f / unit, integers);
+    RoundToIntegers(lifted, 1.0f / unit, integers);
     WriteDigits<kMostDigits>(integers, unit / kLift, out);
   }
 

@@ -17,7 +17,6 @@ namespace cpumoe {
 
 template <class Isa, class Codec>
 class QuadStage {
-  static constexpr int kGroupSize = Codec::Format::kGroupSize;
 
  public:
   // `block` is the memory for `tokens` tokens of `columns` activations each.
@@ -31,17 +30,17 @@ class QuadStage {
   // Writes row x [columns] as token `t` of the block.
   template <class Element>
   void Row(const Element* x, int t, int64_t columns) const {
-    ForGroups<kGroupSize>(x, columns,
+    ForGroups(x, columns,
                           [&](const float* values, int64_t group) { Group(values, t, group); });
   }
 
   // Writes one group of token `t`.
   void Group(const float* x, int t, int64_t group) const {
     int32_t rounded[kGroupSize] = {};
-    const float greatest = GreatestMagnitude<kGroupSize>(x);
+    const float greatest = GreatestMagnitude(x);
     float scale = greatest / kMaxQuadValue;
     if (greatest >= kLeast && IsFinite(greatest)) {
-      RoundToIntegers<kGroupSize>(x, kMaxQuadValue / greatest, rounded);
+      RoundToIntegers(x, kMaxQuadValue / greatest, rounded);
     } else {
       scale = greatest < kLeast ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     }

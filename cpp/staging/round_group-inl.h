@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "base/float_types.h"
+#include "kernels/tile.h"
 
 namespace cpumoe {
 
@@ -17,7 +18,7 @@ float ToFloat(Element x) {
 }
 
 // Calls body(values, group) for each group of kGroupSize elements of x [columns].
-template <int kGroupSize, class Element, class Body>
+template <class Element, class Body>
 void ForGroups(const Element* x, int64_t columns, Body&& body) {
   for (int64_t group = 0; group < columns / kGroupSize; ++group) {
     float values[kGroupSize];
@@ -28,8 +29,7 @@ void ForGroups(const Element* x, int64_t columns, Body&& body) {
 
 // Returns the greatest magnitude. The bits of magnitudes compare like integers, with NaN as the
 // greatest.
-template <int kGroupSize>
-float GreatestMagnitude(const float* x) {
+inline float GreatestMagnitude(const float* x) {
   uint32_t most = 0;
   for (int i = 0; i < kGroupSize; ++i) {
     most = std::max(most, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
@@ -40,8 +40,7 @@ float GreatestMagnitude(const float* x) {
 inline bool IsFinite(float magnitude) { return magnitude <= std::numeric_limits<float>::max(); }
 
 // rounded = x * factor, rounded to nearest. Results have magnitudes up to 2^22.
-template <int kGroupSize>
-void RoundToIntegers(const float* x, float factor, int32_t* rounded) {
+inline void RoundToIntegers(const float* x, float factor, int32_t* rounded) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   constexpr float kMagic = 12582912.0f;
   for (int i = 0; i < kGroupSize; ++i) {

@@ -36,13 +36,13 @@ class FormatInfo:
     def code_bits(self) -> int:
         ...
     @property
-    def group_size(self) -> int:
-        ...
-    @property
     def name(self) -> str:
         ...
     @property
     def scale_bytes(self) -> int:
+        ...
+    @property
+    def scale_depth(self) -> int:
         ...
 class FewTokens:
     @property
@@ -150,7 +150,7 @@ class MoeConfig:
     def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
         ...
 class Matrix:
-    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex, scales_stride: typing.SupportsInt | typing.SupportsIndex, scales_as_bf16: bool = False) -> None:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scales_as_bf16: bool = False) -> None:
         ...
     @property
     def scales_as_bf16(self) -> bool:
@@ -192,6 +192,10 @@ class Layer:
     def require_own_process(self) -> None:
         """
         Raises RuntimeError in a forked child, which must not change the layer.
+        """
+    def scale_depths(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> typing.Annotated[list[int], "FixedSize(3)"]:
+        """
+        How many successive k of the stored gate, up and down share a scale.
         """
     def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
         """

@@ -188,10 +188,12 @@ class Experts(PackedExperts):
                 are uint8 or int8 ``[experts, intermediate, hidden/2]``, with even k in the low
                 nibble; int4 codes may be int32 ``[experts, intermediate, hidden/8]``. Scales are
                 ``[experts, intermediate, hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4),
-                bfloat16 (int4).
+                bfloat16 (int4). With int4, any multiple of 32 weights, or a row, may share a scale.
+                With bf16, one tensor ``[experts, intermediate, hidden]``.
             up: codes and scales of the up projections, shaped like `gate`.
-            down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``.
-            format: "mxfp4" or "int4".
+            down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
+                bf16 ``[experts, hidden, intermediate]``.
+            format: "mxfp4", "int4" or "bf16".
             swiglu: the activation's parameters; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none.

@@ -93,7 +93,7 @@ class PackedExperts:
         """
         expert_id = self._checked(expert_id)
         refuse_tracing("export")
-        gate, up, down = new_expert(self._form)
+        gate, up, down = new_expert(self._layer, self._form, expert_id)
         self.export_into(expert_id, gate=gate, up=up, down=down)
         return ExpertWeights(gate, up, down, **self._residency.biases(expert_id))
 
@@ -119,12 +119,14 @@ class PackedExperts:
 
         Args:
             expert_id: the expert.
-            gate: codes ``[features, hidden/2]`` and scales ``[features, hidden/32]``, in the dtypes
-                that `Experts.from_tensors` accepts.
+            gate: codes ``[features, hidden/2]`` and scales ``[features, hidden/32]``, in the shapes
+                and dtypes that `Experts.from_tensors` accepts. There may be more scales than the
+                expert was packed from.
             up: like `gate`.
             down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
             intermediate: the intermediate features to write: rows of gate and up, columns of down.
-                They must be whole groups of 32. Default: all.
+                They must be whole groups of 32, and of the weights that share a scale of down.
+                Default: all.
             read_missing: whether to read an expert that has no weights in memory from the
                 checkpoint that the layer was made from, instead of raising ValueError. That is
                 slower.

@@ -307,8 +307,8 @@ TEST_F(FindFormatTest, FormatsDescribeThemselves) {
     const FormatInfo& info = FindFormat(*variant_, name).info;
     VisitFormat(name, [&]<class F>(F) {
       EXPECT_EQ(info.code_bits, F::kCodeBits);
-      EXPECT_EQ(info.group_size, F::kGroupSize);
-      EXPECT_EQ(info.scale_bytes, static_cast<int>(sizeof(typename F::Scale)));
+      EXPECT_EQ(info.scale_depth, HasScales<F> ? kGroupSize : 0);
+      EXPECT_EQ(info.scale_bytes, kBytesOfScale<typename F::Scale>);
     });
   }
 }

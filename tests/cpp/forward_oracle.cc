@@ -76,12 +76,12 @@ Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
 // greatest magnitude, or zero if that magnitude is tiny.
 template <class F>
 void RoundToInt8(Intervals& x) {
-  for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
+  for (size_t begin = 0; begin < x.size(); begin += kGroupSize) {
     double greatest = 0;
-    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+    for (size_t k = begin; k < begin + kGroupSize; ++k) {
       greatest = std::max(greatest, std::fabs(x[k].value) + x[k].error);
     }
-    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+    for (size_t k = begin; k < begin + kGroupSize; ++k) {
       x[k].error += greatest / 254 * (1 + 0x1p-10) + std::min(greatest, 0x1p-99);
     }
   }
@@ -91,9 +91,9 @@ void RoundToInt8(Intervals& x) {
 // outlier is off by 2^-13 of its greatest magnitude. All other groups are off by 2^-20 of it.
 template <class F>
 void RoundToDigits(Intervals& x, DType dtype) {
-  for (size_t begin = 0; begin < x.size(); begin += F::kGroupSize) {
+  for (size_t begin = 0; begin < x.size(); begin += kGroupSize) {
     double greatest = 0, least_greatest = 0, sum = 0;
-    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+    for (size_t k = begin; k < begin + kGroupSize; ++k) {
       const double magnitude = std::fabs(x[k].value);
       greatest = std::max(greatest, magnitude + x[k].error);
       least_greatest = std::max(least_greatest, magnitude - x[k].error);
@@ -101,7 +101,7 @@ void RoundToDigits(Intervals& x, DType dtype) {
     }
     // The rule for outliers looks at rounded numbers.
     const bool outlier = dtype != DType::kBf16 || sum * (1 + 0x1p-7) < 3 * least_greatest;
-    for (size_t k = begin; k < begin + F::kGroupSize; ++k) {
+    for (size_t k = begin; k < begin + kGroupSize; ++k) {
       x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-148);
     }
   }

@@ -35,7 +35,7 @@ class GemmTest : public IsaFormatTest {
   // Makes weights with random codes, or with all bytes equal to `codes`.
   Weights MakeWeights(int64_t tiles, int64_t groups, std::optional<std::byte> codes = {}) {
     return VisitFormat(format(), [&]<class F>(F) {
-      const int64_t rows = tiles * kTileRows, columns = groups * F::kGroupSize;
+      const int64_t rows = tiles * kTileRows, columns = groups * kGroupSize;
       auto matrix = TestMatrix::Random(format(), rows, columns, rng_);
       if (codes) {
         const MutableRawMatrix view = matrix.MutableView();
@@ -59,7 +59,7 @@ class GemmTest : public IsaFormatTest {
   std::vector<float> MakeInt8Activations(int64_t count) {
     std::uniform_int_distribution<int> value(-127, 127), exponent(-20, 20);
     std::vector<float> a(count);
-    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return kGroupSize; });
     for (int64_t i = 0, power = 0; i < count; ++i) {
       if (i % group == 0) power = exponent(rng_);
       const int number = i % group == 7 ? -127 : value(rng_);
@@ -78,7 +78,7 @@ class GemmTest : public IsaFormatTest {
 
   std::vector<float> Multiply(Path path, const Weights& w, const std::vector<float>& a) const {
     const auto tokens = static_cast<int64_t>(a.size()) / w.columns;
-    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return kGroupSize; });
     std::vector<float> c(tokens * w.rows(), NAN);
     kernels().multiply(path, w.tiles.data(), static_cast<int>(w.tiles.size()), w.columns / group,
                        a.data(), tokens, c.data());
@@ -97,7 +97,7 @@ class GemmTest : public IsaFormatTest {
   // 14 bits if the activations are bf16 and their group has no outlier.
   std::vector<float> Held(Path path, std::vector<float> a) const {
     if (path != Path::kDigits && path != Path::kDigitsOfBf16) return a;
-    const int64_t group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+    const int64_t group = VisitFormat(format(), []<class F>(F) { return kGroupSize; });
     for (auto x = a.begin(); x != a.end(); x += group) {
       double greatest = 0, sum = 0;
       for (int64_t i = 0; i < group; ++i) greatest = std::max(greatest, std::fabs(double{x[i]}));

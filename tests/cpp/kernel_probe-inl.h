@@ -28,8 +28,12 @@ struct Probe {
   using Floats = FloatPath<Isa, Codec>;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
-    return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
-                                                  greatest_scale * Format::kMaxMagnitude);
+    if constexpr (HasScales<Format>) {
+      return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
+                                                    greatest_scale * Format::kMaxMagnitude);
+    } else {
+      return true;
+    }
   }
 
   static void Multiply(Path path, const TileView* tiles, int count, int64_t groups, const float* a,
@@ -65,7 +69,7 @@ struct Probe {
         return;
       }
       std::vector<Bf16> x;
-      for (int64_t i = 0; i < tokens * w.groups * Format::kGroupSize; ++i) {
+      for (int64_t i = 0; i < tokens * w.groups * kGroupSize; ++i) {
         x.push_back(Bf16::FromFloat(a[i]));
       }
       Multiply<Digits>(w, count, StagedForm::kBytes, x.data(), tokens, c);
@@ -76,7 +80,7 @@ struct Probe {
   static void Multiply(const TilePair& w, int count, StagedForm form, const Element* a,
                        int64_t tokens, float* c) {
     constexpr DType kDType = std::is_same_v<Element, Bf16> ? DType::kBf16 : DType::kFp32;
-    const int64_t columns = w.groups * Format::kGroupSize;
+    const int64_t columns = w.groups * kGroupSize;
     const int64_t bytes = Compute::StagedBytes(form, columns);
     const TokenBlocks blocks(tokens, Compute::kBlockTokens);
     // The buffer is exactly as long as needed, so that a sanitizer notices reads beyond it.

@@ -30,6 +30,9 @@ class MoeErrorsTest : public MoeTest {
   static inline const MoeConfig kConfig = {
       .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .swiglu = {}};
 
+  bool has_scales() const {
+    return VisitFormat(format(), []<class F>(F) { return HasScales<F>; });
+  }
   std::string CreateMessage(const MoeConfig& config) const {
     return MessageOf<std::invalid_argument>([&] { Create(config); });
   }
@@ -41,7 +44,7 @@ class MoeErrorsTest : public MoeTest {
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(MoeErrorsTest);
 
 TEST_P(MoeErrorsTest, Sizes) {
-  const int group = VisitFormat(format(), []<class F>(F) { return F::kGroupSize; });
+  const int group = VisitFormat(format(), []<class F>(F) { return kGroupSize; });
   const std::string multiple = " must be a positive multiple of " + std::to_string(group);
   MoeConfig config = kConfig;
   config.hidden_size = 2889;
@@ -92,6 +95,7 @@ TEST_P(MoeErrorsTest, Biases) {
 // A failed Pack leaves the expert without weights, even if it had weights before. The error comes
 // out of any thread.
 TEST_P(MoeErrorsTest, InvalidScale) {
+  if (!has_scales()) GTEST_SKIP() << "there are no scales";
   const TestLayer layer(format(), LayerSpec{});
   const auto moe = Create(layer);
   TestMatrix damaged = layer.Matrix(1, 2);
@@ -111,8 +115,28 @@ TEST_P(MoeErrorsTest, InvalidScale) {
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { Forward(*moe, batch); }), "no exception");
 }
 
+// Scales are missing, or the format has none, or no such groups.
+TEST_P(MoeErrorsTest, ScalesOfAnotherForm) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer.config());
+  const std::byte some[4] = {};
+  ExpertSource source = layer.Source(0);
+  source.up.scales = has_scales() ? nullptr : some;
+  EXPECT_EQ(PackMessage(*moe, source),
+            has_scales() ? "test.weight: " + format() + " needs scales, got none"
+                         : "test.weight: " + format() + " has no scales, got some");
+  if (!has_scales()) return;
+  for (const int64_t depth : {16, 48}) {
+    source = layer.Source(0);
+    source.down.scale_depth = depth;
+    EXPECT_EQ(PackMessage(*moe, source), "test.weight: " + format() + " has no groups of " +
+                                             std::to_string(depth) + " weights that share a scale");
+  }
+}
+
 // If one of several experts is damaged, only the damaged one is sure to be without weights.
 TEST_P(MoeErrorsTest, InvalidScaleAmongSeveralExperts) {
+  if (!has_scales()) GTEST_SKIP() << "there are no scales";
   const TestLayer layer(format(), LayerSpec{});
   TestMatrix damaged = layer.Matrix(2, 0);
   VisitFormat(format(), [&]<class F>(F) {
@@ -198,8 +222,7 @@ TEST_P(MoeErrorsTest, BytesAreAboutTheCheckpoints) {
   const auto moe = Create(layer.config());
   const int64_t weights = 4 * 3 * 64 * 96, biases = 4 * (2 * 96 + 64) * 4;
   VisitFormat(format(), [&]<class F>(F) {
-    const int64_t scales =
-        weights / F::kGroupSize * static_cast<int64_t>(sizeof(typename F::Scale));
+    const int64_t scales = weights / kGroupSize * kBytesOfScale<typename F::Scale>;
     const int64_t bytes = weights * F::kCodeBits / 8 + scales + biases;
     EXPECT_GE(4 * moe->copy_bytes(), bytes);
     EXPECT_LE(4 * moe->copy_bytes(), bytes + bytes / 20);

@@ -89,7 +89,7 @@ TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
   Rng rng(1);
   for (const int64_t rows : {1, 15, 16, 17, 32, 33}) {
     for (const int64_t groups : {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 64, 73}) {
-      const int64_t columns = groups * TypeParam::kGroupSize;
+      const int64_t columns = groups * kGroupSize;
       const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
       const PackedLayout<TypeParam> layout(rows, columns);
       const std::vector<std::byte> packed = this->Pack(layout, source.View());
@@ -109,9 +109,9 @@ TYPED_TEST(PackingTest, RoundTripOfAnyShape) {
 // The tile is as kernels/tile.h documents it, code by code and scale by scale.
 TYPED_TEST(PackingTest, Layout) {
   using F = TypeParam;
-  using Scale = typename F::Scale;
+  constexpr int64_t kScaleBytes = kBytesOfScale<typename F::Scale>;
   Rng rng(2);
-  const int64_t rows = 21, columns = 73 * F::kGroupSize;
+  const int64_t rows = 21, columns = 73 * kGroupSize;
   const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
   const RawMatrix view = source.View();
   const PackedLayout<F> layout(rows, columns);
@@ -132,17 +132,17 @@ TYPED_TEST(PackingTest, Layout) {
           << "row " << row << ", k " << k;
     }
     for (int64_t g = 0; g < layout.groups(); ++g) {
-      EXPECT_EQ(
-          std::memcmp(tile.scales + (g * kTileRows + lane) * sizeof(Scale),
-                      view.scales + from * view.scales_stride + g * sizeof(Scale), sizeof(Scale)),
-          0);
+      if (kScaleBytes == 0) break;
+      EXPECT_EQ(std::memcmp(tile.scales + (g * kTileRows + lane) * kScaleBytes,
+                            view.scales + from * view.scales_stride + g * kScaleBytes, kScaleBytes),
+                0);
     }
   }
 }
 
 TYPED_TEST(PackingTest, StridedRows) {
   Rng rng(3);
-  const int64_t rows = 19, columns = 2 * TypeParam::kGroupSize;
+  const int64_t rows = 19, columns = 2 * kGroupSize;
   const auto interleaved = TestMatrix::Random(this->Name(), 2 * rows, columns, rng);
   const PackedLayout<TypeParam> layout(rows, columns);
   TestMatrix back(this->Name(), 2 * rows, columns);
@@ -209,12 +209,12 @@ TYPED_TEST(PackingTest, RowsAtAnyAddress) {
   using F = TypeParam;
   Rng rng(7);
   for (const int64_t groups : {4, 20, 32, 33}) {
-    const int64_t rows = 35, columns = groups * F::kGroupSize;
+    const int64_t rows = 35, columns = groups * kGroupSize;
     const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{});
     const PackedLayout<F> layout(rows, columns);
     const std::vector<std::byte> packed = this->Pack(layout, source.View());
     const int64_t code_bytes = columns * F::kCodeBits / 8;
-    const auto scale_bytes = static_cast<int64_t>(groups * sizeof(typename F::Scale));
+    const int64_t scale_bytes = groups * kBytesOfScale<typename F::Scale>;
     for (const int64_t misaligned : {0, 1, 31, 63}) {
       for (const int64_t gap : {0, 5, 64}) {
         const auto unpack = [&]<class Isa>(Isa) {
@@ -240,7 +240,7 @@ TYPED_TEST(PackingTest, ScalesBecomeBf16) {
   if constexpr (HasBf16Scales<F>) {
     const std::vector<Scale> scales = ValidScales<F>();
     const auto groups = static_cast<int64_t>(scales.size());
-    const int64_t rows = 17, columns = groups * F::kGroupSize;
+    const int64_t rows = 17, columns = groups * kGroupSize;
     TestMatrix source(this->Name(), rows, columns);
     const MutableRawMatrix view = source.MutableView();
     for (int64_t row = 0; row < rows; ++row) {
@@ -258,8 +258,8 @@ TYPED_TEST(PackingTest, ScalesBecomeBf16) {
       EXPECT_EQ(numbers[i].ToFloat(), scales[i % groups].ToFloat()) << i % groups;
     }
     std::fill(numbers.begin(), numbers.end(), Bf16{0});
-    this->Unpack(layout, this->Pack(layout, source.View()), 0, 2 * F::kGroupSize,
-                 out.template Columns<F>(2 * F::kGroupSize, F::kGroupSize));
+    this->Unpack(layout, this->Pack(layout, source.View()), 0, 2 * kGroupSize,
+                 out.template Columns<F>(2 * kGroupSize, kGroupSize));
     EXPECT_EQ(numbers[groups + 2].ToFloat(), scales[2].ToFloat());
     EXPECT_EQ(numbers[groups + 3].bits, 0);
   }
@@ -267,7 +267,7 @@ TYPED_TEST(PackingTest, ScalesBecomeBf16) {
 
 TYPED_TEST(PackingTest, GapsBetweenRowsAreLeftAlone) {
   Rng rng(4);
-  const int64_t rows = 5, columns = TypeParam::kGroupSize;
+  const int64_t rows = 5, columns = kGroupSize;
   const auto source = TestMatrix::Random(this->Name(), rows, columns, rng, kModerate, 3);
   TestMatrix back(this->Name(), rows, columns, 3);
   const PackedLayout<TypeParam> layout(rows, columns);
@@ -278,10 +278,10 @@ TYPED_TEST(PackingTest, GapsBetweenRowsAreLeftAlone) {
 TYPED_TEST(PackingTest, SlicesOfTheSource) {
   using F = TypeParam;
   Rng rng(5);
-  const int64_t rows = 40, columns = 4 * F::kGroupSize;
+  const int64_t rows = 40, columns = 4 * kGroupSize;
   const auto source = TestMatrix::Random(this->Name(), rows, columns, rng);
   const int64_t row_begin = 7, row_count = 18;
-  const int64_t column_begin = F::kGroupSize, column_count = 2 * F::kGroupSize;
+  const int64_t column_begin = kGroupSize, column_count = 2 * kGroupSize;
   const RawMatrix slice =
       source.View().Rows(row_begin, row_count).template Columns<F>(column_begin, column_count);
   const PackedLayout<F> part(row_count, column_count);
@@ -303,7 +303,8 @@ TYPED_TEST(PackingTest, SlicesOfTheSource) {
 
 TYPED_TEST(PackingTest, ScaleRange) {
   using Scale = typename TypeParam::Scale;
-  TestMatrix source(this->Name(), 17, 2 * TypeParam::kGroupSize);
+  if (!HasScales<TypeParam>) GTEST_SKIP() << "there are no scales";
+  TestMatrix source(this->Name(), 17, 2 * kGroupSize);
   const MutableRawMatrix view = source.MutableView();
   const auto scales = ValidScales<TypeParam>();
   float least = INFINITY, greatest = 0;
@@ -334,31 +335,73 @@ std::string MessageOf(Body&& body) {
 
 TYPED_TEST(PackingTest, RefusesAnInvalidScaleWithItsPlace) {
   using F = TypeParam;
-  using Scale = typename F::Scale;
-  const Scale invalid = {static_cast<decltype(Scale::bits)>(~0u)};  // NaN in every scale type
-  ASSERT_FALSE(F::IsValidScale(invalid));
-  Rng rng(6);
-  auto source = TestMatrix::Random(this->Name(), 20, 3 * F::kGroupSize, rng);
-  const MutableRawMatrix view = source.MutableView();
-  std::memcpy(view.scales + 18 * view.scales_stride + 2 * sizeof(Scale), &invalid, sizeof(Scale));
-  const PackedLayout<F> layout(view.rows, view.columns);
-  const std::string nan = std::signbit(invalid.ToFloat()) ? "-nan" : "nan";
-  EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
-            "test.weight: scale [18, 2] is " + nan + "; " + this->Name() +
-                " scales must be finite: the checkpoint is damaged");
+  if constexpr (!HasScales<F>) {
+    GTEST_SKIP() << "there are no scales";
+  } else {
+    using Scale = typename F::Scale;
+    const Scale invalid = {static_cast<decltype(Scale::bits)>(~0u)};  // NaN in every scale type
+    ASSERT_FALSE(F::IsValidScale(invalid));
+    Rng rng(6);
+    auto source = TestMatrix::Random(this->Name(), 20, 3 * kGroupSize, rng);
+    const MutableRawMatrix view = source.MutableView();
+    std::memcpy(view.scales + 18 * view.scales_stride + 2 * sizeof(Scale), &invalid, sizeof(Scale));
+    const PackedLayout<F> layout(view.rows, view.columns);
+    const std::string nan = std::signbit(invalid.ToFloat()) ? "-nan" : "nan";
+    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
+              "test.weight: scale [18, 2] is " + nan + "; " + this->Name() +
+                  " scales must be finite: the checkpoint is damaged");
+  }
+}
+
+// Groups that share a stored scale come back as they were: from whole rows, and from shards.
+TYPED_TEST(PackingTest, ScalesOfSeveralGroups) {
+  using F = TypeParam;
+  if constexpr (HasScales<F>) {
+    Rng rng(8);
+    const int64_t rows = 21, columns = 12 * kGroupSize;
+    for (const int64_t depth : {2 * kGroupSize, 4 * kGroupSize, 5 * kGroupSize, 12 * kGroupSize}) {
+      if (!F::AllowsScaleDepth(depth)) continue;
+      const auto source =
+          TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{}, 3, depth);
+      const PackedLayout<F> layout(rows, columns);
+      ScaleRange range;
+      const std::vector<std::byte> packed = this->Pack(layout, source.View(), &range);
+      TestMatrix back(this->Name(), rows, columns, 3, depth);
+      this->Unpack(layout, packed, 0, 0, back.MutableView());
+      EXPECT_EQ(back, source) << depth;
+      // Packed, the matrix equals one that has the scales of each group.
+      TestMatrix each(this->Name(), rows, columns);
+      this->Unpack(layout, packed, 0, 0, each.MutableView());
+      EXPECT_EQ(this->Pack(layout, each.View()), packed) << depth;
+      const RawMatrix view = source.View();
+      for (int64_t g = 0; g < layout.groups(); ++g) {
+        const int64_t bytes = kBytesOfScale<typename F::Scale>;
+        EXPECT_EQ(std::memcmp(each.View().scales + g * bytes,
+                              view.scales + g * kGroupSize / depth * bytes, bytes),
+                  0)
+            << depth << ": " << g;
+      }
+      TestMatrix shard(this->Name(), rows, columns - depth, 0, depth);
+      if (depth == columns) continue;
+      this->Unpack(layout, packed, 0, depth, shard.MutableView());
+      const PackedLayout<F> part(rows, columns - depth);
+      EXPECT_EQ(this->Pack(part, shard.View()),
+                this->Pack(part, view.template Columns<F>(depth, columns - depth)));
+    }
+  }
 }
 
 TYPED_TEST(PackingTest, RefusesColumnsThatAreNoWholeGroups) {
   using F = TypeParam;
-  const std::string group = std::to_string(F::kGroupSize);
-  EXPECT_EQ(MessageOf<std::invalid_argument>([] { PackedLayout<F>(16, F::kGroupSize + 2); }),
+  const std::string group = std::to_string(kGroupSize);
+  EXPECT_EQ(MessageOf<std::invalid_argument>([] { PackedLayout<F>(16, kGroupSize + 2); }),
             this->Name() + ": columns must be a multiple of " + group + ", got " +
-                std::to_string(F::kGroupSize + 2));
-  const TestMatrix matrix(this->Name(), 4, 2 * F::kGroupSize);
+                std::to_string(kGroupSize + 2));
+  const TestMatrix matrix(this->Name(), 4, 2 * kGroupSize);
   EXPECT_EQ(
       MessageOf<std::invalid_argument>([&] { matrix.View().template Columns<F>(0, 8); }),
       "test.weight: a slice of columns must consist of whole groups of " + group + ", got [0, 8)");
-  EXPECT_THROW(matrix.View().template Columns<F>(0, 3 * F::kGroupSize), std::invalid_argument);
+  EXPECT_THROW(matrix.View().template Columns<F>(0, 3 * kGroupSize), std::invalid_argument);
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { matrix.View().Rows(3, 2); }),
             "test.weight: rows [3, 5) are not within the matrix's 4");
 }

@@ -28,8 +28,10 @@ class ReferenceMoe {
     std::memcpy(&word, codes + bit / 8, (F::kCodeBits + 7) / 8);
     const uint32_t code = (word >> (bit % 8)) & ((uint64_t{1} << F::kCodeBits) - 1);
     typename F::Scale scale;
-    std::memcpy(&scale, m.scales + row * m.scales_stride + column / F::kGroupSize * sizeof(scale),
-                sizeof(scale));
+    if constexpr (HasScales<F>) {
+      std::memcpy(&scale, m.scales + row * m.scales_stride + column / m.scale_depth * sizeof(scale),
+                  sizeof(scale));
+    }
     return static_cast<double>(F::Decode(code)) * scale.ToFloat();
   }
 

@@ -5,42 +5,72 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "base/bits.h"
 #include "cpp/all_formats.h"
 
 namespace cpumoe {
+namespace {
 
-TestMatrix::TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap)
-    : rows_(rows), columns_(columns) {
+// Fills a row with random codes. All codes of a format with scales are valid.
+template <class F>
+void FillCodes(std::byte* row, int64_t columns, Rng& rng, const Magnitudes& magnitudes) {
+  if constexpr (HasScales<F>) {
+    std::generate_n(row, columns * F::kCodeBits / 8, [&] { return static_cast<std::byte>(rng()); });
+  } else {
+    static_assert(F::kCodeBits == 16);
+    for (int64_t k = 0; k < columns; ++k) {
+      uint16_t code;
+      float magnitude;
+      do {
+        code = static_cast<uint16_t>(rng());
+        magnitude = std::fabs(F::Decode(code));
+      } while (!(magnitude >= magnitudes.least && magnitude <= magnitudes.greatest));
+      std::memcpy(row + k * 2, &code, sizeof(code));
+    }
+  }
+}
+
+}  // namespace
+
+TestMatrix::TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap,
+                       int64_t scale_depth)
+    : rows_(rows), columns_(columns), scale_depth_(scale_depth) {
   VisitFormat(format, [&]<class F>(F) {
     codes_stride_ = columns * F::kCodeBits / 8 + gap;
-    scales_stride_ =
-        columns / F::kGroupSize * static_cast<int64_t>(sizeof(typename F::Scale)) + gap;
+    // The last row has no gap behind it, so that a sanitizer notices reads beyond it.
+    codes_.assign(rows * codes_stride_ - gap, kFiller);
+    if constexpr (HasScales<F>) {
+      scales_stride_ = CeilDiv(columns, scale_depth) * kBytesOfScale<typename F::Scale> + gap;
+      scales_.assign(rows * scales_stride_ - gap, kFiller);
+    }
   });
-  // The last row has no gap behind it, so that a sanitizer notices reads beyond it.
-  codes_.assign(rows * codes_stride_ - gap, kFiller);
-  scales_.assign(rows * scales_stride_ - gap, kFiller);
 }
 
 TestMatrix TestMatrix::Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
-                              const Magnitudes& magnitudes, int64_t gap) {
-  TestMatrix matrix(format, rows, columns, gap);
+                              const Magnitudes& magnitudes, int64_t gap, int64_t scale_depth) {
+  TestMatrix matrix(format, rows, columns, gap, scale_depth);
   VisitFormat(format, [&]<class F>(F) {
     using Scale = typename F::Scale;
     std::vector<Scale> scales;
-    for (const Scale scale : ValidScales<F>()) {
-      const float magnitude = std::fabs(scale.ToFloat());
-      if (magnitude >= magnitudes.least && magnitude <= magnitudes.greatest) {
-        scales.push_back(scale);
+    if constexpr (HasScales<F>) {
+      for (const Scale scale : ValidScales<F>()) {
+        const float magnitude = std::fabs(scale.ToFloat());
+        if (magnitude >= magnitudes.least && magnitude <= magnitudes.greatest) {
+          scales.push_back(scale);
+        }
+      }
+      if (scales.empty()) {
+        throw std::invalid_argument("the format has no scale of such a magnitude");
       }
     }
-    if (scales.empty()) throw std::invalid_argument("the format has no scale of such a magnitude");
     const MutableRawMatrix view = matrix.MutableView();
     for (int64_t row = 0; row < rows; ++row) {
-      std::generate_n(view.codes + row * view.codes_stride, columns * F::kCodeBits / 8,
-                      [&] { return static_cast<std::byte>(rng()); });
-      std::byte* out = view.scales + row * view.scales_stride;
-      for (int64_t g = 0; g < columns / F::kGroupSize; ++g, out += sizeof(Scale)) {
-        std::memcpy(out, &scales[rng() % scales.size()], sizeof(Scale));
+      FillCodes<F>(view.codes + row * view.codes_stride, columns, rng, magnitudes);
+      if constexpr (HasScales<F>) {
+        std::byte* out = view.scales + row * view.scales_stride;
+        for (int64_t i = 0; i < view.scale_columns(); ++i, out += sizeof(Scale)) {
+          std::memcpy(out, &scales[rng() % scales.size()], sizeof(Scale));
+        }
       }
     }
   });

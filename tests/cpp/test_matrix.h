@@ -3,11 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "formats/weight_format.h"
 #include "packing/raw_matrix.h"
 
 namespace cpumoe {
@@ -21,11 +23,17 @@ struct Magnitudes {
 };
 inline constexpr Magnitudes kModerate = {0x1p-7f, 0x1p-3f};
 
-// Returns all scales that a format allows, if scales have 8 bits. For 16 bits (bf16) it returns
-// some 500: one mantissa for each sign and exponent, and also the extreme mantissas for the extreme
-// and middle exponents.
+// Returns the scale at the beginning of `bytes`.
 template <class F>
-std::vector<typename F::Scale> ValidScales() {
+typename F::Scale LoadScale(const std::byte* bytes) {
+  typename F::Scale scale;
+  if constexpr (HasScales<F>) std::memcpy(&scale, bytes, sizeof(scale));
+  return scale;
+}
+
+// ValidScales of a format with scales.
+template <ScaledFormat F>
+std::vector<typename F::Scale> ValidScalesOf() {
   using Scale = typename F::Scale;
   constexpr int kBits = 8 * sizeof(Scale);
   static_assert(kBits <= 16, "choose some of the scales that this format allows");
@@ -41,17 +49,32 @@ std::vector<typename F::Scale> ValidScales() {
   return scales;
 }
 
+// Returns all scales that a format allows, if scales have 8 bits. For 16 bits (bf16) it returns
+// some 500: one mantissa for each sign and exponent, and also the extreme mantissas for the extreme
+// and middle exponents. Without scales it returns one NoScale.
+template <class F>
+std::vector<typename F::Scale> ValidScales() {
+  if constexpr (!HasScales<F>) {
+    return {NoScale{}};
+  } else {
+    return ValidScalesOf<F>();
+  }
+}
+
 // A matrix that owns its bytes. Rows of codes and of scales can be further apart than they are
 // long, as rows of interleaved matrices are. A pattern fills the bytes between rows.
 class TestMatrix {
  public:
   static constexpr std::byte kFiller{0xee};
 
-  TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap = 0);
+  TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap = 0,
+             int64_t scale_depth = kGroupSize);
 
-  // Makes random codes and random valid scales of these magnitudes.
+  // Makes random codes and random valid scales of these magnitudes. Without scales the weights have
+  // these magnitudes.
   static TestMatrix Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
-                           const Magnitudes& scales = kModerate, int64_t gap = 0);
+                           const Magnitudes& scales = kModerate, int64_t gap = 0,
+                           int64_t scale_depth = kGroupSize);
 
   RawMatrix View() const { return View<const std::byte>(codes_.data(), scales_.data()); }
   MutableRawMatrix MutableView() { return View<std::byte>(codes_.data(), scales_.data()); }
@@ -64,12 +87,14 @@ class TestMatrix {
             .columns = columns_,
             .codes = codes,
             .codes_stride = codes_stride_,
-            .scales = scales,
+            .scales = scales_stride_ == 0 ? nullptr : scales,
             .scales_stride = scales_stride_,
+            .scale_depth = scale_depth_,
             .name = "test.weight"};
   }
 
-  int64_t rows_, columns_, codes_stride_, scales_stride_;
+  int64_t rows_, columns_, scale_depth_;
+  int64_t codes_stride_, scales_stride_ = 0;
   std::vector<std::byte> codes_;
   std::vector<std::byte> scales_;
 };

@@ -59,6 +59,16 @@ EVERY_ISA = pytest.mark.parametrize("isa", [_row(isa) for isa in cpumoe.known_is
 EVERY_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"), [_row(isa, fmt) for isa in cpumoe.known_isas() for fmt in formats(isa)]
 )
+# The variants with the formats that have scales, and integers as codes.
+EVERY_QUANTIZED_VARIANT = pytest.mark.parametrize(
+    ("isa", "fmt"),
+    [
+        _row(isa, fmt)
+        for isa in cpumoe.known_isas()
+        for fmt in formats(isa)
+        if cpumoe.weight_format(fmt).scale_dtype is not None
+    ],
+)
 BF16_PRECISIONS = distinct_precisions(torch.bfloat16)
 EVERY_PRECISION = pytest.mark.parametrize("precision", BF16_PRECISIONS)
 # For fp32 hidden states, all precisions differ.

@@ -58,9 +58,13 @@ def test_kimi_accepts_int32_shapes_and_checks_them(kimi):
     ("weights", "name", "message"),
     [
         ({"symmetric": False}, "int4-asymmetric", "symmetric False is not supported, only True"),
-        ({"group_size": 128}, "int4", "group_size 128 is not supported, only 32"),
+        ({"group_size": 48}, "int4", "group_size 48 is not supported, only multiples of 32"),
         ({"num_bits": 8}, "int8", "num_bits 8 is not supported, only 4"),
-        ({"strategy": "channel"}, "int4", "strategy 'channel' is not supported, only 'group'"),
+        (
+            {"strategy": "tensor"},
+            "int4",
+            "strategy 'tensor' is not supported, only 'group' and 'channel'",
+        ),
         ({"actorder": "group"}, "int4", "actorder 'group' is not supported, only None"),
     ],
 )
@@ -199,6 +203,52 @@ def test_mxfp4_pack_quantized_is_read_as_compressed_tensors_writes_it(kimi, pres
     message = "group_size 16 is not supported, only 32"
     with pytest.raises(UnsupportedFormatError, match=message):
         open_checkpoint(kimi).check_supported()
+
+
+@pytest.mark.parametrize("group", [64, 128, None], ids=["64", "128", "channel"])
+def test_pack_quantized_groups_are_read_as_compressed_tensors_writes_them(tmp_path, group):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
+    compressor = base.PackedQuantizationCompressor
+    folder = write_small(tmp_path, "kimi-k2", hidden=256, intermediate=128)
+    strategy = "channel" if group is None else "group"
+    arguments = quantization.QuantizationArgs(num_bits=4, group_size=group, strategy=strategy)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    generator = torch.Generator().manual_seed(6)
+    dense, changes = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith("weight_packed"):
+            continue
+        stem = name.removesuffix("_packed")
+        n, k = tensor.shape[0], tensor.shape[1] * 8
+        scale = torch.rand(n, 1 if group is None else k // group, generator=generator).bfloat16()
+        weight = torch.randn(n, k, generator=generator).bfloat16()
+        packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        dense[stem] = compressor.decompress(dict(packed), scheme)["weight"].float()
+        changes |= {f"{stem}_{kind}": packed[f"weight_{kind}"] for kind in ("packed", "scale")}
+    edit_tensors(folder, changes)
+    edit_quantization(folder, json.loads(scheme.model_dump_json()))
+    reader = open_checkpoint(folder)
+    assert (reader.format, reader.unsupported) == ("int4", ())
+    reader.check_layer(2)
+    experts = cpumoe.Experts.from_checkpoint(folder, 2)
+    for name in ("gate", "up", "down"):
+        matrix = getattr(reader.expert(2, 1), name)
+        # The library rounds products to bf16.
+        actual = WEIGHT_FORMATS["int4"].dequantize(matrix.codes, matrix.scales).bfloat16().float()
+        assert torch.equal(actual, dense[f"model.layers.2.mlp.experts.1.{name}_proj.weight"])
+        assert torch.equal(getattr(experts.export(1), name).scales, matrix.scales)
+
+
+def test_a_row_must_be_whole_groups(kimi):
+    group = json.loads((kimi / "config.json").read_text())["quantization_config"]
+    weights = group["config_groups"]["group_0"]["weights"]
+    edit_quantization(kimi, {"weights": {**weights, "group_size": 64}})
+    with pytest.raises(
+        CheckpointError,
+        match=r"intermediate_size: expected a multiple of the group size 64, got 96",
+    ):
+        open_checkpoint(kimi)
 
 
 def test_compressed_tensors_groups_are_matched_by_name_first(kimi):

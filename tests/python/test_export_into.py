@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoint_tools import edit_tensors, first_layer, write_small
-from moe_tools import EVERY_VARIANT, layer, mask, refused
+from moe_tools import EVERY_ISA, EVERY_QUANTIZED_VARIANT, layer, mask, refused
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, open_checkpoint
@@ -46,7 +46,7 @@ def same(left, right):
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 def test_shards_make_up_the_whole_expert(isa, fmt):
     weights = layer(fmt, hidden=HIDDEN, intermediate=INTERMEDIATE)
     experts = weights.pack(isa=isa)
@@ -69,7 +69,7 @@ def test_shards_make_up_the_whole_expert(isa, fmt):
         assert same(into["down"][1], whole.down.scales[:, first // 32 : last // 32].contiguous())
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 def test_rows_may_lie_apart_and_nothing_else_is_written(isa, fmt):
     """gate and up interleaved in one tensor, as gpt-oss has them, within a larger one."""
     weights = layer(fmt, hidden=HIDDEN, intermediate=INTERMEDIATE)
@@ -115,7 +115,7 @@ def test_scales_of_any_size_become_bf16_exactly(isa):
     assert torch.equal(back.to(torch.uint8), weights.down.scales[0])
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 @pytest.mark.parametrize("offset", [0, 3, 64])
 def test_buffers_may_begin_at_any_byte(isa, fmt, offset):
     """Rows are longer than a cache line, and none of them needs to begin with one."""
@@ -311,3 +311,23 @@ def test_missing_experts_with_nan_scales_are_refused(tmp_path):
     experts = Experts.from_checkpoint(folder, 0, expert_mask=mask(1, experts=2), pack_masked=False)
     with pytest.raises(ValueError, match=rf"{name}: scales must be finite, got 255"):
         experts.export_into(1, **memory(experts), read_missing=True)
+
+
+@EVERY_ISA
+def test_bf16_weights_come_back(isa):
+    weights = layer("bf16", hidden=HIDDEN, intermediate=INTERMEDIATE)
+    experts = weights.pack(isa=isa)
+    whole = experts.export(2)
+    for name in ("gate", "up", "down"):
+        assert same(getattr(whole, name).codes, getattr(weights, name).codes[2])
+        assert getattr(whole, name).scales is None
+    gate, up = (torch.zeros(32, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
+    down = torch.zeros(HIDDEN, 32, dtype=torch.bfloat16)
+    experts.export_into(2, gate=gate, up=up, down=down, intermediate=slice(32, 64))
+    assert same(gate, weights.gate.codes[2, 32:64])
+    assert same(up, weights.up.codes[2, 32:64])
+    assert same(down.contiguous(), weights.down.codes[2, :, 32:64].contiguous())
+    with refused(TypeError, "gate scales: bf16 has no scales; pass the weights alone"):
+        experts.export_into(2, gate=(gate, gate), up=up, down=down, intermediate=slice(32, 64))
+    with refused(TypeError, "up: expected a QuantizedMatrix or a tensor, got int"):
+        experts.export_into(2, gate=gate, up=7, down=down, intermediate=slice(32, 64))

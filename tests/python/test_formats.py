@@ -223,7 +223,7 @@ def test_nan_scales_are_refused_with_their_index():
 def test_shapes_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match=r"mxfp4: K must be a positive multiple of 32, got 2890"):
         MXFP4.quantize(torch.zeros(1, 2890))
-    with pytest.raises(ValueError, match=r"need scales \[4, 2\], got \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"mxfp4 scales: expected \[4, 2\], got \[4, 1\]"):
         MXFP4.dequantize(
             torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.uint8)
         )

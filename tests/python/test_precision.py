@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_tools import EVERY_FORMAT, EVERY_VARIANT, SWIGLUS, check, features, inputs, layer
+from moe_tools import (
+    EVERY_FORMAT,
+    EVERY_ISA,
+    EVERY_QUANTIZED_VARIANT,
+    EVERY_VARIANT,
+    SWIGLUS,
+    check,
+    features,
+    inputs,
+    layer,
+)
 
 import cpumoe
 from cpumoe.numerics.precision import PRECISIONS, distinct_precisions, resolve_precision
@@ -82,6 +92,14 @@ def test_pytorchs_newer_settings_count(matmul_precision):
         matmul_precision("highest")
 
 
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bf16_weights_are_never_multiplied_with_int8(isa, dtype):
+    weights = layer("bf16")
+    args = inputs(weights, tokens=6, dtype=dtype)
+    assert torch.equal(weights.pack(isa=isa, precision="int8")(*args), weights.pack(isa=isa)(*args))
+
+
 @EVERY_VARIANT
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_default_is_the_bf16_path_for_narrow_hidden_states(isa, fmt, dtype):
@@ -135,7 +153,7 @@ def with_gates_of(rms, fmt, swiglu, *, bias):
     return replace(weights, **{name: b * (rms / 10 / b.std()) for name, b in biases.items()})
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 @SWIGLUS
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("rms", [1, 8, 64])

@@ -241,9 +241,30 @@ def test_weights_in_memory_are_not_rounded():
     torch.nn.init.zeros_(module.down_proj)
     module.config._experts_implementation = "cpumoe"
     with pytest.raises(
-        cpumoe.UnsupportedFormatError, match=r"expert 0, gate: .*exactly mxfp4, got others"
+        cpumoe.UnsupportedFormatError,
+        match=r"DeepseekV3Experts: .*exactly mxfp4 or bf16, got others",
     ):
         module(*routing())
+
+
+@pytest.mark.parametrize("module_class", [DeepseekV3Experts, DeepseekV4Experts, GptOssExperts])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bf16_weights_in_memory_are_exact(module_class, dtype):
+    module = experts_module(module_class)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape).mul(0.1).bfloat16())
+    x, ids, weights = routing()
+    module = module.to(dtype)
+    x = x.to(dtype)
+    with torch.no_grad():
+        exact = module.double()(x.double(), ids, weights.double())
+        module = module.to(dtype)
+        module.config._experts_implementation = "cpumoe"
+        actual = module(x, ids, weights)
+    assert actual.dtype == dtype
+    bound = 5e-6 if dtype == torch.float32 else 5e-3
+    assert float((actual.double() - exact).norm() / exact.norm()) < bound
 
 
 def test_training_experts_in_memory_is_refused():

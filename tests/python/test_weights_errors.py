@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from moe_tools import EVERY_VARIANT, layer, refused
+from moe_tools import EVERY_QUANTIZED_VARIANT, layer, refused
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix
@@ -106,7 +106,7 @@ def test_no_experts(weights):
         Experts.from_tensors(**none, format="mxfp4")
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 def test_scales_that_are_not_finite(isa, fmt):
     weights = layer(fmt)
     bad = 255 if fmt == "mxfp4" else float("nan")

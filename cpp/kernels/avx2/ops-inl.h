@@ -116,6 +116,10 @@ struct Avx2 : Fp32Multiplicands {
     return {{Even(lo), Even(hi)}, {Odd(lo), Odd(hi)}};
   }
 
+  static Pair FromBf16(Codes codes) {
+    return {{Even(codes.lo), Even(codes.hi)}, {Odd(codes.lo), Odd(codes.hi)}};
+  }
+
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
   }

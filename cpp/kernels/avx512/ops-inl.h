@@ -100,6 +100,12 @@ struct Avx512 : Fp32Multiplicands {
             _mm512_permutexvar_ps(_mm512_srli_epi32(codes.words, 16 + kShift), table.values)};
   }
 
+  static Pair FromBf16(Codes codes) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(codes.words, 16)),
+            _mm512_castsi512_ps(
+                _mm512_and_si512(codes.words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     sum = _mm512_fmadd_ps(w.even, _mm512_set1_ps(a[0]), sum);
     return _mm512_fmadd_ps(w.odd, _mm512_set1_ps(a[1]), sum);

@@ -19,6 +19,7 @@
 namespace cpumoe {
 
 struct Avx512Bf16 : Avx512Vnni {
+  using Wide = Avx512Vnni;  // with fp32 activations
   static constexpr bool kSplitsPairs = false;
   static constexpr int kDigitLimit = 1;  // with more, VDPBF16PS is faster on AMD
   static constexpr int kPreciseDigitLimit = kDigitLimit;
@@ -51,6 +52,8 @@ struct Avx512Bf16 : Avx512Vnni {
                                      : UpperBytes(_mm512_srli_epi16(codes.words, kShift - 8));
     return {_mm512_permutexvar_epi16(index, table.values)};
   }
+
+  static Pair FromBf16(Codes codes) { return {codes.words}; }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     int32_t pair;

@@ -128,6 +128,16 @@ struct Generic : Fp32Multiplicands {
   }
 
   static Codes LoadCodes(const std::byte* p) { return {p}; }
+  static Pair FromBf16(Codes codes) {
+    Pair pair;
+    for (int i = 0; i < kParts; ++i) {
+      Words words;
+      std::memcpy(&words, codes.bytes + i * sizeof(words), sizeof(words));
+      pair.even.part[i] = std::bit_cast<Floats>(words << 16);
+      pair.odd.part[i] = std::bit_cast<Floats>(words & 0xffff0000u);
+    }
+    return pair;
+  }
   static constexpr Table16 MakeTable(const std::array<float, 16>& values) {
     return MakeCodeTable(values);
   }

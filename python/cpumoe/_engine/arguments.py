@@ -10,9 +10,11 @@ from cpumoe import _core
 from cpumoe._base.tensors import address, describe, plain, refuse_tracing
 from cpumoe._engine.output import ELEMENTS
 from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.formats.weight_format import K_MULTIPLE
 
-# A stack of matrices [experts, N, K]: a QuantizedMatrix, or a tuple (codes, scales).
-MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor]
+# A stack of matrices [experts, N, K]: a QuantizedMatrix, a tuple (codes, scales), or the weights of
+# a format without scales.
+MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 def check_mask(mask: torch.Tensor, num_experts: int) -> int:
@@ -39,21 +41,19 @@ def normalized(
     """Returns a matrix, or a stack, as bytes of codes and scales whose shapes fit."""
     if isinstance(matrices, tuple) and len(matrices) == 2:
         matrices = QuantizedMatrix(*matrices)
+    elif isinstance(matrices, torch.Tensor) and fmt.scale_dtype is None:
+        matrices = QuantizedMatrix(matrices)
     if not isinstance(matrices, QuantizedMatrix):
-        raise TypeError(
-            f"{name}: expected a QuantizedMatrix or a tuple (codes, scales), got {_kind(matrices)}"
-        )
+        wanted = "a tuple (codes, scales)" if fmt.scale_dtype else "a tensor"
+        raise TypeError(f"{name}: expected a QuantizedMatrix or {wanted}, got {_kind(matrices)}")
     refuse_tracing(name)
-    codes, scales = matrices.codes, matrices.scales
-    codes = fmt.normalize_codes(codes, f"{name} codes")
-    scales = fmt.normalize_scales(scales, f"{name} scales")
+    codes = fmt.normalize_codes(matrices.codes, f"{name} codes")
+    scales = fmt.normalize_scales(matrices.scales, f"{name} scales")
     if codes.dim() != (3 if stacked else 2):
-        wanted = "[experts, N, K/2]" if stacked else "[N, K/2]"
+        k = "K/2" if codes.dtype == torch.uint8 else "K"
+        wanted = f"[experts, N, {k}]" if stacked else f"[N, {k}]"
         raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}")
-    columns = codes.shape[-1] * 8 // fmt.code_bits
-    fmt.check_k(columns, f"{name}: K")
-    expected = (*codes.shape[:-1], columns // fmt.group_size)
-    require_shape(tuple(scales.shape), expected, f"{name} scales")
+    fmt.check_shapes(codes, scales, name)
     return QuantizedMatrix(codes, scales, name=matrices.name or name)
 
 
@@ -98,7 +98,8 @@ def matrix_view(
         columns=columns,
         codes=address(codes, f"{name} codes"),
         codes_stride=codes.stride(0) * codes.itemsize,
-        scales=address(scales, f"{name} scales"),
-        scales_stride=scales.stride(0) * scales.itemsize,
+        scales=0 if scales is None else address(scales, f"{name} scales"),
+        scales_stride=0 if scales is None else scales.stride(0) * scales.itemsize,
+        scale_depth=matrix.group_size or K_MULTIPLE,
         scales_as_bf16=scales_as_bf16,
     )

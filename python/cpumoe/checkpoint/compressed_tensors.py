@@ -1,12 +1,13 @@
-"""compressed-tensors: routed experts in symmetric INT4 (Kimi-K2) or MXFP4, in groups of 32.
+"""compressed-tensors: routed experts in symmetric INT4 (Kimi-K2) or MXFP4.
 
 Tensors are called ``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``. Some
 checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_sparse_moe``,
 ``feed_forward`` or another single name.
 
-``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/32]``, and
-optionally weight_shape int64 or int32 ``[2]`` = N, K. The little-endian bytes of a packed row hold
-two offset-binary codes each, low nibble = even k. ``mxfp4-pack-quantized`` has weight_packed uint8
+``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/group]``,
+and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any multiple of 32, or a row
+(strategy "channel"). The little-endian bytes of a packed row hold two offset-binary codes each, low
+nibble = even k. ``mxfp4-pack-quantized`` has weight_packed uint8
 ``[N, K/2]`` and weight_scale uint8 (E8M0) ``[N, K/32]``. If a checkpoint asks for dynamically
 quantized activations, cpumoe does not quantize them. Source: compressed-tensors 0.20
 ``compressors/pack_quantized`` and ``compressors/mxfp4``.
@@ -27,6 +28,7 @@ from cpumoe.checkpoint.patterns import ModulePatterns
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
+    WHOLE_ROW,
     ExpectedTensor,
     ExpertReader,
     ExpertsInfo,
@@ -68,9 +70,9 @@ class CompressedTensorsReader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        name, unsupported = _experts_format(folder, config.quantization)
+        name, unsupported, group_size = _experts_format(folder, config.quantization)
         plain = config.model_type in PLAIN_SWIGLU_MODEL_TYPES
-        return ExpertsInfo(name, SwiGLU() if plain else None, unsupported)
+        return ExpertsInfo(name, SwiGLU() if plain else None, unsupported, group_size)
 
     @override
     @classmethod
@@ -105,7 +107,7 @@ class CompressedTensorsReader(ExpertReader):
         columns = k * fmt.code_bits // (8 * codes.itemsize)
         tensors: list[ExpectedTensor] = [
             (f"{name}.weight_packed", (codes,), (n, columns)),
-            (f"{name}.weight_scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
+            (f"{name}.weight_scale", fmt.scale_dtypes, (n, self._scale_columns(k))),
         ]
         # weight_shape repeats the config and the other two tensors. Some exporters leave it out.
         if f"{name}.weight_shape" in self.folder:
@@ -122,35 +124,35 @@ class CompressedTensorsReader(ExpertReader):
         return self._matrix(*tensors, codes[0], scales[0])
 
 
-def _experts_format(
-    folder: SafetensorsFolder, quantization: Mapping[str, Any]
-) -> tuple[str, tuple[str, ...]]:
-    """Returns the experts' format name and the reasons why it is not supported."""
+# The experts' format name, the reasons why it is not supported, and the group size.
+_Format = tuple[str, tuple[str, ...], int | None]
+
+
+def _experts_format(folder: SafetensorsFolder, quantization: Mapping[str, Any]) -> _Format:
     patterns = ModulePatterns()
     groups = _config_groups(quantization, patterns)
     ignore = patterns.checked(quantization.get("ignore") or [], "ignore")
     modules = _expert_modules(folder)
     name = shown(str(quantization.get("format")))
     if not modules:
-        return name, ("no tensor of a routed expert has a known name",)
+        return name, ("no tensor of a routed expert has a known name",), None
     bias = next(filter(_EXPERT_BIAS.match, folder.names()), None)
     if bias is not None:
         reason = f"biases of experts are not supported in this layout: {shown(bias)}"
-        return name, (reason,)
+        return name, (reason,), None
     gates = {projections[0] for projections in _PROJECTIONS}
     if not any(module.rpartition(".")[2] in gates for module in modules):
         reason = f"experts without a gate projection are not supported: {shown(modules[0])}"
-        return name, (reason,)
+        return name, (reason,), None
     ignored = _ignored_expert(folder, modules, ignore, patterns)
     if ignored is not None:
         entry, module = ignored
-        return "unquantized", (f"ignore: {shown_value(entry)} leaves {shown(module)} unquantized",)
+        reason = f"ignore: {shown_value(entry)} leaves {shown(module)} unquantized"
+        return "unquantized", (reason,), None
     return _group_format(_experts_group(groups, modules[0], patterns), quantization)
 
 
-def _group_format(
-    group: Mapping[str, Any], quantization: Mapping[str, Any]
-) -> tuple[str, tuple[str, ...]]:
+def _group_format(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> _Format:
     weights = group.get("weights") or {}
     key = group.get("format") or quantization.get("format")
     stored = _STORED.get(key) if isinstance(key, str) else None
@@ -159,13 +161,15 @@ def _group_format(
             f"format {shown_value(key)} is not supported yet, only "
             f"{' and '.join(map(repr, _STORED))}"
         )
-        return shown(str(key)), (reason,)
+        return shown(str(key)), (reason,), None
     required = _required(stored)
     wrong = [key for key, allowed in required.items() if weights.get(key) not in allowed]
     reasons = tuple(
         f"{key} {shown_value(weights.get(key))} is not supported, only {required[key][0]!r}"
         for key in wrong
     )
+    group_size, unsupported = _group_size(stored, weights)
+    reasons += unsupported
     activations = group.get("input_activations")
     if activations is not None and not (
         isinstance(activations, Mapping) and activations.get("dynamic")
@@ -174,8 +178,25 @@ def _group_format(
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric")
     plain = not set(wrong) & {"num_bits", "type", "symmetric"}
     if plain:
-        return stored.name, reasons
-    return f"{stored.type}{shown_value(bits)}{'' if symmetric else '-asymmetric'}", reasons
+        return stored.name, reasons, group_size
+    return f"{stored.type}{shown_value(bits)}{'' if symmetric else '-asymmetric'}", reasons, None
+
+
+def _group_size(stored: _Stored, weights: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """Returns how many weights share a scale, and reasons why that is not supported."""
+    fmt = WEIGHT_FORMATS[stored.name]
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if fmt.groups_vary and strategy == "channel":
+        return WHOLE_ROW, ()
+    if strategy != "group":
+        known = "'group' and 'channel'" if fmt.groups_vary else "'group'"
+        return None, (f"strategy {shown_value(strategy)} is not supported, only {known}",)
+    if isinstance(size, int) and not isinstance(size, bool):
+        multiple = size > 0 and size % fmt.group_size == 0
+        if size == fmt.group_size or (fmt.groups_vary and multiple):
+            return size, ()
+    known = f"multiples of {fmt.group_size}" if fmt.groups_vary else str(fmt.group_size)
+    return None, (f"group_size {shown_value(size)} is not supported, only {known}",)
 
 
 def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
@@ -184,8 +205,6 @@ def _required(stored: _Stored) -> dict[str, tuple[Any, ...]]:
     return {
         "num_bits": (fmt.code_bits,),
         "type": (stored.type,),
-        "strategy": ("group",),
-        "group_size": (fmt.group_size,),
         "symmetric": (True,),
         # "group" reorders the inputs of groups (g_idx). The other values store k in order.
         "actorder": (None, False, "weight", "static"),

@@ -155,4 +155,4 @@ class OriginalGptOssReader(GptOssReader):
 
 def _every_second_row(matrix: QuantizedMatrix, first: int) -> QuantizedMatrix:
     name = f"{matrix.name}[{first}::2]"
-    return QuantizedMatrix(matrix.codes[first::2], matrix.scales[first::2], name=name)
+    return QuantizedMatrix(matrix.codes[first::2], matrix.given_scales[first::2], name=name)

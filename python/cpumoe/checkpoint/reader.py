@@ -31,6 +31,10 @@ LAYER = r"(?P<layer>[0-9]{1,9})"
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
 
 
+# A group size that stands for a row of any length.
+WHOLE_ROW = -1
+
+
 class UnsupportedFormatError(CheckpointError):
     """The checkpoint is sound, but its experts' format (or activation) is not supported."""
 
@@ -70,11 +74,14 @@ class ExpertsInfo:
         swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
             `unsupported` is not empty.
         unsupported: reasons why the experts cannot be read; empty if they can.
+        group_size: successive weights of a row that share a scale; None: the format's usual number;
+            `WHOLE_ROW`: all of them.
     """
 
     format: str
     swiglu: SwiGLU | None
     unsupported: tuple[str, ...] = ()
+    group_size: int | None = None
 
 
 class ExpertReader(ABC):
@@ -112,14 +119,15 @@ class ExpertReader(ABC):
         self.format = info.format
         self.unsupported = info.unsupported + unsupported_activation(config.text)
         self.swiglu = info.swiglu
+        self._group_size = info.group_size
         self.model_type = config.model_type
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size
         if not self.unsupported:
-            self._weight_format.check_k(self.hidden_size, "hidden_size")
-            self._weight_format.check_k(self.intermediate_size, "intermediate_size")
+            self._check_k(self.hidden_size, "hidden_size")
+            self._check_k(self.intermediate_size, "intermediate_size")
 
     @classmethod
     @abstractmethod
@@ -282,6 +290,19 @@ class ExpertReader(ABC):
     @property
     def _weight_format(self) -> WeightFormat:
         return WEIGHT_FORMATS[self.format]
+
+    def _check_k(self, k: int, name: str) -> None:
+        self._weight_format.check_k(k, name)
+        if self._group_size not in (None, WHOLE_ROW) and k % self._group_size:
+            raise CheckpointError(
+                f"{self.folder.path}: config.json: {name}: expected a multiple of the group size "
+                f"{self._group_size}, got {k}"
+            )
+
+    def _scale_columns(self, k: int) -> int:
+        """Number of scales of a row of `k` weights."""
+        group = self._group_size or self._weight_format.group_size
+        return 1 if group == WHOLE_ROW else k // group
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:

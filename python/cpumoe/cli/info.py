@@ -129,8 +129,8 @@ def _formats() -> list[dict[str, Any]]:
         {
             "name": row.name,
             "bits_per_weight": row.bits_per_weight,
-            "group_size": row.group_size,
-            "scale": dtype_name(row.scale_dtype),
+            "group_size": row.group_size or None,
+            "scale": None if row.scale_dtype is None else dtype_name(row.scale_dtype),
         }
         for row in WEIGHT_FORMATS.values()
     ]
@@ -179,7 +179,8 @@ def _render(document: dict[str, Any]) -> None:
     )
     for row in document["formats"]:
         bits = f"{row['bits_per_weight']:g}"
-        formats.add_row(row["name"], row["scale"], str(row["group_size"]), bits)
+        scale, group = row["scale"] or "none", str(row["group_size"] or "")
+        formats.add_row(row["name"], scale, group, bits)
     console.show("", table, "", amx, "", formats)
 
 

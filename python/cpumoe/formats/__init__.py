@@ -5,13 +5,14 @@ To add a format, add a file with its `WeightFormat`, and a row to `WEIGHT_FORMAT
 
 from __future__ import annotations
 
+from cpumoe.formats.bf16 import BF16
 from cpumoe.formats.int4 import INT4
 from cpumoe.formats.mxfp4 import MXFP4
 from cpumoe.formats.weight_format import QuantizedMatrix, WeightFormat
 
 __all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
 
-WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4)}
+WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16)}
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:

@@ -26,6 +26,7 @@ def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 INT4 = WeightFormat(
     name="int4",
     group_size=32,
+    groups_vary=True,
     code_bits=4,
     scale_dtype=torch.bfloat16,
     scale_storage=torch.bfloat16,

@@ -342,11 +342,13 @@ def _same(exported: ExpertWeights, original: ExpertWeights) -> bool:
         ours, theirs = getattr(exported, name), getattr(original, name)
         if not (_bits(ours.codes, theirs.codes) and _bits(ours.scales, theirs.scales)):
             return False
-    return all(a is b or (a is not None and b is not None and _bits(a, b)) for a, b in tensors)
+    return all(_bits(a, b) for a, b in tensors)
 
 
-def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes."""
+def _bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors have the same shape, dtype and bytes, or neither exists."""
+    if a is None or b is None:
+        return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

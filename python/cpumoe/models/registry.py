@@ -21,7 +21,7 @@ GPT_OSS_SWIGLU = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 
 # Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. fp8_block has one
 # float32 scale per 128x128 block.
-_OTHER_FORMAT_BITS = {"bf16": 16.0, "fp8_block": 8 + 32 / 128**2}
+_OTHER_FORMAT_BITS = {"fp8_block": 8 + 32 / 128**2}
 
 
 @dataclass(frozen=True)

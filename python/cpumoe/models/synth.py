@@ -36,13 +36,14 @@ def random_matrix(
     Args:
         fmt: the weight format.
         n: number of rows.
-        k: number of columns, a multiple of the format's group size.
+        k: number of columns, a multiple of 32.
         pattern: ``normal``: independent normal weights of standard deviation `WEIGHT_STD`, as
             trained models have. ``uniform``: one value everywhere (a wrong scale shows).
             ``alternating``: positive for even k, negative for odd (swapped nibbles show). Sizes
             vary, because the sums would cancel otherwise. ``ramp``: rises along k, and starts
             elsewhere in each row (permuted k or rows show). ``random``: every code is equally
-            likely, with scales of moderate size. This is the fastest pattern.
+            likely, with scales of moderate size; without scales, weights are uniform. This is the
+            fastest pattern.
         generator: draws all random numbers, including the size of constant patterns.
 
     Raises:
@@ -161,6 +162,9 @@ def _count(end: int) -> torch.Tensor:
 
 
 def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
+    if fmt.scale_storage is None:
+        weights = uniform(n, k, generator=generator).sub_(0.5).mul_(12**0.5 * WEIGHT_STD)
+        return QuantizedMatrix(*fmt.quantize(weights))
     # random_ draws one number per element, so fewer and wider elements are several times faster.
     words = torch.empty(n, k // 16, dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)

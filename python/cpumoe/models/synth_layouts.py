@@ -153,7 +153,7 @@ class DeepseekV4Layout(Layout):
         prefix = f"layers.{layer}.ffn.experts.{index}"
         for name, matrix in zip(("w1", "w3", "w2"), matrices, strict=True):
             yield f"{prefix}.{name}.weight", 0, matrix.codes.view(torch.int8)
-            yield f"{prefix}.{name}.scale", 0, matrix.scales.view(torch.float8_e8m0fnu)
+            yield f"{prefix}.{name}.scale", 0, matrix.given_scales.view(torch.float8_e8m0fnu)
 
     @property
     def _vocab_size(self) -> int:
@@ -223,13 +223,13 @@ class GptOssLayout(Layout):
         # Rows gate 0, up 0, gate 1, up 1, ...
         gate_up = QuantizedMatrix(
             torch.stack((gate.codes, up.codes), 1).flatten(0, 1),
-            torch.stack((gate.scales, up.scales), 1).flatten(0, 1),
+            torch.stack((gate.given_scales, up.given_scales), 1).flatten(0, 1),
         )
         for name, matrix in (("gate_up_proj", gate_up), ("down_proj", down)):
             prefix = f"model.layers.{layer}.mlp.experts.{name}"
-            n, groups = matrix.scales.shape
+            n, groups = matrix.given_scales.shape
             yield f"{prefix}_blocks", index, matrix.codes.view(1, n, groups, 16)
-            yield f"{prefix}_scales", index, matrix.scales[None]
+            yield f"{prefix}_scales", index, matrix.given_scales[None]
             bias = self._normal(1, n, generator=generator)
             yield f"{prefix}_bias", index, bias.bfloat16()
 
@@ -300,7 +300,7 @@ class CompressedTensorsLayout(Layout):
         prefix = f"{self._prefix(layer)}.experts.{index}"
         for name, matrix in zip(("gate", "up", "down"), matrices, strict=True):
             yield f"{prefix}.{name}_proj.weight_packed", 0, matrix.codes.view(torch.int32)
-            yield f"{prefix}.{name}_proj.weight_scale", 0, matrix.scales
+            yield f"{prefix}.{name}_proj.weight_scale", 0, matrix.given_scales
             yield f"{prefix}.{name}_proj.weight_shape", 0, torch.tensor(matrix.shape, device="cpu")
 
     def _prefix(self, layer: int) -> str:

@@ -46,7 +46,6 @@ from typing_extensions import Unpack
 
 from cpumoe._base.renamed import with_old_arguments
 from cpumoe._base.tensors import dtype_name
-from cpumoe.formats import weight_format
 from cpumoe.formats.rounding import power_of_two
 from cpumoe.numerics.activations import (
     GREATEST_CODE,
@@ -152,11 +151,10 @@ def experts_forward_with_bounds(
         known = " or ".join(map(dtype_name, _UNIT_ROUNDOFF))
         raise ValueError(f"output_dtype: expected {known}, got {dtype_name(output_dtype)}")
     layer = ReferenceLayer(gate, up, down, **options)
-    group_size = _GROUP_SIZE if layer.format is None else weight_format(layer.format).group_size
     output = torch.zeros(hidden_states.shape, dtype=torch.float64, device="cpu")
     bounds = {precision: torch.zeros_like(output) for precision in precisions}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
-        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, group_size)
+        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, _GROUP_SIZE)
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for precision, bound in bounds.items():

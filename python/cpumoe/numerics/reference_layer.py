@@ -185,7 +185,7 @@ class ReferenceLayer:
 
 def dequantize(
     codes: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor | None,
     format: str | WeightFormat,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -193,7 +193,7 @@ def dequantize(
 
     Args:
         codes: a checkpoint's codes (see `WeightFormat.normalize_codes`).
-        scales: a checkpoint's scales (see `WeightFormat.normalize_scales`).
+        scales: a checkpoint's scales (see `WeightFormat.normalize_scales`); None: there are none.
         format: a weight format or its name.
         dtype: torch.float32 or torch.float64.
 

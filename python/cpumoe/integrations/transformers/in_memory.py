@@ -2,7 +2,8 @@
 
 If transformers dequantized an MXFP4 model, its bf16 weights are exactly E2M1 values times a power
 of two. The first call packs them as MXFP4 again, which restores the checkpoint's values exactly.
-Other weights are refused, because rounding them would change the model.
+Other weights are packed as bf16, if they are bf16 numbers. Weights that need more bits are refused,
+because rounding them would change the model.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from cpumoe._engine.custom_op import new_handle, record_call
 from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
-from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
 from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
 
-_FORMAT = weight_format("mxfp4")
+# The formats that may hold weights exactly, the smallest first.
+_FORMATS = (weight_format("mxfp4"), weight_format("bf16"))
 
 
 class _InMemory:
@@ -75,7 +77,7 @@ def experts_forward(
         ``[tokens, hidden]`` in the dtype of `hidden_states`. See `cpumoe.Experts` for gradients.
 
     Raises:
-        UnsupportedFormatError: the weights are not exactly MXFP4.
+        UnsupportedFormatError: the weights are not bf16 numbers.
         RuntimeError: the module is in training mode.
         ValueError: cpumoe does not support the module's activation, or it is not on the CPU.
     """
@@ -123,11 +125,12 @@ def _pack(module: Any) -> Experts:
     hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
     if module.is_transposed:
         hidden, inner = inner, hidden
-    _FORMAT.check_k(hidden, "hidden_size")
-    _FORMAT.check_k(inner, "intermediate_size")
+    fmt = _format_of(module)
+    fmt.check_k(hidden, "hidden_size")
+    fmt.check_k(inner, "intermediate_size")
     return Experts(
-        _encoded(module),
-        format=_FORMAT.name,
+        _encoded(module, fmt),
+        format=fmt.name,
         num_experts=module.num_experts,
         hidden_size=hidden,
         intermediate_size=inner,
@@ -138,12 +141,41 @@ def _pack(module: Any) -> Experts:
 
 
 @torch.no_grad()
-def _encoded(module: Any) -> Iterator[ExpertWeights]:
+def _format_of(module: Any) -> WeightFormat:
+    """Returns the smallest format that holds all of the module's weights exactly."""
+    stacks = (module.gate_up_proj, module.down_proj)
+    for fmt in _FORMATS:
+        if all(_holds(fmt, _rows(module, matrix)) for stack in stacks for matrix in stack):
+            return fmt
+    raise UnsupportedFormatError(
+        f"{type(module).__name__}: expected weights that are exactly "
+        f"{' or '.join(fmt.name for fmt in _FORMATS)}, got others, and cpumoe does not round "
+        f"weights; load the model with dtype=torch.bfloat16, or a quantized checkpoint with "
+        f"cpumoe.integrations.transformers.from_pretrained"
+    )
+
+
+def _holds(fmt: WeightFormat, weights: torch.Tensor) -> bool:
+    """Whether weights ``[N, K]`` are values of the format."""
+    if weights.dtype == torch.bfloat16 and fmt.code_dtypes == (torch.bfloat16,):
+        return True
+    return weights.shape[-1] % 32 == 0 and torch.equal(
+        fmt.dequantize(*fmt.quantize(weights)), weights.float()
+    )
+
+
+def _rows(module: Any, matrix: torch.Tensor) -> torch.Tensor:
+    """Returns an expert's matrix ``[N, K]``."""
+    return matrix.T if module.is_transposed else matrix
+
+
+@torch.no_grad()
+def _encoded(module: Any, fmt: WeightFormat) -> Iterator[ExpertWeights]:
     name = type(module).__name__
     for index in range(module.num_experts):
-        gate_up, down = module.gate_up_proj[index], module.down_proj[index]
-        if module.is_transposed:
-            gate_up, down = gate_up.T, down.T
+        gate_up, down = (
+            _rows(module, stack[index]) for stack in (module.gate_up_proj, module.down_proj)
+        )
         gate, up = _halves(module, gate_up)
         biases: tuple[torch.Tensor, ...] = ()
         if module.has_bias:
@@ -153,9 +185,9 @@ def _encoded(module: Any) -> Iterator[ExpertWeights]:
             )
         subject = f"{name}: expert {index}"
         yield ExpertWeights(
-            _exact(gate, f"{subject}, gate"),
-            _exact(up, f"{subject}, up"),
-            _exact(down, f"{subject}, down"),
+            QuantizedMatrix(*fmt.quantize(gate), name=f"{subject}, gate"),
+            QuantizedMatrix(*fmt.quantize(up), name=f"{subject}, up"),
+            QuantizedMatrix(*fmt.quantize(down), name=f"{subject}, down"),
             *(bias.contiguous() for bias in biases),
         )
 
@@ -165,16 +197,3 @@ def _halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         gate, up = gate_up.chunk(2)
         return gate, up
     return gate_up[::2], gate_up[1::2]
-
-
-def _exact(weights: torch.Tensor, subject: str) -> QuantizedMatrix:
-    """Encodes weights ``[N, K]``, all of which must be values of the format."""
-    weights = weights.float().contiguous()
-    matrix = QuantizedMatrix(*_FORMAT.quantize(weights), name=subject)
-    if not torch.equal(_FORMAT.dequantize(matrix.codes, matrix.scales), weights):
-        raise UnsupportedFormatError(
-            f"{subject}: expected weights that are exactly {_FORMAT.name}, got others, and cpumoe "
-            f"does not round weights; load a quantized checkpoint with "
-            f"cpumoe.integrations.transformers.from_pretrained"
-        )
-    return matrix
