@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +37,10 @@ constexpr Words SwapEvenOdd(Words words) {
 struct ScaleRange {
   float least = std::numeric_limits<float>::infinity();
   float greatest = 0.0f;
+
+  // Whether all scales are so far from the ends of fp32's exponents that every format's products
+  // are normal numbers on every ISA.
+  bool IsUsual() const { return least >= 0x1p-100f && greatest <= 0x1p100f; }
 
   void Merge(const ScaleRange& other) {
     least = std::min(least, other.least);
@@ -145,7 +150,38 @@ class PackedLayout {
       greatest = std::max(greatest, magnitude);
     }
     if (invalid != 0) ThrowInvalidScale(source, row);
-    return {std::bit_cast<float>(least), std::bit_cast<float>(greatest)};
+    const ScaleRange range{std::bit_cast<float>(least), std::bit_cast<float>(greatest)};
+    return range.IsUsual() ? range : RangeOfNonZeroGroups(source, row);
+  }
+
+  // The range without groups of zeros, which are zero with any scale. Checkpoints have the least
+  // scale there.
+  ScaleRange RangeOfNonZeroGroups(const RawMatrix& source, int64_t row) const {
+    ScaleRange range;
+    for (int64_t g = 0; g < source.scale_columns(); ++g) {
+      if (IsZero(source, row, g)) continue;
+      Scale scale;
+      std::memcpy(&scale, source.scales + row * source.scales_stride + g * kScaleBytes,
+                  kScaleBytes);
+      const float magnitude = std::abs(scale.ToFloat());
+      range.Merge({magnitude, magnitude});
+    }
+    return range;
+  }
+
+  // Whether all codes of group `g` of a row are zeros.
+  static bool IsZero(const RawMatrix& source, int64_t row, int64_t g) {
+    constexpr int64_t kCodesPerByte = 8 / F::kCodeBits;
+    const std::byte* codes = source.codes + row * source.codes_stride;
+    const int64_t begin = g * source.scale_depth / kCodesPerByte;
+    const int64_t end = std::min((g + 1) * source.scale_depth, source.columns) / kCodesPerByte;
+    return std::all_of(codes + begin, codes + end, [](std::byte byte) {
+      for (int bit = 0; bit < 8; bit += F::kCodeBits) {
+        const uint32_t code = (std::to_integer<uint32_t>(byte) >> bit) & ((1u << F::kCodeBits) - 1);
+        if (F::Decode(code) != 0.0f) return false;
+      }
+      return true;
+    });
   }
 
   [[noreturn]] void ThrowInvalidScale(const RawMatrix& source, int64_t row) const {

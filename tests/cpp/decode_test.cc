@@ -115,6 +115,21 @@ TEST_P(DecodeTest, FoldedPanel) {
   CheckAllScales(Path::kFoldedPanel, 32);
 }
 
+// Packing lets the scales of groups of zeros fold, whatever they are.
+TEST_P(DecodeTest, ZerosFoldWithAnyScale) {
+  if (!kernels().folds) {
+    GTEST_SKIP() << "scales of " << format() << " do not fold into this ISA's multiplicands";
+  }
+  VisitFormat(format(), [&]<class F>(F) {
+    for (const auto scale : ValidScales<F>()) {
+      TestMatrix zeros = AllCodes<F>(scale, 0);
+      SetToZeros<F>(zeros.MutableView());
+      CheckPath<F>(Path::kFoldedPanel, 32, zeros, scale);
+      if (HasFatalFailure()) return;
+    }
+  });
+}
+
 // Scales must not fold if their products leave the range of the multiplicands.
 TEST_P(DecodeTest, OverflowDoesNotFold) {
   if (VisitFormat(format(), []<class F>(F) { return !HasScales<F>; })) {

@@ -306,6 +306,8 @@ TYPED_TEST(PackingTest, ScaleRange) {
   if (!HasScales<TypeParam>) GTEST_SKIP() << "there are no scales";
   TestMatrix source(this->Name(), 17, 2 * kGroupSize);
   const MutableRawMatrix view = source.MutableView();
+  // A byte that is no pair of zeros in any format with scales.
+  std::memset(view.codes, 0x11, view.rows * view.codes_stride);
   const auto scales = ValidScales<TypeParam>();
   float least = INFINITY, greatest = 0;
   for (int64_t row = 0; row < view.rows; ++row) {
@@ -321,6 +323,37 @@ TYPED_TEST(PackingTest, ScaleRange) {
   this->Pack(PackedLayout<TypeParam>(view.rows, view.columns), source.View(), &range);
   EXPECT_EQ(range.least, least);
   EXPECT_EQ(range.greatest, greatest);
+}
+
+// They would keep the other groups' scales from folding.
+TYPED_TEST(PackingTest, ScaleRangeLeavesOutGroupsOfZeros) {
+  if constexpr (!HasScales<TypeParam>) {
+    GTEST_SKIP() << "there are no scales";
+  } else {
+    using Scale = typename TypeParam::Scale;
+    Rng rng(7);
+    const int64_t columns = 3 * kGroupSize;
+    auto source = TestMatrix::Random(this->Name(), 17, columns, rng);
+    std::memset(source.MutableView().codes, 0x11, 17 * source.View().codes_stride);
+    const PackedLayout<TypeParam> layout(17, columns);
+    ScaleRange moderate;
+    this->Pack(layout, source.View(), &moderate);
+    for (const Scale extreme :
+         {ValidScales<TypeParam>().front(), ValidScales<TypeParam>().back()}) {
+      MutableRawMatrix row = source.MutableView().Rows(5, 1);
+      std::memcpy(row.scales + sizeof(Scale), &extreme, sizeof(Scale));
+      ScaleRange range;
+      this->Pack(layout, source.View(), &range);
+      EXPECT_TRUE(range.least < moderate.least || range.greatest > moderate.greatest);
+      row = row.Columns<TypeParam>(kGroupSize, kGroupSize);
+      SetToZeros<TypeParam>(row);
+      range = {};
+      this->Pack(layout, source.View(), &range);
+      EXPECT_LE(moderate.least, range.least);
+      EXPECT_GE(moderate.greatest, range.greatest);
+      std::memset(row.codes, 0x11, kGroupSize * TypeParam::kCodeBits / 8);
+    }
+  }
 }
 
 template <class Exception, class Body>

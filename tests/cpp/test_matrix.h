@@ -61,6 +61,20 @@ std::vector<typename F::Scale> ValidScales() {
   }
 }
 
+// Makes all codes zeros. Scales stay.
+template <class F>
+void SetToZeros(const MutableRawMatrix& matrix) {
+  uint32_t code = 0;
+  while (F::Decode(code) != 0.0f) ++code;
+  uint32_t word = 0;
+  for (int bit = 0; bit < 32; bit += F::kCodeBits) word |= code << bit;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    for (int64_t at = 0; at < matrix.columns * F::kCodeBits / 8; at += sizeof(word)) {
+      std::memcpy(matrix.codes + row * matrix.codes_stride + at, &word, sizeof(word));
+    }
+  }
+}
+
 // A matrix that owns its bytes. Rows of codes and of scales can be further apart than they are
 // long, as rows of interleaved matrices are. A pattern fills the bytes between rows.
 class TestMatrix {
