@@ -81,11 +81,15 @@ def test_results_are_added_onto_fp32_only(make_call):
     make_call(accumulate=True, output_dtype=_core.DType.FP32)
 
 
-@pytest.mark.parametrize("name", ["codes", "scales"])
-def test_a_matrix_needs_its_bytes(name):
-    with pytest.raises(ValueError, match=f"^gate {name}: expected an address, got a null pointer$"):
-        _core.Matrix(**{**MATRIX, name: 0})
-    _core.Matrix(**{**MATRIX, name: 0, "rows": 0})
+def test_a_matrix_needs_its_codes():
+    with pytest.raises(ValueError, match=r"^gate codes: expected an address, got a null pointer$"):
+        _core.Matrix(**{**MATRIX, "codes": 0})
+    _core.Matrix(**{**MATRIX, "codes": 0, "rows": 0})
+
+
+def test_a_matrix_has_scales_of_some_depth():
+    with pytest.raises(ValueError, match=r"^gate: scale_depth must be positive, got 0$"):
+        _core.Matrix(**{**MATRIX, "scale_depth": 0})
 
 
 @pytest.mark.parametrize("name", ["rows", "columns"])

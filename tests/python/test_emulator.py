@@ -47,15 +47,17 @@ def test_numerics_under_the_emulator(isa, fmt):
     output = output_of(RUN_TESTS, *arguments, env=env, timeout=600)
     status, instructions = json.loads(output.splitlines()[-1])
     assert status == pytest.ExitCode.OK, output
-    check_counts(isa, instructions)
+    check_counts(isa, fmt, instructions)
 
 
-def check_counts(isa, instructions):
+def check_counts(isa, fmt, instructions):
     """Checks that the variant used its best dot product, and no instruction of others."""
     assert {row["feature"] for row in instructions} == EMULATED_FEATURES
     needed = next(row.features for row in _core.known_isas() if row.name == isa)
     evidence = [row for row in instructions if row["is_evidence"] and row["feature"] in needed]
     expected = {evidence[-1]["name"]: evidence[-1]["feature"]}
+    if "avxvnni" in expected.values() and not cpumoe.WEIGHT_FORMATS[fmt].values:
+        expected = {}  # it multiplies bytes, and these codes are no small integers
     if "amx-tile" in needed:
         expected |= dict.fromkeys(TILE_INSTRUCTIONS, "amx-tile")
     counts = {row["name"]: row["count"] for row in instructions}

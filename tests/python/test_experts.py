@@ -94,6 +94,8 @@ def test_odd_sizes(isa, fmt, precision, hidden, intermediate, experts):
 def test_scales_of_any_size(isa, fmt, precision):
     """Scales so small or large that they cannot be folded into bf16 weights, in some experts."""
     weights = layer(fmt, experts=3)
+    if weights.gate.scales is None:
+        pytest.skip(f"{fmt} has no scales")
     gate, up, down = (m.scales.clone() for m in (weights.gate, weights.up, weights.down))
     if fmt == "mxfp4":
         gate[1, :5], up[1], down[1] = 0, 200, 60  # bytes: 2^-127, 2^73, 2^-67
