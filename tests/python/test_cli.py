@@ -169,7 +169,6 @@ def test_synth(tmp_path):
 def test_synth_refusals(tmp_path):
     out = tmp_path / "out"
     assert "unknown model" in refuse("synth", out, "--model", "nonsense")
-    assert "layout" in refuse("synth", out, "--model", "Mixtral-8x7B")
     assert "multiple of 32" in refuse("synth", out, "--model", "v4-flash", "--hidden", 40)
     assert "pattern" in refuse("synth", out, "--model", "v4-flash", "--pattern", "x")
     assert run("synth", out, "--model", "v4-flash", "--experts", 0).exit_code == 2

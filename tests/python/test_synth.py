@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.models import find_model
 from cpumoe.models.synth import PATTERNS, random_matrix, write_checkpoint
 
-MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2", "kimi-k2.5")
+MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2", "kimi-k2.5", "Mixtral-8x7B", "GLM-4.5-Air")
 
 
 def dense(fmt, matrix):
@@ -94,7 +95,9 @@ def test_deepseek_v4_router_tensors(tmp_path):
     assert f"{prefix}.bias" in stored
 
 
-@pytest.mark.parametrize("model", ["v4-flash", "gpt-oss-20b", "kimi-k2"])
+@pytest.mark.parametrize(
+    "model", ["v4-flash", "gpt-oss-20b", "kimi-k2", "Mixtral-8x7B", "GLM-4.5-Air", "Qwen3-30B-A3B"]
+)
 def test_transformers_reads_the_config(tmp_path, model):
     auto = pytest.importorskip("transformers.models.auto.configuration_auto")
     write_small(tmp_path, model)
@@ -158,11 +161,12 @@ def test_sizes_that_cannot_be_written(tmp_path, sizes, message):
 
 
 def test_models_without_a_layout_are_refused(tmp_path):
+    spec = dataclasses.replace(find_model("v4-flash"), layout="other")
     message = (
-        "Qwen3-30B-A3B: its bf16 checkpoint layout cannot be written yet; .* deepseek_v4, gpt_oss"
+        "DeepSeek-V4-Flash: its mxfp4 checkpoint layout cannot be written yet; .* deepseek_v4, gpt"
     )
     with pytest.raises(ValueError, match=message):
-        write_checkpoint(tmp_path, find_model("Qwen3-30B-A3B"))
+        write_checkpoint(tmp_path, spec)
 
 
 def test_a_folder_in_use_is_kept_unless_told(tmp_path):

@@ -43,8 +43,7 @@ _DEFAULT_SWIGLU_LIMIT = 7.0
 _BLOCK_BYTES = 16
 _BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-_MODEL_TYPE = "gpt_oss"
+MODEL_TYPE = "gpt_oss"
 
 
 class _Names(NamedTuple):
@@ -73,19 +72,14 @@ class GptOssReader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        swiglu = SwiGLU(
-            alpha=positive_number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
-            limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
-            up_offset=1.0,
-        )
-        return ExpertsInfo("mxfp4", swiglu)
+        return ExpertsInfo("mxfp4", gpt_oss_swiglu(config))
 
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Whether this is gpt-oss in transformers' layout. Other readers have bf16 conversions."""
         return (
-            config.model_type == _MODEL_TYPE and config.quantization.get("quant_method") == "mxfp4"
+            config.model_type == MODEL_TYPE and config.quantization.get("quant_method") == "mxfp4"
         )
 
     @override
@@ -142,15 +136,22 @@ class OriginalGptOssReader(GptOssReader):
 
     def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
         """Opens the experts; see `ExpertReader`. The config names no model type."""
-        super().__init__(folder, dataclasses.replace(config, model_type=_MODEL_TYPE))
+        super().__init__(folder, dataclasses.replace(config, model_type=MODEL_TYPE))
 
     @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Whether this is the folder ``original`` of gpt-oss, by the names of its tensors."""
-        return config.model_type in ("", _MODEL_TYPE) and any(
-            map(cls._EXPERT.match, folder.names())
-        )
+        return config.model_type in ("", MODEL_TYPE) and any(map(cls._EXPERT.match, folder.names()))
+
+
+def gpt_oss_swiglu(config: MoeConfig) -> SwiGLU:
+    """Returns the activation of gpt-oss' experts, in any weight format."""
+    return SwiGLU(
+        alpha=positive_number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
+        limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
+        up_offset=1.0,
+    )
 
 
 def _every_second_row(matrix: QuantizedMatrix, first: int) -> QuantizedMatrix:

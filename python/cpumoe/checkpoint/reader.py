@@ -25,7 +25,7 @@ from cpumoe.numerics.swiglu import SwiGLU
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
 
 # The names before ``layers.3.``: none, or those of the language model within a larger model.
-MODEL = r"(?:(?:language_)?model\.|backbone\.)*"
+MODEL = r"(?:(?:language_)?model\.|backbone\.|llm\.|thinker\.)*"
 LAYER = r"(?P<layer>[0-9]{1,9})"
 # Any tensor of a layer, with transformers' or OpenAI's name.
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")

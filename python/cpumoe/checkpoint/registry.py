@@ -9,6 +9,7 @@ from cpumoe.checkpoint.compressed_tensors import CompressedTensorsReader
 from cpumoe.checkpoint.config import parse_config
 from cpumoe.checkpoint.deepseek_v4 import DeepseekV4Reader
 from cpumoe.checkpoint.gpt_oss import GptOssReader, OriginalGptOssReader
+from cpumoe.checkpoint.published import PublishedReader
 from cpumoe.checkpoint.reader import ExpertReader
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.checkpoint.unsupported import UnsupportedReader
@@ -18,6 +19,7 @@ READERS: tuple[type[ExpertReader], ...] = (
     DeepseekV4Reader,
     GptOssReader,
     OriginalGptOssReader,
+    PublishedReader,
     CompressedTensorsReader,
     UnsupportedReader,
 )

@@ -13,7 +13,7 @@ from typing import Literal
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.numerics.swiglu import SwiGLU
 
-CheckpointLayout = Literal["deepseek_v4", "gpt_oss", "compressed_tensors", "other"]
+CheckpointLayout = Literal["deepseek_v4", "gpt_oss", "compressed_tensors", "published", "other"]
 
 PLAIN_SWIGLU = SwiGLU()
 DEEPSEEK_V4_SWIGLU = SwiGLU(limit=10.0)
@@ -160,6 +160,28 @@ def _kimi_int4(name: str, short: str, model_type: str, prefix: str) -> ModelSpec
     )
 
 
+def _bf16(
+    name: str,
+    owner: str,
+    model_type: str,
+    sizes: tuple[int, int, int, int, int],
+    vocab_size: int,
+    *endings: str,
+    first_moe_layer: int = 0,
+) -> ModelSpec:
+    """Returns a bf16 model, whose repositories are called `name` with each of the endings."""
+    return _spec(
+        name,
+        tuple(f"{owner}/{name}{ending}" for ending in endings or ("",)),
+        model_type,
+        sizes,
+        "bf16",
+        first_moe_layer=first_moe_layer,
+        layout="published",
+        vocab_size=vocab_size,
+    )
+
+
 # name, aliases, model_type, (hidden, intermediate, layers, experts, top_k), weight format
 MODELS: tuple[ModelSpec, ...] = (
     _spec(
@@ -209,34 +231,50 @@ MODELS: tuple[ModelSpec, ...] = (
         "fp8_block",
         first_moe_layer=3,
     ),
-    _spec(
-        "Qwen3-30B-A3B",
-        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507"),
-        "qwen3_moe",
-        (2048, 768, 48, 128, 8),
-        "bf16",
+    _bf16(
+        "Qwen3-30B-A3B", "Qwen", "qwen3_moe", (2048, 768, 48, 128, 8), 151936, "", "-Instruct-2507"
     ),
-    _spec(
+    _bf16(
         "Qwen3-235B-A22B",
-        ("Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-235B-A22B-Instruct-2507"),
+        "Qwen",
         "qwen3_moe",
         (4096, 1536, 94, 128, 8),
-        "bf16",
+        151936,
+        "",
+        "-Instruct-2507",
     ),
-    _spec(
+    _bf16("Qwen3-Next-80B-A3B-Instruct", "Qwen", "qwen3_next", (2048, 512, 48, 512, 10), 151936),
+    _bf16(
         "Mixtral-8x7B",
-        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        "mistralai",
         "mixtral",
         (4096, 14336, 32, 8, 2),
-        "bf16",
+        32000,
+        "-v0.1",
+        "-Instruct-v0.1",
     ),
-    _spec(
-        "OLMoE-1B-7B",
-        ("allenai/OLMoE-1B-7B-0924",),
-        "olmoe",
-        (2048, 1024, 16, 64, 8),
-        "bf16",
+    _bf16(
+        "Mixtral-8x22B",
+        "mistralai",
+        "mixtral",
+        (6144, 16384, 56, 8, 2),
+        32000,
+        "-v0.1",
+        "-Instruct-v0.1",
     ),
+    _bf16("OLMoE-1B-7B", "allenai", "olmoe", (2048, 1024, 16, 64, 8), 50304, "-0924"),
+    _bf16(
+        "DeepSeek-V2-Lite",
+        "deepseek-ai",
+        "deepseek_v2",
+        (2048, 1408, 27, 64, 6),
+        102400,
+        first_moe_layer=1,
+    ),
+    _bf16(
+        "GLM-4.5-Air", "zai-org", "glm4_moe", (4096, 1408, 46, 128, 8), 151552, first_moe_layer=1
+    ),
+    _bf16("GLM-4.6", "zai-org", "glm4_moe", (5120, 1536, 92, 160, 8), 151552, first_moe_layer=3),
 )
 
 _BY_NAME = {name.lower(): spec for spec in MODELS for name in (spec.name, *spec.aliases)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from typing_extensions import override
@@ -340,8 +340,83 @@ class CompressedTensorsLayout(Layout):
         }
 
 
+class _Family(NamedTuple):
+    """What config and tensors of a bf16 model are called."""
+
+    architecture: str
+    experts: str = "num_experts"
+    inner: str = "moe_intermediate_size"
+    block: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+_FAMILIES = {
+    "deepseek_v2": _Family("DeepseekV2ForCausalLM", experts="n_routed_experts"),
+    "glm4_moe": _Family("Glm4MoeForCausalLM", experts="n_routed_experts"),
+    "mixtral": _Family(
+        "MixtralForCausalLM",
+        experts="num_local_experts",
+        inner="intermediate_size",
+        block="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+    ),
+    "olmoe": _Family("OlmoeForCausalLM", inner="intermediate_size"),
+    "qwen3_moe": _Family("Qwen3MoeForCausalLM"),
+    "qwen3_next": _Family("Qwen3NextForCausalLM"),
+}
+
+
+class PublishedLayout(Layout):
+    """bf16 as most families publish it: a tensor for each projection of each expert."""
+
+    @override
+    def config(self) -> dict[str, Any]:
+        sizes, first, family = self.sizes, self.spec.first_moe_layer, self._family
+        text: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": self.spec.model_type,
+            "vocab_size": int(self.spec.extra["vocab_size"]),
+            "hidden_size": sizes.hidden,
+            family.inner: sizes.intermediate,
+            "num_hidden_layers": first + sizes.layers,
+            family.experts: sizes.experts,
+            "num_experts_per_tok": sizes.top_k,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+        }
+        return {**text, "first_k_dense_replace": first} if first else text
+
+    @override
+    def tensors(self, layer: int) -> Iterator[TensorSpec]:
+        sizes, prefix = self.sizes, self._prefix(layer)
+        yield TensorSpec(f"{prefix}.gate.weight", torch.bfloat16, (sizes.experts, sizes.hidden))
+        for index in range(sizes.experts):
+            for name, shape in zip(self._family.names, self.projections, strict=True):
+                yield TensorSpec(f"{prefix}.experts.{index}.{name}.weight", torch.bfloat16, shape)
+
+    @override
+    def router(self, layer: int, generator: torch.Generator) -> Iterator[Piece]:
+        weight = self._normal(self.sizes.experts, self.sizes.hidden, generator=generator)
+        yield f"{self._prefix(layer)}.gate.weight", 0, weight.bfloat16()
+
+    @override
+    def expert(
+        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
+    ) -> Iterator[Piece]:
+        for name, matrix in zip(self._family.names, matrices, strict=True):
+            yield f"{self._prefix(layer)}.experts.{index}.{name}.weight", 0, matrix.codes
+
+    def _prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}.{self._family.block}"
+
+    @property
+    def _family(self) -> _Family:
+        return _FAMILIES[self.spec.model_type]
+
+
 LAYOUTS: dict[str, type[Layout]] = {
     "deepseek_v4": DeepseekV4Layout,
     "gpt_oss": GptOssLayout,
     "compressed_tensors": CompressedTensorsLayout,
+    "published": PublishedLayout,
 }
