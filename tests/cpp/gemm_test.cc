@@ -162,7 +162,7 @@ class Int8Test : public GemmTest {
 CPUMOE_FOR_EACH_ISA_AND_FORMAT(Int8Test);
 
 TEST_P(GemmTest, AnyNumberOfTokensAndTiles) {
-  run_.ExpectBestDots();
+  ExpectBestDots();
   for (const int64_t tiles : {1, 2}) {
     const Weights w = MakeWeights(tiles, 3);
     for (int64_t tokens = 1; tokens <= 2 * kernels().panel_tokens + 1; ++tokens) {

@@ -1,5 +1,6 @@
 """Results of a layer's experts, on every ISA variant and in every weight format."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from moe_tools import (
     BF16_PRECISIONS,
     EVERY_FP32_PRECISION,
     EVERY_PRECISION,
+    EVERY_QUANTIZED_VARIANT,
     EVERY_VARIANT,
     GPT_OSS,
     SWIGLUS,
@@ -170,11 +172,14 @@ def test_strided_weights_are_not_misread(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=5)
     # gpt-oss interleaves the rows of gate and up in one tensor.
-    codes = torch.stack((weights.gate.codes, weights.up.codes), 2).flatten(1, 2)
-    scales = torch.stack((weights.gate.scales, weights.up.scales), 2).flatten(1, 2)
+    gate, up = weights.gate, weights.up
+    codes = torch.stack((gate.codes, up.codes), 2).flatten(1, 2)
+    scales = None
+    if gate.scales is not None:
+        scales = torch.stack((gate.scales, up.scales), 2).flatten(1, 2)
     experts = Experts.from_tensors(
-        gate=(codes[:, 0::2], scales[:, 0::2]),
-        up=(codes[:, 1::2], scales[:, 1::2]),
+        gate=QuantizedMatrix(codes[:, 0::2], None if scales is None else scales[:, 0::2]),
+        up=QuantizedMatrix(codes[:, 1::2], None if scales is None else scales[:, 1::2]),
         down=weights.down,
         format=fmt,
         isa=isa,
@@ -285,7 +290,7 @@ def test_int8_groups_too_small_to_scale_count_as_zero(isa, fmt):
     assert not experts(x, ids, w).any()
 
 
-@EVERY_VARIANT
+@EVERY_QUANTIZED_VARIANT
 def test_the_path_asked_for_runs(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=3)
@@ -304,10 +309,13 @@ def test_export_returns_every_byte(isa, fmt, precision, bias):
     for index in range(weights.num_experts):
         exported = experts.export(index)
         for name in ("gate", "up", "down"):
-            original, copy = getattr(weights, name)[index], getattr(exported, name)
-            assert torch.equal(copy.codes, original.codes)
-            assert copy.scales.dtype == original.scales.dtype
-            assert torch.equal(copy.scales.view(torch.uint8), original.scales.view(torch.uint8))
+            original, back = getattr(weights, name)[index], getattr(exported, name)
+            assert torch.equal(back.codes, original.codes)
+            if original.scales is None:
+                assert back.scales is None
+            else:
+                assert back.scales.dtype == original.scales.dtype
+                assert torch.equal(back.scales.view(torch.uint8), original.scales.view(torch.uint8))
             stack, one = getattr(weights, f"{name}_bias"), getattr(exported, f"{name}_bias")
             if stack is None:
                 assert one is None
@@ -321,19 +329,14 @@ def test_tensors_are_not_needed_after_packing(isa, fmt):
     weights = layer(fmt, bias=torch.float32)
     args = inputs(weights, tokens=3)
     expected = weights.pack(isa=isa)(*args)
-    mine = {
-        name: QuantizedMatrix(value.codes.clone(), value.scales.clone())
-        if isinstance(value, QuantizedMatrix)
-        else value.clone()
-        for name, value in weights.tensors.items()
-        if name not in ("format", "swiglu")
-    }
+    given = {k: v for k, v in weights.tensors.items() if k not in ("format", "swiglu")}
+    mine = copy.deepcopy(given)
     experts = Experts.from_tensors(**mine, format=fmt, isa=isa)
     for value in mine.values():
-        for tensor in (
-            (value.codes, value.scales) if isinstance(value, QuantizedMatrix) else (value,)
-        ):
-            tensor.zero_()
+        is_matrix = isinstance(value, QuantizedMatrix)
+        for tensor in (value.codes, value.scales) if is_matrix else (value,):
+            if tensor is not None:
+                tensor.zero_()
     assert torch.equal(experts(*args), expected)
     assert experts.export(1).gate_bias.any()
 
