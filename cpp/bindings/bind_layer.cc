@@ -115,16 +115,22 @@ void BindLayer(py::module_& m) {
       .value("BF16", Precision::kBf16)
       .value("INT8", Precision::kInt8);
 
+  py::enum_<GluFunction>(m, "GluFunction")
+      .value("SILU", GluFunction::kSilu)
+      .value("GELU_TANH", GluFunction::kGeluTanh)
+      .value("RELU", GluFunction::kRelu)
+      .value("RELU2", GluFunction::kRelu2);
+
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                       float alpha, std::optional<float> limit, float up_offset, bool has_bias,
-                       Precision precision, bool batch_invariant, int few_token_limit,
-                       std::vector<int32_t> copy_of) {
+                       GluFunction glu_function, float alpha, std::optional<float> limit,
+                       float up_offset, bool has_bias, Precision precision, bool batch_invariant,
+                       int few_token_limit, std::vector<int32_t> copy_of) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
                               .intermediate_size = intermediate_size,
-                              .swiglu = {alpha, limit.value_or(infinity), up_offset},
+                              .glu = {glu_function, alpha, limit.value_or(infinity), up_offset},
                               .has_bias = has_bias,
                               .precision = precision,
                               .batch_invariant = batch_invariant,
@@ -132,9 +138,10 @@ void BindLayer(py::module_& m) {
                               .copy_of = std::move(copy_of)};
            }),
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
-           py::arg("intermediate_size"), py::arg("alpha"), py::arg("limit"), py::arg("up_offset"),
-           py::arg("has_bias"), py::arg("precision"), py::arg("batch_invariant"),
-           py::arg("few_token_limit"), py::arg("copy_of") = std::vector<int32_t>());
+           py::arg("intermediate_size"), py::arg("glu_function"), py::arg("alpha"),
+           py::arg("limit"), py::arg("up_offset"), py::arg("has_bias"), py::arg("precision"),
+           py::arg("batch_invariant"), py::arg("few_token_limit"),
+           py::arg("copy_of") = std::vector<int32_t>());
 
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,

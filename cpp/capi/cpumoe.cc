@@ -118,15 +118,19 @@ Node::Options NodeOptions(const cpumoe_runtime_options& options) {
   return node;
 }
 
-SwiGlu ToSwiGlu(const cpumoe_swiglu& swiglu) {
-  Require(std::isfinite(swiglu.alpha) && swiglu.alpha > 0,
-          "swiglu.alpha: expected a positive and finite number, got ", swiglu.alpha);
-  Require(std::isfinite(swiglu.limit) && swiglu.limit >= 0,
-          "swiglu.limit: expected a positive and finite number, or 0 for none, got ", swiglu.limit);
-  Require(std::isfinite(swiglu.up_offset), "swiglu.up_offset: expected a finite number, got ",
-          swiglu.up_offset);
+Glu ToGlu(const cpumoe_glu& glu) {
+  const auto function =
+      static_cast<GluFunction>(Known(glu.function, CPUMOE_GLU_RELU2, "glu.function"));
+  Require(std::isfinite(glu.alpha) && glu.alpha > 0,
+          "glu.alpha: expected a positive and finite number, got ", glu.alpha);
+  Require(function == GluFunction::kSilu || glu.alpha == 1,
+          "glu.alpha: expected 1 for a function other than CPUMOE_GLU_SILU, got ", glu.alpha);
+  Require(std::isfinite(glu.limit) && glu.limit >= 0,
+          "glu.limit: expected a positive and finite number, or 0 for none, got ", glu.limit);
+  Require(std::isfinite(glu.up_offset), "glu.up_offset: expected a finite number, got ",
+          glu.up_offset);
   const float infinity = std::numeric_limits<float>::infinity();
-  return {swiglu.alpha, swiglu.limit == 0 ? infinity : swiglu.limit, swiglu.up_offset};
+  return {function, glu.alpha, glu.limit == 0 ? infinity : glu.limit, glu.up_offset};
 }
 
 std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
@@ -135,7 +139,7 @@ std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
       .num_experts = options.num_experts,
       .hidden_size = options.hidden_size,
       .intermediate_size = options.intermediate_size,
-      .swiglu = options.swiglu == nullptr ? SwiGlu{} : ToSwiGlu(*options.swiglu),
+      .glu = options.glu == nullptr ? Glu{} : ToGlu(*options.glu),
       .has_bias = options.has_bias != 0,
       .precision = precision == CPUMOE_PRECISION_INT8 ? Precision::kInt8 : Precision::kBf16,
       .batch_invariant = options.batch_invariant != 0};

@@ -84,22 +84,31 @@ CPUMOE_API void cpumoe_runtime_destroy(cpumoe_runtime* runtime) CPUMOE_NOEXCEPT;
 
 /* ---- Weights ---- */
 
-/* h = (u + up_offset) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit).
- */
-typedef struct cpumoe_swiglu {
-  float alpha; /* positive; plain SwiGLU has 1 */
-  float limit; /* positive; 0: no limit */
+/* f of a gated linear unit. */
+typedef enum cpumoe_glu_function {
+  CPUMOE_GLU_SILU = 0,      /* g * sigmoid(alpha * g) */
+  CPUMOE_GLU_GELU_TANH = 1, /* the tanh form of GELU */
+  CPUMOE_GLU_RELU = 2,      /* max(g, 0) */
+  CPUMOE_GLU_RELU2 = 3      /* max(g, 0)^2 */
+} cpumoe_glu_function;
+
+/* A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
+ * limit). */
+typedef struct cpumoe_glu {
+  int32_t function; /* cpumoe_glu_function */
+  float alpha;      /* of CPUMOE_GLU_SILU: positive; plain SwiGLU has 1. Else 1 */
+  float limit;      /* positive; 0: no limit */
   float up_offset;
-} cpumoe_swiglu;
+} cpumoe_glu;
 
 typedef struct cpumoe_layer_options {
   const char* format; /* "mxfp4", "int4" or "bf16" */
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
-  const cpumoe_swiglu* swiglu; /* NULL: plain SwiGLU */
-  int32_t has_bias;            /* 1: experts have three biases each */
-  int32_t precision;           /* a cpumoe_precision */
+  const cpumoe_glu* glu;   /* NULL: plain SwiGLU, silu(gate) * up */
+  int32_t has_bias;        /* 1: experts have three biases each */
+  int32_t precision;       /* a cpumoe_precision */
   int32_t batch_invariant; /* 1: a token's result does not depend on the other tokens of its call */
   const char* variant;     /* "avx2", ...; NULL: the environment's CPUMOE_ISA, or the best here */
 } cpumoe_layer_options;

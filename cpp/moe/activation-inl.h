@@ -1,22 +1,59 @@
-// The gated activation of 16 intermediate features (formula: moe/config.h).
+// The gated activation of 16 intermediate features (formulas: moe/config.h).
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/exp-inl.h"
 #include "moe/config.h"
 
 namespace cpumoe {
 
-// NaN and infinities give the results of PyTorch's silu and clamp: Min and Max keep a NaN in their
-// second operand, and -inf * sigmoid(-inf) is NaN.
+// Calls body(std::integral_constant<GluFunction, function>).
+template <class Body>
+inline __attribute__((always_inline)) void VisitGluFunction(GluFunction function, Body&& body) {
+  switch (function) {
+    case GluFunction::kSilu:
+      return body(std::integral_constant<GluFunction, GluFunction::kSilu>{});
+    case GluFunction::kGeluTanh:
+      return body(std::integral_constant<GluFunction, GluFunction::kGeluTanh>{});
+    case GluFunction::kRelu:
+      return body(std::integral_constant<GluFunction, GluFunction::kRelu>{});
+    case GluFunction::kRelu2:
+      return body(std::integral_constant<GluFunction, GluFunction::kRelu2>{});
+  }
+}
+
+// x * sigmoid(-minus_z). -inf * sigmoid(-inf) is NaN, as in PyTorch's silu and gelu.
 template <class Isa>
-typename Isa::Vec Activate(const SwiGlu& swiglu, typename Isa::Vec gate, typename Isa::Vec up) {
+typename Isa::Vec TimesSigmoid(typename Isa::Vec x, typename Isa::Vec minus_z) {
+  return Isa::Div(x, Isa::Add(Isa::Broadcast(1.0f), Exp<Isa>(minus_z)));
+}
+
+template <class Isa, GluFunction kFunction>
+typename Isa::Vec GateOf(const Glu& glu, typename Isa::Vec g) {
   using Vec = typename Isa::Vec;
-  const Vec limit = Isa::Broadcast(swiglu.limit);
+  if constexpr (kFunction == GluFunction::kSilu) {
+    return TimesSigmoid<Isa>(g, Isa::Mul(g, Isa::Broadcast(-glu.alpha)));
+  } else if constexpr (kFunction == GluFunction::kGeluTanh) {
+    constexpr float kLinear = 1.5957691216057308f;  // 2 sqrt(2/pi)
+    constexpr float kCubic = kLinear * 0.044715f;
+    const Vec factor = Isa::Fma(Isa::Mul(g, g), Isa::Broadcast(-kCubic), Isa::Broadcast(-kLinear));
+    return TimesSigmoid<Isa>(g, Isa::Mul(g, factor));
+  } else {
+    const Vec relu = Isa::Max(Isa::Zero(), g);
+    return kFunction == GluFunction::kRelu ? relu : Isa::Mul(relu, relu);
+  }
+}
+
+// NaN and infinities give the results of PyTorch's functions and clamp: Min and Max keep a NaN in
+// their second operand.
+template <class Isa, GluFunction kFunction>
+typename Isa::Vec Activate(const Glu& glu, typename Isa::Vec gate, typename Isa::Vec up) {
+  using Vec = typename Isa::Vec;
+  const Vec limit = Isa::Broadcast(glu.limit);
   const Vec g = Isa::Min(limit, gate);
-  const Vec u = Isa::Max(Isa::Broadcast(-swiglu.limit), Isa::Min(limit, up));
-  const Vec e = Exp<Isa>(Isa::Mul(g, Isa::Broadcast(-swiglu.alpha)));
-  const Vec silu = Isa::Div(g, Isa::Add(Isa::Broadcast(1.0f), e));
-  return Isa::Mul(silu, Isa::Add(u, Isa::Broadcast(swiglu.up_offset)));
+  const Vec u = Isa::Max(Isa::Broadcast(-glu.limit), Isa::Min(limit, up));
+  return Isa::Mul(GateOf<Isa, kFunction>(glu, g), Isa::Add(u, Isa::Broadcast(glu.up_offset)));
 }
 
 }  // namespace cpumoe

@@ -11,12 +11,22 @@
 
 namespace cpumoe {
 
-// h = (u + up_offset) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit).
+// f of a gated linear unit.
+enum class GluFunction : int32_t {
+  kSilu,      // g * sigmoid(alpha * g)
+  kGeluTanh,  // g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)), the tanh form of GELU
+  kRelu,      // max(g, 0)
+  kRelu2,     // max(g, 0)^2
+};
+
+// A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
+// limit).
 //
 // Plain SwiGLU is the default. DeepSeek-V4 has limit 10. gpt-oss has alpha 1.702, limit 7 and
-// up_offset 1.
-struct SwiGlu {
-  float alpha = 1.0f;
+// up_offset 1. Gemma 4 has kGeluTanh.
+struct Glu {
+  GluFunction function = GluFunction::kSilu;
+  float alpha = 1.0f;  // of kSilu
   float limit = std::numeric_limits<float>::infinity();
   float up_offset = 0.0f;
 };
@@ -34,7 +44,7 @@ struct MoeConfig {
   int64_t num_experts = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
-  SwiGlu swiglu;
+  Glu glu;
   bool has_bias = false;
   Precision precision = Precision::kBf16;
   // Always takes the kernels that serve any number of tokens, so that a token's result does not

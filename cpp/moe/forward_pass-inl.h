@@ -185,14 +185,17 @@ class ForwardPass {
     }
     std::byte* block = BlockAt(intermediate_, expert, b, Intermediate());
     const int tokens = expert.blocks.Size(b);
+    const Glu& glu = op_.config().glu;
     for (int t = 0; t < tokens; ++t) {
       alignas(64) float h[Path::kFeatureTiles * kTileRows];
-      for (int i = 0; i < count; ++i) {
-        const Vec gate = Isa::Load(product.At(i, b, 0, t)), up = Isa::Load(product.At(i, b, 1, t));
-        Isa::Store(h + i * kTileRows,
-                   Activate<Isa>(op_.config().swiglu, Isa::Add(gate, gate_bias[i]),
-                                 Isa::Add(up, up_bias[i])));
-      }
+      // Chosen here, so that staging, which is far more code, is not instantiated per function.
+      VisitGluFunction(glu.function, [&](auto function) __attribute__((always_inline)) {
+        for (int i = 0; i < count; ++i) {
+          const Vec gate = Isa::Add(Isa::Load(product.At(i, b, 0, t)), gate_bias[i]);
+          const Vec up = Isa::Add(Isa::Load(product.At(i, b, 1, t)), up_bias[i]);
+          Isa::Store(h + i * kTileRows, Activate<Isa, function()>(glu, gate, up));
+        }
+      });
       Path::StageFeatures(expert.form, args_.input_dtype, h, row, static_cast<int>(rows), t, tokens,
                           Intermediate(), block);
     }

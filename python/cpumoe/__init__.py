@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
     from cpumoe.future import Future
     from cpumoe.models import ModelSpec, find_model
-    from cpumoe.numerics.swiglu import SwiGLU
+    from cpumoe.numerics.glu import GLU, SwiGLU
     from cpumoe.options import ExpertsOptions
     from cpumoe.runtime import Runtime, default_runtime
     from cpumoe.statistics import ExpertsStatistics
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = _core.version()
 
 __all__ = [
+    "GLU",
     "WEIGHT_FORMATS",
     "CheckpointError",
     "ExpertReader",
@@ -77,7 +78,7 @@ _MODULES = {
     "cpumoe.options": ("ExpertsOptions",),
     "cpumoe.runtime": ("Runtime", "default_runtime"),
     "cpumoe.statistics": ("ExpertsStatistics",),
-    "cpumoe.numerics.swiglu": ("SwiGLU",),
+    "cpumoe.numerics.glu": ("GLU", "SwiGLU"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -146,8 +146,59 @@ class Precision:
     @property
     def value(self) -> int:
         ...
+class GluFunction:
+    """
+    Members:
+    
+      SILU
+    
+      GELU_TANH
+    
+      RELU
+    
+      RELU2
+    """
+    GELU_TANH: typing.ClassVar[GluFunction]
+    RELU: typing.ClassVar[GluFunction]
+    RELU2: typing.ClassVar[GluFunction]
+    SILU: typing.ClassVar[GluFunction]
+    __members__: typing.ClassVar[dict[str, GluFunction]]
+    @typing.overload
+    def __eq__(self, other: GluFunction) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: GluFunction) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
 class MoeConfig:
-    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
+    def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, glu_function: GluFunction, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
         ...
 class Matrix:
     def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scales_as_bf16: bool = False) -> None:

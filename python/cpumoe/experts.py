@@ -20,8 +20,8 @@ from cpumoe._engine.sources import CheckpointSource, InOrder, Source
 from cpumoe.checkpoint import ExpertReader, ExpertWeights, open_checkpoint
 from cpumoe.formats import weight_format
 from cpumoe.future import Future
+from cpumoe.numerics.glu import GLU
 from cpumoe.numerics.precision import PRECISIONS
-from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.packed_experts import PackedExperts
 from cpumoe.runtime import default_runtime
@@ -38,9 +38,9 @@ class Experts(PackedExperts):
     hidden state x,
 
         y[t] = sum_j topk_weights[t, j] * E(topk_ids[t, j])(x)
-        E(x) = W_down h + b_down,  h = swiglu(W_gate x + b_gate, W_up x + b_up)
+        E(x) = W_down h + b_down,  h = glu(W_gate x + b_gate, W_up x + b_up)
 
-    Biases are added where the model has them. `SwiGLU` has the formula of swiglu. The host keeps
+    Biases are added where the model has them. `GLU` has the formula of glu. The host keeps
     the router, shared experts and any scaling of the weights.
 
     Weights are always exact. ``precision`` names the lowest precision to which activations (x and
@@ -69,7 +69,7 @@ class Experts(PackedExperts):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        swiglu: SwiGLU | None = None,
+        swiglu: GLU | None = None,
         has_bias: bool = False,
         expert_mask: torch.Tensor | None = None,
         pack_masked: bool = True,
@@ -105,7 +105,7 @@ class Experts(PackedExperts):
         layer: int,
         *,
         experts: Sequence[int] | None = None,
-        swiglu: SwiGLU | None = None,
+        swiglu: GLU | None = None,
         expert_mask: torch.Tensor | None = None,
         pack_masked: bool = True,
         progress: bool | None = None,
@@ -121,7 +121,7 @@ class Experts(PackedExperts):
             experts: the checkpoint's experts that the layer has: expert i of the layer is expert
                 ``experts[i]`` of the checkpoint. Repeated ones share one packed copy. Default: all
                 experts, in the checkpoint's order.
-            swiglu: the activation; default: as config.json of the checkpoint says.
+            swiglu: the activation, a `SwiGLU` or another `GLU`; default: as config.json says.
             expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
             pack_masked: whether masked experts are packed, too. Otherwise they take no memory until
                 `pack` or another mask asks for them.
@@ -172,7 +172,7 @@ class Experts(PackedExperts):
         up: MatrixStack,
         down: MatrixStack,
         format: str,
-        swiglu: SwiGLU | None = None,
+        swiglu: GLU | None = None,
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
@@ -194,7 +194,7 @@ class Experts(PackedExperts):
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
                 bf16 ``[experts, hidden, intermediate]``.
             format: "mxfp4", "int4" or "bf16".
-            swiglu: the activation's parameters; default: plain ``silu(g) * u``.
+            swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none.
             up_bias: ``[experts, intermediate]``.

@@ -20,7 +20,7 @@ from cpumoe._engine.sources import Given, Source
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import weight_format
 from cpumoe.isa import select_isa
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 from cpumoe.options import ExpertsOptions
 from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
@@ -36,19 +36,20 @@ class PackedExperts:
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        swiglu: SwiGLU | None,
+        swiglu: GLU | None,
         has_bias: bool,
         expert_mask: torch.Tensor | None,
         pack_masked: bool,
         options: ExpertsOptions,
     ) -> None:
         """Packs the experts of `source`; `cpumoe.Experts` describes the arguments."""
-        if swiglu is not None and not isinstance(swiglu, SwiGLU):
+        if swiglu is not None and not isinstance(swiglu, GLU):
             raise TypeError(
-                f"swiglu: expected a cpumoe.SwiGLU, or None for the default, got {swiglu!r}"
+                f"swiglu: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
+                f"got {swiglu!r}"
             )
         boolean(pack_masked, "pack_masked")
-        self._swiglu = swiglu or SwiGLU()
+        self._swiglu: GLU = swiglu or SwiGLU()
         config = layer_config(
             num_experts=num_experts,
             hidden_size=hidden_size,
@@ -238,7 +239,7 @@ class PackedExperts:
         return self._precision
 
     @property
-    def swiglu(self) -> SwiGLU:
+    def swiglu(self) -> GLU:
         """The activation's parameters."""
         return self._swiglu
 

@@ -140,14 +140,20 @@ static void TestOptionsThatLayersRefuse(const Layer* layer) {
   REFUSED("num_experts must be at most 65536, got 9223372036854775807");
   options.precision = 7;
   REFUSED("precision: unknown value 7");
-  const cpumoe_swiglu no_gain = {.alpha = 0}, no_limit = {.alpha = 1, .limit = -1};
-  const cpumoe_swiglu no_offset = {.alpha = 1, .up_offset = NAN};
-  options.swiglu = &no_gain;
-  REFUSED("swiglu.alpha: expected a positive and finite number, got 0");
-  options.swiglu = &no_limit;
-  REFUSED("swiglu.limit: expected a positive and finite number, or 0 for none, got -1");
-  options.swiglu = &no_offset;
-  REFUSED("swiglu.up_offset: expected a finite number, got nan");
+  const cpumoe_glu no_gain = {.alpha = 0}, no_limit = {.alpha = 1, .limit = -1};
+  const cpumoe_glu no_offset = {.alpha = 1, .up_offset = NAN};
+  const cpumoe_glu unknown = {.function = 4, .alpha = 1};
+  const cpumoe_glu gain_of_gelu = {.function = CPUMOE_GLU_GELU_TANH, .alpha = 2};
+  options.glu = &no_gain;
+  REFUSED("glu.alpha: expected a positive and finite number, got 0");
+  options.glu = &no_limit;
+  REFUSED("glu.limit: expected a positive and finite number, or 0 for none, got -1");
+  options.glu = &no_offset;
+  REFUSED("glu.up_offset: expected a finite number, got nan");
+  options.glu = &unknown;
+  REFUSED("glu.function: unknown value 4");
+  options.glu = &gain_of_gelu;
+  REFUSED("glu.alpha: expected 1 for a function other than CPUMOE_GLU_SILU, got 2");
 #undef REFUSED
   options.num_experts = 65536;
   options.hidden_size = options.intermediate_size = 1 << 21;

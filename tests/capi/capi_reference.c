@@ -8,8 +8,8 @@ const Format kMxfp4 = {
     "mxfp4", 1, {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6}};
 const Format kInt4 = {"int4", 2, {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
 
-const cpumoe_swiglu kPlain = {.alpha = 1};
-const cpumoe_swiglu kClamped = {.alpha = 1.702f, .limit = 0.75f, .up_offset = 1};
+const cpumoe_glu kPlain = {.alpha = 1};
+const cpumoe_glu kClamped = {.alpha = 1.702f, .limit = 0.75f, .up_offset = 1};
 
 const cpumoe_call_options kFp32 = {
     .input_dtype = CPUMOE_FP32, .output_dtype = CPUMOE_FP32, .top_k = TOP_K, .ids_are_64_bit = 1};
@@ -42,9 +42,9 @@ static double Weight(const Matrix* matrix, const Format* format, int columns, in
   return ldexp(format->values[code], scale - 127);
 }
 
-void FillLayer(Layer* layer, const Format* format, cpumoe_swiglu swiglu, int has_bias) {
+void FillLayer(Layer* layer, const Format* format, cpumoe_glu glu, int has_bias) {
   layer->format = format;
-  layer->swiglu = swiglu;
+  layer->glu = glu;
   layer->has_bias = has_bias;
   for (int e = 0; e < EXPERTS; ++e) {
     FillMatrix(&layer->gate[e], format);
@@ -61,7 +61,7 @@ cpumoe_layer_options LayerOptions(const Layer* layer) {
                                         .num_experts = EXPERTS,
                                         .hidden_size = HIDDEN,
                                         .intermediate_size = INNER,
-                                        .swiglu = &layer->swiglu,
+                                        .glu = &layer->glu,
                                         .has_bias = layer->has_bias};
   return options;
 }
@@ -102,10 +102,10 @@ static void Multiply(const Layer* layer, const Matrix* matrix, const float* bias
   }
 }
 
-static double Activate(const cpumoe_swiglu* swiglu, double gate, double up) {
-  const double limit = swiglu->limit == 0 ? INFINITY : swiglu->limit;
+static double Activate(const cpumoe_glu* glu, double gate, double up) {
+  const double limit = glu->limit == 0 ? INFINITY : glu->limit;
   const double g = fmin(gate, limit), u = fmax(-limit, fmin(up, limit));
-  return (u + swiglu->up_offset) * g / (1 + exp(-swiglu->alpha * g));
+  return (u + glu->up_offset) * g / (1 + exp(-glu->alpha * g));
 }
 
 /* Adds weight * expert(x) to y. */
@@ -115,7 +115,7 @@ static void AddExpert(const Layer* layer, int64_t expert, double weight, const f
   for (int k = 0; k < HIDDEN; ++k) in[k] = x[k];
   Multiply(layer, &layer->gate[expert], layer->gate_bias[expert], INNER, HIDDEN, in, gate);
   Multiply(layer, &layer->up[expert], layer->up_bias[expert], INNER, HIDDEN, in, up);
-  for (int i = 0; i < INNER; ++i) gate[i] = Activate(&layer->swiglu, gate[i], up[i]);
+  for (int i = 0; i < INNER; ++i) gate[i] = Activate(&layer->glu, gate[i], up[i]);
   Multiply(layer, &layer->down[expert], layer->down_bias[expert], HIDDEN, INNER, gate, out);
   for (int i = 0; i < HIDDEN; ++i) y[i] += weight * out[i];
 }

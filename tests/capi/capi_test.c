@@ -141,7 +141,7 @@ int main(void) {
   const cpumoe_runtime_options two = {.threads = 2};
   CHECK(cpumoe_runtime_create(&two, &runtime) == CPUMOE_OK);
   cpumoe_layer_options options = LayerOptions(&layer);
-  options.swiglu = NULL; /* plain */
+  options.glu = NULL; /* plain */
   cpumoe_layer* const packed = PackLayer(runtime, &layer, &options);
   CHECK(strlen(cpumoe_layer_variant(packed)) > 0);
   CHECK(cpumoe_layer_nbytes(packed) >= EXPERTS * 3 * HIDDEN * INNER / 2);

@@ -37,7 +37,7 @@ typedef struct Matrix {
 
 typedef struct Layer {
   const Format* format;
-  cpumoe_swiglu swiglu;
+  cpumoe_glu glu;
   int has_bias;
   Matrix gate[EXPERTS], up[EXPERTS], down[EXPERTS];
   float gate_bias[EXPERTS][INNER], up_bias[EXPERTS][INNER], down_bias[EXPERTS][HIDDEN];
@@ -52,10 +52,10 @@ typedef struct Batch {
   double expected[TOKENS][HIDDEN];
 } Batch;
 
-extern const cpumoe_swiglu kPlain, kClamped;
+extern const cpumoe_glu kPlain, kClamped;
 
 /* Random weights, and random biases if the layer has biases. */
-void FillLayer(Layer* layer, const Format* format, cpumoe_swiglu swiglu, int has_bias);
+void FillLayer(Layer* layer, const Format* format, cpumoe_glu glu, int has_bias);
 cpumoe_layer_options LayerOptions(const Layer* layer);
 cpumoe_expert Expert(const Layer* layer, int expert);
 /* Makes the layer that `options` describes and packs all experts. NULL and a failed check if that

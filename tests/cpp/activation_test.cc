@@ -8,6 +8,7 @@
 
 #include "base/bits.h"
 #include "cpp/isa_test.h"
+#include "cpp/reference_glu.h"
 #include "kernels/tile.h"
 #include "moe/config.h"
 
@@ -31,14 +32,13 @@ class ActivationTest : public IsaTest {
     return y;
   }
 
-  std::vector<float> Activate(const SwiGlu& swiglu, std::vector<float> gate,
+  std::vector<float> Activate(const Glu& glu, std::vector<float> gate,
                               std::vector<float> up) const {
     const size_t count = gate.size();
     gate.resize(RoundUp(static_cast<int64_t>(count), kTileRows));
     up.resize(gate.size());
     std::vector<float> y(gate.size());
-    run_.probe().activate(swiglu, gate.data(), up.data(), y.data(),
-                          static_cast<int64_t>(gate.size()));
+    run_.probe().activate(glu, gate.data(), up.data(), y.data(), static_cast<int64_t>(gate.size()));
     y.resize(count);
     return y;
   }
@@ -95,22 +95,25 @@ TEST_P(ActivationTest, ExpOfAnyFloat) {
 }
 
 // The activations of known checkpoints, and one with unusual values of all parameters.
-constexpr SwiGlu kVariants[] = {{},
-                                {.limit = 10.0f},
-                                {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
-                                {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f}};
+constexpr Glu kVariants[] = {{},
+                             {.limit = 10.0f},
+                             {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
+                             {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f},
+                             {.function = GluFunction::kGeluTanh},
+                             {.function = GluFunction::kGeluTanh, .limit = 3.0f},
+                             {.function = GluFunction::kRelu},
+                             {.function = GluFunction::kRelu2},
+                             {.function = GluFunction::kRelu2, .limit = 9.0f, .up_offset = 1.0f}};
 
 double Clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
-// Checks (u + offset) * g * sigmoid(alpha g). Rounding alpha * g moves the exponential by |alpha g|
-// units, at most 104, because beyond that the exponential is 0 or infinite. exp adds two units, and
-// each of the other five operations adds one. An fp32 exp overflows where a double does not. There,
-// and in the subnormals, the result is only near zero.
-void CheckActivation(const SwiGlu& s, float gate, float up, float actual) {
+// Checks (u + offset) * f(g). An fp32 exp overflows where a double does not. There, and in the
+// subnormals, the result is only near zero.
+void CheckActivation(const Glu& s, float gate, float up, float actual) {
   const double g = std::min<double>(gate, s.limit);
   const double u = Clamp(up, s.limit) + s.up_offset;
-  const double expected = u * g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
-  const double units = 8 + std::min(std::fabs(s.alpha * g), 104.0);
+  const double expected = u * ReferenceGate(s, g);
+  const double units = UnitsOfError(s, g);
   // The sum u + offset can cancel. Its rounding error is one unit of the sum itself.
   const double bound = units * kUnit * std::fabs(expected) +
                        std::fabs(u) * (std::fabs(g) / 0x1p127 + kLeast) + kLeast;
@@ -123,7 +126,7 @@ void CheckActivation(const SwiGlu& s, float gate, float up, float actual) {
 }
 
 TEST_P(ActivationTest, GatedActivation) {
-  for (const SwiGlu& variant : kVariants) {
+  for (const Glu& variant : kVariants) {
     std::vector<float> gate, up;
     for (float g = -120.0f; g <= 120.0f; g += 0x1.3p-4f) {
       for (const float u : {-1e4f, -11.0f, -1.0f, -0.5f, -0.0f, 0.1f, 3.0f, 7.5f, 1e30f}) {
@@ -140,15 +143,20 @@ TEST_P(ActivationTest, GatedActivation) {
   }
 }
 
-// Results as in PyTorch: clamp(max=limit) and clamp(-limit, limit) keep NaN, silu(-inf) is NaN, and
-// silu(inf) is inf.
+// Results as in PyTorch: clamp(max=limit) and clamp(-limit, limit) keep NaN, silu(-inf) and
+// gelu(-inf) are NaN, relu(-inf) is zero, and f(inf) is inf.
 TEST_P(ActivationTest, InfinitiesAndNans) {
-  for (const SwiGlu& variant : kVariants) {
+  for (const Glu& variant : kVariants) {
     const bool limited = variant.limit < kInfinity;
     const std::vector<float> gate = {kNan, 1.0f, kNan, -kInfinity, kInfinity, 1.0f, 1.0f};
     const std::vector<float> up = {1.0f, kNan, kNan, 1.0f, 1.0f, kInfinity, -kInfinity};
     const std::vector<float> h = Activate(variant, gate, up);
-    for (int i = 0; i < 4; ++i) EXPECT_TRUE(std::isnan(h[i])) << i << ": " << h[i];
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(std::isnan(h[i])) << i << ": " << h[i];
+    if (std::isnan(ReferenceGate(variant, -kInfinity))) {
+      EXPECT_TRUE(std::isnan(h[3])) << h[3];
+    } else {
+      EXPECT_EQ(h[3], 0.0f);
+    }
     if (limited) {
       const float limit = variant.limit;
       const std::vector<float> clamped =

@@ -15,7 +15,7 @@ namespace cpumoe {
 namespace {
 
 constexpr MoeConfig kConfig = {
-    .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .swiglu = {}};
+    .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .glu = {}};
 
 bool BeginsOnCacheLine(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % AlignedBuffer::kCacheLine == 0;

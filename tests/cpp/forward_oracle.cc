@@ -10,6 +10,7 @@
 #include <cstddef>
 
 #include "cpp/all_formats.h"
+#include "cpp/reference_glu.h"
 #include "cpp/reference_moe.h"
 
 namespace cpumoe {
@@ -107,20 +108,17 @@ void RoundToDigits(Intervals& x, DType dtype) {
   }
 }
 
-// Computes (u + offset) * g * sigmoid(alpha g). The slope of g * sigmoid(alpha g) is below 1.1 for
-// every alpha. min and clamp have slopes of at most 1. CheckActivation (activation_test.cc)
-// explains the units of exp.
-Interval Activate(const SwiGlu& s, Interval gate, Interval up, int bits) {
+// Computes (u + offset) * f(g). min and clamp have slopes of at most 1.
+Interval Activate(const Glu& s, Interval gate, Interval up, int bits) {
   const double g = std::min<double>(gate.value, s.limit);
   const double u = std::clamp<double>(up.value, -s.limit, s.limit) + s.up_offset;
-  const double silu = g / (1.0 + std::exp(-static_cast<double>(s.alpha) * g));
-  const double units = 8 + std::min(std::fabs(s.alpha * g), 104.0);
-  const double silu_error = 1.1 * gate.error +
-                            units * kUnit * (std::fabs(silu) + 1.1 * gate.error) +
-                            std::fabs(g) * kFlush;
+  const double f = ReferenceGate(s, g);
+  const double moved = GreatestSlope(s, g, gate.error) * gate.error;
+  const double f_error =
+      moved + UnitsOfError(s, g) * kUnit * (std::fabs(f) + moved) + std::fabs(g) * kFlush;
   const double u_error = up.error + kUnit * (std::fabs(u) + up.error);
-  const double h = u * silu;
-  double error = std::fabs(u) * silu_error + std::fabs(silu) * u_error + silu_error * u_error;
+  const double h = u * f;
+  double error = std::fabs(u) * f_error + std::fabs(f) * u_error + f_error * u_error;
   error += (kUnit + std::ldexp(1.0, -bits)) * (std::fabs(h) + error) + kFlush;
   return {h, error};
 }
@@ -191,7 +189,7 @@ class Oracle {
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {
-      h.push_back(Activate(layer_.config().swiglu, gate[i], up[i], bits));
+      h.push_back(Activate(layer_.config().glu, gate[i], up[i], bits));
     }
     Round(h);
     return Multiply(expert[2], h, source.down_bias);

@@ -94,11 +94,11 @@ TEST_P(ForwardTest, AnyTopK) {
 }
 
 // Hidden states are large enough to reach the limits.
-TEST_P(ForwardTest, SwiGluVariantsAndBiases) {
-  for (const SwiGlu& swiglu : {kPlain, kDeepSeekV4, kGptOss}) {
+TEST_P(ForwardTest, GluVariantsAndBiases) {
+  for (const Glu& glu : {kPlain, kDeepSeekV4, kGptOss, kGemma, kRelu2}) {
     for (const bool has_bias : {false, true}) {
       for (const int64_t tokens : {2, 15}) {
-        CheckForward(LayerSpec{.swiglu = swiglu, .has_bias = has_bias},
+        CheckForward(LayerSpec{.glu = glu, .has_bias = has_bias},
                      BatchSpec{.tokens = tokens, .magnitude = 8.0f});
       }
     }

@@ -128,10 +128,12 @@ struct IsaProbe {
       Isa::Store(out + i, Exp<Isa>(Isa::Load(in + i)));
     }
   }
-  static void ActivationOf(const SwiGlu& swiglu, const float* gate, const float* up, float* out,
+  static void ActivationOf(const Glu& glu, const float* gate, const float* up, float* out,
                            int64_t count) {
     for (int64_t i = 0; i < count; i += kTileRows) {
-      Isa::Store(out + i, Activate<Isa>(swiglu, Isa::Load(gate + i), Isa::Load(up + i)));
+      VisitGluFunction(glu.function, [&](auto function) {
+        Isa::Store(out + i, Activate<Isa, function()>(glu, Isa::Load(gate + i), Isa::Load(up + i)));
+      });
     }
   }
   static constexpr int ActivationBits() {

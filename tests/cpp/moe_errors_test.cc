@@ -28,7 +28,7 @@ std::string MessageOf(Body&& body) {
 class MoeErrorsTest : public MoeTest {
  protected:
   static inline const MoeConfig kConfig = {
-      .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .swiglu = {}};
+      .num_experts = 4, .hidden_size = 64, .intermediate_size = 96, .glu = {}};
 
   bool has_scales() const {
     return VisitFormat(format(), []<class F>(F) { return HasScales<F>; });

@@ -48,7 +48,7 @@ TestLayer::TestLayer(const std::string& format, const LayerSpec& spec, uint64_t 
       config_{.num_experts = spec.experts,
               .hidden_size = spec.hidden,
               .intermediate_size = spec.intermediate,
-              .swiglu = spec.swiglu,
+              .glu = spec.glu,
               .has_bias = spec.has_bias,
               .batch_invariant = spec.batch_invariant,
               .few_token_limit = spec.few_token_limit} {

@@ -16,15 +16,17 @@
 
 namespace cpumoe {
 
-inline constexpr SwiGlu kPlain = {};
-inline constexpr SwiGlu kDeepSeekV4 = {.limit = 10.0f};
-inline constexpr SwiGlu kGptOss = {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f};
+inline constexpr Glu kPlain = {};
+inline constexpr Glu kDeepSeekV4 = {.limit = 10.0f};
+inline constexpr Glu kGemma = {.function = GluFunction::kGeluTanh};
+inline constexpr Glu kRelu2 = {.function = GluFunction::kRelu2, .limit = 5.0f};
+inline constexpr Glu kGptOss = {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f};
 
 struct LayerSpec {
   int64_t experts = 4;
   int64_t hidden = 64;
   int64_t intermediate = 96;
-  SwiGlu swiglu = kPlain;
+  Glu glu = kPlain;
   bool has_bias = false;
   bool batch_invariant = false;
   int few_token_limit = -1;

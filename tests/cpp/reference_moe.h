@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpp/reference_glu.h"
 #include "formats/weight_format.h"
 #include "moe/config.h"
 #include "moe/moe.h"
@@ -46,10 +47,10 @@ class ReferenceMoe {
   }
 
   double Activate(double gate, double up) const {
-    const SwiGlu& s = config_.swiglu;
+    const Glu& s = config_.glu;
     const double g = gate > s.limit ? s.limit : gate;
     const double u = up > s.limit ? s.limit : (up < -s.limit ? -s.limit : up);
-    return (u + s.up_offset) * g / (1.0 + std::exp(-s.alpha * g));
+    return (u + s.up_offset) * ReferenceGate(s, g);
   }
 
  private:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import cpumoe
 from cpumoe.checkpoint import CheckpointError, UnsupportedFormatError, open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 KIMI_NAME = "model.layers.1.mlp.experts.1.up_proj"
 

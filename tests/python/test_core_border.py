@@ -38,6 +38,7 @@ MATRIX = {
 def empty_layer(**options):
     sizes = {"num_experts": 4, "hidden_size": 32, "intermediate_size": 32}
     formula = {"alpha": 1.0, "limit": None, "up_offset": 0.0, "has_bias": False}
+    formula["glu_function"] = _core.GluFunction.SILU
     kernels = {"precision": _core.Precision.BF16, "batch_invariant": False, "few_token_limit": -1}
     config = _core.MoeConfig(**sizes, **{**formula, **kernels, **options})
     isa = cpumoe.supported_isas()[0]

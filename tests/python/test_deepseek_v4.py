@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from cpumoe.checkpoint import UnsupportedFormatError, open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 V4_NAME = "layers.1.ffn.experts.2.w2"
 

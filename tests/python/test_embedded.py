@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from cpumoe.checkpoint import open_checkpoint
 from cpumoe.embedded import MODEL_NAME, held_out_path, model_path
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 TOOLS = Path(__file__).parents[2] / "tools" / "embedded_model"
 

@@ -42,6 +42,19 @@ def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
         check(experts(*args), weights, args, precision=precision)
 
 
+@pytest.mark.parametrize("isa", cpumoe.supported_isas())
+@EVERY_FP32_PRECISION
+@pytest.mark.parametrize("function", ["gelu_tanh", "relu", "relu2"])
+def test_other_gated_linear_units(isa, precision, function):
+    glu = cpumoe.GLU(function, limit=4.0)
+    weights = layer("mxfp4").with_swiglu(glu)
+    experts = weights.pack(isa=isa, precision=precision)
+    assert experts.swiglu == glu
+    for tokens in (1, 3, 40):
+        args = inputs(weights, tokens, dtype=torch.float32)
+        check(experts(*args), weights, args, precision=precision)
+
+
 @EVERY_VARIANT
 @EVERY_PRECISION
 @pytest.mark.parametrize("bias", DTYPES, ids=str)

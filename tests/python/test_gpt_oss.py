@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 import cpumoe
 from cpumoe.checkpoint import open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 
 def test_gpt_oss(gpt_oss):

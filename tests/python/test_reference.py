@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
+from cpumoe.numerics.glu import SwiGLU
 from cpumoe.numerics.precision import PRECISIONS, resolve_precision
-from cpumoe.numerics.swiglu import SwiGLU
 from cpumoe.reference import (
     dequantize,
     dequantize_activations,

@@ -115,7 +115,18 @@ def test_an_activation_that_is_nearly_known_is_refused(gate):
         module_swiglu(experts_module(NearExperts, swiglu_limit=10.0))
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
+@pytest.mark.parametrize(
+    ("hidden_act", "function"),
+    [("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"), ("relu2", "relu2")],
+)
+def test_functions_of_other_gated_linear_units_are_recognized(hidden_act, function):
+    module = experts_module(DeepseekV3Experts, hidden_act=hidden_act)
+    assert module_swiglu(module) == cpumoe.GLU(function)
+    limited = experts_module(DeepseekV4Experts, hidden_act=hidden_act, swiglu_limit=10.0)
+    assert module_swiglu(limited) == cpumoe.GLU(function, limit=10.0)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "tanh"])
 def test_another_act_fn_is_refused(hidden_act):
     with pytest.raises(ValueError, match=r"DeepseekV3Experts\._apply_gate"):
         module_swiglu(experts_module(DeepseekV3Experts, hidden_act=hidden_act))

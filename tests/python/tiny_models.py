@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cpumoe.formats import weight_format
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 EXPERTS, TOP_K, LAYERS, HIDDEN, INNER, VOCABULARY = 8, 2, 3, 64, 96, 288
 _FP8_BLOCK = 128

@@ -6,11 +6,17 @@ from collections.abc import Sequence
 
 from cpumoe import _core
 from cpumoe._base.scalars import boolean, integer
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU
 
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
 _LARGEST_SIZE = 2**63 - 1  # that the engine can be asked for
+_GLU_FUNCTION = {
+    "silu": _core.GluFunction.SILU,
+    "gelu_tanh": _core.GluFunction.GELU_TANH,
+    "relu": _core.GluFunction.RELU,
+    "relu2": _core.GluFunction.RELU2,
+}
 _PRECISION = {
     "auto": _core.Precision.BF16,  # each fp32 call says whether it may be rounded to bf16
     "bf16": _core.Precision.BF16,
@@ -23,7 +29,7 @@ def layer_config(
     num_experts: int,
     hidden_size: int,
     intermediate_size: int,
-    swiglu: SwiGLU,
+    swiglu: GLU,
     has_bias: bool,
     precision: str,
     batch_invariant: bool,
@@ -43,6 +49,7 @@ def layer_config(
         num_experts=_size(num_experts, "num_experts"),
         hidden_size=_size(hidden_size, "hidden_size"),
         intermediate_size=_size(intermediate_size, "intermediate_size"),
+        glu_function=_GLU_FUNCTION[swiglu.function],
         alpha=swiglu.alpha,
         limit=swiglu.limit,
         up_offset=swiglu.up_offset,

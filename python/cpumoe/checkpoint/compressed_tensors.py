@@ -36,7 +36,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 # Names of gate, up and down.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

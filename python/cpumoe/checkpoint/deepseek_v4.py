@@ -27,7 +27,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 _DEFAULT_SWIGLU_LIMIT = 10.0
 _WEIGHT = re.compile(rf"{MODEL}layers\.[0-9]+\.ffn\.experts\.[0-9]+\.w1\.weight$")

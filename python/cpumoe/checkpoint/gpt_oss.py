@@ -34,7 +34,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 # Published configs may leave these out. The defaults are those of transformers' GptOssConfig.
 _DEFAULT_SWIGLU_ALPHA = 1.702

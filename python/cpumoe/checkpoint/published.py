@@ -40,7 +40,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 _FORMAT = "bf16"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

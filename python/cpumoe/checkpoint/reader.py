@@ -19,7 +19,7 @@ from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU
 
 # A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
 ExpectedTensor = tuple[str, Collection[torch.dtype], tuple[int, ...]]
@@ -79,7 +79,7 @@ class ExpertsInfo:
     """
 
     format: str
-    swiglu: SwiGLU | None
+    swiglu: GLU | None
     unsupported: tuple[str, ...] = ()
     group_size: int | None = None
 
@@ -221,7 +221,7 @@ class ExpertReader(ABC):
                 f"the weights have, got {shown_value(self.config.num_hidden_layers)}"
             )
 
-    def known_swiglu(self) -> SwiGLU:
+    def known_swiglu(self) -> GLU:
         """Returns the experts' activation.
 
         Raises:

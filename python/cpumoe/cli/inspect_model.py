@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from cpumoe.cli.options import JsonOption, TracebackOption
 
 if TYPE_CHECKING:
     from cpumoe.checkpoint import ExpertReader
-    from cpumoe.numerics.swiglu import SwiGLU
+    from cpumoe.numerics.glu import GLU
 
 EXAMPLE = "Examples: `cpumoe inspect path/to/model`, `cpumoe inspect gpt-oss-120b`"
 
@@ -83,7 +84,7 @@ def _registered(name: str) -> dict[str, Any]:
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.moe_intermediate_size,
         "format": spec.weight_format,
-        "swiglu": vars(spec.swiglu),
+        "swiglu": asdict(spec.swiglu),
         "has_bias": spec.has_bias,
         "bytes": {
             "expert": spec.expert_bytes,
@@ -170,8 +171,8 @@ def _contradictions(reader: ExpertReader) -> list[str]:
     return []
 
 
-def _swiglu(swiglu: SwiGLU | None) -> dict[str, float | None] | None:
-    return None if swiglu is None else dict(vars(swiglu))
+def _swiglu(swiglu: GLU | None) -> dict[str, Any] | None:
+    return None if swiglu is None else asdict(swiglu)
 
 
 def _render(document: dict[str, Any]) -> None:
@@ -207,11 +208,11 @@ def _span(layers: list[int]) -> str:
     return f" ({layers[0]})" if len(layers) == 1 else f" ({layers[0]}..{layers[-1]})"
 
 
-def _activation(swiglu: dict[str, float | None] | None, has_bias: bool) -> str:
+def _activation(swiglu: dict[str, Any] | None, has_bias: bool) -> str:
     if swiglu is None:
         return "unknown"
     alpha, limit, offset = swiglu["alpha"], swiglu["limit"], swiglu["up_offset"]
-    formula = "silu(g) * u" if alpha == 1 else f"g * sigmoid({alpha:g} g) * u"
+    formula = f"{swiglu['function']}(g) * u" if alpha == 1 else f"g * sigmoid({alpha:g} g) * u"
     if offset:
         formula = formula.replace("* u", f"* (u + {offset:g})")
     parts = [formula]

@@ -17,7 +17,7 @@ from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.isa import isa
 from cpumoe.models import ModelSpec
 from cpumoe.models.synth import Pattern, random_matrix
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU
 from cpumoe.options import ExpertsOptions
 
 _BIAS_STD = 0.02
@@ -49,7 +49,7 @@ class LayerWeights:
     hidden_size: int
     intermediate_size: int
     top_k: int
-    swiglu: SwiGLU
+    swiglu: GLU
     has_bias: bool
 
     @property

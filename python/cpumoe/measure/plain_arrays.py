@@ -34,7 +34,7 @@ from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.measure.layer_weights import LayerWeights
 from cpumoe.measure.throughput import Workload
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import SwiGLU
 
 _FORMAT = "mxfp4"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cpumoe.formats import WEIGHT_FORMATS
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 
 CheckpointLayout = Literal["deepseek_v4", "gpt_oss", "compressed_tensors", "published", "other"]
 
@@ -57,7 +57,7 @@ class ModelSpec:
     top_k: int
     weight_format: str
     first_moe_layer: int = 0
-    swiglu: SwiGLU = PLAIN_SWIGLU
+    swiglu: GLU = PLAIN_SWIGLU
     has_bias: bool = False
     extra: Mapping[str, int | str] = field(default_factory=dict)
 
@@ -109,7 +109,7 @@ def _spec(
     *,
     first_moe_layer: int = 0,
     layout: CheckpointLayout = "other",
-    swiglu: SwiGLU = PLAIN_SWIGLU,
+    swiglu: GLU = PLAIN_SWIGLU,
     has_bias: bool = False,
     **extra: int | str,
 ) -> ModelSpec:

@@ -5,8 +5,8 @@ With u = 2^-24, b = 2^-8, L = min(5, sqrt(n)) for a sum of n terms, and ``|.|_2`
      rounding errors of random sign add up to at most L sqrt(K) of them (Higham & Mary 2019).
      A kernel may hold x as integers, written I(x): 21 bits per group, or 14 in bf16 calls. This
      adds |W(I(x) - x)|.
-  2. h = (u+c) s(g), s(g) = g sigmoid(a g): |dh| <= |s'| |u+c| |dg| + |s| |du| + second order
-     (|s''| <= a/2) + the error of exp. Clamps do not increase an error.
+  2. h = (u+c) f(g): |dh| <= |f'| |u+c| |dg| + |f| |du| + second order (|f''| <= a/2 for
+     f = g sigmoid(a g); `GLU.gate_error`) + the error of exp. Clamps do not increase an error.
   3. y = Wd h: the precision's roundings of x and h (below), plus float32 accumulation as in 1, plus
      |Wd| 2^-20 A for I(h), where A is a group's max |h|. With 14 bits, |Wd(I(h) - h)| is added, and
      b |h| below is at least half a unit of these integers.
@@ -53,6 +53,7 @@ from cpumoe.numerics.activations import (
     dequantize_activations,
     quantize_activations,
 )
+from cpumoe.numerics.glu import GLU
 from cpumoe.numerics.precision import PRECISIONS, check_precision, resolve_precision
 from cpumoe.numerics.reference_layer import (
     DenseExpert,
@@ -60,7 +61,6 @@ from cpumoe.numerics.reference_layer import (
     LayerOptions,
     ReferenceLayer,
 )
-from cpumoe.numerics.swiglu import SwiGLU
 
 _U32 = 2.0**-24  # unit roundoff of float32
 _UBF16 = 2.0**-8  # unit roundoff of bfloat16: 8 bits of precision
@@ -216,9 +216,7 @@ class _Magnitudes:
 class _Expert:
     """An expert's float64 results for its tokens x, and what bounds of all precisions need."""
 
-    def __init__(
-        self, x: torch.Tensor, dense: DenseExpert, swiglu: SwiGLU, group_size: int
-    ) -> None:
+    def __init__(self, x: torch.Tensor, dense: DenseExpert, swiglu: GLU, group_size: int) -> None:
         self.x, self.dense, self.swiglu, self.group_size = x, dense, swiglu, group_size
         self.gate, self.up, self.down = (_Magnitudes(w) for w in (dense.gate, dense.up, dense.down))
         self.y = dense.output(swiglu(*dense.gate_up(x.double())))
@@ -364,10 +362,8 @@ def _activation_error(
     up: torch.Tensor,
     d_gate: torch.Tensor,
     d_up: torch.Tensor,
-    swiglu: SwiGLU,
+    swiglu: GLU,
 ) -> torch.Tensor:
     gate, up = swiglu.clamp(gate, up)
-    sigmoid = torch.sigmoid(swiglu.alpha * gate)
-    slope = sigmoid * (1 + swiglu.alpha * gate * (1 - sigmoid))
-    d_swish = slope.abs() * d_gate + swiglu.alpha / 4 * d_gate.square()
-    return ((up + swiglu.up_offset).abs() + d_up) * d_swish + (gate * sigmoid).abs() * d_up
+    d_activated = swiglu.gate_error(gate, d_gate)
+    return ((up + swiglu.up_offset).abs() + d_up) * d_activated + swiglu.gate(gate).abs() * d_up

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from cpumoe._base.tensors import describe
 from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 
 # A stack [experts, N, K] (dense or quantized), or a sequence of one matrix [N, K] per expert. Only
 # experts that get a token are accessed, so that a sequence may read lazily.
@@ -18,7 +18,7 @@ ExpertMatrices = torch.Tensor | QuantizedMatrix | Sequence[torch.Tensor] | Seque
 # [experts, N], or one [N] per expert.
 ExpertBiases = torch.Tensor | Sequence[torch.Tensor | None] | None
 
-_PLAIN = SwiGLU()
+_PLAIN: GLU = SwiGLU()
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
@@ -35,7 +35,7 @@ class LayerOptions(TypedDict, total=False):
     """
 
     format: str | WeightFormat | None
-    swiglu: SwiGLU
+    swiglu: GLU
     gate_bias: ExpertBiases
     up_bias: ExpertBiases
     down_bias: ExpertBiases
@@ -85,7 +85,7 @@ class ReferenceLayer:
     up: ExpertMatrices
     down: ExpertMatrices
     format: str | WeightFormat | None = None
-    swiglu: SwiGLU = _PLAIN
+    swiglu: GLU = _PLAIN
     gate_bias: ExpertBiases = None
     up_bias: ExpertBiases = None
     down_bias: ExpertBiases = None

@@ -13,7 +13,7 @@ import torch
 from cpumoe._base.tensors import describe
 from cpumoe.checkpoint import CheckpointError, ExpertReader, open_checkpoint
 from cpumoe.integrations.sglang.checks import number_or_none
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 
 # SGLang's names of the weight formats, for --kt-method.
 METHODS = {"MXFP4": "mxfp4", "RAWINT4": "int4"}
@@ -139,7 +139,7 @@ def experts_of_slots(physical_to_logical: object, reader: ExpertReader, slots: i
     return experts
 
 
-def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) -> SwiGLU:
+def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) -> GLU:
     """Returns the activation: the host's values, or else the checkpoint's.
 
     Args:
@@ -154,10 +154,7 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
     plugin_limit, plugin_alpha = host_swiglu.get()
     host_limit = number_or_none(swiglu_limit, "swiglu_limit") or plugin_limit
     host_alpha = number_or_none(swiglu_alpha, "swiglu_alpha") or plugin_alpha
-    stored = reader.swiglu
-    if stored is None:  # SGLang itself has checked that the activation function is SiLU.
-        own = number_or_none(reader.config.text.get("swiglu_limit"), "config.json: swiglu_limit")
-        stored = SwiGLU(limit=own)
+    stored = _stored_swiglu(reader)
     if host_limit and stored.limit and host_limit != stored.limit:
         raise ValueError(
             f"swiglu_limit: expected {stored.limit}, as the checkpoint {reader.folder.path} has, "
@@ -174,6 +171,14 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
             f"{host_alpha}; --kt-weight-path must be the experts of the model that runs"
         )
     return gate
+
+
+def _stored_swiglu(reader: ExpertReader) -> GLU:
+    if reader.swiglu is not None:
+        return reader.swiglu
+    # SGLang itself has checked that the activation function is SiLU.
+    limit = number_or_none(reader.config.text.get("swiglu_limit"), "config.json: swiglu_limit")
+    return SwiGLU(limit=limit)
 
 
 def _shared_reader(path: Path) -> ExpertReader:

@@ -1,4 +1,4 @@
-"""Recognizes the SwiGLU that an experts module of transformers computes."""
+"""Recognizes the gated linear unit that an experts module of transformers computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 
 # Probes lie around zero, where gates differ most, and far enough away to show a limit whose name in
 # the module is unknown.
@@ -21,16 +21,16 @@ class _Gate(Protocol):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
 
-def module_swiglu(module: nn.Module) -> SwiGLU:
+def module_swiglu(module: nn.Module) -> GLU:
     """Returns the activation of an experts module, recognized by its results.
 
     The module's `_apply_gate` (transformers 5.23, ``integrations/moe.py``) is evaluated on a grid
-    of gate and up values and compared with each SwiGLU that the module's `alpha` and `limit` allow.
+    of gate and up values and compared with each `GLU` that the module's `alpha` and `limit` allow.
     So an unknown model that gates like a known one needs no code here, and one with another gate is
     refused.
 
     Raises:
-        ValueError: no SwiGLU fits. The message names the module's class.
+        ValueError: no `GLU` fits. The message names the module's class.
     """
     name = type(module).__name__
     if not getattr(module, "has_gate", True):
@@ -48,15 +48,18 @@ def module_swiglu(module: nn.Module) -> SwiGLU:
             if torch.allclose(actual, candidate(gate, up), rtol=1e-5, atol=1e-6):
                 return candidate
     raise ValueError(
-        f"{name}._apply_gate: cpumoe does not have this activation; expected silu(gate) * up, with "
-        f"or without a limit, or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
+        f"{name}._apply_gate: cpumoe does not have this activation; expected f(gate) * up, where f "
+        f"is silu, gelu_tanh, relu or relu2, with or without a limit, or "
+        f"(up + 1) * gate * sigmoid(alpha * gate) with a limit"
     )
 
 
-def _candidates(module: nn.Module) -> Iterator[SwiGLU]:
+def _candidates(module: nn.Module) -> Iterator[GLU]:
     alpha = _attribute(module, "alpha", "swiglu_alpha")
     yield SwiGLU()
     for limit in {_limit(module), None}:
+        for function in ("gelu_tanh", "relu", "relu2"):
+            yield GLU(function, limit=limit)
         for some_alpha in {alpha or 1.0, 1.0}:
             for offset in (0.0, 1.0):
                 yield SwiGLU(alpha=some_alpha, limit=limit, up_offset=offset)

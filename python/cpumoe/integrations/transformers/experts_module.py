@@ -11,7 +11,7 @@ from typing_extensions import override
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.experts import Experts
 from cpumoe.integrations.transformers.options import ExpertsOptions
-from cpumoe.numerics.swiglu import SwiGLU
+from cpumoe.numerics.glu import GLU
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CpuExperts(nn.Module):
         experts: the packed experts; None before `pack`.
     """
 
-    def __init__(self, layer: int, num_experts: int, swiglu: SwiGLU) -> None:
+    def __init__(self, layer: int, num_experts: int, swiglu: GLU) -> None:
         """Makes the module for a decoder layer. `pack` gives it weights."""
         super().__init__()
         self.layer = layer
