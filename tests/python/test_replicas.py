@@ -6,6 +6,7 @@ from checkpoint_tools import a_call, first_layer, write_small
 from moe_tools import EVERY_VARIANT, mask, refused
 
 from cpumoe import Experts
+from cpumoe.models import registry
 
 MODELS = pytest.mark.parametrize("model", ["v4-flash", "gpt-oss-20b", "kimi-k2"])
 SIZES = {"layers": 2, "experts": 4}
@@ -34,7 +35,7 @@ def test_the_layers_experts_are_those_that_the_caller_names(tmp_path, model, ord
 
 @EVERY_VARIANT
 def test_replicas_have_their_own_mask_and_share_memory(tmp_path, isa, fmt):
-    model = {"mxfp4": "v4-flash", "int4": "kimi-k2"}[fmt]
+    model = next(spec.name for spec in registry.MODELS if spec.weight_format == fmt)
     folder = write_small(tmp_path, model, **SIZES)
     number = first_layer(folder)
     experts = Experts.from_checkpoint(folder, number, experts=[0, 1, 1, 0, 2, 3], isa=isa)
