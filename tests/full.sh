@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that CI runs and what takes too long for it: ThreadSanitizer with every variant that the machine can test,
 # the Python tests with each of the CPU's variants as default, 100,000 calls on streams, a model compiled by
-# Inductor, and minutes of fuzzing.
+# Inductor, every MoE family of transformers, and minutes of fuzzing.
 #
 #   bash tests/full.sh           one and a half to two hours on two cores
 #
@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 
 bash tests/run.sh --full
 CPUMOE_TEST_INDUCTOR=1 python -m pytest tests/python/test_transformers_compile.py -k inductor
+CPUMOE_TEST_FAMILIES=1 python -m pytest tests/python/test_families_table.py
 CPUMOE_TEST_STREAM_CALLS=100000 build/dev/lib/stream_test --gtest_filter='*LeaveNothingBehind'
 bash tests/transformers_versions.sh
 bash tests/extras.sh

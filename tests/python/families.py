@@ -40,6 +40,7 @@ _SIZES = {
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **{"mamba_d_head": 16, "mamba_head_dim": 16},
+    **{"linear_num_heads": 4, "linear_head_dim": 16},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
@@ -70,7 +71,7 @@ _MORE = {
         **{"enable_moe_block": True, "top_k_experts": TOP_K, "per_layer_config": {}},
         **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
     },
-    "glm5_next": {**_LATENT, "qk_rope_head_dim": 0},
+    "glm5_next": {**_LATENT, **_SPARSE, "qk_rope_head_dim": 0},
     "glm4v_moe": {
         "rope_parameters": {
             **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -107,7 +108,12 @@ def tiny_model(family: str) -> PreTrainedModel:
     # Small random weights give logits near zero, whose order is decided by rounding.
     config.initializer_range = 0.2
     torch.manual_seed(3)
-    return model_class(config).to(torch.bfloat16).float().eval()
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+    return model
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ _TOP_K_KEYS = (
     "experts_per_token",
     "moe_topk",
     "moe_k",
+    "top_k_experts",
 )
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")

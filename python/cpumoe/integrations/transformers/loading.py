@@ -36,7 +36,12 @@ from cpumoe.integrations.transformers.options import (
     loading_with,
     set_default_options,
 )
-from cpumoe.integrations.transformers.quantizers import HOST_QUANTIZERS, QUANTIZERS, our_method
+from cpumoe.integrations.transformers.quantizers import (
+    HOST_QUANTIZERS,
+    QUANTIZERS,
+    UNQUANTIZED,
+    our_method,
+)
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 
 IMPLEMENTATION = "cpumoe"
@@ -211,8 +216,8 @@ def enable(options: ExpertsOptions | None = None) -> None:
 
     After this call, checkpoints with quantization method fp8, mxfp4 or compressed-tensors load in
     this process as with cpumoe's `from_pretrained`. A checkpoint whose routed experts have an
-    unsupported format is refused. Models without routed experts load as before. Another call of
-    `enable` changes the options.
+    unsupported format is refused. Models without routed experts, and checkpoints that are not
+    quantized, load as before. Another call of `enable` changes the options.
 
     Independently of this, importing the package registers ``experts_implementation="cpumoe"``.
 
@@ -254,6 +259,9 @@ def _quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
 
 def _use_our_quantizer(config: Any, path: str | os.PathLike[str]) -> None:
     owner, quantization = _quantization(config)
+    if quantization is None and getattr(owner, "quantization_config", None) is None:
+        config.quantization_config = {"quant_method": UNQUANTIZED}
+        return
     method = None if quantization is None else quantization.get("quant_method")
     if quantization is None or method not in QUANTIZERS:
         raise UnsupportedFormatError(

@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader
@@ -41,6 +42,8 @@ from cpumoe.integrations.transformers.swap import (
 )
 
 _PREFIX = "cpumoe-"
+# The name of the quantizer for checkpoints that have no quantization_config.
+UNQUANTIZED = f"{_PREFIX}unquantized"
 
 
 class ExpertsToCpumoe(HfQuantizer):
@@ -135,6 +138,19 @@ class CompressedTensorsQuantizer(ExpertsToCpumoe, CompressedTensorsHfQuantizer):
     """Kimi: cpumoe gets the INT4 experts, and other quantized weights become dense."""
 
 
+class UnquantizedConfig(QuantizationConfigMixin):
+    """Makes transformers ask for a quantizer where a checkpoint has no quantized weights."""
+
+    def __init__(self, **_: Any) -> None:
+        """Ignores all arguments."""
+        self.quant_method = UNQUANTIZED
+        self.dequantize = True
+
+
+class UnquantizedQuantizer(ExpertsToCpumoe):
+    """Most families: cpumoe gets the bf16 experts, and transformers reads the rest as it is."""
+
+
 QUANTIZERS: dict[str, type[ExpertsToCpumoe]] = {
     "fp8": Fp8Quantizer,
     "mxfp4": Mxfp4Quantizer,
@@ -164,3 +180,5 @@ def _register(method: str, quantizer: type[ExpertsToCpumoe]) -> None:
 
 for _method, _quantizer in QUANTIZERS.items():
     _register(_method, _quantizer)
+register_quantization_config(UNQUANTIZED)(UnquantizedConfig)
+register_quantizer(UNQUANTIZED)(UnquantizedQuantizer)

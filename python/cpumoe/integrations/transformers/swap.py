@@ -42,8 +42,13 @@ def swap_experts(model: nn.Module, reader: ExpertReader) -> list[CpuExperts]:
     swapped = []
     for name, module in list(experts_modules(model)):
         replacement = _replacement(name, module, reader)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, child, replacement)
+        if not any(True for _ in parent.parameters(recurse=False)):
+            # Some families' `_init_weights` initializes the experts of a block. They are gone, and
+            # the block itself has nothing to initialize.
+            parent._is_hf_initialized = True  # type: ignore[assignment]
         swapped.append(replacement)
     return swapped
 
