@@ -98,7 +98,7 @@ def tiny_model(family: str) -> PreTrainedModel:
 
     Where a family has no language model of its own, it is the language part of a larger model.
     """
-    model_class = _language_model(family)
+    model_class = language_model(family)
     config_class = model_class.config_class
     known = {field.name for field in dataclasses.fields(config_class)} | {
         *config_class.attribute_map
@@ -125,7 +125,8 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return output.last_hidden_state @ model.get_input_embeddings().weight.T
 
 
-def _language_model(family: str) -> type[PreTrainedModel]:
+def language_model(family: str) -> type[PreTrainedModel]:
+    """The class of a family's language model."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     classes = [
         value

@@ -20,6 +20,7 @@ import families
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
+from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
 from cpumoe.integrations.transformers.activation import module_swiglu
 
@@ -138,6 +139,13 @@ def test_the_page_has_every_family():
 )
 def test_the_page_says_what_the_family_does(family):
     assert row(family) == page_rows()[family], "run python test_families_table.py if this is right"
+
+
+@of_the_pages_version
+def test_readers_know_the_plain_activation_of_each_family_that_has_it():
+    plain = [family for family, line in page_rows().items() if "| silu(gate) · up | works" in line]
+    types = {families.language_model(family).config_class.model_type for family in plain}
+    assert types - PLAIN_SWIGLU_MODEL_TYPES == set()
 
 
 def test_the_page_has_no_wrong_results():

@@ -1,5 +1,7 @@
 """Recognising activations, the module in a model, and experts in memory."""
 
+import copy
+
 import pytest
 import tiny_models
 import torch
@@ -256,6 +258,34 @@ def test_weights_in_memory_are_not_rounded():
         match=r"DeepseekV3Experts: .*exactly mxfp4 or bf16, got others",
     ):
         module(*routing())
+
+
+@pytest.mark.parametrize("format", cpumoe.formats.WEIGHT_FORMATS)
+@pytest.mark.parametrize("module_class", [DeepseekV3Experts, GptOssExperts])
+def test_weights_in_memory_are_rounded_to_a_format_that_the_options_name(module_class, format):
+    module = experts_module(module_class)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape).mul(0.2))
+    rounded = copy.deepcopy(module)
+    fmt = cpumoe.weight_format(format)
+    with torch.no_grad():
+        for stack in (rounded.gate_up_proj, rounded.down_proj):
+            rows = stack.mT if module.is_transposed else stack
+            rows.copy_(fmt.dequantize(*fmt.quantize(rows.contiguous())))
+        expected = rounded(*routing())
+        module.config._experts_implementation = "cpumoe"
+        with loading_with(ExpertsOptions(weight_format=format)):
+            actual = module(*routing())
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_format_to_round_to_must_be_known_and_concerns_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"weight_format: expected mxfp4, .* or None, got 'int3'"):
+        ExpertsOptions(weight_format="int3")
+    options = ExpertsOptions(weight_format="int4")
+    with pytest.raises(ValueError, match=r"weight_format: expected None, because experts that are"):
+        from_pretrained(tmp_path, options=options)
 
 
 @pytest.mark.parametrize("module_class", [DeepseekV3Experts, DeepseekV4Experts, GptOssExperts])

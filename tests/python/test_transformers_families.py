@@ -12,12 +12,12 @@ from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pr
 
 TOKENS = torch.arange(3, 43)[None]
 # Families differ in the names of blocks, projections and sizes in config.json.
-UNLISTED = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
+FAMILIES = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
 
 
 @pytest.mark.parametrize(
     ("family", "stored"),
-    [(family, "pack-quantized") for family in UNLISTED]
+    [(family, "pack-quantized") for family in FAMILIES]
     + [("qwen3_moe", "mxfp4-pack-quantized"), ("phimoe", "mxfp4-pack-quantized")],
 )
 def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, family, stored):
@@ -35,11 +35,11 @@ def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, famil
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_the_reader_alone_does_not_know_their_activation(tmp_path):
-    family = UNLISTED[0]
-    assert not PLAIN_SWIGLU_MODEL_TYPES & set(UNLISTED)
-    folder = tiny_models.int4_moe(tmp_path, family)
-    with pytest.raises(cpumoe.UnsupportedFormatError, match=f"model_type '{family}'; pass swiglu="):
+def test_the_reader_alone_does_not_guess_the_activation_of_an_unknown_model(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, FAMILIES[0])
+    assert "new_moe" not in PLAIN_SWIGLU_MODEL_TYPES
+    edit_config(folder, model_type="new_moe")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match="model_type 'new_moe'; pass swiglu="):
         cpumoe.Experts.from_checkpoint(folder, 1)
 
 

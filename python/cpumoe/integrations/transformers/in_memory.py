@@ -2,8 +2,9 @@
 
 If transformers dequantized an MXFP4 model, its bf16 weights are exactly E2M1 values times a power
 of two. The first call packs them as MXFP4 again, which restores the checkpoint's values exactly.
-Other weights are packed as bf16, if they are bf16 numbers. Weights that need more bits are refused,
-because rounding them would change the model.
+Other weights, in fp16 or fp32 as well, are packed as bf16 if they are bf16 numbers. Weights that
+need more bits are refused, because rounding them would change the model. `ExpertsOptions` with a
+`weight_format` asks for that: weights are rounded to the nearest values of the format.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def experts_forward(
         ``[tokens, hidden]`` in the dtype of `hidden_states`. See `cpumoe.Experts` for gradients.
 
     Raises:
-        UnsupportedFormatError: the weights are not bf16 numbers.
+        UnsupportedFormatError: the weights are not bf16 numbers, and the options name no format.
         RuntimeError: the module is in training mode.
         ValueError: cpumoe does not support the module's activation, or it is not on the CPU.
     """
@@ -125,7 +126,9 @@ def _pack(module: Any) -> Experts:
     hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
     if module.is_transposed:
         hidden, inner = inner, hidden
-    fmt = _format_of(module)
+    options = current_options()
+    rounded = options.weight_format
+    fmt = _exact_format(module) if rounded is None else weight_format(rounded)
     fmt.check_k(hidden, "hidden_size")
     fmt.check_k(inner, "intermediate_size")
     return Experts(
@@ -136,12 +139,12 @@ def _pack(module: Any) -> Experts:
         intermediate_size=inner,
         swiglu=swiglu,
         has_bias=module.has_bias,
-        options=current_options(),
+        options=options,
     )
 
 
 @torch.no_grad()
-def _format_of(module: Any) -> WeightFormat:
+def _exact_format(module: Any) -> WeightFormat:
     """Returns the smallest format that holds all of the module's weights exactly."""
     stacks = (module.gate_up_proj, module.down_proj)
     for fmt in _FORMATS:
@@ -150,8 +153,8 @@ def _format_of(module: Any) -> WeightFormat:
     raise UnsupportedFormatError(
         f"{type(module).__name__}: expected weights that are exactly "
         f"{' or '.join(fmt.name for fmt in _FORMATS)}, got others, and cpumoe does not round "
-        f"weights; load the model with dtype=torch.bfloat16, or a quantized checkpoint with "
-        f"cpumoe.integrations.transformers.from_pretrained"
+        f"weights unasked; load the model with dtype=torch.bfloat16, or name a format to which all "
+        f"weights are rounded: enable(ExpertsOptions(weight_format='bf16'))"
     )
 
 

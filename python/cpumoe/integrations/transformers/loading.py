@@ -121,9 +121,16 @@ def from_pretrained(
         OSError: the hub does not have the name.
         CheckpointError: the checkpoint is damaged, or the model is no MoE model.
         UnsupportedFormatError: cpumoe does not support the experts' format.
-        ValueError: the model has no experts, or cpumoe does not support their activation.
+        ValueError: the model has no experts, or cpumoe does not support their activation; the
+            options have a `weight_format`.
     """
     check_dtype(dtype, kwargs)
+    if options is not None and options.weight_format is not None:
+        raise ValueError(
+            f"weight_format: expected None, because experts that are read from a checkpoint keep "
+            f"its format, got {options.weight_format!r}; to round weights, load the model with "
+            f"transformers and call set_experts_implementation after enable(options)"
+        )
     check_model_files(path, kwargs, experts=True)
     return load_checked(path, kwargs, options or ExpertsOptions(), dtype, model_class)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cpumoe
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
 from cpumoe._base.scalars import boolean
+from cpumoe.formats import WEIGHT_FORMATS
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             transformers runs them in the model's dtype; in bf16, one token in twelve then goes to
             another set of experts.
         progress: whether to show a bar while packing; None: if standard error is a terminal.
+        weight_format: the format to which ``experts_implementation="cpumoe"`` rounds weights that
+            are in memory, such as "int4". This changes the model. None: weights are packed exactly,
+            or refused. Experts that are read from a checkpoint keep the checkpoint's format.
 
     Raises:
         TypeError, ValueError: see `cpumoe.ExpertsOptions`.
@@ -28,6 +32,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
 
     fp32_router: bool = True
     progress: bool | None = None
+    weight_format: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the values, before a model is loaded."""
@@ -35,6 +40,11 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
         boolean(self.fp32_router, "fp32_router")
         if self.progress is not None:
             boolean(self.progress, "progress")
+        if self.weight_format is not None and self.weight_format not in WEIGHT_FORMATS:
+            raise ValueError(
+                f"weight_format: expected {', '.join(WEIGHT_FORMATS)} or None, got "
+                f"{self.weight_format!r}"
+            )
 
     @property
     def compute(self) -> str:
