@@ -153,6 +153,12 @@ def expert_weights(module: Any, index: int) -> tuple[torch.Tensor, torch.Tensor,
         (stack[index].T if module.is_transposed else stack[index]).float()
         for stack in (module.gate_up_proj.data, module.down_proj.data)
     )
+    return (*halves(module, gate_up), down)
+
+
+def halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of gate, and those of up."""
     if module.is_concatenated:
-        return (*gate_up.chunk(2), down)
-    return gate_up[0::2], gate_up[1::2], down
+        gate, up = gate_up.chunk(2)
+        return gate, up
+    return gate_up[0::2], gate_up[1::2]

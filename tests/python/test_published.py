@@ -14,20 +14,27 @@ from cpumoe.models import MODELS, find_model
 from cpumoe.reference import experts_forward
 
 PUBLISHED = [spec.name for spec in MODELS if spec.layout == "published"]
-# A family for each layout, and for each place of the layers in a greater model.
+# A family for each layout, activation, and place of the layers in a greater model.
 FAMILIES = [
     "aria",
+    "deepseek_v4",
+    "diffusion_gemma",
+    "gemma4",
     "glm4v_moe",
+    "glm5_next",
     "gpt_oss",
     "granitemoe",
     "granitemoehybrid",
+    "hy_v4",
     "inkling",
     "jamba",
     "kimi_linear",
     "lfm2_moe",
     "minimax_m2",
+    "minimax_m3_vl",
     "mistral_large4",
     "olmoe",
+    "openai_privacy_filter",
     "qwen2_moe",
     "qwen3_5_moe",
     "qwen3_vl_moe",
@@ -50,6 +57,8 @@ def change(folder, name, function):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_those_of_the_hosts_model(tmp_path, family):
     families = pytest.importorskip("families")
+    from cpumoe.integrations.transformers.activation import module_swiglu
+
     model = families.tiny_model(family).bfloat16()
     model.save_pretrained(tmp_path)
     reader = open_checkpoint(tmp_path)
@@ -64,6 +73,7 @@ def test_experts_are_those_of_the_hosts_model(tmp_path, family):
     assert stored_bytes == 2 * sum(p.numel() for m in modules.values() for p in m.parameters())
     for layer, module in modules.items():
         reader.check_layer(layer)
+        assert reader.swiglu == module_swiglu(module)
         for index in (0, families.EXPERTS - 1):
             expert = reader.expert(layer, index)
             gate, up, down = families.expert_weights(module, index)
@@ -72,8 +82,9 @@ def test_experts_are_those_of_the_hosts_model(tmp_path, family):
             assert torch.equal(dense(expert.down), down)
             assert (expert.gate_bias is not None) == module.has_bias
             if module.has_bias:
-                assert torch.equal(expert.gate_bias, module.gate_up_proj_bias[index][::2])
-                assert torch.equal(expert.up_bias, module.gate_up_proj_bias[index][1::2])
+                gate, up = families.halves(module, module.gate_up_proj_bias[index])
+                assert torch.equal(expert.gate_bias, gate)
+                assert torch.equal(expert.up_bias, up)
                 assert torch.equal(expert.down_bias, module.down_proj_bias[index])
 
 

@@ -26,9 +26,7 @@ _TOP_K_KEYS = (
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
-# Model types whose experts compute silu(gate) * up, from transformers 5.23's modeling files. Others
-# may clamp, shift or leave out the gate. A reader must not guess, so its caller has to name the
-# activation. The integration for transformers finds it by running the model's own code.
+# Model types whose experts compute silu(gate) * up. `activations` has others.
 PLAIN_SWIGLU_MODEL_TYPES = frozenset(
     {
         "afmoe",
@@ -99,7 +97,7 @@ PLAIN_SWIGLU_MODEL_TYPES = frozenset(
     }
 )
 # Values of ``hidden_act`` for the sigmoid gate of SwiGLU. Configs may leave it out.
-_SILU = (None, "silu", "swish")
+_SILU = (None, "silu", "swish", "swigluoai")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from typing_extensions import override
 
-from cpumoe.checkpoint.config import MoeConfig, limit
+from cpumoe.checkpoint.activations import limited_swiglu
+from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown_value
 from cpumoe.checkpoint.header import FLOAT4_NAME
 from cpumoe.checkpoint.reader import (
@@ -27,9 +28,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.glu import SwiGLU
 
-_DEFAULT_SWIGLU_LIMIT = 10.0
 _WEIGHT = re.compile(rf"{MODEL}layers\.[0-9]+\.ffn\.experts\.[0-9]+\.w1\.weight$")
 
 
@@ -41,7 +40,7 @@ class DeepseekV4Reader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        swiglu = SwiGLU(limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT))
+        swiglu = limited_swiglu(config.text)
         expert_dtype = _expert_dtype(folder, config)
         if expert_dtype == "fp4":
             return ExpertsInfo("mxfp4", swiglu)

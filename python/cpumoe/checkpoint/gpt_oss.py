@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from typing_extensions import override
 
-from cpumoe.checkpoint.config import MoeConfig, limit, positive_number
+from cpumoe.checkpoint.activations import shifted_swiglu
+from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
@@ -34,11 +35,6 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.glu import SwiGLU
-
-# Published configs may leave these out. The defaults are those of transformers' GptOssConfig.
-_DEFAULT_SWIGLU_ALPHA = 1.702
-_DEFAULT_SWIGLU_LIMIT = 7.0
 
 _BLOCK_BYTES = 16
 _BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,7 +68,7 @@ class GptOssReader(ExpertReader):
     @override
     @staticmethod
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        return ExpertsInfo("mxfp4", gpt_oss_swiglu(config))
+        return ExpertsInfo("mxfp4", shifted_swiglu(config.text))
 
     @override
     @classmethod
@@ -143,15 +139,6 @@ class OriginalGptOssReader(GptOssReader):
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Whether this is the folder ``original`` of gpt-oss, by the names of its tensors."""
         return config.model_type in ("", MODEL_TYPE) and any(map(cls._EXPERT.match, folder.names()))
-
-
-def gpt_oss_swiglu(config: MoeConfig) -> SwiGLU:
-    """Returns the activation of gpt-oss' experts, in any weight format."""
-    return SwiGLU(
-        alpha=positive_number(config.text, "swiglu_alpha", _DEFAULT_SWIGLU_ALPHA),
-        limit=limit(config.text, "swiglu_limit", _DEFAULT_SWIGLU_LIMIT),
-        up_offset=1.0,
-    )
 
 
 def _every_second_row(matrix: QuantizedMatrix, first: int) -> QuantizedMatrix:

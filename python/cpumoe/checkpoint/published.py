@@ -25,10 +25,10 @@ import torch
 from typing_extensions import override
 
 from cpumoe._base.tensors import dtype_name
-from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES, MoeConfig
+from cpumoe.checkpoint.activations import known_activation
+from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown
 from cpumoe.checkpoint.gpt_oss import MODEL_TYPE as GPT_OSS
-from cpumoe.checkpoint.gpt_oss import gpt_oss_swiglu
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
@@ -40,7 +40,6 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.numerics.glu import SwiGLU
 
 _FORMAT = "bf16"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -158,10 +157,7 @@ class PublishedReader(ExpertReader):
         reason = _unsupported(folder, first["prefix"], _layout_of(folder, config, first["prefix"]))
         if reason is not None:
             return ExpertsInfo(_FORMAT, None, (reason,))
-        if config.model_type == GPT_OSS:
-            return ExpertsInfo(_FORMAT, gpt_oss_swiglu(config))
-        plain = config.model_type in PLAIN_SWIGLU_MODEL_TYPES
-        return ExpertsInfo(_FORMAT, SwiGLU() if plain else None)
+        return ExpertsInfo(_FORMAT, known_activation(config))
 
     @override
     @classmethod
