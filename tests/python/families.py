@@ -82,6 +82,7 @@ _MORE = {
         "layer_types": ["conv", "full_attention", "full_attention"],
         "num_dense_layers": 1,
     },
+    "nemotron_h": {"moe_latent_size": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -148,11 +149,14 @@ def experts_modules(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
 
 
 def expert_weights(module: Any, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate, up and down of an expert of a module, ``[N, K]`` in fp32."""
+    """Gate, up and down of an expert of a module, ``[N, K]`` in fp32; without a gate, up twice."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
     gate_up, down = (
         (stack[index].T if module.is_transposed else stack[index]).float()
-        for stack in (module.gate_up_proj.data, module.down_proj.data)
+        for stack in (first.data, module.down_proj.data)
     )
+    if not module.has_gate:
+        return gate_up, gate_up, down
     return (*halves(module, gate_up), down)
 
 

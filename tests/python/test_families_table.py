@@ -106,6 +106,8 @@ def outcome(compute: Any, expected: tuple[torch.Tensor, list[int]], folder: str 
 
 def activation(model: Any) -> str:
     _, module = next(families.experts_modules(model))
+    if not module.has_gate:
+        return f"{model.config.mlp_hidden_act}(up)"
     try:
         glu = module_swiglu(module)
     except ValueError:

@@ -33,6 +33,7 @@ FAMILIES = [
     "minimax_m2",
     "minimax_m3_vl",
     "mistral_large4",
+    "nemotron_h",
     "olmoe",
     "openai_privacy_filter",
     "qwen2_moe",

@@ -74,18 +74,40 @@ def test_activations_are_recognised_by_what_they_compute(module_class, changes, 
         assert module_swiglu(experts_module(module_class, **changes)) == expected
 
 
-def test_experts_without_a_gate_are_refused_as_such():
+def without_gate(**changes):
     config = NemotronHConfig(
-        hidden_size=64, moe_intermediate_size=96, n_routed_experts=4, num_experts_per_tok=2
+        hidden_size=64,
+        moe_intermediate_size=96,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        **changes,
     )
-    config._experts_implementation = "cpumoe"
+    config._experts_implementation = "eager"
     module = NemotronHExperts(config).eval()
-    ids = torch.tensor([[0, 1]])
-    message = "^NemotronHExperts: experts without a gate projection are not supported"
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape).mul(0.1).bfloat16())
+    return module
+
+
+def test_experts_without_a_gate_are_computed_with_up_as_gate():
+    module = without_gate()
+    assert module_swiglu(module) == cpumoe.GLU("relu")
+    with torch.no_grad():
+        expected = module(*routing())
+        module.config._experts_implementation = "cpumoe"
+        actual = module(*routing())
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_experts_without_a_gate_are_refused_with_another_activation():
+    module = without_gate(mlp_hidden_act="relu")
+    module.config._experts_implementation = "cpumoe"
+    message = "^NemotronHExperts: experts without a gate projection are supported only with .*relu2"
     with pytest.raises(ValueError, match=message):
         module_swiglu(module)
     with pytest.raises(ValueError, match=message):
-        module(torch.ones(1, 64), ids, torch.ones(1, 2))
+        module(*routing())
 
 
 def test_an_unknown_activation_is_refused_by_name():

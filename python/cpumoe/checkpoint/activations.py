@@ -44,6 +44,11 @@ def _gemma_glu(text: Mapping[str, Any]) -> GLU | None:
     return None if function is None else GLU(function)
 
 
+def _nemotron_glu(text: Mapping[str, Any]) -> GLU | None:
+    # relu2(up) is relu(gate) * up, where the gate is the up projection.
+    return GLU("relu") if text.get("mlp_hidden_act", "relu2") == "relu2" else None
+
+
 _OTHERS: dict[str, Callable[[Mapping[str, Any]], GLU | None]] = {
     "deepseek_v4": limited_swiglu,
     "diffusion_gemma": _gemma_glu,
@@ -52,6 +57,7 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], GLU | None]] = {
     "gpt_oss": shifted_swiglu,
     "hy_v4": limited_swiglu,
     "minimax_m3_vl": shifted_swiglu,
+    "nemotron_h": _nemotron_glu,
     "openai_privacy_filter": shifted_swiglu,
 }
 

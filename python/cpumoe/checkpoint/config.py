@@ -12,6 +12,8 @@ import torch
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+# Nemotron projects hidden states to this width before the experts, and back after them.
+_LATENT_KEY = "moe_latent_size"
 _NUM_LAYERS_KEY = "num_hidden_layers"
 # Some hybrid models list the kinds of their layers instead.
 _LAYER_KINDS_KEY = "layers_block_type"
@@ -111,7 +113,8 @@ class MoeConfig:
         num_hidden_layers: number of decoder layers.
         num_experts: number of routed experts per layer.
         top_k: number of routed experts per token.
-        hidden_size: width of the residual stream.
+        hidden_size: width of an expert's input and output, which is that of the residual stream or
+            of a latent space.
         intermediate_size: inner width of one routed expert.
     """
 
@@ -152,7 +155,7 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         num_hidden_layers=_num_layers(text),
         num_experts=_size(text, *_NUM_EXPERTS_KEYS),
         top_k=_size(text, *_TOP_K_KEYS),
-        hidden_size=_size(text, "hidden_size"),
+        hidden_size=_size(text, "hidden_size" if text.get(_LATENT_KEY) is None else _LATENT_KEY),
         intermediate_size=_size(text, "moe_intermediate_size", "intermediate_size"),
     )
 

@@ -57,6 +57,8 @@ class _Layout(NamedTuple):
         up: name of the up projections. If it is that of `gate`, the two share a tensor.
         down: name of the down projections.
         alternating: whether rows of gate and up alternate in their tensor.
+        without_gate: whether experts compute ``relu2(up)``, which is ``relu(gate) * up`` with the
+            up projection as gate. It is then packed twice.
         model_types: the values of ``model_type`` that have this layout; empty: any.
     """
 
@@ -65,6 +67,7 @@ class _Layout(NamedTuple):
     up: str
     down: str
     alternating: bool = False
+    without_gate: bool = False
     model_types: tuple[str, ...] = ()
 
     @property
@@ -75,10 +78,14 @@ class _Layout(NamedTuple):
     @property
     def is_fused(self) -> bool:
         """Whether gate and up share a tensor."""
-        return self.gate == self.up
+        return self.gate == self.up and not self.without_gate
 
 
 LAYOUTS = (
+    _Layout(
+        _EXPERTS, "{}.up_proj.weight", "{}.up_proj.weight", "{}.down_proj.weight",
+        without_gate=True, model_types=("nemotron_h",),
+    ),
     # Qwen, DeepSeek, GLM, OLMoE, Ernie and most others
     _Layout(_EXPERTS, "{}.gate_proj.weight", "{}.up_proj.weight", "{}.down_proj.weight"),
     # Mixtral, MiniMax, Kimi-Linear, Phi, LFM2

@@ -101,7 +101,7 @@ class ExpertReader(ABC):
         model_type: model_type of the checkpoint.
         num_experts: number of routed experts per layer.
         top_k: number of routed experts per token.
-        hidden_size: width of the residual stream.
+        hidden_size: width of an expert's input and output.
         intermediate_size: inner width of one expert.
         has_bias: whether the experts have biases.
     """

@@ -34,7 +34,7 @@ def module_swiglu(module: nn.Module) -> GLU:
     """
     name = type(module).__name__
     if not getattr(module, "has_gate", True):
-        raise ValueError(f"{name}: experts without a gate projection are not supported")
+        return _without_gate(module)
     # transformers may run this while new tensors go to the meta device, and the caller may have
     # chosen another default dtype or autocast.
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -51,6 +51,20 @@ def module_swiglu(module: nn.Module) -> GLU:
         f"{name}._apply_gate: cpumoe does not have this activation; expected f(gate) * up, where f "
         f"is silu, gelu_tanh, relu or relu2, with or without a limit, or "
         f"(up + 1) * gate * sigmoid(alpha * gate) with a limit"
+    )
+
+
+def _without_gate(module: nn.Module) -> GLU:
+    """Returns a `GLU` that computes ``act_fn(up)`` if its gate is the up projection as well."""
+    up = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        actual = cast("nn.Module", module.act_fn)(up)
+        for candidate in map(GLU, ("relu", "silu", "gelu_tanh")):
+            if torch.allclose(actual, candidate(up, up), rtol=1e-5, atol=1e-6):
+                return candidate
+    raise ValueError(
+        f"{type(module).__name__}: experts without a gate projection are supported only with the "
+        f"activation relu2, got {type(module.act_fn).__name__}"
     )
 
 

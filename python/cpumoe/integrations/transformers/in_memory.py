@@ -118,9 +118,9 @@ def _in_memory(module: nn.Module) -> _InMemory:
 
 def _pack(module: Any) -> Experts:
     name = type(module).__name__
-    swiglu = module_swiglu(module)  # first, because experts without a gate have no gate_up_proj
-    if module.gate_up_proj.device.type != "cpu":
-        raise ValueError(f"{name}: expected weights on the CPU, got {module.gate_up_proj.device}")
+    swiglu = module_swiglu(module)
+    if module.down_proj.device.type != "cpu":
+        raise ValueError(f"{name}: expected weights on the CPU, got {module.down_proj.device}")
     if module.has_post_expert_norm:
         raise ValueError(f"{name}: experts with a norm of their own are not supported")
     hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
@@ -146,7 +146,7 @@ def _pack(module: Any) -> Experts:
 @torch.no_grad()
 def _exact_format(module: Any) -> WeightFormat:
     """Returns the smallest format that holds all of the module's weights exactly."""
-    stacks = (module.gate_up_proj, module.down_proj)
+    stacks = (getattr(module, _first(module)), module.down_proj)
     for fmt in _FORMATS:
         if all(_holds(fmt, _rows(module, matrix)) for stack in stacks for matrix in stack):
             return fmt
@@ -177,13 +177,14 @@ def _encoded(module: Any, fmt: WeightFormat) -> Iterator[ExpertWeights]:
     name = type(module).__name__
     for index in range(module.num_experts):
         gate_up, down = (
-            _rows(module, stack[index]) for stack in (module.gate_up_proj, module.down_proj)
+            _rows(module, stack[index])
+            for stack in (getattr(module, _first(module)), module.down_proj)
         )
         gate, up = _halves(module, gate_up)
         biases: tuple[torch.Tensor, ...] = ()
         if module.has_bias:
             biases = (
-                *_halves(module, module.gate_up_proj_bias[index]),
+                *_halves(module, getattr(module, f"{_first(module)}_bias")[index]),
                 module.down_proj_bias[index],
             )
         subject = f"{name}: expert {index}"
@@ -195,7 +196,15 @@ def _encoded(module: Any, fmt: WeightFormat) -> Iterator[ExpertWeights]:
         )
 
 
+def _first(module: Any) -> str:
+    """Returns the name of the weights that x is multiplied by."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
 def _halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns gate and up; without a gate, it is the up projection (see `module_swiglu`)."""
+    if not module.has_gate:
+        return gate_up, gate_up
     if module.is_concatenated:
         gate, up = gate_up.chunk(2)
         return gate, up
