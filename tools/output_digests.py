@@ -30,6 +30,9 @@ def random_stack(
     if cpumoe.WEIGHT_FORMATS[format].scale_storage is None:
         weights = 0.05 * torch.randn(EXPERTS, rows, columns, generator=seed)
         return cpumoe.QuantizedMatrix(weights.to(cpumoe.WEIGHT_FORMATS[format].code_dtypes[0]))
+    if cpumoe.WEIGHT_FORMATS[format].blocks:
+        weights = 0.05 * torch.randn(EXPERTS, rows, columns, generator=seed)
+        return cpumoe.QuantizedMatrix(*cpumoe.WEIGHT_FORMATS[format].quantize(weights))
     shape = (EXPERTS, rows, columns // 2)
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seed)
     exponents = torch.randint(-8, -3, (EXPERTS, rows, columns // 32), generator=seed)

@@ -75,6 +75,31 @@ struct E8M0 {
   }
 };
 
+// IEEE binary32, as a type of scales.
+struct Fp32 {
+  float value;
+
+  float ToFloat() const { return value; }
+};
+
+// E4M3 of the OCP 8-bit floating point formats 1.0, as weights use it: one sign, four exponent bits
+// (bias 7), three mantissa bits. There are no infinities. The greatest magnitude is NaN.
+struct E4M3 {
+  uint8_t bits;
+
+  bool IsNan() const { return (bits & 0x7f) == 0x7f; }
+  constexpr float ToFloat() const {
+    const uint32_t exponent = (bits >> 3) & 0xf, mantissa = bits & 0x7;
+    const uint32_t sign = uint32_t{bits & 0x80u} << 24;
+    if (exponent == 0) {
+      const float magnitude = static_cast<float>(mantissa) * 0x1p-9f;
+      return sign == 0 ? magnitude : -magnitude;
+    }
+    if ((bits & 0x7f) == 0x7f) return std::bit_cast<float>(sign | 0x7fc00000u);
+    return std::bit_cast<float>(sign | ((exponent + 120) << 23) | (mantissa << 20));
+  }
+};
+
 // The scale type of weights that have no scales. It takes no memory.
 struct NoScale {
   float ToFloat() const { return 1.0f; }
@@ -82,6 +107,13 @@ struct NoScale {
 
 template <class Format>
 concept HasScales = !std::same_as<typename Format::Scale, NoScale>;
+
+// Successive k that share a scale in packed tiles: a format's kPackedDepth, or 32.
+template <class F>
+inline constexpr int kPackedDepthOf = 32;
+template <class F>
+  requires requires { F::kPackedDepth; }
+inline constexpr int kPackedDepthOf<F> = F::kPackedDepth;
 
 // The bytes of one scale.
 template <class Scale>

@@ -33,8 +33,7 @@ struct MatrixArgs {
   int64_t codes_stride;
   uintptr_t scales;
   int64_t scales_stride;
-  int64_t scale_depth;
-  bool scales_as_bf16;
+  ScaleGrid grid;
 
   template <class Byte>
   RawMatrixOf<Byte> View() const {
@@ -44,9 +43,8 @@ struct MatrixArgs {
             codes_stride,
             reinterpret_cast<Byte*>(scales),
             scales_stride,
-            scale_depth,
-            name.c_str(),
-            scales_as_bf16};
+            grid,
+            name.c_str()};
   }
 };
 
@@ -143,24 +141,36 @@ void BindLayer(py::module_& m) {
            py::arg("batch_invariant"), py::arg("few_token_limit"),
            py::arg("copy_of") = std::vector<int32_t>());
 
+  py::enum_<ScaleType>(m, "ScaleType")
+      .value("OWN", ScaleType::kOwn)
+      .value("E8M0", ScaleType::kE8M0)
+      .value("BF16", ScaleType::kBf16)
+      .value("FP32", ScaleType::kFp32);
+
+  py::class_<ScaleGrid>(m, "ScaleGrid")
+      .def_readonly("rows", &ScaleGrid::rows)
+      .def_readonly("depth", &ScaleGrid::depth)
+      .def_readonly("type", &ScaleGrid::type);
+
   py::class_<MatrixArgs>(m, "Matrix")
       .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
                        int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
-                       int64_t scale_depth, bool scales_as_bf16) {
+                       int64_t scale_rows, int64_t scale_depth, ScaleType scale_type) {
              RequireCount(rows, name, " rows");
              RequireCount(columns, name, " columns");
              if (rows > 0 && columns > 0) {
                RequireAddress(AsPointer(codes), name, " codes");
              }
              Require(scale_depth > 0, name, ": scale_depth must be positive, got ", scale_depth);
-             return MatrixArgs{std::move(name), rows,         columns,
-                               codes,           codes_stride, scales,
-                               scales_stride,   scale_depth,  scales_as_bf16};
+             Require(scale_rows > 0, name, ": scale_rows must be positive, got ", scale_rows);
+             return MatrixArgs{
+                 std::move(name), rows,   columns,       codes,
+                 codes_stride,    scales, scales_stride, {scale_rows, scale_depth, scale_type}};
            }),
            py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
            py::arg("codes_stride"), py::arg("scales") = 0, py::arg("scales_stride") = 0,
-           py::arg("scale_depth") = kGroupSize, py::arg("scales_as_bf16") = false)
-      .def_readonly("scales_as_bf16", &MatrixArgs::scales_as_bf16);
+           py::arg("scale_rows") = 1, py::arg("scale_depth") = kGroupSize,
+           py::arg("scale_type") = ScaleType::kOwn);
 
   py::class_<Layer::Statistics>(m, "LayerStatistics")
       .def_readonly("calls", &Layer::Statistics::calls)
@@ -175,9 +185,10 @@ void BindLayer(py::module_& m) {
            "The bytes of the experts that are packed now.")
       .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),
            "One number per expert; 0: it has no weights.")
-      .def("scale_depths", &Layer::ScaleDepths, py::kw_only(), py::arg("expert"),
+      .def("scale_grids", &Layer::ScaleGrids, py::kw_only(), py::arg("expert"),
            py::call_guard<py::gil_scoped_release>(),
-           "How many successive k of the stored gate, up and down share a scale.")
+           "How many rows and successive k of the stored gate, up and down share a scale, and the "
+           "scales' types.")
       .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("experts"), py::arg("weights"),
            py::call_guard<py::gil_scoped_release>())
       .def("evict", &Layer::Evict, py::kw_only(), py::arg("expert"),

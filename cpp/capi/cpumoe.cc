@@ -159,6 +159,12 @@ int64_t Stride(int64_t given, int64_t row, int64_t rows, const std::string& name
   return given;
 }
 
+ScaleType ScaleTypeOf(int32_t type, const std::string& name) {
+  Require(type >= CPUMOE_SCALE_OWN && type <= CPUMOE_SCALE_FP32, name,
+          ".scale_type: expected a cpumoe_scale_type, got ", type);
+  return static_cast<ScaleType>(type);
+}
+
 // A matrix that must be [rows, columns], and whose name must live as long as the view.
 RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const FormatInfo& format,
                const std::string& name) {
@@ -170,9 +176,14 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   // Before anything is computed from the sizes, which may be any numbers.
   view.RequireShape(rows, columns);
   RequireAddress(matrix.codes, name, ".codes");
-  if (matrix.scale_depth != 0) view.scale_depth = matrix.scale_depth;
-  Require(view.scale_depth > 0, name, ".scale_depth: expected a positive number, or 0 for ",
-          kGroupSize, ", got ", matrix.scale_depth);
+  const int64_t usual = format.scale_depth == 0 ? kGroupSize : format.scale_depth;
+  view.grid = {.rows = matrix.scale_rows == 0 ? 1 : matrix.scale_rows,
+               .depth = matrix.scale_depth == 0 ? usual : matrix.scale_depth,
+               .type = ScaleTypeOf(matrix.scale_type, name)};
+  Require(view.grid.depth > 0, name, ".scale_depth: expected a positive number, or 0 for ", usual,
+          ", got ", matrix.scale_depth);
+  Require(view.grid.rows > 0, name, ".scale_rows: expected a positive number, or 0 for 1, got ",
+          matrix.scale_rows);
   if (format.scale_bytes == 0) {
     Require(matrix.scales == nullptr, name, ".scales: expected NULL, because ", format.name,
             " has no scales");
@@ -181,8 +192,13 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   }
   view.codes_stride =
       Stride(matrix.codes_stride, columns * format.code_bits / 8, rows, name + ".codes_stride");
-  view.scales_stride = Stride(matrix.scales_stride, view.scale_columns() * format.scale_bytes, rows,
-                              name + ".scales_stride");
+  const int64_t scale_bytes = matrix.scale_type == CPUMOE_SCALE_OWN
+                                  ? format.scale_bytes
+                                  : VisitScaleType<NoScale>(view.grid.type, []<class Scale>(Scale) {
+                                      return kBytesOfScale<Scale>;
+                                    });
+  view.scales_stride = Stride(matrix.scales_stride, view.scale_columns() * scale_bytes,
+                              view.scale_rows(), name + ".scales_stride");
   return view;
 }
 

@@ -41,9 +41,9 @@ class Layer {
   // One byte per expert: whether it has weights.
   std::vector<uint8_t> packed() const;
 
-  // How many successive k of an expert's stored gate, up and down share a scale. Throws
-  // std::out_of_range, and std::invalid_argument if the expert has no weights.
-  std::array<int64_t, 3> ScaleDepths(int64_t expert) const;
+  // The grids of the scales of an expert's stored gate, up and down, whose types are not kOwn.
+  // Throws std::out_of_range, and std::invalid_argument if the expert has no weights.
+  std::array<ScaleGrid, 3> ScaleGrids(int64_t expert) const;
 
   // Packs sources[i] as expert experts[i], for its replicas (MoeConfig::copy_of) as well. After an
   // exception some of these experts have no weights.

@@ -1,8 +1,18 @@
 // A weight format: how a checkpoint stores an [N, K] matrix. Nothing here depends on a CPU.
 //
-// A matrix has N rows. A row has K codes, packed along K (low bits of a byte first), and a scale
-// for each run of `depth` successive k. A weight is Decode(code) * scale. In a format without
-// scales, a weight is Decode(code).
+// A matrix has N rows. A row has K codes, packed along K (low bits of a byte first). A scale
+// belongs to a block of rows and successive k (scale_grid.h). A weight is Decode(code) * scale. In
+// a format without scales, a weight is Decode(code).
+//
+// A format may say more:
+//
+//   kPackedDepth          successive k whose sum kernels scale at once; 32 if it says nothing.
+//   Packed
+//                         tiles have a scale for each row and kPackedDepth successive k. Stored
+//                         scales of type Fp32, Bf16 and E8M0 may become packed scales of type Fp32
+//   AllowsScaleRows(n)    whether n rows may share their scales; only one if it says nothing
+//   AllowsScaleType(type) whether scales may be stored so; only as Scale if it says nothing
+//   kNotANumber           the magnitude of codes that are NaN, which packing refuses
 #pragma once
 
 #include <array>
@@ -11,6 +21,7 @@
 #include <string_view>
 
 #include "base/float_types.h"
+#include "formats/scale_grid.h"
 
 namespace cpumoe {
 
@@ -32,12 +43,24 @@ concept WeightFormat = (!HasScales<F> || ScaledFormat<F>) && requires {
   { F::Decode(uint32_t{}) } -> std::same_as<float>;  // a code's value before scaling
 };
 
-// Whether scales are bf16 numbers, or become such numbers exactly.
-template <class F>
-concept HasBf16Scales =
-    HasScales<F> && (std::same_as<typename F::Scale, Bf16> || requires(typename F::Scale scale) {
-      { scale.ToBf16() } -> std::same_as<Bf16>;
-    });
+// Whether a matrix of `columns` columns may have such scales. A whole row may share a scale if so
+// many weights may.
+template <ScaledFormat F>
+constexpr bool AllowsScaleDepth(int64_t depth, int64_t columns) {
+  constexpr int64_t kPacked = kPackedDepthOf<F>;
+  return F::AllowsScaleDepth(depth) ||
+         (depth == columns && F::AllowsScaleDepth((columns + kPacked - 1) / kPacked * kPacked));
+}
+template <ScaledFormat F>
+constexpr bool AllowsScaleRows(int64_t rows) {
+  if constexpr (requires { F::AllowsScaleRows(rows); }) return F::AllowsScaleRows(rows);
+  return rows == 1;
+}
+template <ScaledFormat F>
+constexpr bool AllowsScaleType(ScaleType type) {
+  if constexpr (requires { F::AllowsScaleType(type); }) return F::AllowsScaleType(type);
+  return type == ScaleType::kOwn || type == TypeOfScale<typename F::Scale>();
+}
 
 // The properties of a format that hosts need at run time.
 struct FormatInfo {

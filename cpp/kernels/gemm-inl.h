@@ -7,12 +7,12 @@
 //   C  [tiles][tokens][16] fp32
 //
 // The fused kernel decodes codes in registers and multiplies each multiplicand with all tokens at
-// once. It sums the products of a group unscaled, and one multiply-add applies the 16 scales. It
-// takes as many tokens as registers hold.
+// once. It sums the products of the groups that share scales unscaled, and one multiply-add applies
+// the 16 scales. It takes as many tokens as registers hold.
 //
 // The panel kernel decodes a KC-deep panel of the tiles to memory (L1/L2) once, then runs a
 // register-tiled GEMM over all token blocks. It folds scales into the multiplicands where that is
-// exact, and applies them per group otherwise.
+// exact, and applies them to sums otherwise.
 //
 // Both kernels add a token's products in one order, for any number of tokens and tiles.
 #pragma once
@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "base/aligned_buffer.h"
+#include "base/float_types.h"
 #include "kernels/isa.h"
 #include "kernels/product.h"
 #include "kernels/tile.h"
@@ -42,9 +43,9 @@ inline __attribute__((always_inline)) void PrefetchL2(const std::byte* at) {
 // Streams tiles: fetches codes and scales some groups before they are read. Hardware prefetchers
 // stop at the end of every 4 KiB and do not know which tile comes next. Without Stream a core waits
 // for memory a quarter of the time (docs/performance.md).
-template <class Geometry, class Scale>
+template <class Geometry, class Scale, int kRun = 1>
 struct Stream {
-  static constexpr int64_t kScaleBytes = kTileRows * kBytesOfScale<Scale>;  // of one group
+  static constexpr int64_t kScaleBytes = kTileRows * kBytesOfScale<Scale>;  // of kRun groups
 
   // Calls body(g) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each tile
   // has `groups` groups. Either all tiles know which tile follows them, or none does (LinkTiles
@@ -72,7 +73,8 @@ struct Stream {
   static constexpr int64_t kAhead = 2048 / Geometry::kGroupBytes;
   static constexpr int64_t kScalesAhead = 24;
   static constexpr int64_t kScaleGroups =  // groups whose scales share a cache line
-      kCacheLine / std::max<int64_t>(kScaleBytes, 1);
+      kRun * (kCacheLine / std::max<int64_t>(kScaleBytes, 1));
+  static_assert(kScaleBytes <= kCacheLine);
 
   template <int kGroups>
   static inline __attribute__((always_inline)) void FetchCodes(const std::byte* codes, int64_t g) {
@@ -87,9 +89,16 @@ struct Stream {
     if (kScaleBytes == 0 || g % kScaleGroups >= kStep) return;
     for (int r = 0; r < kTiles; ++r) {
       const bool own = g + kScalesAhead < groups || tiles[r].next == nullptr;
-      const std::byte* scales =
-          own ? tiles[r].scales : tiles[r].next + groups * (Geometry::kGroupBytes - kScaleBytes);
-      Prefetch(scales + (g + kScalesAhead) * kScaleBytes);
+      if constexpr (kRun == 1) {
+        const std::byte* scales =
+            own ? tiles[r].scales : tiles[r].next + groups * (Geometry::kGroupBytes - kScaleBytes);
+        Prefetch(scales + (g + kScalesAhead) * kScaleBytes);
+      } else if (own) {
+        Prefetch(tiles[r].scales + (g + kScalesAhead) / kRun * kScaleBytes);
+      } else {
+        const std::byte* scales = tiles[r].next + groups * Geometry::kGroupBytes;
+        Prefetch(scales + (g + kScalesAhead - groups) / kRun * kScaleBytes);
+      }
     }
   }
 };
@@ -112,21 +121,35 @@ struct Gemm {
   using Pair = typename Isa::Pair;
   using Vec = typename Isa::Vec;
 
-  using Tiles = Stream<Geometry, Scale>;
+  static constexpr int kRun = kPackedDepthOf<Format> / kGroupSize;  // groups that share scales
+  static_assert(kPackedDepthOf<Format> % kGroupSize == 0);
+
+  using Tiles = Stream<Geometry, Scale, kRun>;
 
   static constexpr bool kScaled = HasScales<Format>;
   static constexpr bool kFolding = !kScaled || FoldingCodec<Codec, Isa>;
   static constexpr int kPanelGroups = Isa::kPanelPairs / Geometry::kGroupPairs;
-  static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0);
+  static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0 && kPanelGroups % kRun == 0);
 
   static const Scale* ScalesOf(const TileView& tile, int64_t group) {
-    return reinterpret_cast<const Scale*>(tile.scales) + group * kTileRows;
+    return reinterpret_cast<const Scale*>(tile.scales) + group / kRun * kTileRows;
   }
 
   template <int kTokens, int kTiles>
   static void Fused(Codec codec, const TileView* tiles, const Activation* a, int64_t groups,
                     float* c) {
-    if constexpr (kScaled) {
+    if constexpr (kRun > 1) {
+      for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
+      for (int64_t run = 0; run < groups; run += kRun) {
+        Vec sum[1][kTiles][kTokens];
+        Clear(sum[0]);
+        Tiles::template ForGroups<kTiles>(tiles, run, std::min<int64_t>(run + kRun, groups), groups,
+                                          [&](int64_t g) __attribute__((always_inline)) {
+                                            AddGroups<1, kTokens, kTiles>(codec, tiles, g, a, sum);
+                                          });
+        AddScaled(codec, tiles, run, sum[0], c);
+      }
+    } else if constexpr (kScaled) {
       // A sum is a chain of dependent instructions. With few sums, two groups are summed at once.
       constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
       for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
@@ -213,21 +236,23 @@ struct Gemm {
     }
   }
 
-  // C += A * panel, where the panel's multiplicands are unscaled. Each group's sum is scaled as it
-  // is added to C.
+  // C += A * panel, where the panel's multiplicands are unscaled. The sum of the groups that share
+  // scales is scaled as it is added to C. `begin` is the first of such groups.
   template <int kTokens, int kTiles, bool kFetches>
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
                           const Pair* panel, const Activation* a, int64_t to_next, float* c) {
-    for (int64_t g = begin; g < end; ++g) {
+    for (int64_t g = begin; g < end; g += kRun) {
       KeepInMemory();
       Vec part[kTiles][kTokens];
       Clear(part);
-      for (int64_t p = 0; p < Geometry::kGroupPairs; ++p) {
+      const int64_t pairs =
+          Geometry::kGroupPairs * (kRun == 1 ? 1 : std::min<int64_t>(kRun, end - g));
+      for (int64_t p = 0; p < pairs; ++p) {
         if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
         AddPair<kTokens, kTiles>(panel, a, p, part);
       }
-      panel += Geometry::kGroupPairs * kTiles;
-      a += Geometry::kGroupPairs * kTokens * 2;
+      panel += pairs * kTiles;
+      a += pairs * kTokens * 2;
       AddScaled(codec, tiles, g, part, c);
     }
   }

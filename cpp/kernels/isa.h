@@ -73,6 +73,8 @@ concept VectorIsa = requires(
   { Isa::MakeTable(values) } -> std::same_as<typename Isa::Table16>;
   { Isa::template Lookup<0>(table, codes) } -> std::same_as<typename Isa::Pair>;
   { Isa::FromBf16(codes) } -> std::same_as<typename Isa::Pair>;  // codes of 16 bits, bf16 weights
+  // Codes of 8 bits, E4M3 weights that are not NaN; exact, subnormals too.
+  { Isa::template FromE4M3<0>(codes) } -> std::same_as<typename Isa::Pair>;
   { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen scales as fp32
   { Isa::LoadScales(bf16) } -> std::same_as<typename Isa::Vec>;
   { Isa::LoadFold(e8m0) } -> std::same_as<typename Isa::Fold>;
@@ -177,11 +179,11 @@ inline constexpr bool kHasNarrowQuadSums =
     Isa::kQuadSumLimit <= std::numeric_limits<int16_t>::max();
 
 // A codec says how a format's packed tile becomes multiplicands on an ISA. Where the format has
-// scales, GroupScales loads those of a group.
+// scales, GroupScales loads those of a group, or of several groups (kPackedDepthOf).
 //
 // A codec whose group scales multiply the multiplicands exactly also has FoldScales and
 // DecodeFolded. If these are missing, or if a matrix has a scale that leaves the multiplicand's
-// range (Isa::FoldsExactly), scales are applied to the fp32 sum of each group.
+// range (Isa::FoldsExactly), scales are applied to the fp32 sums.
 template <class C, class Isa>
 concept ScalingCodec = requires(const C codec, const typename C::Format::Scale* scales) {
   { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;

@@ -12,7 +12,9 @@
 // one fp32 per lane. Low nibbles are pairs 0 and 1, high nibbles are pairs 2 and 3, which suits
 // byte shuffles.
 //
-// There are no horizontal sums. The scales of a group are one vector: scales[group][16].
+// There are no horizontal sums. The scales of a run of groups are one vector: scales[run][16]. In
+// most formats a run is one group (kPackedDepthOf in formats/weight_format.h). The last run of a
+// tile may be shorter.
 #pragma once
 
 #include <array>
@@ -23,8 +25,9 @@
 namespace cpumoe {
 
 inline constexpr int kTileRows = 16;
-// Successive k that kernels multiply together: a group. Packed scales belong to one group, whatever
-// a format's own grid of scales is, and byte paths round a group of activations as a whole.
+// Successive k that kernels multiply together: a group. Packed scales belong to whole groups,
+// whatever a format's own grid of scales is, and byte paths round a group of activations as a
+// whole.
 inline constexpr int kGroupSize = 32;
 inline constexpr int kVectorBytes = kTileRows * 4;
 
@@ -60,7 +63,7 @@ struct TileGeometry {
 
 struct TileView {
   const std::byte* codes;   // [groups][kGroupVectors][16 lanes] 32-bit words
-  const std::byte* scales;  // [groups][16] of the format's scale type
+  const std::byte* scales;  // [runs][16] of the format's scale type
 
   // The codes of the tile that will be read after this one, or null if that is not known. The next
   // tile has an equal geometry, and its scales follow its codes as PackedLayout has it.

@@ -173,7 +173,9 @@ class TileGemm {
   static inline __attribute__((always_inline)) void FetchScales(const Span& s) {
     constexpr int64_t kScaleBytes = Kernels::Tiles::kScaleBytes;
     for (int r = 0; r < kTiles; ++r) {
-      for (int64_t at = s.begin * kScaleBytes; at < s.end * kScaleBytes; at += kCacheLine) {
+      const int64_t begin = s.begin / Kernels::kRun * kScaleBytes;
+      const int64_t end = CeilDiv(s.end, int64_t{Kernels::kRun}) * kScaleBytes;
+      for (int64_t at = begin; at < end; at += kCacheLine) {
         PrefetchL2(s.tiles[r].scales + at);
       }
     }
@@ -284,9 +286,11 @@ class TileGemm {
       if constexpr (kFold) {
         StepGroup<kAtOnce>(unit, slot, a, block.tokens);
       } else {
-        alignas(64) float part[kTiles * PanelUnitOf<Isa>::kWideTokens * kTileRows];
-        unit.template Begin<kAtOnce>(block.tokens);
+        constexpr int kRun = Kernels::kRun;
+        if (g % kRun == 0) unit.template Begin<kAtOnce>(block.tokens);
         StepGroup<kAtOnce>(unit, slot, a, block.tokens);
+        if ((g + 1) % kRun != 0 && g + 1 != s.groups) return;
+        alignas(64) float part[kTiles * PanelUnitOf<Isa>::kWideTokens * kTileRows];
         unit.template End<kAtOnce>(part);
         Kernels::template AddScaled<kAtOnce>(codec, s.tiles, g, block.tokens, part, block.c);
       }

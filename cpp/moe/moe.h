@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/float_types.h"
+#include "formats/scale_grid.h"
 #include "formats/weight_format.h"
 #include "moe/config.h"
 #include "moe/counters.h"
@@ -27,8 +28,8 @@ struct ExpertSource {
 };
 
 // Where to write the intermediate features [intermediate_begin, intermediate_begin + gate.rows) of
-// an expert. They are all features, or one rank's share of a tensor-parallel split. Scales are as
-// the checkpoint stores them, or bf16 numbers (RawMatrix::scales_as_bf16).
+// an expert. They are all features, or one rank's share of a tensor-parallel split. Scales have any
+// grid and type that can hold those of the checkpoint (RawMatrix::grid).
 struct ExpertDestination {
   MutableRawMatrix gate, up, down;
   int64_t intermediate_begin = 0;
@@ -61,9 +62,9 @@ class Moe {
   // The bytes of one packed copy (MoeConfig::copy_of), its biases included.
   virtual int64_t copy_bytes() const = 0;
   virtual bool HasWeights(int64_t expert) const = 0;  // throws std::out_of_range
-  // How many successive k of an expert's stored gate, up and down share a scale. Throws
-  // std::out_of_range, and std::invalid_argument if the expert has no weights.
-  virtual std::array<int64_t, 3> ScaleDepths(int64_t expert) const = 0;
+  // The grids of the scales of an expert's stored gate, up and down, whose types are not kOwn.
+  // Throws std::out_of_range, and std::invalid_argument if the expert has no weights.
+  virtual std::array<ScaleGrid, 3> ScaleGrids(int64_t expert) const = 0;
 
   // Packs one expert, for its replicas as well. Throws std::invalid_argument if a shape or a scale
   // violates the config or the format. The expert then has no weights.

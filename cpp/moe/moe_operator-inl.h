@@ -45,9 +45,9 @@ class MoeOperator : public Moe {
   const MoeConfig& config() const final { return weights_.config(); }
   int64_t copy_bytes() const final { return weights_.copy_bytes(); }
   bool HasWeights(int64_t expert) const final { return weights_.HasWeights(expert); }
-  std::array<int64_t, kProjections> ScaleDepths(int64_t expert) const final {
+  std::array<ScaleGrid, kProjections> ScaleGrids(int64_t expert) const final {
     RequireWeights(expert);
-    return weights_.scale_depths(config().CopyOf(expert));
+    return weights_.scale_grids(config().CopyOf(expert));
   }
   const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }

@@ -29,7 +29,7 @@ class PackedWeights {
         packed_(Allocate(config.copies(), PackedBytes())),
         biases_(config.has_bias ? config.copies() * BiasSize() : 0),
         scales_(config.copies()),
-        depths_(config.copies()),
+        grids_(config.copies()),
         has_weights_(config.copies(), 0) {}
 
   const MoeConfig& config() const { return config_; }
@@ -46,9 +46,9 @@ class PackedWeights {
 
   // What calls read, by the number of the copy.
   const ScaleRange& scales(int64_t copy) const { return scales_[copy]; }
-  // How many successive k of each stored matrix share a scale (RawMatrix::scale_depth).
-  const std::array<int64_t, kProjections>& scale_depths(int64_t copy) const {
-    return depths_[copy];
+  // The grids of the scales of the stored matrices, whose types are not kOwn.
+  const std::array<ScaleGrid, kProjections>& scale_grids(int64_t copy) const {
+    return grids_[copy];
   }
 
   const PackedLayout<F>& layout(Projection p) const {
@@ -84,7 +84,10 @@ class PackedWeights {
     });
     for (const ScaleRange& range : ranges) ranges[0].Merge(range);
     scales_[copy] = ranges[0];
-    for (int p = 0; p < kProjections; ++p) depths_[copy][p] = matrices[p]->scale_depth;
+    for (int p = 0; p < kProjections; ++p) {
+      ScaleGrid& grid = grids_[copy][p] = matrices[p]->grid;
+      if (grid.type == ScaleType::kOwn) grid.type = TypeOfScale<typename F::Scale>();
+    }
     if (biased) {
       float* bias = biases_.data() + copy * BiasSize();
       bias = std::copy_n(source.gate_bias, config_.intermediate_size, bias);
@@ -177,7 +180,7 @@ class PackedWeights {
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [copies][gate | up | down], empty without biases
   std::vector<ScaleRange> scales_;  // by copy, over its three matrices
-  std::vector<std::array<int64_t, kProjections>> depths_;  // by copy
+  std::vector<std::array<ScaleGrid, kProjections>> grids_;  // by copy
   std::vector<uint8_t> has_weights_;
 };
 

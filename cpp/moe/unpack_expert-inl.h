@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include "base/bits.h"
 #include "base/check.h"
@@ -108,27 +109,37 @@ class ExpertUnpacker {
     out.gate.RequireShape(count, config.hidden_size);
     out.up.RequireShape(count, config.hidden_size);
     out.down.RequireShape(config.hidden_size, count);
-    const bool converts =
-        out.gate.scales_as_bf16 || out.up.scales_as_bf16 || out.down.scales_as_bf16;
-    Require(!converts || HasBf16Scales<F>, F::kName, ": scales are not exact in bf16");
   }
 
-  // Each destination must have a scale wherever the stored matrix begins another one.
+  // Each destination must have a scale wherever the stored matrix begins another one, of a type
+  // that holds it.
   void RequireScales(int64_t copy) const {
-    const auto& [gate, up, down] = weights_.scale_depths(copy);
+    const auto& [gate, up, down] = weights_.scale_grids(copy);
     for (const ExpertDestination& each : out_) {
-      RequireScales(each.gate, 0, gate);
-      RequireScales(each.up, 0, up);
-      RequireScales(each.down, each.intermediate_begin, down);
+      RequireScales(each.gate, each.intermediate_begin, 0, gate);
+      RequireScales(each.up, each.intermediate_begin, 0, up);
+      RequireScales(each.down, 0, each.intermediate_begin, down);
     }
   }
-  static void RequireScales(const MutableRawMatrix& out, int64_t begin, int64_t stored) {
+  static void RequireScales(MutableRawMatrix out, int64_t row, int64_t column,
+                            const ScaleGrid& stored) {
+    const ScaleType type = std::exchange(out.grid.type, ScaleType::kOwn);
     out.template RequireScales<F>();
-    for (int64_t k = 0; k < out.columns; k += out.scale_depth) {
-      const int64_t last = std::min(k + out.scale_depth, out.columns) - 1;
-      Require((begin + k) / stored == (begin + last) / stored, out.name, ": ", stored,
-              " weights share a scale, so ", out.columns, " columns from ", begin,
-              " on cannot have a scale for each ", out.scale_depth);
+    constexpr ScaleType kOwn = TypeOfScale<typename F::Scale>();
+    Require(HoldsScales(stored.type, type == ScaleType::kOwn ? kOwn : type), out.name,
+            ": scales of the wanted type cannot hold the stored ones");
+    RequireBlocks(out.name, "columns", column, out.columns, out.grid.depth, stored.depth);
+    RequireBlocks(out.name, "rows", row, out.rows, out.grid.rows, stored.rows);
+  }
+  // Throws unless each block of `wanted` of the `count` columns or rows from `begin` on lies within
+  // one of the blocks of `stored` that share a scale.
+  static void RequireBlocks(const char* name, const char* what, int64_t begin, int64_t count,
+                            int64_t wanted, int64_t stored) {
+    for (int64_t i = 0; i < count; i += wanted) {
+      const int64_t last = std::min(i + wanted, count) - 1;
+      Require((begin + i) / stored == (begin + last) / stored, name, ": ", stored, " ", what,
+              " share a scale, so ", count, " ", what, " from ", begin,
+              " on cannot have a scale for each ", wanted);
     }
   }
 

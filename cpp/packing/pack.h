@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -77,16 +78,19 @@ class PackedLayout {
   // The bytes of one matrix.
   int64_t bytes() const { return tiles() * TileBytes(); }
   int64_t TileBytes() const {
-    return RoundUp(groups_ * (Geometry::kGroupBytes + kTileRows * kScaleBytes), kVectorBytes);
+    return RoundUp(groups_ * Geometry::kGroupBytes + runs() * kTileRows * kScaleBytes,
+                   kVectorBytes);
   }
+  // Packed scales of a row.
+  int64_t runs() const { return CeilDiv(columns_, int64_t{kPackedDepthOf<F>}); }
 
   TileView Tile(const std::byte* packed, int64_t tile) const {
     const std::byte* codes = packed + tile * distance_;
     return {codes, codes + groups_ * Geometry::kGroupBytes};
   }
 
-  // Packs rows [16 * tile, 16 * tile + 16) of `source`. For a scale that the format forbids, throws
-  // std::invalid_argument with the scale's place.
+  // Packs rows [16 * tile, 16 * tile + 16) of `source`. For a scale that the format forbids, or a
+  // code that is NaN, throws std::invalid_argument with its place.
   ScaleRange PackTile(const RawMatrix& source, int64_t tile, std::byte* packed) const {
     const TileView view = Tile(packed, tile);
     ScaleRange range;
@@ -96,6 +100,7 @@ class PackedLayout {
     const std::byte* codes[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       codes[r] = source.codes + RowOf(tile, r) * source.codes_stride;
+      if constexpr (requires { F::kNotANumber; }) RequireNumbers(source, RowOf(tile, r));
     }
     RowsToLanes<uint32_t>(codes, Vectors(), const_cast<std::byte*>(view.codes), kSwap);
     return range;
@@ -105,64 +110,93 @@ class PackedLayout {
   // The row of the matrix in row r of a tile.
   int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
 
-  // Packs one scale per group. Groups that share a stored scale get a copy each, so that kernels
-  // are the same for any depth.
+  // Packs one scale per row and run of kPackedDepthOf k, as F::Scale. Runs that share a stored
+  // scale get a copy each, so that kernels are the same for any grid.
   ScaleRange PackScales(const RawMatrix& source, int64_t tile, std::byte* out) const {
-    const std::byte* scales[kTileRows];
-    ScaleRange range;
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t row = RowOf(tile, r);
-      scales[r] = source.scales + row * source.scales_stride;
-      range.Merge(RangeOfRow(source, row));
-    }
-    std::vector<ScaleWord> copies;
-    if (source.scale_depth != kGroupSize) {
-      copies.resize(kTileRows * groups_);
+    return VisitScaleType<Scale>(source.grid.type, [&]<class Stored>(Stored) {
+      constexpr bool kConverts = !std::is_same_v<Stored, Scale>;
+      static_assert(!kConverts || !std::is_same_v<Stored, NoScale>);
+      const std::byte* scales[kTileRows];
+      ScaleRange range;
       for (int r = 0; r < kTileRows; ++r) {
-        ScaleWord* row = &copies[r * groups_];
-        for (int64_t g = 0; g < groups_; ++g) {
-          std::memcpy(row + g, scales[r] + g * kGroupSize / source.scale_depth * kScaleBytes,
-                      kScaleBytes);
-        }
-        scales[r] = reinterpret_cast<const std::byte*>(row);
+        scales[r] = source.ScalesOf(RowOf(tile, r));
+        range.Merge(RangeOfRow<Stored>(source, RowOf(tile, r)));
       }
+      std::vector<Scale> copies;
+      if (kConverts || source.grid.depth != kPackedDepthOf<F>) {
+        copies.resize(kTileRows * runs());
+        for (int r = 0; r < kTileRows; ++r) {
+          Scale* row = &copies[r * runs()];
+          for (int64_t run = 0; run < runs(); ++run) {
+            const int64_t at = run * kPackedDepthOf<F> / source.grid.depth;
+            row[run] = Converted<Stored>(scales[r] + at * sizeof(Stored));
+          }
+          scales[r] = reinterpret_cast<const std::byte*>(row);
+        }
+      }
+      RowsToLanes<ScaleWord>(scales, runs(), out, [](auto words) { return words; });
+      return range;
+    });
+  }
+
+  template <class Stored>
+  static Scale Converted(const std::byte* stored) {
+    if constexpr (std::is_same_v<Stored, Scale>) {
+      return LoadScale<Scale>(stored);
+    } else if constexpr (std::is_same_v<Scale, Fp32>) {
+      return {LoadScale<Stored>(stored).ToFloat()};
+    } else {
+      throw std::logic_error("AllowsScaleType must refuse this type");
     }
-    RowsToLanes<ScaleWord>(scales, groups_, out, [](auto words) { return words; });
-    return range;
+  }
+
+  // Throws std::invalid_argument if a code of the row is NaN.
+  void RequireNumbers(const RawMatrix& source, int64_t row) const {
+    static_assert(F::kCodeBits == 8);
+    const std::byte* codes = source.codes + row * source.codes_stride;
+    const auto is_nan = [](std::byte code) {
+      return (code & std::byte{0x7f}) == std::byte{F::kNotANumber};
+    };
+    uint8_t invalid = 0;  // not a bool, so that compilers vectorise the loop
+    for (int64_t k = 0; k < columns_; ++k) invalid |= is_nan(codes[k]) ? 1 : 0;
+    if (invalid == 0) return;
+    const int64_t k = std::find_if(codes, codes + columns_, is_nan) - codes;
+    throw std::invalid_argument(Message(source.name, ": weight [", row, ", ", k, "] is nan; ",
+                                        F::kName,
+                                        " weights must be finite: the checkpoint is damaged"));
   }
 
   static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
   int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }
 
+  template <class Stored>
   ScaleRange RangeOfRow(const RawMatrix& source, int64_t row) const {
-    const std::byte* in = source.scales + row * source.scales_stride;
+    const std::byte* in = source.ScalesOf(row);
     // Not a bool, because compilers vectorise the loop only if all words have one size.
     uint32_t invalid = 0;
     // Magnitudes of floats are in the order of their bits.
     uint32_t least = ~0u, greatest = 0;
     for (int64_t g = 0; g < source.scale_columns(); ++g) {
-      Scale scale;
-      std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
+      const Scale scale = Converted<Stored>(in + g * sizeof(Stored));
       const uint32_t magnitude = std::bit_cast<uint32_t>(scale.ToFloat()) & 0x7fffffffu;
       invalid |= F::IsValidScale(scale) ? 0u : 1u;
       least = std::min(least, magnitude);
       greatest = std::max(greatest, magnitude);
     }
-    if (invalid != 0) ThrowInvalidScale(source, row);
+    if (invalid != 0) ThrowInvalidScale<Stored>(source, row);
     const ScaleRange range{std::bit_cast<float>(least), std::bit_cast<float>(greatest)};
-    return range.IsUsual() ? range : RangeOfNonZeroGroups(source, row);
+    return range.IsUsual() ? range : RangeOfNonZeroGroups<Stored>(source, row);
   }
 
   // The range without groups of zeros, which are zero with any scale. Checkpoints have the least
   // scale there.
+  template <class Stored>
   ScaleRange RangeOfNonZeroGroups(const RawMatrix& source, int64_t row) const {
     ScaleRange range;
     for (int64_t g = 0; g < source.scale_columns(); ++g) {
       if (IsZero(source, row, g)) continue;
-      Scale scale;
-      std::memcpy(&scale, source.scales + row * source.scales_stride + g * kScaleBytes,
-                  kScaleBytes);
+      const Scale scale = Converted<Stored>(source.ScalesOf(row) + g * sizeof(Stored));
       const float magnitude = std::abs(scale.ToFloat());
       range.Merge({magnitude, magnitude});
     }
@@ -173,8 +207,8 @@ class PackedLayout {
   static bool IsZero(const RawMatrix& source, int64_t row, int64_t g) {
     constexpr int64_t kCodesPerByte = 8 / F::kCodeBits;
     const std::byte* codes = source.codes + row * source.codes_stride;
-    const int64_t begin = g * source.scale_depth / kCodesPerByte;
-    const int64_t end = std::min((g + 1) * source.scale_depth, source.columns) / kCodesPerByte;
+    const int64_t begin = g * source.grid.depth / kCodesPerByte;
+    const int64_t end = std::min((g + 1) * source.grid.depth, source.columns) / kCodesPerByte;
     return std::all_of(codes + begin, codes + end, [](std::byte byte) {
       for (int bit = 0; bit < 8; bit += F::kCodeBits) {
         const uint32_t code = (std::to_integer<uint32_t>(byte) >> bit) & ((1u << F::kCodeBits) - 1);
@@ -184,14 +218,14 @@ class PackedLayout {
     });
   }
 
+  template <class Stored>
   [[noreturn]] void ThrowInvalidScale(const RawMatrix& source, int64_t row) const {
-    const std::byte* in = source.scales + row * source.scales_stride;
+    const std::byte* in = source.ScalesOf(row);
     for (int64_t g = 0;; ++g) {
-      Scale scale;
-      std::memcpy(&scale, in + g * kScaleBytes, kScaleBytes);
+      const Scale scale = Converted<Stored>(in + g * sizeof(Stored));
       if (F::IsValidScale(scale)) continue;
-      throw std::invalid_argument(Message(source.name, ": scale [", row, ", ", g, "] is ",
-                                          scale.ToFloat(), "; ", F::kName,
+      throw std::invalid_argument(Message(source.name, ": scale [", row / source.grid.rows, ", ", g,
+                                          "] is ", scale.ToFloat(), "; ", F::kName,
                                           " scales must be finite: the checkpoint is damaged"));
     }
   }

@@ -1,13 +1,14 @@
-// A weight matrix in the memory and layout of its checkpoint: rows of codes and rows of group
-// scales.
+// A weight matrix in the memory and layout of its checkpoint: rows of codes and rows of scales.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "base/bits.h"
 #include "base/check.h"
 #include "base/float_types.h"
+#include "formats/scale_grid.h"
 #include "formats/weight_format.h"
 #include "kernels/tile.h"
 
@@ -21,21 +22,25 @@ struct RawMatrixOf {
   int64_t rows = 0;     // N, output features
   int64_t columns = 0;  // K, input features
   Byte* codes = nullptr;
-  int64_t codes_stride = 0;  // bytes from one row to the next
-  Byte* scales = nullptr;    // null if the format has none
-  int64_t scales_stride = 0;
-  int64_t scale_depth = kGroupSize;  // successive k that share a scale
-  const char* name = "weight";       // for error messages
-  // Whether the scales are bf16 numbers instead of the format's own type. Destinations only.
-  bool scales_as_bf16 = false;
+  int64_t codes_stride = 0;     // bytes from one row to the next
+  Byte* scales = nullptr;       // null if the format has none
+  int64_t scales_stride = 0;    // bytes from one row of scales to the next
+  ScaleGrid grid = {};          // which weights share a scale
+  const char* name = "weight";  // for error messages
 
-  // Scales of a row.
-  int64_t scale_columns() const { return CeilDiv(columns, scale_depth); }
+  // Scales [scale_rows, scale_columns].
+  int64_t scale_rows() const { return CeilDiv(rows, grid.rows); }
+  int64_t scale_columns() const { return CeilDiv(columns, grid.depth); }
 
+  // Bytes of one scale.
   template <class Format>
   int64_t ScaleBytes() const {
-    return scales_as_bf16 ? int64_t{sizeof(Bf16)} : kBytesOfScale<typename Format::Scale>;
+    return VisitScaleType<typename Format::Scale>(
+        grid.type, []<class Scale>(Scale) { return kBytesOfScale<Scale>; });
   }
+
+  // The first of the scales that belong to a row.
+  Byte* ScalesOf(int64_t row) const { return scales + row / grid.rows * scales_stride; }
 
   // Throws std::invalid_argument unless the matrix has the scales that the format needs.
   template <class Format>
@@ -43,8 +48,12 @@ struct RawMatrixOf {
     if constexpr (HasScales<Format>) {
       Require(scales != nullptr || rows == 0 || columns == 0, name, ": ", Format::kName,
               " needs scales, got none");
-      Require(Format::AllowsScaleDepth(scale_depth), name, ": ", Format::kName,
-              " has no groups of ", scale_depth, " weights that share a scale");
+      Require(AllowsScaleDepth<Format>(grid.depth, columns), name, ": ", Format::kName,
+              " has no groups of ", grid.depth, " weights that share a scale");
+      Require(AllowsScaleRows<Format>(grid.rows), name, ": ", Format::kName, " has no blocks of ",
+              grid.rows, " rows that share their scales");
+      Require(AllowsScaleType<Format>(grid.type), name, ": ", Format::kName,
+              " has no scales of this type");
     } else {
       Require(scales == nullptr, name, ": ", Format::kName, " has no scales, got some");
     }
@@ -55,30 +64,39 @@ struct RawMatrixOf {
             ", ", wanted_columns, "] weights, got [", rows, ", ", columns, "]");
   }
 
-  // Returns rows [begin, begin + count), which are a shard of the gate or up projection.
+  // Returns rows [begin, begin + count), which are a shard of the gate or up projection. They must
+  // begin with a block of rows that share their scales, or lie within one.
   RawMatrixOf Rows(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= rows, name, ": rows [", begin, ", ",
             begin + count, ") are not within the matrix's ", rows);
+    Require(begin % grid.rows == 0 || begin / grid.rows == (begin + count - 1) / grid.rows, name,
+            ": a slice of rows must begin with a block of ", grid.rows,
+            " rows that share their scales, got [", begin, ", ", begin + count, ")");
     RawMatrixOf shard = *this;
     shard.rows = count;
     shard.codes += begin * codes_stride;
-    shard.scales += begin * scales_stride;
+    shard.scales = scales == nullptr ? nullptr : ScalesOf(begin);
     return shard;
   }
 
-  // Returns columns [begin, begin + count), which must be whole groups. They are a shard of the
-  // down projection.
+  // Returns columns [begin, begin + count), which must be whole groups and begin with a scale, or
+  // lie within one. They are a shard of the down projection.
   template <class Format>
   RawMatrixOf Columns(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= columns, name, ": columns [", begin, ", ",
             begin + count, ") are not within the matrix's ", columns);
-    Require(begin % scale_depth == 0 && (count % scale_depth == 0 || begin + count == columns),
-            name, ": a slice of columns must consist of whole groups of ", scale_depth, ", got [",
-            begin, ", ", begin + count, ")");
+    Require(begin % kGroupSize == 0 && count % kGroupSize == 0, name,
+            ": a slice of columns must consist of whole groups of ", kGroupSize, ", got [", begin,
+            ", ", begin + count, ")");
     RawMatrixOf shard = *this;
     shard.columns = count;
     shard.codes += begin * Format::kCodeBits / 8;
-    shard.scales += begin / scale_depth * ScaleBytes<Format>();
+    if (scales == nullptr) return shard;
+    Require(begin % grid.depth == 0 || begin / grid.depth == (begin + count - 1) / grid.depth, name,
+            ": a slice of columns must begin with one of the ", grid.depth,
+            " weights that share a scale, got [", begin, ", ", begin + count, ")");
+    if (count > 0) shard.grid.depth = std::min(grid.depth, count);
+    shard.scales += begin / grid.depth * ScaleBytes<Format>();
     return shard;
   }
 };

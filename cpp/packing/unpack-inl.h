@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -157,7 +158,8 @@ class LineTranspose {
 
 // Writes the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
 // [column_begin, column_begin + out.columns) of the matrix to `out`. The columns must be whole
-// groups. Other threads and devices are sure to see `out` after Isa::FinishStreams.
+// groups. Scales are those of the first weight of each block of `out`. Other threads and devices
+// are sure to see `out` after Isa::FinishStreams.
 template <StreamIsa Isa, WeightFormat F>
 class TileUnpacker {
  public:
@@ -174,12 +176,14 @@ class TileUnpacker {
     std::byte* scales[kTileRows] = {};
     for (int64_t row = first; row < last; ++row) {
       codes[row % kTileRows] = out.codes + (row - row_begin) * out.codes_stride;
-      scales[row % kTileRows] = out.scales + (row - row_begin) * out.scales_stride;
+      if (HasScales<F> && (row - row_begin) % out.grid.rows == 0) {
+        scales[row % kTileRows] = out.ScalesOf(row - row_begin);
+      }
     }
     UnpackCodes(view.codes + group * Geometry::kGroupBytes, groups * Geometry::kGroupVectors,
                 codes);
     if constexpr (HasScales<F>) {
-      UnpackScales(view.scales + group * kScaleLanes, out, scales);
+      UnpackScales(view.scales, column_begin, out, scales);
     }
   }
 
@@ -227,24 +231,34 @@ class TileUnpacker {
 
   static constexpr int64_t kScaleLanes = kTileRows * Layout::kScaleBytes;
 
-  // Writes the scales of groups `in`, one per run of out.scale_depth columns.
-  static void UnpackScales(const std::byte* in, const MutableRawMatrix& out,
+  // Writes scales, one per out.grid.depth columns from column_begin on. `in` are those of the tile.
+  static void UnpackScales(const std::byte* in, int64_t column_begin, const MutableRawMatrix& out,
                            std::byte* const (&rows)[kTileRows]) {
+    constexpr int64_t kDepth = kPackedDepthOf<F>;
+    if (std::ranges::all_of(rows, [](const std::byte* row) { return row == nullptr; })) return;
     const int64_t count = out.scale_columns();
-    std::vector<std::byte> first;  // scales of the first group of each run
-    if (out.scale_depth != kGroupSize) {
-      first.resize(count * kScaleLanes);
+    std::vector<std::byte> chosen;  // lanes of the scales to write
+    if (out.grid.depth == kDepth && column_begin % kDepth == 0) {
+      in += column_begin / kDepth * kScaleLanes;
+    } else {
+      chosen.resize(count * kScaleLanes);
       for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(&first[i * kScaleLanes], in + i * out.scale_depth / kGroupSize * kScaleLanes,
-                    kScaleLanes);
+        const int64_t run = (column_begin + i * out.grid.depth) / kDepth;
+        std::memcpy(&chosen[i * kScaleLanes], in + run * kScaleLanes, kScaleLanes);
       }
-      in = first.data();
+      in = chosen.data();
     }
-    if constexpr (HasBf16Scales<F>) {
-      if (out.scales_as_bf16) return UnpackScales<Bf16>(in, count, rows);
-    }
-    UnpackScales<typename F::Scale>(in, count, rows);
+    VisitScaleType<typename F::Scale>(out.grid.type, [&]<class To>(To) {
+      if constexpr (kConverts<To>) UnpackScales<To>(in, count, rows);
+    });
   }
+
+  // Whether scales may be written as type To.
+  template <class To>
+  static constexpr bool kConverts =
+      std::is_same_v<To, typename F::Scale> ||
+      HoldsScales(TypeOfScale<typename F::Scale>(), TypeOfScale<To>()) ||
+      AllowsScaleType<F>(TypeOfScale<To>());
 
   // Writes scales as type To.
   template <class To>
@@ -270,9 +284,15 @@ class TileUnpacker {
     if constexpr (std::is_same_v<To, typename F::Scale>) {
       std::memcpy(out, words, count * sizeof(Word));
     } else {
-      static_assert(std::is_same_v<To, Bf16>);
       for (int64_t i = 0; i < count; ++i) {
-        const Bf16 scale = typename F::Scale{words[i]}.ToBf16();
+        const auto packed = std::bit_cast<typename F::Scale>(words[i]);
+        const To scale = [&] {
+          if constexpr (std::is_same_v<typename F::Scale, E8M0> && std::is_same_v<To, Bf16>) {
+            return packed.ToBf16();  // vectorises
+          } else {
+            return ExactScale<To>(packed.ToFloat());
+          }
+        }();
         std::memcpy(out + i * sizeof(scale), &scale, sizeof(scale));
       }
     }

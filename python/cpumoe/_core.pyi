@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -200,11 +200,69 @@ class GluFunction:
 class MoeConfig:
     def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, glu_function: GluFunction, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
         ...
-class Matrix:
-    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scales_as_bf16: bool = False) -> None:
+class ScaleType:
+    """
+    Members:
+    
+      OWN
+    
+      E8M0
+    
+      BF16
+    
+      FP32
+    """
+    BF16: typing.ClassVar[ScaleType]
+    E8M0: typing.ClassVar[ScaleType]
+    FP32: typing.ClassVar[ScaleType]
+    OWN: typing.ClassVar[ScaleType]
+    __members__: typing.ClassVar[dict[str, ScaleType]]
+    @typing.overload
+    def __eq__(self, other: ScaleType) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: ScaleType) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
         ...
     @property
-    def scales_as_bf16(self) -> bool:
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
+class ScaleGrid:
+    @property
+    def depth(self) -> int:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def type(self) -> ScaleType:
+        ...
+class Matrix:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_rows: typing.SupportsInt | typing.SupportsIndex = 1, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scale_type: ScaleType = ...) -> None:
         ...
 class LayerStatistics:
     @property
@@ -244,9 +302,9 @@ class Layer:
         """
         Raises RuntimeError in a forked child, which must not change the layer.
         """
-    def scale_depths(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> typing.Annotated[list[int], "FixedSize(3)"]:
+    def scale_grids(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> typing.Annotated[list[ScaleGrid], "FixedSize(3)"]:
         """
-        How many successive k of the stored gate, up and down share a scale.
+        How many rows and successive k of the stored gate, up and down share a scale, and the scales' types.
         """
     def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
         """

@@ -189,11 +189,15 @@ class Experts(PackedExperts):
                 nibble; int4 codes may be int32 ``[experts, intermediate, hidden/8]``. Scales are
                 ``[experts, intermediate, hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4),
                 bfloat16 (int4). With int4, any multiple of 32 weights, or a row, may share a scale.
+                With fp8, codes are float8_e4m3fn ``[experts, intermediate, hidden]``. Its scales
+                are float32, bfloat16, float8_e8m0fnu or E8M0 bytes as uint8:
+                ``[experts, ceil(intermediate/128), ceil(hidden/128)]`` or
+                ``[experts, intermediate, 1]``, and are multiplied.
                 With bf16, one tensor ``[experts, intermediate, hidden]``.
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
-                bf16 ``[experts, hidden, intermediate]``.
-            format: "mxfp4", "int4" or "bf16".
+                bf16 ``[experts, hidden, intermediate]``; fp8 likewise.
+            format: "mxfp4", "int4", "bf16" or "fp8".
             swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none.

@@ -84,7 +84,7 @@ class PackedExperts:
             expert_id: the expert.
 
         Returns:
-            Codes uint8 and scales (E8M0 bytes as uint8, or bf16); gate and up ``[intermediate,
+            Codes and scales as in a `QuantizedMatrix`; gate and up ``[intermediate,
             hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
 
         Raises:
@@ -116,7 +116,8 @@ class PackedExperts:
 
         The dtype of the scales says what is written. One of the format's own dtypes gets the
         scales as stored. With mxfp4, bf16 gets the powers of two as numbers, which is exact. The
-        least one, 2^-127, is subnormal in bf16, and hosts that flush subnormals read 0.
+        least one, 2^-127, is subnormal in bf16, and hosts that flush subnormals read 0. With fp8,
+        a dtype that cannot hold the stored scales is refused.
 
         Args:
             expert_id: the expert.
@@ -127,7 +128,7 @@ class PackedExperts:
             down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
             intermediate: the intermediate features to write: rows of gate and up, columns of down.
                 They must be whole groups of 32, and of the weights that share a scale of down.
-                Default: all.
+                With fp8 in blocks, they must begin with a block. Default: all.
             read_missing: whether to read an expert that has no weights in memory from the
                 checkpoint that the layer was made from, instead of raising ValueError. That is
                 slower.

@@ -196,6 +196,14 @@ static void TestWeightsThatLayersRefuse(cpumoe_runtime* runtime, cpumoe_layer* o
   REFUSED(
       "expert 1: up.scales_stride: expected 0 to 36028797018963968 for 32 rows, got "
       "288230376151711743");
+  expert.gate.scale_rows = 128;
+  REFUSED("expert 1: gate: mxfp4 has no blocks of 128 rows that share their scales");
+  expert.gate.scale_rows = -1;
+  REFUSED("expert 1: gate.scale_rows: expected a positive number, or 0 for 1, got -1");
+  expert.down.scale_type = CPUMOE_SCALE_FP32;
+  REFUSED("expert 1: down: mxfp4 has no scales of this type");
+  expert.down.scale_type = 4;
+  REFUSED("expert 1: down.scale_type: expected a cpumoe_scale_type, got 4");
   const float bias[HIDDEN] = {0};
   expert.down_bias = bias;
   REFUSED("expert 1: no biases expected, as the layer's has_bias says");

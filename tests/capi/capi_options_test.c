@@ -178,7 +178,49 @@ static int IsSupported(const char* variant) {
   return 0;
 }
 
+/* FP8 gives the same bits with a float per block and with a bf16 number per row. */
+static void TestBlocksOfFp8(cpumoe_runtime* runtime) {
+  static uint8_t codes[HIDDEN * INNER];
+  static uint16_t rows[HIDDEN];
+  static float output[2][TOKENS][HIDDEN];
+  static Layer layer;
+  static Batch batch;
+  const float block = 0.0078125f; /* 0x3c00 in bf16 */
+  for (int i = 0; i < HIDDEN * INNER; ++i) codes[i] = (uint8_t)(i * 37 % 127 | i % 2 << 7);
+  for (int i = 0; i < HIDDEN; ++i) rows[i] = 0x3c00;
+  FillLayer(&layer, &kMxfp4, kPlain, 0);
+  FillBatch(&batch, &layer);
+  cpumoe_layer_options options = LayerOptions(&layer);
+  options.format = "fp8";
+  for (int by_row = 0; by_row < 2; ++by_row) {
+    cpumoe_matrix matrix = {.codes = codes, .scales = &block, .scale_rows = 128};
+    if (by_row) {
+      matrix.scales = rows;
+      matrix.scale_rows = 0;
+      matrix.scale_type = CPUMOE_SCALE_BF16;
+    }
+    cpumoe_expert expert = {.gate = matrix, .up = matrix, .down = matrix};
+    expert.gate.rows = expert.up.rows = expert.down.columns = INNER;
+    expert.gate.columns = expert.up.columns = expert.down.rows = HIDDEN;
+    const cpumoe_expert experts[EXPERTS] = {expert, expert, expert};
+    cpumoe_layer* packed = NULL;
+    cpumoe_call* call = NULL;
+    cpumoe_tensors tensors = Tensors(&batch);
+    tensors.output = output[by_row];
+    CHECK(cpumoe_layer_create(&options, &packed) == CPUMOE_OK);
+    CHECK(cpumoe_layer_pack(packed, runtime, 0, experts, EXPERTS) == CPUMOE_OK);
+    CHECK(cpumoe_call_create(runtime, packed, &kFp32, &call) == CPUMOE_OK);
+    CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+    CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+    cpumoe_call_destroy(call);
+    cpumoe_layer_destroy(packed);
+  }
+  CHECK(output[0][0][0] != 0);
+  CHECK(memcmp(output[0], output[1], sizeof(output[0])) == 0);
+}
+
 void TestOptionsOfLayers(cpumoe_runtime* runtime) {
+  TestBlocksOfFp8(runtime);
   static Layer layer;
   int tested = 0;
   for (int v = 0; v < VARIANTS; ++v) {

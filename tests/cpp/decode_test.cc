@@ -37,7 +37,7 @@ class DecodeTest : public IsaFormatTest {
       for (int64_t i = 0; i < kRowUnits; ++i) {
         auto unit = static_cast<uint32_t>((row * kRowUnits + i + index * 37) % kValues);
         // Codes that are no numbers would spoil the sums of their rows.
-        if (kUnitBytes > 1 && !std::isfinite(F::Decode(unit))) unit = 0;
+        if (F::kCodeBits >= 8 && !std::isfinite(F::Decode(unit))) unit = 0;
         std::memcpy(view.codes + row * view.codes_stride + i * kUnitBytes, &unit, kUnitBytes);
       }
       if constexpr (HasScales<F>) {

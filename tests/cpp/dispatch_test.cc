@@ -307,7 +307,11 @@ TEST_F(FindFormatTest, FormatsDescribeThemselves) {
     const FormatInfo& info = FindFormat(*variant_, name).info;
     VisitFormat(name, [&]<class F>(F) {
       EXPECT_EQ(info.code_bits, F::kCodeBits);
-      EXPECT_EQ(info.scale_depth, HasScales<F> ? kGroupSize : 0);
+      if constexpr (HasScales<F>) {
+        EXPECT_EQ(info.scale_depth, F::kScaleDepth);
+      } else {
+        EXPECT_EQ(info.scale_depth, 0);
+      }
       EXPECT_EQ(info.scale_bytes, kBytesOfScale<typename F::Scale>);
     });
   }

@@ -128,7 +128,7 @@ TEST_P(MoeErrorsTest, ScalesOfAnotherForm) {
   if (!has_scales()) return;
   for (const int64_t depth : {16, 48}) {
     source = layer.Source(0);
-    source.down.scale_depth = depth;
+    source.down.grid.depth = depth;
     EXPECT_EQ(PackMessage(*moe, source), "test.weight: " + format() + " has no groups of " +
                                              std::to_string(depth) + " weights that share a scale");
   }
@@ -221,8 +221,13 @@ TEST_P(MoeErrorsTest, BytesAreAboutTheCheckpoints) {
   const TestLayer layer(format(), LayerSpec{.has_bias = true});
   const auto moe = Create(layer.config());
   const int64_t weights = 4 * 3 * 64 * 96, biases = 4 * (2 * 96 + 64) * 4;
+  const auto scales_of = [](int64_t rows, int64_t columns, int64_t depth) {
+    return 4 * rows * CeilDiv(columns, depth);
+  };
   VisitFormat(format(), [&]<class F>(F) {
-    const int64_t scales = weights / kGroupSize * kBytesOfScale<typename F::Scale>;
+    const int64_t depth = kPackedDepthOf<F>;
+    const int64_t scales = (2 * scales_of(96, 64, depth) + scales_of(64, 96, depth)) *
+                           kBytesOfScale<typename F::Scale>;
     const int64_t bytes = weights * F::kCodeBits / 8 + scales + biases;
     EXPECT_GE(4 * moe->copy_bytes(), bytes);
     EXPECT_LE(4 * moe->copy_bytes(), bytes + bytes / 20);

@@ -59,6 +59,15 @@ struct PlainStores {
   static void FinishStreams() {}
 };
 
+// The packed scale of a weight.
+template <class F>
+float PackedScale(const PackedLayout<F>& layout, const std::vector<std::byte>& packed, int64_t row,
+                  int64_t column) {
+  const TileView tile = layout.Tile(packed.data(), row / kTileRows);
+  const int64_t lane = column / kPackedDepthOf<F> * kTileRows + row % kTileRows;
+  return LoadScale<typename F::Scale>(tile.scales + lane * sizeof(typename F::Scale)).ToFloat();
+}
+
 template <class F>
 class PackingTest : public testing::Test {
  protected:
@@ -81,6 +90,37 @@ class PackingTest : public testing::Test {
       TileUnpacker<Isa, F>::Unpack(layout.Tile(packed.data(), tile), tile, layout.rows(), row_begin,
                                    column_begin, out);
     }
+  }
+  static void CheckGrid(int64_t rows, int64_t columns, const ScaleGrid& grid) {
+    SCOPED_TRACE(testing::Message() << "[" << rows << ", " << columns << "], " << grid.rows << " x "
+                                    << grid.depth << ", type " << static_cast<int>(grid.type));
+    Rng rng(8);
+    const auto source = TestMatrix::Random(Name(), rows, columns, rng, Magnitudes{}, 3, grid);
+    const Layout layout(rows, columns);
+    const std::vector<std::byte> packed = Pack(layout, source.View());
+    TestMatrix back(Name(), rows, columns, 3, grid);
+    Unpack(layout, packed, 0, 0, back.MutableView());
+    EXPECT_EQ(back, source);
+    for (int64_t row = 0; row < rows; row += 7) {
+      for (int64_t column = 0; column < columns; column += 32) {
+        const float scale = VisitScaleType<typename F::Scale>(grid.type, [&]<class Stored>(Stored) {
+          return LoadScale<Stored>(source.View().ScalesOf(row) +
+                                   column / grid.depth * static_cast<int64_t>(sizeof(Stored)))
+              .ToFloat();
+        });
+        ASSERT_EQ(PackedScale(layout, packed, row, column), scale) << row << ", " << column;
+      }
+    }
+    // A shard that begins with a block.
+    const int64_t row = grid.rows == 1 ? 5 : grid.rows, column = grid.depth % columns;
+    TestMatrix shard(Name(), rows - row, columns - column, 0,
+                     ScaleGrid{grid.rows, std::min(grid.depth, columns - column), grid.type});
+    Unpack(layout, packed, row, column, shard.MutableView());
+    const Layout part(rows - row, columns - column);
+    EXPECT_EQ(
+        Pack(part, shard.View()),
+        Pack(part,
+             source.View().Rows(row, rows - row).template Columns<F>(column, columns - column)));
   }
 };
 TYPED_TEST_SUITE(PackingTest, AllFormats);
@@ -131,7 +171,7 @@ TYPED_TEST(PackingTest, Layout) {
                 (original >> (place * F::kCodeBits)) & kMask)
           << "row " << row << ", k " << k;
     }
-    for (int64_t g = 0; g < layout.groups(); ++g) {
+    for (int64_t g = 0; g < layout.runs(); ++g) {
       if (kScaleBytes == 0) break;
       EXPECT_EQ(std::memcmp(tile.scales + (g * kTileRows + lane) * kScaleBytes,
                             view.scales + from * view.scales_stride + g * kScaleBytes, kScaleBytes),
@@ -172,13 +212,14 @@ class OddMemory {
     }
   }
 
-  MutableRawMatrix View(int64_t columns) const {
+  MutableRawMatrix View(int64_t columns, const ScaleGrid& grid) const {
     return {.rows = rows_,
             .columns = columns,
             .codes = buffers_[0].data() + misaligned_,
             .codes_stride = strides_[0],
             .scales = buffers_[1].data() + misaligned_,
-            .scales_stride = strides_[1]};
+            .scales_stride = strides_[1],
+            .grid = grid};
   }
 
   void ExpectRows(const RawMatrix& source) const {
@@ -214,13 +255,13 @@ TYPED_TEST(PackingTest, RowsAtAnyAddress) {
     const PackedLayout<F> layout(rows, columns);
     const std::vector<std::byte> packed = this->Pack(layout, source.View());
     const int64_t code_bytes = columns * F::kCodeBits / 8;
-    const int64_t scale_bytes = groups * kBytesOfScale<typename F::Scale>;
+    const int64_t scale_bytes = source.View().scale_columns() * kBytesOfScale<typename F::Scale>;
     for (const int64_t misaligned : {0, 1, 31, 63}) {
       for (const int64_t gap : {0, 5, 64}) {
         const auto unpack = [&]<class Isa>(Isa) {
           const OddMemory memory(rows, code_bytes, scale_bytes, misaligned, gap);
           Isa::streamed = 0;
-          this->template Unpack<Isa>(layout, packed, 0, 0, memory.View(columns));
+          this->template Unpack<Isa>(layout, packed, 0, 0, memory.View(columns, UsualGrid<F>()));
           memory.ExpectRows(source.View());
           if (misaligned == 0 && (code_bytes + gap) % kVectorBytes == 0) {
             EXPECT_GE(Isa::streamed, rows * (code_bytes / kVectorBytes));
@@ -237,7 +278,7 @@ TYPED_TEST(PackingTest, RowsAtAnyAddress) {
 TYPED_TEST(PackingTest, ScalesBecomeBf16) {
   using F = TypeParam;
   using Scale = typename F::Scale;
-  if constexpr (HasBf16Scales<F>) {
+  if constexpr (HasScales<F> && HoldsScales(TypeOfScale<Scale>(), ScaleType::kBf16)) {
     const std::vector<Scale> scales = ValidScales<F>();
     const auto groups = static_cast<int64_t>(scales.size());
     const int64_t rows = 17, columns = groups * kGroupSize;
@@ -252,7 +293,7 @@ TYPED_TEST(PackingTest, ScalesBecomeBf16) {
     MutableRawMatrix out = codes.MutableView();
     out.scales = reinterpret_cast<std::byte*>(numbers.data());
     out.scales_stride = groups * static_cast<int64_t>(sizeof(Bf16));
-    out.scales_as_bf16 = true;
+    out.grid.type = ScaleType::kBf16;
     this->Unpack(layout, this->Pack(layout, source.View()), 0, 0, out);
     for (int64_t i = 0; i < rows * groups; ++i) {
       EXPECT_EQ(numbers[i].ToFloat(), scales[i % groups].ToFloat()) << i % groups;
@@ -278,10 +319,11 @@ TYPED_TEST(PackingTest, GapsBetweenRowsAreLeftAlone) {
 TYPED_TEST(PackingTest, SlicesOfTheSource) {
   using F = TypeParam;
   Rng rng(5);
-  const int64_t rows = 40, columns = 4 * kGroupSize;
+  const int64_t depth = UsualGrid<F>().depth;
+  const int64_t rows = 40, columns = 4 * depth;
   const auto source = TestMatrix::Random(this->Name(), rows, columns, rng);
   const int64_t row_begin = 7, row_count = 18;
-  const int64_t column_begin = kGroupSize, column_count = 2 * kGroupSize;
+  const int64_t column_begin = depth, column_count = 2 * depth;
   const RawMatrix slice =
       source.View().Rows(row_begin, row_count).template Columns<F>(column_begin, column_count);
   const PackedLayout<F> part(row_count, column_count);
@@ -304,7 +346,7 @@ TYPED_TEST(PackingTest, SlicesOfTheSource) {
 TYPED_TEST(PackingTest, ScaleRange) {
   using Scale = typename TypeParam::Scale;
   if (!HasScales<TypeParam>) GTEST_SKIP() << "there are no scales";
-  TestMatrix source(this->Name(), 17, 2 * kGroupSize);
+  TestMatrix source(this->Name(), 17, 2 * UsualGrid<TypeParam>().depth);
   const MutableRawMatrix view = source.MutableView();
   // A byte that is no pair of zeros in any format with scales.
   std::memset(view.codes, 0x11, view.rows * view.codes_stride);
@@ -332,7 +374,7 @@ TYPED_TEST(PackingTest, ScaleRangeLeavesOutGroupsOfZeros) {
   } else {
     using Scale = typename TypeParam::Scale;
     Rng rng(7);
-    const int64_t columns = 3 * kGroupSize;
+    const int64_t depth = TypeParam::kScaleDepth, columns = 3 * depth;
     auto source = TestMatrix::Random(this->Name(), 17, columns, rng);
     std::memset(source.MutableView().codes, 0x11, 17 * source.View().codes_stride);
     const PackedLayout<TypeParam> layout(17, columns);
@@ -345,13 +387,13 @@ TYPED_TEST(PackingTest, ScaleRangeLeavesOutGroupsOfZeros) {
       ScaleRange range;
       this->Pack(layout, source.View(), &range);
       EXPECT_TRUE(range.least < moderate.least || range.greatest > moderate.greatest);
-      row = row.Columns<TypeParam>(kGroupSize, kGroupSize);
+      row = row.Columns<TypeParam>(depth, depth);
       SetToZeros<TypeParam>(row);
       range = {};
       this->Pack(layout, source.View(), &range);
       EXPECT_LE(moderate.least, range.least);
       EXPECT_GE(moderate.greatest, range.greatest);
-      std::memset(row.codes, 0x11, kGroupSize * TypeParam::kCodeBits / 8);
+      std::memset(row.codes, 0x11, depth * TypeParam::kCodeBits / 8);
     }
   }
 }
@@ -372,10 +414,11 @@ TYPED_TEST(PackingTest, RefusesAnInvalidScaleWithItsPlace) {
     GTEST_SKIP() << "there are no scales";
   } else {
     using Scale = typename F::Scale;
-    const Scale invalid = {static_cast<decltype(Scale::bits)>(~0u)};  // NaN in every scale type
+    Scale invalid;
+    std::memset(&invalid, 0xff, sizeof(invalid));  // NaN in every scale type
     ASSERT_FALSE(F::IsValidScale(invalid));
     Rng rng(6);
-    auto source = TestMatrix::Random(this->Name(), 20, 3 * kGroupSize, rng);
+    auto source = TestMatrix::Random(this->Name(), 20, 3 * F::kScaleDepth, rng);
     const MutableRawMatrix view = source.MutableView();
     std::memcpy(view.scales + 18 * view.scales_stride + 2 * sizeof(Scale), &invalid, sizeof(Scale));
     const PackedLayout<F> layout(view.rows, view.columns);
@@ -386,41 +429,57 @@ TYPED_TEST(PackingTest, RefusesAnInvalidScaleWithItsPlace) {
   }
 }
 
-// Groups that share a stored scale come back as they were: from whole rows, and from shards.
-TYPED_TEST(PackingTest, ScalesOfSeveralGroups) {
+// Every grid and type that a format allows: scales come back as they were, from all rows and from
+// shards, and packed tiles hold what the reference reads.
+TYPED_TEST(PackingTest, EveryGridOfScales) {
   using F = TypeParam;
   if constexpr (HasScales<F>) {
-    Rng rng(8);
-    const int64_t rows = 21, columns = 12 * kGroupSize;
-    for (const int64_t depth : {2 * kGroupSize, 4 * kGroupSize, 5 * kGroupSize, 12 * kGroupSize}) {
-      if (!F::AllowsScaleDepth(depth)) continue;
-      const auto source =
-          TestMatrix::Random(this->Name(), rows, columns, rng, Magnitudes{}, 3, depth);
-      const PackedLayout<F> layout(rows, columns);
-      ScaleRange range;
-      const std::vector<std::byte> packed = this->Pack(layout, source.View(), &range);
-      TestMatrix back(this->Name(), rows, columns, 3, depth);
-      this->Unpack(layout, packed, 0, 0, back.MutableView());
-      EXPECT_EQ(back, source) << depth;
-      // Packed, the matrix equals one that has the scales of each group.
-      TestMatrix each(this->Name(), rows, columns);
-      this->Unpack(layout, packed, 0, 0, each.MutableView());
-      EXPECT_EQ(this->Pack(layout, each.View()), packed) << depth;
-      const RawMatrix view = source.View();
-      for (int64_t g = 0; g < layout.groups(); ++g) {
-        const int64_t bytes = kBytesOfScale<typename F::Scale>;
-        EXPECT_EQ(std::memcmp(each.View().scales + g * bytes,
-                              view.scales + g * kGroupSize / depth * bytes, bytes),
-                  0)
-            << depth << ": " << g;
+    constexpr int64_t kDepth = kPackedDepthOf<F>;
+    for (const int64_t columns : {12 * kDepth, 12 * kDepth - 32}) {
+      for (const int64_t depth : {2 * kDepth, 4 * kDepth, 5 * kDepth, columns}) {
+        for (const int64_t block_rows : {1, 128}) {
+          for (const auto type : {ScaleType::kOwn, ScaleType::kE8M0, ScaleType::kBf16}) {
+            const ScaleGrid grid = {block_rows, depth, type};
+            if (AllowsScaleDepth<F>(depth, columns) && AllowsScaleRows<F>(block_rows) &&
+                AllowsScaleType<F>(type)) {
+              this->CheckGrid(150, columns, grid);
+            }
+          }
+        }
       }
-      TestMatrix shard(this->Name(), rows, columns - depth, 0, depth);
-      if (depth == columns) continue;
-      this->Unpack(layout, packed, 0, depth, shard.MutableView());
-      const PackedLayout<F> part(rows, columns - depth);
-      EXPECT_EQ(this->Pack(part, shard.View()),
-                this->Pack(part, view.template Columns<F>(depth, columns - depth)));
     }
+  }
+}
+
+TYPED_TEST(PackingTest, RefusesACodeThatIsNoNumber) {
+  using F = TypeParam;
+  if constexpr (requires { F::kNotANumber; }) {
+    Rng rng(9);
+    for (const int sign : {0, 0x80}) {
+      auto source = TestMatrix::Random(this->Name(), 20, 4 * kGroupSize, rng);
+      const MutableRawMatrix view = source.MutableView();
+      view.codes[18 * view.codes_stride + 77] = static_cast<std::byte>(F::kNotANumber | sign);
+      const PackedLayout<F> layout(view.rows, view.columns);
+      EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
+                "test.weight: weight [18, 77] is nan; " + this->Name() +
+                    " weights must be finite: the checkpoint is damaged");
+    }
+  }
+}
+
+// A shard must not begin within a block of scales and end in another one.
+TYPED_TEST(PackingTest, RefusesShardsThatCutBlocks) {
+  using F = TypeParam;
+  if constexpr (HasScales<F>) {
+    if (!AllowsScaleRows<F>(128)) GTEST_SKIP() << "rows do not share scales";
+    const TestMatrix matrix(this->Name(), 300, 512, 0, ScaleGrid{128, 128});
+    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { matrix.View().Rows(64, 128); }),
+              "test.weight: a slice of rows must begin with a block of 128 rows that share their "
+              "scales, got [64, 192)");
+    EXPECT_EQ(MessageOf<std::invalid_argument>([&] { matrix.View().template Columns<F>(32, 128); }),
+              "test.weight: a slice of columns must begin with one of the 128 weights that share a "
+              "scale, got [32, 160)");
+    EXPECT_EQ(matrix.View().Rows(160, 64).scales, matrix.View().ScalesOf(128));
   }
 }
 

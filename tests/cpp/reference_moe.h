@@ -28,12 +28,15 @@ class ReferenceMoe {
     uint32_t word = 0;
     std::memcpy(&word, codes + bit / 8, (F::kCodeBits + 7) / 8);
     const uint32_t code = (word >> (bit % 8)) & ((uint64_t{1} << F::kCodeBits) - 1);
-    typename F::Scale scale;
     if constexpr (HasScales<F>) {
-      std::memcpy(&scale, m.scales + row * m.scales_stride + column / m.scale_depth * sizeof(scale),
-                  sizeof(scale));
+      const std::byte* scales = m.scales + row / m.grid.rows * m.scales_stride;
+      return VisitScaleType<typename F::Scale>(m.grid.type, [&]<class Stored>(Stored scale) {
+        std::memcpy(&scale, scales + column / m.grid.depth * sizeof(scale), sizeof(scale));
+        return static_cast<double>(F::Decode(code)) * scale.ToFloat();
+      });
+    } else {
+      return F::Decode(code);
     }
-    return static_cast<double>(F::Decode(code)) * scale.ToFloat();
   }
 
   // One expert's output [hidden_size] for one token x [hidden_size].

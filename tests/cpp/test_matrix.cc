@@ -11,11 +11,17 @@
 namespace cpumoe {
 namespace {
 
-// Fills a row with random codes. All codes of a format with scales are valid.
+// Fills a row with random codes that are numbers.
 template <class F>
 void FillCodes(std::byte* row, int64_t columns, Rng& rng, const Magnitudes& magnitudes) {
   if constexpr (HasScales<F>) {
     std::generate_n(row, columns * F::kCodeBits / 8, [&] { return static_cast<std::byte>(rng()); });
+    if constexpr (F::kCodeBits == 8) {
+      std::replace_if(
+          row, row + columns,
+          [](std::byte code) { return std::isnan(F::Decode(std::to_integer<uint32_t>(code))); },
+          std::byte{0x42});
+    }
   } else {
     static_assert(F::kCodeBits == 16);
     for (int64_t k = 0; k < columns; ++k) {
@@ -33,29 +39,33 @@ void FillCodes(std::byte* row, int64_t columns, Rng& rng, const Magnitudes& magn
 }  // namespace
 
 TestMatrix::TestMatrix(const std::string& format, int64_t rows, int64_t columns, int64_t gap,
-                       int64_t scale_depth)
-    : rows_(rows), columns_(columns), scale_depth_(scale_depth) {
+                       std::optional<ScaleGrid> grid)
+    : rows_(rows), columns_(columns) {
   VisitFormat(format, [&]<class F>(F) {
+    grid_ = grid.value_or(UsualGrid<F>());
     codes_stride_ = columns * F::kCodeBits / 8 + gap;
     // The last row has no gap behind it, so that a sanitizer notices reads beyond it.
     codes_.assign(rows * codes_stride_ - gap, kFiller);
     if constexpr (HasScales<F>) {
-      scales_stride_ = CeilDiv(columns, scale_depth) * kBytesOfScale<typename F::Scale> + gap;
-      scales_.assign(rows * scales_stride_ - gap, kFiller);
+      const RawMatrix view = View();
+      scales_stride_ = view.scale_columns() * view.template ScaleBytes<F>() + gap;
+      scales_.assign(view.scale_rows() * scales_stride_ - gap, kFiller);
     }
   });
 }
 
 TestMatrix TestMatrix::Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
-                              const Magnitudes& magnitudes, int64_t gap, int64_t scale_depth) {
-  TestMatrix matrix(format, rows, columns, gap, scale_depth);
+                              const Magnitudes& magnitudes, int64_t gap,
+                              std::optional<ScaleGrid> grid) {
+  TestMatrix matrix(format, rows, columns, gap, grid);
   VisitFormat(format, [&]<class F>(F) {
     using Scale = typename F::Scale;
     std::vector<Scale> scales;
     if constexpr (HasScales<F>) {
+      const Magnitudes wanted = magnitudes == kModerate ? ForCodes<F>(kModerate) : magnitudes;
       for (const Scale scale : ValidScales<F>()) {
         const float magnitude = std::fabs(scale.ToFloat());
-        if (magnitude >= magnitudes.least && magnitude <= magnitudes.greatest) {
+        if (magnitude >= wanted.least && magnitude <= wanted.greatest) {
           scales.push_back(scale);
         }
       }
@@ -66,12 +76,18 @@ TestMatrix TestMatrix::Random(const std::string& format, int64_t rows, int64_t c
     const MutableRawMatrix view = matrix.MutableView();
     for (int64_t row = 0; row < rows; ++row) {
       FillCodes<F>(view.codes + row * view.codes_stride, columns, rng, magnitudes);
-      if constexpr (HasScales<F>) {
-        std::byte* out = view.scales + row * view.scales_stride;
-        for (int64_t i = 0; i < view.scale_columns(); ++i, out += sizeof(Scale)) {
-          std::memcpy(out, &scales[rng() % scales.size()], sizeof(Scale));
+    }
+    if constexpr (HasScales<F>) {
+      VisitScaleType<Scale>(view.grid.type, [&]<class Stored>(Stored) {
+        for (int64_t row = 0; row < view.scale_rows(); ++row) {
+          std::byte* out = view.scales + row * view.scales_stride;
+          for (int64_t i = 0; i < view.scale_columns(); ++i, out += sizeof(Stored)) {
+            const float scale = scales[rng() % scales.size()].ToFloat();
+            const auto stored = ExactScale<Stored>(scale);
+            std::memcpy(out, &stored, sizeof(stored));
+          }
         }
-      }
+      });
     }
   });
   return matrix;

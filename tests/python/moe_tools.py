@@ -59,14 +59,14 @@ EVERY_ISA = pytest.mark.parametrize("isa", [_row(isa) for isa in cpumoe.known_is
 EVERY_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"), [_row(isa, fmt) for isa in cpumoe.known_isas() for fmt in formats(isa)]
 )
-# The variants with the formats that have scales, and integers as codes.
+# The variants with the formats that have scales, and two codes in a byte.
 EVERY_QUANTIZED_VARIANT = pytest.mark.parametrize(
     ("isa", "fmt"),
     [
         _row(isa, fmt)
         for isa in cpumoe.known_isas()
         for fmt in formats(isa)
-        if cpumoe.weight_format(fmt).scale_dtype is not None
+        if cpumoe.weight_format(fmt).values
     ],
 )
 BF16_PRECISIONS = distinct_precisions(torch.bfloat16)

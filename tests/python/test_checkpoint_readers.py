@@ -29,7 +29,6 @@ def test_swiglu_limit_must_be_positive_or_null(tmp_path, model):
     ("quantization", "name"),
     [
         (None, "bf16"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),

@@ -126,9 +126,9 @@ def test_inspect_name():
     assert document["supported"]
     assert document["swiglu"]["limit"] == 10
     assert "g at most 10" in succeed("inspect", "v4-flash")
-    unsupported = read("inspect", "deepseek-ai/DeepSeek-V3")
+    unsupported = read("inspect", "nvidia/DeepSeek-R1-NVFP4")
     assert not unsupported["supported"]
-    assert "fp8_block" in " ".join(unsupported["reasons"])
+    assert "nvfp4" in " ".join(unsupported["reasons"])
 
 
 def test_inspect_names_missing_and_damaged_shards(tmp_path):

@@ -18,6 +18,7 @@ from cpumoe.formats import QuantizedMatrix
 from cpumoe.measure import benchmark, limits, tuning, write_back
 from cpumoe.measure.benchmark import Limit, Limits, Timing, Turn, Variant
 from cpumoe.measure.tuning import Comparison, Crossover, Form
+from cpumoe.models.synth import random_matrix
 
 QUICK = ("--seconds", 0, "--rounds", 2)
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2
@@ -232,10 +233,11 @@ def test_write_back(v4, tmp_path):
             assert copy["least"] <= min(values) <= max(values) <= copy["bytes_per_second"]
 
 
-def test_write_back_of_made_up_int4(small_model):
-    row = measure("--write-back", "--experts", EXPERTS, "--format", "int4")["rows"][0]
-    weights = 3 * HIDDEN * INNER
-    assert row["bytes"] == 2 * (weights // 2 + weights // 32 * 2)
+@pytest.mark.parametrize("fmt", [name for name in cpumoe.WEIGHT_FORMATS if name != "mxfp4"])
+def test_write_back_of_made_up_weights(fmt, small_model):
+    row = measure("--write-back", "--experts", EXPERTS, "--format", fmt)["rows"][0]
+    weights = random_matrix(cpumoe.weight_format(fmt), HIDDEN, INNER, "random", torch.Generator())
+    assert row["bytes"] == 2 * 3 * weights.nbytes
 
 
 def test_write_back_refusals(v4):
@@ -369,7 +371,9 @@ def test_refusals(v4, tmp_path):
     for seconds in ("inf", "nan", -1):
         assert "--seconds: expected 0 to 86400, got " in refuse("--seconds", seconds)
     assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")
-    assert "DeepSeek-V3 is fp8_block, which is not supported" in refuse("--model", "DeepSeek-V3")
+    assert "DeepSeek-R1-NVFP4 is nvfp4, which is not supported" in refuse(
+        "--model", "DeepSeek-R1-NVFP4"
+    )
     assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
     assert "is mxfp4, got 'int4'" in refuse("--model", v4, "--format", "int4")
     assert "--plot: expected a name that ends in .png" in refuse("--plot", "roofline.gif")

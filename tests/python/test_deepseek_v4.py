@@ -60,14 +60,14 @@ def test_deepseek_v4_variants(v4):
     assert open_checkpoint(v4).format == "mxfp4"
 
 
-def test_deepseek_v4_with_fp8_experts_is_refused_by_name(v4):
-    edit_config(v4, expert_dtype="fp8")
+def test_other_experts_are_refused_by_name(v4):
+    edit_config(v4, expert_dtype="fp6")
     reader = open_checkpoint(v4)
-    assert reader.format == "fp8_block"
+    assert reader.format == "fp6"
     assert reader.layers() == [0, 1]
     message = (
-        r"fp8_block experts: expert_dtype 'fp8' \(as in DeepSeek-V4-Flash-Base\) is not supported "
-        r"yet, only 'fp4'. Supported formats: mxfp4, int4"
+        r"fp6 experts: expert_dtype 'fp6' is not supported, only 'fp4' and 'fp8'. Supported "
+        r"formats: mxfp4, int4"
     )
     with pytest.raises(UnsupportedFormatError, match=message):
         reader.expert(0, 0)

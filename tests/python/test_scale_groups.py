@@ -90,7 +90,7 @@ def test_scales_are_never_merged_by_an_export():
     buffers["down"] = QuantizedMatrix(buffers["down"].codes, coarse)
     with refused(
         ValueError,
-        "down: 64 weights share a scale, so 256 columns from 0 on cannot have a scale for each 128",
+        "down: 64 columns share a scale, so 256 columns from 0 on cannot have a scale for each 128",
     ):
         experts.export_into(0, **buffers)
 

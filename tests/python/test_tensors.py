@@ -133,8 +133,9 @@ def test_quantizing_refuses_what_is_not_in_memory(fmt, damage, why):
     matrix = QuantizedMatrix(*row.quantize(torch.ones(4, 64)))
     with refused("weights", why):
         row.quantize(damage(torch.ones(4, 64)))
-    with refused("codes", why):
-        row.dequantize(damage(matrix.codes), matrix.scales)
+    if "nested" not in why or matrix.codes.dtype != torch.float8_e4m3fn:  # PyTorch has none
+        with refused("codes", why):
+            row.dequantize(damage(matrix.codes), matrix.scales)
     if matrix.scales is not None:
         with refused("scales", why):
             row.dequantize(matrix.codes, damage(matrix.scales))

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_tools import edit_config
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import cpumoe
 from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES
@@ -18,7 +18,8 @@ FAMILIES = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
 @pytest.mark.parametrize(
     ("family", "stored"),
     [(family, "pack-quantized") for family in FAMILIES]
-    + [("qwen3_moe", "mxfp4-pack-quantized"), ("phimoe", "mxfp4-pack-quantized")],
+    + [("qwen3_moe", "mxfp4-pack-quantized"), ("phimoe", "mxfp4-pack-quantized")]
+    + [("qwen3_moe", "float-quantized"), ("phimoe", "float-quantized")],
 )
 def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, family, stored):
     folder = tiny_models.int4_moe(tmp_path, family, stored=stored)
@@ -29,6 +30,22 @@ def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, famil
         folder,
         dtype=torch.bfloat16,
         quantization_config=CompressedTensorsConfig(dequantize=True),
+    ).float()
+    with torch.no_grad():
+        actual, expected = (model(TOKENS).logits for model in (ours, hosts))
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe", "minimax_m2"])
+def test_blocks_of_fp8_compute_as_the_hosts_dequantized_ones(tmp_path, family):
+    folder = tiny_models.int4_moe(tmp_path, family, stored="fp8")
+    options = ExpertsOptions(isa="generic", progress=False)
+    ours = from_pretrained(folder, dtype=torch.float32, options=options)
+    assert sum(isinstance(module, CpuExperts) for module in ours.modules()) >= 2
+    assert next(m for m in ours.modules() if isinstance(m, CpuExperts)).experts.format == "fp8"
+    config = FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
+    hosts = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config
     ).float()
     with torch.no_grad():
         actual, expected = (model(TOKENS).logits for model in (ours, hosts))

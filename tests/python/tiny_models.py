@@ -174,22 +174,51 @@ def int4_moe(folder, model_type, *, stored="pack-quantized"):
         "head_dim": 16,
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
         **{"moe_num_experts": EXPERTS, "moe_k": TOP_K, "n_group": 1, "topk_group": 1},
+        "first_k_dense_replace": 1,
     }
     config_class = CONFIG_MAPPING[model_type]
     known = config_class()
     config = config_class(**{name: n for name, n in sizes.items() if hasattr(known, name)})
     model = _random(AutoModelForCausalLM.from_config, config)
-    compressed_tensors(folder, model, ["re:.*\\.experts\\.[0-9]+\\..*"], ["lm_head"], stored)
+    if stored == "fp8":
+        _fp8_experts(folder, model)
+    else:
+        compressed_tensors(folder, model, ["re:.*\\.experts\\.[0-9]+\\..*"], ["lm_head"], stored)
     return folder
 
 
-def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
-    """Saves a model with its routed experts quantized in groups of 32."""
+def _fp8_experts(folder, model):
+    """Saves a model with its routed experts in blocks of FP8."""
     tensors = _saved(model, folder)
-    is_int4 = stored == "pack-quantized"
-    fmt = weight_format("int4" if is_int4 else "mxfp4")
+    dense = {name.removesuffix(".weight") for name in tensors if ".experts." not in name}
+    for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
+        tensors[name], scales = fp8_blocks(tensors[name])
+        tensors[f"{name}_scale_inv"] = scales.float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(
+        folder,
+        quantization_config={
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_FP8_BLOCK, _FP8_BLOCK],
+            "modules_to_not_convert": sorted(dense),
+        },
+    )
+
+
+def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
+    """Saves a model with its routed experts quantized in groups of 32, or FP8 by rows."""
+    tensors = _saved(model, folder)
+    is_int4, is_fp8 = stored == "pack-quantized", stored == "float-quantized"
+    fmt = weight_format("int4" if is_int4 else "fp8" if is_fp8 else "mxfp4")
     for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
         weight = tensors.pop(name).float()
+        if is_fp8:
+            # Powers of two, so that code * scale is exact in bf16.
+            rows = 2.0 ** torch.ceil(torch.log2(weight.abs().amax(1, keepdim=True) / 448))
+            tensors[name] = (weight / rows).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = rows.to(torch.bfloat16)
+            continue
         codes, scales = fmt.quantize(weight)
         if is_int4:
             # Four bits of significand, so that code * scale is exact in bf16, transformers' dtype.
@@ -199,11 +228,11 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
         tensors |= {f"{name}_packed": codes, f"{name}_scale": scales}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     weights = {
-        "num_bits": 4,
+        "num_bits": fmt.code_bits,
         "type": "int" if is_int4 else "float",
         "symmetric": True,
-        "strategy": "group",
-        "group_size": 32,
+        "strategy": "channel" if is_fp8 else "group",
+        "group_size": None if is_fp8 else 32,
         "dynamic": False,
     }
     edit_config(

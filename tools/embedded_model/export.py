@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM
 from cpumoe.checkpoint.writer import CheckpointWriter, TensorSpec
 from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.models import find_model
-from cpumoe.models.synth_layouts import DeepseekV4Layout, Piece, Sizes
+from cpumoe.models.synth_layout import Piece, Sizes
+from cpumoe.models.synth_layouts import DeepseekV4Layout
 
 # transformers' names -> the published checkpoint's, applied in this order.
 _RENAMES = (

@@ -10,6 +10,10 @@
 //
 // A bf16 pair becomes two fp32: the pair shifted left by 16, and the pair with its low half
 // cleared.
+//
+// E4M3 codes become bf16 pairs, too. Sign, exponent and mantissa move to their places by a shift of
+// 16-bit words. An addition then corrects the exponent's bias. What it adds for subnormal numbers
+// is looked up by byte shuffles, whose index is the magnitude, or 8 for all normal numbers.
 #pragma once
 
 #include <immintrin.h>
@@ -120,6 +124,13 @@ struct Avx2 : Fp32Multiplicands {
     return {{Even(codes.lo), Even(codes.hi)}, {Odd(codes.lo), Odd(codes.hi)}};
   }
 
+  template <int kPair>
+  static Pair FromE4M3(Codes codes) {
+    const __m256i lo = E4M3ToBf16<kPair>(codes.lo);
+    const __m256i hi = E4M3ToBf16<kPair>(codes.hi);
+    return {{Even(lo), Even(hi)}, {Odd(lo), Odd(hi)}};
+  }
+
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     return Fma(w.odd, Broadcast(a[1]), Fma(w.even, Broadcast(a[0]), sum));
   }
@@ -214,6 +225,28 @@ struct Avx2 : Fp32Multiplicands {
     const __m256i lower = _mm256_shuffle_epi8(table.lower, nibbles);
     const __m256i upper = _mm256_shuffle_epi8(table.upper, nibbles);
     return kPair % 2 == 0 ? _mm256_unpacklo_epi8(lower, upper) : _mm256_unpackhi_epi8(lower, upper);
+  }
+  template <int kPair>
+  static __m256i E4M3ToBf16(__m256i codes) {
+    // Bytes of bf16 bits minus magnitude << 4. Magnitude 1 is 2^-9, and so on.
+    const __m256i lower = _mm256_setr_epi8(
+        0, -0x10, 0x60, -0x70, -0x40, -0x30, -0x20, -0x10, 0, 0, 0, 0, 0, 0, 0, 0,  //
+        0, -0x10, 0x60, -0x70, -0x40, -0x30, -0x20, -0x10, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i upper =
+        _mm256_setr_epi8(0, 0x3a, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3c, 0, 0, 0, 0, 0, 0, 0,  //
+                         0, 0x3a, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3c, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i index =
+        _mm256_min_epu8(_mm256_and_si256(codes, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(8));
+    const __m256i low = _mm256_shuffle_epi8(lower, index);
+    const __m256i high = _mm256_shuffle_epi8(upper, index);
+    const __m256i low_byte = _mm256_set1_epi16(0xff);
+    const __m256i added =
+        kPair == 0
+            ? _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8))
+            : _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low_byte, high));
+    const __m256i placed = _mm256_srai_epi16(kPair == 0 ? _mm256_slli_epi16(codes, 8) : codes, 4);
+    const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0x87f0));
+    return _mm256_add_epi16(_mm256_and_si256(placed, kept), added);
   }
   static __m256 Even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 Odd(__m256i pairs) {

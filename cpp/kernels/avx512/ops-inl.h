@@ -2,6 +2,10 @@
 //
 // One VPERMPS turns a code into an fp32 multiplicand. 32-bit lanes index a table of sixteen, and
 // only the low four bits of an index count. So a shift selects the code, and no mask is needed.
+//
+// E4M3 codes become bf16 pairs first. Sign, exponent and mantissa move to their places by a shift
+// of 16-bit words. An addition then corrects the exponent's bias. What it adds for subnormal
+// numbers comes from a table, by VPERMW under a mask.
 #pragma once
 
 #include <immintrin.h>
@@ -105,6 +109,10 @@ struct Avx512 : Fp32Multiplicands {
             _mm512_castsi512_ps(
                 _mm512_and_si512(codes.words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
+  template <int kPair>
+  static Pair FromE4M3(Codes codes) {
+    return FromBf16({E4M3ToBf16<kPair>(codes.words)});
+  }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     sum = _mm512_fmadd_ps(w.even, _mm512_set1_ps(a[0]), sum);
@@ -151,6 +159,20 @@ struct Avx512 : Fp32Multiplicands {
   }
 
  protected:
+  template <int kPair>
+  static __m512i E4M3ToBf16(__m512i codes) {
+    // bf16 bits minus magnitude << 4, for the magnitudes 0 to 7, which are multiples of 2^-9.
+    const __m512i subnormal = _mm512_broadcast_i32x4(
+        _mm_setr_epi16(0, 0x3af0, 0x3b60, 0x3b90, 0x3bc0, 0x3bd0, 0x3be0, 0x3bf0));
+    const __m512i normal = _mm512_set1_epi16(0x3c00);
+    const __mmask32 is_subnormal =
+        _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(kPair == 0 ? 0x0078 : 0x7800));
+    const __m512i index = kPair == 0 ? codes : _mm512_srli_epi16(codes, 8);
+    const __m512i added = _mm512_mask_permutexvar_epi16(normal, is_subnormal, index, subnormal);
+    const __m512i placed = _mm512_srai_epi16(kPair == 0 ? _mm512_slli_epi16(codes, 8) : codes, 4);
+    const __m512i kept = _mm512_set1_epi16(static_cast<int16_t>(0x87f0));
+    return _mm512_add_epi16(_mm512_and_si512(placed, kept), added);
+  }
   static __m512i BroadcastQuad(const int8_t* a) {
     int32_t quad;
     std::memcpy(&quad, a, sizeof(quad));

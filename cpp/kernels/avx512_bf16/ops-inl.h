@@ -54,6 +54,10 @@ struct Avx512Bf16 : Avx512Vnni {
   }
 
   static Pair FromBf16(Codes codes) { return {codes.words}; }
+  template <int kPair>
+  static Pair FromE4M3(Codes codes) {
+    return {E4M3ToBf16<kPair>(codes.words)};
+  }
 
   static Vec Dot(Vec sum, Pair w, const Activation* a) {
     int32_t pair;

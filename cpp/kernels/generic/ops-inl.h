@@ -138,6 +138,13 @@ struct Generic : Fp32Multiplicands {
     }
     return pair;
   }
+  template <int kPair>
+  static Pair FromE4M3(const Codes& codes) {
+    constexpr int kByte = PairShift<8>(kPair) / 8;
+    asm volatile("" ::: "memory");  // as in Lookup
+    return {MapLanes([&](int i) { return kE4M3Values[Byte(codes, i, kByte)]; }),
+            MapLanes([&](int i) { return kE4M3Values[Byte(codes, i, kByte + 2)]; })};
+  }
   static constexpr Table16 MakeTable(const std::array<float, 16>& values) {
     return MakeCodeTable(values);
   }
@@ -201,6 +208,14 @@ struct Generic : Fp32Multiplicands {
   }
 
  private:
+  static constexpr std::array<float, 256> kE4M3Values = [] {
+    std::array<float, 256> values{};
+    for (size_t code = 0; code < values.size(); ++code) {
+      values[code] = E4M3{static_cast<uint8_t>(code)}.ToFloat();
+    }
+    return values;
+  }();
+
   template <class PartFunction>
   static Vec Map(PartFunction f) {
     Vec v;

@@ -86,12 +86,20 @@ def _bias(bias: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor
     return bias
 
 
-def matrix_view(
-    matrix: QuantizedMatrix, name: str, *, scales_as_bf16: bool = False
-) -> _core.Matrix:
+# The engine's names of the dtypes of scales in a QuantizedMatrix.
+SCALE_TYPES = {
+    torch.uint8: _core.ScaleType.E8M0,
+    torch.float8_e8m0fnu: _core.ScaleType.E8M0,
+    torch.bfloat16: _core.ScaleType.BF16,
+    torch.float32: _core.ScaleType.FP32,
+}
+
+
+def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
     """Returns the addresses of one matrix; `name` is for the engine's errors."""
     codes, scales = matrix.codes, matrix.scales
     rows, columns = matrix.shape
+    scale_rows, scale_depth = matrix.scale_grid or (1, K_MULTIPLE)
     return _core.Matrix(
         name=name,
         rows=rows,
@@ -100,6 +108,7 @@ def matrix_view(
         codes_stride=codes.stride(0) * codes.itemsize,
         scales=0 if scales is None else address(scales, f"{name} scales"),
         scales_stride=0 if scales is None else scales.stride(0) * scales.itemsize,
-        scale_depth=matrix.group_size or K_MULTIPLE,
-        scales_as_bf16=scales_as_bf16,
+        scale_rows=scale_rows,
+        scale_depth=scale_depth,
+        scale_type=_core.ScaleType.OWN if scales is None else SCALE_TYPES[scales.dtype],
     )

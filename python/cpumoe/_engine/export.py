@@ -10,16 +10,21 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
-from cpumoe._engine.arguments import matrix_view, require_shape
+from cpumoe._engine.arguments import SCALE_TYPES, matrix_view, require_shape
 from cpumoe._engine.output import wrote_output
 from cpumoe._engine.packing import ExpertForm, checked_matrices
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.formats.weight_format import K_MULTIPLE
 
 # Memory for a matrix [N, K]: a QuantizedMatrix, a tuple (codes, scales), or a tensor in a format
 # without scales.
 MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+
+# The dtypes of scales by the engine's names.
+_SCALE_DTYPES = {kind: dtype for dtype, kind in SCALE_TYPES.items()}
 
 
 def new_expert(
@@ -28,21 +33,19 @@ def new_expert(
     """Returns memory for a packed expert's gate, up and down."""
     fmt = form.fmt
 
-    def matrix(rows: int, columns: int, group_size: int) -> QuantizedMatrix:
+    def matrix(rows: int, columns: int, grid: _core.ScaleGrid) -> QuantizedMatrix:
         # The engine writes to CPU memory, whatever the caller's default device is.
+        elements = columns * fmt.code_bits // (8 * fmt.code_storage.itemsize)
+        codes = torch.empty(rows, elements, dtype=fmt.code_storage, device="cpu")
         if fmt.scale_storage is None:
-            return QuantizedMatrix(
-                torch.empty(rows, columns, dtype=fmt.code_dtypes[0], device="cpu")
-            )
-        code_bytes, groups = columns * fmt.code_bits // 8, columns // group_size
-        return QuantizedMatrix(
-            torch.empty(rows, code_bytes, dtype=torch.uint8, device="cpu"),
-            torch.empty(rows, groups, dtype=fmt.scale_storage, device="cpu"),
-        )
+            return QuantizedMatrix(codes)
+        shape = (-(-rows // grid.rows), -(-columns // grid.depth))
+        dtype = fmt.stored_scale(_SCALE_DTYPES[grid.type])
+        return QuantizedMatrix(codes, torch.empty(shape, dtype=dtype, device="cpu"))
 
     sizes = _sizes(form, form.intermediate_size).values()
-    depths = layer.scale_depths(expert=expert)
-    gate, up, down = (matrix(*size, depth) for size, depth in zip(sizes, depths, strict=True))
+    grids = layer.scale_grids(expert=expert)
+    gate, up, down = (matrix(*size, grid) for size, grid in zip(sizes, grids, strict=True))
     return gate, up, down
 
 
@@ -78,38 +81,62 @@ def copy_into(
         form.fmt.check_scales(matrix.scales, matrix.name)
     first, last = features.start, features.stop
     for name, matrix, target in zip(buffers, matrices, targets, strict=True):
-        column = 0
+        row, column = first, 0
         if name == "down":
-            column = first
+            row, column = 0, first
             per = form.intermediate_size // matrix.codes.shape[1]  # features per element
             target.codes.copy_(matrix.codes[:, first // per : last // per])
         else:
-            matrix = matrix[first:last]
-            target.codes.copy_(matrix.codes)
+            target.codes.copy_(matrix.codes[first:last])
         if target.scales is not None:
-            target.scales.detach().copy_(_scales_of(matrix, column, target))
+            target.scales.detach().copy_(_scales_of(matrix, row, column, target))
         target.finish()
 
 
-def _scales_of(matrix: QuantizedMatrix, column: int, target: _Target) -> torch.Tensor:
-    """Returns the scales of a matrix' columns from `column` on, as `target` wants them."""
-    scales, stored, wanted = matrix.given_scales, matrix.group_size, target.group_size
+def _scales_of(matrix: QuantizedMatrix, row: int, column: int, target: _Target) -> torch.Tensor:
+    """Returns a matrix' scales from `row` and `column` on, as `target` wants them."""
+    scales, stored, written = matrix.given_scales, matrix.scale_grid, target.written
+    wanted = written.scale_grid
     assert stored
     assert wanted
-    assert target.scales is not None
-    starts = torch.arange(target.scales.shape[1], device="cpu") * wanted + column
+    (rows, columns), given = written.shape, written.given_scales
+    chosen_rows = _blocks(matrix.name, "rows", (row, rows), wanted[0], stored[0])
+    chosen = _blocks(matrix.name, "columns", (column, columns), wanted[1], stored[1])
+    if scales.dtype == torch.uint8 and given.dtype != torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    exact = scales.dtype == given.dtype or given.dtype == torch.float32
+    if not exact and scales.dtype != torch.float8_e8m0fnu:
+        raise ValueError(
+            f"{matrix.name}: {dtype_name(given.dtype)} scales cannot hold the stored "
+            f"{dtype_name(scales.dtype)} ones; pass scales of that dtype"
+        )
+    return scales[chosen_rows][:, chosen]
+
+
+def _blocks(
+    name: str, what: str, span: tuple[int, int], wanted: int, stored: int
+) -> torch.Tensor | slice:
+    """Returns the indices of the stored blocks of scales that hold the wanted ones.
+
+    Args:
+        name: the matrix' name, for errors.
+        what: rows or columns.
+        span: the first row or column, and their number.
+        wanted: how many of them share a wanted scale.
+        stored: how many of them share a stored scale.
+    """
+    begin, count = span
+    starts = torch.arange(begin, begin + count, wanted, device="cpu")
     chosen = starts // stored
-    ends = (starts + wanted - 1).clamp(max=matrix.shape[1] - 1) // stored
+    ends = (starts + wanted - 1).clamp(max=begin + count - 1) // stored
     if not torch.equal(chosen, ends):
         raise ValueError(
-            f"{matrix.name}: {stored} weights share a scale, so columns from {column} on cannot "
-            f"have a scale for each {wanted}"
+            f"{name}: {stored} {what} share a scale, so {count} {what} from {begin} on cannot have "
+            f"a scale for each {wanted}"
         )
-    if target.matrix.scales_as_bf16:
-        scales = scales.view(torch.float8_e8m0fnu)
     if stored == wanted:  # the usual case, without a copy
-        return scales[:, int(chosen[0]) : int(chosen[-1]) + 1]
-    return scales[:, chosen]
+        return slice(int(chosen[0]), int(chosen[-1]) + 1)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -117,15 +144,21 @@ class _Target:
     """A matrix that is written."""
 
     matrix: _core.Matrix
-    codes: torch.Tensor  # the caller's memory; bytes, or bf16 weights
-    scales: torch.Tensor | None  # the caller's memory, bf16 or as the format stores scales
-    group_size: int | None  # of these scales
-    written: tuple[torch.Tensor, ...]  # the caller's tensors
+    written: QuantizedMatrix  # the caller's memory
+    given: tuple[torch.Tensor, ...]  # the caller's tensors
     memories: tuple[tuple[torch.Tensor, str], ...]  # with their names
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.written.codes
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        return self.written.scales
 
     def finish(self) -> None:
         """Tells autograd of the change."""
-        for tensor in self.written:
+        for tensor in self.given:
             wrote_output(tensor)
 
 
@@ -191,29 +224,36 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
     if fmt.scale_storage is None:
         if scales is not None:
             raise TypeError(f"{name} scales: {fmt.name} has no scales; pass the weights alone")
-        matrix = matrix_view(QuantizedMatrix(code_memory), name)
-        return _Target(matrix, code_memory, None, None, (codes,), ((code_memory, f"{name} codes"),))
-    groups = columns // fmt.group_size
-    if fmt.groups_vary and isinstance(scales, torch.Tensor) and scales.dim() == 2:
-        fewer = scales.shape[1]
-        if fewer and columns % (fewer * fmt.group_size) == 0:
-            groups = fewer
+        written = QuantizedMatrix(code_memory)
+        memories: tuple[tuple[torch.Tensor, str], ...] = ((code_memory, f"{name} codes"),)
+        return _Target(matrix_view(written, name), written, (codes,), memories)
     # Whether the caller asks for powers of two as bf16.
     is_bf16 = getattr(scales, "dtype", None) == torch.bfloat16
     converts = is_bf16 and fmt.scale_dtype == torch.float8_e8m0fnu
     accepted = (torch.bfloat16,) if converts else fmt.scale_dtypes
-    bits = groups * 8 * (torch.bfloat16.itemsize if converts else fmt.scale_storage.itemsize)
-    scale_memory = _memory(scales, f"{name} scales", accepted, rows, bits)
+    scale_rows, scale_columns = _scale_shape(fmt, scales, rows, columns)
+    size = getattr(getattr(scales, "dtype", None), "itemsize", 1)
+    scale_memory = _memory(scales, f"{name} scales", accepted, scale_rows, scale_columns * 8 * size)
     written = QuantizedMatrix(
-        code_memory.view(torch.uint8),
-        scale_memory if converts else scale_memory.view(fmt.scale_storage),
+        code_memory.view(fmt.code_storage),
+        scale_memory if converts else scale_memory.view(fmt.stored_scale(scale_memory.dtype)),
     )
-    matrix = matrix_view(written, name, scales_as_bf16=converts)
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
     assert scales is not None
-    return _Target(
-        matrix, written.codes, written.scales, columns // groups, (codes, scales), memories
-    )
+    return _Target(matrix_view(written, name), written, (codes, scales), memories)
+
+
+def _scale_shape(
+    fmt: WeightFormat, scales: torch.Tensor | None, rows: int, columns: int
+) -> tuple[int, int]:
+    """Returns the shape of a buffer's scales if the format allows it, else the usual one."""
+    if isinstance(scales, torch.Tensor) and scales.dim() == 2:
+        fewer = scales.shape[1]
+        if fmt.groups_vary and fewer and columns % (fewer * fmt.group_size) == 0:
+            return rows, fewer
+        if fmt.blocks and tuple(scales.shape) == (rows, 1):
+            return rows, 1
+    return (-(-rows // BLOCK) if fmt.blocks else rows), -(-columns // fmt.group_size)
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

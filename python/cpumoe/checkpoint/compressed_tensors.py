@@ -1,4 +1,4 @@
-"""compressed-tensors: routed experts in symmetric INT4 (Kimi-K2) or MXFP4.
+"""compressed-tensors: routed experts in symmetric INT4 (Kimi-K2), MXFP4 or FP8.
 
 Tensors are called ``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``. Some
 checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_sparse_moe``,
@@ -8,9 +8,11 @@ checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_spa
 and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any multiple of 32, or a row
 (strategy "channel"). The little-endian bytes of a packed row hold two offset-binary codes each, low
 nibble = even k. ``mxfp4-pack-quantized`` has weight_packed uint8
-``[N, K/2]`` and weight_scale uint8 (E8M0) ``[N, K/32]``. If a checkpoint asks for dynamically
+``[N, K/2]`` and weight_scale uint8 (E8M0) ``[N, K/32]``. ``float-quantized`` is FP8: weight
+float8_e4m3fn ``[N, K]`` and weight_scale, float32 or bfloat16, ``[N, 1]`` (strategy "channel") or
+``[ceil(N/128), ceil(K/128)]`` (strategy "block"). If a checkpoint asks for dynamically
 quantized activations, cpumoe does not quantize them. Source: compressed-tensors 0.20
-``compressors/pack_quantized`` and ``compressors/mxfp4``.
+``compressors/pack_quantized``, ``compressors/mxfp4`` and ``compressors/naive_quantized``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from cpumoe.checkpoint.reader import (
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
+from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.numerics.glu import SwiGLU
 
 # Names of gate, up and down.
@@ -48,18 +51,20 @@ _EXPERT_BIAS = re.compile(rf"{_EXPERTS}\w+\.bias$")
 
 
 class _Stored(NamedTuple):
-    """A format of compressed-tensors: its name here, and the dtype and type of its codes."""
+    """A format of compressed-tensors: its name here, its codes' dtype, type and name."""
 
     name: str
     codes: torch.dtype
     type: str
+    tensor: str = "weight_packed"
 
 
 _STORED = {
     "pack-quantized": _Stored("int4", torch.int32, "int"),
     "mxfp4-pack-quantized": _Stored("mxfp4", torch.uint8, "float"),
+    "float-quantized": _Stored("fp8", torch.float8_e4m3fn, "float", "weight"),
 }
-_CODES = {stored.name: stored.codes for stored in _STORED.values()}
+_BY_NAME = {stored.name: stored for stored in _STORED.values()}
 
 
 class CompressedTensorsReader(ExpertReader):
@@ -95,20 +100,19 @@ class CompressedTensorsReader(ExpertReader):
 
     def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
         def has(projections: tuple[str, ...]) -> bool:
-            return any(f"{prefix}{index}.{p}.weight_packed" in self.folder for p in projections)
+            tensor = _BY_NAME[self.format].tensor
+            return any(f"{prefix}{index}.{p}.{tensor}" in self.folder for p in projections)
 
         projections = next(filter(has, _PROJECTIONS), _PROJECTIONS[0])
         for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
             yield f"{prefix}{index}.{name}", n, k
 
     def _projection(self, name: str, n: int, k: int) -> list[ExpectedTensor]:
-        fmt = self._weight_format
-        codes = _CODES[fmt.name]
-        columns = k * fmt.code_bits // (8 * codes.itemsize)
-        tensors: list[ExpectedTensor] = [
-            (f"{name}.weight_packed", (codes,), (n, columns)),
-            (f"{name}.weight_scale", fmt.scale_dtypes, (n, self._scale_columns(k))),
-        ]
+        stored = _BY_NAME[self.format]
+        pair = self._code_and_scale_tensors(
+            (f"{name}.{stored.tensor}", n, k), f"{name}.weight_scale", (stored.codes,)
+        )
+        tensors = list(pair)
         # weight_shape repeats the config and the other two tensors. Some exporters leave it out.
         if f"{name}.weight_shape" in self.folder:
             tensors.append((f"{name}.weight_shape", (torch.int64, torch.int32), (2,)))
@@ -116,12 +120,12 @@ class CompressedTensorsReader(ExpertReader):
 
     def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
         codes, scales, *stored_shape = self._projection(name, n, k)
-        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
+        matrix = self._read_pair(codes, scales)
         for expected in stored_shape:
             shape = self.folder.tensor(*expected).tolist()
             if shape != [n, k]:
                 raise CheckpointError(f"{expected[0]}: expected {[n, k]}, got {shape}")
-        return self._matrix(*tensors, codes[0], scales[0])
+        return matrix
 
 
 # The experts' format name, the reasons why it is not supported, and the group size.
@@ -158,8 +162,7 @@ def _group_format(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
     stored = _STORED.get(key) if isinstance(key, str) else None
     if stored is None:
         reason = (
-            f"format {shown_value(key)} is not supported yet, only "
-            f"{' and '.join(map(repr, _STORED))}"
+            f"format {shown_value(key)} is not supported yet, only {', '.join(map(repr, _STORED))}"
         )
         return shown(str(key)), (reason,), None
     required = _required(stored)
@@ -186,8 +189,15 @@ def _group_size(stored: _Stored, weights: Mapping[str, Any]) -> tuple[int | None
     """Returns how many weights share a scale, and reasons why that is not supported."""
     fmt = WEIGHT_FORMATS[stored.name]
     size, strategy = weights.get("group_size"), weights.get("strategy")
-    if fmt.groups_vary and strategy == "channel":
+    if (fmt.groups_vary or fmt.blocks) and strategy == "channel":
         return WHOLE_ROW, ()
+    if fmt.blocks:
+        block = weights.get("block_structure")
+        if strategy == "block" and block == [BLOCK, BLOCK]:
+            return None, ()
+        got = f"block_structure {shown_value(block)} of strategy {shown_value(strategy)}"
+        wanted = f"[{BLOCK}, {BLOCK}] of 'block', and strategy 'channel'"
+        return None, (f"{got} is not supported, only {wanted}",)
     if strategy != "group":
         known = "'group' and 'channel'" if fmt.groups_vary else "'group'"
         return None, (f"strategy {shown_value(strategy)} is not supported, only {known}",)

@@ -1,9 +1,10 @@
-"""DeepSeek-V4: MXFP4 experts, one tensor pair per projection.
+"""DeepSeek-V4: MXFP4 or FP8 experts, one tensor pair per projection.
 
 Tensors are called ``layers.{L}.ffn.experts.{e}.{w1,w3,w2}.{weight,scale}``, with w1 = gate, w3 = up
 and w2 = down. A weight is int8, uint8 or float4_e2m1fn_x2 ``[N, K/2]``. A scale is float8_e8m0fnu,
-or its bytes as uint8, ``[N, K/32]``. The multi-token-prediction layers ``mtp.{i}`` are not decoder
-layers and are ignored. Source: the published checkpoint's index and transformers 5.23
+or its bytes as uint8, ``[N, K/32]``. DeepSeek-V4-Flash-Base has float8_e4m3fn weights ``[N, K]``
+and scales ``[ceil(N/128), ceil(K/128)]``. The multi-token-prediction layers ``mtp.{i}`` are not
+decoder layers and are ignored. Source: the published checkpoint's index and transformers 5.23
 ``deepseek_v4``.
 """
 
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from cpumoe.checkpoint.activations import limited_swiglu
 from cpumoe.checkpoint.config import MoeConfig
-from cpumoe.checkpoint.files import shown_value
+from cpumoe.checkpoint.files import shown, shown_value
 from cpumoe.checkpoint.header import FLOAT4_NAME
 from cpumoe.checkpoint.reader import (
     LAYER,
@@ -27,8 +28,9 @@ from cpumoe.checkpoint.reader import (
     ExpertWeights,
 )
 from cpumoe.checkpoint.shards import SafetensorsFolder
-from cpumoe.formats import QuantizedMatrix
 
+# By ``expert_dtype``.
+_FORMATS = {"fp4": "mxfp4", "fp8": "fp8"}
 _WEIGHT = re.compile(rf"{MODEL}layers\.[0-9]+\.ffn\.experts\.[0-9]+\.w1\.weight$")
 
 
@@ -42,13 +44,11 @@ class DeepseekV4Reader(ExpertReader):
     def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
         swiglu = limited_swiglu(config.text)
         expert_dtype = _expert_dtype(folder, config)
-        if expert_dtype == "fp4":
-            return ExpertsInfo("mxfp4", swiglu)
-        reason = (
-            f"expert_dtype {shown_value(expert_dtype)} (as in DeepSeek-V4-Flash-Base) is not "
-            f"supported yet, only 'fp4'"
-        )
-        return ExpertsInfo("fp8_block", swiglu, (reason,))
+        if expert_dtype in _FORMATS:
+            return ExpertsInfo(_FORMATS[expert_dtype], swiglu)
+        known = " and ".join(map(repr, _FORMATS))
+        reason = f"expert_dtype {shown_value(expert_dtype)} is not supported, only {known}"
+        return ExpertsInfo(shown(expert_dtype), swiglu, (reason,))
 
     @override
     @classmethod
@@ -66,22 +66,13 @@ class DeepseekV4Reader(ExpertReader):
     @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         gate, up, down = (
-            self._read_projection(f"{prefix}{index}.{name}", n, k)
+            self._read_pair(*self._projection(f"{prefix}{index}.{name}", n, k))
             for name, (n, k) in zip(("w1", "w3", "w2"), self._projection_sizes(), strict=True)
         )
         return ExpertWeights(gate, up, down)
 
-    def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
-        codes, scales = self._projection(name, n, k)
-        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
-        return self._matrix(*tensors, codes[0], scales[0])
-
     def _projection(self, name: str, n: int, k: int) -> tuple[ExpectedTensor, ExpectedTensor]:
-        fmt = self._weight_format
-        return (
-            (f"{name}.weight", fmt.code_dtypes, (n, k // 2)),
-            (f"{name}.scale", fmt.scale_dtypes, (n, k // fmt.group_size)),
-        )
+        return self._code_and_scale_tensors((f"{name}.weight", n, k), f"{name}.scale")
 
 
 def _expert_dtype(folder: SafetensorsFolder, config: MoeConfig) -> str:

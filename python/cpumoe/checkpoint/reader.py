@@ -19,6 +19,7 @@ from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
+from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.numerics.glu import GLU
 
 # A tensor's name, accepted dtypes and shape: the arguments of `SafetensorsFolder.tensor`.
@@ -299,10 +300,35 @@ class ExpertReader(ABC):
                 f"{self._group_size}, got {k}"
             )
 
-    def _scale_columns(self, k: int) -> int:
-        """Number of scales of a row of `k` weights."""
-        group = self._group_size or self._weight_format.group_size
-        return 1 if group == WHOLE_ROW else k // group
+    def _scale_shape(self, n: int, k: int) -> tuple[int, int]:
+        """The shape of the scales of weights ``[n, k]``."""
+        fmt = self._weight_format
+        if self._group_size == WHOLE_ROW:
+            return n, 1
+        if fmt.blocks:
+            return -(-n // BLOCK), -(-k // BLOCK)
+        return n, k // (self._group_size or fmt.group_size)
+
+    def _code_and_scale_tensors(
+        self, codes: tuple[str, int, int], scales: str, code_dtypes: tuple[torch.dtype, ...] = ()
+    ) -> tuple[ExpectedTensor, ExpectedTensor]:
+        """Returns the tensors of a matrix in one of the formats that have scales.
+
+        Args:
+            codes: the name of the codes, and N and K of the weights.
+            scales: the name of the scales.
+            code_dtypes: the dtypes that codes may have; default: those of the format.
+        """
+        fmt = self._weight_format
+        name, n, k = codes
+        dtypes = code_dtypes or fmt.code_dtypes
+        columns = k * fmt.code_bits // (8 * dtypes[0].itemsize)
+        return (name, dtypes, (n, columns)), (scales, fmt.scale_dtypes, self._scale_shape(n, k))
+
+    def _read_pair(self, codes: ExpectedTensor, scales: ExpectedTensor) -> QuantizedMatrix:
+        """Reads a matrix from its codes and scales."""
+        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
+        return self._matrix(*tensors, codes[0], scales[0])
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:

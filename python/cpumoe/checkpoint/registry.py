@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cpumoe.checkpoint.compressed_tensors import CompressedTensorsReader
 from cpumoe.checkpoint.config import parse_config
 from cpumoe.checkpoint.deepseek_v4 import DeepseekV4Reader
+from cpumoe.checkpoint.fp8_blocks import Fp8BlocksReader
 from cpumoe.checkpoint.gpt_oss import GptOssReader, OriginalGptOssReader
 from cpumoe.checkpoint.published import PublishedReader
 from cpumoe.checkpoint.reader import ExpertReader
@@ -20,6 +21,7 @@ READERS: tuple[type[ExpertReader], ...] = (
     GptOssReader,
     OriginalGptOssReader,
     PublishedReader,
+    Fp8BlocksReader,
     CompressedTensorsReader,
     UnsupportedReader,
 )

@@ -63,8 +63,6 @@ class UnsupportedReader(ExpertReader):
 def _format_name(config: MoeConfig) -> str:
     quantization: Mapping[str, Any] = config.quantization
     method = quantization.get("quant_method")
-    if method == "fp8":
-        return "fp8_block" if quantization.get("weight_block_size") else "fp8"
     if "quant_algo" in quantization:
         return shown(str(quantization["quant_algo"])).lower()
     if method is not None:

@@ -6,13 +6,15 @@ To add a format, add a file with its `WeightFormat`, and a row to `WEIGHT_FORMAT
 from __future__ import annotations
 
 from cpumoe.formats.bf16 import BF16
+from cpumoe.formats.fp8 import FP8
 from cpumoe.formats.int4 import INT4
 from cpumoe.formats.mxfp4 import MXFP4
-from cpumoe.formats.weight_format import QuantizedMatrix, WeightFormat
+from cpumoe.formats.quantized_matrix import QuantizedMatrix
+from cpumoe.formats.weight_format import WeightFormat
 
 __all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
 
-WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16)}
+WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16, FP8)}
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:

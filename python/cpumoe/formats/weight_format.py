@@ -1,8 +1,9 @@
-"""What a weight format is, and a matrix in one.
+"""What a weight format is.
 
 A weight matrix is ``[N, K]`` (N output rows, K inputs along the contraction). Formats of 4 bits
 store two codes per byte, the even ``k`` in the low nibble, and one scale per group of consecutive
-``k`` of a row. A format without scales stores the weights themselves.
+``k`` of a row. In other formats a code is a number of its dtype. A scale may belong to a block of
+128 x 128 weights or to a row. A format without scales stores the weights themselves.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from cpumoe._base.tensors import describe, dtype_name, plain
+from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix
 
 GroupQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+BlockQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 E8M0_NAN = 255
 
@@ -27,52 +31,6 @@ K_MULTIPLE = 32
 # Quantizing works on blocks that are too small for PyTorch to divide among threads. Threads would
 # wait for each other after every operation, which on busy cores costs ten times what it saves.
 _BLOCK_WEIGHTS = (1 << 15) - 1
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """One weight matrix, or a stack of them, as a checkpoint stores it.
-
-    Attributes:
-        codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k; or bfloat16
-            ``[..., N, K]`` (bf16). Rows may be strided; the last dimension is contiguous.
-        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4); None:
-            the format has none (bf16).
-        name: the name in error messages, such as a checkpoint tensor's; may be empty.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor | None = None
-    name: str = field(default="", kw_only=True)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape ``[..., N, K]`` of the weights."""
-        per_element = 2 if self.codes.dtype == torch.uint8 else 1
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * per_element)
-
-    @property
-    def given_scales(self) -> torch.Tensor:
-        """The scales of a matrix in a format that has scales."""
-        assert self.scales is not None
-        return self.scales
-
-    @property
-    def group_size(self) -> int | None:
-        """Successive k that share a scale; None: there are no scales."""
-        if self.scales is None or not self.scales.shape[-1]:
-            return None
-        return self.shape[-1] // self.scales.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def __getitem__(self, index: int | slice) -> QuantizedMatrix:
-        """Returns matrix `index` of a stack, or rows of a matrix, without a copy."""
-        scales = None if self.scales is None else self.scales[index]
-        return QuantizedMatrix(self.codes[index], scales)
 
 
 @dataclass(frozen=True)
@@ -87,11 +45,15 @@ class WeightFormat:
             dtype.
         group_size: the usual number of weights along K that share one scale; 0: no scales.
         groups_vary: whether any multiple of `group_size` may share a scale.
+        blocks: whether scales belong to blocks of 128 x 128 weights, or to whole rows.
         scale_dtype: the dtype that a scale represents; None: no scales.
-        scale_storage: the dtype in which scales are stored in tensors (uint8 bytes for E8M0).
+        scale_storage: the dtype in which scales are usually stored in tensors (uint8 bytes for
+            E8M0).
         scale_dtypes: checkpoint dtypes accepted for scales.
         quantize_groups: turns float32 ``[..., G, group_size]`` into uint8 nibbles of this shape
             and scales ``[..., G]`` in `scale_storage`. A format without values rounds to its dtype.
+        quantize_block: turns float32 ``[n, k]`` that share a scale into codes, and one scale
+            ``[1]`` in `scale_storage`.
     """
 
     name: str
@@ -100,17 +62,25 @@ class WeightFormat:
     values: tuple[float, ...] = ()
     group_size: int = 0
     groups_vary: bool = False
+    blocks: bool = False
     scale_dtype: torch.dtype | None = None
     scale_storage: torch.dtype | None = None
     scale_dtypes: tuple[torch.dtype, ...] = ()
     quantize_groups: GroupQuantizer | None = None
+    quantize_block: BlockQuantizer | None = None
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales included (4.25 for mxfp4, 4.5 for int4, 16 for bf16)."""
         if self.scale_dtype is None:
             return self.code_bits
-        return self.code_bits + 8 * self.scale_dtype.itemsize / self.group_size
+        sharing = self.group_size * (BLOCK if self.blocks else 1)
+        return self.code_bits + 8 * self.scale_dtype.itemsize / sharing
+
+    @property
+    def code_storage(self) -> torch.dtype:
+        """The dtype of codes in a `QuantizedMatrix`."""
+        return torch.uint8 if self.values else self.code_dtypes[0]
 
     def check_k(self, k: int, what: str = "K") -> None:
         """Raises ValueError when `k` is not a positive multiple of 32."""
@@ -124,7 +94,7 @@ class WeightFormat:
 
         Args:
             codes: normalized codes of ``[..., N, K]`` weights.
-            scales: normalized scales ``[..., N, K/group_size]``; None: there are none.
+            scales: normalized scales (see `QuantizedMatrix`); None: there are none.
             name: the matrix' name, for errors.
 
         Raises:
@@ -132,10 +102,23 @@ class WeightFormat:
         """
         k = codes.shape[-1] * codes.itemsize * 8 // self.code_bits
         self.check_k(k, f"{name}: K")
-        if scales is None:
-            return
-        expected = (*codes.shape[:-1], k // self.group_size)
+        if scales is not None:
+            self.check_scale_shape(codes.shape[:-1], k, scales, name)
+
+    def check_scale_shape(
+        self, lead: Sequence[int], k: int, scales: torch.Tensor, name: str
+    ) -> None:
+        """Raises ValueError unless the scales have a shape that weights ``[*lead, k]`` may have."""
         got = tuple(scales.shape)
+        if self.blocks:
+            blocks = (*lead[:-1], -(-lead[-1] // BLOCK), -(-k // BLOCK))
+            if got not in (blocks, (*lead, 1)):
+                raise ValueError(
+                    f"{name} scales: expected {list(blocks)} for blocks of {BLOCK} x {BLOCK} "
+                    f"weights or {[*lead, 1]} for rows, got {list(got)}"
+                )
+            return
+        expected = (*lead, k // self.group_size)
         if self.groups_vary and got[:-1] == expected[:-1] and got[-1] > 0:
             group, rest = divmod(k, got[-1])
             if rest == 0 and group % self.group_size == 0:
@@ -149,8 +132,8 @@ class WeightFormat:
 
         Args:
             tensor: ``[..., N, K/2]`` int8, uint8 or float4_e2m1fn_x2, or ``[..., N, K/8]`` int32
-                (eight codes a word, lowest bits first), or bfloat16 ``[..., N, K]``. The dtype is
-                one of `code_dtypes`.
+                (eight codes a word, lowest bits first), or bfloat16 or float8_e4m3fn
+                ``[..., N, K]``. The dtype is one of `code_dtypes`.
             name: the tensor's name, for errors.
 
         Raises:
@@ -166,13 +149,13 @@ class WeightFormat:
         return tensor.view(torch.uint8)
 
     def normalize_scales(self, tensor: torch.Tensor | None, name: str) -> torch.Tensor | None:
-        """Returns checkpoint scales in `scale_storage`, as a view where possible.
+        """Returns checkpoint scales as `QuantizedMatrix` has them, as a view where possible.
 
         E8M0 scales are reinterpreted, never converted: ``.to(uint8)`` would turn the scale 2^3 into
         the byte 8.
 
         Args:
-            tensor: ``[..., N, K/group_size]`` in one of `scale_dtypes`; None for a format without.
+            tensor: scales in one of `scale_dtypes`; None for a format without.
             name: the tensor's name, for errors.
 
         Raises:
@@ -186,13 +169,19 @@ class WeightFormat:
         if tensor is None:
             raise TypeError(f"{name}: {self.name} needs scales, got None")
         _require_dtype(tensor, name, self.scale_dtypes)
-        return _require_rows(tensor, name).view(self.scale_storage)
+        return _require_rows(tensor, name).view(self.stored_scale(tensor.dtype))
+
+    def stored_scale(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in a `QuantizedMatrix` of scales that a checkpoint stores as `dtype`."""
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            return torch.uint8
+        return torch.float8_e8m0fnu if dtype == torch.uint8 else dtype
 
     def check_scales(self, scales: torch.Tensor | None, name: str) -> None:
         """Refuses scales that make weights NaN or infinite.
 
         Args:
-            scales: normalized scales ``[..., N, K/group_size]``; None: there are none.
+            scales: normalized scales; None: there are none.
             name: the tensor's name, for errors.
 
         Raises:
@@ -200,8 +189,8 @@ class WeightFormat:
         """
         if scales is None or self._all_finite(scales):
             return
-        is_e8m0 = self.scale_dtype == torch.float8_e8m0fnu
-        bad = scales == E8M0_NAN if is_e8m0 else ~scales.isfinite()
+        is_e8m0 = scales.dtype.itemsize == 1
+        bad = scales.view(torch.uint8) == E8M0_NAN if is_e8m0 else ~scales.isfinite()
         index = [int(i) for i in bad.nonzero()[0]]
         value = "255 (NaN)" if is_e8m0 else str(float(scales[tuple(index)]))
         raise ValueError(
@@ -213,8 +202,8 @@ class WeightFormat:
         """Whether all scales are finite, from their extremes, which PyTorch finds quickly."""
         if not scales.numel():
             return True
-        if self.scale_dtype == torch.float8_e8m0fnu:
-            return int(scales.max()) != E8M0_NAN
+        if scales.dtype.itemsize == 1:
+            return int(scales.view(torch.uint8).max()) != E8M0_NAN
         # Both extremes are NaN if any scale is.
         return all(math.isfinite(extreme.item()) for extreme in scales.aminmax())
 
@@ -224,11 +213,14 @@ class WeightFormat:
         scales: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Returns the exact weights ``[..., N, K]``; float32 rounds only beyond its range.
+        """Returns the weights ``[..., N, K]``.
+
+        They are exact in float64. In float32 they are exact within its range, except for float32
+        scales (fp8), whose products are rounded once.
 
         Args:
-            codes: uint8 ``[..., N, K/2]``, or bfloat16 ``[..., N, K]`` (see `normalize_codes`).
-            scales: ``[..., N, K/group_size]`` (see `normalize_scales`); None: there are none.
+            codes: as in a `QuantizedMatrix` (see `normalize_codes`).
+            scales: as in a `QuantizedMatrix` (see `normalize_scales`); None: there are none.
             dtype: torch.float32 or torch.float64.
 
         Raises:
@@ -240,6 +232,8 @@ class WeightFormat:
         self.check_shapes(codes, scales, self.name)
         if scales is None:
             return codes.to(dtype, copy=True)
+        if self.blocks:
+            return _scaled_blocks(QuantizedMatrix(codes, scales), dtype)
         pairs = torch.nn.functional.embedding(codes.int(), _pair_table(self.values, dtype))
         groups = pairs.view(*scales.shape, -1)
         assert self.scale_dtype is not None
@@ -253,7 +247,9 @@ class WeightFormat:
 
         Args:
             weights: floating point ``[..., N, K]``, finite.
-            group_size: weights that share a scale; default: the format's usual number.
+            group_size: weights of a row that share a scale; default: the format's usual number.
+                For fp8, the default is a scale per block of 128 x 128 weights, and K is a scale
+                per row.
 
         Returns:
             codes and scales as in `QuantizedMatrix`.
@@ -266,6 +262,8 @@ class WeightFormat:
         k = weights.shape[-1]
         self.check_k(k)
         group = self._checked_group(group_size, k)
+        if self.quantize_block is not None:
+            return self._quantize_blocks(weights, self.quantize_block, by_row=group_size == k)
         if self.quantize_groups is None:
             codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
             codes.copy_(weights)
@@ -285,9 +283,27 @@ class WeightFormat:
         lead = weights.shape[:-1]
         return codes.view(*lead, -1), scales.view(*lead, -1)
 
+    def _quantize_blocks(
+        self, weights: torch.Tensor, quantize: BlockQuantizer, *, by_row: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        *lead, n, k = weights.shape
+        rows, depth = (1, k) if by_row else (BLOCK, BLOCK)
+        codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
+        shape = (*lead, -(-n // rows), -(-k // depth))
+        scales = torch.empty(shape, dtype=self.scale_storage, device="cpu")
+        stacks = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (weights, codes, scales))
+        for matrix, matrix_codes, matrix_scales in zip(*stacks, strict=True):
+            for i, row in enumerate(range(0, n, rows)):
+                for j, column in enumerate(range(0, k, depth)):
+                    block = slice(row, row + rows), slice(column, column + depth)
+                    matrix_codes[block], scale = quantize(matrix[block].float())
+                    matrix_scales[i, j] = scale[0]
+        return codes, scales
+
     def _checked_group(self, group_size: int | None, k: int) -> int:
         group = self.group_size if group_size is None else group_size
-        allowed = group == self.group_size or (
+        allowed = (group_size is None or group == k) if self.blocks else group == self.group_size
+        allowed = allowed or (
             self.groups_vary and group > 0 and group % self.group_size == 0 and k % group == 0
         )
         if not allowed:
@@ -318,6 +334,18 @@ def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
         f"{name}: the last dimension must be contiguous, got {describe(tensor)} with strides "
         f"{list(tensor.stride())}; pass .contiguous()"
     )
+
+
+def _scaled_blocks(matrix: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """Returns code * scale of a matrix whose scales belong to blocks or rows."""
+    *_, n, k = matrix.shape
+    factors = matrix.given_scales.to(torch.float32).to(dtype)
+    grid = matrix.scale_grid
+    assert grid is not None
+    if grid[0] > 1:
+        factors = factors.repeat_interleave(grid[0], -2)[..., :n, :]
+        factors = factors.repeat_interleave(grid[1], -1)[..., :k]
+    return matrix.codes.to(dtype).mul_(factors)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from cpumoe.experts import Experts
-from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.formats import QuantizedMatrix
 from cpumoe.measure.benchmark import Limit, require_memory
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.limits import MemoryReader
@@ -177,13 +177,13 @@ def run(
 
 
 def _slot(weights: LayerWeights) -> _Slot:
-    group = weight_format(weights.format).group_size
+    expert = weights.experts[0]
 
-    def matrix(rows: int, columns: int) -> QuantizedMatrix:
-        return QuantizedMatrix(
-            torch.zeros(rows, columns // 2, dtype=torch.uint8, device="cpu"),
-            torch.zeros(rows, columns // group, dtype=torch.bfloat16, device="cpu"),
-        )
+    def matrix(like: QuantizedMatrix) -> QuantizedMatrix:
+        codes = torch.zeros_like(like.codes.view(torch.uint8)).view(like.codes.dtype)
+        if like.scales is None:
+            return QuantizedMatrix(codes)
+        dtype = torch.bfloat16 if like.scales.dtype == torch.uint8 else like.scales.dtype
+        return QuantizedMatrix(codes, torch.zeros(like.scales.shape, dtype=dtype, device="cpu"))
 
-    hidden, features = weights.hidden_size, weights.intermediate_size
-    return matrix(features, hidden), matrix(features, hidden), matrix(hidden, features)
+    return matrix(expert.gate), matrix(expert.up), matrix(expert.down)

@@ -13,15 +13,17 @@ from typing import Literal
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.numerics.glu import GLU, SwiGLU
 
-CheckpointLayout = Literal["deepseek_v4", "gpt_oss", "compressed_tensors", "published", "other"]
+CheckpointLayout = Literal[
+    "deepseek_v4", "gpt_oss", "compressed_tensors", "published", "fp8_blocks", "other"
+]
 
 PLAIN_SWIGLU = SwiGLU()
 DEEPSEEK_V4_SWIGLU = SwiGLU(limit=10.0)
 GPT_OSS_SWIGLU = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 
-# Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. fp8_block has one
-# float32 scale per 128x128 block.
-_OTHER_FORMAT_BITS = {"fp8_block": 8 + 32 / 128**2}
+# Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. NVFP4 has one E4M3
+# scale per 16 weights.
+_OTHER_FORMAT_BITS = {"nvfp4": 4 + 8 / 16}
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,30 @@ def _bf16(
     )
 
 
+def _fp8(
+    name: str,
+    owner: str,
+    model_type: str,
+    sizes: tuple[int, int, int, int, int],
+    vocab_size: int,
+    *endings: str,
+    dense: int = 0,
+) -> ModelSpec:
+    """Returns a model with FP8 blocks, whose first `dense` layers have no experts."""
+    return _spec(
+        name,
+        tuple(f"{owner}/{name}{ending}" for ending in endings or ("",)),
+        model_type,
+        sizes,
+        "fp8",
+        first_moe_layer=dense,
+        layout="fp8_blocks",
+        vocab_size=vocab_size,
+    )
+
+
+_V3_SIZES = (7168, 2048, 61, 256, 8)
+
 # name, aliases, model_type, (hidden, intermediate, layers, experts, top_k), weight format
 MODELS: tuple[ModelSpec, ...] = (
     _spec(
@@ -200,37 +226,31 @@ MODELS: tuple[ModelSpec, ...] = (
         ("deepseek-ai/DeepSeek-V4-Flash-Base", "v4-flash-base"),
         "deepseek_v4",
         (4096, 2048, 43, 256, 6),
-        "fp8_block",
+        "fp8",
+        layout="deepseek_v4",
         swiglu=DEEPSEEK_V4_SWIGLU,
+        vocab_size=129280,
+        num_hash_layers=3,
     ),
     _gpt_oss("gpt-oss-20b", 24, 32),
     _gpt_oss("gpt-oss-120b", 36, 128),
     _kimi_int4("Kimi-K2-Thinking", "kimi-k2", "kimi_k2", "model."),
     _kimi_int4("Kimi-K2.5", "kimi-k25", "kimi_k25", "language_model.model."),
-    _spec(
-        "Kimi-K2-Instruct",
-        ("moonshotai/Kimi-K2-Instruct",),
-        "kimi_k2",
-        (7168, 2048, 61, 384, 8),
-        "fp8_block",
-        first_moe_layer=1,
+    _fp8(
+        "Kimi-K2-Instruct", "moonshotai", "kimi_k2", (7168, 2048, 61, 384, 8), 163840, "", dense=1
     ),
+    _fp8("DeepSeek-V3", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, "", "-0324", dense=3),
+    _fp8("DeepSeek-V3.1", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, dense=3),
+    _fp8("DeepSeek-R1", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, "", "-0528", dense=3),
     _spec(
-        "DeepSeek-V3",
-        ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V3-0324"),
+        "DeepSeek-R1-NVFP4",
+        ("nvidia/DeepSeek-R1-NVFP4",),
         "deepseek_v3",
-        (7168, 2048, 61, 256, 8),
-        "fp8_block",
+        _V3_SIZES,
+        "nvfp4",
         first_moe_layer=3,
     ),
-    _spec(
-        "DeepSeek-R1",
-        ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-R1-0528"),
-        "deepseek_v3",
-        (7168, 2048, 61, 256, 8),
-        "fp8_block",
-        first_moe_layer=3,
-    ),
+    _fp8("MiniMax-M2", "MiniMaxAI", "minimax_m2", (3072, 1536, 62, 256, 8), 200064),
     _bf16(
         "Qwen3-30B-A3B", "Qwen", "qwen3_moe", (2048, 768, 48, 128, 8), 151936, "", "-Instruct-2507"
     ),

@@ -16,8 +16,10 @@ from cpumoe._base.seed import check_seed
 from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
+from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.models import ModelSpec
-from cpumoe.models.synth_layouts import LAYOUTS, Layout, Piece, Sizes
+from cpumoe.models.synth_layout import Layout, Piece, Sizes
+from cpumoe.models.synth_layouts import LAYOUTS
 
 Pattern = Literal["normal", "uniform", "alternating", "ramp", "random"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
@@ -26,6 +28,8 @@ WEIGHT_STD = 0.02
 DEFAULT_MAX_SHARD_BYTES = 4 << 30
 # Range of the E8M0 bytes of `random`: 2^-10 .. 2^-5, so that weights are around WEIGHT_STD.
 _RANDOM_E8M0 = (117, 123)
+# The root of the mean square of all E4M3 numbers is 100.
+_RANDOM_FP8_SCALE = WEIGHT_STD / 100
 
 
 def random_matrix(
@@ -166,8 +170,13 @@ def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator)
         weights = uniform(n, k, generator=generator).sub_(0.5).mul_(12**0.5 * WEIGHT_STD)
         return QuantizedMatrix(*fmt.quantize(weights))
     # random_ draws one number per element, so fewer and wider elements are several times faster.
-    words = torch.empty(n, k // 16, dtype=torch.int64, device="cpu")
+    words = torch.empty(n, k * fmt.code_bits // 64, dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+    if fmt.blocks:
+        codes[codes.bitwise_and(0x7F) == 0x7F] = 0  # NaN
+        shape = (-(-n // BLOCK), -(-k // BLOCK))
+        scales = uniform(*shape, generator=generator).add_(0.5) * _RANDOM_FP8_SCALE
+        return QuantizedMatrix(codes.view(fmt.code_storage), scales)
     shape = (n, k // fmt.group_size)
     if fmt.scale_storage == torch.uint8:
         scales = torch.randint(

@@ -6,83 +6,24 @@ routed experts and routers are written, no attention and no embeddings.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import override
 
-from cpumoe._base.random import normal, uniform
+from cpumoe._base.random import uniform
 from cpumoe.checkpoint.writer import TensorSpec
-from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
-from cpumoe.models import ModelSpec
+from cpumoe.formats import QuantizedMatrix
+from cpumoe.models.synth_layout import Layout, Piece
+from cpumoe.models.synth_published import Fp8BlocksLayout, PublishedLayout
 
 # Tokens whose hash routing is drawn at once, which bounds the [tokens, experts] temporary.
 _HASH_CHUNK = 8192
-ROUTER_STD = 0.02
-
-# A piece of a tensor: name, first row, data.
-Piece = tuple[str, int, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the checkpoint to write; `layers` counts MoE layers."""
-
-    layers: int
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-
-
-class Layout(ABC):
-    """How one model family's checkpoint looks."""
-
-    def __init__(self, spec: ModelSpec, sizes: Sizes) -> None:
-        """Lays out `spec` with `sizes`."""
-        self.spec = spec
-        self.sizes = sizes
-        self.format: WeightFormat = weight_format(spec.weight_format)
-
-    @property
-    def layer_ids(self) -> range:
-        """The MoE layers' indices among the decoder layers."""
-        first = self.spec.first_moe_layer
-        return range(first, first + self.sizes.layers)
-
-    @property
-    def projections(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """[N, K] of gate, up and down."""
-        hidden, inner = self.sizes.hidden, self.sizes.intermediate
-        return (inner, hidden), (inner, hidden), (hidden, inner)
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Returns the content of config.json."""
-
-    @abstractmethod
-    def tensors(self, layer: int) -> Iterator[TensorSpec]:
-        """Yields every tensor of a layer, in file order."""
-
-    @abstractmethod
-    def router(self, layer: int, generator: torch.Generator) -> Iterator[Piece]:
-        """Yields the router's tensors."""
-
-    @abstractmethod
-    def expert(
-        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
-    ) -> Iterator[Piece]:
-        """Yields the pieces of one expert; `matrices` are gate, up, down."""
-
-    def _normal(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
-        return normal(*shape, generator=generator) * ROUTER_STD
 
 
 class DeepseekV4Layout(Layout):
-    """DeepSeek-V4: ``layers.{L}.ffn``, int8 codes, float8_e8m0fnu scales."""
+    """DeepSeek-V4: ``layers.{L}.ffn``, int8 codes and E8M0 scales, or float8_e4m3fn codes."""
 
     @override
     def config(self) -> dict[str, Any]:
@@ -106,7 +47,7 @@ class DeepseekV4Layout(Layout):
             "hidden_act": "silu",
             "compress_ratios": [0 if i < 2 else rate for i, rate in enumerate(attention_rates)],
             "num_nextn_predict_layers": 0,
-            "expert_dtype": "fp4",
+            "expert_dtype": "fp8" if self.format.blocks else "fp4",
             "torch_dtype": "bfloat16",
             "quantization_config": {
                 "activation_scheme": "dynamic",
@@ -129,9 +70,10 @@ class DeepseekV4Layout(Layout):
         for index in range(sizes.experts):
             for name, (n, k) in zip(("w1", "w3", "w2"), self.projections, strict=True):
                 matrix = f"{prefix}.experts.{index}.{name}"
-                groups = k // self.format.group_size
-                yield TensorSpec(f"{matrix}.weight", torch.int8, (n, k // 2))
-                yield TensorSpec(f"{matrix}.scale", torch.float8_e8m0fnu, (n, groups))
+                codes, scales = self._dtypes
+                shape = (n, k * self.format.code_bits // (8 * codes.itemsize))
+                yield TensorSpec(f"{matrix}.weight", codes, shape)
+                yield TensorSpec(f"{matrix}.scale", scales, self._scale_shape(n, k))
 
     @override
     def router(self, layer: int, generator: torch.Generator) -> Iterator[Piece]:
@@ -152,8 +94,16 @@ class DeepseekV4Layout(Layout):
     ) -> Iterator[Piece]:
         prefix = f"layers.{layer}.ffn.experts.{index}"
         for name, matrix in zip(("w1", "w3", "w2"), matrices, strict=True):
-            yield f"{prefix}.{name}.weight", 0, matrix.codes.view(torch.int8)
-            yield f"{prefix}.{name}.scale", 0, matrix.given_scales.view(torch.float8_e8m0fnu)
+            codes, scales = self._dtypes
+            yield f"{prefix}.{name}.weight", 0, matrix.codes.view(codes)
+            yield f"{prefix}.{name}.scale", 0, matrix.given_scales.view(scales)
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of codes and scales."""
+        if self.format.blocks:
+            return torch.float8_e4m3fn, torch.float32
+        return torch.int8, torch.float8_e8m0fnu
 
     @property
     def _vocab_size(self) -> int:
@@ -340,83 +290,10 @@ class CompressedTensorsLayout(Layout):
         }
 
 
-class _Family(NamedTuple):
-    """What config and tensors of a bf16 model are called."""
-
-    architecture: str
-    experts: str = "num_experts"
-    inner: str = "moe_intermediate_size"
-    block: str = "mlp"
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-
-
-_FAMILIES = {
-    "deepseek_v2": _Family("DeepseekV2ForCausalLM", experts="n_routed_experts"),
-    "glm4_moe": _Family("Glm4MoeForCausalLM", experts="n_routed_experts"),
-    "mixtral": _Family(
-        "MixtralForCausalLM",
-        experts="num_local_experts",
-        inner="intermediate_size",
-        block="block_sparse_moe",
-        names=("w1", "w3", "w2"),
-    ),
-    "olmoe": _Family("OlmoeForCausalLM", inner="intermediate_size"),
-    "qwen3_moe": _Family("Qwen3MoeForCausalLM"),
-    "qwen3_next": _Family("Qwen3NextForCausalLM"),
-}
-
-
-class PublishedLayout(Layout):
-    """bf16 as most families publish it: a tensor for each projection of each expert."""
-
-    @override
-    def config(self) -> dict[str, Any]:
-        sizes, first, family = self.sizes, self.spec.first_moe_layer, self._family
-        text: dict[str, Any] = {
-            "architectures": [family.architecture],
-            "model_type": self.spec.model_type,
-            "vocab_size": int(self.spec.extra["vocab_size"]),
-            "hidden_size": sizes.hidden,
-            family.inner: sizes.intermediate,
-            "num_hidden_layers": first + sizes.layers,
-            family.experts: sizes.experts,
-            "num_experts_per_tok": sizes.top_k,
-            "hidden_act": "silu",
-            "torch_dtype": "bfloat16",
-        }
-        return {**text, "first_k_dense_replace": first} if first else text
-
-    @override
-    def tensors(self, layer: int) -> Iterator[TensorSpec]:
-        sizes, prefix = self.sizes, self._prefix(layer)
-        yield TensorSpec(f"{prefix}.gate.weight", torch.bfloat16, (sizes.experts, sizes.hidden))
-        for index in range(sizes.experts):
-            for name, shape in zip(self._family.names, self.projections, strict=True):
-                yield TensorSpec(f"{prefix}.experts.{index}.{name}.weight", torch.bfloat16, shape)
-
-    @override
-    def router(self, layer: int, generator: torch.Generator) -> Iterator[Piece]:
-        weight = self._normal(self.sizes.experts, self.sizes.hidden, generator=generator)
-        yield f"{self._prefix(layer)}.gate.weight", 0, weight.bfloat16()
-
-    @override
-    def expert(
-        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
-    ) -> Iterator[Piece]:
-        for name, matrix in zip(self._family.names, matrices, strict=True):
-            yield f"{self._prefix(layer)}.experts.{index}.{name}.weight", 0, matrix.codes
-
-    def _prefix(self, layer: int) -> str:
-        return f"model.layers.{layer}.{self._family.block}"
-
-    @property
-    def _family(self) -> _Family:
-        return _FAMILIES[self.spec.model_type]
-
-
 LAYOUTS: dict[str, type[Layout]] = {
     "deepseek_v4": DeepseekV4Layout,
     "gpt_oss": GptOssLayout,
     "compressed_tensors": CompressedTensorsLayout,
     "published": PublishedLayout,
+    "fp8_blocks": Fp8BlocksLayout,
 }

@@ -138,7 +138,7 @@ class _Memory:
             codes_stride=self.columns // 2,
             scales=self.scales,
             scales_stride=self.groups * torch.bfloat16.itemsize,
-            scales_as_bf16=True,
+            scale_type=_core.ScaleType.BF16,
         )
 
     def tensors(self) -> QuantizedMatrix:

@@ -1,0 +1,76 @@
+// Where the scales of a stored matrix are, and their type.
+#pragma once
+
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "base/float_types.h"
+
+namespace cpumoe {
+
+// The type of stored scales. Checkpoints of one format may differ in it.
+enum class ScaleType : int32_t {
+  kOwn = 0,  // the format's own type
+  kE8M0 = 1,
+  kBf16 = 2,
+  kFp32 = 3,
+};
+
+// A scale belongs to a block of `rows` rows and `depth` successive k. The last blocks of a matrix
+// may be smaller.
+struct ScaleGrid {
+  int64_t rows = 1;
+  int64_t depth = 32;
+  ScaleType type = ScaleType::kOwn;
+};
+
+template <class Scale>
+constexpr ScaleType TypeOfScale() {
+  if constexpr (std::same_as<Scale, E8M0>) return ScaleType::kE8M0;
+  if constexpr (std::same_as<Scale, Bf16>) return ScaleType::kBf16;
+  if constexpr (std::same_as<Scale, Fp32>) return ScaleType::kFp32;
+  return ScaleType::kOwn;
+}
+
+// Calls visitor(Scale{}) with the type of scales.
+template <class Own, class Visitor>
+decltype(auto) VisitScaleType(ScaleType type, Visitor&& visitor) {
+  switch (type) {
+    case ScaleType::kE8M0:
+      return visitor(E8M0{});
+    case ScaleType::kBf16:
+      return visitor(Bf16{});
+    case ScaleType::kFp32:
+      return visitor(Fp32{});
+    case ScaleType::kOwn:
+      break;
+  }
+  return visitor(Own{});
+}
+
+template <class Scale>
+Scale LoadScale(const std::byte* from) {
+  Scale scale;
+  std::memcpy(&scale, from, sizeof(scale));
+  return scale;
+}
+
+// Whether every scale of type `from` is a number of type `to`.
+constexpr bool HoldsScales(ScaleType from, ScaleType to) {
+  return from == to || to == ScaleType::kFp32 ||
+         (from == ScaleType::kE8M0 && to == ScaleType::kBf16);
+}
+
+// Converts a scale to type To, which must have this number. A NaN stays one.
+template <class To>
+To ExactScale(float scale) {
+  const uint32_t bits = std::bit_cast<uint32_t>(scale);
+  if constexpr (std::same_as<To, Fp32>) return {scale};
+  if constexpr (std::same_as<To, Bf16>) return {static_cast<uint16_t>(bits >> 16)};
+  if constexpr (std::same_as<To, E8M0>) return {static_cast<uint8_t>(bits >> 23)};
+}
+
+}  // namespace cpumoe

@@ -1,0 +1,87 @@
+"""A weight matrix as a checkpoint stores it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+# Rows, and successive k, of the blocks of weights that share a scale.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """One weight matrix, or a stack of them, as a checkpoint stores it.
+
+    Attributes:
+        codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k; or bfloat16
+            (bf16) or float8_e4m3fn (fp8) ``[..., N, K]``. Rows may be strided; the last dimension
+            is contiguous.
+        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4). For
+            fp8, float32, bfloat16 or float8_e8m0fnu: ``[..., ceil(N/128), ceil(K/128)]`` for
+            blocks, or ``[..., N, 1]`` for rows. None: the format has none (bf16).
+        name: the name in error messages, such as a checkpoint tensor's; may be empty.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None = None
+    name: str = field(default="", kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape ``[..., N, K]`` of the weights."""
+        per_element = 2 if self.codes.dtype == torch.uint8 else 1
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * per_element)
+
+    @property
+    def given_scales(self) -> torch.Tensor:
+        """The scales of a matrix in a format that has scales."""
+        assert self.scales is not None
+        return self.scales
+
+    @property
+    def scale_grid(self) -> tuple[int, int] | None:
+        """Rows, and successive k, that share a scale; None: there are no scales."""
+        if self.scales is None or not self.scales.shape[-1]:
+            return None
+        *_, n, k = self.shape
+        rows, columns = self.scales.shape[-2:]
+        if rows == n and columns == 1:
+            return 1, k
+        if self.codes.dtype == torch.float8_e4m3fn:
+            return BLOCK, BLOCK
+        return 1, k // columns
+
+    @property
+    def group_size(self) -> int | None:
+        """Successive k that share a scale; None: there are no scales."""
+        grid = self.scale_grid
+        return None if grid is None else grid[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def __getitem__(self, index: int | slice) -> QuantizedMatrix:
+        """Returns matrix `index` of a stack, or rows of a matrix, without a copy.
+
+        Raises:
+            ValueError: the rows begin within a block that shares a scale, and end in another one.
+        """
+        if self.scales is None:
+            return QuantizedMatrix(self.codes[index])
+        grid = self.scale_grid
+        if self.codes.dim() > 2 or grid is None or grid[0] == 1:
+            return QuantizedMatrix(self.codes[index], self.scales[index])
+        rows = range(self.codes.shape[0])[index]
+        if isinstance(rows, int):
+            rows = range(rows, rows + 1)
+        first, last = rows.start // grid[0], (rows.stop - 1) // grid[0]
+        if rows.step != 1 or (rows.start % grid[0] and first != last):
+            raise ValueError(
+                f"{self.name or 'matrix'}: blocks of {grid[0]} rows share scales, so rows must "
+                f"begin with a block, got rows {rows.start} to {rows.stop} in steps of {rows.step}"
+            )
+        return QuantizedMatrix(self.codes[index], self.scales[first : last + 1])

@@ -1,0 +1,131 @@
+"""Layouts with a tensor for each projection of each expert: bf16, and FP8 in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from typing_extensions import override
+
+from cpumoe.checkpoint.writer import TensorSpec
+from cpumoe.formats import QuantizedMatrix
+from cpumoe.formats.quantized_matrix import BLOCK
+from cpumoe.models.synth_layout import Layout, Piece
+
+
+class _Family(NamedTuple):
+    """What config and tensors of a family are called."""
+
+    architecture: str
+    experts: str = "num_experts"
+    inner: str = "moe_intermediate_size"
+    block: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+_FAMILIES = {
+    "deepseek_v3": _Family("DeepseekV3ForCausalLM", experts="n_routed_experts"),
+    "kimi_k2": _Family("DeepseekV3ForCausalLM", experts="n_routed_experts"),
+    "minimax_m2": _Family(
+        "MiniMaxM2ForCausalLM",
+        experts="num_local_experts",
+        inner="intermediate_size",
+        block="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+    ),
+    "deepseek_v2": _Family("DeepseekV2ForCausalLM", experts="n_routed_experts"),
+    "glm4_moe": _Family("Glm4MoeForCausalLM", experts="n_routed_experts"),
+    "mixtral": _Family(
+        "MixtralForCausalLM",
+        experts="num_local_experts",
+        inner="intermediate_size",
+        block="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+    ),
+    "olmoe": _Family("OlmoeForCausalLM", inner="intermediate_size"),
+    "qwen3_moe": _Family("Qwen3MoeForCausalLM"),
+    "qwen3_next": _Family("Qwen3NextForCausalLM"),
+}
+
+
+class PublishedLayout(Layout):
+    """bf16 as most families publish it: a tensor for each projection of each expert."""
+
+    @override
+    def config(self) -> dict[str, Any]:
+        sizes, first, family = self.sizes, self.spec.first_moe_layer, self._family
+        text: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": self.spec.model_type,
+            "vocab_size": int(self.spec.extra["vocab_size"]),
+            "hidden_size": sizes.hidden,
+            family.inner: sizes.intermediate,
+            "num_hidden_layers": first + sizes.layers,
+            family.experts: sizes.experts,
+            "num_experts_per_tok": sizes.top_k,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+        }
+        return {**text, "first_k_dense_replace": first} if first else text
+
+    @override
+    def tensors(self, layer: int) -> Iterator[TensorSpec]:
+        sizes, prefix = self.sizes, self._prefix(layer)
+        yield TensorSpec(f"{prefix}.gate.weight", torch.bfloat16, (sizes.experts, sizes.hidden))
+        for index in range(sizes.experts):
+            for name, shape in zip(self._family.names, self.projections, strict=True):
+                yield TensorSpec(f"{prefix}.experts.{index}.{name}.weight", torch.bfloat16, shape)
+
+    @override
+    def router(self, layer: int, generator: torch.Generator) -> Iterator[Piece]:
+        weight = self._normal(self.sizes.experts, self.sizes.hidden, generator=generator)
+        yield f"{self._prefix(layer)}.gate.weight", 0, weight.bfloat16()
+
+    @override
+    def expert(
+        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
+    ) -> Iterator[Piece]:
+        for name, matrix in zip(self._family.names, matrices, strict=True):
+            yield f"{self._prefix(layer)}.experts.{index}.{name}.weight", 0, matrix.codes
+
+    def _prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}.{self._family.block}"
+
+    @property
+    def _family(self) -> _Family:
+        return _FAMILIES[self.spec.model_type]
+
+
+class Fp8BlocksLayout(PublishedLayout):
+    """FP8 with a scale per block, ``weight_scale_inv``, beside each projection of each expert."""
+
+    @override
+    def config(self) -> dict[str, Any]:
+        quantization = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+        return {**super().config(), "quantization_config": quantization}
+
+    @override
+    def tensors(self, layer: int) -> Iterator[TensorSpec]:
+        experts = f"{self._prefix(layer)}.experts."
+        for tensor in super().tensors(layer):
+            if not tensor.name.startswith(experts):
+                yield tensor
+                continue
+            n, k = tensor.shape
+            yield TensorSpec(tensor.name, self.format.code_storage, (n, k))
+            yield TensorSpec(f"{tensor.name}_scale_inv", torch.float32, self._scale_shape(n, k))
+
+    @override
+    def expert(
+        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
+    ) -> Iterator[Piece]:
+        pieces = super().expert(layer, index, matrices, generator)
+        for (name, row, codes), matrix in zip(pieces, matrices, strict=True):
+            yield name, row, codes
+            yield f"{name}_scale_inv", row, matrix.given_scales
