@@ -190,6 +190,31 @@ def test_swapping_refuses_a_norm_after_experts(tmp_path):
         swap_experts(Block(module), reader)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_memory_may_have_a_norm_before_they_are_weighted(dtype):
+    module = quantized_in_place(experts_module(DeepseekV3Experts)).to(dtype)
+    module.has_post_expert_norm = True
+    module.post_expert_norm = torch.nn.RMSNorm(64, eps=1e-6, dtype=dtype)
+    x, ids, weights = routing()
+    ids[2, 0] = 4  # the host's sentinel, which names no expert
+    x = x.to(dtype)
+    expected = torch.zeros(5, 64)
+    for token, slot in ((t, s) for t in range(5) for s in range(2)):
+        expert = int(ids[token, slot])
+        if expert < 4:
+            gate, up = (module.gate_up_proj[expert].float() @ x[token].float()).chunk(2)
+            y = module.down_proj[expert].float() @ (torch.nn.functional.silu(gate) * up)
+            expected[token] += weights[token, slot] * torch.nn.functional.rms_norm(
+                y, (64,), eps=1e-6
+            )
+    module.config._experts_implementation = "cpumoe"
+    with torch.no_grad():
+        actual = module(x, ids, weights)
+    assert actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (actual - expected).norm() < tolerance * expected.norm()
+
+
 def test_module_without_weights_says_so():
     module = CpuExperts(3, 4, cpumoe.SwiGLU()).eval()
     assert "not packed" in repr(module)

@@ -86,17 +86,44 @@ def experts_forward(
         raise RuntimeError(
             "cpumoe's experts compute no gradients and cannot train; call model.eval()"
         )
-    arguments = (hidden_states, top_k_index, top_k_weights)
-    # What is recorded packs the experts when it runs, because the parameters have values then.
-    if torch.compiler.is_dynamo_compiling():
-        output = record_call(int(_handle_text(module)), None, arguments)
-    elif is_recorded(*arguments):
-        output = record_call(_in_memory(module).handle.number, None, arguments)
-    else:
-        output = _in_memory(module)(*arguments)
+    compute = _each_normed if module.has_post_expert_norm else _weighted_sum
+    output = compute(module, hidden_states, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
         output = _without_gradients(output, *module.parameters())
     return output
+
+
+def _weighted_sum(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    arguments = (hidden_states, top_k_index, top_k_weights)
+    # What is recorded packs the experts when it runs, because the parameters have values then.
+    if torch.compiler.is_dynamo_compiling():
+        return record_call(int(_handle_text(module)), None, arguments)
+    if is_recorded(*arguments):
+        return record_call(_in_memory(module).handle.number, None, arguments)
+    return _in_memory(module)(*arguments)
+
+
+def _each_normed(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Computes experts whose outputs the module normalizes before they are weighted and added.
+
+    Each expert of each token is a call's token of its own, with the weight 1.
+    """
+    tokens, top_k = top_k_index.shape
+    ones = torch.ones((tokens * top_k, 1), dtype=torch.float32, device=hidden_states.device)
+    repeated = hidden_states.repeat_interleave(top_k, 0)
+    each = _weighted_sum(module, repeated, top_k_index.reshape(-1, 1), ones)
+    normed: torch.Tensor = module.post_expert_norm(each).view(tokens, top_k, -1)
+    return (normed * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
 # Dynamo cannot trace what this calls, and breaks its graph.
@@ -121,8 +148,6 @@ def _pack(module: Any) -> Experts:
     swiglu = module_swiglu(module)
     if module.down_proj.device.type != "cpu":
         raise ValueError(f"{name}: expected weights on the CPU, got {module.down_proj.device}")
-    if module.has_post_expert_norm:
-        raise ValueError(f"{name}: experts with a norm of their own are not supported")
     hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
     if module.is_transposed:
         hidden, inner = inner, hidden

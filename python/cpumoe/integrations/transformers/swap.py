@@ -62,7 +62,10 @@ def pack_all(modules: list[CpuExperts], reader: ExpertReader, options: ExpertsOp
 def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExperts:
     kind = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
-        raise ValueError(f"{kind}: experts with a norm of their own are not supported")
+        raise ValueError(
+            f"{kind}: experts with a norm of their own are supported only in memory: load the "
+            f"model with transformers, and call model.set_experts_implementation('cpumoe')"
+        )
     match = _LAYER.search(name)
     if match is None:
         raise ValueError(f"{name}: expected a module of a decoder layer, as in 'layers.3.mlp'")
