@@ -318,8 +318,10 @@ def test_weights_in_memory_are_rounded_to_a_format_that_the_options_name(module_
     fmt = cpumoe.weight_format(format)
     with torch.no_grad():
         for stack in (rounded.gate_up_proj, rounded.down_proj):
-            rows = stack.mT if module.is_transposed else stack
-            rows.copy_(fmt.dequantize(*fmt.quantize(rows.contiguous())))
+            for matrix in stack.mT if module.is_transposed else stack:
+                halves = matrix.split(96) if module.is_concatenated else (matrix[::2], matrix[1::2])
+                for rows in (matrix,) if stack is rounded.down_proj else halves:
+                    rows.copy_(fmt.dequantize(*fmt.quantize(rows.contiguous())))
         expected = rounded(*routing())
         module.config._experts_implementation = "cpumoe"
         with loading_with(ExpertsOptions(weight_format=format)):
