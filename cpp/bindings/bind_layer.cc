@@ -117,18 +117,21 @@ void BindLayer(py::module_& m) {
       .value("SILU", GluFunction::kSilu)
       .value("GELU_TANH", GluFunction::kGeluTanh)
       .value("RELU", GluFunction::kRelu)
-      .value("RELU2", GluFunction::kRelu2);
+      .value("RELU2", GluFunction::kRelu2)
+      .value("SOFTCAPPED_SILU", GluFunction::kSoftCappedSilu);
 
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        GluFunction glu_function, float alpha, std::optional<float> limit,
-                       float up_offset, bool has_bias, Precision precision, bool batch_invariant,
+                       float up_offset, std::optional<float> gate_cap, std::optional<float> up_cap,
+                       bool has_bias, Precision precision, bool batch_invariant,
                        int few_token_limit, std::vector<int32_t> copy_of) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
                               .intermediate_size = intermediate_size,
-                              .glu = {glu_function, alpha, limit.value_or(infinity), up_offset},
+                              .glu = {glu_function, alpha, limit.value_or(infinity), up_offset,
+                                      gate_cap.value_or(1.0f), up_cap.value_or(1.0f)},
                               .has_bias = has_bias,
                               .precision = precision,
                               .batch_invariant = batch_invariant,
@@ -137,7 +140,8 @@ void BindLayer(py::module_& m) {
            }),
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("glu_function"), py::arg("alpha"),
-           py::arg("limit"), py::arg("up_offset"), py::arg("has_bias"), py::arg("precision"),
+           py::arg("limit"), py::arg("up_offset"), py::arg("gate_cap") = py::none(),
+           py::arg("up_cap") = py::none(), py::arg("has_bias"), py::arg("precision"),
            py::arg("batch_invariant"), py::arg("few_token_limit"),
            py::arg("copy_of") = std::vector<int32_t>());
 

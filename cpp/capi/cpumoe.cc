@@ -120,7 +120,7 @@ Node::Options NodeOptions(const cpumoe_runtime_options& options) {
 
 Glu ToGlu(const cpumoe_glu& glu) {
   const auto function =
-      static_cast<GluFunction>(Known(glu.function, CPUMOE_GLU_RELU2, "glu.function"));
+      static_cast<GluFunction>(Known(glu.function, CPUMOE_GLU_SOFTCAPPED_SILU, "glu.function"));
   Require(std::isfinite(glu.alpha) && glu.alpha > 0,
           "glu.alpha: expected a positive and finite number, got ", glu.alpha);
   Require(function == GluFunction::kSilu || glu.alpha == 1,
@@ -129,8 +129,19 @@ Glu ToGlu(const cpumoe_glu& glu) {
           "glu.limit: expected a positive and finite number, or 0 for none, got ", glu.limit);
   Require(std::isfinite(glu.up_offset), "glu.up_offset: expected a finite number, got ",
           glu.up_offset);
+  const bool capped = function == GluFunction::kSoftCappedSilu;
+  for (const auto& [cap, name] : {std::pair{glu.gate_cap, "gate_cap"}, {glu.up_cap, "up_cap"}}) {
+    Require(capped ? std::isfinite(cap) && cap > 0 : cap == 0, "glu.", name, ": expected ",
+            capped ? "a positive and finite number" : "0 for a function without caps", ", got ",
+            cap);
+  }
   const float infinity = std::numeric_limits<float>::infinity();
-  return {function, glu.alpha, glu.limit == 0 ? infinity : glu.limit, glu.up_offset};
+  Glu result = {function, glu.alpha, glu.limit == 0 ? infinity : glu.limit, glu.up_offset};
+  if (capped) {
+    result.gate_cap = glu.gate_cap;
+    result.up_cap = glu.up_cap;
+  }
+  return result;
 }
 
 std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {

@@ -89,7 +89,9 @@ typedef enum cpumoe_glu_function {
   CPUMOE_GLU_SILU = 0,      /* g * sigmoid(alpha * g) */
   CPUMOE_GLU_GELU_TANH = 1, /* the tanh form of GELU */
   CPUMOE_GLU_RELU = 2,      /* max(g, 0) */
-  CPUMOE_GLU_RELU2 = 3      /* max(g, 0)^2 */
+  CPUMOE_GLU_RELU2 = 3,     /* max(g, 0)^2 */
+  /* cap(g, gate_cap) * sigmoid(g), with cap(u, up_cap) for u; cap(x, c) = c * tanh(x / c) */
+  CPUMOE_GLU_SOFTCAPPED_SILU = 4
 } cpumoe_glu_function;
 
 /* A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
@@ -99,6 +101,8 @@ typedef struct cpumoe_glu {
   float alpha;      /* of CPUMOE_GLU_SILU: positive; plain SwiGLU has 1. Else 1 */
   float limit;      /* positive; 0: no limit */
   float up_offset;
+  float gate_cap; /* of CPUMOE_GLU_SOFTCAPPED_SILU: positive. Else 0 */
+  float up_cap;   /* as gate_cap */
 } cpumoe_glu;
 
 typedef struct cpumoe_layer_options {

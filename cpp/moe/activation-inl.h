@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/exp-inl.h"
+#include "kernels/tanh-inl.h"
 #include "moe/config.h"
 
 namespace cpumoe {
@@ -20,6 +21,8 @@ inline __attribute__((always_inline)) void VisitGluFunction(GluFunction function
       return body(std::integral_constant<GluFunction, GluFunction::kRelu>{});
     case GluFunction::kRelu2:
       return body(std::integral_constant<GluFunction, GluFunction::kRelu2>{});
+    case GluFunction::kSoftCappedSilu:
+      return body(std::integral_constant<GluFunction, GluFunction::kSoftCappedSilu>{});
   }
 }
 
@@ -27,6 +30,11 @@ inline __attribute__((always_inline)) void VisitGluFunction(GluFunction function
 template <class Isa>
 typename Isa::Vec TimesSigmoid(typename Isa::Vec x, typename Isa::Vec minus_z) {
   return Isa::Div(x, Isa::Add(Isa::Broadcast(1.0f), Exp<Isa>(minus_z)));
+}
+
+template <class Isa>
+typename Isa::Vec SoftCap(typename Isa::Vec x, float cap) {
+  return Isa::Mul(Isa::Broadcast(cap), Tanh<Isa>(Isa::Div(x, Isa::Broadcast(cap))));
 }
 
 template <class Isa, GluFunction kFunction>
@@ -39,6 +47,8 @@ typename Isa::Vec GateOf(const Glu& glu, typename Isa::Vec g) {
     constexpr float kCubic = kLinear * 0.044715f;
     const Vec factor = Isa::Fma(Isa::Mul(g, g), Isa::Broadcast(-kCubic), Isa::Broadcast(-kLinear));
     return TimesSigmoid<Isa>(g, Isa::Mul(g, factor));
+  } else if constexpr (kFunction == GluFunction::kSoftCappedSilu) {
+    return TimesSigmoid<Isa>(SoftCap<Isa>(g, glu.gate_cap), Isa::Mul(g, Isa::Broadcast(-1.0f)));
   } else {
     const Vec relu = Isa::Max(Isa::Zero(), g);
     return kFunction == GluFunction::kRelu ? relu : Isa::Mul(relu, relu);
@@ -52,7 +62,8 @@ typename Isa::Vec Activate(const Glu& glu, typename Isa::Vec gate, typename Isa:
   using Vec = typename Isa::Vec;
   const Vec limit = Isa::Broadcast(glu.limit);
   const Vec g = Isa::Min(limit, gate);
-  const Vec u = Isa::Max(Isa::Broadcast(-glu.limit), Isa::Min(limit, up));
+  Vec u = Isa::Max(Isa::Broadcast(-glu.limit), Isa::Min(limit, up));
+  if constexpr (kFunction == GluFunction::kSoftCappedSilu) u = SoftCap<Isa>(u, glu.up_cap);
   return Isa::Mul(GateOf<Isa, kFunction>(glu, g), Isa::Add(u, Isa::Broadcast(glu.up_offset)));
 }
 

@@ -17,6 +17,8 @@ enum class GluFunction : int32_t {
   kGeluTanh,  // g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)), the tanh form of GELU
   kRelu,      // max(g, 0)
   kRelu2,     // max(g, 0)^2
+  // cap(g, gate_cap) * sigmoid(g), with cap(u, up_cap) for u, where cap(x, c) = c * tanh(x / c).
+  kSoftCappedSilu,
 };
 
 // A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
@@ -29,6 +31,8 @@ struct Glu {
   float alpha = 1.0f;  // of kSilu
   float limit = std::numeric_limits<float>::infinity();
   float up_offset = 0.0f;
+  float gate_cap = 1.0f;  // of kSoftCappedSilu
+  float up_cap = 1.0f;    // of kSoftCappedSilu
 };
 
 // The lowest precision to which activations may be rounded. Weights are always exact.

@@ -95,15 +95,17 @@ TEST_P(ActivationTest, ExpOfAnyFloat) {
 }
 
 // The activations of known checkpoints, and one with unusual values of all parameters.
-constexpr Glu kVariants[] = {{},
-                             {.limit = 10.0f},
-                             {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
-                             {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f},
-                             {.function = GluFunction::kGeluTanh},
-                             {.function = GluFunction::kGeluTanh, .limit = 3.0f},
-                             {.function = GluFunction::kRelu},
-                             {.function = GluFunction::kRelu2},
-                             {.function = GluFunction::kRelu2, .limit = 9.0f, .up_offset = 1.0f}};
+constexpr Glu kVariants[] = {
+    {},
+    {.limit = 10.0f},
+    {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f},
+    {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f},
+    {.function = GluFunction::kGeluTanh},
+    {.function = GluFunction::kGeluTanh, .limit = 3.0f},
+    {.function = GluFunction::kRelu},
+    {.function = GluFunction::kSoftCappedSilu, .gate_cap = 4.0f, .up_cap = 25.0f},
+    {.function = GluFunction::kRelu2},
+    {.function = GluFunction::kRelu2, .limit = 9.0f, .up_offset = 1.0f}};
 
 double Clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
@@ -111,7 +113,7 @@ double Clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -
 // subnormals, the result is only near zero.
 void CheckActivation(const Glu& s, float gate, float up, float actual) {
   const double g = std::min<double>(gate, s.limit);
-  const double u = Clamp(up, s.limit) + s.up_offset;
+  const double u = ReferenceUp(s, Clamp(up, s.limit));
   const double expected = u * ReferenceGate(s, g);
   const double units = UnitsOfError(s, g);
   // The sum u + offset can cancel. Its rounding error is one unit of the sum itself.
@@ -162,6 +164,8 @@ TEST_P(ActivationTest, InfinitiesAndNans) {
       const std::vector<float> clamped =
           Activate(variant, {limit, 1.0f, 1.0f}, {1.0f, limit, -limit});
       for (int i = 0; i < 3; ++i) EXPECT_EQ(h[4 + i], clamped[i]);
+    } else if (variant.function == GluFunction::kSoftCappedSilu) {
+      for (int i = 4; i < 7; ++i) CheckActivation(variant, gate[i], up[i], h[i]);
     } else {
       EXPECT_EQ(h[4], kInfinity);
       EXPECT_EQ(h[5], kInfinity);

@@ -108,10 +108,10 @@ void RoundToDigits(Intervals& x, DType dtype) {
   }
 }
 
-// Computes (u + offset) * f(g). min and clamp have slopes of at most 1.
+// Computes (u + offset) * f(g). min, clamp and caps have slopes of at most 1.
 Interval Activate(const Glu& s, Interval gate, Interval up, int bits) {
   const double g = std::min<double>(gate.value, s.limit);
-  const double u = std::clamp<double>(up.value, -s.limit, s.limit) + s.up_offset;
+  const double u = ReferenceUp(s, std::clamp<double>(up.value, -s.limit, s.limit));
   const double f = ReferenceGate(s, g);
   const double moved = GreatestSlope(s, g, gate.error) * gate.error;
   const double f_error =

@@ -36,8 +36,7 @@ struct Api {
   const char* isa;
   int activation_bits;  // significant bits of Isa::Activation: 8 for bf16, 24 for fp32
   void (*exp)(const float* in, float* out, int64_t count);  // count must be a multiple of 16
-  void (*activate)(const Glu& glu, const float* gate, const float* up, float* out,
-                   int64_t count);
+  void (*activate)(const Glu& glu, const float* gate, const float* up, float* out, int64_t count);
   size_t num_formats;
   const FormatEntry* formats;
 };

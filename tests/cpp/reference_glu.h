@@ -13,12 +13,16 @@ inline double SigmoidArgument(const Glu& glu, double g) {
   switch (glu.function) {
     case GluFunction::kSilu:
       return static_cast<double>(glu.alpha) * g;
+    case GluFunction::kSoftCappedSilu:
+      return g;
     case GluFunction::kGeluTanh:
       return 2.0 * std::sqrt(2.0 / M_PI) * (g + 0.044715 * g * g * g);
     default:
       return 0.0;
   }
 }
+
+inline double SoftCap(double x, double cap) { return cap * std::tanh(x / cap); }
 
 inline double ReferenceGate(const Glu& glu, double g) {
   const double relu = g < 0 ? 0.0 : g;  // keeps NaN
@@ -27,9 +31,17 @@ inline double ReferenceGate(const Glu& glu, double g) {
       return relu;
     case GluFunction::kRelu2:
       return relu * relu;
+    case GluFunction::kSoftCappedSilu:
+      return SoftCap(g, glu.gate_cap) / (1.0 + std::exp(-g));
     default:
       return g / (1.0 + std::exp(-SigmoidArgument(glu, g)));
   }
+}
+
+// The factor of f(g), from a clamped u.
+inline double ReferenceUp(const Glu& glu, double u) {
+  return (glu.function == GluFunction::kSoftCappedSilu ? SoftCap(u, glu.up_cap) : u) +
+         glu.up_offset;
 }
 
 // The greatest slope of f within `distance` of g. The slope of g * sigmoid(alpha g) is below 1.1
@@ -37,6 +49,7 @@ inline double ReferenceGate(const Glu& glu, double g) {
 inline double GreatestSlope(const Glu& glu, double g, double distance) {
   switch (glu.function) {
     case GluFunction::kSilu:
+    case GluFunction::kSoftCappedSilu:
       return 1.1;
     case GluFunction::kGeluTanh:
       return 1.13;
@@ -51,10 +64,12 @@ inline double GreatestSlope(const Glu& glu, double g, double distance) {
 // A bound on the relative error of h = (u + up_offset) * f(g) in fp32, in units of roundoff.
 // Rounding the sigmoid's argument moves the exponential by |z| units for each rounding, of which
 // kGeluTanh has four. |z| counts up to 104, because beyond that the exponential is 0 or infinite.
-// exp adds two units, and each of the other five operations adds one.
+// exp adds two units, and each of the other five operations adds one. Two tanh add six units each,
+// and their arguments and products two.
 inline double UnitsOfError(const Glu& glu, double g) {
   const double roundings = glu.function == GluFunction::kGeluTanh ? 4.0 : 1.0;
-  return 8 + roundings * std::min(std::fabs(SigmoidArgument(glu, g)), 104.0);
+  const double caps = glu.function == GluFunction::kSoftCappedSilu ? 16.0 : 0.0;
+  return 8 + caps + roundings * std::min(std::fabs(SigmoidArgument(glu, g)), 104.0);
 }
 
 }  // namespace cpumoe

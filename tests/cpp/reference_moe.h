@@ -53,7 +53,7 @@ class ReferenceMoe {
     const Glu& s = config_.glu;
     const double g = gate > s.limit ? s.limit : gate;
     const double u = up > s.limit ? s.limit : (up < -s.limit ? -s.limit : up);
-    return (u + s.up_offset) * ReferenceGate(s, g);
+    return ReferenceUp(s, u) * ReferenceGate(s, g);
   }
 
  private:

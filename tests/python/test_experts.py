@@ -44,9 +44,17 @@ def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
 
 @pytest.mark.parametrize("isa", cpumoe.supported_isas())
 @EVERY_FP32_PRECISION
-@pytest.mark.parametrize("function", ["gelu_tanh", "relu", "relu2"])
-def test_other_gated_linear_units(isa, precision, function):
-    glu = cpumoe.GLU(function, limit=4.0)
+@pytest.mark.parametrize(
+    "glu",
+    [
+        cpumoe.GLU("gelu_tanh", limit=4.0),
+        cpumoe.GLU("relu"),
+        cpumoe.GLU("relu2", limit=4.0),
+        cpumoe.GLU("softcapped_silu", gate_cap=4.0, up_cap=25.0),
+    ],
+    ids=lambda glu: glu.function,
+)
+def test_other_gated_linear_units(isa, precision, glu):
     weights = layer("mxfp4").with_swiglu(glu)
     experts = weights.pack(isa=isa, precision=precision)
     assert experts.swiglu == glu

@@ -117,6 +117,8 @@ def activation(model: Any) -> str:
         gate = f"gate · sigmoid({glu.alpha:g} gate)"
     up = f"(up + {glu.up_offset:g})" if glu.up_offset else "up"
     limit = "" if glu.limit is None else f", limit {glu.limit:g}"
+    if glu.gate_cap is not None:
+        limit = f", soft caps {glu.gate_cap:g} and {glu.up_cap:g}"
     return f"{gate} · {up}{limit}"
 
 

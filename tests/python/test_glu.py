@@ -49,7 +49,16 @@ def test_functions_are_pytorchs(function):
     torch.testing.assert_close(GLU(function, limit=2.0, up_offset=1.0)(g, u), expected)
 
 
-@pytest.mark.parametrize("glu", [*map(GLU, FUNCTIONS), SwiGLU(alpha=1.702)], ids=str)
+SOFTCAPPED = GLU("softcapped_silu", gate_cap=4.0, up_cap=25.0)
+
+
+def test_soft_caps_bound_the_linear_factors():
+    g, u = 30 * torch.randn(2, 100, dtype=torch.float64)
+    capped_g, capped_u = 4 * torch.tanh(g / 4), 25 * torch.tanh(u / 25)
+    torch.testing.assert_close(SOFTCAPPED(g, u), capped_g * torch.sigmoid(g) * capped_u)
+
+
+@pytest.mark.parametrize("glu", [*map(GLU, FUNCTIONS), SwiGLU(alpha=1.702), SOFTCAPPED], ids=str)
 def test_gate_error_bounds_the_change_of_the_gate(glu):
     g = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     for size in (1e-6, 0.01, 0.3, 2.0):
@@ -61,7 +70,7 @@ def test_gate_error_bounds_the_change_of_the_gate(glu):
 
 def test_nan_propagates():
     nan = torch.tensor([math.nan])
-    for glu in (SwiGLU(limit=10.0), *map(GLU, FUNCTIONS)):
+    for glu in (SwiGLU(limit=10.0), SOFTCAPPED, *map(GLU, FUNCTIONS)):
         assert glu(nan, torch.ones(1)).isnan().all()
         assert glu(torch.ones(1), nan).isnan().all()
 
@@ -82,11 +91,17 @@ def test_values_out_of_range_are_refused(arguments, message):
 
 
 def test_unknown_functions_and_their_gains_are_refused():
-    expected = r"^GLU: function must be one of silu, gelu_tanh, relu, relu2, got 'tanh'$"
+    expected = (
+        r"^GLU: function must be one of silu, gelu_tanh, relu, relu2, softcapped_silu, got 'tanh'$"
+    )
     with pytest.raises(ValueError, match=expected):
         GLU("tanh")
     with pytest.raises(ValueError, match=r"^GLU: alpha must be 1 for gelu_tanh, got 2\.0$"):
         GLU("gelu_tanh", alpha=2.0)
+    with pytest.raises(ValueError, match=r"^GLU: up_cap must be positive and finite, got None$"):
+        GLU("softcapped_silu", gate_cap=4.0)
+    with pytest.raises(ValueError, match=r"^GLU: gate_cap must be None for relu, got 4\.0$"):
+        GLU("relu", gate_cap=4.0)
 
 
 def test_swiglu_prints_and_changes_as_it_is_made():

@@ -16,6 +16,7 @@ _GLU_FUNCTION = {
     "gelu_tanh": _core.GluFunction.GELU_TANH,
     "relu": _core.GluFunction.RELU,
     "relu2": _core.GluFunction.RELU2,
+    "softcapped_silu": _core.GluFunction.SOFTCAPPED_SILU,
 }
 _PRECISION = {
     "auto": _core.Precision.BF16,  # each fp32 call says whether it may be rounded to bf16
@@ -53,6 +54,8 @@ def layer_config(
         alpha=swiglu.alpha,
         limit=swiglu.limit,
         up_offset=swiglu.up_offset,
+        gate_cap=swiglu.gate_cap,
+        up_cap=swiglu.up_cap,
         has_bias=boolean(has_bias, "has_bias"),
         precision=_PRECISION[precision],
         batch_invariant=batch_invariant,

@@ -20,6 +20,7 @@ from cpumoe.numerics.glu import GLU, SwiGLU
 
 # Published configs may leave these out. The defaults are those of transformers' configs.
 _ALPHA, _SHIFTED_LIMIT, _LIMIT = 1.702, 7.0, 10.0
+_GATE_CAP, _UP_CAP = 4.0, 25.0
 # Names of transformers for functions that `GLU` has.
 _FUNCTIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "relu": "relu", "relu2": "relu2"}
 
@@ -44,6 +45,14 @@ def _gemma_glu(text: Mapping[str, Any]) -> GLU | None:
     return None if function is None else GLU(function)
 
 
+def _softcapped_glu(text: Mapping[str, Any]) -> GLU:
+    return GLU(
+        "softcapped_silu",
+        gate_cap=positive_number(text, "mlp_gate_softcap", _GATE_CAP),
+        up_cap=positive_number(text, "mlp_up_softcap", _UP_CAP),
+    )
+
+
 def _nemotron_glu(text: Mapping[str, Any]) -> GLU | None:
     # relu2(up) is relu(gate) * up, where the gate is the up projection.
     return GLU("relu") if text.get("mlp_hidden_act", "relu2") == "relu2" else None
@@ -56,6 +65,7 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], GLU | None]] = {
     "glm5_next": limited_swiglu,
     "gpt_oss": shifted_swiglu,
     "hy_v4": limited_swiglu,
+    "inkling2": _softcapped_glu,
     "minimax_m3_vl": shifted_swiglu,
     "nemotron_h": _nemotron_glu,
     "openai_privacy_filter": shifted_swiglu,

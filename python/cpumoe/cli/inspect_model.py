@@ -216,6 +216,8 @@ def _activation(swiglu: dict[str, Any] | None, has_bias: bool) -> str:
     if offset:
         formula = formula.replace("* u", f"* (u + {offset:g})")
     parts = [formula]
+    if swiglu["gate_cap"] is not None:
+        parts.append(f"soft caps {swiglu['gate_cap']:g} of g, {swiglu['up_cap']:g} of u")
     if limit is not None and math.isfinite(limit):
         parts.append(f"g at most {limit:g}, u within ±{limit:g}")
     if has_bias:

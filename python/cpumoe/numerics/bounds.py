@@ -77,8 +77,9 @@ _LEAST_OF_TWO_DIGITS = 2.0**-106
 _LEAST_UNIT = 2.0**-148
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
-# Relative error allowed to a vector exp and the division of the sigmoid.
+# Relative error allowed to a vector exp and the division of the sigmoid, or to those and two tanh.
 _ACTIVATION_EPS = 2.0**-20
+_SOFTCAPPED_EPS = 2.0**-19
 # Activations that share an int8 scale, for weights without a format.
 _GROUP_SIZE = 32
 
@@ -233,7 +234,8 @@ class _Expert:
         d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
         d_up = d_up + (rounding @ self.dense.up.double().T).abs()
         activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
-        return h, activation + _ACTIVATION_EPS * h.abs() + _TINY
+        relative = _ACTIVATION_EPS if self.swiglu.up_cap is None else _SOFTCAPPED_EPS
+        return h, activation + relative * h.abs() + _TINY
 
     def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and a bound on the error of float32 arithmetic."""
@@ -366,4 +368,5 @@ def _activation_error(
 ) -> torch.Tensor:
     gate, up = swiglu.clamp(gate, up)
     d_activated = swiglu.gate_error(gate, d_gate)
-    return ((up + swiglu.up_offset).abs() + d_up) * d_activated + swiglu.gate(gate).abs() * d_up
+    # The slope of a soft cap is at most 1.
+    return (swiglu.up(up).abs() + d_up) * d_activated + swiglu.gate(gate).abs() * d_up

@@ -11,25 +11,13 @@ _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def _silu(gate: torch.Tensor, alpha: float) -> torch.Tensor:
-    return gate * torch.sigmoid(alpha * gate)
-
-
-def _gelu_tanh(gate: torch.Tensor, _alpha: float) -> torch.Tensor:
-    return torch.nn.functional.gelu(gate, approximate="tanh")
-
-
-def _relu(gate: torch.Tensor, _alpha: float) -> torch.Tensor:
-    return torch.relu(gate)
-
-
-def _relu2(gate: torch.Tensor, _alpha: float) -> torch.Tensor:
-    return torch.relu(gate).square()
-
-
-_FUNCTIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "relu": _relu, "relu2": _relu2}
-# Bounds on the second derivatives. relu's slope jumps by 1 at zero, which `error` allows for.
+_FUNCTIONS = ("silu", "gelu_tanh", "relu", "relu2", "softcapped_silu")
+# Bounds on the second derivatives, where they do not depend on a parameter.
 _CURVATURES = {"gelu_tanh": 0.81, "relu": 0.0, "relu2": 2.0}
+
+
+def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return torch.tanh(x / cap) * cap
 
 
 @dataclass(frozen=True)
@@ -42,10 +30,14 @@ class GLU:
 
     Attributes:
         function: f: ``"silu"`` (``g * sigmoid(alpha * g)``), ``"gelu_tanh"`` (PyTorch's ``gelu``
-            with ``approximate="tanh"``), ``"relu"``, or ``"relu2"`` (relu squared).
+            with ``approximate="tanh"``), ``"relu"``, ``"relu2"`` (relu squared), or
+            ``"softcapped_silu"`` (``cap(g, gate_cap) * sigmoid(g)``, with ``cap(u, up_cap)`` in the
+            place of u, where ``cap(x, c) = c * tanh(x / c)``).
         alpha: gain inside the sigmoid of ``"silu"``; positive and finite. Others have 1.
         limit: bound of both clamps; positive and finite, or None for no clamps.
         up_offset: number added to the up projection; finite.
+        gate_cap: of ``"softcapped_silu"``; positive and finite. Others have None.
+        up_cap: as `gate_cap`.
 
     Raises:
         ValueError: a value is outside these ranges.
@@ -55,6 +47,8 @@ class GLU:
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
+    gate_cap: float | None = None
+    up_cap: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -72,6 +66,12 @@ class GLU:
             )
         if not math.isfinite(self.up_offset):
             raise ValueError(f"{name}: up_offset must be finite, got {self.up_offset}")
+        capped = self.function == "softcapped_silu"
+        for cap, cap_name in ((self.gate_cap, "gate_cap"), (self.up_cap, "up_cap")):
+            if capped and (cap is None or not math.isfinite(cap) or cap <= 0):
+                raise ValueError(f"{name}: {cap_name} must be positive and finite, got {cap}")
+            if not capped and cap is not None:
+                raise ValueError(f"{name}: {cap_name} must be None for {self.function}, got {cap}")
 
     def clamp(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns gate and up, tensors of any shapes, after clamping. NaN stays NaN."""
@@ -81,19 +81,35 @@ class GLU:
 
     def gate(self, gate: torch.Tensor) -> torch.Tensor:
         """Returns f of a clamped float tensor, in its dtype."""
-        return _FUNCTIONS[self.function](gate, self.alpha)
+        if self.function == "silu":
+            return gate * torch.sigmoid(self.alpha * gate)
+        if self.function == "gelu_tanh":
+            return torch.nn.functional.gelu(gate, approximate="tanh")
+        if self.gate_cap is not None:
+            return _softcap(gate, self.gate_cap) * torch.sigmoid(gate)
+        return torch.relu(gate) if self.function == "relu" else torch.relu(gate).square()
+
+    def up(self, up: torch.Tensor) -> torch.Tensor:
+        """Returns the factor of f(g) for a clamped float tensor, in its dtype."""
+        return (up if self.up_cap is None else _softcap(up, self.up_cap)) + self.up_offset
 
     def gate_error(self, gate: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
         """Bounds ``|f(gate + d) - f(gate)|`` for all ``|d| <= error``, elementwise.
 
         The bound is the slope at `gate` times the error, plus half the greatest curvature times the
-        error's square.
+        error's square. relu's slope counts as 1 everywhere.
         """
+        curvature = _CURVATURES.get(self.function, 0.0)
         if self.function == "silu":
             sigmoid = torch.sigmoid(self.alpha * gate)
             slope = sigmoid * (1 + self.alpha * gate * (1 - sigmoid))
-            return slope.abs() * error + self.alpha / 4 * error.square()
-        if self.function == "gelu_tanh":
+            curvature = self.alpha / 2
+        elif self.gate_cap is not None:
+            sigmoid = torch.sigmoid(gate)
+            tanh = torch.tanh(gate / self.gate_cap)
+            slope = sigmoid * ((1 - tanh.square()) + self.gate_cap * tanh * (1 - sigmoid))
+            curvature = 0.85 + 0.77 / self.gate_cap
+        elif self.function == "gelu_tanh":
             sigmoid = torch.sigmoid(_GELU_LINEAR * (gate + _GELU_CUBIC * gate**3))
             inner = _GELU_LINEAR * (gate + 3 * _GELU_CUBIC * gate**3)
             slope = sigmoid * (1 + inner * (1 - sigmoid))
@@ -101,12 +117,12 @@ class GLU:
             slope = torch.ones_like(gate)
         else:
             slope = 2 * torch.relu(gate)
-        return slope.abs() * error + _CURVATURES[self.function] / 2 * error.square()
+        return slope.abs() * error + curvature / 2 * error.square()
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Returns h for float tensors gate and up of equal shape, in their dtype."""
         gate, up = self.clamp(gate, up)
-        return (up + self.up_offset) * self.gate(gate)
+        return self.up(up) * self.gate(gate)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ class SwiGLU(GLU):
     ``torch/model.py``: alpha 1.702, limit 7, offset 1) and DeepSeek-V4 (``swiglu_limit``).
 
     Attributes:
-        function: ``"silu"``; no argument.
+        function: ``"silu"``; no argument, as are the caps.
         alpha: see `GLU`.
         limit: see `GLU`.
         up_offset: see `GLU`.
@@ -127,3 +143,5 @@ class SwiGLU(GLU):
     """
 
     function: str = field(default="silu", init=False, repr=False)
+    gate_cap: float | None = field(default=None, init=False, repr=False)
+    up_cap: float | None = field(default=None, init=False, repr=False)

@@ -49,7 +49,7 @@ def module_swiglu(module: nn.Module) -> GLU:
                 return candidate
     raise ValueError(
         f"{name}._apply_gate: cpumoe does not have this activation; expected f(gate) * up, where f "
-        f"is silu, gelu_tanh, relu or relu2, with or without a limit, or "
+        f"is silu, gelu_tanh, relu or relu2, with or without a limit, silu with soft caps, or "
         f"(up + 1) * gate * sigmoid(alpha * gate) with a limit"
     )
 
@@ -77,13 +77,21 @@ def _candidates(module: nn.Module) -> Iterator[GLU]:
         for some_alpha in {alpha or 1.0, 1.0}:
             for offset in (0.0, 1.0):
                 yield SwiGLU(alpha=some_alpha, limit=limit, up_offset=offset)
+    gate_cap, up_cap = (_softcap(module, name) for name in ("gate_softcap", "up_softcap"))
+    if gate_cap and up_cap:
+        yield GLU("softcapped_silu", gate_cap=gate_cap, up_cap=up_cap)
+
+
+def _softcap(module: nn.Module, name: str) -> float | None:
+    act_fn = getattr(module, "act_fn", None)
+    return _attribute(getattr(act_fn, name, None), "softcap")
 
 
 def _limit(module: nn.Module) -> float | None:
     return _attribute(module, "limit", "swiglu_limit")
 
 
-def _attribute(module: nn.Module, *names: str) -> float | None:
+def _attribute(module: object, *names: str) -> float | None:
     """Returns the first of the attributes that is a positive finite number."""
     values = (getattr(module, name, None) for name in names)
     numbers = (float(value) for value in values if isinstance(value, (int, float)))
