@@ -194,6 +194,24 @@ def test_an_expert_without_any_tensor_is_named_in_its_own_layout(tmp_path):
         open_checkpoint(tmp_path).expert(0, 2)
 
 
+def test_biases_are_read_if_there_are_all_and_missed_if_there_are_some(qwen3):
+    sizes = {"gate": 96, "up": 96, "down": 64}
+    biases = {
+        f"model.layers.{layer}.mlp.experts.{index}.{name}_proj.bias": torch.randn(n).bfloat16()
+        for layer in (0, 1) for index in range(3) for name, n in sizes.items()
+    }  # fmt: skip
+    edit_tensors(qwen3, biases)
+    reader = open_checkpoint(qwen3)
+    reader.check_layer(0)
+    expert = reader.expert(0, 1)
+    for name in sizes:
+        assert torch.equal(getattr(expert, f"{name}_bias"), biases[f"{EXPERTS}.1.{name}_proj.bias"])
+    assert cpumoe.Experts.from_checkpoint(qwen3, 0).export(1).gate_bias is not None
+    edit_tensors(qwen3, {name: None for name in biases if ".down_proj." in name})
+    with pytest.raises(CheckpointError, match=rf"{EXPERTS}\.0\.down_proj\.bias: no such tensor"):
+        open_checkpoint(qwen3).check_layer(0)
+
+
 def test_experts_without_a_gate_are_refused(qwen3):
     edit_tensors(qwen3, {n: None for n in stored(qwen3) if n.endswith("gate_proj.weight")})
     message = r"bf16 experts: experts without a gate projection are not supported: .*down_proj"

@@ -152,10 +152,13 @@ class PublishedReader(ExpertReader):
         """Opens the experts; see `ExpertReader`."""
         super().__init__(folder, config)
         if not self.unsupported:
-            self.has_bias = any(
-                _bias_name(f"{prefix}{_layout_of(folder, config, prefix).down.format(0)}") in folder
-                for prefix in self._prefixes.values()
-            )
+            self.has_bias = any(map(self._biases_in, self._prefixes.values()))
+
+    def _biases_in(self, prefix: str) -> bool:
+        """Whether a layer's first expert has any bias, so that it needs all three."""
+        layout = _layout_of(self.folder, self.config, prefix)
+        names = (layout.gate, layout.up, layout.down)
+        return any(_bias_name(f"{prefix}{name.format(0)}") in self.folder for name in names)
 
     @override
     @staticmethod
