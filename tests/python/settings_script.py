@@ -105,9 +105,9 @@ def checked():
             made = [synth.random_matrix(fmt, n, k, p, generator) for p in synth.PATTERNS]
             singles += made
             scales = [m.scales for m in made if m.scales is not None]
-            stacks[part] = cpumoe.QuantizedMatrix(
-                torch.stack([m.codes for m in made]), torch.stack(scales) if scales else None
-            )
+            # As bytes, because autocast refuses FP8.
+            codes = torch.stack([m.codes.view(torch.uint8) for m in made]).view(fmt.code_storage)
+            stacks[part] = cpumoe.QuantizedMatrix(codes, torch.stack(scales) if scales else None)
         tensors = [t for m in singles for t in (m.codes, m.scales) if t is not None]
         results[f"{name} weights"] = digest(*tensors)
         experts = len(synth.PATTERNS)

@@ -369,6 +369,8 @@ def test_all_code_dtypes_are_the_same_bytes():
         expected = weights.pack()(*args)
         for codes in fmt.code_dtypes:
             for scales in fmt.scale_dtypes:
+                if fmt.stored_scale(scales) != fmt.scale_storage:  # another number
+                    continue
                 viewed = {
                     name: (matrix.codes.view(codes), matrix.scales.view(scales))
                     for name, matrix in (

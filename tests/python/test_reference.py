@@ -21,7 +21,7 @@ from cpumoe.reference import (
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
 QUANTIZED = pytest.mark.parametrize(
-    "fmt", [f for f in WEIGHT_FORMATS.values() if f.scale_dtype], ids=lambda f: f.name
+    "fmt", [f for f in WEIGHT_FORMATS.values() if f.values], ids=lambda f: f.name
 )
 EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 SWIGLUS = (SwiGLU(), SwiGLU(limit=10.0), SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0))

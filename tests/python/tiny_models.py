@@ -125,8 +125,11 @@ def gpt_oss(folder):
     return folder
 
 
-def kimi(folder, *, model_type="kimi_k2"):
-    """INT4 routed experts in compressed-tensors' pack-quantized format, a dense layer before."""
+def kimi(folder, *, model_type="kimi_k2", stored="pack-quantized"):
+    """INT4 routed experts in compressed-tensors' pack-quantized format, a dense layer before.
+
+    If `stored` is "fp8", the experts are FP8 in blocks, as DeepSeek-V3's.
+    """
     config = DeepseekV3Config(
         **_COMMON,
         hidden_size=HIDDEN,
@@ -147,6 +150,9 @@ def kimi(folder, *, model_type="kimi_k2"):
         qk_nope_head_dim=16,
         v_head_dim=16,
     )
+    if stored == "fp8":
+        _fp8_experts(folder, _random(DeepseekV3ForCausalLM, config))
+        return folder
     compressed_tensors(
         folder,
         _random(DeepseekV3ForCausalLM, config),
@@ -174,7 +180,6 @@ def int4_moe(folder, model_type, *, stored="pack-quantized"):
         "head_dim": 16,
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
         **{"moe_num_experts": EXPERTS, "moe_k": TOP_K, "n_group": 1, "topk_group": 1},
-        "first_k_dense_replace": 1,
     }
     config_class = CONFIG_MAPPING[model_type]
     known = config_class()
