@@ -1,5 +1,6 @@
 """Experts that SGLang asks for, written into memory of several GPU ranks, byte for byte."""
 
+import json
 import os
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from checkpoint_tools import edit_tensors
 from moe_tools import refused
+from safetensors.torch import load_file
 from sglang_tools import (
     EXPERTS,
     HIDDEN,
@@ -35,13 +37,14 @@ def folder(request, tmp_path_factory):
 class Buffers:
     """The memory of all ranks for one expert."""
 
-    def __init__(self, ranks, offset=0):
+    def __init__(self, ranks, offset=0, group=32):
         self.ranks, self.offset, features = ranks, offset, INTERMEDIATE // ranks
+        self.group = group
         self.shapes = {
             "w13": (2 * features, HIDDEN // 2),
-            "w13_scales": (2 * features, HIDDEN // 32 * 2),
+            "w13_scales": (2 * features, HIDDEN // group * 2),
             "w2": (HIDDEN, features // 2),
-            "w2_scales": (HIDDEN, features // 32 * 2),
+            "w2_scales": (HIDDEN, features // group * 2),
         }
         self.memory = {
             name: [
@@ -63,7 +66,7 @@ class Buffers:
         return memory[self.offset : -GUARD].view(self.shapes[name])
 
 
-def expected(folder, expert, ranks, layer=None):
+def expected(folder, expert, ranks, layer=None, group=32):
     """The bytes of each rank, from the checkpoint's tensors."""
     with open_checkpoint(folder) as reader:
         weights = reader.expert(reader.layers()[0] if layer is None else layer, expert)
@@ -77,7 +80,7 @@ def expected(folder, expert, ranks, layer=None):
     size = INTERMEDIATE // ranks
     for rank in range(ranks):
         rows, codes, groups = (
-            slice(rank * size // per, (rank + 1) * size // per) for per in (1, 2, 32)
+            slice(rank * size // per, (rank + 1) * size // per) for per in (1, 2, group)
         )
         gate, up, down = weights.gate, weights.up, weights.down
         yield {
@@ -89,7 +92,8 @@ def expected(folder, expert, ranks, layer=None):
 
 
 def assert_written(buffers, folder, expert, layer=None):
-    for rank, tensors in enumerate(expected(folder, expert, buffers.ranks, layer)):
+    given = (folder, expert, buffers.ranks, layer, buffers.group)
+    for rank, tensors in enumerate(expected(*given)):
         for name, tensor in tensors.items():
             assert torch.equal(buffers.written(name, rank), tensor), (name, rank)
 
@@ -105,6 +109,32 @@ def test_every_expert_is_written_as_the_checkpoint_has_it(folder, ranks):
             addresses = slots[(expert + 1) % 2].addresses()
             wrapper.submit_write_weight_scale_to_buffer(ranks, expert + 1, *addresses)
         assert_written(slots[expert % 2], folder, expert)
+
+
+@pytest.fixture
+def large_groups(tmp_path):
+    """A checkpoint in INT4 with a scale per 64 weights."""
+    folder = checkpoint(tmp_path, "kimi-k2")
+    tensors = load_file(folder / "model.safetensors")
+    edit_tensors(folder, {k: v[:, ::2] for k, v in tensors.items() if k.endswith("weight_scale")})
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["group_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["in memory", "from the file"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_memory_has_the_checkpoints_groups(large_groups, ranks, masked):
+    wrapper = loaded(large_groups, gpu_experts_mask=gpu(3) if masked else None)
+    buffers = Buffers(ranks, group=64)
+    wrapper.submit_write_weight_scale_to_buffer(ranks, 3, *buffers.addresses())
+    wrapper.sync_write_weight_scale_to_buffer()
+    assert_written(buffers, large_groups, 3)
+    message = r"^gpu_tp_count: .*{INTERMEDIATE} intermediate features into groups of 64, got 4"
+    with pytest.raises(ValueError, match=message.format(INTERMEDIATE=INTERMEDIATE)):
+        wrapper.submit_write_weight_scale_to_buffer(4, 3, *Buffers(4).addresses())
 
 
 @RANKS

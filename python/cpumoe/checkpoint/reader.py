@@ -292,6 +292,12 @@ class ExpertReader(ABC):
     def _weight_format(self) -> WeightFormat:
         return WEIGHT_FORMATS[self.format]
 
+    def group_size(self, k: int) -> int:
+        """Returns how many successive weights of a row of `k` share a scale; 0: none does."""
+        if self._group_size == WHOLE_ROW:
+            return k
+        return self._group_size or self._weight_format.group_size
+
     def _check_k(self, k: int, name: str) -> None:
         self._weight_format.check_k(k, name)
         if self._group_size not in (None, WHOLE_ROW) and k % self._group_size:

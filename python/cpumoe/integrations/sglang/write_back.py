@@ -4,10 +4,11 @@ SGLang names the memory by addresses, one list per tensor with an address for ea
 of R gets the intermediate features from r * I/R to (r + 1) * I/R:
 
     w13         gate rows, then up rows   uint8 [2 I/R, H/2]
-    w13 scales  of these rows             bf16  [2 I/R, H/32]
+    w13 scales  of these rows             bf16  [2 I/R, H/G]
     w2          columns                   uint8 [H, I/R/2]
-    w2 scales   of these columns          bf16  [H, I/R/32]
+    w2 scales   of these columns          bf16  [H, I/R/G]
 
+G weights of a row share a scale: 32, or what an INT4 checkpoint says.
 MXFP4's scales, powers of two, become bf16 numbers. The conversion is exact, also for 2^-127,
 which is subnormal in bf16.
 """
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from cpumoe import _core
-from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.checkpoint import ExpertReader
+from cpumoe.formats import QuantizedMatrix
 from cpumoe.integrations.sglang.checks import integer_in
 from cpumoe.packed_experts import PackedExperts
 
@@ -35,10 +37,11 @@ class WriteBack:
     the order of requests.
     """
 
-    def __init__(self, experts: PackedExperts) -> None:
-        """Writes `experts`."""
+    def __init__(self, experts: PackedExperts, reader: ExpertReader) -> None:
+        """Writes `experts`, whose checkpoint is `reader`."""
         self._experts = experts
-        self._group = weight_format(experts.format).group_size
+        self._hidden_group = reader.group_size(experts.hidden_size)
+        self._group = reader.group_size(experts.intermediate_size)
         self._running: list[_Writing] = []
         self._process = os.getpid()
 
@@ -102,19 +105,19 @@ class WriteBack:
             for name, pointers in zip(names, addresses, strict=True)
         )
         hidden, features = self._experts.hidden_size, self._experts.intermediate_size // ranks
-        groups = hidden // self._group
+        group = self._hidden_group
         return _Part(
             rank * features,
-            _Memory("gate", features, hidden, groups, w13, w13_scales),
+            _Memory("gate", features, hidden, group, w13, w13_scales),
             _Memory(
                 "up",
                 features,
                 hidden,
-                groups,
+                group,
                 w13 + features * hidden // 2,
-                w13_scales + features * groups * torch.bfloat16.itemsize,
+                w13_scales + features * (hidden // group) * torch.bfloat16.itemsize,
             ),
-            _Memory("down", hidden, features, features // self._group, w2, w2_scales),
+            _Memory("down", hidden, features, self._group, w2, w2_scales),
         )
 
 
@@ -125,9 +128,14 @@ class _Memory:
     name: str
     rows: int
     columns: int
-    groups: int  # of a row
+    group: int  # successive weights of a row that share a scale
     codes: int  # addresses
     scales: int
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.columns // self.group
 
     def matrix(self) -> _core.Matrix:
         return _core.Matrix(
@@ -138,6 +146,7 @@ class _Memory:
             codes_stride=self.columns // 2,
             scales=self.scales,
             scales_stride=self.groups * torch.bfloat16.itemsize,
+            scale_depth=self.group,
             scale_type=_core.ScaleType.BF16,
         )
 
