@@ -263,10 +263,10 @@ def test_training_is_refused(family):
         model(TOKENS)
 
 
-def test_unsupported_formats_are_refused_before_loading(tmp_path):
+def test_unsupported_experts_are_refused_before_loading(tmp_path):
     folder = tiny_models.deepseek_v4(tmp_path)
-    edit_config(folder, expert_dtype="fp8")
-    with pytest.raises(cpumoe.UnsupportedFormatError, match=r"fp8.*Supported formats: mxfp4"):
+    edit_config(folder, hidden_act="gelu")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match=r"'gelu'.*Supported formats: mxfp4"):
         from_pretrained(folder)
     enable()
     try:
