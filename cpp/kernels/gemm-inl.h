@@ -141,6 +141,7 @@ struct Gemm {
     if constexpr (kRun > 1) {
       for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
       for (int64_t run = 0; run < groups; run += kRun) {
+        KeepInMemory();
         Vec sum[1][kTiles][kTokens];
         Clear(sum[0]);
         Tiles::template ForGroups<kTiles>(tiles, run, std::min<int64_t>(run + kRun, groups), groups,
