@@ -123,7 +123,8 @@ def test_runtimes():
             "swiglu",
             "silu",
             TypeError,
-            "swiglu: expected a cpumoe.SwiGLU, or None for the default, got 'silu'",
+            "swiglu: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
+            "got 'silu'",
         ),
         ("num_experts", "3", TypeError, "num_experts: expected an int, got '3'"),
         ("num_experts", True, TypeError, "num_experts: expected an int, got True"),
