@@ -142,8 +142,7 @@ class QuadGemm {
                            const std::byte* staged) {
     const int64_t columns = w.groups * kGroupSize;
     const int64_t bytes = QuadBlock::BytesPerToken(columns, kGroupSize);
-    return QuadBlock::At(staged + blocks.Begin(b) * bytes, blocks.Size(b), columns,
-                         kGroupSize);
+    return QuadBlock::At(staged + blocks.Begin(b) * bytes, blocks.Size(b), columns, kGroupSize);
   }
 
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const Span& span,

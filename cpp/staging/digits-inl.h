@@ -30,7 +30,6 @@ namespace cpumoe {
 
 template <class Codec>
 class DigitStage {
-
  public:
   using Group = DigitGroup;
 
@@ -40,8 +39,8 @@ class DigitStage {
   // Writes a row of `columns` activations of any element type. The row's groups are `stride` apart.
   template <class Element>
   void Row(const Element* x, int64_t columns, Group* out, int64_t stride) const {
-    ForGroups(
-        x, columns, [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
+    ForGroups(x, columns,
+              [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
   }
 
   // Writes one group. A lone infinity is one times an infinite scale. With two infinities or a NaN,

@@ -17,7 +17,6 @@ namespace cpumoe {
 
 template <class Isa, class Codec>
 class QuadStage {
-
  public:
   // `block` is the memory for `tokens` tokens of `columns` activations each.
   QuadStage(std::byte* block, int tokens, int64_t columns) : tokens_(tokens) {
@@ -30,8 +29,7 @@ class QuadStage {
   // Writes row x [columns] as token `t` of the block.
   template <class Element>
   void Row(const Element* x, int t, int64_t columns) const {
-    ForGroups(x, columns,
-                          [&](const float* values, int64_t group) { Group(values, t, group); });
+    ForGroups(x, columns, [&](const float* values, int64_t group) { Group(values, t, group); });
   }
 
   // Writes one group of token `t`.
