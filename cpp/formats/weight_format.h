@@ -6,13 +6,13 @@
 //
 // A format may say more:
 //
-//   kPackedDepth          successive k whose sum kernels scale at once; 32 if it says nothing.
-//   Packed
-//                         tiles have a scale for each row and kPackedDepth successive k. Stored
-//                         scales of type Fp32, Bf16 and E8M0 may become packed scales of type Fp32
-//   AllowsScaleRows(n)    whether n rows may share their scales; only one if it says nothing
-//   AllowsScaleType(type) whether scales may be stored so; only as Scale if it says nothing
-//   kNotANumber           the magnitude of codes that are NaN, which packing refuses
+//   kPackedDepth           successive k whose sum kernels scale at once; default: 32
+//   AllowsScaleRows(n)     whether n rows may share their scales; default: only one
+//   AllowsScaleType(type)  whether scales may be stored in this type; default: only as Scale
+//   kNotANumber            the magnitude of codes that are NaN, which packing refuses
+//
+// Packed tiles have a scale for each row and kPackedDepth successive k. Stored scales of any type
+// may become packed scales of type Fp32.
 #pragma once
 
 #include <array>

@@ -13,7 +13,7 @@
 // byte shuffles.
 //
 // There are no horizontal sums. The scales of a run of groups are one vector: scales[run][16]. In
-// most formats a run is one group (kPackedDepthOf in formats/weight_format.h). The last run of a
+// most formats a run is one group (kPackedDepthOf in base/float_types.h). The last run of a
 // tile may be shorter.
 #pragma once
 

@@ -19,9 +19,7 @@ import torch
 from cpumoe._base.tensors import describe, dtype_name, plain
 from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix
 
-GroupQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-BlockQuantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 E8M0_NAN = 255
 
@@ -66,8 +64,8 @@ class WeightFormat:
     scale_dtype: torch.dtype | None = None
     scale_storage: torch.dtype | None = None
     scale_dtypes: tuple[torch.dtype, ...] = ()
-    quantize_groups: GroupQuantizer | None = None
-    quantize_block: BlockQuantizer | None = None
+    quantize_groups: Quantizer | None = None
+    quantize_block: Quantizer | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -284,7 +282,7 @@ class WeightFormat:
         return codes.view(*lead, -1), scales.view(*lead, -1)
 
     def _quantize_blocks(
-        self, weights: torch.Tensor, quantize: BlockQuantizer, *, by_row: bool
+        self, weights: torch.Tensor, quantize: Quantizer, *, by_row: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         *lead, n, k = weights.shape
         rows, depth = (1, k) if by_row else (BLOCK, BLOCK)
