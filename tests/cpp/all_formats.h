@@ -5,8 +5,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "base/float_types.h"
 #include "format_headers.inc"
 
 namespace cpumoe {
@@ -19,6 +22,17 @@ using AllFormats = FormatList<void
 #include "format_table.inc"
                               >;
 #undef CPUMOE_FORMAT_ROW
+
+// Those that have scales.
+template <class... Formats>
+auto WithScales(testing::Types<Formats...>) {
+  using Tuple = decltype(std::tuple_cat(
+      std::conditional_t<HasScales<Formats>, std::tuple<Formats>, std::tuple<>>{}...));
+  return []<class... Scaled>(std::tuple<Scaled...>*) {
+    return testing::Types<Scaled...>{};
+  }(static_cast<Tuple*>(nullptr));
+}
+using ScaledFormats = decltype(WithScales(AllFormats{}));
 
 inline std::vector<std::string> FormatNames() {
 #define CPUMOE_FORMAT_ROW(name, Class) std::string(Class::kName),
