@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from cpumoe.formats import WEIGHT_FORMATS
@@ -162,29 +163,9 @@ def _kimi_int4(name: str, short: str, model_type: str, prefix: str) -> ModelSpec
     )
 
 
-def _bf16(
-    name: str,
-    owner: str,
-    model_type: str,
-    sizes: tuple[int, int, int, int, int],
-    vocab_size: int,
-    *endings: str,
-    first_moe_layer: int = 0,
-) -> ModelSpec:
-    """Returns a bf16 model, whose repositories are called `name` with each of the endings."""
-    return _spec(
-        name,
-        tuple(f"{owner}/{name}{ending}" for ending in endings or ("",)),
-        model_type,
-        sizes,
-        "bf16",
-        first_moe_layer=first_moe_layer,
-        layout="published",
-        vocab_size=vocab_size,
-    )
-
-
-def _fp8(
+def _each_projection(
+    weight_format: str,
+    layout: CheckpointLayout,
     name: str,
     owner: str,
     model_type: str,
@@ -193,19 +174,25 @@ def _fp8(
     *endings: str,
     dense: int = 0,
 ) -> ModelSpec:
-    """Returns a model with FP8 blocks, whose first `dense` layers have no experts."""
+    """Returns a model with tensors for each projection of each expert.
+
+    Its repositories are called `name` with each of the endings. Its first `dense` layers have no
+    experts.
+    """
     return _spec(
         name,
         tuple(f"{owner}/{name}{ending}" for ending in endings or ("",)),
         model_type,
         sizes,
-        "fp8",
+        weight_format,
         first_moe_layer=dense,
-        layout="fp8_blocks",
+        layout=layout,
         vocab_size=vocab_size,
     )
 
 
+_bf16 = partial(_each_projection, "bf16", "published")
+_fp8 = partial(_each_projection, "fp8", "fp8_blocks")
 _V3_SIZES = (7168, 2048, 61, 256, 8)
 
 # name, aliases, model_type, (hidden, intermediate, layers, experts, top_k), weight format
@@ -289,12 +276,10 @@ MODELS: tuple[ModelSpec, ...] = (
         "deepseek_v2",
         (2048, 1408, 27, 64, 6),
         102400,
-        first_moe_layer=1,
+        dense=1,
     ),
-    _bf16(
-        "GLM-4.5-Air", "zai-org", "glm4_moe", (4096, 1408, 46, 128, 8), 151552, first_moe_layer=1
-    ),
-    _bf16("GLM-4.6", "zai-org", "glm4_moe", (5120, 1536, 92, 160, 8), 151552, first_moe_layer=3),
+    _bf16("GLM-4.5-Air", "zai-org", "glm4_moe", (4096, 1408, 46, 128, 8), 151552, dense=1),
+    _bf16("GLM-4.6", "zai-org", "glm4_moe", (5120, 1536, 92, 160, 8), 151552, dense=3),
 )
 
 _BY_NAME = {name.lower(): spec for spec in MODELS for name in (spec.name, *spec.aliases)}

@@ -24,25 +24,20 @@ class _Family(NamedTuple):
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
+_BLOCK_SPARSE = _Family(
+    "MixtralForCausalLM",
+    experts="num_local_experts",
+    inner="intermediate_size",
+    block="block_sparse_moe",
+    names=("w1", "w3", "w2"),
+)
 _FAMILIES = {
     "deepseek_v3": _Family("DeepseekV3ForCausalLM", experts="n_routed_experts"),
     "kimi_k2": _Family("DeepseekV3ForCausalLM", experts="n_routed_experts"),
-    "minimax_m2": _Family(
-        "MiniMaxM2ForCausalLM",
-        experts="num_local_experts",
-        inner="intermediate_size",
-        block="block_sparse_moe",
-        names=("w1", "w3", "w2"),
-    ),
+    "minimax_m2": _BLOCK_SPARSE._replace(architecture="MiniMaxM2ForCausalLM"),
     "deepseek_v2": _Family("DeepseekV2ForCausalLM", experts="n_routed_experts"),
     "glm4_moe": _Family("Glm4MoeForCausalLM", experts="n_routed_experts"),
-    "mixtral": _Family(
-        "MixtralForCausalLM",
-        experts="num_local_experts",
-        inner="intermediate_size",
-        block="block_sparse_moe",
-        names=("w1", "w3", "w2"),
-    ),
+    "mixtral": _BLOCK_SPARSE,
     "olmoe": _Family("OlmoeForCausalLM", inner="intermediate_size"),
     "qwen3_moe": _Family("Qwen3MoeForCausalLM"),
     "qwen3_next": _Family("Qwen3NextForCausalLM"),

@@ -23,6 +23,7 @@ from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
+from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
 
@@ -187,7 +188,7 @@ def _holds(fmt: WeightFormat, weights: torch.Tensor) -> bool:
     """Whether weights ``[N, K]`` are values of the format."""
     if weights.dtype == torch.bfloat16 and fmt.code_dtypes == (torch.bfloat16,):
         return True
-    return weights.shape[-1] % 32 == 0 and torch.equal(
+    return weights.shape[-1] % K_MULTIPLE == 0 and torch.equal(
         fmt.dequantize(*fmt.quantize(weights)), weights.float()
     )
 
