@@ -95,13 +95,18 @@ def test_scales_are_never_merged_by_an_export():
         experts.export_into(0, **buffers)
 
 
-@pytest.mark.parametrize("count", [3, 5, 16])
+def test_the_number_of_scales_says_how_large_groups_are():
+    weights = grouped(64)
+    scales = torch.ones(EXPERTS, INTERMEDIATE, 3, dtype=torch.bfloat16)
+    experts = Experts.from_tensors(**{**weights.tensors, "gate": (weights.gate.codes, scales)})
+    exported = experts.export(0)
+    assert (exported.gate.group_size, exported.up.group_size) == (128, 64)
+
+
+@pytest.mark.parametrize("count", [5, 16])
 def test_scales_that_are_no_groups_are_refused(count):
     weights = grouped(128)
     scales = torch.ones(EXPERTS, INTERMEDIATE, count, dtype=torch.bfloat16)
-    if count == 3:  # groups of 128
-        Experts.from_tensors(**{**weights.tensors, "gate": (weights.gate.codes, scales)})
-        return
     with refused(
         ValueError,
         f"gate scales: expected [{EXPERTS}, {INTERMEDIATE}, 12], or fewer for larger groups, got "
