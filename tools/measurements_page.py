@@ -124,6 +124,7 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
     """The parts of a page whose numbers ``cpumoe bench`` wrote."""
     about, machine, settings = document["about"], document["machine"], document["settings"]
     rounds = document["rows"][0]["rounds"]
+    several = "," in settings["format"]  # rows of one format need not name it
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     yield f"# {about['title']}"
     yield _wrap(_BY_BENCH)
@@ -154,6 +155,7 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
         (
             "ISA",
             "precision",
+            *(["format"] if several else []),
             "tokens",
             "ms",
             "tokens/s",
@@ -163,8 +165,9 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
             "memory",
             "peak",
             "bound",
+            *([f"vs {document['rows'][0]['format']}"] if several else []),
         ),
-        map(_cells, document["rows"]),
+        (_cells(row, several) for row in document["rows"]),
     )
     yield from _notes(about)
 
@@ -174,7 +177,8 @@ def _layer(settings: dict[str, Any]) -> str:
     return (
         f"{settings['model']}: hidden {settings['hidden_size']}, intermediate "
         f"{settings['intermediate_size']}, {settings['experts']} experts, top "
-        f"{settings['top_k']}, {settings['format']}, routing {settings['routing']}{invariant}"
+        f"{settings['top_k']}, {settings['format'].replace(',', ', ')}, routing "
+        f"{settings['routing']}{invariant}"
     )
 
 
@@ -188,11 +192,12 @@ def _limits(machine: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
         yield name, f"{best} GFLOP/s", f"{least} GFLOP/s"
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], several: bool) -> tuple[str, ...]:
     peak = row["share_of_dot_peak"]
     return (
         row["isa"],
         row["precision"],
+        *([row["format"]] if several else []),
         f"{row['tokens']:,}",
         _number(1e3 * row["seconds"]),
         _number(row["tokens_per_second"]),
@@ -202,6 +207,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         _percent(row["share_of_read_bandwidth"]),
         "unknown" if peak is None else _percent(peak),
         row["bound"],
+        *([f"{row['speed_ratio']:.2f}"] if several else []),
     )
 
 

@@ -1,39 +1,30 @@
 """``cpumoe bench`` with toy sizes: its output and its errors, not its results."""
 
 import copy
-import dataclasses
 import json
 import statistics
 
-import cli_tools
 import pytest
 import torch
+from bench_tools import HIDDEN, INNER, measure, quicken, refuse, run, succeed, use_small_model
 from checkpoint_tools import SMALL, write_small
 from moe_tools import BF16_PRECISIONS
 
 import cpumoe
-from cpumoe import _core, models, reference
+from cpumoe import _core, reference
 from cpumoe.cli import bench_compare
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.measure import benchmark, limits, tuning, write_back
-from cpumoe.measure.benchmark import Limit, Limits, Timing, Turn, Variant
+from cpumoe.measure import benchmark, limits, tuning
+from cpumoe.measure.benchmark import Limit, Timing, Turn, Variant
 from cpumoe.measure.tuning import Comparison, Crossover, Form
 from cpumoe.models.synth import random_matrix
 
-QUICK = ("--seconds", 0, "--rounds", 2)
-HIDDEN, INNER, EXPERTS, TOP_K = 64, 96, 4, 2
+EXPERTS, TOP_K = 4, 2
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(limits, "_default_buffer_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(limits, "_TASKS_PER_THREAD", 4)
-    monkeypatch.setattr(benchmark, "_LIMIT_SECONDS", 0)
-    monkeypatch.setattr(write_back, "_COPY_SECONDS", 0)
-    # The tests do not depend on a quiet machine.
-    monkeypatch.setattr(Limits, "steady", True)
-    monkeypatch.delenv("CPUMOE_ISA", raising=False)
-    monkeypatch.delenv("CPUMOE_TRACEBACK", raising=False)
+    quicken(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +34,7 @@ def v4(tmp_path_factory):
 
 @pytest.fixture
 def small_model(monkeypatch):
-    """The registry's model, with sizes for a test."""
-    spec = models.find_model("v4-flash")
-    small = dataclasses.replace(spec, hidden_size=HIDDEN, moe_intermediate_size=INNER)
-    monkeypatch.setattr(models, "find_model", lambda _name: small)
-    return small
-
-
-def run(*arguments):
-    return cli_tools.run("bench", *QUICK, *arguments)
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def measure(*arguments):
-    return json.loads(succeed(*arguments, "--json", "-"))
-
-
-def refuse(*arguments):
-    return cli_tools.refuse("bench", *QUICK, *arguments)
+    return use_small_model(monkeypatch)
 
 
 def test_checkpoint(v4):
@@ -251,6 +220,9 @@ def test_write_back_refusals(v4):
 
 def test_tune_refusals(v4, monkeypatch):
     assert "--tokens cannot be combined with --tune" in refuse("--tune", "--tokens", 1)
+    for other in ("--tune", "--write-back"):
+        said = refuse(other, "--format", "all")
+        assert f"--format: {other} expects one format, got 'all'" in said
     assert "--routing cannot be combined with --tune" in refuse("--tune", "--routing", "zipf")
     assert "--tune expects bf16, got 'int8'" in refuse(
         "--tune", "--model", v4, "--precision", "all"
@@ -370,12 +342,17 @@ def test_refusals(v4, tmp_path):
     assert "--precision: expected one of all, auto, bf16, " in refuse("--precision", "fp64")
     for seconds in ("inf", "nan", -1):
         assert "--seconds: expected 0 to 86400, got " in refuse("--seconds", seconds)
-    assert "--format: expected one of mxfp4, int4" in refuse("--format", "fp9")
+    for wrong in ("fp9", "mxfp4,fp9", "all,mxfp4", ""):
+        said = refuse("--format", wrong)
+        assert "--format: expected all, or one or more of mxfp4, int4" in said
+        assert f"got {wrong!r}" in said
     assert "DeepSeek-R1-NVFP4 is nvfp4, which is not supported" in refuse(
         "--model", "DeepSeek-R1-NVFP4"
     )
     assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
-    assert "is mxfp4, got 'int4'" in refuse("--model", v4, "--format", "int4")
+    for other in ("int4", "all"):
+        said = refuse("--model", v4, "--format", other)
+        assert f"is mxfp4, got {other!r}; name a model instead of a folder" in said
     assert "--plot: expected a name that ends in .png" in refuse("--plot", "roofline.gif")
     assert "nowhere does not exist" in refuse("--json", tmp_path / "nowhere" / "a.json")
     assert "expected a file to write, got a folder" in refuse("--json", tmp_path)
@@ -392,14 +369,14 @@ def test_refusals(v4, tmp_path):
 
 def test_too_little_memory(v4, monkeypatch):
     monkeypatch.setattr(benchmark, "available_bytes", lambda: 1000)
-    assert "ask for fewer experts or variants" in refuse("--model", v4)
+    assert "ask for fewer experts (0 fit), formats or variants" in refuse("--model", v4)
 
 
 def test_a_turn_is_compared_with_the_limits_beside_it():
     def timing(*turns):
         turns = [Turn(s, (read, read / 2), dots and (0.9 * dots, dots)) for s, read, dots in turns]
         variant = Variant("avx2", "bf16")
-        return Timing(variant, 1, 1.0, turns, 3, 6.0, weight_bytes=40.0, macs=80.0)
+        return Timing(variant, "mxfp4", 1, 1.0, turns, 3, 6.0, weight_bytes=40.0, macs=80.0)
 
     steady = (1.0, 50.0, 100.0)
     slowed = (2.0, 25.0, 50.0)  # by a neighbour

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from bench_tools import quicken, succeed, use_small_model
 from checkpoint_tools import write_small
 from cli_tools import make_quick, run
 
@@ -60,3 +61,18 @@ def test_pages_of_todays_bench(tmp_path, monkeypatch):
     assert f"| {document['rows'][0]['isa']} | {document['rows'][0]['precision']} | 3 | " in page
     assert page.endswith("## Notes\n\nNot a real layer.\n")
     bench_compare.read(file)  # one key more does not make it another document
+
+
+def test_pages_of_several_formats(tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    use_small_model(monkeypatch)
+    file = tmp_path / "formats.json"
+    succeed("--format", "int4,mxfp4", "--experts", 7, "--tokens", 3, "--json", file)
+    document = json.loads(file.read_text())
+    document["about"] = {"title": "t", "dates": "2026", "machine": "m", "command": "c"}
+    page = load_tool("measurements_page").page("formats", document)
+    assert "7 experts, top 6, int4, mxfp4, routing balanced" in page
+    assert "| precision | format | tokens | " in page
+    assert "| bound | vs int4 |" in page
+    assert "| int4 | 3 | " in page
+    assert " | 1.00 |\n" in page

@@ -71,7 +71,13 @@ _RoutingOption = Annotated[
     ),
 ]
 _FormatOption = Annotated[
-    str | None, value_option("NAME", "Format of made-up weights.", "as in the model")
+    str | None,
+    value_option(
+        "all|NAME,...",
+        "Formats of made-up weights, separated by commas. Several formats are in memory together, "
+        "and the table compares each with the first.",
+        "as in the model",
+    ),
 ]
 _ExpertsOption = Annotated[
     int | None,
@@ -177,8 +183,11 @@ def command(
             _refuse_beside(other, **unused, compare=output.compare)
             if batch_invariant:
                 raise InputError(f"--batch-invariant cannot be combined with {other}")
-            weights, runtime = _weights(model, format, experts), _runtime(threads)
-            settings = {"model": model, **bench_report.sizes(weights, weights.top_k)}
+            weights, *more = _weights(model, format, experts)
+            if more:
+                raise InputError(f"--format: {other} expects one format, got {format!r}")
+            runtime = _runtime(threads)
+            settings = {"model": model, **bench_report.sizes([weights], weights.top_k)}
             settings |= {"seconds": seconds, "rounds": rounds}
             table = bench_tune if tune else bench_write_back
             document = table.measure(weights, variants, runtime, settings)
@@ -186,15 +195,16 @@ def command(
             return
         counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
-            weights = _weights(model, format, experts)
-            workloads = _workloads(weights, counts, routing)
+            layers = _weights(model, format, experts)
+            workloads = _workloads(layers[0], counts, routing)
         else:
             _refuse_beside("--data", routing=routing, format=format, experts=experts)
             weights, workloads = _read_data(data, model, counts)
+            layers = [weights]
         runtime = _runtime(threads)
         with progress_bar(still=True) as progress:
             result = benchmark.run(
-                weights,
+                layers,
                 workloads,
                 variants,
                 runtime,
@@ -206,7 +216,7 @@ def command(
         settings = {
             "model": model,
             "data": None if data is None else str(data),
-            **bench_report.sizes(weights, workloads[0].top_k),
+            **bench_report.sizes(layers, workloads[0].top_k),
             "routing": (routing or "balanced") if data is None else "data",
             "batch_invariant": batch_invariant,
             "seconds": seconds,
@@ -255,27 +265,44 @@ def _variants(isa: str | None, precision: str) -> list[Variant]:
     return [Variant(name, each) for name in parse_isas_or_best(isa) for each in precisions]
 
 
-def _weights(model: str, format: str | None, experts: int | None) -> LayerWeights:
+def _weights(model: str, format: str | None, experts: int | None) -> list[LayerWeights]:
+    """Returns a layer for each format that `--format` names."""
     from cpumoe.checkpoint import open_checkpoint
-    from cpumoe.formats import WEIGHT_FORMATS
     from cpumoe.measure.layer_weights import LayerWeights
 
     if Path(model).exists():
         with open_checkpoint(model) as reader:
             if format not in (None, reader.format):
-                raise InputError(f"--format: {model} is {reader.format}, got {format!r}")
-            return LayerWeights.from_checkpoint(reader, choose_layer(reader, None), limit=experts)
+                raise InputError(
+                    f"--format: {model} is {reader.format}, got {format!r}; name a model instead "
+                    "of a folder to make up weights in other formats"
+                )
+            layer = choose_layer(reader, None)
+            return [LayerWeights.from_checkpoint(reader, layer, limit=experts)]
     spec = _spec(model)
-    chosen = format or spec.weight_format
-    if chosen not in WEIGHT_FORMATS:
-        known = ", ".join(WEIGHT_FORMATS)
-        if format is None:
+    return [
+        LayerWeights.from_model(spec, limit=experts or _EXPERTS, format=name)
+        for name in _formats(format, spec)
+    ]
+
+
+def _formats(text: str | None, spec: ModelSpec) -> list[str]:
+    from cpumoe.formats import WEIGHT_FORMATS
+
+    known = ", ".join(WEIGHT_FORMATS)
+    if text is None:
+        if spec.weight_format not in WEIGHT_FORMATS:
             raise InputError(
-                f"--model: {spec.name} is {chosen}, which is not supported; name one of {known} "
-                "with --format"
+                f"--model: {spec.name} is {spec.weight_format}, which is not supported; name one "
+                f"of {known} with --format"
             )
-        raise InputError(f"--format: expected one of {known}, got {chosen!r}")
-    return LayerWeights.from_model(spec, limit=experts or _EXPERTS, format=chosen)
+        return [spec.weight_format]
+    if text == "all":
+        return list(WEIGHT_FORMATS)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not WEIGHT_FORMATS.keys() >= set(names):
+        raise InputError(f"--format: expected all, or one or more of {known}, got {text!r}")
+    return names
 
 
 def _spec(model: str) -> ModelSpec:

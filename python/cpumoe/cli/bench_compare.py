@@ -10,11 +10,12 @@ from cpumoe.cli import console
 from cpumoe.cli.bench_report import VERSION
 from cpumoe.cli.errors import InputError
 
-_KEY = ("isa", "precision", "tokens")
+_KEY = ("isa", "precision", "format", "tokens")
 # Limits that differ by more are reported: the machine has changed, not only the program.
 _SAME_LIMIT = 0.15
 _NUMBERS = ("seconds", "low", "high")
-# Version 1 had no turns, and up to version 2 "precision" was called "compute".
+# Version 1 had no turns, and up to version 2 "precision" was called "compute". Rows of one format
+# did not name it.
 _READABLE = (1, 2, VERSION)
 
 
@@ -36,16 +37,20 @@ def read(path: Path) -> dict[str, Any]:
             f"--compare: {path}: expected a file that cpumoe bench --json wrote, of version "
             f"{' or '.join(map(str, _READABLE))}"
         )
+    for row in document["rows"]:
+        row.setdefault("format", document["settings"].get("format"))
     return dict(document)
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Prints the speeds of rows that both runs have, and how else the runs differ."""
     before = {_key(row): row for row in old["rows"]}
+    several = len({row["format"] for row in new["rows"]}) > 1
+    named = ("ISA", "precision", *(["format"] if several else []))
     table = console.data_table(
         "Compared with the earlier run",
-        ("ISA", *_KEY[1:], "old ms", "new ms", "new/old speed", ""),
-        text_columns=2,
+        (*named, "tokens", "old ms", "new ms", "new/old speed", ""),
+        text_columns=len(named),
     )
     matched = 0
     for row in new["rows"]:
@@ -56,6 +61,7 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
         table.add_row(
             row["isa"],
             row["precision"],
+            *([row["format"]] if several else []),
             str(row["tokens"]),
             console.format_number(1e3 * match["seconds"]),
             console.format_number(1e3 * row["seconds"]),
@@ -63,7 +69,8 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
             _verdict(match, row),
         )
     if not matched:
-        console.show("", "The earlier run has none of these rows.")
+        formats = console.escape(str(old["settings"].get("format")))
+        console.show("", f"The earlier run has none of these rows. Its format: {formats}")
         return
     console.show("", table, "", "[dim]faster, slower: the rounds of the two runs do not overlap[/]")
     for name, was, value in differences(old, new):
@@ -73,9 +80,11 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Returns name, old value and new value of all that makes two runs less comparable."""
     pairs = [(name, old["settings"].get(name), now) for name, now in new["settings"].items()]
+    # Rows of different formats are not compared at all.
+    unrelated = ("seconds", "data", "format")
     for name in ("cpu", "threads"):
         pairs.append((name, old["machine"].get(name), new["machine"][name]))
-    found = [pair for pair in pairs if pair[1] != pair[2] and pair[0] not in ("seconds", "data")]
+    found = [pair for pair in pairs if pair[1] != pair[2] and pair[0] not in unrelated]
     limits = _limits(new)
     for name, before in _limits(old).items():
         now = limits.get(name, before)

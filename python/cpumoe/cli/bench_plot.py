@@ -16,7 +16,8 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 # Colours that can be told apart with any colour vision (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^v*P"
+# Fewer than colours, so that a series with the colour of another one has another marker.
+_MARKERS = "osD^vP"
 
 
 def require(path: Path) -> None:
@@ -47,14 +48,19 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     bandwidth = machine["read_bandwidth"]["bytes_per_second"]
     peaks = {(p["isa"], p["precision"]): 2 * p["macs_per_second"] for p in machine["dot_peaks"]}
     low, high = min(map(_intensity, rows)) / 1.5, max(map(_intensity, rows)) * 1.5
-    variants = dict.fromkeys((row["isa"], row["precision"]) for row in rows)
-    for variant, colour, marker in zip(variants, cycle(_COLOURS), cycle(_MARKERS), strict=False):
-        peak = peaks.get(variant, math.inf)
-        corners = sorted({low, min(max(low, peak / bandwidth), high), high})
-        roof = [min(x * bandwidth, peak) / 1e9 for x in corners]
-        axes.plot(corners, roof, linewidth=1.2, color=colour)
-        own = [row for row in rows if (row["isa"], row["precision"]) == variant]
-        _draw_points(axes, own, colour, marker, ", ".join(variant))
+    several = len({row["format"] for row in rows}) > 1
+    series = dict.fromkeys(map(_series, rows))
+    roofed = set()
+    for name, colour, marker in zip(series, cycle(_COLOURS), cycle(_MARKERS), strict=False):
+        variant, label = name[:2], name if several else name[:2]
+        if variant not in roofed:  # its other formats have the same roof
+            peak = peaks.get(variant, math.inf)
+            corners = sorted({low, min(max(low, peak / bandwidth), high), high})
+            roof = [min(x * bandwidth, peak) / 1e9 for x in corners]
+            axes.plot(corners, roof, linewidth=1.2, color=colour)
+            roofed.add(variant)
+        own = [row for row in rows if _series(row) == name]
+        _draw_points(axes, own, colour, marker, ", ".join(label))
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=2))
@@ -64,13 +70,18 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     axes.set_ylabel("GFLOP/s")
     axes.set_title(
         f"{machine['cpu']}, threads: {machine['threads']}\n"
-        f"{settings['experts']} {settings['format']} experts, routing {settings['routing']}; "
+        f"{settings['experts']} {'' if several else settings['format'] + ' '}experts, "
+        f"routing {settings['routing']}; "
         "numbers: tokens per call; lines: the machine's limits",
         fontsize="medium",
     )
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def _series(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["isa"], row["precision"], row["format"]
 
 
 def _draw_points(

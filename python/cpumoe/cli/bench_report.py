@@ -10,11 +10,13 @@ The document (``--json``), times in seconds, rates per second::
                                     "huge_pages"},
                  "dot_peaks": [{"isa", "precision", "macs_per_second", "least"}],
                  "steady"},
-     "rows": [{"isa", "precision", "tokens", "seconds", "low", "high", "spread", "rounds", "calls",
-               "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second", "macs",
-               "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
-               "bound": "memory" or "arithmetic", "share_of_bound", "relative_l2",
+     "rows": [{"isa", "precision", "format", "tokens", "seconds", "low", "high", "spread", "rounds",
+               "calls", "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second",
+               "macs", "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
+               "bound": "memory" or "arithmetic", "share_of_bound", "speed_ratio", "relative_l2",
                "turns": [{"seconds", "bytes_per_second", "macs_per_second"}]}]}
+
+``settings.format`` has the formats of all rows, separated by commas.
 
 A row takes one turn per round. A turn has the median of its calls, and two values of each limit,
 measured right before and right after these calls. A row's ``seconds`` is the median of all its
@@ -27,17 +29,20 @@ machine's limits are the greatest of all values; ``least`` is the smallest.
 
 If a variant cannot measure its peak, ``macs_per_second`` and ``share_of_dot_peak`` are null, and
 ``dot_peaks`` has no row for it. ``relative_l2`` is null without a reference result.
+``speed_ratio`` is the first format's seconds divided by the row's, for the same variant and number
+of tokens; the median of the rounds. With one format it is null.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpumoe.cli import console
 from cpumoe.cli.machine import cpu_model, versions
 
 if TYPE_CHECKING:
-    from cpumoe.measure.benchmark import Result, Timing
+    from cpumoe.measure.benchmark import Result, Timing, Variant
     from cpumoe.measure.layer_weights import LayerWeights
 
 VERSION = 3
@@ -71,13 +76,14 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
         ],
         "steady": limits.steady,
     }
-    return {**beginning, "rows": [_row(timing) for timing in result.timings]}
+    return {**beginning, "rows": _rows(result.timings)}
 
 
-def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:
-    """Returns the settings that describe the measured layer."""
+def sizes(layers: Sequence[LayerWeights], top_k: int) -> dict[str, Any]:
+    """Returns the settings that describe the measured layers, which differ in their format."""
+    weights = layers[0]
     return {
-        "format": weights.format,
+        "format": ",".join(weights.format for weights in layers),
         "hidden_size": weights.hidden_size,
         "intermediate_size": weights.intermediate_size,
         "experts": weights.num_experts,
@@ -85,10 +91,21 @@ def sizes(weights: LayerWeights, top_k: int) -> dict[str, Any]:
     }
 
 
-def _row(timing: Timing) -> dict[str, Any]:
+def _rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    several = len({timing.format for timing in timings}) > 1
+    first: dict[tuple[Variant, int], Timing] = {}
+    rows = []
+    for timing in timings:
+        base = first.setdefault((timing.variant, timing.tokens), timing)
+        rows.append(_row(timing, timing.speed_against(base) if several else None))
+    return rows
+
+
+def _row(timing: Timing, speed_ratio: float | None) -> dict[str, Any]:
     read, dots = timing.share_of_read, timing.share_of_dots
     return {
         **vars(timing.variant),
+        "format": timing.format,
         "tokens": timing.tokens,
         "seconds": timing.seconds,
         "low": timing.low,
@@ -106,6 +123,7 @@ def _row(timing: Timing) -> dict[str, Any]:
         "share_of_dot_peak": dots,
         "bound": "memory" if dots is None or read >= dots else "arithmetic",
         "share_of_bound": read if dots is None else max(read, dots),
+        "speed_ratio": speed_ratio,
         "relative_l2": timing.relative_l2,
         "turns": [vars(turn) for turn in timing.turns],
     }
@@ -117,22 +135,25 @@ def render(document: dict[str, Any]) -> None:
     columns = _columns(rows)
     invariant = ", batch-invariant" if settings["batch_invariant"] else ""
     fixed = [str(rows[0][name]) for name in ("isa", "precision") if name not in columns]
-    title = ", ".join([f"{settings['experts']} {settings['format']} experts", *fixed])
+    several = "format" in columns
+    layer = f"{settings['experts']} {'' if several else settings['format'] + ' '}experts"
+    title = ", ".join([layer, *fixed])
     table = console.data_table(
         f"{title}, routing {settings['routing']}{invariant}\n"
         f"hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "
         f"top {settings['top_k']}",
         list(columns.values()),
-        text_columns=2 - len(fixed),
+        text_columns=2 - len(fixed) + several,
     )
     before = None
     for row in rows:
-        variant = (row["isa"], row["precision"])
-        if before not in (None, variant):
+        section = (row["isa"], row["precision"], row["tokens"] if several else None)
+        if before not in (None, section):
             table.add_section()
         table.add_row(*map(_cells(row).__getitem__, columns))
-        before = variant
-    console.show(_machine_table(machine), "", table, "", _legend(rows[0]["rounds"]))
+        before = section
+    legend = _legend(rows[0]["rounds"], rows[0]["format"] if several else None)
+    console.show(_machine_table(machine), "", table, "", legend)
     if not machine["steady"]:
         console.print_warning(
             "the machine's limits changed during the run, perhaps because other programs were "
@@ -145,6 +166,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
     columns = {
         "isa": "ISA",
         "precision": "precision",
+        "format": "format",
         "tokens": "tokens",
         "seconds": "ms",
         "tokens_per_second": "tokens/s",
@@ -154,23 +176,28 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
         "share_of_read_bandwidth": "memory",
         "share_of_dot_peak": "peak",
         "bound": "bound",
+        "speed_ratio": f"vs {rows[0]['format']}",
         "relative_l2": "rel. L2",
     }
-    for name in ("isa", "precision"):
+    for name in ("isa", "precision", "format"):
         if len({row[name] for row in rows}) == 1:
             del columns[name]
-    if all(row["relative_l2"] is None for row in rows):
-        del columns["relative_l2"]
+    if "format" in columns:  # the table stays within 80 columns
+        del columns["tokens_per_second"], columns["bound"]
+    for name in ("speed_ratio", "relative_l2"):
+        if all(row[name] is None for row in rows):
+            del columns[name]
     return columns
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     number, percent = console.format_number, console.format_percent
     memory, peak = row["share_of_read_bandwidth"], row["share_of_dot_peak"]
-    error = row["relative_l2"]
+    error, ratio = row["relative_l2"], row["speed_ratio"]
     return {
         "isa": row["isa"],
         "precision": row["precision"],
+        "format": row["format"],
         "tokens": str(row["tokens"]),
         "seconds": number(1e3 * row["seconds"]),
         "tokens_per_second": number(row["tokens_per_second"]),
@@ -180,6 +207,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "share_of_read_bandwidth": percent(memory),
         "share_of_dot_peak": "unknown" if peak is None else percent(peak),
         "bound": row["bound"],
+        "speed_ratio": "" if ratio is None else f"{ratio:.2f}",
         "relative_l2": "" if error is None else f"{error:.1e}",
     }
 
@@ -202,13 +230,16 @@ def _machine_table(machine: dict[str, Any]) -> Any:
     return console.fact_table(facts)
 
 
-def _legend(rounds: int) -> str:
+def _legend(rounds: int, first: str | None) -> str:
+    last = "bound: the limit with the greater share"
+    if first is not None:
+        last = f"vs {first}: time of {first} divided by the row's; median of the rounds"
     return (
         f"[dim]ms: median of all calls of {console.format_count(rounds, 'round')}; "
         "spread: range of the rounds' medians\n"
         "GB/s: weights of the experts that a call uses, each read once\n"
-        "memory, peak: share of the memory's read bandwidth, and of the rate of multiply-adds in\n"
-        "registers, both measured before and after a row's calls; median of the rounds\n"
-        "bound: the limit with the greater share; at 100 % a call cannot be faster, and more\n"
-        "than 100 % means that caches held weights[/]"
+        "memory: share of the memory's read bandwidth; peak: share of the multiply-adds\n"
+        "in registers; both measured before and after a row's calls; median of rounds\n"
+        "At 100 % a call cannot be faster; with more, caches held some of the weights.\n"
+        f"{last}[/]"
     )

@@ -1,10 +1,10 @@
 """Times a layer's calls in interleaved rounds and compares them with the machine's limits.
 
 A machine's speed changes during a measurement, because of other programs, clocks and temperature.
-Hence all variants take a turn in every round, in another order each time. A result is the median
-over all calls, and its spread is the range of the turns' medians. The machine's limits are measured
-on the same threads right before and after a turn. The turn is compared with the greater of the two
-values, because a limit is what can be reached.
+Hence all variants and formats take a turn in every round, in another order each time. A result is
+the median over all calls, and its spread is the range of the turns' medians. The machine's limits
+are measured on the same threads right before and after a turn. The turn is compared with the
+greater of the two values, because a limit is what can be reached.
 """
 
 from __future__ import annotations
@@ -115,10 +115,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Timing:
-    """The calls of one variant and one workload.
+    """The calls of one variant, one weight format and one workload.
 
     Attributes:
         variant: the variant that computed.
+        format: name of the weight format.
         tokens: tokens per call.
         seconds: time of the median call.
         turns: one turn per round.
@@ -130,6 +131,7 @@ class Timing:
     """
 
     variant: Variant
+    format: str
     tokens: int
     seconds: float
     turns: Sequence[Turn]
@@ -166,10 +168,15 @@ class Timing:
         known = [share for share in shares if share is not None]
         return median(known) if known else None
 
+    def speed_against(self, other: Timing) -> float:
+        """The other's time over this one's; the median of the rounds, in which both took turns."""
+        pairs = zip(other.turns, self.turns, strict=True)
+        return median(theirs.seconds / own.seconds for theirs, own in pairs)
+
 
 @dataclass(frozen=True)
 class Result:
-    """Timings by variant, and the limits that they are compared with."""
+    """Timings by variant, workload and format, and the limits that they are compared with."""
 
     timings: Sequence[Timing]
     limits: Limits
@@ -235,6 +242,7 @@ class _Case:
         work, experts = self.timer.workload, self.timer.experts
         return Timing(
             variant=self.variant,
+            format=experts.format,
             tokens=work.tokens,
             seconds=median(self.calls),
             turns=self.turns,
@@ -247,7 +255,7 @@ class _Case:
 
 
 def run(
-    weights: LayerWeights,
+    layers: Sequence[LayerWeights],
     workloads: Sequence[Workload],
     variants: Sequence[Variant],
     runtime: Runtime,
@@ -257,14 +265,14 @@ def run(
     batch_invariant: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Packs a layer for each variant and times each workload on each.
+    """Packs layers for each variant and times each workload on each.
 
     Args:
-        weights: the layer.
+        layers: layers of equal sizes, one for each weight format to compare.
         workloads: the calls, one size each.
-        variants: the variants to compare, which are all in memory at the same time.
+        variants: the variants to compare. All layers of all variants are in memory together.
         runtime: the threads.
-        seconds: time to spend on the calls of each workload of each variant.
+        seconds: time to spend on the calls of each workload of each layer and variant.
         rounds: rounds to divide the time into; each makes at least one call.
         batch_invariant: see `cpumoe.ExpertsOptions`.
         progress: called with each step.
@@ -272,12 +280,13 @@ def run(
     Raises:
         ValueError: memory is too small, or the engine refuses an argument.
     """
-    require_memory(weights, len(variants), runtime.threads)
+    require_memory(layers, len(variants), runtime.threads)
     cases = []
     for variant in variants:
         options = ExpertsOptions(runtime, variant.precision, variant.isa, batch_invariant)
-        experts = weights.pack(options, progress=progress)
-        cases += [_Case(variant, CallTimer(experts, work)) for work in workloads]
+        packed = [weights.pack(options, progress=progress) for weights in layers]
+        timers = [CallTimer(experts, work) for work in workloads for experts in packed]
+        cases += [_Case(variant, timer) for timer in timers]
     for index, case in enumerate(cases):
         progress("warming up", index, len(cases))
         case.prepare()
@@ -298,7 +307,8 @@ def _run_rounds(
             # Every other round runs backwards, so that no case always follows the same one.
             index = (first + (i if number % 2 == 0 else -i)) % len(cases)
             case = cases[index]
-            where = f"{case.variant.isa}, tokens: {case.timer.workload.tokens}"
+            names = f"{case.variant.isa}, {case.timer.experts.format}"
+            where = f"{names}, tokens: {case.timer.workload.tokens}"
             progress(f"round {number + 1} of {rounds}, {where}", done, total)
             case.turn(seconds, meter)
             done += expected[index]
@@ -313,14 +323,20 @@ def _limits(cases: Sequence[_Case], reads: Sequence[ReadBandwidth]) -> Limits:
     return Limits(reads, {variant: Limit.of(values) for variant, values in dots.items()})
 
 
-def require_memory(weights: LayerWeights, copies: int, threads: int) -> None:
-    """Raises ValueError if `copies` packed copies of a layer do not fit into free memory."""
-    expert = weights.experts[0].nbytes
-    unpacked = min(weights.num_experts, BATCH_PER_THREAD * threads)
-    needed = (copies * weights.num_experts + unpacked) * expert
+def require_memory(layers: Sequence[LayerWeights], copies: int, threads: int) -> None:
+    """Raises ValueError if `copies` packed copies of each layer do not fit into free memory."""
+    expert_bytes = [weights.experts[0].nbytes for weights in layers]
+    count = layers[0].num_experts
+    packed = copies * sum(expert_bytes)  # for each expert
+    unpacked = min(count, BATCH_PER_THREAD * threads) * max(expert_bytes)
+    needed = count * packed + unpacked
     available = available_bytes()
     if available and needed > available:
+        formats = ", ".join(weights.format for weights in layers)
+        times = "once" if copies == 1 else f"{copies} times"
+        fitting = max(0, available - unpacked) // packed
         raise ValueError(
-            f"{weights.num_experts} experts, packed {copies} times, need {needed / 1e9:.1f} GB of "
-            f"memory; {available / 1e9:.1f} GB are available; ask for fewer experts or variants"
+            f"{count} experts in {formats}, packed {times}, need {needed / 1e9:.1f} GB of memory; "
+            f"{available / 1e9:.1f} GB are available; ask for fewer experts ({fitting} fit), "
+            "formats or variants"
         )

@@ -116,7 +116,7 @@ def measure_crossover(
         ValueError: memory is too small, or this CPU does not support the variant.
     """
     limits = _core.few_tokens(isa, "isa")
-    require_memory(weights, copies=2, threads=runtime.threads)
+    require_memory([weights], copies=2, threads=runtime.threads)
     counts = [tokens for tokens in TOKENS if tokens <= limits.most]
     few_token, many_token = (
         weights.pack(ExpertsOptions(runtime, isa=isa, few_token_limit=tokens), progress=progress)

@@ -147,7 +147,7 @@ def run(
     Raises:
         ValueError: memory is too small, or this CPU does not support a variant.
     """
-    require_memory(weights, len(isas), runtime.threads)
+    require_memory([weights], len(isas), runtime.threads)
     slots = [_slot(weights) for _ in range(_SLOTS)]
     cases = [
         _Case(isa, weights.pack(ExpertsOptions(runtime, isa=isa), progress=progress), slots, clock)
