@@ -1,5 +1,7 @@
 """Writing experts to memory from which a GPU takes them."""
 
+from dataclasses import replace
+
 import torch
 
 import cpumoe
@@ -7,35 +9,33 @@ import cpumoe
 from . import common
 
 
-class WriteBack(common.LayerSuite):
-    """One expert per call, with scales as bf16 numbers. Two slots take turns, as in SGLang."""
+class WriteBack:
+    """One expert per call; E8M0 scales as bf16 numbers. Two slots take turns, as in SGLang."""
 
-    params = common.ISAS
-    param_names = ("isa",)
+    params = (common.FORMATS, common.ISAS)
+    param_names = ("format", "isa")
+    timeout = 300
 
-    def setup(self, folder, isa):
+    def setup(self, fmt, isa):
         common.require(isa)
-        self.experts = cpumoe.Experts.from_checkpoint(folder, layer=0, isa=isa)
-        self.slots = [slot(self.experts) for _ in range(2)]
+        layer = common.made_up_layer(fmt)
+        self.experts = layer.pack(cpumoe.ExpertsOptions(isa=isa))
+        self.slots = [slot(layer.experts[0]) for _ in range(2)]
         self.next = 0
 
-    def time_export_into(self, folder, isa):
+    def time_export_into(self, fmt, isa):
         expert, into = self.next % self.experts.num_experts, self.slots[self.next % 2]
         self.next += 1
         self.experts.export_into(expert, **into)
 
 
-def slot(experts):
-    """Memory for gate, up and down: two MXFP4 codes per byte, and a scale per 32 codes."""
-    hidden, features = experts.hidden_size, experts.intermediate_size
-    return {
-        name: (
-            torch.zeros(rows, columns // 2, dtype=torch.uint8),
-            torch.zeros(rows, columns // 32, dtype=torch.bfloat16),
-        )
-        for name, rows, columns in (
-            ("gate", features, hidden),
-            ("up", features, hidden),
-            ("down", hidden, features),
-        )
-    }
+def slot(weights):
+    """Memory for gate, up and down of an expert."""
+    return {name: matrix_like(getattr(weights, name)) for name in ("gate", "up", "down")}
+
+
+def matrix_like(matrix):
+    scales = matrix.scales
+    if scales is not None:
+        scales = scales.bfloat16() if scales.dtype == torch.uint8 else scales.clone()
+    return replace(matrix, codes=matrix.codes.clone(), scales=scales)
