@@ -54,3 +54,26 @@ def test_sizes_agree_with_transformers_defaults():
     assert config.num_local_experts == gpt_oss.num_experts
     assert config.swiglu_alpha == gpt_oss.swiglu.alpha
     assert config.swiglu_limit == gpt_oss.swiglu.limit
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "intermediate", "experts"),
+    [
+        ("DeepSeek-V3", "deepseek_v3", "moe_intermediate_size", "n_routed_experts"),
+        ("GLM-4.5-Air", "glm4_moe", "moe_intermediate_size", "n_routed_experts"),
+        ("MiniMax-M2", "minimax_m2", "intermediate_size", "num_local_experts"),
+        ("Mixtral-8x7B", "mixtral", "intermediate_size", "num_local_experts"),
+        ("Qwen3-Next-80B-A3B-Instruct", "qwen3_next", "moe_intermediate_size", "num_experts"),
+    ],
+)
+def test_all_sizes_are_transformers_defaults(name, model_type, intermediate, experts):
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    spec, config = find_model(name), auto.AutoConfig.for_model(model_type)
+    assert spec.model_type == config.model_type
+    assert spec.hidden_size == config.hidden_size
+    assert spec.moe_intermediate_size == getattr(config, intermediate)
+    assert spec.num_hidden_layers == config.num_hidden_layers
+    assert spec.num_experts == getattr(config, experts)
+    assert spec.top_k == config.num_experts_per_tok
+    assert spec.first_moe_layer == getattr(config, "first_k_dense_replace", 0)
+    assert spec.extra["vocab_size"] == config.vocab_size

@@ -260,14 +260,9 @@ MODELS: tuple[ModelSpec, ...] = (
         "-v0.1",
         "-Instruct-v0.1",
     ),
+    _bf16("Mixtral-8x22B", "mistralai", "mixtral", (6144, 16384, 56, 8, 2), 32000, "-v0.1"),
     _bf16(
-        "Mixtral-8x22B",
-        "mistralai",
-        "mixtral",
-        (6144, 16384, 56, 8, 2),
-        32000,
-        "-v0.1",
-        "-Instruct-v0.1",
+        "Mixtral-8x22B-Instruct", "mistralai", "mixtral", (6144, 16384, 56, 8, 2), 32768, "-v0.1"
     ),
     _bf16("OLMoE-1B-7B", "allenai", "olmoe", (2048, 1024, 16, 64, 8), 50304, "-0924"),
     _bf16(
