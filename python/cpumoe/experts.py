@@ -147,7 +147,7 @@ class Experts(PackedExperts):
             source = CheckpointSource(reader, layer, experts, progress)
             made = cls(
                 source,
-                format=reader.format,
+                format=reader.layer_format(layer),
                 num_experts=len(source.experts),
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,

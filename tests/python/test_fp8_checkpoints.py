@@ -33,6 +33,8 @@ def compressed(folder, strategy):
         if strategy == "channel":
             weights = FP8.dequantize(tensors[stem], scales)
             tensors[stem], scales = FP8.quantize(weights, weights.shape[1])
+        elif strategy == "tensor":
+            scales = scales[0, :1].clone()
         tensors[f"{stem}_scale"] = scales.to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
@@ -63,7 +65,7 @@ def stored_weights(tensors, name):
     stem = name.removesuffix(".weight")
     endings = (".weight_scale_inv", ".weight_scale", ".scale")
     scales = next(tensors[stem + end] for end in endings if stem + end in tensors).float()
-    if scales.shape[1] == 1 and scales.shape[0] == codes.shape[0]:
+    if scales.numel() == 1 or scales.shape == (codes.shape[0], 1):
         return codes * scales
     weights = torch.empty_like(codes)
     for i, row in enumerate(range(0, codes.shape[0], 128)):
@@ -117,9 +119,27 @@ def test_scales_have_any_dtype(tmp_path, dtype):
     check_experts(folder)
 
 
-@pytest.mark.parametrize("strategy", ["channel", "block"])
+@pytest.mark.parametrize("strategy", ["channel", "block", "tensor"])
 def test_compressed_tensors_are_read_as_stored(tmp_path, strategy):
     check_experts(compressed(tmp_path, strategy))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_a_matrix_may_have_one_scale(tmp_path, scheme, name, shape):
+    folder = write(tmp_path, layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    for old in [name for name in tensors if name.endswith("_scale_inv")]:
+        scale = tensors.pop(old)[0, 0].reshape(shape).clone()
+        tensors[old.replace("weight_scale_inv", name)] = scale
+        tensors[old.replace("weight_scale_inv", "activation_scale")] = torch.ones(())
+    save_file(tensors, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": scheme})
+    check_experts(folder)
+    reader = open_checkpoint(folder)
+    assert reader.expert(3, 0).gate.scale_grid == (1, 160)
+    assert reader.group_size(3, 160) == 160
 
 
 def test_commands_know_of_fp8(tmp_path):
@@ -167,14 +187,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, changes, message):
             {"weight_block_size": [64, 64]},
             r"weight_block_size \[64, 64\] is not supported, only \[128, 128\]",
         ),
-        (
-            {"weight_block_size": None},
-            r"weight_block_size None is not supported, only \[128, 128\]",
-        ),
-        (
-            {"activation_scheme": "static"},
-            "activation_scheme 'static' is not supported, only 'dynamic'",
-        ),
+        ({"weight_block_size": "128"}, "weight_block_size '128' is not supported"),
     ],
 )
 def test_other_kinds_of_fp8_are_refused_by_name(tmp_path, changes, message):
@@ -189,9 +202,9 @@ def test_other_kinds_of_fp8_are_refused_by_name(tmp_path, changes, message):
     ("changes", "message"),
     [
         (
-            {"strategy": "tensor"},
-            r"block_structure None of strategy 'tensor' is not supported, only \[128, 128\] of "
-            "'block', and strategy 'channel'",
+            {"strategy": "group"},
+            r"block_structure None of strategy 'group' is not supported, only \[128, 128\] of "
+            "'block', and strategies 'channel' and 'tensor'",
         ),
         (
             {"strategy": "block", "block_structure": [64, 128]},

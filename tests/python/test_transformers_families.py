@@ -1,18 +1,39 @@
 """Families whose activation is recognized by evaluation, not by a list of types."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
-from checkpoint_tools import edit_config
+from checkpoint_tools import edit_config, edit_tensors
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import cpumoe
-from cpumoe.checkpoint.config import PLAIN_SWIGLU_MODEL_TYPES
+from cpumoe.checkpoint.activations import PLAIN_MODEL_TYPES
+from cpumoe.formats import weight_format
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
 
+OPTIONS = ExpertsOptions(isa="generic", progress=False)
 TOKENS = torch.arange(3, 43)[None]
 # Families differ in the names of blocks, projections and sizes in config.json.
 FAMILIES = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
+
+
+def both(folder, dequantizing):
+    """The model with cpumoe's experts, and the host's, whose weights the config dequantizes."""
+    ours = from_pretrained(folder, dtype=torch.float32, options=OPTIONS)
+    assert sum(isinstance(module, CpuExperts) for module in ours.modules()) >= 2
+    hosts = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=dequantizing
+    )
+    return ours, hosts.float()
+
+
+def check_logits(ours, hosts):
+    with torch.no_grad():
+        actual, expected = (model(TOKENS).logits for model in (ours, hosts))
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -23,17 +44,7 @@ FAMILIES = ["afmoe", "cohere2_moe", "ernie4_5_moe", "minimax", "phimoe"]
 )
 def test_quantized_experts_compute_as_the_hosts_dequantized_ones(tmp_path, family, stored):
     folder = tiny_models.int4_moe(tmp_path, family, stored=stored)
-    options = ExpertsOptions(isa="generic", progress=False)
-    ours = from_pretrained(folder, dtype=torch.float32, options=options)
-    assert sum(isinstance(module, CpuExperts) for module in ours.modules()) >= 2
-    hosts = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        quantization_config=CompressedTensorsConfig(dequantize=True),
-    ).float()
-    with torch.no_grad():
-        actual, expected = (model(TOKENS).logits for model in (ours, hosts))
-    assert (actual - expected).norm() < 1e-5 * expected.norm()
+    check_logits(*both(folder, CompressedTensorsConfig(dequantize=True)))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe", "minimax_m2"])
@@ -42,22 +53,41 @@ def test_blocks_of_fp8_compute_as_the_hosts_dequantized_ones(tmp_path, family):
         folder = tiny_models.kimi(tmp_path, model_type=family, stored="fp8")
     else:
         folder = tiny_models.int4_moe(tmp_path, family, stored="fp8")
-    options = ExpertsOptions(isa="generic", progress=False)
-    ours = from_pretrained(folder, dtype=torch.float32, options=options)
-    assert sum(isinstance(module, CpuExperts) for module in ours.modules()) >= 2
+    ours, hosts = both(folder, FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128)))
     assert next(m for m in ours.modules() if isinstance(m, CpuExperts)).experts.format == "fp8"
-    config = FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
-    hosts = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=config
-    ).float()
-    with torch.no_grad():
-        actual, expected = (model(TOKENS).logits for model in (ours, hosts))
-    assert (actual - expected).norm() < 1e-5 * expected.norm()
+    check_logits(ours, hosts)
+
+
+def test_layers_that_are_not_quantized_compute_as_the_hosts(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, "qwen3_moe", kept=1)
+    ours = from_pretrained(folder, dtype=torch.float32, options=OPTIONS)
+    experts = [module.experts for module in ours.modules() if isinstance(module, CpuExperts)]
+    assert [each.format for each in experts[:2]] == ["int4", "bf16"]
+    # The host itself cannot load such a checkpoint, but can load the dequantized one.
+    tensors = load_file(folder / "model.safetensors")
+    changes = {}
+    for stem in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
+        codes, scales = tensors[f"{stem}_packed"].view(torch.uint8), tensors[f"{stem}_scale"]
+        changes |= {f"{stem}_{kind}": None for kind in ("packed", "scale", "shape")}
+        changes[stem] = weight_format("int4").dequantize(codes, scales).bfloat16()
+    edit_tensors(folder, changes)
+    edit_config(folder, quantization_config=None)
+    check_logits(ours, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def test_fp8_with_one_scale_per_matrix_computes_as_the_hosts_dequantized_one(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, "qwen3_moe", stored="fp8")
+    tensors = load_file(folder / "model.safetensors")
+    scales = [name for name in tensors if name.endswith("_scale_inv")]
+    edit_tensors(folder, {name: tensors[name][0, 0] for name in scales})
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_config(folder, quantization_config={**quantization, "weight_block_size": None})
+    check_logits(*both(folder, FineGrainedFP8Config(dequantize=True, weight_block_size=None)))
 
 
 def test_the_reader_alone_does_not_guess_the_activation_of_an_unknown_model(tmp_path):
     folder = tiny_models.int4_moe(tmp_path, FAMILIES[0])
-    assert "new_moe" not in PLAIN_SWIGLU_MODEL_TYPES
+    assert "new_moe" not in PLAIN_MODEL_TYPES
     edit_config(folder, model_type="new_moe")
     with pytest.raises(cpumoe.UnsupportedFormatError, match="model_type 'new_moe'; pass swiglu="):
         cpumoe.Experts.from_checkpoint(folder, 1)

@@ -168,8 +168,11 @@ def kimi(folder, *, model_type="kimi_k2", stored="pack-quantized"):
     return folder
 
 
-def int4_moe(folder, model_type, *, stored="pack-quantized"):
-    """Any family whose checkpoints have tensors per expert; its routed experts quantized."""
+def int4_moe(folder, model_type, *, stored="pack-quantized", kept=None):
+    """Any family whose checkpoints have tensors per expert; its routed experts quantized.
+
+    Layer `kept` is left unquantized.
+    """
     sizes = {
         **_COMMON,
         "hidden_size": HIDDEN,
@@ -188,7 +191,8 @@ def int4_moe(folder, model_type, *, stored="pack-quantized"):
     if stored == "fp8":
         _fp8_experts(folder, model)
     else:
-        compressed_tensors(folder, model, ["re:.*\\.experts\\.[0-9]+\\..*"], ["lm_head"], stored)
+        ignore = ["lm_head"] if kept is None else ["lm_head", f"re:.*layers\\.{kept}\\..*"]
+        compressed_tensors(folder, model, ["re:.*\\.experts\\.[0-9]+\\..*"], ignore, stored, kept)
     return folder
 
 
@@ -211,12 +215,17 @@ def _fp8_experts(folder, model):
     )
 
 
-def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized"):
-    """Saves a model with its routed experts quantized in groups of 32, or FP8 by rows."""
+def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized", kept=None):
+    """Saves a model with its routed experts quantized in groups of 32, or FP8 by rows.
+
+    Layer `kept` is left unquantized.
+    """
     tensors = _saved(model, folder)
     is_int4, is_fp8 = stored == "pack-quantized", stored == "float-quantized"
     fmt = weight_format("int4" if is_int4 else "fp8" if is_fp8 else "mxfp4")
     for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
+        if f"layers.{kept}." in name:
+            continue
         weight = tensors.pop(name).float()
         if is_fp8:
             # Powers of two, so that code * scale is exact in bf16.

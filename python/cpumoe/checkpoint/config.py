@@ -28,79 +28,6 @@ _TOP_K_KEYS = (
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
-# Model types whose experts compute silu(gate) * up. `activations` has others.
-PLAIN_SWIGLU_MODEL_TYPES = frozenset(
-    {
-        "afmoe",
-        "aria",
-        "aria_text",
-        "axk1",
-        "axk2",
-        "bailing_hybrid",
-        "beam",
-        "cohere2_moe",
-        "deepseek_ocr2",
-        "deepseek_ocr2_text",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "dots3_note",
-        "dots3_note_text",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "flint",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4v_moe",
-        "glm4v_moe_text",
-        "glm_moe_dsa",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoehybrid",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "hy_v3",
-        "inkling_mm_model",
-        "inkling_text",
-        "jamba",
-        "kimi_k2",
-        "kimi_k25",
-        "kimi_linear",
-        "kolibri1",
-        "laguna",
-        "lfm2_moe",
-        "mellum",
-        "mimo_v2_flash",
-        "minimax",
-        "minimax_m2",
-        "mistral4",
-        "mistral_large4",
-        "mistral_large4_text",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_omni_moe_text",
-        "qwen3_omni_moe_thinker",
-        "qwen3_vl_moe",
-        "qwen3_vl_moe_text",
-        "qwen4_exp",
-        "qwen4_exp_text",
-        "solar_open",
-        "unlimited_ocr",
-        "unlimited_ocr_text",
-        "zaya",
-    }
-)
-# Values of ``hidden_act`` for the sigmoid gate of SwiGLU. Configs may leave it out.
-_SILU = (None, "silu", "swish", "swigluoai")
-
 
 @dataclass(frozen=True)
 class MoeConfig:
@@ -197,14 +124,6 @@ def positive_number(config: Mapping[str, Any], key: str, default: float) -> floa
 def limit(config: Mapping[str, Any], key: str, default: float) -> float | None:
     """Returns a clamp of the config, like `positive_number`. null is None, which means no clamp."""
     return None if config.get(key, default) is None else positive_number(config, key, default)
-
-
-def unsupported_activation(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns a reason if experts with the config's ``hidden_act`` are not supported."""
-    name = config.get("hidden_act")
-    return (
-        () if name in _SILU else (f"hidden_act {shown_value(name)} is not supported, only 'silu'",)
-    )
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 from typing_extensions import override
 
-from cpumoe.checkpoint.activations import limited_swiglu
 from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown, shown_value
 from cpumoe.checkpoint.header import FLOAT4_NAME
@@ -40,15 +39,15 @@ class DeepseekV4Reader(ExpertReader):
     _EXPERT = re.compile(rf"(?P<prefix>{MODEL}layers\.{LAYER}\.ffn\.experts\.)[0-9]")
 
     @override
-    @staticmethod
-    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        swiglu = limited_swiglu(config.text)
+    @classmethod
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        """Opens the experts; see `ExpertReader.open`."""
         expert_dtype = _expert_dtype(folder, config)
         if expert_dtype in _FORMATS:
-            return ExpertsInfo(_FORMATS[expert_dtype], swiglu)
+            return cls(folder, config, ExpertsInfo(_FORMATS[expert_dtype]))
         known = " and ".join(map(repr, _FORMATS))
         reason = f"expert_dtype {shown_value(expert_dtype)} is not supported, only {known}"
-        return ExpertsInfo(shown(expert_dtype), swiglu, (reason,))
+        return cls(folder, config, ExpertsInfo(shown(expert_dtype), (reason,)))
 
     @override
     @classmethod

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from typing_extensions import override
 
-from cpumoe.checkpoint.activations import shifted_swiglu
 from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.reader import (
     LAYER,
@@ -66,9 +65,10 @@ class GptOssReader(ExpertReader):
     )
 
     @override
-    @staticmethod
-    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        return ExpertsInfo("mxfp4", shifted_swiglu(config.text))
+    @classmethod
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        """Opens the experts; see `ExpertReader.open`."""
+        return cls(folder, config, ExpertsInfo("mxfp4"))
 
     @override
     @classmethod
@@ -130,9 +130,11 @@ class OriginalGptOssReader(GptOssReader):
     _EXPERT = re.compile(rf"(?P<prefix>block\.{LAYER}\.mlp\.)mlp[12]_")
     _NAMES = _ORIGINAL
 
-    def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
-        """Opens the experts; see `ExpertReader`. The config names no model type."""
-        super().__init__(folder, dataclasses.replace(config, model_type=MODEL_TYPE))
+    @override
+    @classmethod
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        """Opens the experts; see `ExpertReader.open`. The config names no model type."""
+        return super().open(folder, dataclasses.replace(config, model_type=MODEL_TYPE))
 
     @override
     @classmethod

@@ -17,7 +17,7 @@ Sources: transformers 5.23 ``conversion_mapping.py``, and the modeling files of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,6 @@ import torch
 from typing_extensions import override
 
 from cpumoe._base.tensors import dtype_name
-from cpumoe.checkpoint.activations import known_activation
 from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown
 from cpumoe.checkpoint.gpt_oss import MODEL_TYPE as GPT_OSS
@@ -148,9 +147,15 @@ class PublishedReader(ExpertReader):
 
     _EXPERT = re.compile(rf"(?P<prefix>{MODEL}layers\.{LAYER}\.(?:{_UPS}))")
 
-    def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
+    def __init__(
+        self,
+        folder: SafetensorsFolder,
+        config: MoeConfig,
+        info: ExpertsInfo,
+        layers: Collection[int] | None = None,
+    ) -> None:
         """Opens the experts; see `ExpertReader`."""
-        super().__init__(folder, config)
+        super().__init__(folder, config, info, layers)
         if not self.unsupported:
             self.has_bias = any(map(self._biases_in, self._prefixes.values()))
 
@@ -161,13 +166,25 @@ class PublishedReader(ExpertReader):
         return any(_bias_name(f"{prefix}{name.format(0)}") in self.folder for name in names)
 
     @override
-    @staticmethod
-    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        first = next(filter(None, map(PublishedReader._EXPERT.match, folder.names())))
-        reason = _unsupported(folder, first["prefix"], _layout_of(folder, config, first["prefix"]))
-        if reason is not None:
-            return ExpertsInfo(_FORMAT, None, (reason,))
-        return ExpertsInfo(_FORMAT, known_activation(config))
+    @classmethod
+    def open(
+        cls,
+        folder: SafetensorsFolder,
+        config: MoeConfig,
+        layers: Collection[int] | None = None,
+    ) -> ExpertReader:
+        """Opens the experts of some layers, or of all; see `ExpertReader.open`."""
+        prefixes = (
+            match["prefix"]
+            for match in filter(None, map(cls._EXPERT.match, folder.names()))
+            if layers is None or int(match["layer"]) in layers
+        )
+        prefix = next(prefixes, None)
+        if prefix is None:
+            reason: str | None = "no tensor of an unquantized expert has a known name"
+        else:
+            reason = _unsupported(folder, prefix, _layout_of(folder, config, prefix))
+        return cls(folder, config, ExpertsInfo(_FORMAT, (reason,) if reason else ()), layers)
 
     @override
     @classmethod

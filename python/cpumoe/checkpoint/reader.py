@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from cpumoe._base.scalars import integer
-from cpumoe.checkpoint.config import MoeConfig, unsupported_activation
+from cpumoe.checkpoint.activations import activation_of
+from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
@@ -32,8 +33,8 @@ LAYER = r"(?P<layer>[0-9]{1,9})"
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
 
 
-# A group size that stands for a row of any length.
-WHOLE_ROW = -1
+# Group sizes that stand for a row of any length, and for a whole matrix.
+WHOLE_ROW, WHOLE_MATRIX = -1, -2
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -68,19 +69,16 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertsInfo:
-    """A checkpoint's experts according to its config and headers.
+    """The form of experts, according to a checkpoint's config and names.
 
     Attributes:
         format: name of the experts' weight format, supported or not.
-        swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
-            `unsupported` is not empty.
         unsupported: reasons why the experts cannot be read; empty if they can.
         group_size: successive weights of a row that share a scale; None: the format's usual number;
-            `WHOLE_ROW`: all of them.
+            `WHOLE_ROW`: all of them; `WHOLE_MATRIX`: all rows share one scale.
     """
 
     format: str
-    swiglu: GLU | None
     unsupported: tuple[str, ...] = ()
     group_size: int | None = None
 
@@ -88,14 +86,15 @@ class ExpertsInfo:
 class ExpertReader(ABC):
     """Reads the routed experts of one kind of checkpoint.
 
-    A subclass recognizes its checkpoints in `matches`, finds format and activation in `_identify`,
+    A subclass recognizes its checkpoints in `matches`, finds the form of their experts in `open`,
     finds experts by `_EXPERT`, and reads them in `_expert_tensors` and `_read_expert`.
     `open_checkpoint` picks the subclass from the registry.
 
     Attributes:
         folder: the checkpoint's tensors.
         config: the sizes from config.json.
-        format: name of the experts' weight format, supported or not.
+        format: name of the experts' weight format, supported or not. If layers differ, it has the
+            names of all their formats, joined by ``+``; see `layer_format`.
         unsupported: reasons why `expert` refuses; empty if the checkpoint is supported.
         swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
             `unsupported` is not empty.
@@ -112,33 +111,46 @@ class ExpertReader(ABC):
     # the names of all experts of group ``layer``.
     _EXPERT: ClassVar[re.Pattern[str]]
 
-    def __init__(self, folder: SafetensorsFolder, config: MoeConfig) -> None:
-        """Opens the experts of `folder`, with `config` from config.json."""
-        info = self._identify(folder, config)
+    def __init__(
+        self,
+        folder: SafetensorsFolder,
+        config: MoeConfig,
+        info: ExpertsInfo,
+        layers: Collection[int] | None = None,
+    ) -> None:
+        """Opens experts of `folder` that have the form `info`.
+
+        Args:
+            folder: the checkpoint.
+            config: the sizes from config.json.
+            info: the experts' form.
+            layers: the layers whose experts have this form; None: all.
+        """
+        activation = activation_of(config)
         self.folder = folder
         self.config = config
         self.format = info.format
-        self.unsupported = info.unsupported + unsupported_activation(config.text)
-        self.swiglu = info.swiglu
+        self.unsupported = tuple(dict.fromkeys(info.unsupported + activation.unsupported))
+        self.swiglu = activation.glu
         self._group_size = info.group_size
+        self._only = layers
         self.model_type = config.model_type
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size
         if not self.unsupported:
-            self._check_k(self.hidden_size, "hidden_size")
-            self._check_k(self.intermediate_size, "intermediate_size")
+            self._check_sizes()
 
     @classmethod
     @abstractmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Whether this reader is the one for the checkpoint."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
-        """Returns the experts' format and activation, or reasons why they are not supported."""
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        """Opens the experts of a checkpoint that this reader matches, supported or not."""
 
     @abstractmethod
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
@@ -157,6 +169,16 @@ class ExpertReader(ABC):
     def layers(self) -> list[int]:
         """Returns the layers that have routed experts, ascending."""
         return list(self._prefixes)
+
+    def layer_format(self, layer: int) -> str:
+        """Returns the name of the weight format of a layer's experts, supported or not.
+
+        Raises:
+            TypeError: `layer` is not an int.
+            IndexError: there is no such layer.
+        """
+        self._prefix(layer)
+        return self.format
 
     def tensor_names(self) -> dict[int, list[str]]:
         """Returns the names of each layer's expert tensors, supported or not."""
@@ -196,8 +218,9 @@ class ExpertReader(ABC):
             )
         weights = self._read_expert(prefix, index)
         if check_scales:
+            fmt = WEIGHT_FORMATS[self.layer_format(layer)]
             for matrix in (weights.gate, weights.up, weights.down):
-                self._weight_format.check_scales(matrix.scales, matrix.name)
+                fmt.check_scales(matrix.scales, matrix.name)
         return weights
 
     def check_supported(self) -> None:
@@ -264,6 +287,9 @@ class ExpertReader(ABC):
 
     def _supported_prefix(self, layer: int) -> str:
         self.check_supported()
+        return self._prefix(layer)
+
+    def _prefix(self, layer: int) -> str:
         layer = integer(layer, "layer")
         if layer not in self._prefixes:
             layers = list(self._prefixes)
@@ -292,28 +318,43 @@ class ExpertReader(ABC):
     def _weight_format(self) -> WeightFormat:
         return WEIGHT_FORMATS[self.format]
 
-    def group_size(self, k: int) -> int:
-        """Returns how many successive weights of a row of `k` share a scale; 0: none does."""
-        if self._group_size == WHOLE_ROW:
+    def group_size(self, layer: int, k: int) -> int:
+        """Returns how many successive weights of a row of `k` share a scale; 0: none does.
+
+        Raises:
+            TypeError: `layer` is not an int.
+            IndexError: there is no such layer.
+        """
+        self._prefix(layer)
+        if self._group_size in (WHOLE_ROW, WHOLE_MATRIX):
             return k
         return self._group_size or self._weight_format.group_size
 
-    def _check_k(self, k: int, name: str) -> None:
-        self._weight_format.check_k(k, name)
-        if self._group_size not in (None, WHOLE_ROW) and k % self._group_size:
-            raise CheckpointError(
-                f"{self.folder.path}: config.json: {name}: expected a multiple of the group size "
-                f"{self._group_size}, got {k}"
-            )
+    def _check_sizes(self) -> None:
+        """Checks that the format allows the config's sizes."""
+        for name in ("hidden_size", "intermediate_size"):
+            k = getattr(self, name)
+            self._weight_format.check_k(k, name)
+            if self._group_size is not None and self._group_size > 0 and k % self._group_size:
+                raise CheckpointError(
+                    f"{self.folder.path}: config.json: {name}: expected a multiple of the group "
+                    f"size {self._group_size}, got {k}"
+                )
 
-    def _scale_shape(self, n: int, k: int) -> tuple[int, int]:
-        """The shape of the scales of weights ``[n, k]``."""
+    def _scale_shape(self, name: str, n: int, k: int) -> tuple[int, ...]:
+        """The shape of the scales `name` of weights ``[n, k]``."""
         fmt = self._weight_format
+        if self._group_size == WHOLE_MATRIX:
+            return self._scalar_shape(name)
         if self._group_size == WHOLE_ROW:
             return n, 1
         if fmt.blocks:
             return -(-n // BLOCK), -(-k // BLOCK)
         return n, k // (self._group_size or fmt.group_size)
+
+    def _scalar_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of one number, which checkpoints write as ``[]`` or ``[1]``."""
+        return (1,) if self.folder.info(name).shape == (1,) else ()
 
     def _code_and_scale_tensors(
         self, codes: tuple[str, int, int], scales: str, code_dtypes: tuple[torch.dtype, ...] = ()
@@ -329,12 +370,19 @@ class ExpertReader(ABC):
         name, n, k = codes
         dtypes = code_dtypes or fmt.code_dtypes
         columns = k * fmt.code_bits // (8 * dtypes[0].itemsize)
-        return (name, dtypes, (n, columns)), (scales, fmt.scale_dtypes, self._scale_shape(n, k))
+        return (name, dtypes, (n, columns)), (
+            scales,
+            fmt.scale_dtypes,
+            self._scale_shape(scales, n, k),
+        )
 
     def _read_pair(self, codes: ExpectedTensor, scales: ExpectedTensor) -> QuantizedMatrix:
         """Reads a matrix from its codes and scales."""
-        tensors = self.folder.tensor(*codes), self.folder.tensor(*scales)
-        return self._matrix(*tensors, codes[0], scales[0])
+        matrix = self.folder.tensor(*codes)
+        factors = self.folder.tensor(*scales)
+        if self._group_size == WHOLE_MATRIX:  # each row gets a copy
+            factors = factors.reshape(1, 1).repeat(matrix.shape[0], 1)
+        return self._matrix(matrix, factors, codes[0], scales[0])
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:
@@ -342,6 +390,8 @@ class ExpertReader(ABC):
         prefixes: dict[int, str] = {}
         for layer, prefix in filter(None, map(self._layer_and_prefix, self.folder.names())):
             if layer >= self.config.num_hidden_layers:  # for multi-token prediction
+                continue
+            if self._only is not None and layer not in self._only:
                 continue
             other = prefixes.setdefault(layer, prefix)
             if other != prefix:

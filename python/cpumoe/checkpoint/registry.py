@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cpumoe.checkpoint.compressed_tensors import CompressedTensorsReader
 from cpumoe.checkpoint.config import parse_config
 from cpumoe.checkpoint.deepseek_v4 import DeepseekV4Reader
-from cpumoe.checkpoint.fp8_blocks import Fp8BlocksReader
+from cpumoe.checkpoint.fp8 import Fp8Reader
 from cpumoe.checkpoint.gpt_oss import GptOssReader, OriginalGptOssReader
 from cpumoe.checkpoint.published import PublishedReader
 from cpumoe.checkpoint.reader import ExpertReader
@@ -21,7 +21,7 @@ READERS: tuple[type[ExpertReader], ...] = (
     GptOssReader,
     OriginalGptOssReader,
     PublishedReader,
-    Fp8BlocksReader,
+    Fp8Reader,
     CompressedTensorsReader,
     UnsupportedReader,
 )
@@ -58,4 +58,4 @@ def open_checkpoint(
     folder = SafetensorsFolder(path, variant=variant, files=files)
     config = parse_config(folder.config)
     reader = next(reader for reader in READERS if reader.matches(folder, config))
-    return reader(folder, config)
+    return reader.open(folder, config)

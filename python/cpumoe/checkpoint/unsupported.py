@@ -24,11 +24,12 @@ class UnsupportedReader(ExpertReader):
     """Has format, sizes and layers. `expert` always raises."""
 
     @override
-    @staticmethod
-    def _identify(folder: SafetensorsFolder, config: MoeConfig) -> ExpertsInfo:
+    @classmethod
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        """Opens the experts; see `ExpertReader.open`."""
         name = _format_name(config)
         reason = f"{name} experts of model_type {shown_value(config.model_type)} have no reader yet"
-        return ExpertsInfo(name, None, (reason,))
+        return cls(folder, config, ExpertsInfo(name, (reason,)))
 
     @override
     @classmethod

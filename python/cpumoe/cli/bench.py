@@ -272,12 +272,13 @@ def _weights(model: str, format: str | None, experts: int | None) -> list[LayerW
 
     if Path(model).exists():
         with open_checkpoint(model) as reader:
-            if format not in (None, reader.format):
-                raise InputError(
-                    f"--format: {model} is {reader.format}, got {format!r}; name a model instead "
-                    "of a folder to make up weights in other formats"
-                )
             layer = choose_layer(reader, None)
+            stored = reader.layer_format(layer)
+            if format not in (None, stored):
+                raise InputError(
+                    f"--format: layer {layer} of {model} is {stored}, got {format!r}; name a model "
+                    "instead of a folder to make up weights in other formats"
+                )
             return [LayerWeights.from_checkpoint(reader, layer, limit=experts)]
     spec = _spec(model)
     return [

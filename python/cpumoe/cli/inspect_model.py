@@ -103,6 +103,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
     sizes, damaged = _layer_bytes(reader)
     layer_bytes = max(sizes, default=0)
     expert_bytes = layer_bytes // reader.num_experts
+    all_bytes = sum(sizes) if not missing else layer_bytes * len(layers)
     reasons = [*reader.unsupported, *(damaged or _contradictions(reader))]
     if missing:
         reasons.append(f"{console.format_count(len(missing), 'shard')} missing")
@@ -119,13 +120,14 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
         "hidden_size": reader.hidden_size,
         "intermediate_size": reader.intermediate_size,
         "format": reader.format,
+        "layer_formats": _layer_formats(reader),
         "swiglu": _swiglu(None if reader.unsupported else reader.swiglu),
         "has_bias": reader.has_bias,
         "bytes": {
             "expert": expert_bytes,
             "layer": layer_bytes,
-            "experts": sum(sizes) if not missing else layer_bytes * len(layers),
-            "token": expert_bytes * reader.top_k * len(layers),
+            "experts": all_bytes,
+            "token": all_bytes // reader.num_experts * reader.top_k,
         },
         "shards": {
             "present": len(reader.folder.shard_files()) - len(missing),
@@ -134,6 +136,14 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
         "supported": not reasons,
         "reasons": reasons,
     }
+
+
+def _layer_formats(reader: ExpertReader) -> dict[str, list[int]]:
+    """Returns the layers that have each format."""
+    found: dict[str, list[int]] = {}
+    for layer in reader.layers():
+        found.setdefault(reader.layer_format(layer), []).append(layer)
+    return found
 
 
 def _layer_bytes(reader: ExpertReader) -> tuple[list[int], list[str]]:
@@ -184,7 +194,7 @@ def _render(document: dict[str, Any]) -> None:
         f"{_span(document['layers'])}, {document['num_hidden_layers']} in all",
         "experts": f"{document['num_experts']} per layer, {document['top_k']} per token",
         "sizes": f"hidden {document['hidden_size']}, intermediate {document['intermediate_size']}",
-        "format": console.escape(document["format"]),
+        "format": console.escape(_formats(document)),
         "activation": _activation(document["swiglu"], document["has_bias"]),
         "bytes": f"{console.format_bytes(sizes['expert'])} per expert, "
         f"{console.format_bytes(sizes['layer'])} per layer, "
@@ -200,6 +210,18 @@ def _render(document: dict[str, Any]) -> None:
         console.OK if document["supported"] else f"{console.NOT_OK}: {console.escape(reasons)}"
     )
     console.show(console.fact_table(facts))
+
+
+def _formats(document: dict[str, Any]) -> str:
+    layers_of = document.get("layer_formats", {})
+    if len(layers_of) < 2:
+        return str(document["format"])
+    parts = []
+    for name, layers in layers_of.items():
+        successive = layers[-1] - layers[0] == len(layers) - 1
+        span = _span(layers) if successive else ""
+        parts.append(f"{name} in {console.format_count(len(layers), 'layer')}{span}")
+    return ", ".join(parts)
 
 
 def _span(layers: list[int]) -> str:

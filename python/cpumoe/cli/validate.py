@@ -184,7 +184,7 @@ def _read(
         if pattern == _CHECKPOINT:
             return LayerWeights.from_checkpoint(reader, chosen, limit=limit)
         return LayerWeights.from_pattern(
-            reader, cast(Pattern, pattern), limit=limit, seed=seed, progress=progress
+            reader, chosen, cast(Pattern, pattern), limit=limit, seed=seed, progress=progress
         )
 
 

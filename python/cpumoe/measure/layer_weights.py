@@ -72,22 +72,24 @@ class LayerWeights:
             IndexError, FileNotFoundError, ValueError: see `ExpertReader.expert`.
         """
         count = _limited(reader.num_experts, limit)
-        return cls._like(reader, [reader.expert(layer, i) for i in range(count)])
+        return cls._like(reader, layer, [reader.expert(layer, i) for i in range(count)])
 
     @classmethod
     def from_pattern(
         cls,
         reader: ExpertReader,
+        layer: int,
         pattern: Pattern,
         *,
         limit: int | None = None,
         seed: int = 0,
         progress: Progress = silent,
     ) -> LayerWeights:
-        """Returns made-up experts with the sizes and the format of a checkpoint.
+        """Returns made-up experts with the sizes and the format of a checkpoint's layer.
 
         Args:
             reader: the checkpoint; only its config is used.
+            layer: the layer.
             pattern: the weights, see `cpumoe.models.synth.random_matrix`; biases are random
                 normal.
             limit: number of experts; default: as many as the checkpoint has.
@@ -100,14 +102,14 @@ class LayerWeights:
         """
         check_seed(seed)
         sizes = reader.hidden_size, reader.intermediate_size
-        fmt = weight_format(reader.format)
+        fmt = weight_format(reader.layer_format(layer))
         generator = torch.Generator().manual_seed(seed)
         count = _limited(reader.num_experts, limit)
         experts: list[ExpertWeights] = []
         for index in range(count):
             progress(f"making {pattern} experts", index, count)
             experts.append(_made_up(fmt, *sizes, pattern, reader.has_bias, generator))
-        return cls._like(reader, experts)
+        return cls._like(reader, layer, experts)
 
     @classmethod
     def from_model(
@@ -139,10 +141,12 @@ class LayerWeights:
         )
 
     @classmethod
-    def _like(cls, reader: ExpertReader, experts: Sequence[ExpertWeights]) -> LayerWeights:
+    def _like(
+        cls, reader: ExpertReader, layer: int, experts: Sequence[ExpertWeights]
+    ) -> LayerWeights:
         return cls(
             experts=experts,
-            format=reader.format,
+            format=reader.layer_format(layer),
             hidden_size=reader.hidden_size,
             intermediate_size=reader.intermediate_size,
             top_k=min(reader.top_k, len(experts)),

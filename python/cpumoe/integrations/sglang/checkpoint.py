@@ -87,14 +87,9 @@ def open_experts(path: object, method: str, sizes: LayerSizes) -> ExpertReader:
         raise TypeError(f"weight_path: expected a folder, got {path!r}; pass --kt-weight-path")
     reader = _shared_reader(Path(path))
     reader.check_supported()
-    fitting = method_of(path, reader.format)
-    if reader.format != format_of(method):
-        raise ValueError(
-            f"method: expected {fitting}, because the experts of {path} are {reader.format}, got "
-            f"{method}; pass --kt-method {fitting}"
-        )
-    _check_sizes(reader, sizes)
     try:
+        _check_format(reader, method, sizes.layer)
+        _check_sizes(reader, sizes)
         reader.check_layer(sizes.layer)
     except IndexError as error:
         raise IndexError(
@@ -195,6 +190,16 @@ def _unchanged(reader: ExpertReader) -> bool:
     except (CheckpointError, OSError):
         return False
     return True
+
+
+def _check_format(reader: ExpertReader, method: str, layer: int) -> None:
+    path, fmt = reader.folder.path, reader.layer_format(layer)
+    fitting = method_of(path, fmt)
+    if fmt != format_of(method):
+        raise ValueError(
+            f"method: expected {fitting}, because the experts of {path} are {fmt}, got {method}; "
+            f"pass --kt-method {fitting}"
+        )
 
 
 def _check_sizes(reader: ExpertReader, sizes: LayerSizes) -> None:

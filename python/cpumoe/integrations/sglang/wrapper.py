@@ -205,7 +205,7 @@ class KTMoEWrapper:
             deferred=deferred,
             tokens=self._most_tokens,
         )
-        self._write_back = WriteBack(experts, self._reader)
+        self._write_back = WriteBack(experts, self._reader, self.layer_idx)
         logger.info(
             "layer %d: %d of %d experts on the CPU, %.2f GB, packed in %.1f s",
             self.layer_idx,

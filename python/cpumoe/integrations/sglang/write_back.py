@@ -37,11 +37,11 @@ class WriteBack:
     the order of requests.
     """
 
-    def __init__(self, experts: PackedExperts, reader: ExpertReader) -> None:
-        """Writes `experts`, whose checkpoint is `reader`."""
+    def __init__(self, experts: PackedExperts, reader: ExpertReader, layer: int) -> None:
+        """Writes `experts`, which are those of a layer of the checkpoint `reader`."""
         self._experts = experts
-        self._hidden_group = reader.group_size(experts.hidden_size)
-        self._group = reader.group_size(experts.intermediate_size)
+        self._hidden_group = reader.group_size(layer, experts.hidden_size)
+        self._group = reader.group_size(layer, experts.intermediate_size)
         self._running: list[_Writing] = []
         self._process = os.getpid()
 

@@ -1,0 +1,121 @@
+"""A checkpoint whose layers differ in format, such as one with layers that were left unquantized.
+
+Each kind of layers has a reader of its own, which knows only these layers. All experts of a layer
+have one format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+from typing_extensions import override
+
+from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.published import PublishedReader
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.shards import SafetensorsFolder
+
+
+class MixedReader(ExpertReader):
+    """Reads each layer with the reader for it."""
+
+    def __init__(self, parts: Sequence[ExpertReader]) -> None:
+        """Joins readers of one folder, each of which has other layers."""
+        parts = sorted(parts, key=lambda part: part.layers()[:1])
+        formats = dict.fromkeys(part.format for part in parts)
+        reasons = [reason for part in parts for reason in part.unsupported]
+        biases = {part.has_bias for part in parts if not part.unsupported}
+        if len(biases) > 1:
+            reasons.append("biases of experts in some layers alone are not supported")
+        self._part_of = {layer: part for part in parts for layer in part.layers()}
+        first = parts[0]
+        super().__init__(first.folder, first.config, ExpertsInfo("+".join(formats), (*reasons,)))
+        self.has_bias = True in biases
+
+    @override
+    @classmethod
+    def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
+        raise NotImplementedError  # other readers' `open` makes this one
+
+    @override
+    @classmethod
+    def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
+        """Matches nothing by itself."""
+        return False
+
+    @override
+    def layer_format(self, layer: int) -> str:
+        self._prefix(layer)
+        return self._part_of[layer].format
+
+    @override
+    def group_size(self, layer: int, k: int) -> int:
+        self._prefix(layer)
+        return self._part_of[layer].group_size(layer, k)
+
+    @override
+    def tensor_names(self) -> dict[int, list[str]]:
+        names = {}
+        for part in dict.fromkeys(self._part_of.values()):
+            names.update(part.tensor_names())
+        return dict(sorted(names.items()))
+
+    @override
+    def _check_sizes(self) -> None:
+        """Checks nothing, because each part has checked its format."""
+
+    @cached_property
+    def _prefixes(self) -> dict[int, str]:
+        return {layer: self._part_of[layer]._prefixes[layer] for layer in sorted(self._part_of)}
+
+    @cached_property
+    def _by_prefix(self) -> dict[str, ExpertReader]:
+        return {prefix: self._part_of[layer] for layer, prefix in self._prefixes.items()}
+
+    @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        return self._by_prefix[prefix]._expert_tensors(prefix, index)
+
+    @override
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        return self._by_prefix[prefix]._read_expert(prefix, index)
+
+
+def joined(parts: Iterable[ExpertReader]) -> ExpertReader:
+    """Returns a reader for the layers of several readers of one folder."""
+    first, *others = parts
+    return MixedReader([first, *others]) if others else first
+
+
+def with_unquantized(
+    reader: type[ExpertReader],
+    folder: SafetensorsFolder,
+    config: MoeConfig,
+    info: ExpertsInfo,
+    endings: tuple[str, ...],
+) -> ExpertReader:
+    """Returns a reader for quantized experts, and for those of layers that are not quantized.
+
+    Args:
+        reader: the class that reads quantized experts.
+        folder: the checkpoint.
+        config: the sizes from config.json.
+        info: the form of quantized experts.
+        endings: ends of the names of tensors that only quantized experts have.
+    """
+    named: set[int] = set()  # layers that have names of unquantized experts
+    quantized: set[int] = set()
+    for name in folder.names():
+        plain, match = PublishedReader._EXPERT.match(name), reader._EXPERT.match(name)
+        if plain is not None:
+            named.add(int(plain["layer"]))
+        if match is not None and name.endswith(endings):
+            quantized.add(int(match["layer"]))
+    layers = {layer for layer in named - quantized if layer < config.num_hidden_layers}
+    if not layers:
+        return reader(folder, config, info)
+    parts = [PublishedReader.open(folder, config, layers)]
+    if quantized:
+        parts.append(reader(folder, config, info, quantized))
+    return joined(parts)
