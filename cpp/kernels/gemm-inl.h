@@ -26,19 +26,11 @@
 #include "base/aligned_buffer.h"
 #include "base/float_types.h"
 #include "kernels/isa.h"
+#include "kernels/panel_step-inl.h"
 #include "kernels/product.h"
 #include "kernels/tile.h"
 
 namespace cpumoe {
-
-inline constexpr int64_t kCacheLine{AlignedBuffer::kCacheLine};
-
-// Must be inlined. GCC 12 assumes that a function that only prefetches has no effect, and drops
-// calls of it.
-inline __attribute__((always_inline)) void Prefetch(const std::byte* at) { __builtin_prefetch(at); }
-inline __attribute__((always_inline)) void PrefetchL2(const std::byte* at) {
-  __builtin_prefetch(at, /*rw=*/0, /*locality=*/2);
-}
 
 // Streams tiles: fetches codes and scales some groups before they are read. Hardware prefetchers
 // stop at the end of every 4 KiB and do not know which tile comes next. Without Stream a core waits
@@ -56,16 +48,19 @@ struct Stream {
                                                               Body&& body) {
     // From group `last` on, the first groups of the next tiles are fetched.
     const int64_t last = tiles[0].next == nullptr ? end : std::clamp(groups - kAhead, begin, end);
+    std::ptrdiff_t ahead[kTiles];  // from the codes that are read to those that are fetched
+    for (int r = 0; r < kTiles; ++r) ahead[r] = kAhead * Geometry::kGroupBytes;
     int64_t g = begin;
-    for (; g + kStep <= last; g += kStep) {
-      for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].codes, g + kAhead);
-      FetchScales<kTiles, kStep>(tiles, g, groups);
-      body(g);
-    }
-    for (; g + kStep <= end; g += kStep) {
-      for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].next, g + kAhead - groups);
-      FetchScales<kTiles, kStep>(tiles, g, groups);
-      body(g);
+    // The body appears once, in a loop over both ranges, because compiling it takes long.
+    for (const int64_t until : {last, end}) {
+      for (; g + kStep <= until; g += kStep) {
+        for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].codes + ahead[r], g);
+        FetchScales<kTiles, kStep>(tiles, g, groups);
+        body(g);
+      }
+      for (int r = 0; r < kTiles; ++r) {
+        ahead[r] = tiles[r].next - tiles[r].codes + (kAhead - groups) * Geometry::kGroupBytes;
+      }
     }
   }
 
@@ -124,6 +119,7 @@ struct Gemm {
   static constexpr int kRun = kPackedDepthOf<Format> / kGroupSize;  // groups that share scales
   static_assert(kPackedDepthOf<Format> % kGroupSize == 0);
 
+  using Step = PanelStep<Isa>;
   using Tiles = Stream<Geometry, Scale, kRun>;
 
   static constexpr bool kScaled = HasScales<Format>;
@@ -219,26 +215,9 @@ struct Gemm {
     }
   }
 
-  // C += A * panel, where the panel's multiplicands include their scales. If kFetches, the kernel
-  // also fetches into L2 the data `to_next` bytes after each pair of activations.
-  template <int kTokens, int kTiles, bool kFetches>
-  static void Panel(const Pair* panel, const Activation* a, int64_t pairs, int64_t to_next,
-                    float* c) {
-    Vec sum[kTiles][kTokens];
-    for (int r = 0; r < kTiles; ++r) {
-      for (int t = 0; t < kTokens; ++t) sum[r][t] = Isa::Load(SumsAt(c, r, t, kTokens));
-    }
-    for (int64_t p = 0; p < pairs; ++p) {
-      if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
-      AddPair<kTokens, kTiles>(panel, a, p, sum);
-    }
-    for (int r = 0; r < kTiles; ++r) {
-      for (int t = 0; t < kTokens; ++t) Isa::Store(SumsAt(c, r, t, kTokens), sum[r][t]);
-    }
-  }
-
   // C += A * panel, where the panel's multiplicands are unscaled. The sum of the groups that share
-  // scales is scaled as it is added to C. `begin` is the first of such groups.
+  // scales is scaled as it is added to C. `begin` is the first of such groups. If kFetches, the
+  // kernel fetches as PanelKernels do.
   template <int kTokens, int kTiles, bool kFetches>
   static void ScaledPanel(Codec codec, const TileView* tiles, int64_t begin, int64_t end,
                           const Pair* panel, const Activation* a, int64_t to_next, float* c) {
@@ -249,8 +228,8 @@ struct Gemm {
       const int64_t pairs =
           Geometry::kGroupPairs * (kRun == 1 ? 1 : std::min<int64_t>(kRun, end - g));
       for (int64_t p = 0; p < pairs; ++p) {
-        if constexpr (kFetches) PrefetchPair<kTokens>(a, p, to_next);
-        AddPair<kTokens, kTiles>(panel, a, p, part);
+        if constexpr (kFetches) Step::template PrefetchPair<kTokens>(a, p, to_next);
+        Step::template AddPair<kTokens, kTiles>(panel, a, p, part);
       }
       panel += pairs * kTiles;
       a += pairs * kTokens * 2;
@@ -273,10 +252,6 @@ struct Gemm {
   }
 
  private:
-  // Makes the compiler keep C in memory between groups. In registers C would displace the group's
-  // sums, which compilers would then spill instead.
-  static void KeepInMemory() { asm volatile("" ::: "memory"); }
-
   // C += A * groups [g, g + kGroups) of the tiles.
   template <int kGroups, int kTokens, int kTiles>
   static inline __attribute__((always_inline)) void FusedGroups(const Codec& codec,
@@ -338,43 +313,6 @@ struct Gemm {
         float* out = SumsAt(c, r, t, kTokens);
         Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
       }
-    }
-  }
-
-  template <int kTokens>
-  static inline __attribute__((always_inline)) void PrefetchPair(const Activation* a, int64_t p,
-                                                                 int64_t to_next) {
-    PrefetchL2(reinterpret_cast<const std::byte*>(a + p * 2 * kTokens) + to_next);
-  }
-
-  template <int kTokens, int kTiles>
-  static inline __attribute__((always_inline)) void AddPair(const Pair* panel, const Activation* a,
-                                                            int64_t p,
-                                                            Vec (&sum)[kTiles][kTokens]) {
-    panel += p * kTiles;
-    a += p * kTokens * 2;
-    if constexpr (Isa::kSplitsPairs) {
-      AddHalf<kTokens, kTiles>([panel](int r) { return panel[r].even; }, a, sum);
-      KeepInMemory();
-      AddHalf<kTokens, kTiles>([panel](int r) { return panel[r].odd; }, a + 1, sum);
-    } else {
-      Pair w[kTiles];
-      for (int r = 0; r < kTiles; ++r) w[r] = panel[r];
-      for (int t = 0; t < kTokens; ++t) {
-        for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::Dot(sum[r][t], w[r], a + t * 2);
-      }
-    }
-  }
-
-  // Adds the products of the even or the odd weights of a pair. half(tile) returns these weights.
-  template <int kTokens, int kTiles, class Half>
-  static inline __attribute__((always_inline)) void AddHalf(Half half, const Activation* a,
-                                                            Vec (&sum)[kTiles][kTokens]) {
-    Vec w[kTiles];
-    for (int r = 0; r < kTiles; ++r) w[r] = half(r);
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec x = Isa::Broadcast(a[t * 2]);
-      for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::Fma(w[r], x, sum[r][t]);
     }
   }
 };

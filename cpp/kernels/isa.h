@@ -102,6 +102,19 @@ concept StreamIsa = requires(std::byte* to, const std::byte* from) {
 template <class Isa>
 concept RoundsActivations = !std::same_as<typename Isa::Activation, float>;
 
+// An ISA that rounds activations names the nearest one that does not, Isa::Wide.
+struct NoWideIsa {};
+template <class Isa>
+struct WideIsaTraits {
+  using Type = NoWideIsa;
+};
+template <RoundsActivations Isa>
+struct WideIsaTraits<Isa> {
+  using Type = typename Isa::Wide;
+};
+template <class Isa>
+using WideIsaOf = typename WideIsaTraits<Isa>::Type;
+
 // An ISA has a panel unit if something multiplies panels better than vector instructions do. A unit
 // is an object that lives as long as a task multiplies panels. It keeps the sums C [n][tokens][16]
 // of a block, for n = kTiles tiles and up to kWideTokens tokens, or for n = 1 tile and up to

@@ -191,25 +191,24 @@ class QuadGemm {
                                                              const TileView* tiles, int64_t g,
                                                              const QuadBlock& a, const int8_t* x,
                                                              float* c) {
-    // Keeps C in memory. In registers C would displace the sums.
-    asm volatile("" ::: "memory");
+    KeepInMemory();
     const int32_t* starts = a.starts + g * kTokens;
     typename Isa::QuadSum sum[kTiles][kTokens];
-    Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
+    for (int t = 0; t < kTokens; ++t) {
       for (int r = 0; r < kTiles; ++r) sum[r][t] = Isa::StartSum(starts[t]);
-    });
+    }
     Unroll<Geometry::kGroupVectors>([&](auto v) __attribute__((always_inline)) {
       AddVector<kTokens, kDecoded, v>(codec, span, tiles, g, x, sum);
     });
     for (int r = 0; r < kTiles; ++r) {
       const auto* scales = reinterpret_cast<const Scale*>(tiles[r].scales);
       const Vec weight_scales = codec.GroupScales(scales + g * kTileRows);
-      Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
+      for (int t = 0; t < kTokens; ++t) {
         const Vec scale = Isa::Broadcast(a.scales[g * kTokens + t]);
         const Vec value = Isa::FinishSum(sum[r][t]);
         float* out = SumsAt(c, r, t, kTokens);
         Isa::Store(out, Isa::Fma(Isa::Mul(value, scale), weight_scales, Isa::Load(out)));
-      });
+      }
     }
   }
 
@@ -235,11 +234,11 @@ class QuadGemm {
           w[r] = codec.template DecodeQuad<q>(codes[r]);
         }
       }
-      Unroll<kTokens>([&](auto t) __attribute__((always_inline)) {
+      for (int t = 0; t < kTokens; ++t) {
         for (int r = 0; r < kTiles; ++r) {
           sum[r][t] = Isa::DotQuad(sum[r][t], w[r], x + (kQuad * kTokens + t) * kQuadDepth);
         }
-      });
+      }
     });
   }
 

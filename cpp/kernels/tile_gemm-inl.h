@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "kernels/gemm-inl.h"
+#include "kernels/panel_kernels.h"
 #include "kernels/product.h"
 #include "kernels/token_blocks.h"
 
@@ -72,7 +73,6 @@ class TileGemm {
 
  private:
   using FusedKernel = void (*)(Codec, const TileView*, const Activation*, int64_t, float*);
-  using PanelKernel = void (*)(const Pair*, const Activation*, int64_t, int64_t, float*);
   using ScaledPanelKernel = void (*)(Codec, const TileView*, int64_t, int64_t, const Pair*,
                                      const Activation*, int64_t, float*);
 
@@ -82,11 +82,6 @@ class TileGemm {
   template <int... n>
   static constexpr auto FusedTable(std::integer_sequence<int, n...>) {
     return std::array<FusedKernel, sizeof...(n)>{&Kernels::template Fused<n + 1, kTiles>...};
-  }
-  template <bool kFetches, int... n>
-  static constexpr auto PanelTable(std::integer_sequence<int, n...>) {
-    return std::array<PanelKernel, sizeof...(n)>{
-        &Kernels::template Panel<n + 1, kTiles, kFetches>...};
   }
   template <bool kFetches, int... n>
   static constexpr auto ScaledPanelTable(std::integer_sequence<int, n...>) {
@@ -226,13 +221,13 @@ class TileGemm {
   template <bool kFold, bool kFetches>
   static void MultiplyByVectors(const Codec& codec, const Span& s, const Block& block,
                                 int64_t to_next) {
-    constexpr auto kCounts = std::make_integer_sequence<int, Isa::kPanelTokens>{};
     if constexpr (kFold) {
-      static constexpr auto kPanel = PanelTable<kFetches>(kCounts);
-      kPanel[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs, to_next,
-                               block.c);
+      const auto& kernels = kFetches ? PanelKernels<Isa>::kFetching : PanelKernels<Isa>::kPlain;
+      kernels[block.tokens - 1](s.panel, block.a, (s.end - s.begin) * Geometry::kGroupPairs,
+                                to_next, block.c);
     } else {
-      static constexpr auto kScaledPanel = ScaledPanelTable<kFetches>(kCounts);
+      static constexpr auto kScaledPanel =
+          ScaledPanelTable<kFetches>(std::make_integer_sequence<int, Isa::kPanelTokens>{});
       kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, to_next,
                                      block.c);
     }
