@@ -110,7 +110,7 @@ def test_scales_that_are_no_groups_are_refused(count):
     with refused(
         ValueError,
         f"gate scales: expected [{EXPERTS}, {INTERMEDIATE}, 12], or fewer for larger groups, got "
-        f"[{EXPERTS}, {INTERMEDIATE}, {count}]",
+        f"[{EXPERTS}, {INTERMEDIATE}, {count}]; {INT4.remedy}",
     ):
         Experts.from_tensors(**{**weights.tensors, "gate": (weights.gate.codes, scales)})
 

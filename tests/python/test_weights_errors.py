@@ -17,6 +17,10 @@ def weights():
     return layer("mxfp4", hidden=64, intermediate=96)
 
 
+REMEDY = WEIGHT_FORMATS["mxfp4"].remedy
+SHAPES = (
+    "gate and up are [experts, intermediate, hidden], and down is [experts, hidden, intermediate]"
+)
 MXFP4_CODES = " or ".join(dtype_name(dtype) for dtype in WEIGHT_FORMATS["mxfp4"].code_dtypes)
 
 
@@ -33,17 +37,17 @@ def damaged(weights, name, codes=None, scales=None):
         (
             {"name": "gate", "codes": lambda c: c.float()},
             TypeError,
-            f"gate codes: expected {MXFP4_CODES}, got float32 [4, 96, 32]",
+            f"gate codes: expected {MXFP4_CODES}, got float32 [4, 96, 32]; {REMEDY}",
         ),
         (
             {"name": "up", "scales": lambda s: s.float()},
             TypeError,
-            "up scales: expected float8_e8m0fnu or uint8, got float32 [4, 96, 2]",
+            f"up scales: expected float8_e8m0fnu or uint8, got float32 [4, 96, 2]; {REMEDY}",
         ),
         (
             {"name": "up", "codes": lambda c: c[0], "scales": lambda s: s[0]},
             ValueError,
-            "up codes: expected [experts, N, K/2], got [96, 32]",
+            "up codes: expected [experts, N, K/2], got [96, 32]; stack the experts' matrices",
         ),
         (
             {"name": "gate", "codes": lambda c: c[:, :, :8].contiguous()},
@@ -53,17 +57,17 @@ def damaged(weights, name, codes=None, scales=None):
         (
             {"name": "gate", "scales": lambda s: s[:, :, :1]},
             ValueError,
-            "gate scales: expected [4, 96, 2], got [4, 96, 1]",
+            f"gate scales: expected [4, 96, 2], got [4, 96, 1]; {REMEDY}",
         ),
         (
             {"name": "up", "codes": lambda c: c[:3], "scales": lambda s: s[:3]},
             ValueError,
-            "up: expected [4, 96, 64], got [3, 96, 64]",
+            f"up: expected [4, 96, 64], got [3, 96, 64]; {SHAPES}",
         ),
         (
             {"name": "down", "codes": lambda c: c[:, :32], "scales": lambda s: s[:, :32]},
             ValueError,
-            "down: expected [4, 64, 96], got [4, 32, 96]",
+            f"down: expected [4, 64, 96], got [4, 32, 96]; {SHAPES}",
         ),
         (
             {"name": "down", "codes": lambda c: c.mT.contiguous().mT},
@@ -92,7 +96,7 @@ def test_weights(weights, changes, kind, message):
     ],
 )
 def test_weights_that_are_no_pair(weights, gate, kind):
-    message = f"gate: expected a QuantizedMatrix or a tuple (codes, scales), got {kind}"
+    message = f"gate: expected a QuantizedMatrix or a tuple (codes, scales), got {kind}; {REMEDY}"
     with refused(TypeError, message):
         Experts.from_tensors(**{**weights.tensors, "gate": gate(weights.gate)})
 
@@ -183,7 +187,7 @@ def _packed(weights, **changes):
 
 def test_single_experts_are_checked_like_stacks(weights):
     gate = weights.gate[0]
-    with refused(ValueError, "expert 0: gate scales: expected [96, 2], got [1, 1]"):
+    with refused(ValueError, f"expert 0: gate scales: expected [96, 2], got [1, 1]; {REMEDY}"):
         _packed(weights, gate=QuantizedMatrix(gate.codes, gate.scales[:1, :1]))
     with pytest.raises(TypeError, match=r"^expert 0: gate scales: expected .* got float32"):
         _packed(weights, gate=QuantizedMatrix(gate.codes, gate.scales.float()))

@@ -45,14 +45,17 @@ def normalized(
         matrices = QuantizedMatrix(matrices)
     if not isinstance(matrices, QuantizedMatrix):
         wanted = "a tuple (codes, scales)" if fmt.scale_dtype else "a tensor"
-        raise TypeError(f"{name}: expected a QuantizedMatrix or {wanted}, got {_kind(matrices)}")
+        raise TypeError(
+            f"{name}: expected a QuantizedMatrix or {wanted}, got {_kind(matrices)}; {fmt.remedy}"
+        )
     refuse_tracing(name)
     codes = fmt.normalize_codes(matrices.codes, f"{name} codes")
     scales = fmt.normalize_scales(matrices.scales, f"{name} scales")
     if codes.dim() != (3 if stacked else 2):
         k = "K/2" if codes.dtype == torch.uint8 else "K"
         wanted = f"[experts, N, {k}]" if stacked else f"[N, {k}]"
-        raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}")
+        how = "stack the experts' matrices" if stacked else "pass one expert's matrix"
+        raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}; {how}")
     fmt.check_shapes(codes, scales, name)
     return QuantizedMatrix(codes, scales, name=matrices.name or name)
 
@@ -61,10 +64,11 @@ def _kind(value: object) -> str:
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
 
 
-def require_shape(got: Sequence[int], expected: Sequence[int], name: str) -> None:
+def require_shape(got: Sequence[int], expected: Sequence[int], name: str, remedy: str = "") -> None:
     """Raises ValueError unless the shapes are equal."""
     if tuple(got) != tuple(expected):
-        raise ValueError(f"{name}: expected {list(expected)}, got {list(got)}")
+        end = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{name}: expected {list(expected)}, got {list(got)}{end}")
 
 
 def checked_biases(

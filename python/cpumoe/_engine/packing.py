@@ -27,6 +27,10 @@ Biases = dict[str, torch.Tensor]
 # and short enough for a progress bar.
 BATCH_PER_THREAD = 8
 
+_SHAPES = (
+    "gate and up are [experts, intermediate, hidden], and down is [experts, hidden, intermediate]"
+)
+
 
 @dataclass(frozen=True)
 class ExpertForm:
@@ -72,8 +76,9 @@ def checked_stack(
         for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
     ]
     experts, intermediate, hidden = stacks[0].shape
-    require_shape(stacks[1].shape, (experts, intermediate, hidden), "up")
-    require_shape(stacks[2].shape, (experts, hidden, intermediate), "down")
+    shapes = (experts, intermediate, hidden), (experts, hidden, intermediate)
+    require_shape(stacks[1].shape, shapes[0], "up", _SHAPES)
+    require_shape(stacks[2].shape, shapes[1], "down", _SHAPES)
     given = checked_biases(biases, _bias_widths(intermediate, hidden), experts)
     return ExpertStack(stacks[0], stacks[1], stacks[2], tuple(given))
 

@@ -80,6 +80,14 @@ class WeightFormat:
         """The dtype of codes in a `QuantizedMatrix`."""
         return torch.uint8 if self.values else self.code_dtypes[0]
 
+    @property
+    def remedy(self) -> str:
+        """What to do about refused codes or scales, for the end of an error."""
+        return (
+            f"pass what a checkpoint in {self.name} stores, or what "
+            f"weight_format({self.name!r}).quantize returns"
+        )
+
     def check_k(self, k: int, what: str = "K") -> None:
         """Raises ValueError when `k` is not a positive multiple of 32."""
         if k <= 0 or k % K_MULTIPLE:
@@ -96,8 +104,10 @@ class WeightFormat:
             name: the matrix' name, for errors.
 
         Raises:
+            TypeError: scales are missing, or the format has none.
             ValueError: K is no multiple of 32, or the scales have another shape.
         """
+        self._require_scales(scales, f"{name} scales")
         k = codes.shape[-1] * codes.itemsize * 8 // self.code_bits
         self.check_k(k, f"{name}: K")
         if scales is not None:
@@ -113,7 +123,7 @@ class WeightFormat:
             if got not in (blocks, (*lead, 1)):
                 raise ValueError(
                     f"{name} scales: expected {list(blocks)} for blocks of {BLOCK} x {BLOCK} "
-                    f"weights or {[*lead, 1]} for rows, got {list(got)}"
+                    f"weights or {[*lead, 1]} for rows, got {list(got)}; {self.remedy}"
                 )
             return
         expected = (*lead, k // self.group_size)
@@ -123,7 +133,9 @@ class WeightFormat:
                 return
         if got != expected:
             more = ", or fewer for larger groups" if self.groups_vary else ""
-            raise ValueError(f"{name} scales: expected {list(expected)}{more}, got {list(got)}")
+            raise ValueError(
+                f"{name} scales: expected {list(expected)}{more}, got {list(got)}; {self.remedy}"
+            )
 
     def normalize_codes(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Returns checkpoint codes as `QuantizedMatrix` has them, as a view where possible.
@@ -138,7 +150,7 @@ class WeightFormat:
             TypeError: `tensor` is no tensor in memory on the CPU, or its dtype is another one.
             ValueError: the last dimension is not contiguous, or is the only one.
         """
-        _require_dtype(tensor, name, self.code_dtypes)
+        _require_dtype(tensor, name, self.code_dtypes, self.remedy)
         tensor = _require_rows(tensor, name)
         if not self.values:
             return tensor
@@ -160,14 +172,23 @@ class WeightFormat:
             TypeError: `tensor` is no tensor in memory on the CPU, or its dtype is another one.
             ValueError: the last dimension is not contiguous, or is the only one.
         """
-        if self.scale_storage is None:
-            if tensor is not None:
-                raise TypeError(f"{name}: {self.name} has no scales; pass the weights alone")
-            return None
+        self._require_scales(tensor, name)
         if tensor is None:
-            raise TypeError(f"{name}: {self.name} needs scales, got None")
-        _require_dtype(tensor, name, self.scale_dtypes)
+            return None
+        _require_dtype(tensor, name, self.scale_dtypes, self.remedy)
         return _require_rows(tensor, name).view(self.stored_scale(tensor.dtype))
+
+    def _require_scales(self, scales: object, name: str) -> None:
+        """Raises TypeError if scales are missing, or if the format has none."""
+        if scales is None and self.scale_dtypes:
+            raise TypeError(
+                f"{name}: expected {_names(self.scale_dtypes)}, got None; {self.remedy}"
+            )
+        if scales is not None and not self.scale_dtypes:
+            got = describe(scales) if isinstance(scales, torch.Tensor) else type(scales).__name__
+            raise TypeError(
+                f"{name}: expected none in {self.name}, got {got}; pass the weights alone"
+            )
 
     def stored_scale(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in a `QuantizedMatrix` of scales that a checkpoint stores as `dtype`."""
@@ -222,7 +243,8 @@ class WeightFormat:
             dtype: torch.float32 or torch.float64.
 
         Raises:
-            TypeError: codes or scales are no tensors in memory on the CPU.
+            TypeError: codes or scales are no tensors in memory on the CPU; scales are missing, or
+                the format has none.
             ValueError: the shapes do not fit together.
         """
         codes = plain(codes, "codes")
@@ -254,9 +276,14 @@ class WeightFormat:
 
         Raises:
             TypeError: `weights` is no tensor in memory on the CPU.
-            ValueError: K is no multiple of 32 or of the group size, or a weight is NaN or infinite.
+            ValueError: the weights are no floating point matrices, K is no multiple of 32 or of the
+                group size, or a weight is NaN or infinite.
         """
         weights = plain(weights, "weights")
+        if weights.dim() < 2 or not weights.is_floating_point():
+            raise ValueError(
+                f"weights: expected floating point [..., N, K], got {describe(weights)}"
+            )
         k = weights.shape[-1]
         self.check_k(k)
         group = self._checked_group(group_size, k)
@@ -309,14 +336,20 @@ class WeightFormat:
         return group
 
 
-def _require_dtype(tensor: torch.Tensor, name: str, accepted: Iterable[torch.dtype]) -> None:
-    expected = " or ".join(dtype_name(d) for d in accepted)
+def _require_dtype(
+    tensor: torch.Tensor, name: str, accepted: Iterable[torch.dtype], remedy: str = ""
+) -> None:
+    expected, end = _names(accepted), f"; {remedy}" if remedy else ""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(
-            f"{name}: expected a torch.Tensor of {expected}, got {type(tensor).__name__}"
+            f"{name}: expected a torch.Tensor of {expected}, got {type(tensor).__name__}{end}"
         )
     if tensor.dtype not in accepted:
-        raise TypeError(f"{name}: expected {expected}, got {describe(tensor)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(tensor)}{end}")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(map(dtype_name, dtypes))
 
 
 def _require_rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
