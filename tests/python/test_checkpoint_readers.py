@@ -31,7 +31,6 @@ def test_swiglu_limit_must_be_positive_or_null(tmp_path, model):
         (None, "bf16"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
     ],
 )
 def test_unsupported_formats_open_for_inspection(kimi, quantization, name):

@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.each_projection import EXPERTS, PROJECTIONS
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.patterns import ModulePatterns
-from cpumoe.checkpoint.reader import LAYER, MODEL, WHOLE_MATRIX, WHOLE_ROW, ExpertsInfo
+from cpumoe.checkpoint.reader import WHOLE_MATRIX, WHOLE_ROW, ExpertsInfo
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.formats.quantized_matrix import BLOCK
 
-EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
-# Names of gate, up and down.
-PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # The form of experts that are not quantized.
 UNQUANTIZED = ExpertsInfo("unquantized")
 
@@ -36,7 +34,14 @@ _QUANTIZED = (".weight_packed", ".weight_scale")
 
 
 class Stored(NamedTuple):
-    """A format of compressed-tensors: its name here, its codes' dtype, type and name."""
+    """A format of compressed-tensors.
+
+    Attributes:
+        name: its name here.
+        codes: the dtype of codes.
+        type: the type of a code.
+        tensor: the name of the codes.
+    """
 
     name: str
     codes: torch.dtype

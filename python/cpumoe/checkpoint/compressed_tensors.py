@@ -1,17 +1,16 @@
 """compressed-tensors: routed experts in symmetric INT4 (Kimi-K2), MXFP4 or FP8.
 
-Tensors are called ``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``. Some
-checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_sparse_moe``,
-``feed_forward`` or another single name.
+`each_projection` has the names of the tensors.
 
-``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/group]``,
-and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any multiple of 32, or a row
-(strategy "channel"). The little-endian bytes of a packed row hold two offset-binary codes each, low
-nibble = even k. ``mxfp4-pack-quantized`` has weight_packed uint8
-``[N, K/2]`` and weight_scale uint8 (E8M0) ``[N, K/32]``. ``float-quantized`` is FP8: weight
-float8_e4m3fn ``[N, K]`` and weight_scale, float32 or bfloat16. It is ``[N, 1]`` (strategy
-"channel"), ``[ceil(N/128), ceil(K/128)]`` ("block"), or one number, which the reader returns once
-per row ("tensor").
+- ``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/group]``,
+  and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any multiple of 32, or a
+  row (strategy "channel"). The little-endian bytes of a packed row hold two offset-binary codes
+  each, low nibble = even k.
+- ``mxfp4-pack-quantized`` has weight_packed uint8 ``[N, K/2]`` and weight_scale uint8 (E8M0)
+  ``[N, K/32]``.
+- ``float-quantized`` is FP8: weight float8_e4m3fn ``[N, K]`` and weight_scale, float32 or bfloat16.
+  It is ``[N, 1]`` (strategy "channel"), ``[ceil(N/128), ceil(K/128)]`` ("block"), or one number,
+  which the reader returns once per row ("tensor").
 
 Layers may differ: the entry of ``config_groups`` that targets a layer's experts says how they are
 stored, and those that ``ignore`` names, or no group targets, are not quantized. Activations are not
@@ -21,33 +20,27 @@ quantized, whatever config.json says of them. Source: compressed-tensors 0.20
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-
 import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.compressed_layers import (
     BY_NAME,
-    EXPERTS,
-    PROJECTIONS,
     UNQUANTIZED,
     layer_forms,
     unreadable,
 )
 from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.each_projection import EachProjectionReader
 from cpumoe.checkpoint.files import CheckpointError, shown
 from cpumoe.checkpoint.mixed import joined
 from cpumoe.checkpoint.published import PublishedReader
-from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo, ExpertWeights
+from cpumoe.checkpoint.reader import ExpectedTensor, ExpertReader, ExpertsInfo
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 
 
-class CompressedTensorsReader(ExpertReader):
+class CompressedTensorsReader(EachProjectionReader):
     """Reads ``quant_method: compressed-tensors``. The module's documentation has the names."""
-
-    _EXPERT = re.compile(EXPERTS)
 
     @override
     @classmethod
@@ -74,38 +67,25 @@ class CompressedTensorsReader(ExpertReader):
         method = config.quantization.get("quant_method")
         return method == "compressed-tensors" or "config_groups" in config.quantization
 
+    @property
     @override
-    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
-        for name, n, k in self._named_sizes(prefix, index):
-            yield from self._projection(name, n, k)
+    def _codes_kind(self) -> str:
+        return BY_NAME[self.format].tensor
 
     @override
-    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        gate, up, down = (
-            self._read_projection(*named) for named in self._named_sizes(prefix, index)
-        )
-        return ExpertWeights(gate, up, down)
-
-    def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
-        def has(projections: tuple[str, ...]) -> bool:
-            tensor = BY_NAME[self.format].tensor
-            return any(f"{prefix}{index}.{p}.{tensor}" in self.folder for p in projections)
-
-        projections = next(filter(has, PROJECTIONS), PROJECTIONS[0])
-        for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
-            yield f"{prefix}{index}.{name}", n, k
-
     def _projection(self, name: str, n: int, k: int) -> list[ExpectedTensor]:
         stored = BY_NAME[self.format]
-        pair = self._code_and_scale_tensors(
-            (f"{name}.{stored.tensor}", n, k), f"{name}.weight_scale", (stored.codes,)
-        )
-        tensors = list(pair)
+        tensors = [
+            *self._code_and_scale_tensors(
+                (f"{name}.{stored.tensor}", n, k), f"{name}.weight_scale", (stored.codes,)
+            )
+        ]
         # weight_shape repeats the config and the other two tensors. Some exporters leave it out.
         if f"{name}.weight_shape" in self.folder:
             tensors.append((f"{name}.weight_shape", (torch.int64, torch.int32), (2,)))
         return tensors
 
+    @override
     def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
         codes, scales, *stored_shape = self._projection(name, n, k)
         matrix = self._read_pair(codes, scales)

@@ -6,7 +6,7 @@ have one format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from typing_extensions import override
@@ -88,34 +88,42 @@ def joined(parts: Iterable[ExpertReader]) -> ExpertReader:
     return MixedReader([first, *others]) if others else first
 
 
-def with_unquantized(
+def by_endings(
     reader: type[ExpertReader],
     folder: SafetensorsFolder,
     config: MoeConfig,
-    info: ExpertsInfo,
-    endings: tuple[str, ...],
+    forms: Mapping[str, ExpertsInfo],
 ) -> ExpertReader:
-    """Returns a reader for quantized experts, and for those of layers that are not quantized.
+    """Returns a reader for layers that the ends of their tensors' names tell apart.
+
+    Layers that have none of these names are read as unquantized.
 
     Args:
         reader: the class that reads quantized experts.
         folder: the checkpoint.
         config: the sizes from config.json.
-        info: the form of quantized experts.
-        endings: ends of the names of tensors that only quantized experts have.
+        forms: the form of quantized experts by an end that only their tensors' names have. If a
+            layer has several of them, the first counts.
     """
+    rank = {ending: number for number, ending in enumerate(forms)}
     named: set[int] = set()  # layers that have names of unquantized experts
-    quantized: set[int] = set()
+    found: dict[int, str] = {}
     for name in folder.names():
         plain, match = PublishedReader._EXPERT.match(name), reader._EXPERT.match(name)
         if plain is not None:
             named.add(int(plain["layer"]))
-        if match is not None and name.endswith(endings):
-            quantized.add(int(match["layer"]))
-    layers = {layer for layer in named - quantized if layer < config.num_hidden_layers}
-    if not layers:
-        return reader(folder, config, info)
-    parts = [PublishedReader.open(folder, config, layers)]
-    if quantized:
-        parts.append(reader(folder, config, info, quantized))
+        ending = next(filter(name.endswith, forms), None)
+        if match is not None and ending is not None:
+            other = found.setdefault(int(match["layer"]), ending)
+            found[int(match["layer"])] = min(other, ending, key=rank.__getitem__)
+    layers_of: dict[ExpertsInfo, set[int]] = {}
+    for layer, ending in found.items():
+        if layer < config.num_hidden_layers:
+            layers_of.setdefault(forms[ending], set()).add(layer)
+    unquantized = {layer for layer in named - found.keys() if layer < config.num_hidden_layers}
+    if len(layers_of) + bool(unquantized) < 2:
+        return reader(folder, config, next(iter(layers_of or forms.values())))
+    parts = [reader(folder, config, info, layers) for info, layers in layers_of.items()]
+    if unquantized:
+        parts.append(PublishedReader.open(folder, config, unquantized))
     return joined(parts)

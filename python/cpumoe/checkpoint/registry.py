@@ -10,6 +10,7 @@ from cpumoe.checkpoint.config import parse_config
 from cpumoe.checkpoint.deepseek_v4 import DeepseekV4Reader
 from cpumoe.checkpoint.fp8 import Fp8Reader
 from cpumoe.checkpoint.gpt_oss import GptOssReader, OriginalGptOssReader
+from cpumoe.checkpoint.modelopt import ModelOptReader
 from cpumoe.checkpoint.published import PublishedReader
 from cpumoe.checkpoint.reader import ExpertReader
 from cpumoe.checkpoint.shards import SafetensorsFolder
@@ -22,6 +23,7 @@ READERS: tuple[type[ExpertReader], ...] = (
     OriginalGptOssReader,
     PublishedReader,
     Fp8Reader,
+    ModelOptReader,
     CompressedTensorsReader,
     UnsupportedReader,
 )

@@ -64,8 +64,6 @@ class UnsupportedReader(ExpertReader):
 def _format_name(config: MoeConfig) -> str:
     quantization: Mapping[str, Any] = config.quantization
     method = quantization.get("quant_method")
-    if "quant_algo" in quantization:
-        return shown(str(quantization["quant_algo"])).lower()
     if method is not None:
         return shown(str(method))
     dtype = str(config.text.get("dtype") or config.text.get("torch_dtype") or "bfloat16")

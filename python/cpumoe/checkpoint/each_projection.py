@@ -1,0 +1,63 @@
+"""What readers of quantized experts with tensors for each projection of each expert share.
+
+Tensors are called ``layers.{L}.{block}.experts.{e}.{gate_proj,up_proj,down_proj}.{kind}``. Some
+checkpoints call gate, up and down w1, w3, w2. The block is ``mlp``, ``block_sparse_moe``,
+``feed_forward`` or another single name.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+
+from typing_extensions import override
+
+from cpumoe.checkpoint.reader import LAYER, MODEL, ExpectedTensor, ExpertReader, ExpertWeights
+from cpumoe.formats import QuantizedMatrix
+
+EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
+# Names of gate, up and down.
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+class EachProjectionReader(ExpertReader):
+    """Reads gate, up and down of an expert one by one."""
+
+    _EXPERT = re.compile(EXPERTS)
+
+    @property
+    def _codes_kind(self) -> str:
+        """The kind of the tensors that hold codes."""
+        return "weight"
+
+    @abstractmethod
+    def _projection(self, name: str, n: int, k: int) -> list[ExpectedTensor]:
+        """Returns the tensors of the projection `name`, whose weights are ``[n, k]``."""
+
+    @abstractmethod
+    def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
+        """Reads a projection; see `_projection`."""
+
+    @override
+    def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
+        for name, n, k in self._named_sizes(prefix, index):
+            yield from self._projection(name, n, k)
+
+    @override
+    def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
+        gate, up, down = (
+            self._read_projection(*named) for named in self._named_sizes(prefix, index)
+        )
+        return ExpertWeights(gate, up, down)
+
+    def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
+        """Yields name, N and K of gate, up and down."""
+        expert = f"{prefix}{index}."
+
+        def has(projections: tuple[str, ...]) -> bool:
+            return any(f"{expert}{name}.{self._codes_kind}" in self.folder for name in projections)
+
+        projections = next(filter(has, PROJECTIONS), PROJECTIONS[0])
+        for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
+            yield f"{expert}{name}", n, k
