@@ -21,9 +21,17 @@ else:
     document = json.loads(subprocess.check_output(command))
 
 rows, machine = document["rows"], document["machine"]
-variants = list(dict.fromkeys(row["isa"] for row in rows))
+several = len({row.get("format") for row in rows}) > 1  # with `bench --format all`
+
+
+def variant_of(row):
+    """Returns the name of a row's bar."""
+    return f"{row['isa']} {row['format']}" if several else row["isa"]
+
+
+variants = list(dict.fromkeys(map(variant_of, rows)))
 counts = sorted({row["tokens"] for row in rows})
-speeds = {(row["isa"], row["tokens"]): row["tokens_per_second"] for row in rows}
+speeds = {(variant_of(row), row["tokens"]): row["tokens_per_second"] for row in rows}
 
 figure = Figure(figsize=(8, 4), layout="constrained")
 axes = figure.add_subplot(title=f"{machine['cpu']}, {machine['threads']} threads")

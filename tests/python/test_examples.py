@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_models import byte_tokenizer, gpt_oss
 
+from cpumoe import WEIGHT_FORMATS
+
 FOLDER = Path(__file__).parents[2] / "examples"
 # The exact output of each program.
 OUTPUT = {
@@ -63,6 +65,12 @@ def test_example_takes_a_checkpoint(name, run, kimi):
     assert re.search(r"int4|of its bound|\[2, 7, 64\]", run(name, kimi))
 
 
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_layer_from_tensors_takes_a_format(fmt, run):
+    expected = rf"Experts\({fmt}, .*\)\nrelative error .*: \d\.\de-0[67]\n"
+    assert re.fullmatch(expected, run("layer_from_tensors", fmt))
+
+
 def test_transformers_example_takes_a_checkpoint(run, tmp_path):
     folder = tmp_path / "gpt-oss"
     gpt_oss(folder)
@@ -76,6 +84,11 @@ def test_bar_chart_takes_a_file_of_bench(run, tmp_path):
     (tmp_path / "bench.json").write_text(document)
     assert run("bar_chart", "bench.json") == "wrote bar_chart.svg: generic\n"
     assert "<svg" in (tmp_path / "bar_chart.svg").read_text()
+    other = row.replace('"tokens"', '"format": "int4", "tokens"')
+    document = document.replace(row, f"{other}, {other.replace('int4', 'fp8')}")
+    (tmp_path / "formats.json").write_text(document)
+    said = run("bar_chart", "formats.json")
+    assert said == "wrote bar_chart.svg: generic int4, generic fp8\n"
 
 
 def test_every_example_is_run_described_and_short():
