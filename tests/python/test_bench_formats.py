@@ -7,6 +7,7 @@ import pytest
 from bench_tools import measure, quicken, refuse, run, succeed, use_small_model
 
 import cpumoe
+from cpumoe import _core
 from cpumoe.measure import benchmark
 from cpumoe.measure.layer_weights import LayerWeights
 
@@ -40,6 +41,17 @@ def test_formats_are_compared_with_the_first(text, formats, small_model):
         weights = LayerWeights.from_model(small_model, limit=7, format=row["format"])
         packed = weights.pack(cpumoe.ExpertsOptions()).nbytes
         assert row["weight_bytes"] == pytest.approx(row["touched_experts"] * packed / 7)
+
+
+@pytest.mark.parametrize("fmt", cpumoe.WEIGHT_FORMATS)
+def test_int8_is_compared_with_the_instruction_that_multiplies(fmt, small_model):
+    arguments = ("--format", fmt, "--experts", 7, "--tokens", 1, "--precision", "int8")
+    document = measure(*arguments)
+    # Weights that are no small integers are multiplied as ever.
+    expected = "int8" if cpumoe.weight_format(fmt).values else "bf16"
+    known = expected in _core.peak_names(cpumoe.isa(), "tests")
+    assert [peak["precision"] for peak in document["machine"]["dot_peaks"]] == [expected] * known
+    assert (document["rows"][0]["share_of_dot_peak"] is not None) == known
 
 
 def test_table_of_formats(small_model):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from cpumoe._engine.packing import BATCH_PER_THREAD
+from cpumoe.formats import weight_format
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.limits import (
     DotPeak,
@@ -216,6 +217,14 @@ class _Case:
     calls: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
+    @property
+    def peak_of(self) -> Variant:
+        """The variant and the precision whose multiply instruction the calls use."""
+        as_bytes = bool(weight_format(self.timer.experts.format).values)
+        if self.variant.precision == "int8" and not as_bytes:  # then int8 has no effect
+            return Variant(self.variant.isa, "bf16")
+        return self.variant
+
     def prepare(self) -> None:
         """Makes the first call: it checks the result, and grows the runtime's scratch memory."""
         reference = self.timer.workload.reference
@@ -224,12 +233,12 @@ class _Case:
         self.warm_up = self.timer.run(0.0)[0]
 
     def turn(self, seconds: float, meter: _LimitMeter) -> None:
-        read, peak = meter.now(self.variant)
+        read, peak = meter.now(self.peak_of)
         if self.warm_up < _WARM_UP_SHARE * seconds:
             self.timer.call()
         calls = self.timer.run(seconds)
         meter.outdate()
-        read_after, peak_after = meter.now(self.variant)
+        read_after, peak_after = meter.now(self.peak_of)
         macs = None
         if peak is not None and peak_after is not None:
             macs = peak.macs_per_second, peak_after.macs_per_second
@@ -319,7 +328,7 @@ def _limits(cases: Sequence[_Case], reads: Sequence[ReadBandwidth]) -> Limits:
     for case in cases:
         for turn in case.turns:
             if turn.macs_per_second is not None:
-                dots.setdefault(case.variant, []).extend(turn.macs_per_second)
+                dots.setdefault(case.peak_of, []).extend(turn.macs_per_second)
     return Limits(reads, {variant: Limit.of(values) for variant, values in dots.items()})
 
 
