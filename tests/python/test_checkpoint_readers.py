@@ -28,7 +28,6 @@ def test_swiglu_limit_must_be_positive_or_null(tmp_path, model):
 @pytest.mark.parametrize(
     ("quantization", "name"),
     [
-        (None, "bf16"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
     ],
@@ -43,6 +42,15 @@ def test_unsupported_formats_open_for_inspection(kimi, quantization, name):
     message = rf"{name} experts: .* have no reader yet. Supported formats: mxfp4, int4"
     with pytest.raises(UnsupportedFormatError, match=message):
         reader.expert(1, 0)
+
+
+def test_scales_that_the_config_does_not_mention_are_named(kimi):
+    edit_config(kimi, quantization_config=None, model_type="deepseek_v3")
+    reader = open_checkpoint(kimi)
+    (reason,) = reader.unsupported
+    assert reason.startswith("config.json has no quantization_config, but experts have ")
+    assert "experts.0.down_proj.weight_scale; use the config.json that was published" in reason
+    assert reader.layers() == [1, 2]
 
 
 def test_dense_models_are_no_checkpoint_of_ours(v4):

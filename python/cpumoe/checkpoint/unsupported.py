@@ -29,6 +29,12 @@ class UnsupportedReader(ExpertReader):
         """Opens the experts; see `ExpertReader.open`."""
         name = _format_name(config)
         reason = f"{name} experts of model_type {shown_value(config.model_type)} have no reader yet"
+        scale = None if config.quantization else _scale(folder)
+        if scale is not None:
+            reason = (
+                f"config.json has no quantization_config, but experts have {shown(scale)}; use the "
+                "config.json that was published with the weights"
+            )
         return cls(folder, config, ExpertsInfo(name, (reason,)))
 
     @override
@@ -59,6 +65,16 @@ class UnsupportedReader(ExpertReader):
     @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         raise NotImplementedError
+
+
+def _scale(folder: SafetensorsFolder) -> str | None:
+    """Returns the name of a tensor of experts' scales; None: there is none."""
+    scales = (
+        name
+        for name in folder.names()
+        if f".{_EXPERTS}." in name and "scale" in name.rpartition(".")[2]
+    )
+    return min(scales, default=None)
 
 
 def _format_name(config: MoeConfig) -> str:
