@@ -90,6 +90,13 @@ def test_values_out_of_range_are_refused(arguments, message):
         SwiGLU(**arguments)
 
 
+@pytest.mark.parametrize("name", ["alpha", "limit", "up_offset"])
+@pytest.mark.parametrize("value", ["10", [1.0]])
+def test_values_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(TypeError, match=f"^SwiGLU: {name} must be a number, got "):
+        SwiGLU(**{name: value})
+
+
 def test_unknown_functions_and_their_gains_are_refused():
     expected = (
         r"^GLU: function must be one of silu, gelu_tanh, relu, relu2, softcapped_silu, got 'tanh'$"

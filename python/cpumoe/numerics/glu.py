@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 
@@ -40,6 +41,7 @@ class GLU:
         up_cap: as `gate_cap`.
 
     Raises:
+        TypeError: a value is no number.
         ValueError: a value is outside these ranges.
     """
 
@@ -56,6 +58,11 @@ class GLU:
         if self.function not in _FUNCTIONS:
             known = ", ".join(_FUNCTIONS)
             raise ValueError(f"{name}: function must be one of {known}, got {self.function!r}")
+        for field_name in ("alpha", "limit", "up_offset", "gate_cap", "up_cap"):
+            value = getattr(self, field_name)
+            optional = field_name not in ("alpha", "up_offset")
+            if not (isinstance(value, Real) or (value is None and optional)):
+                raise TypeError(f"{name}: {field_name} must be a number, got {value!r}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"{name}: alpha must be positive and finite, got {self.alpha}")
         if self.alpha != 1 and self.function != "silu":
@@ -139,7 +146,7 @@ class SwiGLU(GLU):
         up_offset: see `GLU`.
 
     Raises:
-        ValueError: see `GLU`.
+        TypeError, ValueError: see `GLU`.
     """
 
     function: str = field(default="silu", init=False, repr=False)
