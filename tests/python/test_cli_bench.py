@@ -1,6 +1,7 @@
 """``cpumoe bench`` with toy sizes: its output and its errors, not its results."""
 
 import copy
+import dataclasses
 import json
 import statistics
 
@@ -11,7 +12,7 @@ from checkpoint_tools import SMALL, write_small
 from moe_tools import BF16_PRECISIONS
 
 import cpumoe
-from cpumoe import _core, reference
+from cpumoe import _core, models, reference
 from cpumoe.cli import bench_compare
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.measure import benchmark, limits, tuning
@@ -346,9 +347,6 @@ def test_refusals(v4, tmp_path):
         said = refuse("--format", wrong)
         assert "--format: expected all, or one or more of mxfp4, int4" in said
         assert f"got {wrong!r}" in said
-    assert "DeepSeek-R1-NVFP4 is nvfp4, which is not supported" in refuse(
-        "--model", "DeepSeek-R1-NVFP4"
-    )
     assert "no such folder, and unknown model 'nonsense'" in refuse("--model", "nonsense")
     for other in ("int4", "all"):
         said = refuse("--model", v4, "--format", other)
@@ -365,6 +363,14 @@ def test_refusals(v4, tmp_path):
     ):
         old.write_text(text)
         assert message in refuse("--compare", old)
+
+
+def test_models_in_other_formats_need_a_format(small_model, monkeypatch):
+    spec = dataclasses.replace(small_model, weight_format="awq")
+    monkeypatch.setattr(models, "find_model", lambda _name: spec)
+    said = refuse("--model", "v4")
+    assert "is awq, which is not supported; name one of mxfp4, int4" in said
+    succeed("--model", "v4", "--format", "int4", "--tokens", 1)
 
 
 def test_too_little_memory(v4, monkeypatch):
