@@ -100,6 +100,17 @@ struct E4M3 {
   }
 };
 
+// An unsigned number of five exponent bits (bias 15) and three mantissa bits, as a type of packed
+// scales. It has every number of E4M3 that is not negative. Byte 0 is zero, and bytes 1 to 7 are
+// not used, so that kernels need no case for subnormal numbers.
+struct UE5M3 {
+  uint8_t bits;
+
+  constexpr float ToFloat() const {
+    return bits == 0 ? 0.0f : std::bit_cast<float>((uint32_t{bits} << 20) + (112u << 23));
+  }
+};
+
 // The scale type of weights that have no scales. It takes no memory.
 struct NoScale {
   float ToFloat() const { return 1.0f; }
@@ -114,6 +125,19 @@ inline constexpr int kPackedDepthOf = 32;
 template <class F>
   requires requires { F::kPackedDepth; }
 inline constexpr int kPackedDepthOf<F> = F::kPackedDepth;
+
+// The type of scales in packed tiles: a format's PackedScale, or the type of stored scales.
+template <class F>
+struct PackedScaleTraits {
+  using Type = typename F::Scale;
+};
+template <class F>
+  requires requires { typename F::PackedScale; }
+struct PackedScaleTraits<F> {
+  using Type = typename F::PackedScale;
+};
+template <class F>
+using PackedScaleOf = typename PackedScaleTraits<F>::Type;
 
 // The bytes of one scale.
 template <class Scale>

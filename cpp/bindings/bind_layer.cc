@@ -34,6 +34,7 @@ struct MatrixArgs {
   uintptr_t scales;
   int64_t scales_stride;
   ScaleGrid grid;
+  float factor;
 
   template <class Byte>
   RawMatrixOf<Byte> View() const {
@@ -44,7 +45,8 @@ struct MatrixArgs {
             reinterpret_cast<Byte*>(scales),
             scales_stride,
             grid,
-            name.c_str()};
+            name.c_str(),
+            factor};
   }
 };
 
@@ -149,32 +151,39 @@ void BindLayer(py::module_& m) {
       .value("OWN", ScaleType::kOwn)
       .value("E8M0", ScaleType::kE8M0)
       .value("BF16", ScaleType::kBf16)
-      .value("FP32", ScaleType::kFp32);
+      .value("FP32", ScaleType::kFp32)
+      .value("E4M3", ScaleType::kE4M3);
 
   py::class_<ScaleGrid>(m, "ScaleGrid")
       .def_readonly("rows", &ScaleGrid::rows)
       .def_readonly("depth", &ScaleGrid::depth)
       .def_readonly("type", &ScaleGrid::type);
 
+  py::class_<StoredScales>(m, "StoredScales")
+      .def_readonly("grid", &StoredScales::grid)
+      .def_readonly("factor", &StoredScales::factor);
+
   py::class_<MatrixArgs>(m, "Matrix")
-      .def(py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
-                       int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
-                       int64_t scale_rows, int64_t scale_depth, ScaleType scale_type) {
-             RequireCount(rows, name, " rows");
-             RequireCount(columns, name, " columns");
-             if (rows > 0 && columns > 0) {
-               RequireAddress(AsPointer(codes), name, " codes");
-             }
-             Require(scale_depth > 0, name, ": scale_depth must be positive, got ", scale_depth);
-             Require(scale_rows > 0, name, ": scale_rows must be positive, got ", scale_rows);
-             return MatrixArgs{
-                 std::move(name), rows,   columns,       codes,
-                 codes_stride,    scales, scales_stride, {scale_rows, scale_depth, scale_type}};
-           }),
-           py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
-           py::arg("codes_stride"), py::arg("scales") = 0, py::arg("scales_stride") = 0,
-           py::arg("scale_rows") = 1, py::arg("scale_depth") = kGroupSize,
-           py::arg("scale_type") = ScaleType::kOwn);
+      .def(
+          py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
+                      int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
+                      int64_t scale_rows, int64_t scale_depth, ScaleType scale_type, float factor) {
+            RequireCount(rows, name, " rows");
+            RequireCount(columns, name, " columns");
+            if (rows > 0 && columns > 0) {
+              RequireAddress(AsPointer(codes), name, " codes");
+            }
+            Require(scale_depth > 0, name, ": scale_depth must be positive, got ", scale_depth);
+            Require(scale_rows > 0, name, ": scale_rows must be positive, got ", scale_rows);
+            return MatrixArgs{
+                std::move(name), rows,   columns,       codes,
+                codes_stride,    scales, scales_stride, {scale_rows, scale_depth, scale_type},
+                factor};
+          }),
+          py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
+          py::arg("codes_stride"), py::arg("scales") = 0, py::arg("scales_stride") = 0,
+          py::arg("scale_rows") = 1, py::arg("scale_depth") = kGroupSize,
+          py::arg("scale_type") = ScaleType::kOwn, py::arg("factor") = 1.0f);
 
   py::class_<Layer::Statistics>(m, "LayerStatistics")
       .def_readonly("calls", &Layer::Statistics::calls)
@@ -189,10 +198,10 @@ void BindLayer(py::module_& m) {
            "The bytes of the experts that are packed now.")
       .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),
            "One number per expert; 0: it has no weights.")
-      .def("scale_grids", &Layer::ScaleGrids, py::kw_only(), py::arg("expert"),
+      .def("scales", &Layer::Scales, py::kw_only(), py::arg("expert"),
            py::call_guard<py::gil_scoped_release>(),
-           "How many rows and successive k of the stored gate, up and down share a scale, and the "
-           "scales' types.")
+           "How many rows and successive k of the stored gate, up and down share a scale, the "
+           "scales' types, and the matrices' factors.")
       .def("pack", &Pack, py::kw_only(), py::arg("runtime"), py::arg("experts"), py::arg("weights"),
            py::call_guard<py::gil_scoped_release>())
       .def("evict", &Layer::Evict, py::kw_only(), py::arg("expert"),

@@ -171,7 +171,7 @@ int64_t Stride(int64_t given, int64_t row, int64_t rows, const std::string& name
 }
 
 ScaleType ScaleTypeOf(int32_t type, const std::string& name) {
-  Require(type >= CPUMOE_SCALE_OWN && type <= CPUMOE_SCALE_FP32, name,
+  Require(type >= CPUMOE_SCALE_OWN && type <= CPUMOE_SCALE_E4M3, name,
           ".scale_type: expected a cpumoe_scale_type, got ", type);
   return static_cast<ScaleType>(type);
 }
@@ -201,6 +201,7 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   } else {
     RequireAddress(matrix.scales, name, ".scales");
   }
+  view.factor = matrix.factor == 0 ? 1.0f : matrix.factor;
   view.codes_stride =
       Stride(matrix.codes_stride, columns * format.code_bits / 8, rows, name + ".codes_stride");
   const int64_t scale_bytes = matrix.scale_type == CPUMOE_SCALE_OWN

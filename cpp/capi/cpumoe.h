@@ -106,7 +106,7 @@ typedef struct cpumoe_glu {
 } cpumoe_glu;
 
 typedef struct cpumoe_layer_options {
-  const char* format; /* "mxfp4", "int4", "bf16" or "fp8" */
+  const char* format; /* "mxfp4", "int4", "bf16", "fp8" or "nvfp4" */
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
@@ -132,13 +132,14 @@ typedef enum cpumoe_scale_type {
   CPUMOE_SCALE_OWN = 0, /* the format's own type */
   CPUMOE_SCALE_E8M0 = 1,
   CPUMOE_SCALE_BF16 = 2,
-  CPUMOE_SCALE_FP32 = 3
+  CPUMOE_SCALE_FP32 = 3,
+  CPUMOE_SCALE_E4M3 = 4
 } cpumoe_scale_type;
 
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
  * low half first. In fp8 (E4M3) a code is one byte, in bf16 the weight. Each block of scale_rows
- * rows has columns / scale_depth scales, rounded up: one byte each (mxfp4, E8M0), two (int4, bf16),
- * four (fp8, float), or none (bf16). */
+ * rows has columns / scale_depth scales, rounded up: one byte each (mxfp4, E8M0; nvfp4, E4M3), two
+ * (int4, bf16), four (fp8, float), or none (bf16). */
 typedef struct cpumoe_matrix {
   int64_t rows;
   int64_t columns;
@@ -146,10 +147,12 @@ typedef struct cpumoe_matrix {
   int64_t codes_stride; /* bytes from one row to the next; 0: rows follow each other */
   const void* scales;
   int64_t scales_stride; /* bytes from one row of scales to the next; 0: they follow each other */
-  int64_t scale_depth; /* successive weights of a row that share a scale; 0: the format's number, 32
-                          or 128 (fp8). int4 and fp8 allow any multiple of it, or a whole row */
-  int64_t scale_rows;  /* rows that share their scales; 0: 1. fp8 also allows 128 */
-  int32_t scale_type;  /* a cpumoe_scale_type; only fp8 allows another than its own */
+  int64_t scale_depth;   /* successive weights of a row that share a scale; 0: the format's number,
+                            32, 16 (nvfp4) or 128 (fp8). int4 and fp8 allow any multiple of it, or a
+                            whole row */
+  int64_t scale_rows;    /* rows that share their scales; 0: 1. fp8 also allows 128 */
+  int32_t scale_type;    /* a cpumoe_scale_type; only fp8 allows another than its own */
+  float factor;          /* multiplies all weights; 0: 1. Only nvfp4 allows another than 1 */
 } cpumoe_matrix;
 
 typedef struct cpumoe_expert {

@@ -62,9 +62,9 @@ std::vector<uint8_t> Layer::packed() const {
   return packed;
 }
 
-std::array<ScaleGrid, 3> Layer::ScaleGrids(int64_t expert) const {
+std::array<StoredScales, 3> Layer::Scales(int64_t expert) const {
   const Reading lock = LockForUse();
-  return moe_->ScaleGrids(expert);
+  return moe_->Scales(expert);
 }
 
 void Layer::Pack(Runtime& runtime, std::span<const int64_t> experts,

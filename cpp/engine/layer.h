@@ -43,7 +43,7 @@ class Layer {
 
   // The grids of the scales of an expert's stored gate, up and down, whose types are not kOwn.
   // Throws std::out_of_range, and std::invalid_argument if the expert has no weights.
-  std::array<ScaleGrid, 3> ScaleGrids(int64_t expert) const;
+  std::array<StoredScales, 3> Scales(int64_t expert) const;
 
   // Packs sources[i] as expert experts[i], for its replicas (MoeConfig::copy_of) as well. After an
   // exception some of these experts have no weights.

@@ -1,6 +1,7 @@
 // Where the scales of a stored matrix are, and their type.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <concepts>
 #include <cstddef>
@@ -17,6 +18,7 @@ enum class ScaleType : int32_t {
   kE8M0 = 1,
   kBf16 = 2,
   kFp32 = 3,
+  kE4M3 = 4,
 };
 
 // A scale belongs to a block of `rows` rows and `depth` successive k. The last blocks of a matrix
@@ -27,11 +29,18 @@ struct ScaleGrid {
   ScaleType type = ScaleType::kOwn;
 };
 
+// What a stored matrix has besides codes and scales.
+struct StoredScales {
+  ScaleGrid grid;
+  float factor = 1.0f;  // multiplies all weights of the matrix
+};
+
 template <class Scale>
 constexpr ScaleType TypeOfScale() {
   if constexpr (std::same_as<Scale, E8M0>) return ScaleType::kE8M0;
   if constexpr (std::same_as<Scale, Bf16>) return ScaleType::kBf16;
   if constexpr (std::same_as<Scale, Fp32>) return ScaleType::kFp32;
+  if constexpr (std::same_as<Scale, E4M3>) return ScaleType::kE4M3;
   return ScaleType::kOwn;
 }
 
@@ -45,6 +54,8 @@ decltype(auto) VisitScaleType(ScaleType type, Visitor&& visitor) {
       return visitor(Bf16{});
     case ScaleType::kFp32:
       return visitor(Fp32{});
+    case ScaleType::kE4M3:
+      return visitor(E4M3{});
     case ScaleType::kOwn:
       break;
   }
@@ -71,6 +82,16 @@ To ExactScale(float scale) {
   if constexpr (std::same_as<To, Fp32>) return {scale};
   if constexpr (std::same_as<To, Bf16>) return {static_cast<uint16_t>(bits >> 16)};
   if constexpr (std::same_as<To, E8M0>) return {static_cast<uint8_t>(bits >> 23)};
+  if constexpr (std::same_as<To, UE5M3>) {
+    return {static_cast<uint8_t>(scale == 0.0f ? 0 : (bits >> 20) - (112 << 3))};
+  }
+  if constexpr (std::same_as<To, E4M3>) {
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const auto code = magnitude >= std::bit_cast<uint32_t>(0x1p-6f)
+                          ? (magnitude >> 20) - (120 << 3)
+                          : static_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p9f);
+    return {static_cast<uint8_t>((bits >> 31 << 7) | std::min(code, 0x7fu))};
+  }
 }
 
 }  // namespace cpumoe

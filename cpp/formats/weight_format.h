@@ -10,6 +10,15 @@
 //   AllowsScaleRows(n)     whether n rows may share their scales; default: only one
 //   AllowsScaleType(type)  whether scales may be stored in this type; default: only as Scale
 //   kNotANumber            the magnitude of codes that are NaN, which packing refuses
+//   PackedScale            the type of scales in packed tiles, which has every valid scale;
+//   default:
+//                          Scale
+//   kHasFactor             whether a matrix may have a factor, which multiplies all its weights;
+//                          default: false
+//   kLeastScale, kGreatestScale
+//                          the least and greatest scale that is not zero. If the products of all
+//                          scales and codes are exact multiplicands on an ISA, kernels need not be
+//                          able to apply scales to the sums of its panels.
 //
 // Packed tiles have a scale for each row and kPackedDepth successive k. Stored scales of any type
 // may become packed scales of type Fp32.
@@ -61,6 +70,12 @@ constexpr bool AllowsScaleType(ScaleType type) {
   if constexpr (requires { F::AllowsScaleType(type); }) return F::AllowsScaleType(type);
   return type == ScaleType::kOwn || type == TypeOfScale<typename F::Scale>();
 }
+
+template <class F>
+inline constexpr bool kHasFactorOf = false;
+template <class F>
+  requires requires { F::kHasFactor; }
+inline constexpr bool kHasFactorOf<F> = F::kHasFactor;
 
 // The properties of a format that hosts need at run time.
 struct FormatInfo {

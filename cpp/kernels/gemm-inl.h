@@ -7,8 +7,9 @@
 //   C  [tiles][tokens][16] fp32
 //
 // The fused kernel decodes codes in registers and multiplies each multiplicand with all tokens at
-// once. It sums the products of the groups that share scales unscaled, and one multiply-add applies
-// the 16 scales. It takes as many tokens as registers hold.
+// once. It sums the products that share scales unscaled, and one multiply-add applies the 16
+// scales. Where scales belong to less than a group, a group consists of parts. It takes as many
+// tokens as registers hold.
 //
 // The panel kernel decodes a KC-deep panel of the tiles to memory (L1/L2) once, then runs a
 // register-tiled GEMM over all token blocks. It folds scales into the multiplicands where that is
@@ -35,9 +36,10 @@ namespace cpumoe {
 // Streams tiles: fetches codes and scales some groups before they are read. Hardware prefetchers
 // stop at the end of every 4 KiB and do not know which tile comes next. Without Stream a core waits
 // for memory a quarter of the time (docs/performance.md).
-template <class Geometry, class Scale, int kRun = 1>
+template <class Geometry, class Scale, int kRun = 1, int kParts = 1>
 struct Stream {
-  static constexpr int64_t kScaleBytes = kTileRows * kBytesOfScale<Scale>;  // of kRun groups
+  static constexpr int64_t kScaleBytes =  // of kRun groups
+      kParts * kTileRows * kBytesOfScale<Scale>;
 
   // Calls body(g) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each tile
   // has `groups` groups. Either all tiles know which tile follows them, or none does (LinkTiles
@@ -111,24 +113,31 @@ struct Gemm {
   static_assert(TileCodec<Codec, Isa>);
   using Format = typename Codec::Format;
   using Geometry = TileGeometry<Format::kCodeBits>;
-  using Scale = typename Format::Scale;
+  using Scale = PackedScaleOf<Format>;
   using Activation = typename Isa::Activation;
   using Pair = typename Isa::Pair;
   using Vec = typename Isa::Vec;
 
-  static constexpr int kRun = kPackedDepthOf<Format> / kGroupSize;  // groups that share scales
-  static_assert(kPackedDepthOf<Format> % kGroupSize == 0);
+  // Groups that share scales, and parts of a group that have scales of their own.
+  static constexpr int kRun = std::max(kPackedDepthOf<Format> / kGroupSize, 1);
+  static constexpr int kParts = std::max(kGroupSize / kPackedDepthOf<Format>, 1);
+  static_assert(kPackedDepthOf<Format> * kParts == kGroupSize * kRun);
+  static constexpr int kPartVectors = Geometry::kGroupVectors / kParts;
+  static constexpr int kPartDepth = kGroupSize / kParts;
+  static constexpr int kPartBytes = kPartVectors * kVectorBytes;
+  static_assert(kPartVectors * kParts == Geometry::kGroupVectors);
 
   using Step = PanelStep<Isa>;
-  using Tiles = Stream<Geometry, Scale, kRun>;
+  using Tiles = Stream<Geometry, Scale, kRun, kParts>;
 
   static constexpr bool kScaled = HasScales<Format>;
   static constexpr bool kFolding = !kScaled || FoldingCodec<Codec, Isa>;
   static constexpr int kPanelGroups = Isa::kPanelPairs / Geometry::kGroupPairs;
   static_assert(Isa::kPanelPairs % Geometry::kGroupPairs == 0 && kPanelGroups % kRun == 0);
 
-  static const Scale* ScalesOf(const TileView& tile, int64_t group) {
-    return reinterpret_cast<const Scale*>(tile.scales) + group / kRun * kTileRows;
+  // The scales of part `part` of a tile, which is group `part` if kParts is 1.
+  static const Scale* ScalesOf(const TileView& tile, int64_t part) {
+    return reinterpret_cast<const Scale*>(tile.scales) + part / kRun * kTileRows;
   }
 
   template <int kTokens, int kTiles>
@@ -142,27 +151,30 @@ struct Gemm {
         Clear(sum[0]);
         Tiles::template ForGroups<kTiles>(tiles, run, std::min<int64_t>(run + kRun, groups), groups,
                                           [&](int64_t g) __attribute__((always_inline)) {
-                                            AddGroups<1, kTokens, kTiles>(codec, tiles, g, a, sum);
+                                            AddParts<1, kTokens, kTiles>(codec, tiles, g, a, sum);
                                           });
         AddScaled(codec, tiles, run, sum[0], c);
       }
     } else if constexpr (kScaled) {
-      // A sum is a chain of dependent instructions. With few sums, two groups are summed at once.
+      // A sum is a chain of dependent instructions. With few sums, two parts are summed at once.
       constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
+      constexpr int kStep = std::max(kAtOnce / kParts, 1);  // groups
       for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
-      const int64_t whole = groups / kAtOnce * kAtOnce;
-      Tiles::template ForGroups<kTiles, kAtOnce>(
+      const int64_t whole = groups / kStep * kStep;
+      Tiles::template ForGroups<kTiles, kStep>(
           tiles, 0, whole, groups, [&](int64_t g) __attribute__((always_inline)) {
-            FusedGroups<kAtOnce, kTokens, kTiles>(codec, tiles, g, a, c);
+            Unroll<kStep * kParts / kAtOnce>([&](auto i) __attribute__((always_inline)) {
+              FusedParts<kAtOnce, kTokens, kTiles>(codec, tiles, g * kParts + i * kAtOnce, a, c);
+            });
           });
-      if (whole < groups) FusedGroups<1, kTokens, kTiles>(codec, tiles, whole, a, c);
+      if (whole < groups) FusedParts<1, kTokens, kTiles>(codec, tiles, whole, a, c);
     } else {
       // Sums stay in registers over the whole of K.
       Vec sum[1][kTiles][kTokens];
       Clear(sum[0]);
       Tiles::template ForGroups<kTiles>(tiles, 0, groups, groups,
                                         [&](int64_t g) __attribute__((always_inline)) {
-                                          AddGroups<1, kTokens, kTiles>(codec, tiles, g, a, sum);
+                                          AddParts<1, kTokens, kTiles>(codec, tiles, g, a, sum);
                                         });
       for (int r = 0; r < kTiles; ++r) {
         for (int t = 0; t < kTokens; ++t) Isa::Store(SumsAt(c, r, t, kTokens), sum[0][r][t]);
@@ -195,21 +207,24 @@ struct Gemm {
                                                                 Place place) {
     for (int r = 0; r < kTiles; ++r) {
       const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
-      [[maybe_unused]] const auto fold = [&] {
-        if constexpr (kFold && kScaled)
-          return codec.FoldScales(ScalesOf(tiles[r], g));
-        else
-          return 0;
-      }();
-      Unroll<Geometry::kGroupVectors>([&](auto v) {
-        const auto codes = Isa::LoadCodes(in + v * kVectorBytes);
-        Unroll<Geometry::kVectorPairs>([&](auto p) {
-          Pair* out = place(r, v * Geometry::kVectorPairs + p);
-          if constexpr (kFold && kScaled) {
-            *out = codec.template DecodeFolded<p>(codes, fold);
-          } else {
-            *out = codec.template Decode<p>(codes);
-          }
+      Unroll<kParts>([&](auto part) {
+        [[maybe_unused]] const auto fold = [&] {
+          if constexpr (kFold && kScaled)
+            return codec.FoldScales(ScalesOf(tiles[r], g * kParts + part));
+          else
+            return 0;
+        }();
+        Unroll<kPartVectors>([&](auto vector) {
+          constexpr int kVector = part * kPartVectors + vector;
+          const auto codes = Isa::LoadCodes(in + kVector * kVectorBytes);
+          Unroll<Geometry::kVectorPairs>([&](auto p) {
+            Pair* out = place(r, kVector * Geometry::kVectorPairs + p);
+            if constexpr (kFold && kScaled) {
+              *out = codec.template DecodeFolded<p>(codes, fold);
+            } else {
+              *out = codec.template Decode<p>(codes);
+            }
+          });
         });
       });
     }
@@ -252,41 +267,42 @@ struct Gemm {
   }
 
  private:
-  // C += A * groups [g, g + kGroups) of the tiles.
-  template <int kGroups, int kTokens, int kTiles>
-  static inline __attribute__((always_inline)) void FusedGroups(const Codec& codec,
-                                                                const TileView* tiles, int64_t g,
-                                                                const Activation* a, float* c) {
+  // C += A * parts [part, part + kCount) of the tiles.
+  template <int kCount, int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void FusedParts(const Codec& codec,
+                                                               const TileView* tiles, int64_t part,
+                                                               const Activation* a, float* c) {
     KeepInMemory();
-    Vec part[kGroups][kTiles][kTokens];
-    for (auto& group : part) Clear(group);
-    AddGroups<kGroups, kTokens, kTiles>(codec, tiles, g, a, part);
-    for (int i = 0; i < kGroups; ++i) AddScaled(codec, tiles, g + i, part[i], c);
+    Vec sums[kCount][kTiles][kTokens];
+    for (auto& sum : sums) Clear(sum);
+    AddParts<kCount, kTokens, kTiles>(codec, tiles, part, a, sums);
+    for (int i = 0; i < kCount; ++i) AddScaled(codec, tiles, part + i, sums[i], c);
   }
 
-  // part[i] += A * group g + i of the tiles, unscaled.
-  template <int kGroups, int kTokens, int kTiles>
-  static inline __attribute__((always_inline)) void AddGroups(
-      const Codec& codec, const TileView* tiles, int64_t g, const Activation* a,
-      Vec (&part)[kGroups][kTiles][kTokens]) {
-    a += g * kGroupSize * kTokens;
-    for (int v = 0; v < Geometry::kGroupVectors; ++v) {
-      typename Isa::Codes codes[kGroups][kTiles];
+  // sums[i] += A * part `part + i` of the tiles, unscaled.
+  template <int kCount, int kTokens, int kTiles>
+  static inline __attribute__((always_inline)) void AddParts(const Codec& codec,
+                                                             const TileView* tiles, int64_t part,
+                                                             const Activation* a,
+                                                             Vec (&sums)[kCount][kTiles][kTokens]) {
+    a += part * kPartDepth * kTokens;
+    for (int v = 0; v < kPartVectors; ++v) {
+      typename Isa::Codes codes[kCount][kTiles];
       for (int r = 0; r < kTiles; ++r) {
-        const std::byte* at = tiles[r].codes + g * Geometry::kGroupBytes + v * kVectorBytes;
-        for (int i = 0; i < kGroups; ++i) {
+        const std::byte* at = tiles[r].codes + part * kPartBytes + v * kVectorBytes;
+        for (int i = 0; i < kCount; ++i) {
           codes[i][r] = Isa::LoadCodes(at);
-          at += Geometry::kGroupBytes;
+          at += kPartBytes;
         }
       }
       Unroll<Geometry::kVectorPairs>([&](auto p) __attribute__((always_inline)) {
-        for (int i = 0; i < kGroups; ++i) {
-          const Activation* x = a + i * kGroupSize * kTokens;
+        for (int i = 0; i < kCount; ++i) {
+          const Activation* x = a + i * kPartDepth * kTokens;
           Pair w[kTiles];
           for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[i][r]);
           for (int t = 0; t < kTokens; ++t) {
             for (int r = 0; r < kTiles; ++r)
-              part[i][r][t] = Isa::Dot(part[i][r][t], w[r], x + 2 * t);
+              sums[i][r][t] = Isa::Dot(sums[i][r][t], w[r], x + 2 * t);
           }
         }
         a += 2 * kTokens;
@@ -301,17 +317,17 @@ struct Gemm {
     }
   }
 
-  // C += part * the scales of group g. The products `part` are in registers.
+  // C += sums * the scales of part `part`. The sums are in registers.
   template <int kTokens, int kTiles>
   static inline __attribute__((always_inline)) void AddScaled(Codec codec, const TileView* tiles,
-                                                              int64_t g,
-                                                              Vec (&part)[kTiles][kTokens],
+                                                              int64_t part,
+                                                              Vec (&sums)[kTiles][kTokens],
                                                               float* c) {
     for (int r = 0; r < kTiles; ++r) {
-      const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
+      const Vec scales = codec.GroupScales(ScalesOf(tiles[r], part));
       for (int t = 0; t < kTokens; ++t) {
         float* out = SumsAt(c, r, t, kTokens);
-        Isa::Store(out, Isa::Fma(part[r][t], scales, Isa::Load(out)));
+        Isa::Store(out, Isa::Fma(sums[r][t], scales, Isa::Load(out)));
       }
     }
   }

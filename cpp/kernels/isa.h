@@ -25,7 +25,7 @@ struct Fp32Multiplicands {
   static constexpr float kFoldUnit = 1.0f;
   static constexpr bool kSplitsPairs = false;
   static Activation ToActivation(float x) { return x; }
-  static bool FoldsExactly(float /*least*/, float greatest) {
+  static constexpr bool FoldsExactly(float /*least*/, float greatest) {
     return greatest <= std::numeric_limits<float>::max();
   }
 };
@@ -40,14 +40,15 @@ inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 // Isa::Pair        multiplicands: the weights (k, k+1) of every row of a tile
 // Isa::Codes       one packed vector of a tile, or its address; must not outlive the tile's bytes
 // Isa::Table16     values of the sixteen 4-bit codes, exact in bf16
-// Isa::Fold        the scales of a group, in the form that multiplies a Pair exactly if the Pair
-//                  comes from a table with kFoldUnit times the codes' values
+// Isa::Fold        E8M0 scales of a group, in the form that multiplies a Pair exactly if the Pair
+//                  comes from a table with kFoldUnit times the codes' values. Other types of scales
+//                  have forms that multiply the codes' values themselves.
 template <class Isa>
 concept VectorIsa = requires(
     typename Isa::Vec v, typename Isa::Pair pair, typename Isa::Codes codes,
     typename Isa::Table16 table, const std::array<float, 16>& values, const std::byte* bytes,
     const float* in, float* out, const typename Isa::Activation* a, typename Isa::Fold fold,
-    typename Isa::Activation* staged, const E8M0* e8m0, const Bf16* bf16) {
+    typename Isa::Activation* staged, const E8M0* e8m0, const Bf16* bf16, const UE5M3* ue5m3) {
   { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
   { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
   { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, >= kFusedTokens
@@ -77,7 +78,9 @@ concept VectorIsa = requires(
   { Isa::template FromE4M3<0>(codes) } -> std::same_as<typename Isa::Pair>;
   { Isa::LoadScales(e8m0) } -> std::same_as<typename Isa::Vec>;  // sixteen scales as fp32
   { Isa::LoadScales(bf16) } -> std::same_as<typename Isa::Vec>;
+  { Isa::LoadScales(ue5m3) } -> std::same_as<typename Isa::Vec>;
   { Isa::LoadFold(e8m0) } -> std::same_as<typename Isa::Fold>;
+  { Isa::Multiply(pair, Isa::LoadFold(ue5m3)) } -> std::same_as<typename Isa::Pair>;
   { Isa::Dot(v, pair, a) } -> std::same_as<typename Isa::Vec>;  // v + pair . (a[0], a[1])
   // The factor of the values in a table for folding (TimesFoldUnit).
   { Isa::kFoldUnit } -> std::convertible_to<float>;
@@ -192,13 +195,14 @@ inline constexpr bool kHasNarrowQuadSums =
     Isa::kQuadSumLimit <= std::numeric_limits<int16_t>::max();
 
 // A codec says how a format's packed tile becomes multiplicands on an ISA. Where the format has
-// scales, GroupScales loads those of a group, or of several groups (kPackedDepthOf).
+// scales, GroupScales loads those of a group, of a part of a group, or of several groups
+// (kPackedDepthOf).
 //
 // A codec whose group scales multiply the multiplicands exactly also has FoldScales and
 // DecodeFolded. If these are missing, or if a matrix has a scale that leaves the multiplicand's
 // range (Isa::FoldsExactly), scales are applied to the fp32 sums.
 template <class C, class Isa>
-concept ScalingCodec = requires(const C codec, const typename C::Format::Scale* scales) {
+concept ScalingCodec = requires(const C codec, const PackedScaleOf<typename C::Format>* scales) {
   { codec.GroupScales(scales) } -> std::same_as<typename Isa::Vec>;
 };
 
@@ -210,11 +214,21 @@ concept TileCodec = VectorIsa<Isa> && (!HasScales<typename C::Format> || Scaling
 
 template <class C, class Isa>
 concept FoldingCodec =
-    TileCodec<C, Isa> && requires(const C codec, typename Isa::Codes codes, typename Isa::Fold fold,
-                                  const typename C::Format::Scale* scales) {
-      { codec.FoldScales(scales) } -> std::same_as<typename Isa::Fold>;
-      { codec.template DecodeFolded<0>(codes, fold) } -> std::same_as<typename Isa::Pair>;
+    TileCodec<C, Isa> && requires(const C codec, typename Isa::Codes codes,
+                                  const PackedScaleOf<typename C::Format>* scales) {
+      {
+        codec.template DecodeFolded<0>(codes, codec.FoldScales(scales))
+      } -> std::same_as<typename Isa::Pair>;
     };
+
+// Whether scales fold exactly in every matrix of a format.
+template <class C, class Isa>
+inline constexpr bool kAlwaysFolds = false;
+template <class C, class Isa>
+  requires FoldingCodec<C, Isa> && requires { C::Format::kLeastScale; }
+inline constexpr bool kAlwaysFolds<C, Isa> =
+    Isa::FoldsExactly(C::Format::kLeastScale * C::Format::kMinMagnitude,
+                      C::Format::kGreatestScale* C::Format::kMaxMagnitude);
 
 // Multiplies the values of a table for folding by `unit`. No value of the result is minus zero.
 constexpr std::array<float, 16> TimesFoldUnit(std::array<float, 16> values, float unit) {

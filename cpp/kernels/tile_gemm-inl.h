@@ -58,7 +58,7 @@ class TileGemm {
       RunFused(codec, w, a, c);
       return;
     }
-    if constexpr (!Kernels::kScaled) {
+    if constexpr (!Kernels::kScaled || kAlwaysFolds<Codec, Isa>) {
       RunMany<true>(codec, w, a, panel, c);
     } else {
       if constexpr (Kernels::kFolding) {

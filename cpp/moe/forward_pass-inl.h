@@ -183,6 +183,8 @@ class ForwardPass {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
       up_bias[i] = BiasOf(expert, Projection::kUp, first + i);
     }
+    const Vec gate_factor = FactorOf(expert, Projection::kGate);
+    const Vec up_factor = FactorOf(expert, Projection::kUp);
     std::byte* block = BlockAt(intermediate_, expert, b, Intermediate());
     const int tokens = expert.blocks.Size(b);
     const Glu& glu = op_.config().glu;
@@ -191,8 +193,8 @@ class ForwardPass {
       // Chosen here, so that staging, which is far more code, is not instantiated per function.
       VisitGluFunction(glu.function, [&](auto function) __attribute__((always_inline)) {
         for (int i = 0; i < count; ++i) {
-          const Vec gate = Isa::Add(Isa::Load(product.At(i, b, 0, t)), gate_bias[i]);
-          const Vec up = Isa::Add(Isa::Load(product.At(i, b, 1, t)), up_bias[i]);
+          const Vec gate = Isa::Fma(Isa::Load(product.At(i, b, 0, t)), gate_factor, gate_bias[i]);
+          const Vec up = Isa::Fma(Isa::Load(product.At(i, b, 1, t)), up_factor, up_bias[i]);
           Isa::Store(h + i * kTileRows, Activate<Isa, function()>(glu, gate, up));
         }
       });
@@ -224,7 +226,8 @@ class ForwardPass {
     }
   }
 
-  // sums[token][tile][16] += weight * (down * h + bias), for expert `index` and tiles [begin, end).
+  // sums[token][tile][16] += weight * (factor * down * h + bias), for expert `index` and tiles
+  // [begin, end).
   void AddExpert(int64_t index, int64_t begin, int64_t end, float* sums, int thread) const {
     const Expert& expert = experts_[index];
     std::array<TilePair, kMostPerTask + 1> w;
@@ -255,6 +258,7 @@ class ForwardPass {
                float* sums) const {
     const TokenBlocks& blocks = expert.blocks;
     const Vec bias = BiasOf(expert, Projection::kDown, tile);
+    const Vec factor = FactorOf(expert, Projection::kDown);
     const int64_t stride = outputs_per_task_ * TilePair::kCount * kTileRows;
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int tokens = blocks.Size(b);
@@ -262,7 +266,7 @@ class ForwardPass {
       for (int t = 0; t < tokens; ++t) {
         const int64_t pair = expert.begin + blocks.Begin(b) + t;
         float* sum = sums + routing_.tokens()[pair] * stride;
-        const Vec y = Isa::Add(Isa::Load(SumsAt(in, r, t, tokens)), bias);
+        const Vec y = Isa::Fma(Isa::Load(SumsAt(in, r, t, tokens)), factor, bias);
         Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
       }
     }
@@ -274,6 +278,10 @@ class ForwardPass {
     return {.tiles = {weights.Tile(expert.id, p0, tile0), weights.Tile(expert.id, p1, tile1)},
             .groups = weights.layout(p0).groups(),
             .fold = expert.fold};
+  }
+
+  Vec FactorOf(const Expert& expert, Projection p) const {
+    return Isa::Broadcast(op_.weights().Factor(expert.id, p));
   }
 
   // The biases of the rows of `tile`, with zeros for rows that the last tile does not have.

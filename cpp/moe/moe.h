@@ -29,7 +29,8 @@ struct ExpertSource {
 
 // Where to write the intermediate features [intermediate_begin, intermediate_begin + gate.rows) of
 // an expert. They are all features, or one rank's share of a tensor-parallel split. Scales have any
-// grid and type that can hold those of the checkpoint (RawMatrix::grid).
+// grid and type that can hold those of the checkpoint (RawMatrix::grid). Factors are not written
+// (Moe::Scales).
 struct ExpertDestination {
   MutableRawMatrix gate, up, down;
   int64_t intermediate_begin = 0;
@@ -62,9 +63,9 @@ class Moe {
   // The bytes of one packed copy (MoeConfig::copy_of), its biases included.
   virtual int64_t copy_bytes() const = 0;
   virtual bool HasWeights(int64_t expert) const = 0;  // throws std::out_of_range
-  // The grids of the scales of an expert's stored gate, up and down, whose types are not kOwn.
-  // Throws std::out_of_range, and std::invalid_argument if the expert has no weights.
-  virtual std::array<ScaleGrid, 3> ScaleGrids(int64_t expert) const = 0;
+  // What the stored gate, up and down of an expert had; the types of grids are not kOwn. Throws
+  // std::out_of_range, and std::invalid_argument if the expert has no weights.
+  virtual std::array<StoredScales, 3> Scales(int64_t expert) const = 0;
 
   // Packs one expert, for its replicas as well. Throws std::invalid_argument if a shape or a scale
   // violates the config or the format. The expert then has no weights.

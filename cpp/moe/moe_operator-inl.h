@@ -45,9 +45,9 @@ class MoeOperator : public Moe {
   const MoeConfig& config() const final { return weights_.config(); }
   int64_t copy_bytes() const final { return weights_.copy_bytes(); }
   bool HasWeights(int64_t expert) const final { return weights_.HasWeights(expert); }
-  std::array<ScaleGrid, kProjections> ScaleGrids(int64_t expert) const final {
+  std::array<StoredScales, kProjections> Scales(int64_t expert) const final {
     RequireWeights(expert);
-    return weights_.scale_grids(config().CopyOf(expert));
+    return weights_.stored(config().CopyOf(expert));
   }
   const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
@@ -63,7 +63,7 @@ class MoeOperator : public Moe {
   // Whether every product of a code and a scale of the copy is exact in the ISA's multiplicand
   // type.
   bool FoldsExactly(int64_t copy) const {
-    if constexpr (HasScales<Format>) {
+    if constexpr (HasScales<Format> && !kAlwaysFolds<Codec, Isa>) {
       const ScaleRange& scales = weights_.scales(copy);
       return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
                                scales.greatest * Format::kMaxMagnitude);

@@ -29,7 +29,7 @@ class PackedWeights {
         packed_(Allocate(config.copies(), PackedBytes())),
         biases_(config.has_bias ? config.copies() * BiasSize() : 0),
         scales_(config.copies()),
-        grids_(config.copies()),
+        stored_(config.copies()),
         has_weights_(config.copies(), 0) {}
 
   const MoeConfig& config() const { return config_; }
@@ -46,9 +46,11 @@ class PackedWeights {
 
   // What calls read, by the number of the copy.
   const ScaleRange& scales(int64_t copy) const { return scales_[copy]; }
-  // The grids of the scales of the stored matrices, whose types are not kOwn.
-  const std::array<ScaleGrid, kProjections>& scale_grids(int64_t copy) const {
-    return grids_[copy];
+  // What the stored matrices had. The types of grids are not kOwn.
+  const std::array<StoredScales, kProjections>& stored(int64_t copy) const { return stored_[copy]; }
+  // What multiplies all weights of a matrix.
+  float Factor(int64_t copy, Projection p) const {
+    return kHasFactorOf<F> ? stored_[copy][static_cast<int>(p)].factor : 1.0f;
   }
 
   const PackedLayout<F>& layout(Projection p) const {
@@ -85,8 +87,10 @@ class PackedWeights {
     for (const ScaleRange& range : ranges) ranges[0].Merge(range);
     scales_[copy] = ranges[0];
     for (int p = 0; p < kProjections; ++p) {
-      ScaleGrid& grid = grids_[copy][p] = matrices[p]->grid;
-      if (grid.type == ScaleType::kOwn) grid.type = TypeOfScale<typename F::Scale>();
+      StoredScales& stored = stored_[copy][p] = {matrices[p]->grid, matrices[p]->factor};
+      if (stored.grid.type == ScaleType::kOwn) {
+        stored.grid.type = TypeOfScale<typename F::Scale>();
+      }
     }
     if (biased) {
       float* bias = biases_.data() + copy * BiasSize();
@@ -180,7 +184,7 @@ class PackedWeights {
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [copies][gate | up | down], empty without biases
   std::vector<ScaleRange> scales_;  // by copy, over its three matrices
-  std::vector<std::array<ScaleGrid, kProjections>> grids_;  // by copy
+  std::vector<std::array<StoredScales, kProjections>> stored_;  // by copy
   std::vector<uint8_t> has_weights_;
 };
 

@@ -114,11 +114,11 @@ class ExpertUnpacker {
   // Each destination must have a scale wherever the stored matrix begins another one, of a type
   // that holds it.
   void RequireScales(int64_t copy) const {
-    const auto& [gate, up, down] = weights_.scale_grids(copy);
+    const auto& [gate, up, down] = weights_.stored(copy);
     for (const ExpertDestination& each : out_) {
-      RequireScales(each.gate, each.intermediate_begin, 0, gate);
-      RequireScales(each.up, each.intermediate_begin, 0, up);
-      RequireScales(each.down, 0, each.intermediate_begin, down);
+      RequireScales(each.gate, each.intermediate_begin, 0, gate.grid);
+      RequireScales(each.up, each.intermediate_begin, 0, up.grid);
+      RequireScales(each.down, 0, each.intermediate_begin, down.grid);
     }
   }
   static void RequireScales(MutableRawMatrix out, int64_t row, int64_t column,

@@ -56,7 +56,8 @@ class PackedLayout {
  public:
   using Geometry = TileGeometry<F::kCodeBits>;
   using Scale = typename F::Scale;
-  static constexpr int64_t kScaleBytes = kBytesOfScale<Scale>;
+  using PackedScale = PackedScaleOf<F>;
+  static constexpr int64_t kScaleBytes = kBytesOfScale<PackedScale>;
   using ScaleWord = std::conditional_t<kScaleBytes == 1, uint8_t,
                                        std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
   static_assert(!HasScales<F> || sizeof(ScaleWord) == kScaleBytes);
@@ -110,26 +111,25 @@ class PackedLayout {
   // The row of the matrix in row r of a tile.
   int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
 
-  // Packs one scale per row and run of kPackedDepthOf k, as F::Scale. Runs that share a stored
+  // Packs one scale per row and run of kPackedDepthOf k, as PackedScale. Runs that share a stored
   // scale get a copy each, so that kernels are the same for any grid.
   ScaleRange PackScales(const RawMatrix& source, int64_t tile, std::byte* out) const {
     return VisitScaleType<Scale>(source.grid.type, [&]<class Stored>(Stored) {
-      constexpr bool kConverts = !std::is_same_v<Stored, Scale>;
-      static_assert(!kConverts || !std::is_same_v<Stored, NoScale>);
+      constexpr bool kConverts = !std::is_same_v<Stored, PackedScale>;
       const std::byte* scales[kTileRows];
       ScaleRange range;
       for (int r = 0; r < kTileRows; ++r) {
         scales[r] = source.ScalesOf(RowOf(tile, r));
         range.Merge(RangeOfRow<Stored>(source, RowOf(tile, r)));
       }
-      std::vector<Scale> copies;
+      std::vector<PackedScale> copies;
       if (kConverts || source.grid.depth != kPackedDepthOf<F>) {
         copies.resize(kTileRows * runs());
         for (int r = 0; r < kTileRows; ++r) {
-          Scale* row = &copies[r * runs()];
+          PackedScale* row = &copies[r * runs()];
           for (int64_t run = 0; run < runs(); ++run) {
             const int64_t at = run * kPackedDepthOf<F> / source.grid.depth;
-            row[run] = Converted<Stored>(scales[r] + at * sizeof(Stored));
+            row[run] = Converted<PackedScale, Stored>(scales[r] + at * sizeof(Stored));
           }
           scales[r] = reinterpret_cast<const std::byte*>(row);
         }
@@ -139,12 +139,13 @@ class PackedLayout {
     });
   }
 
-  template <class Stored>
-  static Scale Converted(const std::byte* stored) {
-    if constexpr (std::is_same_v<Stored, Scale>) {
-      return LoadScale<Scale>(stored);
-    } else if constexpr (std::is_same_v<Scale, Fp32>) {
-      return {LoadScale<Stored>(stored).ToFloat()};
+  // Converts a stored scale to the format's type or to the packed one.
+  template <class To, class Stored>
+  static To Converted(const std::byte* stored) {
+    if constexpr (std::is_same_v<Stored, To>) {
+      return LoadScale<To>(stored);
+    } else if constexpr (std::is_same_v<Stored, Scale> || std::is_same_v<To, Fp32>) {
+      return ExactScale<To>(LoadScale<Stored>(stored).ToFloat());
     } else {
       throw std::logic_error("AllowsScaleType must refuse this type");
     }
@@ -178,7 +179,7 @@ class PackedLayout {
     // Magnitudes of floats are in the order of their bits.
     uint32_t least = ~0u, greatest = 0;
     for (int64_t g = 0; g < source.scale_columns(); ++g) {
-      const Scale scale = Converted<Stored>(in + g * sizeof(Stored));
+      const auto scale = Converted<Scale, Stored>(in + g * sizeof(Stored));
       const uint32_t magnitude = std::bit_cast<uint32_t>(scale.ToFloat()) & 0x7fffffffu;
       invalid |= F::IsValidScale(scale) ? 0u : 1u;
       least = std::min(least, magnitude);
@@ -196,7 +197,7 @@ class PackedLayout {
     ScaleRange range;
     for (int64_t g = 0; g < source.scale_columns(); ++g) {
       if (IsZero(source, row, g)) continue;
-      const Scale scale = Converted<Stored>(source.ScalesOf(row) + g * sizeof(Stored));
+      const auto scale = Converted<Scale, Stored>(source.ScalesOf(row) + g * sizeof(Stored));
       const float magnitude = std::abs(scale.ToFloat());
       range.Merge({magnitude, magnitude});
     }
@@ -222,11 +223,14 @@ class PackedLayout {
   [[noreturn]] void ThrowInvalidScale(const RawMatrix& source, int64_t row) const {
     const std::byte* in = source.ScalesOf(row);
     for (int64_t g = 0;; ++g) {
-      const Scale scale = Converted<Stored>(in + g * sizeof(Stored));
+      const auto scale = Converted<Scale, Stored>(in + g * sizeof(Stored));
       if (F::IsValidScale(scale)) continue;
       throw std::invalid_argument(Message(source.name, ": scale [", row / source.grid.rows, ", ", g,
                                           "] is ", scale.ToFloat(), "; ", F::kName,
-                                          " scales must be finite: the checkpoint is damaged"));
+                                          std::isfinite(scale.ToFloat())
+                                              ? " scales must not be negative"
+                                              : " scales must be finite",
+                                          ": the checkpoint is damaged"));
     }
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -27,6 +28,7 @@ struct RawMatrixOf {
   int64_t scales_stride = 0;    // bytes from one row of scales to the next
   ScaleGrid grid = {};          // which weights share a scale
   const char* name = "weight";  // for error messages
+  float factor = 1.0f;          // multiplies all weights, in formats that have factors
 
   // Scales [scale_rows, scale_columns].
   int64_t scale_rows() const { return CeilDiv(rows, grid.rows); }
@@ -42,9 +44,13 @@ struct RawMatrixOf {
   // The first of the scales that belong to a row.
   Byte* ScalesOf(int64_t row) const { return scales + row / grid.rows * scales_stride; }
 
-  // Throws std::invalid_argument unless the matrix has the scales that the format needs.
+  // Throws std::invalid_argument unless the matrix has the scales and the factor that the format
+  // needs.
   template <class Format>
   void RequireScales() const {
+    Require(kHasFactorOf<Format> ? std::isfinite(factor) : factor == 1.0f, name, ": ",
+            Format::kName, kHasFactorOf<Format> ? " needs a finite factor" : " has no factor",
+            ", got ", factor);
     if constexpr (HasScales<Format>) {
       Require(scales != nullptr || rows == 0 || columns == 0, name, ": ", Format::kName,
               " needs scales, got none");

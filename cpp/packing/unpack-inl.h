@@ -281,13 +281,14 @@ class TileUnpacker {
 
   template <class To, class Word>
   static void Convert(const Word* words, int64_t count, std::byte* out) {
-    if constexpr (std::is_same_v<To, typename F::Scale>) {
+    using Packed = typename Layout::PackedScale;
+    if constexpr (std::is_same_v<To, Packed>) {
       std::memcpy(out, words, count * sizeof(Word));
     } else {
       for (int64_t i = 0; i < count; ++i) {
-        const auto packed = std::bit_cast<typename F::Scale>(words[i]);
+        const auto packed = std::bit_cast<Packed>(words[i]);
         const To scale = [&] {
-          if constexpr (std::is_same_v<typename F::Scale, E8M0> && std::is_same_v<To, Bf16>) {
+          if constexpr (std::is_same_v<Packed, E8M0> && std::is_same_v<To, Bf16>) {
             return packed.ToBf16();  // vectorises
           } else {
             return ExactScale<To>(packed.ToFloat());

@@ -27,6 +27,11 @@ class WidePath
   using Base = FloatPath<typename Isa::Wide, WideCodec>;
 
  public:
+  // Where scales fold in panels and not in the fused kernel, panels serve any number of tokens, so
+  // that an fp32 token's result does not depend on the other tokens of its batch.
+  static constexpr int kFewTokenLimit =
+      kAlwaysFolds<WideCodec, typename Isa::Wide> ? 0 : Base::kFewTokenLimit;
+
   static void Multiply(const Codec&, std::span<const TilePair> w, StagedForm form,
                        const std::byte* staged, std::byte* panel, const Product& c) {
     Base::Multiply(WideCodec{}, w, form, staged, panel, c);

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -214,8 +214,11 @@ class ScaleType:
       BF16
     
       FP32
+    
+      E4M3
     """
     BF16: typing.ClassVar[ScaleType]
+    E4M3: typing.ClassVar[ScaleType]
     E8M0: typing.ClassVar[ScaleType]
     FP32: typing.ClassVar[ScaleType]
     OWN: typing.ClassVar[ScaleType]
@@ -264,8 +267,15 @@ class ScaleGrid:
     @property
     def type(self) -> ScaleType:
         ...
+class StoredScales:
+    @property
+    def factor(self) -> float:
+        ...
+    @property
+    def grid(self) -> ScaleGrid:
+        ...
 class Matrix:
-    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_rows: typing.SupportsInt | typing.SupportsIndex = 1, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scale_type: ScaleType = ...) -> None:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_rows: typing.SupportsInt | typing.SupportsIndex = 1, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scale_type: ScaleType = ..., factor: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None:
         ...
 class LayerStatistics:
     @property
@@ -305,9 +315,9 @@ class Layer:
         """
         Raises RuntimeError in a forked child, which must not change the layer.
         """
-    def scale_grids(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> typing.Annotated[list[ScaleGrid], "FixedSize(3)"]:
+    def scales(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> typing.Annotated[list[StoredScales], "FixedSize(3)"]:
         """
-        How many rows and successive k of the stored gate, up and down share a scale, and the scales' types.
+        How many rows and successive k of the stored gate, up and down share a scale, the scales' types, and the matrices' factors.
         """
     def set_mask(self, *, mask: typing.SupportsInt | typing.SupportsIndex) -> None:
         """

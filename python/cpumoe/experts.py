@@ -193,11 +193,13 @@ class Experts(PackedExperts):
                 are float32, bfloat16, float8_e8m0fnu or E8M0 bytes as uint8:
                 ``[experts, ceil(intermediate/128), ceil(hidden/128)]`` or
                 ``[experts, intermediate, 1]``, and are multiplied.
+                With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
+                float32 factor ``[experts]``, which is multiplied, may be the third part.
                 With bf16, one tensor ``[experts, intermediate, hidden]``.
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
-                bf16 ``[experts, hidden, intermediate]``; fp8 likewise.
-            format: "mxfp4", "int4", "bf16" or "fp8".
+                bf16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
+            format: "mxfp4", "int4", "bf16", "fp8" or "nvfp4".
             swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none.

@@ -111,7 +111,8 @@ class PackedExperts:
         """Writes an expert's weights, or a shard of them, into the caller's tensors.
 
         Each buffer is a `QuantizedMatrix` or a tuple (codes, scales) of tensors on the CPU, for
-        example in pinned memory. Rows may be any distance apart. An address has no size that could
+        example in pinned memory. With nvfp4, a float32 tensor of one element for the factor is the
+        third part. Rows may be any distance apart. An address has no size that could
         be checked, so addresses must be made tensors, for example with ``torch.frombuffer``.
 
         The dtype of the scales says what is written. One of the format's own dtypes gets the

@@ -39,7 +39,7 @@ class ExportTest : public MoeTest {
  protected:
   // Columns that a shard must be whole multiples of.
   int64_t GroupSize() const {
-    return VisitFormat(format(), []<class F>(F) { return UsualGrid<F>().depth; });
+    return VisitFormat(format(), []<class F>(F) { return ColumnUnit<F>(); });
   }
   // Scales have any magnitude, because every byte of the checkpoint must come back, whatever it
   // means.

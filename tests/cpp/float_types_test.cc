@@ -11,6 +11,8 @@
 #include <limits>
 #include <random>
 
+#include "formats/scale_grid.h"
+
 namespace cpumoe {
 namespace {
 
@@ -141,6 +143,26 @@ TEST(E8M0Test, AllBytes) {
   EXPECT_EQ(E8M0{255}.ToBf16().bits, 0x7fc0);
   EXPECT_TRUE(E8M0{255}.IsNan());
   EXPECT_TRUE(std::isnan(E8M0{255}.ToFloat()));
+}
+
+// Packed scales have every E4M3 number that is not negative.
+TEST(UE5M3Test, HoldsE4M3) {
+  for (int byte = 0; byte < 0x7f; ++byte) {
+    const E4M3 scale{static_cast<uint8_t>(byte)};
+    const auto packed = ExactScale<UE5M3>(scale.ToFloat());
+    EXPECT_EQ(packed.ToFloat(), scale.ToFloat()) << byte;
+    EXPECT_EQ(ExactScale<E4M3>(packed.ToFloat()).bits, byte);
+    EXPECT_EQ(ExactScale<E4M3>(-scale.ToFloat()).bits, byte | 0x80);
+  }
+  EXPECT_TRUE(ExactScale<E4M3>(NAN).IsNan());
+}
+
+TEST(UE5M3Test, AllBytesInUse) {
+  EXPECT_EQ(UE5M3{0}.ToFloat(), 0.0f);
+  for (int byte = 8; byte <= 0xff; ++byte) {
+    const float expected = std::ldexp(1.0f + static_cast<float>(byte & 7) / 8, (byte >> 3) - 15);
+    EXPECT_EQ(UE5M3{static_cast<uint8_t>(byte)}.ToFloat(), expected) << byte;
+  }
 }
 
 TEST(DTypeTest, Sizes) {

@@ -45,13 +45,13 @@ template <class F>
 Dense Decode(const RawMatrix& m) {
   Dense dense{m.rows, m.columns, {}, 0};
   for (int64_t i = 0; i < m.rows * m.columns; ++i) {
-    dense.weights.push_back(ReferenceMoe<F>::Weight(m, i / m.columns, i % m.columns));
+    dense.weights.push_back(m.factor * ReferenceMoe<F>::Weight(m, i / m.columns, i % m.columns));
     dense.greatest = std::max(dense.greatest, std::fabs(dense.weights.back()));
   }
   return dense;
 }
 
-// Computes W x + b. A product passes at most K + 2 K / group + 1 roundings, and 3 K covers them. If
+// Computes W x + b. A product passes at most K + 2 K / group + 2 roundings, and 3 K covers them. If
 // a group's unscaled sum is flushed to zero, the error grows by the scale, which is at most twice
 // the greatest weight.
 Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {

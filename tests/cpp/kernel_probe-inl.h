@@ -40,6 +40,7 @@ struct Probe {
                        int64_t tokens, float* c) {
     Require(path != Path::kFused || tokens <= Isa::kFusedTokens, "too many tokens: ", tokens);
     Require(path != Path::kFoldedPanel || Kernels::kFolding, "scales do not fold");
+    Require(path != Path::kScaledPanel || !kAlwaysFolds<Codec, Isa>, "scales always fold");
     const TilePair w = {.tiles = {tiles[0], tiles[count - 1]},
                         .groups = groups,
                         .fold = path == Path::kFoldedPanel};
@@ -107,6 +108,7 @@ struct Probe {
   static FormatEntry Entry() {
     return {.format = InfoOf<Format>().name,
             .folds = Kernels::kFolding,
+            .scales_sums = !kAlwaysFolds<Codec, Isa>,
             .digits = HasDigitPath<Isa, Codec>,
             .int8 = HasInt8Path<Isa, Codec>,
             .fused_tokens = Isa::kFusedTokens,

@@ -15,6 +15,7 @@ enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kDigits, kDigitsOfB
 struct FormatEntry {
   const char* format;
   bool folds;            // whether kFoldedPanel exists
+  bool scales_sums;      // whether kScaledPanel exists
   bool digits;           // whether kDigits and kDigitsOfBf16 exist
   bool int8;             // whether kInt8 exists
   int64_t fused_tokens;  // most tokens of kFused

@@ -92,6 +92,27 @@ TEST_P(MoeErrorsTest, Biases) {
             "expert 0: three biases expected, as the layer's has_bias says");
 }
 
+TEST_P(MoeErrorsTest, Factors) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer);
+  const bool has_factors = VisitFormat(format(), []<class F>(F) { return kHasFactorOf<F>; });
+  const ExpertSource source = layer.Source(0);
+  const RawMatrix* const matrices[] = {&source.gate, &source.up, &source.down};
+  for (int m = 0; m < 3; ++m) EXPECT_EQ(moe->Scales(0)[m].factor, matrices[m]->factor);
+  for (const float factor : {2.0f, std::numeric_limits<float>::infinity(), 1.0f}) {
+    ExpertSource changed = source;
+    changed.up.factor = factor;
+    const bool taken = factor == 1.0f || (has_factors && factor == 2.0f);
+    const std::string problem = has_factors ? " needs a finite factor" : " has no factor";
+    const std::string got = factor == 2.0f ? ", got 2" : ", got inf";
+    EXPECT_EQ(PackMessage(*moe, changed),
+              taken ? "no exception" : "test.weight: " + format() + problem + got);
+    if (taken) {
+      EXPECT_EQ(moe->Scales(0)[1].factor, factor);
+    }
+  }
+}
+
 // A failed Pack leaves the expert without weights, even if it had weights before. The error comes
 // out of any thread.
 TEST_P(MoeErrorsTest, InvalidScale) {

@@ -22,6 +22,7 @@ class ReferenceMoe {
   ReferenceMoe(const MoeConfig& config, std::vector<ExpertSource> experts)
       : config_(config), experts_(std::move(experts)) {}
 
+  // A weight without the matrix's factor.
   static double Weight(const RawMatrix& m, int64_t row, int64_t column) {
     const std::byte* codes = m.codes + row * m.codes_stride;
     const int64_t bit = column * F::kCodeBits;
@@ -62,7 +63,7 @@ class ReferenceMoe {
     std::vector<double> y(m.rows);
     for (int64_t row = 0; row < m.rows; ++row) {
       double sum = bias == nullptr ? 0.0 : bias[row];
-      for (int64_t k = 0; k < m.columns; ++k) sum += Weight(m, row, k) * x[k];
+      for (int64_t k = 0; k < m.columns; ++k) sum += m.factor * Weight(m, row, k) * x[k];
       y[row] = sum;
     }
     return y;

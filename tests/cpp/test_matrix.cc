@@ -73,6 +73,9 @@ TestMatrix TestMatrix::Random(const std::string& format, int64_t rows, int64_t c
         throw std::invalid_argument("the format has no scale of such a magnitude");
       }
     }
+    if constexpr (kHasFactorOf<F>) {
+      matrix.factor_ = std::uniform_real_distribution<float>(0.5f, 2.0f)(rng);
+    }
     const MutableRawMatrix view = matrix.MutableView();
     for (int64_t row = 0; row < rows; ++row) {
       FillCodes<F>(view.codes + row * view.codes_stride, columns, rng, magnitudes);

@@ -47,6 +47,12 @@ constexpr ScaleGrid UsualGrid() {
   return {.depth = kGroupSize};
 }
 
+// Columns that every slice of a format's matrices must be a multiple of.
+template <class F>
+constexpr int64_t ColumnUnit() {
+  return std::max<int64_t>(UsualGrid<F>().depth, kGroupSize);
+}
+
 // ValidScales of a format with scales.
 template <ScaledFormat F>
 std::vector<typename F::Scale> ValidScalesOf() {
@@ -107,7 +113,7 @@ class TestMatrix {
              std::optional<ScaleGrid> grid = {});
 
   // Makes random codes and random valid scales of these magnitudes (kModerate: ForCodes). Without
-  // scales the weights have these magnitudes.
+  // scales the weights have these magnitudes. Makes a random factor if the format has factors.
   static TestMatrix Random(const std::string& format, int64_t rows, int64_t columns, Rng& rng,
                            const Magnitudes& scales = kModerate, int64_t gap = 0,
                            std::optional<ScaleGrid> grid = {});
@@ -128,11 +134,13 @@ class TestMatrix {
             .scales = scales_stride_ == 0 ? nullptr : scales,
             .scales_stride = scales_stride_,
             .grid = grid_,
-            .name = "test.weight"};
+            .name = "test.weight",
+            .factor = factor_};
   }
 
   int64_t rows_, columns_;
   ScaleGrid grid_;
+  float factor_ = 1.0f;
   int64_t codes_stride_, scales_stride_ = 0;
   std::vector<std::byte> codes_;
   std::vector<std::byte> scales_;

@@ -123,14 +123,17 @@ def test_scales_of_any_size(isa, fmt, precision):
     if fmt == "mxfp4":
         gate[1, :5], up[1], down[1] = 0, 200, 60  # bytes: 2^-127, 2^73, 2^-67
         gate[2, :, 0] = 20
+    elif fmt == "nvfp4":
+        for scales, byte in ((gate[:, :5], 0), (up, 0x7E), (down, 1)):  # 0, 448, 2^-9
+            scales.view(torch.uint8)[1] = byte
     else:
         gate[1, :5], up[1], down[1] = 0, up[1] * 2.0**70, down[1] * 2.0**-70
         gate[2, :, 0] *= -(2.0**-100)
     scaled = Layer(
         fmt,
-        QuantizedMatrix(weights.gate.codes, gate),
-        QuantizedMatrix(weights.up.codes, up),
-        QuantizedMatrix(weights.down.codes, down),
+        QuantizedMatrix(weights.gate.codes, gate, weights.gate.factor),
+        QuantizedMatrix(weights.up.codes, up, weights.up.factor),
+        QuantizedMatrix(weights.down.codes, down, weights.down.factor),
     )
     experts = scaled.pack(isa=isa, precision=precision)
     for tokens in (1, 3, 40):
@@ -195,12 +198,13 @@ def test_strided_weights_are_not_misread(isa, fmt):
     # gpt-oss interleaves the rows of gate and up in one tensor.
     gate, up = weights.gate, weights.up
     codes = torch.stack((gate.codes, up.codes), 2).flatten(1, 2)
-    scales = None
+    rows = (None, None)
     if gate.scales is not None:
         scales = torch.stack((gate.scales, up.scales), 2).flatten(1, 2)
+        rows = scales[:, 0::2], scales[:, 1::2]
     experts = Experts.from_tensors(
-        gate=QuantizedMatrix(codes[:, 0::2], None if scales is None else scales[:, 0::2]),
-        up=QuantizedMatrix(codes[:, 1::2], None if scales is None else scales[:, 1::2]),
+        gate=QuantizedMatrix(codes[:, 0::2], rows[0], gate.factor),
+        up=QuantizedMatrix(codes[:, 1::2], rows[1], up.factor),
         down=weights.down,
         format=fmt,
         isa=isa,

@@ -27,7 +27,7 @@ def test_every_byte_and_scale_dequantizes_exactly():
     values = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     factors = np.arange(255, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     expected = values[unpack(codes).numpy()] * factors[:, None, None]
-    got64 = MXFP4.dequantize(codes, scales, torch.float64)
+    got64 = MXFP4.dequantize(codes, scales, dtype=torch.float64)
     assert np.array_equal(got64.numpy(), expected)
     got32 = MXFP4.dequantize(codes, scales)
     assert got32.dtype == torch.float32
@@ -45,7 +45,7 @@ def test_int4_dequantizes_as_compressed_tensors():
     codes = INT4.normalize_codes(packed, "w")
     assert codes.data_ptr() == packed.data_ptr()
     expected = q.double() * scales.double().repeat_interleave(32, 1)
-    assert torch.equal(INT4.dequantize(codes, scales, torch.float64), expected)
+    assert torch.equal(INT4.dequantize(codes, scales, dtype=torch.float64), expected)
     assert torch.equal(INT4.dequantize(codes, scales), expected.float())
 
 
@@ -91,9 +91,9 @@ def test_mxfp4_ties_go_to_even_codes_and_large_values_saturate():
 
 @pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
 def test_zero_weights_stay_zero(fmt):
-    codes, scales = fmt.quantize(torch.zeros(3, 64))
-    fmt.check_scales(scales, "w")
-    assert not fmt.dequantize(codes, scales).any()
+    matrix = fmt.quantized(torch.zeros(3, 64))
+    fmt.check_scales(matrix.scales, "w")
+    assert not fmt.dense(matrix).any()
 
 
 @pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=lambda f: f.name)
@@ -102,10 +102,10 @@ def test_quantizing_dequantized_weights_keeps_them(fmt):
     w = torch.randn(2, 3, 128)
     if fmt is INT4:  # otherwise amax / 7.5 gives another scale
         w.view(2, 3, 4, 32)[..., 0] = -8
-    first = fmt.dequantize(*fmt.quantize(w))
+    first = fmt.dense(fmt.quantized(w))
     assert first.shape == w.shape
     if fmt is MXFP4:
-        assert torch.equal(first, fmt.dequantize(*fmt.quantize(first)))
+        assert torch.equal(first, fmt.dense(fmt.quantized(first)))
     assert (first - w).norm() < 0.2 * w.norm()
 
 

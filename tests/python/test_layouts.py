@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import cpumoe
 from cpumoe.checkpoint import CheckpointError, open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
-from cpumoe.formats.mxfp4 import FLOAT4
+from cpumoe.formats.e2m1 import FLOAT4
 
 needs_float4 = pytest.mark.skipif(FLOAT4 is None, reason="needs PyTorch 2.8")
 MODELS = ["v4-flash", "gpt-oss-20b", "kimi-k2"]

@@ -67,7 +67,7 @@ def kernel(problem, *, precision="bf16", swiglu=SwiGLU(), output_dtype=torch.bfl
     """An independent kernel: rounded x and h, float32 sums; token by token."""
     x, ids, weights, gate, up, down = problem.arguments
     rounded = ROUNDED[resolve_precision(precision, x.dtype)]
-    dense = [problem.fmt.dequantize(m.codes, m.scales) for m in (gate, up, down)]
+    dense = [problem.fmt.dense(m) for m in (gate, up, down)]
     y = torch.zeros(x.shape)
     for token in range(len(x)):
         for slot, expert in enumerate(ids[token].tolist()):
@@ -281,8 +281,7 @@ def test_coherent_roundings_stay_within_the_bound(fmt, precision, value):
 @pytest.mark.parametrize("exponent", [-30, 20])
 def test_the_bound_follows_the_size_of_the_weights(fmt, precision, exponent):
     p = Problem(fmt)
-    codes, scales = fmt.quantize(torch.randn(4, 64, 96) * 2.0**exponent)
-    p.down = QuantizedMatrix(codes, scales)
+    p.down = fmt.quantized(torch.randn(4, 64, 96) * 2.0**exponent)
     expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
     assert ((kernel(p, precision=precision).double() - expected).abs() <= bound).all()
     assert bound.max() < 0.1 * expected.abs().max()
@@ -316,7 +315,7 @@ def test_the_int8_bound_is_little_more_than_the_error(fmt):
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 @pytest.mark.parametrize("fault", ["swapped nibbles", "scale off by one"])
 def test_a_wrong_byte_exceeds_the_bound(fmt, precision, projection, fault):
-    """One byte's nibbles swapped, or one group's scale doubled, in one matrix of every expert."""
+    """Two nibbles swapped, or a group's scale doubled or halved, in one matrix of all experts."""
     p = Problem(fmt)
     expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
     right = getattr(p, projection)
@@ -329,8 +328,10 @@ def test_a_wrong_byte_exceeds_the_bound(fmt, precision, projection, fault):
         codes[:, 0, column] = (byte >> 4) | (byte << 4)
     elif fmt.name == "mxfp4":
         scales[:, 0, 0] += 1
+    elif fmt.name == "nvfp4":
+        scales.view(torch.uint8)[:, 0, 0] -= 8
     else:
         scales[:, 0, 0] *= 2
-    setattr(p, projection, QuantizedMatrix(codes, scales))
+    setattr(p, projection, QuantizedMatrix(codes, scales, right.factor))
     error = (kernel(p, precision=precision).double() - expected).abs()
     assert (error > bound).any(), (error / bound).max()

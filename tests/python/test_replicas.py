@@ -35,7 +35,10 @@ def test_the_layers_experts_are_those_that_the_caller_names(tmp_path, model, ord
 
 @EVERY_VARIANT
 def test_replicas_have_their_own_mask_and_share_memory(tmp_path, isa, fmt):
-    model = next(spec.name for spec in registry.MODELS if spec.weight_format == fmt)
+    specs = (spec for spec in registry.MODELS if spec.weight_format == fmt)
+    model = next((spec.name for spec in specs if spec.layout != "other"), None)
+    if model is None:
+        pytest.skip(f"no model in {fmt} can be written")
     folder = write_small(tmp_path, model, **SIZES)
     number = first_layer(folder)
     experts = Experts.from_checkpoint(folder, number, experts=[0, 1, 1, 0, 2, 3], isa=isa)

@@ -17,7 +17,7 @@ MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2", "kimi-k2.5", "Mixtral-8x7B", "GL
 
 
 def dense(fmt, matrix):
-    return fmt.dequantize(matrix.codes, matrix.scales)
+    return fmt.dense(matrix)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -40,7 +40,7 @@ def quantized_in_place(module):
             values = torch.randn(parameter.shape, generator=generator) * 0.2
             if not name.endswith("bias"):
                 rows = values.transpose(1, 2) if module.is_transposed else values
-                rows = fmt.dequantize(*fmt.quantize(rows.contiguous()))
+                rows = fmt.dense(fmt.quantized(rows.contiguous()))
                 values = rows.transpose(1, 2) if module.is_transposed else rows
             parameter.copy_(values)
     return module
@@ -321,7 +321,7 @@ def test_weights_in_memory_are_rounded_to_a_format_that_the_options_name(module_
             for matrix in stack.mT if module.is_transposed else stack:
                 halves = matrix.split(96) if module.is_concatenated else (matrix[::2], matrix[1::2])
                 for rows in (matrix,) if stack is rounded.down_proj else halves:
-                    rows.copy_(fmt.dequantize(*fmt.quantize(rows.contiguous())))
+                    rows.copy_(fmt.dense(fmt.quantized(rows.contiguous())))
         expected = rounded(*routing())
         module.config._experts_implementation = "cpumoe"
         with loading_with(ExpertsOptions(weight_format=format)):

@@ -60,7 +60,7 @@ def exported(name: str, weight: torch.Tensor) -> torch.Tensor:
     stored = kind(name)
     if stored == "fp4":
         fmt = weight_format("mxfp4")
-        return fmt.dequantize(*fmt.quantize(weight))
+        return fmt.dense(fmt.quantized(weight))
     if stored == "fp8":
         return dequantize_fp8(*quantize_fp8(weight))
     return weight if stored == "fp32" else weight.bfloat16().float()

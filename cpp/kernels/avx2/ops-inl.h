@@ -98,6 +98,7 @@ struct Avx2 : Fp32Multiplicands {
 
   static Vec LoadScales(const E8M0* p) { return {LoadScales8(p), LoadScales8(p + 8)}; }
   static Vec LoadScales(const Bf16* p) { return {LoadScales8(p), LoadScales8(p + 8)}; }
+  static Vec LoadScales(const UE5M3* p) { return {LoadScales8(p), LoadScales8(p + 8)}; }
 
   static Codes LoadCodes(const std::byte* p) {
     const auto* vectors = reinterpret_cast<const __m256i*>(p);
@@ -209,6 +210,13 @@ struct Avx2 : Fp32Multiplicands {
     // Byte 0 is 2^-127. As fp32 this is subnormal, and its only bit is the highest of the mantissa.
     return _mm256_castsi256_ps(
         _mm256_max_epi32(_mm256_slli_epi32(bytes, 23), _mm256_set1_epi32(0x00400000)));
+  }
+  static __m256 LoadScales8(const UE5M3* p) {
+    const __m256i bytes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    // Five exponent bits as the lower ones of fp32. No byte is subnormal so.
+    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(bytes, 20)),
+                         _mm256_set1_ps(0x1p112f));
   }
   static __m256 LoadScales8(const Bf16* p) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -93,6 +93,14 @@ struct Avx512 : Fp32Multiplicands {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
 
+  static Vec LoadScales(const UE5M3* p) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // Five exponent bits as the lower ones of fp32. No byte is subnormal so.
+    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bytes, 20)),
+                         _mm512_set1_ps(0x1p112f));
+  }
+
   static Codes LoadCodes(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
   static Table16 MakeTable(const std::array<float, 16>& values) {
     return {_mm512_loadu_ps(values.data())};

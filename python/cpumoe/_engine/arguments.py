@@ -12,9 +12,9 @@ from cpumoe._engine.output import ELEMENTS
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.formats.weight_format import K_MULTIPLE
 
-# A stack of matrices [experts, N, K]: a QuantizedMatrix, a tuple (codes, scales), or the weights of
-# a format without scales.
-MatrixStack = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+# A stack of matrices [experts, N, K]: a QuantizedMatrix, a tuple of its parts, or the weights of a
+# format without scales.
+MatrixStack = QuantizedMatrix | tuple[torch.Tensor, ...] | torch.Tensor
 
 
 def check_mask(mask: torch.Tensor, num_experts: int) -> int:
@@ -39,7 +39,7 @@ def normalized(
     fmt: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
 ) -> QuantizedMatrix:
     """Returns a matrix, or a stack, as bytes of codes and scales whose shapes fit."""
-    if isinstance(matrices, tuple) and len(matrices) == 2:
+    if isinstance(matrices, tuple) and len(matrices) in (2, fmt.num_parts):
         matrices = QuantizedMatrix(*matrices)
     elif isinstance(matrices, torch.Tensor) and fmt.scale_dtype is None:
         matrices = QuantizedMatrix(matrices)
@@ -57,7 +57,8 @@ def normalized(
         how = "stack the experts' matrices" if stacked else "pass one expert's matrix"
         raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}; {how}")
     fmt.check_shapes(codes, scales, name)
-    return QuantizedMatrix(codes, scales, name=matrices.name or name)
+    factor = fmt.normalize_factor(matrices.factor, codes.shape[:-2], f"{name} factor")
+    return QuantizedMatrix(codes, scales, factor, name=matrices.name or name)
 
 
 def _kind(value: object) -> str:
@@ -96,6 +97,7 @@ SCALE_TYPES = {
     torch.float8_e8m0fnu: _core.ScaleType.E8M0,
     torch.bfloat16: _core.ScaleType.BF16,
     torch.float32: _core.ScaleType.FP32,
+    torch.float8_e4m3fn: _core.ScaleType.E4M3,
 }
 
 
@@ -115,4 +117,5 @@ def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
         scale_rows=scale_rows,
         scale_depth=scale_depth,
         scale_type=_core.ScaleType.OWN if scales is None else SCALE_TYPES[scales.dtype],
+        factor=1.0 if matrix.factor is None else matrix.factor.item(),
     )

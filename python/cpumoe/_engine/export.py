@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,9 +18,9 @@ from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.formats.weight_format import K_MULTIPLE
 
-# Memory for a matrix [N, K]: a QuantizedMatrix, a tuple (codes, scales), or a tensor in a format
-# without scales.
-MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+# Memory for a matrix [N, K]: a QuantizedMatrix, a tuple of its parts, or a tensor in a format that
+# has no scales.
+MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, ...] | torch.Tensor
 
 
 # The dtypes of scales by the engine's names.
@@ -33,19 +33,23 @@ def new_expert(
     """Returns memory for a packed expert's gate, up and down."""
     fmt = form.fmt
 
-    def matrix(rows: int, columns: int, grid: _core.ScaleGrid) -> QuantizedMatrix:
+    def matrix(rows: int, columns: int, stored: _core.StoredScales) -> QuantizedMatrix:
         # The engine writes to CPU memory, whatever the caller's default device is.
         elements = columns * fmt.code_bits // (8 * fmt.code_storage.itemsize)
         codes = torch.empty(rows, elements, dtype=fmt.code_storage, device="cpu")
         if fmt.scale_storage is None:
             return QuantizedMatrix(codes)
+        grid = stored.grid
         shape = (-(-rows // grid.rows), -(-columns // grid.depth))
         dtype = fmt.stored_scale(_SCALE_DTYPES[grid.type])
-        return QuantizedMatrix(codes, torch.empty(shape, dtype=dtype, device="cpu"))
+        scales = torch.empty(shape, dtype=dtype, device="cpu")
+        if fmt.factor_for is None:
+            return QuantizedMatrix(codes, scales)
+        return QuantizedMatrix(codes, scales, torch.ones((), dtype=torch.float32, device="cpu"))
 
     sizes = _sizes(form, form.intermediate_size).values()
-    grids = layer.scale_grids(expert=expert)
-    gate, up, down = (matrix(*size, grid) for size, grid in zip(sizes, grids, strict=True))
+    stored = layer.scales(expert=expert)
+    gate, up, down = (matrix(*size, each) for size, each in zip(sizes, stored, strict=True))
     return gate, up, down
 
 
@@ -62,7 +66,8 @@ def export_into(
     targets = _targets(form, buffers, len(features))
     shard = ([target.matrix for target in targets], features.start)
     layer.unpack(runtime=runtime, expert=expert, shards=[shard])
-    for target in targets:
+    for target, stored in zip(targets, layer.scales(expert=expert), strict=True):
+        target.set_factor(stored.factor)
         target.finish()
 
 
@@ -90,6 +95,7 @@ def copy_into(
             target.codes.copy_(matrix.codes[first:last])
         if target.scales is not None:
             target.scales.detach().copy_(_scales_of(matrix, row, column, target))
+        target.set_factor(1.0 if matrix.factor is None else matrix.factor.item())
         target.finish()
 
 
@@ -156,6 +162,10 @@ class _Target:
     def scales(self) -> torch.Tensor | None:
         return self.written.scales
 
+    def set_factor(self, factor: float) -> None:
+        if self.written.factor is not None:
+            self.written.factor.fill_(factor)
+
     def finish(self) -> None:
         """Tells autograd of the change."""
         for tensor in self.given:
@@ -210,7 +220,7 @@ def _targets(form: ExpertForm, buffers: Mapping[str, MatrixBuffer], features: in
 
 
 def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, columns: int) -> _Target:
-    if isinstance(buffer, tuple) and len(buffer) == 2:
+    if isinstance(buffer, tuple) and len(buffer) in (2, fmt.num_parts):
         buffer = QuantizedMatrix(*buffer)
     elif isinstance(buffer, torch.Tensor) and fmt.scale_storage is None:
         buffer = QuantizedMatrix(buffer)
@@ -220,6 +230,7 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
             f"{name}: expected a QuantizedMatrix or {wanted}, got {type(buffer).__name__}"
         )
     codes, scales = buffer.codes, buffer.scales
+    factor = _factor_memory(fmt, buffer.factor, f"{name} factor")
     code_memory = _memory(codes, f"{name} codes", fmt.code_dtypes, rows, columns * fmt.code_bits)
     if fmt.scale_storage is None:
         if scales is not None:
@@ -240,7 +251,25 @@ def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, colum
     )
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
     assert scales is not None
-    return _Target(matrix_view(written, name), written, (codes, scales), memories)
+    given = (codes, scales) if buffer.factor is None else (codes, scales, buffer.factor)
+    view = matrix_view(written, name)  # the engine does not write factors
+    return _Target(view, replace(written, factor=factor), given, memories)
+
+
+def _factor_memory(
+    fmt: WeightFormat, factor: torch.Tensor | None, name: str
+) -> torch.Tensor | None:
+    """Returns the memory for a matrix' factor; None: the format has none."""
+    if fmt.factor_for is None:
+        if factor is not None:
+            raise TypeError(f"{name}: {fmt.name} has no factors; pass codes and scales alone")
+        return None
+    if not isinstance(factor, torch.Tensor) or factor.dtype != torch.float32:
+        got = "None" if factor is None else describe(factor)
+        raise TypeError(f"{name}: expected a float32 tensor of one element, got {got}")
+    if factor.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got {list(factor.shape)}")
+    return plain(factor, name).detach()
 
 
 def _scale_shape(

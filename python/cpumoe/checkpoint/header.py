@@ -25,7 +25,7 @@ from cpumoe.checkpoint.files import (
     shown,
     shown_value,
 )
-from cpumoe.formats.mxfp4 import FLOAT4
+from cpumoe.formats.e2m1 import FLOAT4
 
 # The dtype names of safetensors that expert checkpoints use.
 TORCH_DTYPES = {

@@ -9,12 +9,13 @@ from cpumoe.formats.bf16 import BF16
 from cpumoe.formats.fp8 import FP8
 from cpumoe.formats.int4 import INT4
 from cpumoe.formats.mxfp4 import MXFP4
+from cpumoe.formats.nvfp4 import NVFP4
 from cpumoe.formats.quantized_matrix import QuantizedMatrix
 from cpumoe.formats.weight_format import WeightFormat
 
 __all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
 
-WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16, FP8)}
+WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16, FP8, NVFP4)}
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:

@@ -20,12 +20,16 @@ class QuantizedMatrix:
             is contiguous.
         scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4). For
             fp8, float32, bfloat16 or float8_e8m0fnu: ``[..., ceil(N/128), ceil(K/128)]`` for
-            blocks, or ``[..., N, 1]`` for rows. None: the format has none (bf16).
+            blocks, or ``[..., N, 1]`` for rows. float8_e4m3fn for nvfp4. None: the format has none
+            (bf16).
+        factor: float32 ``[...]``, one for each matrix, which multiplies all its weights (nvfp4).
+            None: 1.
         name: the name in error messages, such as a checkpoint tensor's; may be empty.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
     name: str = field(default="", kw_only=True)
 
     @property
@@ -61,8 +65,9 @@ class QuantizedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of codes, scales and factors."""
+        parts = (self.codes, self.scales, self.factor)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __getitem__(self, index: int | slice) -> QuantizedMatrix:
         """Returns matrix `index` of a stack, or rows of a matrix, without a copy.
@@ -70,11 +75,13 @@ class QuantizedMatrix:
         Raises:
             ValueError: the rows begin within a block that shares a scale, and end in another one.
         """
+        stacked = self.codes.dim() > 2
+        factor = self.factor[index] if stacked and self.factor is not None else self.factor
         if self.scales is None:
-            return QuantizedMatrix(self.codes[index])
+            return QuantizedMatrix(self.codes[index], None, factor)
         grid = self.scale_grid
-        if self.codes.dim() > 2 or grid is None or grid[0] == 1:
-            return QuantizedMatrix(self.codes[index], self.scales[index])
+        if stacked or grid is None or grid[0] == 1:
+            return QuantizedMatrix(self.codes[index], self.scales[index], factor)
         rows = range(self.codes.shape[0])[index]
         if isinstance(rows, int):
             rows = range(rows, rows + 1)
@@ -84,4 +91,4 @@ class QuantizedMatrix:
                 f"{self.name or 'matrix'}: blocks of {grid[0]} rows share scales, so rows must "
                 f"begin with a block, got rows {rows.start} to {rows.stop} in steps of {rows.step}"
             )
-        return QuantizedMatrix(self.codes[index], self.scales[first : last + 1])
+        return QuantizedMatrix(self.codes[index], self.scales[first : last + 1], factor)

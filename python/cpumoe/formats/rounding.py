@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from cpumoe.formats.quantized_matrix import BLOCK
+
+# Turns float32 weights into codes and scales; see `WeightFormat`.
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+# Quantizing works on blocks that are too small for PyTorch to divide among threads. Threads would
+# wait for each other after every operation, which on busy cores costs ten times what it saves.
+_BLOCK_WEIGHTS = (1 << 15) - 1
 
 # Adding and subtracting this number rounds a float32 below 2^22 to an integer, half to even.
 _ROUNDER = 1.5 * 2**23
@@ -29,3 +40,61 @@ def group_amax(groups: torch.Tensor) -> torch.Tensor:
 def round_to_integers(x: torch.Tensor) -> torch.Tensor:
     """Rounds in place, half to even; torch.round would use threads."""
     return x.add_(_ROUNDER).sub_(_ROUNDER)
+
+
+def quantized_rows(
+    weights: torch.Tensor, quantize: Quantizer, group: int, scale_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns codes ``[..., N, K/2]`` and scales ``[..., N, K/group]`` of weights ``[..., N, K]``.
+
+    Args:
+        weights: floating point.
+        quantize: turns float32 ``[n, G, group]`` into nibbles of this shape and scales ``[n, G]``.
+        group: weights of a row that share a scale.
+        scale_dtype: the dtype of the scales.
+    """
+    k = weights.shape[-1]
+    rows = weights.reshape(-1, k)
+    codes = rows.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
+    scales = rows.new_empty((rows.shape[0], k // group), dtype=scale_dtype)
+    step = max(1, _BLOCK_WEIGHTS // k)
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        groups = rows[block].float().reshape(-1, k // group, group)
+        nibbles, scales[block] = quantize(groups)
+        pairs = nibbles.view(-1, k // 2, 2)
+        torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
+    lead = weights.shape[:-1]
+    return codes.view(*lead, -1), scales.view(*lead, -1)
+
+
+def quantized_blocks(
+    weights: torch.Tensor,
+    quantize: Quantizer,
+    code_dtype: torch.dtype,
+    scale_dtype: torch.dtype | None,
+    *,
+    by_row: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns codes ``[..., N, K]`` and scales of weights ``[..., N, K]``.
+
+    Args:
+        weights: floating point.
+        quantize: turns float32 ``[n, k]`` that share a scale into codes, and one scale ``[1]``.
+        code_dtype: the dtype of the codes.
+        scale_dtype: the dtype of the scales.
+        by_row: whether a row shares a scale, and not a block of 128 x 128 weights.
+    """
+    *lead, n, k = weights.shape
+    rows, depth = (1, k) if by_row else (BLOCK, BLOCK)
+    codes = torch.empty(weights.shape, dtype=code_dtype, device="cpu")
+    shape = (*lead, -(-n // rows), -(-k // depth))
+    scales = torch.empty(shape, dtype=scale_dtype, device="cpu")
+    stacks = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (weights, codes, scales))
+    for matrix, matrix_codes, matrix_scales in zip(*stacks, strict=True):
+        for i, row in enumerate(range(0, n, rows)):
+            for j, column in enumerate(range(0, k, depth)):
+                block = slice(row, row + rows), slice(column, column + depth)
+                matrix_codes[block], scale = quantize(matrix[block].float())
+                matrix_scales[i, j] = scale[0]
+    return codes, scales

@@ -2,8 +2,9 @@
 
 A weight matrix is ``[N, K]`` (N output rows, K inputs along the contraction). Formats of 4 bits
 store two codes per byte, the even ``k`` in the low nibble, and one scale per group of consecutive
-``k`` of a row. In other formats a code is a number of its dtype. A scale may belong to a block of
-128 x 128 weights or to a row. A format without scales stores the weights themselves.
+``k`` of a row. A matrix may have one more factor, which multiplies all its weights. In other
+formats a code is a number of its dtype. A scale may belong to a block of 128 x 128 weights or to a
+row. A format without scales stores the weights themselves.
 """
 
 from __future__ import annotations
@@ -13,22 +14,19 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cpumoe._base.tensors import describe, dtype_name, plain
 from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix
+from cpumoe.formats.rounding import Quantizer, group_amax, quantized_blocks, quantized_rows
 
-Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-E8M0_NAN = 255
+# The least byte that is no valid scale. E4M3 scales (nvfp4) are not negative.
+_INVALID_SCALE = {torch.float8_e8m0fnu: 0xFF, torch.float8_e4m3fn: 0x7F}
 
 # K is a multiple of this number in every format, because kernels multiply so many k together.
 K_MULTIPLE = 32
-
-# Quantizing works on blocks that are too small for PyTorch to divide among threads. Threads would
-# wait for each other after every operation, which on busy cores costs ten times what it saves.
-_BLOCK_WEIGHTS = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ class WeightFormat:
             and scales ``[..., G]`` in `scale_storage`. A format without values rounds to its dtype.
         quantize_block: turns float32 ``[n, k]`` that share a scale into codes, and one scale
             ``[1]`` in `scale_storage`.
+        factor_for: turns the greatest magnitudes of matrices into their float32 factors. Weights
+            are divided by the factor before they are quantized. None: no factors.
     """
 
     name: str
@@ -66,6 +66,7 @@ class WeightFormat:
     scale_dtypes: tuple[torch.dtype, ...] = ()
     quantize_groups: Quantizer | None = None
     quantize_block: Quantizer | None = None
+    factor_for: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,6 +75,11 @@ class WeightFormat:
             return self.code_bits
         sharing = self.group_size * (BLOCK if self.blocks else 1)
         return self.code_bits + 8 * self.scale_dtype.itemsize / sharing
+
+    @property
+    def num_parts(self) -> int:
+        """How many tensors a matrix may consist of: codes, scales, a factor."""
+        return 1 + (self.scale_dtype is not None) + (self.factor_for is not None)
 
     @property
     def code_storage(self) -> torch.dtype:
@@ -190,6 +196,39 @@ class WeightFormat:
                 f"{name}: expected none in {self.name}, got {got}; pass the weights alone"
             )
 
+    def normalize_factor(
+        self, factor: torch.Tensor | None, lead: Sequence[int], name: str
+    ) -> torch.Tensor | None:
+        """Returns checkpoint factors as `QuantizedMatrix` has them.
+
+        Args:
+            factor: float32, with one element for each matrix of ``[*lead, N, K]``; None: all are 1.
+            lead: the dimensions before the matrices'.
+            name: the tensor's name, for errors.
+
+        Raises:
+            TypeError: the format has no factors, or `factor` is no tensor of float32 in memory on
+                the CPU.
+            ValueError: the shape is another one, or a factor is NaN or infinite.
+        """
+        if factor is None:
+            return None
+        if self.factor_for is None:
+            raise TypeError(
+                f"{name}: expected none in {self.name}, got {describe(factor)}; pass the other "
+                f"parts alone"
+            )
+        _require_dtype(factor, name, (torch.float32,), self.remedy)
+        factor = plain(factor, name)
+        if tuple(factor.shape) != tuple(lead) and factor.numel() * math.prod(lead) != 1:
+            raise ValueError(
+                f"{name}: expected {list(lead)}, one factor per matrix, got {list(factor.shape)}; "
+                f"{self.remedy}"
+            )
+        if not bool(factor.isfinite().all()):
+            raise ValueError(f"{name}: factors must be finite; the checkpoint is damaged")
+        return factor.reshape(tuple(lead))
+
     def stored_scale(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in a `QuantizedMatrix` of scales that a checkpoint stores as `dtype`."""
         if self.scale_dtype == torch.float8_e8m0fnu:
@@ -204,42 +243,48 @@ class WeightFormat:
             name: the tensor's name, for errors.
 
         Raises:
-            ValueError: a scale is NaN or infinite (E8M0 byte 255); the message has its index.
+            ValueError: a scale is NaN, infinite (E8M0 byte 255), or a negative E4M3 scale; the
+                message has its index.
         """
-        if scales is None or self._all_finite(scales):
+        if scales is None or not scales.numel():
             return
-        is_e8m0 = scales.dtype.itemsize == 1
-        bad = scales.view(torch.uint8) == E8M0_NAN if is_e8m0 else ~scales.isfinite()
+        if scales.dtype.itemsize == 1:
+            least = _INVALID_SCALE.get(scales.dtype, _INVALID_SCALE[torch.float8_e8m0fnu])
+            stored = scales.view(torch.uint8)
+            if int(stored.max()) < least:  # PyTorch finds extremes quickly
+                return
+            bad = stored >= least
+        elif all(math.isfinite(extreme.item()) for extreme in scales.aminmax()):
+            return  # both extremes would be NaN if any scale were
+        else:
+            bad = ~scales.isfinite()
         index = [int(i) for i in bad.nonzero()[0]]
-        value = "255 (NaN)" if is_e8m0 else str(float(scales[tuple(index)]))
+        scale = scales[tuple(index)]
+        negative = scale.dtype == torch.float8_e4m3fn and not bool(scale.float().isnan())
+        must = "not be negative" if negative else "be finite"
+        value = "255 (NaN)" if scale.dtype == torch.uint8 else str(float(scale))
         raise ValueError(
-            f"{name}: scales must be finite, got {value} at index {index} "
+            f"{name}: scales must {must}, got {value} at index {index} "
             f"({int(bad.sum())} such scales); the checkpoint is damaged"
         )
-
-    def _all_finite(self, scales: torch.Tensor) -> bool:
-        """Whether all scales are finite, from their extremes, which PyTorch finds quickly."""
-        if not scales.numel():
-            return True
-        if scales.dtype.itemsize == 1:
-            return int(scales.view(torch.uint8).max()) != E8M0_NAN
-        # Both extremes are NaN if any scale is.
-        return all(math.isfinite(extreme.item()) for extreme in scales.aminmax())
 
     def dequantize(
         self,
         codes: torch.Tensor,
         scales: torch.Tensor | None = None,
+        factor: torch.Tensor | None = None,
+        *,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Returns the weights ``[..., N, K]``.
 
-        They are exact in float64. In float32 they are exact within its range, except for float32
-        scales (fp8), whose products are rounded once.
+        They are exact in float64. In float32 they are exact within its range, except where scales
+        (fp8) or factors (nvfp4) are float32. Their products are rounded.
 
         Args:
             codes: as in a `QuantizedMatrix` (see `normalize_codes`).
             scales: as in a `QuantizedMatrix` (see `normalize_scales`); None: there are none.
+            factor: as in a `QuantizedMatrix` (see `normalize_factor`); None: 1.
             dtype: torch.float32 or torch.float64.
 
         Raises:
@@ -248,6 +293,7 @@ class WeightFormat:
             ValueError: the shapes do not fit together.
         """
         codes = plain(codes, "codes")
+        factor = self.normalize_factor(factor, codes.shape[:-2], "factor")
         scales = None if scales is None else plain(scales, "scales")
         self.check_shapes(codes, scales, self.name)
         if scales is None:
@@ -258,11 +304,21 @@ class WeightFormat:
         groups = pairs.view(*scales.shape, -1)
         assert self.scale_dtype is not None
         factors = scales.view(self.scale_dtype).to(torch.float32).to(dtype)
+        if factor is not None:
+            factors = factors * factor[..., None, None].to(dtype)
         return groups.mul_(factors.unsqueeze(-1)).view(*codes.shape[:-1], -1)
 
-    def quantize(
-        self, weights: torch.Tensor, group_size: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def dense(self, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns the weights of a matrix as `dequantize` does."""
+        return self.dequantize(matrix.codes, matrix.scales, matrix.factor, dtype=dtype)
+
+    def quantized(
+        self, weights: torch.Tensor, group_size: int | None = None, *, name: str = ""
+    ) -> QuantizedMatrix:
+        """Returns the parts that `quantize` returns as a matrix called `name`."""
+        return QuantizedMatrix(*self.quantize(weights, group_size), name=name)
+
+    def quantize(self, weights: torch.Tensor, group_size: int | None = None) -> tuple[Any, ...]:
         """Rounds weights to the nearest codes, with float32 arithmetic.
 
         Args:
@@ -272,7 +328,8 @@ class WeightFormat:
                 per row.
 
         Returns:
-            codes and scales as in `QuantizedMatrix`.
+            codes and scales as in `QuantizedMatrix`, where scales are None if the format has none.
+            A format with factors (nvfp4) has them as a third part.
 
         Raises:
             TypeError: `weights` is no tensor in memory on the CPU.
@@ -288,42 +345,20 @@ class WeightFormat:
         self.check_k(k)
         group = self._checked_group(group_size, k)
         if self.quantize_block is not None:
-            return self._quantize_blocks(weights, self.quantize_block, by_row=group_size == k)
+            dtypes = self.code_dtypes[0], self.scale_storage
+            by_row = group_size == k
+            return quantized_blocks(weights, self.quantize_block, *dtypes, by_row=by_row)
         if self.quantize_groups is None:
             codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
             codes.copy_(weights)
             if not bool(codes.isfinite().all()):
                 raise ValueError("quantize: weights must be finite, got NaN or Inf")
             return codes, None
-        rows = weights.reshape(-1, k)
-        codes = rows.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
-        scales = rows.new_empty((rows.shape[0], k // group), dtype=self.scale_storage)
-        step = max(1, _BLOCK_WEIGHTS // k)
-        for start in range(0, rows.shape[0], step):
-            block = slice(start, start + step)
-            groups = rows[block].float().reshape(-1, k // group, group)
-            nibbles, scales[block] = self.quantize_groups(groups)
-            pairs = nibbles.view(-1, k // 2, 2)
-            torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
-        lead = weights.shape[:-1]
-        return codes.view(*lead, -1), scales.view(*lead, -1)
-
-    def _quantize_blocks(
-        self, weights: torch.Tensor, quantize: Quantizer, *, by_row: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        *lead, n, k = weights.shape
-        rows, depth = (1, k) if by_row else (BLOCK, BLOCK)
-        codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
-        shape = (*lead, -(-n // rows), -(-k // depth))
-        scales = torch.empty(shape, dtype=self.scale_storage, device="cpu")
-        stacks = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (weights, codes, scales))
-        for matrix, matrix_codes, matrix_scales in zip(*stacks, strict=True):
-            for i, row in enumerate(range(0, n, rows)):
-                for j, column in enumerate(range(0, k, depth)):
-                    block = slice(row, row + rows), slice(column, column + depth)
-                    matrix_codes[block], scale = quantize(matrix[block].float())
-                    matrix_scales[i, j] = scale[0]
-        return codes, scales
+        how = self.quantize_groups, group, self.scale_storage
+        if self.factor_for is None:
+            return quantized_rows(weights, *how)
+        factor = self.factor_for(group_amax(weights.flatten(-2).float()))
+        return *quantized_rows(weights / factor[..., None, None], *how), factor
 
     def _checked_group(self, group_size: int | None, k: int) -> int:
         group = self.group_size if group_size is None else group_size

@@ -333,6 +333,10 @@ def _quiet_runtime(threads: int) -> Runtime:
         return Runtime(threads)
 
 
+# The parts of a matrix.
+_PARTS = ("codes", "scales", "factor")
+
+
 def _same(exported: ExpertWeights, original: ExpertWeights) -> bool:
     tensors = (
         (getattr(exported, name), getattr(original, name))
@@ -340,7 +344,8 @@ def _same(exported: ExpertWeights, original: ExpertWeights) -> bool:
     )
     for name in ("gate", "up", "down"):
         ours, theirs = getattr(exported, name), getattr(original, name)
-        if not (_bits(ours.codes, theirs.codes) and _bits(ours.scales, theirs.scales)):
+        parts = ((getattr(ours, part), getattr(theirs, part)) for part in _PARTS)
+        if not all(_bits(a, b) for a, b in parts):
             return False
     return all(_bits(a, b) for a, b in tensors)
 

@@ -184,6 +184,7 @@ def _slot(weights: LayerWeights) -> _Slot:
         if like.scales is None:
             return QuantizedMatrix(codes)
         dtype = torch.bfloat16 if like.scales.dtype == torch.uint8 else like.scales.dtype
-        return QuantizedMatrix(codes, torch.zeros(like.scales.shape, dtype=dtype, device="cpu"))
+        scales = torch.zeros(like.scales.shape, dtype=dtype, device="cpu")
+        return QuantizedMatrix(codes, scales, None if like.factor is None else like.factor.clone())
 
     return matrix(expert.gate), matrix(expert.up), matrix(expert.down)

@@ -59,7 +59,7 @@ def random_matrix(
     if pattern == "normal":
         weights = torch.empty(n, k, dtype=torch.float32, device="cpu")
         weights.normal_(0, WEIGHT_STD, generator=generator)
-        return QuantizedMatrix(*fmt.quantize(weights))
+        return fmt.quantized(weights)
     # Each matrix has a size of its own, so that confused experts show as well.
     value = WEIGHT_STD * 2 ** (4 * uniform(generator=generator).item() - 3)
     if pattern == "uniform":
@@ -72,7 +72,7 @@ def random_matrix(
         weights = value * (2 * ((_count(k) + start) % k) / k - 1)
     else:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
-    return QuantizedMatrix(*fmt.quantize(weights))
+    return fmt.quantized(weights)
 
 
 def write_checkpoint(
@@ -168,7 +168,7 @@ def _count(end: int) -> torch.Tensor:
 def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
     if fmt.scale_storage is None:
         weights = uniform(n, k, generator=generator).sub_(0.5).mul_(12**0.5 * WEIGHT_STD)
-        return QuantizedMatrix(*fmt.quantize(weights))
+        return fmt.quantized(weights)
     # random_ draws one number per element, so fewer and wider elements are several times faster.
     words = torch.empty(n, k * fmt.code_bits // 64, dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
@@ -183,7 +183,11 @@ def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator)
             *_RANDOM_E8M0, shape, dtype=torch.uint8, device="cpu", generator=generator
         )
     else:
-        scales = (uniform(*shape, generator=generator) * WEIGHT_STD / 4).to(fmt.scale_storage)
+        scales = uniform(*shape, generator=generator) * WEIGHT_STD / 4
+        if fmt.factor_for is not None:
+            factor = torch.tensor(WEIGHT_STD / 4 / 256, dtype=torch.float32, device="cpu")
+            return QuantizedMatrix(codes, (scales / factor).to(fmt.scale_storage), factor)
+        scales = scales.to(fmt.scale_storage)
     return QuantizedMatrix(codes, scales)
 
 

@@ -177,7 +177,8 @@ class ReferenceLayer:
         if isinstance(matrix, QuantizedMatrix):
             if self.format is None:
                 raise ValueError("format: expected the format of the quantized weights, got None")
-            return dequantize(matrix.codes, matrix.scales, self.format, dtype)
+            parts = matrix.codes, matrix.scales, self.format
+            return dequantize(*parts, dtype, factor=matrix.factor)
         if not matrix.dtype.is_floating_point:
             raise ValueError(f"weights: expected float or QuantizedMatrix, got {describe(matrix)}")
         return matrix.to(dtype)
@@ -188,6 +189,8 @@ def dequantize(
     scales: torch.Tensor | None,
     format: str | WeightFormat,
     dtype: torch.dtype = torch.float64,
+    *,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the weights ``[..., N, K]`` of checkpoint codes and scales, exactly.
 
@@ -196,6 +199,7 @@ def dequantize(
         scales: a checkpoint's scales (see `WeightFormat.normalize_scales`); None: there are none.
         format: a weight format or its name.
         dtype: torch.float32 or torch.float64.
+        factor: float32 ``[...]``, which multiplies all weights of a matrix (nvfp4); None: 1.
 
     Raises:
         TypeError: codes or scales have a dtype that the format does not have.
@@ -204,7 +208,7 @@ def dequantize(
     fmt = weight_format(format)
     normalized = fmt.normalize_scales(scales, "scales")
     fmt.check_scales(normalized, "scales")
-    return fmt.dequantize(fmt.normalize_codes(codes, "codes"), normalized, dtype)
+    return fmt.dequantize(fmt.normalize_codes(codes, "codes"), normalized, factor, dtype=dtype)
 
 
 def _count(matrices: ExpertMatrices) -> int:

@@ -22,7 +22,7 @@ from cpumoe._engine.custom_op import new_handle, record_call
 from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
-from cpumoe.formats import QuantizedMatrix, WeightFormat, weight_format
+from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
@@ -189,7 +189,7 @@ def _holds(fmt: WeightFormat, weights: torch.Tensor) -> bool:
     if weights.dtype == torch.bfloat16 and fmt.code_dtypes == (torch.bfloat16,):
         return True
     return weights.shape[-1] % K_MULTIPLE == 0 and torch.equal(
-        fmt.dequantize(*fmt.quantize(weights)), weights.float()
+        fmt.dense(fmt.quantized(weights)), weights.float()
     )
 
 
@@ -215,9 +215,9 @@ def _encoded(module: Any, fmt: WeightFormat) -> Iterator[ExpertWeights]:
             )
         subject = f"{name}: expert {index}"
         yield ExpertWeights(
-            QuantizedMatrix(*fmt.quantize(gate), name=f"{subject}, gate"),
-            QuantizedMatrix(*fmt.quantize(up), name=f"{subject}, up"),
-            QuantizedMatrix(*fmt.quantize(down), name=f"{subject}, down"),
+            fmt.quantized(gate, name=f"{subject}, gate"),
+            fmt.quantized(up, name=f"{subject}, up"),
+            fmt.quantized(down, name=f"{subject}, down"),
             *(bias.contiguous() for bias in biases),
         )
 
