@@ -39,8 +39,3 @@ class PackFormats:
 
     def time_pack_layer(self, fmt, isa):
         self.layer.pack(self.options)
-
-    def track_packed_bytes(self, fmt, isa):
-        return self.layer.pack(self.options).nbytes
-
-    track_packed_bytes.unit = "bytes"
