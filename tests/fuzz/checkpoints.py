@@ -18,7 +18,14 @@ from cpumoe.experts import Experts
 from .documents import changed, damaged, dumped
 from .target import Target, in_one_line
 
-MODELS = ("v4-flash", "gpt-oss-20b", "kimi-k2")
+MODELS = (
+    "v4-flash",
+    "gpt-oss-20b",
+    "kimi-k2",
+    "DeepSeek-V3",
+    "DeepSeek-R1-NVFP4",
+    "Qwen3-30B-A3B-NVFP4",
+)
 _LENGTH_BYTES = 8
 
 

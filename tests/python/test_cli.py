@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from moe_tools import BF16_PRECISIONS
 from safetensors.torch import load_file
 
 import cpumoe
-from cpumoe import _core
+from cpumoe import _core, models
 from cpumoe.cli import console
 from cpumoe.measure import validation
 
@@ -126,9 +127,16 @@ def test_inspect_name():
     assert document["supported"]
     assert document["swiglu"]["limit"] == 10
     assert "g at most 10" in succeed("inspect", "v4-flash")
-    unsupported = read("inspect", "nvidia/DeepSeek-R1-NVFP4")
-    assert not unsupported["supported"]
-    assert "nvfp4" in " ".join(unsupported["reasons"])
+
+
+def test_inspect_says_why_a_model_is_not_supported(monkeypatch):
+    spec = models.find_model("v4-flash")
+    spec = dataclasses.replace(spec, weight_format="mxfp8", layout="other")
+    monkeypatch.setattr(models, "find_model", lambda _name: spec)
+    document = read("inspect", "v4-flash")
+    assert not document["supported"]
+    assert "weight format mxfp8 is not supported yet" in document["reasons"]
+    assert document["bytes"]["expert"] == spec.expert_params * (8 + 8 / 32) / 8
 
 
 def test_inspect_names_missing_and_damaged_shards(tmp_path):

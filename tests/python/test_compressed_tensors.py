@@ -82,7 +82,7 @@ def test_other_compressed_tensors_schemes_are_refused(kimi, weights, name, messa
 
 def test_other_compressed_tensors_formats_are_refused(kimi):
     quantization = json.loads((kimi / "config.json").read_text())["quantization_config"]
-    for name in ("nvfp4-pack-quantized", "mxfp6-packed", "int-quantized"):
+    for name in ("mxfp8-quantized", "mxfp6-packed", "int-quantized"):
         edit_config(kimi, quantization_config={**quantization, "format": name})
         reader = open_checkpoint(kimi)
         assert reader.format == name

@@ -58,18 +58,29 @@ def test_blocks_of_fp8_compute_as_the_hosts_dequantized_ones(tmp_path, family):
     check_logits(ours, hosts)
 
 
-def test_layers_that_are_not_quantized_compute_as_the_hosts(tmp_path):
-    folder = tiny_models.int4_moe(tmp_path, "qwen3_moe", kept=1)
+# The host cannot load layers without quantized experts, and ignores NVFP4's factors.
+@pytest.mark.parametrize(
+    ("stored", "kept", "formats"),
+    [
+        ("pack-quantized", 1, ["int4", "bf16"]),
+        ("nvfp4-pack-quantized", 0, ["bf16", "nvfp4"]),
+        ("nvfp4-pack-quantized", None, ["nvfp4", "nvfp4"]),
+    ],
+)
+def test_experts_compute_as_those_of_a_dequantized_checkpoint(tmp_path, stored, kept, formats):
+    folder = tiny_models.int4_moe(tmp_path, "qwen3_moe", stored=stored, kept=kept)
     ours = from_pretrained(folder, dtype=torch.float32, options=OPTIONS)
     experts = [module.experts for module in ours.modules() if isinstance(module, CpuExperts)]
-    assert [each.format for each in experts[:2]] == ["int4", "bf16"]
-    # The host itself cannot load such a checkpoint, but can load the dequantized one.
+    assert [each.format for each in experts[:2]] == formats
     tensors = load_file(folder / "model.safetensors")
+    fmt = weight_format("nvfp4" if "nvfp4" in formats else "int4")
     changes = {}
     for stem in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
-        codes, scales = tensors[f"{stem}_packed"].view(torch.uint8), tensors[f"{stem}_scale"]
-        changes |= {f"{stem}_{kind}": None for kind in ("packed", "scale", "shape")}
-        changes[stem] = weight_format("int4").dequantize(codes, scales).bfloat16()
+        codes = tensors[f"{stem}_packed"].view(torch.uint8)
+        divisor = tensors.get(f"{stem}_global_scale", torch.ones(1))
+        weight = fmt.dequantize(codes, tensors[f"{stem}_scale"]) / divisor
+        changes |= {name: None for name in tensors if name.startswith(f"{stem}_")}
+        changes[stem] = weight.bfloat16()
     edit_tensors(folder, changes)
     edit_config(folder, quantization_config=None)
     check_logits(ours, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))

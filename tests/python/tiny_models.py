@@ -216,13 +216,16 @@ def _fp8_experts(folder, model):
 
 
 def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized", kept=None):
-    """Saves a model with its routed experts quantized in groups of 32, or FP8 by rows.
+    """Saves a model with its routed experts quantized in groups, or FP8 by rows.
 
     Layer `kept` is left unquantized.
     """
     tensors = _saved(model, folder)
     is_int4, is_fp8 = stored == "pack-quantized", stored == "float-quantized"
-    fmt = weight_format("int4" if is_int4 else "fp8" if is_fp8 else "mxfp4")
+    is_nvfp4 = stored == "nvfp4-pack-quantized"
+    fmt = weight_format(
+        "int4" if is_int4 else "fp8" if is_fp8 else "nvfp4" if is_nvfp4 else "mxfp4"
+    )
     for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
         if f"layers.{kept}." in name:
             continue
@@ -232,6 +235,13 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized", 
             rows = 2.0 ** torch.ceil(torch.log2(weight.abs().amax(1, keepdim=True) / 448))
             tensors[name] = (weight / rows).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale"] = rows.to(torch.bfloat16)
+            continue
+        if is_nvfp4:
+            # Powers of two, so that code * scale / number is exact in bf16.
+            codes, scales = fmt.quantize_groups((weight * 64).unflatten(-1, (-1, 16)))
+            codes = codes.flatten(-2)
+            tensors[f"{name}_packed"] = codes[:, 0::2] + 16 * codes[:, 1::2]
+            tensors |= {f"{name}_scale": scales, f"{name}_global_scale": torch.tensor([64.0])}
             continue
         codes, scales = fmt.quantize(weight)
         if is_int4:
@@ -245,8 +255,8 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized", 
         "num_bits": fmt.code_bits,
         "type": "int" if is_int4 else "float",
         "symmetric": True,
-        "strategy": "channel" if is_fp8 else "group",
-        "group_size": None if is_fp8 else 32,
+        "strategy": "channel" if is_fp8 else "tensor_group" if is_nvfp4 else "group",
+        "group_size": None if is_fp8 else fmt.group_size,
         "dynamic": False,
     }
     edit_config(

@@ -27,10 +27,10 @@ UNQUANTIZED = ExpertsInfo("unquantized")
 
 # The class of all modules, which targets and ignore may name beside module names and patterns.
 _CLASS = "Linear"
-_MODULE = re.compile(rf"{EXPERTS}(?P<name>\w+)(?=\.weight(?:_packed)?$)")
-_BIAS = re.compile(rf"{EXPERTS}\w+\.bias$")
-# Ends of the names of tensors that only quantized experts have.
-_QUANTIZED = (".weight_packed", ".weight_scale")
+_TENSOR = re.compile(rf"{EXPERTS}(?P<projection>\w+)\.(?P<kind>\w+)$")
+# Kinds of tensors: codes or weights, and what only quantized experts have.
+_WEIGHTS = ("weight", "weight_packed")
+_QUANTIZED = ("weight_packed", "weight_scale")
 
 
 class Stored(NamedTuple):
@@ -41,20 +41,41 @@ class Stored(NamedTuple):
         codes: the dtype of codes.
         type: the type of a code.
         tensor: the name of the codes.
+        strategy: which weights share a scale.
+        divisor: the name of a number that divides all weights of a matrix; None: there is none.
     """
 
     name: str
     codes: torch.dtype
     type: str
     tensor: str = "weight_packed"
+    strategy: str = "group"
+    divisor: str | None = None
 
 
 STORED = {
     "pack-quantized": Stored("int4", torch.int32, "int"),
     "mxfp4-pack-quantized": Stored("mxfp4", torch.uint8, "float"),
+    "nvfp4-pack-quantized": Stored(
+        "nvfp4", torch.uint8, "float", strategy="tensor_group", divisor="weight_global_scale"
+    ),
     "float-quantized": Stored("fp8", torch.float8_e4m3fn, "float", "weight"),
 }
 BY_NAME = {stored.name: stored for stored in STORED.values()}
+
+
+class Names(NamedTuple):
+    """What the names of experts' tensors say.
+
+    Attributes:
+        modules: one expert's projection for each decoder layer and projection.
+        quantized: the prefixes of layers that have quantized experts.
+        bias: the name of a bias; None: there is none.
+    """
+
+    modules: list[_Module]
+    quantized: set[str]
+    bias: str | None
 
 
 class _Module(NamedTuple):
@@ -66,7 +87,25 @@ class _Module(NamedTuple):
     projection: str
 
 
-def layer_forms(folder: SafetensorsFolder, config: MoeConfig) -> dict[int, ExpertsInfo]:
+def expert_names(folder: SafetensorsFolder, config: MoeConfig) -> Names:
+    """Returns what the names of a checkpoint's tensors say of its experts."""
+    modules: dict[tuple[str, str], _Module] = {}
+    quantized: set[str] = set()
+    bias = None
+    for match in filter(None, map(_TENSOR.match, folder.names())):
+        layer, prefix = int(match["layer"]), match["prefix"]
+        projection, kind = match["projection"], match["kind"]
+        if kind in _QUANTIZED:
+            quantized.add(prefix)
+        if kind in _WEIGHTS and layer < config.num_hidden_layers:
+            name = match[0].removesuffix(f".{kind}")
+            modules.setdefault((prefix, projection), _Module(name, layer, prefix, projection))
+        elif kind == "bias" and bias is None:
+            bias = match[0]
+    return Names(list(modules.values()), quantized, bias)
+
+
+def layer_forms(names: Names, config: MoeConfig) -> dict[int, ExpertsInfo]:
     """Returns the form of the experts of each layer, or a reason why none can be read.
 
     Raises:
@@ -76,18 +115,14 @@ def layer_forms(folder: SafetensorsFolder, config: MoeConfig) -> dict[int, Exper
     patterns = ModulePatterns()
     groups = _config_groups(quantization, patterns)
     ignore = _Ignore(patterns.checked(quantization.get("ignore") or [], "ignore"), patterns, config)
-    quantized = {
-        match["prefix"]
-        for match in filter(None, map(re.compile(EXPERTS).match, folder.names()))
-        if match.string.endswith(_QUANTIZED)
-    }
     forms: dict[int, dict[ExpertsInfo, str]] = {}
-    for module in _modules(folder, config):
-        form = ignore.form(module, is_quantized=module.prefix in quantized)
+    for module in names.modules:
+        is_quantized = module.prefix in names.quantized
+        form = ignore.form(module, is_quantized=is_quantized)
         if form is None:
             group = _experts_group(groups, module.name, patterns)
             form = UNQUANTIZED if group is None else _group_form(group, quantization)
-            if group is None and module.prefix in quantized:
+            if group is None and is_quantized:
                 raise CheckpointError(
                     f"config.json: config_groups: no group targets the experts: expected one for "
                     f"{shown(module.name)}, got none"
@@ -96,29 +131,17 @@ def layer_forms(folder: SafetensorsFolder, config: MoeConfig) -> dict[int, Exper
     return {layer: _common(found) for layer, found in forms.items()}
 
 
-def unreadable(folder: SafetensorsFolder, config: MoeConfig) -> str | None:
-    """Returns a reason why cpumoe cannot compute experts with these tensors, by their names."""
-    modules = _modules(folder, config)
-    if not modules:
+def unreadable(names: Names) -> str | None:
+    """Returns a reason why cpumoe cannot compute experts with these tensors."""
+    if not names.modules:
         return "no tensor of a routed expert has a known name"
-    bias = next(filter(_BIAS.match, folder.names()), None)
-    if bias is not None:
-        return f"biases of experts are not supported in this layout: {shown(bias)}"
+    if names.bias is not None:
+        return f"biases of experts are not supported in this layout: {shown(names.bias)}"
     gates = {projections[0] for projections in PROJECTIONS}
-    if not any(module.projection in gates for module in modules):
-        return f"experts without a gate projection are not supported: {shown(modules[0].name)}"
+    if not any(module.projection in gates for module in names.modules):
+        first = names.modules[0].name
+        return f"experts without a gate projection are not supported: {shown(first)}"
     return None
-
-
-def _modules(folder: SafetensorsFolder, config: MoeConfig) -> list[_Module]:
-    """Returns one expert's projection for each decoder layer and projection."""
-    modules: dict[tuple[str, str], _Module] = {}
-    for match in filter(None, map(_MODULE.match, folder.names())):
-        layer, prefix, projection = int(match["layer"]), match["prefix"], match["name"]
-        if layer < config.num_hidden_layers:
-            module = _Module(match[0], layer, prefix, projection)
-            modules.setdefault((prefix, projection), module)
-    return list(modules.values())
 
 
 def _common(forms: Mapping[ExpertsInfo, str]) -> ExpertsInfo:
@@ -144,8 +167,8 @@ class _Ignore:
             entry for entry in entries if entry == _CLASS or patterns.is_pattern(entry)
         ]
         # Some exporters write out the names of all experts.
-        named = (_MODULE.match(f"{entry}.weight") for entry in set(entries))
-        self._named = Counter((match["prefix"], match["name"]) for match in named if match)
+        named = (_TENSOR.match(f"{entry}.weight") for entry in set(entries))
+        self._named = Counter((match["prefix"], match["projection"]) for match in named if match)
 
     def form(self, module: _Module, *, is_quantized: bool) -> ExpertsInfo | None:
         """Returns the form of a module that is on the list; None: it is not."""
@@ -216,8 +239,8 @@ def _group_size(stored: Stored, weights: Mapping[str, Any]) -> tuple[int | None,
         got = f"block_structure {shown_value(block)} of strategy {shown_value(strategy)}"
         wanted = f"[{BLOCK}, {BLOCK}] of 'block', and strategies 'channel' and 'tensor'"
         return None, (f"{got} is not supported, only {wanted}",)
-    if strategy != "group":
-        known = "'group' and 'channel'" if fmt.groups_vary else "'group'"
+    if strategy != stored.strategy:
+        known = repr(stored.strategy) + (" and 'channel'" if fmt.groups_vary else "")
         return None, (f"strategy {shown_value(strategy)} is not supported, only {known}",)
     if isinstance(size, int) and not isinstance(size, bool):
         multiple = size > 0 and size % fmt.group_size == 0

@@ -11,8 +11,10 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator
 
+import torch
 from typing_extensions import override
 
+from cpumoe.checkpoint.files import CheckpointError, shown
 from cpumoe.checkpoint.reader import LAYER, MODEL, ExpectedTensor, ExpertReader, ExpertWeights
 from cpumoe.formats import QuantizedMatrix
 
@@ -50,6 +52,26 @@ class EachProjectionReader(ExpertReader):
             self._read_projection(*named) for named in self._named_sizes(prefix, index)
         )
         return ExpertWeights(gate, up, down)
+
+    def _number(self, name: str) -> ExpectedTensor:
+        """Returns a tensor of one number that multiplies or divides all weights of a matrix."""
+        return name, (torch.float32,), self._scalar_shape(name)
+
+    def _read_number(self, number: ExpectedTensor, *, inverse: bool = False) -> torch.Tensor:
+        """Returns the factor of a matrix, float32 ``[]``: a number, or one divided by it.
+
+        Raises:
+            CheckpointError: the factor is negative or not finite.
+        """
+        stored = self.folder.tensor(*number).reshape(())
+        factor = stored.reciprocal() if inverse else stored
+        if not (factor.isfinite() and stored.isfinite() and stored >= 0):
+            wanted = "positive and finite" if inverse else "at least 0 and finite"
+            raise CheckpointError(
+                f"{shown(number[0])}: expected a number that is {wanted}, got {stored.item()}; the "
+                f"checkpoint is damaged"
+            )
+        return factor
 
     def _named_sizes(self, prefix: str, index: int) -> Iterator[tuple[str, int, int]]:
         """Yields name, N and K of gate, up and down."""

@@ -66,4 +66,5 @@ class Fp8Reader(EachProjectionReader):
 
     @override
     def _read_projection(self, name: str, n: int, k: int) -> QuantizedMatrix:
-        return self._read_pair(*self._projection(name, n, k))
+        codes, scales = self._projection(name, n, k)
+        return self._read_pair(codes, scales)

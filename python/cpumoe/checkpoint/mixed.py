@@ -106,21 +106,24 @@ def by_endings(
             layer has several of them, the first counts.
     """
     rank = {ending: number for number, ending in enumerate(forms)}
-    named: set[int] = set()  # layers that have names of unquantized experts
     found: dict[int, str] = {}
+    others: list[tuple[str, int | None]] = []  # names without an end, and the expert's layer
     for name in folder.names():
-        plain, match = PublishedReader._EXPERT.match(name), reader._EXPERT.match(name)
-        if plain is not None:
-            named.add(int(plain["layer"]))
+        match = reader._EXPERT.match(name)
+        layer = int(match["layer"]) if match else None
         ending = next(filter(name.endswith, forms), None)
-        if match is not None and ending is not None:
-            other = found.setdefault(int(match["layer"]), ending)
-            found[int(match["layer"])] = min(other, ending, key=rank.__getitem__)
+        if layer is None or ending is None:
+            others.append((name, layer))
+        elif rank[ending] < rank.get(found.get(layer, ""), len(rank)):
+            found[layer] = ending
+    # Checkpoints have hundreds of thousands of names, most of them in layers that were found.
+    plain = (PublishedReader._EXPERT.match(name) for name, layer in others if layer not in found)
+    unquantized = {int(match["layer"]) for match in plain if match} - found.keys()
+    unquantized = {layer for layer in unquantized if layer < config.num_hidden_layers}
     layers_of: dict[ExpertsInfo, set[int]] = {}
     for layer, ending in found.items():
         if layer < config.num_hidden_layers:
             layers_of.setdefault(forms[ending], set()).add(layer)
-    unquantized = {layer for layer in named - found.keys() if layer < config.num_hidden_layers}
     if len(layers_of) + bool(unquantized) < 2:
         return reader(folder, config, next(iter(layers_of or forms.values())))
     parts = [reader(folder, config, info, layers) for info, layers in layers_of.items()]

@@ -376,13 +376,15 @@ class ExpertReader(ABC):
             self._scale_shape(scales, n, k),
         )
 
-    def _read_pair(self, codes: ExpectedTensor, scales: ExpectedTensor) -> QuantizedMatrix:
-        """Reads a matrix from its codes and scales."""
+    def _read_pair(
+        self, codes: ExpectedTensor, scales: ExpectedTensor, factor: torch.Tensor | None = None
+    ) -> QuantizedMatrix:
+        """Reads a matrix from its codes and scales, and a factor of all its weights."""
         matrix = self.folder.tensor(*codes)
         factors = self.folder.tensor(*scales)
         if self._group_size == WHOLE_MATRIX:  # each row gets a copy
             factors = factors.reshape(1, 1).repeat(matrix.shape[0], 1)
-        return self._matrix(matrix, factors, codes[0], scales[0])
+        return self._matrix(matrix, factors, codes[0], scales[0], factor)
 
     @cached_property
     def _prefixes(self) -> dict[int, str]:
@@ -412,11 +414,13 @@ class ExpertReader(ABC):
         scales: torch.Tensor,
         codes_name: str,
         scales_name: str,
+        factor: torch.Tensor | None = None,
     ) -> QuantizedMatrix:
         """Normalizes one matrix."""
         fmt = self._weight_format
         return QuantizedMatrix(
             fmt.normalize_codes(codes, codes_name),
             fmt.normalize_scales(scales, scales_name),
+            factor,
             name=scales_name,
         )

@@ -102,11 +102,14 @@ class CheckpointWriter:
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Writes rows ``row, row + 1, ...`` (along the first dimension) of a declared tensor.
 
+        A tensor without dimensions is one row.
+
         Raises:
             ValueError: dtype or row shape are not as declared, or there are too many rows.
         """
         spec = self._specs[name]
-        fits = tensor.shape[1:] == spec.shape[1:] and row + tensor.shape[0] <= spec.shape[0]
+        rows, given = (shape[0] if shape else 1 for shape in (spec.shape, tensor.shape))
+        fits = tensor.shape[1:] == spec.shape[1:] and row + given <= rows
         if tensor.dtype != spec.dtype or not fits:
             raise ValueError(
                 f"{name}: expected rows of {dtype_name(spec.dtype)} {list(spec.shape)}, "
@@ -114,8 +117,8 @@ class CheckpointWriter:
             )
         shard, start = self._place[name]
         file = self._files[shard]
-        file.seek(start + row * (spec.nbytes // spec.shape[0]))
-        data = tensor.contiguous().view(torch.uint8).flatten()
+        file.seek(start + row * (spec.nbytes // rows))
+        data = tensor.contiguous().flatten().view(torch.uint8)
         file.write(data.numpy().data)
         self._written[name] += data.numel()
         self._done += data.numel()

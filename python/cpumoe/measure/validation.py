@@ -356,7 +356,8 @@ def _bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # Flat, because a factor has no dimension whose size could change.
+    return torch.equal(*(each.flatten().view(torch.uint8) for each in (a, b)))
 
 
 def _compare(

@@ -15,16 +15,23 @@ from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.numerics.glu import GLU, SwiGLU
 
 CheckpointLayout = Literal[
-    "deepseek_v4", "gpt_oss", "compressed_tensors", "published", "fp8_blocks", "other"
+    "deepseek_v4",
+    "gpt_oss",
+    "compressed_tensors",
+    "published",
+    "fp8_blocks",
+    "modelopt",
+    "nvfp4_packed",
+    "other",
 ]
 
 PLAIN_SWIGLU = SwiGLU()
 DEEPSEEK_V4_SWIGLU = SwiGLU(limit=10.0)
 GPT_OSS_SWIGLU = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 
-# Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. NVFP4 has one E4M3
-# scale per 16 weights.
-_OTHER_FORMAT_BITS = {"nvfp4": 4 + 8 / 16}
+# Stored bits per weight of checkpoint formats that are not in WEIGHT_FORMATS. MXFP8 has one E8M0
+# scale per 32 weights.
+_OTHER_FORMAT_BITS = {"mxfp8": 8 + 8 / 32}
 
 
 @dataclass(frozen=True)
@@ -229,17 +236,28 @@ MODELS: tuple[ModelSpec, ...] = (
     _fp8("DeepSeek-V3", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, "", "-0324", dense=3),
     _fp8("DeepSeek-V3.1", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, dense=3),
     _fp8("DeepSeek-R1", "deepseek-ai", "deepseek_v3", _V3_SIZES, 129280, "", "-0528", dense=3),
-    _spec(
+    _each_projection(
+        "nvfp4",
+        "modelopt",
         "DeepSeek-R1-NVFP4",
-        ("nvidia/DeepSeek-R1-NVFP4",),
+        "nvidia",
         "deepseek_v3",
         _V3_SIZES,
-        "nvfp4",
-        first_moe_layer=3,
+        129280,
+        dense=3,
     ),
     _fp8("MiniMax-M2", "MiniMaxAI", "minimax_m2", (3072, 1536, 62, 256, 8), 200064),
     _bf16(
         "Qwen3-30B-A3B", "Qwen", "qwen3_moe", (2048, 768, 48, 128, 8), 151936, "", "-Instruct-2507"
+    ),
+    _each_projection(
+        "nvfp4",
+        "nvfp4_packed",
+        "Qwen3-30B-A3B-NVFP4",
+        "RedHatAI",
+        "qwen3_moe",
+        (2048, 768, 48, 128, 8),
+        151936,
     ),
     _bf16(
         "Qwen3-235B-A22B",

@@ -16,7 +16,12 @@ from cpumoe._base.random import uniform
 from cpumoe.checkpoint.writer import TensorSpec
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.models.synth_layout import Layout, Piece
-from cpumoe.models.synth_published import Fp8BlocksLayout, PublishedLayout
+from cpumoe.models.synth_published import (
+    Fp8BlocksLayout,
+    ModelOptLayout,
+    Nvfp4PackedLayout,
+    PublishedLayout,
+)
 
 # Tokens whose hash routing is drawn at once, which bounds the [tokens, experts] temporary.
 _HASH_CHUNK = 8192
@@ -296,4 +301,6 @@ LAYOUTS: dict[str, type[Layout]] = {
     "compressed_tensors": CompressedTensorsLayout,
     "published": PublishedLayout,
     "fp8_blocks": Fp8BlocksLayout,
+    "modelopt": ModelOptLayout,
+    "nvfp4_packed": Nvfp4PackedLayout,
 }

@@ -1,9 +1,9 @@
-"""Layouts with a tensor for each projection of each expert: bf16, and FP8 in blocks."""
+"""Layouts with a tensor for each projection of each expert: bf16, FP8 in blocks, and NVFP4."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from typing_extensions import override
@@ -12,6 +12,8 @@ from cpumoe.checkpoint.writer import TensorSpec
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.formats.quantized_matrix import BLOCK
 from cpumoe.models.synth_layout import Layout, Piece
+
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 class _Family(NamedTuple):
@@ -124,3 +126,93 @@ class Fp8BlocksLayout(PublishedLayout):
         for (name, row, codes), matrix in zip(pieces, matrices, strict=True):
             yield name, row, codes
             yield f"{name}_scale_inv", row, matrix.given_scales
+
+
+class ModelOptLayout(PublishedLayout):
+    """ModelOpt's NVFP4: packed codes, ``weight_scale`` and a factor, ``weight_scale_2``."""
+
+    _CODES, _FACTOR, _INPUT = "weight", "weight_scale_2", "input_scale"
+    # The shape of a number.
+    _NUMBER: ClassVar[tuple[int, ...]] = ()
+
+    @override
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "quantization_config": self._quantization()}
+
+    def _quantization(self) -> dict[str, Any]:
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+        return {
+            "config_groups": {
+                "group_0": {"weights": weights, "input_activations": weights, "targets": ["Linear"]}
+            },
+            "ignore": ["lm_head", "model.layers.*.self_attn*", "model.layers.*.mlp.gate"],
+            "quant_algo": "NVFP4",
+            "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "producer": {"name": "modelopt", "version": "0.33.0"},
+            "quant_method": "modelopt",
+        }
+
+    @override
+    def tensors(self, layer: int) -> Iterator[TensorSpec]:
+        experts = f"{self._prefix(layer)}.experts."
+        for tensor in super().tensors(layer):
+            if not tensor.name.startswith(experts):
+                yield tensor
+                continue
+            (n, k), stem = tensor.shape, tensor.name.removesuffix("weight")
+            yield TensorSpec(f"{stem}{self._CODES}", torch.uint8, (n, k // 2))
+            scales = self._scale_shape(n, k)
+            yield TensorSpec(f"{stem}weight_scale", torch.float8_e4m3fn, scales)
+            yield TensorSpec(f"{stem}{self._FACTOR}", torch.float32, self._NUMBER)
+            yield TensorSpec(f"{stem}{self._INPUT}", torch.float32, self._NUMBER)
+
+    @override
+    def expert(
+        self, layer: int, index: int, matrices: list[QuantizedMatrix], generator: torch.Generator
+    ) -> Iterator[Piece]:
+        for name, matrix in zip(self._family.names, matrices, strict=True):
+            stem = f"{self._prefix(layer)}.experts.{index}.{name}."
+            assert matrix.factor is not None
+            yield f"{stem}{self._CODES}", 0, matrix.codes
+            yield f"{stem}weight_scale", 0, matrix.given_scales
+            for kind, factor in ((self._FACTOR, matrix.factor), (self._INPUT, _ONE)):
+                yield f"{stem}{kind}", 0, self._stored(factor).reshape(self._NUMBER)
+
+    def _stored(self, factor: torch.Tensor) -> torch.Tensor:
+        """Returns a factor as the checkpoint stores it."""
+        return factor
+
+
+class Nvfp4PackedLayout(ModelOptLayout):
+    """compressed-tensors ``nvfp4-pack-quantized``, which stores 1 / factor, as ``[1]``."""
+
+    _CODES, _FACTOR, _INPUT = "weight_packed", "weight_global_scale", "input_global_scale"
+    _NUMBER = (1,)
+
+    @override
+    def _quantization(self) -> dict[str, Any]:
+        weights = {
+            "dynamic": False,
+            "group_size": 16,
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "symmetric": True,
+            "type": "float",
+        }
+        group = {
+            "input_activations": {**weights, "dynamic": "local"},
+            "targets": ["Linear"],
+            "weights": weights,
+        }
+        return {
+            "config_groups": {"group_0": group},
+            "format": "nvfp4-pack-quantized",
+            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp\\.gate$"],
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    @override
+    def _stored(self, factor: torch.Tensor) -> torch.Tensor:
+        return factor.reciprocal()
