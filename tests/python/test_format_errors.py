@@ -163,3 +163,14 @@ def test_columns_are_a_multiple_of_32(fmt, k):
 def test_only_floating_point_matrices_are_quantized(fmt, weights):
     with pytest.raises(ValueError, match=r"^weights: expected floating point \[..., N, K\], got "):
         fmt.quantize(weights)
+
+
+@FORMATS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(fmt, bad):
+    weights = torch.ones(4, 64)
+    weights[2, 3] = bad
+    with pytest.raises(ValueError, match=r"^expert 3: weights must be finite, got NaN or Inf$"):
+        fmt.quantized(weights, name="expert 3")
+    with pytest.raises(ValueError, match=r"^weights must be finite, got NaN or Inf$"):
+        fmt.quantized(weights)

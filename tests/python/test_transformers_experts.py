@@ -1,6 +1,7 @@
 """Recognising activations, the module in a model, and experts in memory."""
 
 import copy
+import math
 
 import pytest
 import tiny_models
@@ -327,6 +328,20 @@ def test_weights_in_memory_are_rounded_to_a_format_that_the_options_name(module_
         with loading_with(ExpertsOptions(weight_format=format)):
             actual = module(*routing())
     assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("format", "expert"), [(None, ""), ("int4", ": expert 2, down")])
+def test_nan_in_memory_is_named(format, expert):
+    module = experts_module(DeepseekV3Experts)
+    torch.nn.init.zeros_(module.gate_up_proj)
+    torch.nn.init.zeros_(module.down_proj).data[2, 1] = math.nan
+    module.config._experts_implementation = "cpumoe"
+    message = f"^DeepseekV3Experts{expert}: weights must be finite, got NaN or Inf$"
+    with (
+        loading_with(ExpertsOptions(weight_format=format)),
+        pytest.raises(ValueError, match=message),
+    ):
+        module(*routing())
 
 
 def test_a_format_to_round_to_must_be_known_and_concerns_no_checkpoint(tmp_path):

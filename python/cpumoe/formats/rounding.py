@@ -33,7 +33,7 @@ def group_amax(groups: torch.Tensor) -> torch.Tensor:
     """Returns the greatest magnitude of each group; raises ValueError unless all are finite."""
     amax = groups.abs().amax(dim=-1)  # aminmax would use threads
     if not bool(amax.isfinite().all()):
-        raise ValueError("quantize: weights must be finite, got NaN or Inf")
+        raise ValueError("weights must be finite, got NaN or Inf")
     return amax
 
 

@@ -315,8 +315,11 @@ class WeightFormat:
     def quantized(
         self, weights: torch.Tensor, group_size: int | None = None, *, name: str = ""
     ) -> QuantizedMatrix:
-        """Returns the parts that `quantize` returns as a matrix called `name`."""
-        return QuantizedMatrix(*self.quantize(weights, group_size), name=name)
+        """Returns the parts that `quantize` returns as a matrix; errors begin with its name."""
+        try:
+            return QuantizedMatrix(*self.quantize(weights, group_size), name=name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from error
 
     def quantize(self, weights: torch.Tensor, group_size: int | None = None) -> tuple[Any, ...]:
         """Rounds weights to the nearest codes, with float32 arithmetic.
@@ -352,7 +355,7 @@ class WeightFormat:
             codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
             codes.copy_(weights)
             if not bool(codes.isfinite().all()):
-                raise ValueError("quantize: weights must be finite, got NaN or Inf")
+                raise ValueError("weights must be finite, got NaN or Inf")
             return codes, None
         how = self.quantize_groups, group, self.scale_storage
         if self.factor_for is None:

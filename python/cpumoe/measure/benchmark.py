@@ -15,6 +15,7 @@ from statistics import median
 
 from cpumoe._engine.packing import BATCH_PER_THREAD
 from cpumoe.formats import weight_format
+from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.limits import (
     DotPeak,
@@ -220,7 +221,8 @@ class _Case:
     @property
     def peak_of(self) -> Variant:
         """The variant and the precision whose multiply instruction the calls use."""
-        as_bytes = bool(weight_format(self.timer.experts.format).values)
+        fmt = weight_format(self.timer.experts.format)
+        as_bytes = fmt.values and fmt.group_size >= K_MULTIPLE
         if self.variant.precision == "int8" and not as_bytes:  # then int8 has no effect
             return Variant(self.variant.isa, "bf16")
         return self.variant

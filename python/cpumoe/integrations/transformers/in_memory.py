@@ -173,23 +173,24 @@ def _pack(module: Any) -> Experts:
 def _exact_format(module: Any) -> WeightFormat:
     """Returns the smallest format that holds all of the module's weights exactly."""
     stacks = (getattr(module, _first(module)), module.down_proj)
+    name = type(module).__name__
     for fmt in _FORMATS:
-        if all(_holds(fmt, _rows(module, matrix)) for stack in stacks for matrix in stack):
+        if all(_holds(fmt, _rows(module, matrix), name) for stack in stacks for matrix in stack):
             return fmt
     raise UnsupportedFormatError(
-        f"{type(module).__name__}: expected weights that are exactly "
+        f"{name}: expected weights that are exactly "
         f"{' or '.join(fmt.name for fmt in _FORMATS)}, got others, and cpumoe does not round "
         f"weights unasked; load the model with dtype=torch.bfloat16, or name a format to which all "
         f"weights are rounded: enable(ExpertsOptions(weight_format='bf16'))"
     )
 
 
-def _holds(fmt: WeightFormat, weights: torch.Tensor) -> bool:
-    """Whether weights ``[N, K]`` are values of the format."""
+def _holds(fmt: WeightFormat, weights: torch.Tensor, name: str) -> bool:
+    """Whether weights ``[N, K]`` of a module called `name` are values of the format."""
     if weights.dtype == torch.bfloat16 and fmt.code_dtypes == (torch.bfloat16,):
         return True
     return weights.shape[-1] % K_MULTIPLE == 0 and torch.equal(
-        fmt.dense(fmt.quantized(weights)), weights.float()
+        fmt.dense(fmt.quantized(weights, name=name)), weights.float()
     )
 
 
