@@ -33,6 +33,10 @@ def has_scales(fmt):
     return bool(fmt.scale_dtypes)
 
 
+def has_factors(fmt):
+    return fmt.factor_for is not None
+
+
 def names(dtypes):
     return " or ".join(map(dtype_name, dtypes))
 
@@ -61,6 +65,18 @@ def superfluous_scales(_fmt, matrix):
     return dataclasses.replace(matrix, scales=torch.ones(*matrix.codes.shape[:-1], 1))
 
 
+def wrong_factor(_fmt, matrix):
+    return dataclasses.replace(matrix, factor=matrix.factor.double())
+
+
+def too_many_factors(_fmt, matrix):
+    return dataclasses.replace(matrix, factor=torch.ones(EXPERTS + 1))
+
+
+def superfluous_factor(_fmt, matrix):
+    return dataclasses.replace(matrix, factor=torch.ones(matrix.codes.shape[:-2]))
+
+
 def codes_alone(_fmt, matrix):
     return matrix.codes
 
@@ -79,6 +95,14 @@ CASES = {
     too_few_rows_of_scales: (SCALED, ValueError, "scales", None),
     missing_scales: (SCALED, TypeError, "scales", lambda fmt: names(fmt.scale_dtypes)),
     superfluous_scales: (PLAIN, TypeError, "scales", lambda fmt: f"none in {fmt.name}"),
+    wrong_factor: (has_factors, TypeError, "factor", lambda _fmt: "float32"),
+    too_many_factors: (has_factors, ValueError, "factor", None),
+    superfluous_factor: (
+        lambda fmt: not has_factors(fmt),
+        TypeError,
+        "factor",
+        lambda fmt: f"none in {fmt.name}",
+    ),
     codes_alone: (SCALED, TypeError, None, lambda _fmt: "a QuantizedMatrix or a tuple"),
     parts_of_another_number: (ANY, TypeError, None, lambda _fmt: "a QuantizedMatrix or "),
 }
