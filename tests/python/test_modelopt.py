@@ -8,7 +8,7 @@ from checkpoint_tools import edit_config, edit_tensors, write_small
 from cli_tools import succeed
 from safetensors.torch import load_file, save_file
 
-from cpumoe import Experts
+from cpumoe import GLU, Experts
 from cpumoe.checkpoint import CheckpointError, UnsupportedFormatError, open_checkpoint
 from cpumoe.formats import weight_format
 
@@ -74,6 +74,22 @@ def test_layers_without_scales_are_not_quantized(qwen3):
     assert [reader.layer_format(layer) for layer in (0, 1)] == ["bf16", "fp8"]
     stored = load_file(qwen3 / "model.safetensors")[f"{EXPERTS.format(0)}.2.up_proj.weight"]
     assert torch.equal(reader.expert(0, 2).up.codes, stored)
+
+
+def test_experts_without_a_gate_have_their_up_projection_as_gate(qwen3):
+    quantize_fp8(qwen3, [0, 1])
+    describe(qwen3, "FP8")
+    tensors = load_file(qwen3 / "model.safetensors")
+    edit_tensors(qwen3, dict.fromkeys(name for name in tensors if ".gate_proj." in name))
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight_scale: no such tensor"):
+        open_checkpoint(qwen3).check_layer(0)
+    edit_config(qwen3, model_type="nemotron_h", hidden_act=None, mlp_hidden_act="relu2")
+    reader = open_checkpoint(qwen3)
+    reader.check_layer(1)
+    expert = reader.expert(1, 2)
+    assert reader.swiglu == GLU("relu")
+    assert torch.equal(expert.gate.codes, expert.up.codes)
+    assert torch.equal(expert.up.codes, tensors[f"{EXPERTS.format(1)}.2.up_proj.weight"])
 
 
 @pytest.mark.parametrize("algorithm", ["FP8_PB_WO", "W4A8_AWQ", "INT4_AWQ", 7, None])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cpumoe.checkpoint.config import MoeConfig
-from cpumoe.checkpoint.each_projection import EXPERTS, PROJECTIONS
+from cpumoe.checkpoint.each_projection import EXPERTS, projections_of
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 from cpumoe.checkpoint.patterns import ModulePatterns
 from cpumoe.checkpoint.reader import WHOLE_MATRIX, WHOLE_ROW, ExpertsInfo
@@ -131,13 +131,13 @@ def layer_forms(names: Names, config: MoeConfig) -> dict[int, ExpertsInfo]:
     return {layer: _common(found) for layer, found in forms.items()}
 
 
-def unreadable(names: Names) -> str | None:
+def unreadable(names: Names, config: MoeConfig) -> str | None:
     """Returns a reason why cpumoe cannot compute experts with these tensors."""
     if not names.modules:
         return "no tensor of a routed expert has a known name"
     if names.bias is not None:
         return f"biases of experts are not supported in this layout: {shown(names.bias)}"
-    gates = {projections[0] for projections in PROJECTIONS}
+    gates = {projections[0] for projections in projections_of(config)}
     if not any(module.projection in gates for module in names.modules):
         first = names.modules[0].name
         return f"experts without a gate projection are not supported: {shown(first)}"

@@ -53,7 +53,7 @@ class CompressedTensorsReader(EachProjectionReader):
     def open(cls, folder: SafetensorsFolder, config: MoeConfig) -> ExpertReader:
         """Opens the experts; see `ExpertReader.open`."""
         names = expert_names(folder, config)
-        reason = unreadable(names)
+        reason = unreadable(names, config)
         if reason is not None:
             name = shown(str(config.quantization.get("format")))
             return cls(folder, config, ExpertsInfo(name, (reason,)))

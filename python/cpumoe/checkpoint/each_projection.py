@@ -14,13 +14,24 @@ from collections.abc import Iterator
 import torch
 from typing_extensions import override
 
+from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import CheckpointError, shown
 from cpumoe.checkpoint.reader import LAYER, MODEL, ExpectedTensor, ExpertReader, ExpertWeights
 from cpumoe.formats import QuantizedMatrix
 
 EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
 # Names of gate, up and down.
-PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Experts without a gate compute relu2(up), which is relu(gate) * up with the up projection as gate.
+# It is packed twice.
+_WITHOUT_GATE = (("up_proj", "up_proj", "down_proj"),)
+_MODELS_WITHOUT_GATE = ("nemotron_h",)
+
+
+def projections_of(config: MoeConfig) -> tuple[tuple[str, str, str], ...]:
+    """Returns the names that gate, up and down of a model's experts may have."""
+    without_gate = config.model_type in _MODELS_WITHOUT_GATE
+    return _WITHOUT_GATE if without_gate else _PROJECTIONS
 
 
 class EachProjectionReader(ExpertReader):
@@ -80,6 +91,7 @@ class EachProjectionReader(ExpertReader):
         def has(projections: tuple[str, ...]) -> bool:
             return any(f"{expert}{name}.{self._codes_kind}" in self.folder for name in projections)
 
-        projections = next(filter(has, PROJECTIONS), PROJECTIONS[0])
+        known = projections_of(self.config)
+        projections = next(filter(has, known), known[0])
         for name, (n, k) in zip(projections, self._projection_sizes(), strict=True):
             yield f"{expert}{name}", n, k
