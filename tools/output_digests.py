@@ -25,18 +25,15 @@ def random_stack(
 ) -> cpumoe.QuantizedMatrix:
     """Returns random codes ``[experts, rows, columns/2]`` with scales of moderate size.
 
-    In a format without scales it returns normal weights.
+    In a format without a scale per 32 codes it returns normal weights.
     """
-    if cpumoe.WEIGHT_FORMATS[format].scale_storage is None:
-        weights = 0.05 * torch.randn(EXPERTS, rows, columns, generator=seed)
-        return cpumoe.QuantizedMatrix(weights.to(cpumoe.WEIGHT_FORMATS[format].code_dtypes[0]))
-    if cpumoe.WEIGHT_FORMATS[format].blocks:
-        weights = 0.05 * torch.randn(EXPERTS, rows, columns, generator=seed)
-        return cpumoe.QuantizedMatrix(*cpumoe.WEIGHT_FORMATS[format].quantize(weights))
+    fmt = cpumoe.WEIGHT_FORMATS[format]
+    if fmt.group_size != 32:
+        return fmt.quantized(0.05 * torch.randn(EXPERTS, rows, columns, generator=seed))
     shape = (EXPERTS, rows, columns // 2)
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seed)
     exponents = torch.randint(-8, -3, (EXPERTS, rows, columns // 32), generator=seed)
-    if cpumoe.WEIGHT_FORMATS[format].scale_storage == torch.uint8:
+    if fmt.scale_storage == torch.uint8:
         return cpumoe.QuantizedMatrix(codes, (exponents + 127).to(torch.uint8))
     mantissas = 1 + torch.rand(exponents.shape, generator=seed)
     return cpumoe.QuantizedMatrix(codes, (mantissas * 2.0**exponents).bfloat16())
