@@ -188,7 +188,8 @@ def _limits(machine: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
     yield "memory reads", f"{best} GB/s", f"{least} GB/s"
     for peak in machine["dot_peaks"]:
         best, least = (_number(2e-9 * peak[key]) for key in ("macs_per_second", "least"))
-        name = f"multiply-adds in registers, {peak['isa']}, {peak['precision']}"
+        kind = ", ".join(peak[key] for key in ("isa", "format", "precision") if key in peak)
+        name = f"multiply-adds in registers, {kind}"
         yield name, f"{best} GFLOP/s", f"{least} GFLOP/s"
 
 

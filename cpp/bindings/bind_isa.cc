@@ -76,11 +76,12 @@ void BindIsa(py::module_& m) {
   m.def("formats", &Formats, py::arg("isa"), py::arg("origin"), "The weight formats of a variant.");
   m.def(
       "few_tokens",
-      [](const std::string& isa, const std::string& origin) {
-        return LoadVariant(isa, origin).few_tokens;
+      [](const std::string& isa, const std::string& origin, const std::string& format) {
+        return FindFormat(LoadVariant(isa, origin), format).few_tokens;
       },
-      py::arg("isa"), py::arg("origin"),
-      "The most tokens of an expert for which a variant uses its few-token kernels, and could.");
+      py::arg("isa"), py::arg("origin"), py::arg("format"),
+      "The most tokens of an expert for which a variant uses its few-token kernels for a weight "
+      "format, and could.");
   m.def("assume_features", &AssumeFeatures, py::arg("features"),
         "For tests under an instruction emulator: pretend that the CPU has these features.");
 }

@@ -101,29 +101,18 @@ class MemoryBuffer {
   AlignedBuffer buffer_;
 };
 
-std::vector<std::string> PeakNames(const std::string& isa, const std::string& origin) {
-  const VariantApi& variant = LoadVariant(isa, origin);
-  std::vector<std::string> names;
-  for (size_t i = 0; i < variant.num_peaks; ++i) names.emplace_back(variant.peaks[i].precision);
-  return names;
-}
-
-// Runs `tasks` tasks of `rounds` rounds each. Returns the multiply-accumulates done and the seconds
-// taken.
+// Runs `tasks` tasks of `rounds` rounds each, of the multiply-adds that a format's calls consist
+// of. Returns the multiply-accumulates done and the seconds taken.
 std::pair<int64_t, double> RunDots(Runtime& runtime, const std::string& isa,
-                                   const std::string& origin, const std::string& precision,
-                                   int64_t tasks, int64_t rounds) {
-  const VariantApi& variant = LoadVariant(isa, origin);
-  const PeakEntry* peak = nullptr;
-  for (size_t i = 0; i < variant.num_peaks; ++i) {
-    if (precision == variant.peaks[i].precision) peak = &variant.peaks[i];
-  }
-  Require(peak != nullptr, "variant ", isa, " has no loop for precision \"", precision, "\"");
+                                   const std::string& origin, const std::string& format,
+                                   Precision precision, int64_t tasks, int64_t rounds) {
+  const FormatEntry& entry = FindFormat(LoadVariant(isa, origin), format);
+  const PeakLoop loop = entry.peaks[static_cast<size_t>(precision)];
   std::atomic<int64_t> done{0};
   double seconds = 0;
   runtime.Execute([&](Node& node) {
     seconds = SecondsOf([&] {
-      node.pool().For(tasks, [&](int64_t /*task*/, int /*thread*/) { done += peak->run(rounds); });
+      node.pool().For(tasks, [&](int64_t /*task*/, int /*thread*/) { done += loop(rounds); });
     });
   });
   return {done, seconds};
@@ -142,14 +131,12 @@ void BindLimits(py::module_& m) {
       .def("copy", &MemoryBuffer::Copy, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
            py::call_guard<py::gil_scoped_release>(),
            "Copies one half to the other on all threads and returns the seconds taken.");
-  m.def("peak_names", &PeakNames, py::arg("isa"), py::arg("origin"),
-        "The precisions for which a variant can time multiply-adds in registers.");
-  m.def(
-      "run_dots", &RunDots, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
-      py::arg("precision"), py::arg("tasks"), py::arg("rounds"),
-      py::call_guard<py::gil_scoped_release>(),
-      "Multiplies and adds in registers on all threads; returns the multiply-accumulates done and "
-      "the seconds taken.");
+  m.def("run_dots", &RunDots, py::arg("runtime"), py::arg("isa"), py::arg("origin"),
+        py::arg("format"), py::arg("precision"), py::arg("tasks"), py::arg("rounds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Multiplies and adds in registers on all threads, as calls of a weight format do; returns "
+        "the "
+        "multiply-accumulates done and the seconds taken.");
 }
 
 }  // namespace cpumoe

@@ -1,13 +1,12 @@
 // The best that a core can do, with which kernels are compared: an ISA's multiply-adds with nothing
 // else around them, and a streaming read. The loops are written once, in the vocabulary of isa.h.
 //
-//   Dots   repeats  sum[i] = sum[i] * x + y                 for fp32 activations
-//                   sum[i] = Dot(sum[i], w, a)              for others: the ISA's dot product
+//   FloatDots  repeats  sum[i] = sum[i] * x + y             for fp32 activations
+//                       sum[i] = Dot(sum[i], w, a)          for others: the ISA's dot product
 //          It has as many chains i as the panel kernel has sums, so that both hide equal latencies.
 //          Sums and factors stay in registers; the loop neither loads nor stores. A panel unit has
-//          a loop of its own. If the default path is the digit path for any number of tokens, Dots
-//          runs QuadDots and counts a group's digits as one product.
-//   QuadDots  is the loop of the int8 path. If product and addition are two instructions, a chain
+//          a loop of its own.
+//   QuadDots  is the loop of the byte paths. If product and addition are two instructions, a chain
 //          loads its factor, because the compiler would move an invariant product out of the loop.
 //   Read   sum[s] += data[s][i]  for a few streams s. Prefetchers stop at the end of a 4 KiB page,
 //          and other streams go on while one starts again (13 % more from an Ice Lake's memory).
@@ -40,27 +39,16 @@ struct Limits {
   static constexpr int64_t kCopyBytes = kStreams * kCopyRun;
   static constexpr int64_t kRoundDots = int64_t{kChains} * kTileRows * (kFp32 ? 1 : 2);
 
-  // Multiplies as the default path does, and returns the multiply-accumulates done.
-  static int64_t Dots(int64_t rounds) {
+  // Multiplies as the floating point path does, and returns the multiply-accumulates done.
+  static int64_t FloatDots(int64_t rounds) {
     if constexpr (HasPanelUnit<Isa>) {
       return Isa::PanelUnit::Dots(rounds);
-    } else if constexpr (Isa::kDigitLimit == kAnyTokens) {
-      return QuadDots(rounds) / kFewDigits;
     } else {
       return VectorDots(rounds);
     }
   }
 
-  // Multiplies as the int8 path does. On an ISA with a panel unit, the unit multiplies many tokens
-  // on that path, too (paths/mixed_path-inl.h).
-  static int64_t Int8Dots(int64_t rounds) {
-    if constexpr (HasPanelUnit<Isa>) {
-      return Isa::PanelUnit::Dots(rounds);
-    } else {
-      return QuadDots(rounds);
-    }
-  }
-
+  // Multiplies as the byte paths do, and returns the multiply-accumulates of bytes done.
   static int64_t QuadDots(int64_t rounds) {
     // Enough chains for two units with five cycles of latency. With more chains, GCC 12 spills.
     constexpr int kQuadChains = std::min(Isa::kTiles * Isa::kQuadTokens, 12);

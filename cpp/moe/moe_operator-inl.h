@@ -37,6 +37,9 @@ class MoeOperator : public Moe {
   using Codec = typename OperatorTraits<Derived>::Codec;
   using Format = typename Codec::Format;
   static_assert(WeightFormat<Format>, "a codec's Format must say how a checkpoint stores weights");
+  // The paths of each precision. Formats without integer codes have no int8 path.
+  using DefaultPath = DefaultPathOf<Isa, Codec>;
+  using Int8Path = Int8PathOf<Isa, Codec>;
   static_assert(StreamIsa<Isa>, "an ISA must say how it writes past the caches");
   static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
 
@@ -88,7 +91,7 @@ class MoeOperator : public Moe {
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
     if constexpr (HasInt8Path<Isa, Codec>) {
       if (config().precision == Precision::kInt8) {
-        Forward<Int8PathOf<Isa, Codec>>(args, pool, workspace);
+        Forward<Int8Path>(args, pool, workspace);
         return;
       }
     }
@@ -98,7 +101,7 @@ class MoeOperator : public Moe {
         return;
       }
     }
-    Forward<DefaultPathOf<Isa, Codec>>(args, pool, workspace);
+    Forward<DefaultPath>(args, pool, workspace);
   }
 
  private:

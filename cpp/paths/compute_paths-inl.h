@@ -57,15 +57,21 @@ using PrecisePathOf = typename PrecisePathTraits<Isa, Codec>::Type;
 
 template <class Isa, class Codec>
 struct Int8PathTraits {
+  using Type = DefaultPathOf<Isa, Codec>;
+};
+template <class Isa, class Codec>
+  requires HasInt8Path<Isa, Codec>
+struct Int8PathTraits<Isa, Codec> {
   using Type = Int8Path<Isa, Codec>;
 };
 template <HasPanelUnit Isa, class Codec>
+  requires HasInt8Path<Isa, Codec>
 struct Int8PathTraits<Isa, Codec> {
   static_assert(Isa::kQuadLimit <= Isa::kQuadTokens, "up to there an expert is one block");
   using Type = MixedPath<Codec, Int8Path<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kQuadLimit>;
 };
 
-// The path of Precision::kInt8.
+// The path of Precision::kInt8: the default path where there is no int8 path.
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
 

@@ -18,6 +18,7 @@
 #include "base/bits.h"
 #include "base/float_types.h"
 #include "kernels/digit_gemm-inl.h"
+#include "kernels/limits-inl.h"
 #include "kernels/product.h"
 #include "kernels/token_blocks.h"
 #include "paths/byte_codec-inl.h"
@@ -35,11 +36,14 @@ class DigitPath {
 
  public:
   static constexpr int kFewTokenLimit = kAnyTokens;
+  static constexpr int kMostFewTokens = kAnyTokens;
   static constexpr int kBlockTokens = kStreamedTokens;
   static constexpr int kFeatureTiles =
       kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = 0;
+
+  static int64_t Dots(int64_t rounds) { return Limits<Isa>::QuadDots(rounds) / kFewDigits; }
 
   static int TilesAtOnce(StagedForm, const TokenBlocks&) { return TilePair::kCount; }
 

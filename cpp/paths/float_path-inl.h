@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "base/float_types.h"
+#include "kernels/limits-inl.h"
 #include "kernels/product.h"
 #include "kernels/tile_gemm-inl.h"
 #include "kernels/token_blocks.h"
@@ -26,9 +27,12 @@ class FloatPath {
 
  public:
   static constexpr int kFewTokenLimit = Isa::kFusedLimit;  // most tokens for the fused kernels
+  static constexpr int kMostFewTokens = Isa::kFusedTokens;
   static constexpr int kBlockTokens = Isa::kPanelTokens;
   static constexpr int kFeatureTiles = 1;  // tiles of intermediate features that are staged at once
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
+
+  static int64_t Dots(int64_t rounds) { return Limits<Isa>::FloatDots(rounds); }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
     return columns * static_cast<int64_t>(sizeof(Activation));

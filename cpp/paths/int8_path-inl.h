@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/float_types.h"
+#include "kernels/limits-inl.h"
 #include "kernels/product.h"
 #include "kernels/quad_gemm-inl.h"
 #include "kernels/token_blocks.h"
@@ -23,11 +24,14 @@ class Int8Path {
 
  public:
   static constexpr int kFewTokenLimit = 0;  // not used: the number of blocks decides
+  static constexpr int kMostFewTokens = 0;
   static constexpr int kBlockTokens = Isa::kQuadTokens;
   static constexpr int kFeatureTiles =
       kGroupSize / kTileRows;  // tiles of a group, which is rounded as a whole
   static_assert(kGroupSize % kTileRows == 0);
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
+
+  static int64_t Dots(int64_t rounds) { return Limits<Isa>::QuadDots(rounds); }
 
   static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
     return Gemm::TilesAtOnce(blocks);

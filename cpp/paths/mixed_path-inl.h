@@ -31,10 +31,15 @@ template <class Codec, MultiplierFor<Codec> Few, PathFor<Codec> Many, int kLimit
 class MixedPath {
  public:
   static constexpr int kFewTokenLimit = std::max(kLimit, Many::kFewTokenLimit);
+  static constexpr int kMostFewTokens = std::max(kLimit, Many::kMostFewTokens);
   static constexpr int kBlockTokens = Many::kBlockTokens;
   static constexpr int kFeatureTiles = Few::kFeatureTiles;
   static_assert(kFeatureTiles % Many::kFeatureTiles == 0);
   static constexpr int64_t kPanelBytes = std::max(Few::kPanelBytes, Many::kPanelBytes);
+
+  static int64_t Dots(int64_t rounds) {
+    return kLimit == kAnyTokens ? Few::Dots(rounds) : Many::Dots(rounds);
+  }
 
   static int TilesAtOnce(StagedForm form, const TokenBlocks& blocks) {
     return form == StagedForm::kBytes ? Few::TilesAtOnce(form, blocks)

@@ -28,6 +28,8 @@ concept MultiplierFor =
              int64_t n, int i, std::byte* block, const std::byte* staged, const Product& c) {
       { P::kFeatureTiles } -> std::convertible_to<int>;
       { P::kPanelBytes } -> std::convertible_to<int64_t>;
+      // Does the multiply-adds of the kernels for many tokens and nothing else. Returns how many.
+      { P::Dots(/*rounds=*/n) } -> std::same_as<int64_t>;
       // How many tiles of a pair are read side by side.
       { P::TilesAtOnce(form, blocks) } -> std::same_as<int>;
       // The bytes of one staged token of n columns.
@@ -45,7 +47,8 @@ template <class P, class Codec>
 concept PathFor = MultiplierFor<P, Codec> && requires(DType dtype, int64_t tokens, int i) {
   // Most tokens of an expert that the path's few-token kernels take.
   { P::kFewTokenLimit } -> std::convertible_to<int>;
-  { P::kBlockTokens } -> std::convertible_to<int>;  // MR
+  { P::kMostFewTokens } -> std::convertible_to<int>;  // that few-token kernels could take
+  { P::kBlockTokens } -> std::convertible_to<int>;    // MR
   // The kernels for so many tokens of an expert.
   { P::FormFor(dtype, tokens, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
 };

@@ -8,6 +8,7 @@
 // std::exception.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,34 +17,31 @@
 
 namespace cpumoe {
 
+// A loop that does the multiply-adds of a path and nothing else (kernels/limits-inl.h). Returns the
+// multiply-accumulates done.
+using PeakLoop = int64_t (*)(int64_t rounds);
+
+// How many tokens of an expert the few-token kernels take (Precision::kBf16).
+struct FewTokens {
+  int crossover;  // the most tokens for which few-token kernels are used
+  int most;       // the most tokens for which few-token kernels exist
+};
+
 struct FormatEntry {
   FormatInfo info;
   Moe* (*create)(const MoeConfig& config);  // the caller deletes it; throws std::invalid_argument
-};
-
-// A loop that does the multiply-adds of a precision's path and nothing else (kernels/limits-inl.h).
-struct PeakEntry {
-  const char* precision;           // "bf16" or "int8"
-  int64_t (*run)(int64_t rounds);  // returns the multiply-accumulates done
-};
-
-// How many tokens of an expert the few-token kernels of a variant take (Precision::kBf16).
-struct FewTokens {
-  int crossover;  // the most tokens for which the variant uses few-token kernels
-  int most;       // the most tokens for which few-token kernels exist
+  std::array<PeakLoop, 2> peaks;            // for many tokens, by Precision
+  FewTokens few_tokens;
 };
 
 struct VariantApi {
   const char* isa;  // the ISA that the library was compiled for
   size_t num_formats;
   const FormatEntry* formats;
-  size_t num_peaks;
-  const PeakEntry* peaks;
   void (*read)(const float* data, int64_t count);  // count must be a multiple of kReadGranule
   // Copies past the caches, where the ISA can. `bytes` must be a multiple of kCopyGranule, and `to`
   // a multiple of 64.
   void (*copy)(std::byte* to, const std::byte* from, int64_t bytes);
-  FewTokens few_tokens;
 };
 
 inline constexpr int64_t kReadGranule = 1024;

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'peak_names', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -453,9 +453,9 @@ def cpu_features() -> set[str]:
     """
     The CPU features that ISA variants need and that this CPU has.
     """
-def few_tokens(isa: str, origin: str) -> FewTokens:
+def few_tokens(isa: str, origin: str, format: str) -> FewTokens:
     """
-    The most tokens of an expert for which a variant uses its few-token kernels, and could.
+    The most tokens of an expert for which a variant uses its few-token kernels for a weight format, and could.
     """
 def formats(isa: str, origin: str) -> list[FormatInfo]:
     """
@@ -469,13 +469,9 @@ def open_variant(name: str, origin: str) -> str:
     """
     Opens a variant's library and returns the ISA that it says it was compiled for. Raises VariantError if the library is missing, damaged or of another build.
     """
-def peak_names(isa: str, origin: str) -> list[str]:
+def run_dots(runtime: Runtime, isa: str, origin: str, format: str, precision: Precision, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
     """
-    The precisions for which a variant can time multiply-adds in registers.
-    """
-def run_dots(runtime: Runtime, isa: str, origin: str, precision: str, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
-    """
-    Multiplies and adds in registers on all threads; returns the multiply-accumulates done and the seconds taken.
+    Multiplies and adds in registers on all threads, as calls of a weight format do; returns the multiply-accumulates done and the seconds taken.
     """
 def select_isa(requested: str | None, argument: str) -> tuple[str, str]:
     """

@@ -155,7 +155,7 @@ def test_tune(v4, tmp_path):
     crossovers = {row["isa"]: row for row in document["crossovers"]}
     assert list(crossovers) == cpumoe.supported_isas()
     for isa, found in crossovers.items():
-        constants = _core.few_tokens(isa, "tests")
+        constants = _core.few_tokens(isa, "tests", "mxfp4")
         for name, count in (("compiled_in", constants.crossover), ("most", constants.most)):
             assert found[name] == (None if count == tuning.ANY_TOKENS else count)
         rows = found["rows"]

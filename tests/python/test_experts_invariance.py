@@ -40,7 +40,7 @@ def test_few_token_limit_chooses_the_kernels(isa, fmt):
     weights = layer(fmt)
     args = inputs(weights, tokens=6)
     outputs = {}
-    own = _core.few_tokens(isa, "tests").crossover
+    own = _core.few_tokens(isa, "tests", fmt).crossover
     for few_token_limit in (None, own, 0, 1000):
         outputs[few_token_limit] = weights.pack(isa=isa, few_token_limit=few_token_limit)(*args)
         check(outputs[few_token_limit], weights, args)

@@ -22,29 +22,29 @@ def test_read_bandwidth(runtime):
 
 @pytest.mark.parametrize("isa", cpumoe.supported_isas())
 def test_dot_peak(runtime, isa):
-    names = _core.peak_names(isa, "isa")
-    assert "bf16" in names
-    for name in names:
-        peak = measure_dot_peak(runtime, isa, name, seconds=0)
-        assert peak is not None
-        assert peak.macs_per_second > 0
-        assert (peak.isa, peak.precision, peak.threads) == (isa, name, 1)
-    assert measure_dot_peak(runtime, isa, "none") is None
+    for fmt in cpumoe.WEIGHT_FORMATS:
+        for name in ("bf16", "int8"):
+            peak = measure_dot_peak(runtime, isa, fmt, name, seconds=0)
+            assert peak is not None
+            assert peak.macs_per_second > 0
+            assert (peak.isa, peak.format, peak.precision, peak.threads) == (isa, fmt, name, 1)
+    assert measure_dot_peak(runtime, isa, "mxfp4", "auto") is None
 
 
 def test_work_is_shared_and_counted():
     with cpumoe.Runtime(1) as one:
-        macs, seconds = _core.run_dots(one.core, "generic", "isa", "bf16", 1, 10)
-        more, _ = _core.run_dots(one.core, "generic", "isa", "bf16", 3, 20)
+        loop = "generic", "isa", "mxfp4", _core.Precision.BF16
+        macs, seconds = _core.run_dots(one.core, *loop, 1, 10)
+        more, _ = _core.run_dots(one.core, *loop, 3, 20)
     assert more == 6 * macs > 0
     assert seconds > 0
 
 
 def test_refusals(runtime):
     with pytest.raises(ValueError, match="unknown ISA"):
-        measure_dot_peak(runtime, "sse9", "bf16")
-    with pytest.raises(ValueError, match='variant generic has no loop for precision "fp64"'):
-        _core.run_dots(runtime.core, "generic", "isa", "fp64", 1, 1)
+        measure_dot_peak(runtime, "sse9", "mxfp4", "bf16")
+    with pytest.raises(ValueError, match='unknown weight format "fp3"'):
+        measure_dot_peak(runtime, "generic", "fp3", "bf16")
     with pytest.raises(ValueError, match="bytes: must be positive, got 0"):
         _core.MemoryBuffer(runtime.core, 0)
     closed = cpumoe.Runtime(1)

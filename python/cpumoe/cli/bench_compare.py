@@ -39,6 +39,8 @@ def read(path: Path) -> dict[str, Any]:
         )
     for row in document["rows"]:
         row.setdefault("format", document["settings"].get("format"))
+    for peak in document["machine"]["dot_peaks"]:
+        peak.setdefault("format", document["settings"].get("format"))
     return dict(document)
 
 
@@ -98,8 +100,8 @@ def _limits(document: dict[str, Any]) -> dict[str, float]:
     machine = document["machine"]
     limits = {"memory read, GB/s": machine["read_bandwidth"]["bytes_per_second"] / 1e9}
     for peak in machine["dot_peaks"]:
-        name = f"{peak['isa']}, {peak['precision']} in registers, GFLOP/s"
-        limits[name] = 2e-9 * peak["macs_per_second"]
+        kind = ", ".join(str(peak[key]) for key in ("isa", "format", "precision") if key in peak)
+        limits[f"{kind} in registers, GFLOP/s"] = 2e-9 * peak["macs_per_second"]
     return limits
 
 

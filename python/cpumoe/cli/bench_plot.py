@@ -46,19 +46,22 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     bandwidth = machine["read_bandwidth"]["bytes_per_second"]
-    peaks = {(p["isa"], p["precision"]): 2 * p["macs_per_second"] for p in machine["dot_peaks"]}
+    peaks = {
+        (p["isa"], p["precision"], p["format"]): 2 * p["macs_per_second"]
+        for p in machine["dot_peaks"]
+    }
     low, high = min(map(_intensity, rows)) / 1.5, max(map(_intensity, rows)) * 1.5
     several = len({row["format"] for row in rows}) > 1
     series = dict.fromkeys(map(_series, rows))
     roofed = set()
     for name, colour, marker in zip(series, cycle(_COLOURS), cycle(_MARKERS), strict=False):
-        variant, label = name[:2], name if several else name[:2]
-        if variant not in roofed:  # its other formats have the same roof
-            peak = peaks.get(variant, math.inf)
+        label = name if several else name[:2]
+        peak = peaks.get(name, math.inf)
+        if (name[:2], peak) not in roofed:  # other formats may have the same roof
             corners = sorted({low, min(max(low, peak / bandwidth), high), high})
             roof = [min(x * bandwidth, peak) / 1e9 for x in corners]
             axes.plot(corners, roof, linewidth=1.2, color=colour)
-            roofed.add(variant)
+            roofed.add((name[:2], peak))
         own = [row for row in rows if _series(row) == name]
         _draw_points(axes, own, colour, marker, ", ".join(label))
     axes.set(xscale="log", yscale="log")

@@ -8,7 +8,7 @@ The document (``--json``), times in seconds, rates per second::
      "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"},
                  "read_bandwidth": {"bytes_per_second", "least", "isa", "buffer_bytes",
                                     "huge_pages"},
-                 "dot_peaks": [{"isa", "precision", "macs_per_second", "least"}],
+                 "dot_peaks": [{"isa", "format", "precision", "macs_per_second", "least"}],
                  "steady"},
      "rows": [{"isa", "precision", "format", "tokens", "seconds", "low", "high", "spread", "rounds",
                "calls", "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second",
@@ -27,10 +27,10 @@ A turn's share of a limit is computed with the greater of the limit's two values
 the median of its turns' shares, and ``share_of_bound`` is the greater of its two shares. The
 machine's limits are the greatest of all values; ``least`` is the smallest.
 
-If a variant cannot measure its peak, ``macs_per_second`` and ``share_of_dot_peak`` are null, and
-``dot_peaks`` has no row for it. ``relative_l2`` is null without a reference result.
-``speed_ratio`` is the first format's seconds divided by the row's, for the same variant and number
-of tokens; the median of the rounds. With one format it is null.
+If the precision does not say which instruction multiplies, ``macs_per_second`` and
+``share_of_dot_peak`` are null, and ``dot_peaks`` has no row for it. ``relative_l2`` is null without
+a reference result. ``speed_ratio`` is the first format's seconds divided by the row's, for the same
+variant and number of tokens; the median of the rounds. With one format it is null.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
             "huge_pages": how.huge_pages,
         },
         "dot_peaks": [
-            {**vars(variant), "macs_per_second": limit.best, "least": limit.least}
-            for variant, limit in limits.dots.items()
+            {**vars(multiplier), "macs_per_second": limit.best, "least": limit.least}
+            for multiplier, limit in limits.dots.items()
         ],
         "steady": limits.steady,
     }
@@ -225,7 +225,7 @@ def _machine_table(machine: dict[str, Any]) -> Any:
     for peak in machine["dot_peaks"]:
         least = console.format_number(2e-9 * peak["least"])
         best = console.format_number(2e-9 * peak["macs_per_second"])
-        name = f"{peak['isa']}, {peak['precision']}"
+        name = f"{peak['isa']}, {peak['format']}, {peak['precision']}"
         facts[name] = f"{best} GFLOP/s in registers [dim](least {least})[/]"
     return console.fact_table(facts)
 

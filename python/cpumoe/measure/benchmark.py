@@ -10,12 +10,10 @@ greater of the two values, because a limit is what can be reached.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from statistics import median
 
 from cpumoe._engine.packing import BATCH_PER_THREAD
-from cpumoe.formats import weight_format
-from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.limits import (
     DotPeak,
@@ -41,6 +39,15 @@ class Variant:
     """What is timed: an ISA variant and a precision."""
 
     isa: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """What decides which instruction multiplies: variant, weight format and precision."""
+
+    isa: str
+    format: str
     precision: str
 
 
@@ -74,11 +81,11 @@ class Limits:
 
     Attributes:
         reads: every measurement of the memory's read bandwidth.
-        dots: multiply-accumulates per second of each variant that can measure them.
+        dots: multiply-accumulates per second of all calls that say which instruction multiplies.
     """
 
     reads: Sequence[ReadBandwidth]
-    dots: Mapping[Variant, Limit]
+    dots: Mapping[Multiplier, Limit]
 
     @property
     def read(self) -> Limit:
@@ -191,18 +198,18 @@ class _LimitMeter:
         self._runtime = runtime
         self._reader = MemoryReader(runtime)
         self._read: ReadBandwidth | None = None
-        self._peaks: dict[Variant, DotPeak | None] = {}
+        self._peaks: dict[Multiplier, DotPeak | None] = {}
         self.reads: list[ReadBandwidth] = []
 
-    def now(self, variant: Variant) -> tuple[ReadBandwidth, DotPeak | None]:
+    def now(self, multiplier: Multiplier) -> tuple[ReadBandwidth, DotPeak | None]:
         if self._read is None:
             self._read = self._reader.measure(seconds=_LIMIT_SECONDS)
             self.reads.append(self._read)
-        if variant not in self._peaks:
-            self._peaks[variant] = measure_dot_peak(
-                self._runtime, variant.isa, variant.precision, seconds=_LIMIT_SECONDS
+        if multiplier not in self._peaks:
+            self._peaks[multiplier] = measure_dot_peak(
+                self._runtime, *astuple(multiplier), seconds=_LIMIT_SECONDS
             )
-        return self._read, self._peaks[variant]
+        return self._read, self._peaks[multiplier]
 
     def outdate(self) -> None:
         self._read = None
@@ -219,13 +226,8 @@ class _Case:
     turns: list[Turn] = field(default_factory=list)
 
     @property
-    def peak_of(self) -> Variant:
-        """The variant and the precision whose multiply instruction the calls use."""
-        fmt = weight_format(self.timer.experts.format)
-        as_bytes = fmt.values and fmt.group_size >= K_MULTIPLE
-        if self.variant.precision == "int8" and not as_bytes:  # then int8 has no effect
-            return Variant(self.variant.isa, "bf16")
-        return self.variant
+    def multiplier(self) -> Multiplier:
+        return Multiplier(self.variant.isa, self.timer.experts.format, self.variant.precision)
 
     def prepare(self) -> None:
         """Makes the first call: it checks the result, and grows the runtime's scratch memory."""
@@ -235,12 +237,12 @@ class _Case:
         self.warm_up = self.timer.run(0.0)[0]
 
     def turn(self, seconds: float, meter: _LimitMeter) -> None:
-        read, peak = meter.now(self.peak_of)
+        read, peak = meter.now(self.multiplier)
         if self.warm_up < _WARM_UP_SHARE * seconds:
             self.timer.call()
         calls = self.timer.run(seconds)
         meter.outdate()
-        read_after, peak_after = meter.now(self.peak_of)
+        read_after, peak_after = meter.now(self.multiplier)
         macs = None
         if peak is not None and peak_after is not None:
             macs = peak.macs_per_second, peak_after.macs_per_second
@@ -326,12 +328,12 @@ def _run_rounds(
 
 
 def _limits(cases: Sequence[_Case], reads: Sequence[ReadBandwidth]) -> Limits:
-    dots: dict[Variant, list[float]] = {}
+    dots: dict[Multiplier, list[float]] = {}
     for case in cases:
         for turn in case.turns:
             if turn.macs_per_second is not None:
-                dots.setdefault(case.peak_of, []).extend(turn.macs_per_second)
-    return Limits(reads, {variant: Limit.of(values) for variant, values in dots.items()})
+                dots.setdefault(case.multiplier, []).extend(turn.macs_per_second)
+    return Limits(reads, {multiplier: Limit.of(values) for multiplier, values in dots.items()})
 
 
 def require_memory(layers: Sequence[LayerWeights], copies: int, threads: int) -> None:

@@ -29,6 +29,8 @@ _TASK_SECONDS = 0.25e-3
 _TASKS_PER_THREAD = 80
 _CALIBRATION_ROUNDS = 1000
 
+_PRECISIONS = {"bf16": _core.Precision.BF16, "int8": _core.Precision.INT8}
+
 
 @dataclass(frozen=True)
 class ReadBandwidth:
@@ -56,12 +58,14 @@ class DotPeak:
     Attributes:
         macs_per_second: multiply-accumulates per second, the best run.
         isa: the variant whose instruction multiplies.
-        precision: the precision that uses this instruction.
+        format: the weight format whose calls use this instruction.
+        precision: their precision.
         threads: number of threads that multiply.
     """
 
     macs_per_second: float
     isa: str
+    format: str
     precision: str
     threads: int
 
@@ -162,27 +166,30 @@ def measure_read_bandwidth(
 
 
 def measure_dot_peak(
-    runtime: Runtime, isa: str, precision: str, *, seconds: float = 0.2
+    runtime: Runtime, isa: str, format: str, precision: str, *, seconds: float = 0.2
 ) -> DotPeak | None:
     """Measures how many multiply-accumulates a runtime's threads together do per second.
 
     Args:
         runtime: the threads.
         isa: the variant, one that this CPU supports.
-        precision: the precision, e.g. "bf16".
+        format: the weight format. A variant may multiply formats with different instructions.
+        precision: the precision of the calls.
         seconds: time to spend (three runs at least).
 
     Returns:
-        The rate of the best run, or None if the variant has no such loop for the precision.
+        The rate of the best run, or None if the precision does not say which instruction multiplies
+        ("auto", where the hidden states' dtype decides).
 
     Raises:
-        ValueError: the variant is unknown, or this CPU does not support it.
+        ValueError: the variant or the format is unknown, or this CPU does not support the variant.
     """
-    if precision not in _core.peak_names(isa, "isa"):
+    if precision not in _PRECISIONS:
         return None
 
     def run(tasks: int, rounds: int) -> tuple[int, float]:
-        return _core.run_dots(runtime.core, isa, "isa", precision, tasks, rounds)
+        loop = isa, "isa", format, _PRECISIONS[precision]
+        return _core.run_dots(runtime.core, *loop, tasks, rounds)
 
     first = min(run(1, _CALIBRATION_ROUNDS)[1] for _ in range(3))
     rounds = max(1, round(_CALIBRATION_ROUNDS * _TASK_SECONDS / first))
@@ -192,7 +199,7 @@ def measure_dot_peak(
         macs, taken = run(_TASKS_PER_THREAD * runtime.threads, rounds)
         rates.append(macs / taken)
         spent += taken
-    return DotPeak(max(rates), isa, precision, runtime.threads)
+    return DotPeak(max(rates), isa, format, precision, runtime.threads)
 
 
 def available_bytes() -> int:

@@ -115,7 +115,7 @@ def measure_crossover(
     Raises:
         ValueError: memory is too small, or this CPU does not support the variant.
     """
-    limits = _core.few_tokens(isa, "isa")
+    limits = _core.few_tokens(isa, "isa", weights.format)
     require_memory([weights], copies=2, threads=runtime.threads)
     counts = [tokens for tokens in TOKENS if tokens <= limits.most]
     few_token, many_token = (
