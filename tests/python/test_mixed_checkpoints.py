@@ -187,6 +187,9 @@ def test_fp8_checkpoints_may_have_layers_that_are_not_quantized(tmp_path):
     assert [reader.layer_format(layer) for layer in (3, 4)] == ["bf16", "fp8"]
     name = f"{EXPERTS.format(3)}.1.up_proj"
     assert torch.equal(reader.expert(3, 1).up.codes, weights[name])
+    edit_config(folder, num_hidden_layers=4)  # then layer 4 is for multi-token prediction
+    assert (open_checkpoint(folder).format, open_checkpoint(folder).layers()) == ("bf16", [3])
+    edit_config(folder, num_hidden_layers=5)
     for layer in (3, 4):
         packed = Experts.from_checkpoint(reader, layer, isa="generic", progress=False)
         assert torch.equal(packed.export(2).up.codes, reader.expert(layer, 2).up.codes)

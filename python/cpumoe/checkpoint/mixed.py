@@ -124,7 +124,7 @@ def by_endings(
     for layer, ending in found.items():
         if layer < config.num_hidden_layers:
             layers_of.setdefault(forms[ending], set()).add(layer)
-    if len(layers_of) + bool(unquantized) < 2:
+    if not unquantized and len(layers_of) < 2:
         return reader(folder, config, next(iter(layers_of or forms.values())))
     parts = [reader(folder, config, info, layers) for info, layers in layers_of.items()]
     if unquantized:

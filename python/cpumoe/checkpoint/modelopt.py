@@ -30,7 +30,7 @@ from cpumoe.formats import QuantizedMatrix
 
 _CONFIG_NAME = "hf_quant_config.json"
 _SCALES, _FACTOR = "weight_scale", "weight_scale_2"
-# AWQ divides the inputs of a projection by these numbers.
+# AWQ multiplies the inputs of a projection by these numbers.
 _INPUT_FACTORS = ".pre_quant_scale"
 _NVFP4 = ExpertsInfo("nvfp4")
 _FP8 = ExpertsInfo("fp8", group_size=WHOLE_MATRIX)
