@@ -18,5 +18,6 @@ cpumoe_isa(amx ARCHITECTURES x86_64 PARENT avx512_bf16 FEATURES amx-tile amx-bf1
 cpumoe_format(mxfp4)
 cpumoe_format(int4)
 cpumoe_format(bf16 CLASS Bf16Weights)
+cpumoe_format(fp16 CLASS Fp16Weights)
 cpumoe_format(fp8)
 cpumoe_format(nvfp4)

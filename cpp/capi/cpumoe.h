@@ -106,7 +106,7 @@ typedef struct cpumoe_glu {
 } cpumoe_glu;
 
 typedef struct cpumoe_layer_options {
-  const char* format; /* "mxfp4", "int4", "bf16", "fp8" or "nvfp4" */
+  const char* format; /* "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4" */
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
@@ -137,9 +137,9 @@ typedef enum cpumoe_scale_type {
 } cpumoe_scale_type;
 
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
- * low half first. In fp8 (E4M3) a code is one byte, in bf16 the weight. Each block of scale_rows
- * rows has columns / scale_depth scales, rounded up: one byte each (mxfp4, E8M0; nvfp4, E4M3), two
- * (int4, bf16), four (fp8, float), or none (bf16). */
+ * low half first. In fp8 (E4M3) a code is one byte, in bf16 and fp16 the weight. Each block of
+ * scale_rows rows has columns / scale_depth scales, rounded up: one byte each (mxfp4, E8M0; nvfp4,
+ * E4M3), two (int4, bf16), four (fp8, float), or none (bf16, fp16). */
 typedef struct cpumoe_matrix {
   int64_t rows;
   int64_t columns;

@@ -15,6 +15,7 @@ struct Bf16Weights {
   using Scale = NoScale;
   static constexpr std::string_view kName = "bf16";
   static constexpr int kCodeBits = 16;
+  static constexpr uint16_t kNotFinite = 0x7f80;
 
   static float Decode(uint32_t code) { return Bf16{static_cast<uint16_t>(code)}.ToFloat(); }
 };

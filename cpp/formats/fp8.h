@@ -21,7 +21,7 @@ struct Fp8 {
   static constexpr int kPackedDepth = 128;
   static constexpr float kMinMagnitude = 0x1p-9f;
   static constexpr float kMaxMagnitude = 448.0f;
-  static constexpr uint8_t kNotANumber = 0x7f;
+  static constexpr uint8_t kNotFinite = 0x7f;
 
   static float Decode(uint32_t code) { return E4M3{static_cast<uint8_t>(code)}.ToFloat(); }
   static bool AllowsScaleDepth(int64_t depth) { return depth > 0 && depth % kScaleDepth == 0; }

@@ -9,10 +9,11 @@
 //   kPackedDepth           successive k whose sum kernels scale at once; default: 32
 //   AllowsScaleRows(n)     whether n rows may share their scales; default: only one
 //   AllowsScaleType(type)  whether scales may be stored in this type; default: only as Scale
-//   kNotANumber            the magnitude of codes that are NaN, which packing refuses
+//   kNotFinite             codes of this magnitude or a greater one are NaN or infinite, and
+//   packing
+//                          refuses them; default: all codes are numbers
 //   PackedScale            the type of scales in packed tiles, which has every valid scale;
-//   default:
-//                          Scale
+//                          default: Scale
 //   kHasFactor             whether a matrix may have a factor, which multiplies all its weights;
 //                          default: false
 //   kLeastScale, kGreatestScale

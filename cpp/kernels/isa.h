@@ -91,6 +91,13 @@ concept VectorIsa = requires(
   Isa::StoreActivations(staged, v);
 };
 
+// Whether an ISA's multiplicands hold fp16 weights: codes of 16 bits, finite; exact, subnormals
+// too. ISAs that multiply bf16 do not hold them.
+template <class Isa>
+concept HoldsFp16 = VectorIsa<Isa> && requires(typename Isa::Codes codes) {
+  { Isa::FromFp16(codes) } -> std::same_as<typename Isa::Pair>;
+};
+
 // What writing experts to memory needs in addition.
 template <class Isa>
 concept StreamIsa = requires(std::byte* to, const std::byte* from) {

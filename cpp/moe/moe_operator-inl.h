@@ -41,7 +41,9 @@ class MoeOperator : public Moe {
   using DefaultPath = DefaultPathOf<Isa, Codec>;
   using Int8Path = Int8PathOf<Isa, Codec>;
   static_assert(StreamIsa<Isa>, "an ISA must say how it writes past the caches");
-  static_assert(TileCodec<Codec, Isa>, "a codec must decode packed vectors and load group scales");
+  static_assert(
+      TileCodec<FloatCodecOf<Isa, Codec>, FloatIsaOf<Isa, Codec>>,
+      "a codec must decode packed vectors and load group scales, on the ISA or Isa::Wide");
 
   explicit MoeOperator(const MoeConfig& config) : weights_(config) {}
 

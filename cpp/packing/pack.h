@@ -91,7 +91,7 @@ class PackedLayout {
   }
 
   // Packs rows [16 * tile, 16 * tile + 16) of `source`. For a scale that the format forbids, or a
-  // code that is NaN, throws std::invalid_argument with its place.
+  // code that is NaN or infinite, throws std::invalid_argument with its place.
   ScaleRange PackTile(const RawMatrix& source, int64_t tile, std::byte* packed) const {
     const TileView view = Tile(packed, tile);
     ScaleRange range;
@@ -101,7 +101,7 @@ class PackedLayout {
     const std::byte* codes[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       codes[r] = source.codes + RowOf(tile, r) * source.codes_stride;
-      if constexpr (requires { F::kNotANumber; }) RequireNumbers(source, RowOf(tile, r));
+      if constexpr (requires { F::kNotFinite; }) RequireFinite(source, RowOf(tile, r));
     }
     RowsToLanes<uint32_t>(codes, Vectors(), const_cast<std::byte*>(view.codes), kSwap);
     return range;
@@ -151,19 +151,30 @@ class PackedLayout {
     }
   }
 
-  // Throws std::invalid_argument if a code of the row is NaN.
-  void RequireNumbers(const RawMatrix& source, int64_t row) const {
-    static_assert(F::kCodeBits == 8);
+  // Throws std::invalid_argument if a code of the row is NaN or infinite.
+  void RequireFinite(const RawMatrix& source, int64_t row) const {
+    using Code = std::conditional_t<F::kCodeBits == 8, uint8_t, uint16_t>;
+    static_assert(F::kCodeBits == 8 * sizeof(Code));
+    constexpr Code kMagnitude = std::numeric_limits<Code>::max() / 2;
     const std::byte* codes = source.codes + row * source.codes_stride;
-    const auto is_nan = [](std::byte code) {
-      return (code & std::byte{0x7f}) == std::byte{F::kNotANumber};
+    const auto code_at = [codes](int64_t k) {
+      Code code;
+      std::memcpy(&code, codes + k * sizeof(Code), sizeof(code));
+      return code;
     };
-    uint8_t invalid = 0;  // not a bool, so that compilers vectorise the loop
-    for (int64_t k = 0; k < columns_; ++k) invalid |= is_nan(codes[k]) ? 1 : 0;
-    if (invalid == 0) return;
-    const int64_t k = std::find_if(codes, codes + columns_, is_nan) - codes;
-    throw std::invalid_argument(Message(source.name, ": weight [", row, ", ", k, "] is nan; ",
-                                        F::kName,
+    Code greatest = 0;  // not a bool, so that compilers vectorise the loop
+    for (int64_t k = 0; k < columns_; ++k) {
+      greatest = std::max<Code>(greatest, code_at(k) & kMagnitude);
+    }
+    if (greatest < F::kNotFinite) return;
+    int64_t k = 0;
+    while ((code_at(k) & kMagnitude) < F::kNotFinite) ++k;
+    const float weight = F::Decode(code_at(k));
+    throw std::invalid_argument(Message(source.name, ": weight [", row, ", ", k, "] is ",
+                                        std::isnan(weight) ? "nan"
+                                        : weight < 0       ? "-inf"
+                                                           : "inf",
+                                        "; ", F::kName,
                                         " weights must be finite: the checkpoint is damaged"));
   }
 

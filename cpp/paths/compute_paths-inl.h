@@ -20,12 +20,33 @@ template <class Isa, class Codec>
 concept HasInt8Path = HasIntegerCodes<typename Codec::Format> &&
                       QuadSumsFit<Isa, ByteCodec<Isa, Codec>>(kMaxQuadValue);
 
+// The ISA whose floating point kernels compute a format: Isa, or Isa::Wide if the multiplicands of
+// Isa do not hold the format's weights.
+template <class Isa, class Codec>
+struct FloatIsaTraits {
+  using Type = WideIsaOf<Isa>;
+};
+template <class Isa, class Codec>
+  requires TileCodec<Codec, Isa>
+struct FloatIsaTraits<Isa, Codec> {
+  using Type = Isa;
+};
+template <class Isa, class Codec>
+using FloatIsaOf = typename FloatIsaTraits<Isa, Codec>::Type;
+template <class Isa, class Codec>
+using FloatCodecOf = typename CodecOn<Codec, FloatIsaOf<Isa, Codec>>::Type;
+
 template <class Isa, class Codec>
 struct DefaultPathTraits {
+  using Type = WidePath<Isa, Codec>;
+};
+template <class Isa, class Codec>
+  requires TileCodec<Codec, Isa>
+struct DefaultPathTraits<Isa, Codec> {
   using Type = FloatPath<Isa, Codec>;
 };
 template <class Isa, class Codec>
-  requires HasDigitPath<Isa, Codec>
+  requires TileCodec<Codec, Isa> && HasDigitPath<Isa, Codec>
 struct DefaultPathTraits<Isa, Codec> {
   using Type = MixedPath<Codec, DigitPath<Isa, Codec>, FloatPath<Isa, Codec>, Isa::kDigitLimit,
                          Isa::kPreciseDigitLimit>;

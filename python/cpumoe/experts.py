@@ -199,7 +199,7 @@ class Experts(PackedExperts):
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
                 bf16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
-            format: "mxfp4", "int4", "bf16", "fp8" or "nvfp4".
+            format: "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4".
             swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none.

@@ -59,7 +59,7 @@ class DecodeTest : public IsaFormatTest {
     const int shift = static_cast<int>(k * F::kCodeBits % 32);
     const uint32_t code = (word >> shift) & ((uint64_t{1} << F::kCodeBits) - 1);
     const float weight = F::Decode(code) * scale.ToFloat() + 0.0f;
-    const bool flushed = !HasScales<F> && run_.probe().activation_bits == 8;
+    const bool flushed = !HasScales<F> && kernels().activation_bits == 8;
     return flushed && std::fabs(weight) < std::numeric_limits<float>::min() ? 0.0f : weight;
   }
 

@@ -24,13 +24,14 @@ namespace cpumoe::kernel_probe {
 template <class Isa, class Codec>
 struct Probe {
   using Format = typename Codec::Format;
-  using Kernels = Gemm<Isa, Codec>;
-  using Floats = FloatPath<Isa, Codec>;
+  using FloatIsa = FloatIsaOf<Isa, Codec>;
+  using FloatCodec = FloatCodecOf<Isa, Codec>;
+  using Kernels = Gemm<FloatIsa, FloatCodec>;
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     if constexpr (HasScales<Format>) {
-      return Kernels::kFolding && Isa::FoldsExactly(least_scale * Format::kMinMagnitude,
-                                                    greatest_scale * Format::kMaxMagnitude);
+      return Kernels::kFolding && FloatIsa::FoldsExactly(least_scale * Format::kMinMagnitude,
+                                                         greatest_scale * Format::kMaxMagnitude);
     } else {
       return true;
     }
@@ -38,9 +39,10 @@ struct Probe {
 
   static void Multiply(Path path, const TileView* tiles, int count, int64_t groups, const float* a,
                        int64_t tokens, float* c) {
-    Require(path != Path::kFused || tokens <= Isa::kFusedTokens, "too many tokens: ", tokens);
+    Require(path != Path::kFused || tokens <= FloatIsa::kFusedTokens, "too many tokens: ", tokens);
     Require(path != Path::kFoldedPanel || Kernels::kFolding, "scales do not fold");
-    Require(path != Path::kScaledPanel || !kAlwaysFolds<Codec, Isa>, "scales always fold");
+    Require(path != Path::kScaledPanel || !kAlwaysFolds<FloatCodec, FloatIsa>,
+            "scales always fold");
     const TilePair w = {.tiles = {tiles[0], tiles[count - 1]},
                         .groups = groups,
                         .fold = path == Path::kFoldedPanel};
@@ -54,7 +56,7 @@ struct Probe {
       MultiplyDigits(path, w, count, a, tokens, c);
     } else {
       const auto form = path == Path::kFused ? StagedForm::kFused : StagedForm::kPanel;
-      Multiply<Floats>(w, count, form, a, tokens, c);
+      Multiply<FloatPath<FloatIsa, FloatCodec>, float, FloatCodec>(w, count, form, a, tokens, c);
     }
   }
 
@@ -77,7 +79,7 @@ struct Probe {
     }
   }
 
-  template <class Compute, class Element>
+  template <class Compute, class Element, class PathCodec = Codec>
   static void Multiply(const TilePair& w, int count, StagedForm form, const Element* a,
                        int64_t tokens, float* c) {
     constexpr DType kDType = std::is_same_v<Element, Bf16> ? DType::kBf16 : DType::kFp32;
@@ -95,7 +97,7 @@ struct Probe {
     const AlignedBuffer panel(Compute::kPanelBytes);
     std::vector<float> sums(Product::Size(1, tokens));
     const Product product(sums.data(), blocks);
-    Compute::Multiply(Codec{}, std::span(&w, 1), form, staged.data(), panel.data(), product);
+    Compute::Multiply(PathCodec{}, std::span(&w, 1), form, staged.data(), panel.data(), product);
     for (int64_t b = 0; b < blocks.count(); ++b) {
       for (int t = 0; t < blocks.Size(b); ++t) {
         for (int tile = 0; tile < count; ++tile) {
@@ -108,13 +110,15 @@ struct Probe {
   static FormatEntry Entry() {
     return {.format = InfoOf<Format>().name,
             .folds = Kernels::kFolding,
-            .scales_sums = !kAlwaysFolds<Codec, Isa>,
+            .scales_sums = !kAlwaysFolds<FloatCodec, FloatIsa>,
             .digits = HasDigitPath<Isa, Codec>,
             .int8 = HasInt8Path<Isa, Codec>,
-            .fused_tokens = Isa::kFusedTokens,
-            .panel_tokens = Isa::kPanelTokens,
+            .fused_tokens = FloatIsa::kFusedTokens,
+            .panel_tokens = FloatIsa::kPanelTokens,
             .panel_groups = Kernels::kPanelGroups,
-            .panel_unit = HasPanelUnit<Isa>,
+            .panel_unit = HasPanelUnit<FloatIsa>,
+            .wide = !std::is_same_v<FloatIsa, Isa>,
+            .activation_bits = RoundsActivations<FloatIsa> ? 8 : std::numeric_limits<float>::digits,
             .int8_tokens = Isa::kQuadTokens,
             .folds_exactly = &Probe::FoldsExactly,
             .multiply = &Probe::Multiply};
@@ -137,9 +141,6 @@ struct IsaProbe {
         Isa::Store(out + i, Activate<Isa, function()>(glu, Isa::Load(gate + i), Isa::Load(up + i)));
       });
     }
-  }
-  static constexpr int ActivationBits() {
-    return std::is_same_v<typename Isa::Activation, float> ? std::numeric_limits<float>::digits : 8;
   }
 };
 

@@ -22,6 +22,8 @@ struct FormatEntry {
   int64_t panel_tokens;  // MR of the panel paths
   int64_t panel_groups;  // groups of a whole panel
   bool panel_unit;       // a unit multiplies panels, with its own order of sums
+  bool wide;             // the floating point kernels are those of Isa::Wide
+  int activation_bits;   // significant bits of these kernels' activations: 8 for bf16, 24 for fp32
   int64_t int8_tokens;   // MR of kInt8: fused for up to so many tokens, panel for more
 
   // Whether kFoldedPanel may be used with scales of these magnitudes.
@@ -35,7 +37,6 @@ struct FormatEntry {
 
 struct Api {
   const char* isa;
-  int activation_bits;  // significant bits of Isa::Activation: 8 for bf16, 24 for fp32
   void (*exp)(const float* in, float* out, int64_t count);  // count must be a multiple of 16
   void (*activate)(const Glu& glu, const float* gate, const float* up, float* out, int64_t count);
   size_t num_formats;

@@ -179,7 +179,7 @@ void MoeTest::CheckForward(const Moe& moe, const TestLayer& layer, const Batch& 
   const std::vector<std::byte> output = Forward(moe, batch, pool, workspace);
   const bool keeps_fp32 = batch.spec().dtype == DType::kFp32 && !GetParam().fp32_as_bf16;
   const Rounding rounding = {
-      keeps_fp32 ? std::numeric_limits<float>::digits : run_.probe().activation_bits,
+      keeps_fp32 ? std::numeric_limits<float>::digits : kernels().activation_bits,
       precision() == Precision::kInt8 && kernels().int8, kernels().digits};
   const Expectation expected = Expect(layer, batch, rounding);
   ExpectClose(expected, Numbers(batch.spec().OutputDType(), output), layer.config().hidden_size);

@@ -239,17 +239,21 @@ TYPED_TEST(PackingTest, SlicesOfTheSource) {
   EXPECT_EQ(copy, source);
 }
 
-TYPED_TEST(PackingTest, RefusesACodeThatIsNoNumber) {
+TYPED_TEST(PackingTest, RefusesACodeThatIsNotFinite) {
   using F = TypeParam;
-  if constexpr (requires { F::kNotANumber; }) {
+  if constexpr (requires { F::kNotFinite; }) {
+    constexpr uint32_t kSign = 1u << (F::kCodeBits - 1);
     Rng rng(9);
-    for (const int sign : {0, 0x80}) {
+    for (const uint32_t code : {uint32_t{F::kNotFinite}, F::kNotFinite | kSign, kSign - 1}) {
       auto source = TestMatrix::Random(this->Name(), 20, 4 * kGroupSize, rng);
       const MutableRawMatrix view = source.MutableView();
-      view.codes[18 * view.codes_stride + 77] = static_cast<std::byte>(F::kNotANumber | sign);
+      constexpr int kBytes = F::kCodeBits / 8;
+      std::memcpy(view.codes + 18 * view.codes_stride + 77 * kBytes, &code, kBytes);
       const PackedLayout<F> layout(view.rows, view.columns);
+      const float weight = F::Decode(code);
+      const std::string shown = std::isnan(weight) ? "nan" : weight < 0 ? "-inf" : "inf";
       EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
-                "test.weight: weight [18, 77] is nan; " + this->Name() +
+                "test.weight: weight [18, 77] is " + shown + "; " + this->Name() +
                     " weights must be finite: the checkpoint is damaged");
     }
   } else {

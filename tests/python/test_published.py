@@ -150,6 +150,35 @@ def test_weights_that_need_more_bits_are_refused_by_name(qwen3, dtype):
         cpumoe.Experts.from_checkpoint(qwen3, 1)
 
 
+def in_fp16(folder):
+    """Rewrites all tensors of a checkpoint in fp16."""
+    save_file({n: t.half() for n, t in stored(folder).items()}, folder / "model.safetensors")
+
+
+def test_fp16_experts_are_read_as_stored_and_computed(qwen3):
+    in_fp16(qwen3)
+    reader = open_checkpoint(qwen3)
+    assert (reader.format, reader.unsupported) == ("fp16", ())
+    reader.check_layer(0)
+    name = f"{EXPERTS}.1.up_proj.weight"
+    assert torch.equal(reader.expert(0, 1).up.codes, stored(qwen3)[name])
+    call = a_call()
+    actual = cpumoe.Experts.from_checkpoint(qwen3, 0, isa="generic", progress=False)(*call)
+    experts = [reader.expert(0, index) for index in range(3)]
+    expected = experts_forward(
+        *call, *([getattr(e, name) for e in experts] for name in ("gate", "up", "down")),
+        format="fp16",
+    )  # fmt: skip
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_tensor_in_another_dtype_among_fp16_ones_is_named(qwen3):
+    in_fp16(qwen3)
+    change(qwen3, NAME, lambda w: w.bfloat16())
+    with pytest.raises(CheckpointError, match=f"{NAME}: expected float16 .*, got bfloat16"):
+        open_checkpoint(qwen3).check_layer(0)
+
+
 NAME = f"{EXPERTS}.2.down_proj.weight"
 ACCEPTED = "expected bfloat16 or float16 or float32"
 

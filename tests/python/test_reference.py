@@ -281,6 +281,8 @@ def test_coherent_roundings_stay_within_the_bound(fmt, precision, value):
 @pytest.mark.parametrize("exponent", [-30, 20])
 def test_the_bound_follows_the_size_of_the_weights(fmt, precision, exponent):
     p = Problem(fmt)
+    if fmt.name == "fp16":  # no scales, and few exponents
+        exponent = max(-8, min(exponent, 10))
     p.down = fmt.quantized(torch.randn(4, 64, 96) * 2.0**exponent)
     expected, bound = experts_forward_with_bound(*p.arguments, format=fmt, precision=precision)
     assert ((kernel(p, precision=precision).double() - expected).abs() <= bound).all()

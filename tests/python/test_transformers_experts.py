@@ -303,7 +303,7 @@ def test_weights_in_memory_are_not_rounded():
     module.config._experts_implementation = "cpumoe"
     with pytest.raises(
         cpumoe.UnsupportedFormatError,
-        match=r"DeepseekV3Experts: .*exactly mxfp4 or bf16, got others",
+        match=r"DeepseekV3Experts: .*exactly mxfp4 or bf16 or fp16, got others",
     ):
         module(*routing())
 
@@ -370,6 +370,22 @@ def test_bf16_weights_in_memory_are_exact(module_class, dtype):
     assert actual.dtype == dtype
     bound = 5e-6 if dtype == torch.float32 else 5e-3
     assert float((actual.double() - exact).norm() / exact.norm()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp16_weights_in_memory_are_exact(dtype):
+    module = experts_module(DeepseekV3Experts)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape).mul(0.1).half())
+    x, ids, weights = routing()
+    x = x.float()
+    with torch.no_grad():
+        exact = module.double()(x.double(), ids, weights.double())
+        module = module.to(dtype)
+        module.config._experts_implementation = "cpumoe"
+        actual = module(x, ids, weights)
+    assert float((actual.double() - exact).norm() / exact.norm()) < 5e-6
 
 
 def test_training_experts_in_memory_is_refused():

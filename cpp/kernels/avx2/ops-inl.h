@@ -125,6 +125,11 @@ struct Avx2 : Fp32Multiplicands {
     return {{Even(codes.lo), Even(codes.hi)}, {Odd(codes.lo), Odd(codes.hi)}};
   }
 
+  static Pair FromFp16(Codes codes) {
+    const __m256i lo = EvenThenOdd(codes.lo), hi = EvenThenOdd(codes.hi);
+    return {{FromFp16(_mm256_castsi256_si128(lo)), FromFp16(_mm256_castsi256_si128(hi))},
+            {FromFp16(_mm256_extracti128_si256(lo, 1)), FromFp16(_mm256_extracti128_si256(hi, 1))}};
+  }
   template <int kPair>
   static Pair FromE4M3(Codes codes) {
     const __m256i lo = E4M3ToBf16<kPair>(codes.lo);
@@ -256,6 +261,13 @@ struct Avx2 : Fp32Multiplicands {
     const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0x87f0));
     return _mm256_add_epi16(_mm256_and_si256(placed, kept), added);
   }
+  // Brings the even half-words to the lower half and the odd ones to the upper half.
+  static __m256i EvenThenOdd(__m256i pairs) {
+    const __m256i gather = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, gather), 0b11011000);
+  }
+  static __m256 FromFp16(__m128i halves) { return _mm256_cvtph_ps(halves); }
   static __m256 Even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 Odd(__m256i pairs) {
     return _mm256_castsi256_ps(

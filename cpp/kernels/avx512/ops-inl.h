@@ -117,6 +117,12 @@ struct Avx512 : Fp32Multiplicands {
             _mm512_castsi512_ps(
                 _mm512_and_si512(codes.words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
+  // One permutation brings the even codes to the lower half and the odd codes to the upper half.
+  static Pair FromFp16(Codes codes) {
+    const __m512i halves = _mm512_permutexvar_epi16(EvenThenOdd(), codes.words);
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+            _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+  }
   template <int kPair>
   static Pair FromE4M3(Codes codes) {
     return FromBf16({E4M3ToBf16<kPair>(codes.words)});
@@ -180,6 +186,12 @@ struct Avx512 : Fp32Multiplicands {
     const __m512i placed = _mm512_srai_epi16(kPair == 0 ? _mm512_slli_epi16(codes, 8) : codes, 4);
     const __m512i kept = _mm512_set1_epi16(static_cast<int16_t>(0x87f0));
     return _mm512_add_epi16(_mm512_and_si512(placed, kept), added);
+  }
+  static __m512i EvenThenOdd() {
+    alignas(64) static constexpr int16_t kPlaces[32] = {
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,  //
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    return _mm512_load_si512(kPlaces);
   }
   static __m512i BroadcastQuad(const int8_t* a) {
     int32_t quad;

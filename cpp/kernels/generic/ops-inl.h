@@ -138,6 +138,21 @@ struct Generic : Fp32Multiplicands {
     }
     return pair;
   }
+  static Pair FromFp16(Codes codes) {
+    // The exponent of the shifted bits is 112 too small. The product is exact, for subnormals too.
+    const auto number = [](Words sign, Words magnitude) {
+      const Floats scaled = std::bit_cast<Floats>(magnitude) * Splat(0x1p112f);
+      return std::bit_cast<Floats>(std::bit_cast<Words>(scaled) | (sign & 0x80000000u));
+    };
+    Pair pair;
+    for (int i = 0; i < kParts; ++i) {
+      Words words;
+      std::memcpy(&words, codes.bytes + i * sizeof(words), sizeof(words));
+      pair.even.part[i] = number(words << 16, (words & 0x7fffu) << 13);
+      pair.odd.part[i] = number(words, (words >> 16 & 0x7fffu) << 13);
+    }
+    return pair;
+  }
   template <int kPair>
   static Pair FromE4M3(const Codes& codes) {
     constexpr int kByte = PairShift<8>(kPair) / 8;

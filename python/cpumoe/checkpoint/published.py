@@ -5,11 +5,13 @@ rows. A family has either a tensor for each expert's projection, or one tensor t
 experts of a layer. Where gate and up share a tensor, their rows follow each other (all of gate,
 then all of up) or alternate (gate 0, up 0, gate 1, ...).
 
-bf16 rows are views of the mapped file. There are two copies, of one expert at a time:
+Experts have the format fp16 if the first of them does, and bf16 otherwise. Rows in the format's
+dtype are views of the mapped file. There are two copies, of one expert at a time:
 
 - Some families store the transposed matrix ``[K, N]``. The shapes of both tensors of a layer show
   it: ``[2I, H]`` and ``[H, I]``, or ``[H, 2I]`` and ``[I, H]``, cannot be equal.
-- fp16 and fp32 weights become bf16, if they are bf16 numbers. Others are refused.
+- Among bf16 experts, fp16 and fp32 weights become bf16 if they are bf16 numbers. Others are
+  refused.
 
 Sources: transformers 5.23 ``conversion_mapping.py``, and the modeling files of the families.
 """
@@ -28,6 +30,7 @@ from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import shown
 from cpumoe.checkpoint.gpt_oss import MODEL_TYPE as GPT_OSS
+from cpumoe.checkpoint.header import TORCH_DTYPES
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
@@ -40,8 +43,9 @@ from cpumoe.checkpoint.reader import (
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import QuantizedMatrix
 
-_FORMAT = "bf16"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Accepted dtypes of weights in each format.
+_WEIGHT_DTYPES = {"bf16": _DTYPES, "fp16": (torch.float16,)}
 _EXPERTS = r"(?:\w+\.)?experts\."
 _NUMBER = "{}"
 
@@ -174,17 +178,21 @@ class PublishedReader(ExpertReader):
         layers: Collection[int] | None = None,
     ) -> ExpertReader:
         """Opens the experts of some layers, or of all; see `ExpertReader.open`."""
-        prefixes = (
-            match["prefix"]
+        matches = (
+            match
             for match in filter(None, map(cls._EXPERT.match, folder.names()))
             if layers is None or int(match["layer"]) in layers
         )
-        prefix = next(prefixes, None)
-        if prefix is None:
+        first = next(matches, None)
+        fmt = "bf16"
+        if first is None:
             reason: str | None = "no tensor of an unquantized expert has a known name"
         else:
+            prefix = first["prefix"]
             reason = _unsupported(folder, prefix, _layout_of(folder, config, prefix))
-        return cls(folder, config, ExpertsInfo(_FORMAT, (reason,) if reason else ()), layers)
+            if TORCH_DTYPES.get(folder.info(first.string).dtype) == torch.float16:
+                fmt = "fp16"
+        return cls(folder, config, ExpertsInfo(fmt, (reason,) if reason else ()), layers)
 
     @override
     @classmethod
@@ -238,7 +246,7 @@ class PublishedReader(ExpertReader):
             shape = (*stack, k, n) if transposed else (*stack, n, k)
             parts.append(
                 _Part(
-                    weights=(tensor, _DTYPES, shape),
+                    weights=(tensor, _WEIGHT_DTYPES[self.format], shape),
                     bias=(_bias_name(tensor), _DTYPES, (*stack, n)),
                     index=index if layout.is_stacked else None,
                     rows=chosen,
@@ -260,7 +268,7 @@ class PublishedReader(ExpertReader):
         tensor = self.folder.tensor(*part.weights)
         matrix = tensor if part.index is None else tensor[part.index]
         rows = (matrix.T if part.transposed else matrix)[part.rows]
-        codes = _as_bf16(rows, part.label)
+        codes = rows if self.format == "fp16" else _as_bf16(rows, part.label)
         return QuantizedMatrix(codes.contiguous() if part.transposed else codes, name=part.label)
 
     def _read_bias(self, part: _Part) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cpumoe.formats.bf16 import BF16
 from cpumoe.formats.fp8 import FP8
+from cpumoe.formats.fp16 import FP16
 from cpumoe.formats.int4 import INT4
 from cpumoe.formats.mxfp4 import MXFP4
 from cpumoe.formats.nvfp4 import NVFP4
@@ -15,7 +16,9 @@ from cpumoe.formats.weight_format import WeightFormat
 
 __all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
 
-WEIGHT_FORMATS: dict[str, WeightFormat] = {row.name: row for row in (MXFP4, INT4, BF16, FP8, NVFP4)}
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    row.name: row for row in (MXFP4, INT4, BF16, FP16, FP8, NVFP4)
+}
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:

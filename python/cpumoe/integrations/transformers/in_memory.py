@@ -2,9 +2,10 @@
 
 If transformers dequantized an MXFP4 model, its bf16 weights are exactly E2M1 values times a power
 of two. The first call packs them as MXFP4 again, which restores the checkpoint's values exactly.
-Other weights, in fp16 or fp32 as well, are packed as bf16 if they are bf16 numbers. Weights that
-need more bits are refused, because rounding them would change the model. `ExpertsOptions` with a
-`weight_format` asks for that: weights are rounded to the nearest values of the format.
+Other weights are packed as bf16 if they are bf16 numbers, and as fp16 if they are fp16 numbers.
+Weights that need more bits are refused, because rounding them would change the model.
+`ExpertsOptions` with a `weight_format` asks for that: weights are rounded to the nearest values of
+the format.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.activation import module_swiglu
 from cpumoe.integrations.transformers.options import current_options
 
-# The formats that may hold weights exactly, the smallest first.
-_FORMATS = (weight_format("mxfp4"), weight_format("bf16"))
+# The formats that may hold weights exactly, the smallest and fastest first.
+_FORMATS = (weight_format("mxfp4"), weight_format("bf16"), weight_format("fp16"))
 
 
 class _InMemory:
@@ -79,7 +80,8 @@ def experts_forward(
         ``[tokens, hidden]`` in the dtype of `hidden_states`. See `cpumoe.Experts` for gradients.
 
     Raises:
-        UnsupportedFormatError: the weights are not bf16 numbers, and the options name no format.
+        UnsupportedFormatError: the weights are no bf16 or fp16 numbers, and the options name no
+            format.
         RuntimeError: the module is in training mode.
         ValueError: cpumoe does not support the module's activation, or it is not on the CPU.
     """
@@ -187,8 +189,9 @@ def _exact_format(module: Any) -> WeightFormat:
 
 def _holds(fmt: WeightFormat, weights: torch.Tensor, name: str) -> bool:
     """Whether weights ``[N, K]`` of a module called `name` are values of the format."""
-    if weights.dtype == torch.bfloat16 and fmt.code_dtypes == (torch.bfloat16,):
-        return True
+    if not fmt.values and fmt.scale_dtype is None:
+        dtype = fmt.code_dtypes[0]
+        return weights.dtype == dtype or torch.equal(weights.to(dtype).to(weights.dtype), weights)
     return weights.shape[-1] % K_MULTIPLE == 0 and torch.equal(
         fmt.dense(fmt.quantized(weights, name=name)), weights.float()
     )
