@@ -67,7 +67,7 @@ void Pack(Layer& self, Runtime& runtime, const std::vector<int64_t>& experts,
     source.down = matrices[2].View<const std::byte>();
     if (!biases) continue;
     constexpr std::array kNames = {"gate_bias", "up_bias", "down_bias"};
-    for (size_t i = 0; i < kNames.size(); ++i) {
+    for (size_t i = self.config().glu.gated ? 0 : 1; i < kNames.size(); ++i) {
       RequireAddress(AsPointer((*biases)[i]), "expert ", experts[sources.size() - 1], ": ",
                      kNames[i]);
     }
@@ -126,14 +126,14 @@ void BindLayer(py::module_& m) {
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        GluFunction glu_function, float alpha, std::optional<float> limit,
                        float up_offset, std::optional<float> gate_cap, std::optional<float> up_cap,
-                       bool has_bias, Precision precision, bool batch_invariant,
+                       bool gated, bool has_bias, Precision precision, bool batch_invariant,
                        int few_token_limit, std::vector<int32_t> copy_of) {
              const float infinity = std::numeric_limits<float>::infinity();
              return MoeConfig{.num_experts = num_experts,
                               .hidden_size = hidden_size,
                               .intermediate_size = intermediate_size,
                               .glu = {glu_function, alpha, limit.value_or(infinity), up_offset,
-                                      gate_cap.value_or(1.0f), up_cap.value_or(1.0f)},
+                                      gate_cap.value_or(1.0f), up_cap.value_or(1.0f), gated},
                               .has_bias = has_bias,
                               .precision = precision,
                               .batch_invariant = batch_invariant,
@@ -143,7 +143,7 @@ void BindLayer(py::module_& m) {
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("glu_function"), py::arg("alpha"),
            py::arg("limit"), py::arg("up_offset"), py::arg("gate_cap") = py::none(),
-           py::arg("up_cap") = py::none(), py::arg("has_bias"), py::arg("precision"),
+           py::arg("up_cap") = py::none(), py::arg("gated") = true, py::arg("has_bias"), py::arg("precision"),
            py::arg("batch_invariant"), py::arg("few_token_limit"),
            py::arg("copy_of") = std::vector<int32_t>());
 

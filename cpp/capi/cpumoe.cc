@@ -135,8 +135,12 @@ Glu ToGlu(const cpumoe_glu& glu) {
             capped ? "a positive and finite number" : "0 for a function without caps", ", got ",
             cap);
   }
+  Require(glu.no_gate == 0 || glu.no_gate == 1, "glu.no_gate: expected 0 or 1, got ", glu.no_gate);
+  Require(glu.no_gate == 0 || (!capped && glu.up_offset == 0),
+          "glu.no_gate: expected 0 with caps or an offset of up, got 1");
   const float infinity = std::numeric_limits<float>::infinity();
   Glu result = {function, glu.alpha, glu.limit == 0 ? infinity : glu.limit, glu.up_offset};
+  result.gated = glu.no_gate == 0;
   if (capped) {
     result.gate_cap = glu.gate_cap;
     result.up_cap = glu.up_cap;
@@ -224,7 +228,12 @@ void Pack(Layer& layer, Runtime& runtime, int64_t first, std::span<const cpumoe_
     const cpumoe_expert& expert = experts[i];
     const std::string name = Message("expert ", first + static_cast<int64_t>(i), ": ");
     names[i] = {name + "gate", name + "up", name + "down"};
-    sources[i] = {.gate = View(expert.gate, intermediate, hidden, layer.format(), names[i][0]),
+    RawMatrix gate = {.codes = static_cast<const std::byte*>(expert.gate.codes),
+                      .name = names[i][0].c_str()};
+    if (layer.config().glu.gated) {
+      gate = View(expert.gate, intermediate, hidden, layer.format(), names[i][0]);
+    }
+    sources[i] = {.gate = gate,
                   .up = View(expert.up, intermediate, hidden, layer.format(), names[i][1]),
                   .down = View(expert.down, hidden, intermediate, layer.format(), names[i][2]),
                   .gate_bias = expert.gate_bias,

@@ -95,14 +95,15 @@ typedef enum cpumoe_glu_function {
 } cpumoe_glu_function;
 
 /* A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
- * limit). */
+ * limit). Experts without a gate projection have h = f(min(up, limit)). */
 typedef struct cpumoe_glu {
   int32_t function; /* cpumoe_glu_function */
   float alpha;      /* of CPUMOE_GLU_SILU: positive; plain SwiGLU has 1. Else 1 */
   float limit;      /* positive; 0: no limit */
   float up_offset;
-  float gate_cap; /* of CPUMOE_GLU_SOFTCAPPED_SILU: positive. Else 0 */
-  float up_cap;   /* as gate_cap */
+  float gate_cap;  /* of CPUMOE_GLU_SOFTCAPPED_SILU: positive. Else 0 */
+  float up_cap;    /* as gate_cap */
+  int32_t no_gate; /* 1: experts have no gate projection; up_offset and caps are 0 */
 } cpumoe_glu;
 
 typedef struct cpumoe_layer_options {
@@ -111,7 +112,7 @@ typedef struct cpumoe_layer_options {
   int64_t hidden_size;
   int64_t intermediate_size;
   const cpumoe_glu* glu;   /* NULL: plain SwiGLU, silu(gate) * up */
-  int32_t has_bias;        /* 1: experts have three biases each */
+  int32_t has_bias;        /* 1: each matrix of an expert has a bias */
   int32_t precision;       /* a cpumoe_precision */
   int32_t batch_invariant; /* 1: a token's result does not depend on the other tokens of its call */
   const char* variant;     /* "avx2", ...; NULL: the environment's CPUMOE_ISA, or the best here */
@@ -156,11 +157,12 @@ typedef struct cpumoe_matrix {
 } cpumoe_matrix;
 
 typedef struct cpumoe_expert {
-  cpumoe_matrix gate;     /* [intermediate_size, hidden_size] */
-  cpumoe_matrix up;       /* [intermediate_size, hidden_size] */
-  cpumoe_matrix down;     /* [hidden_size, intermediate_size] */
-  const float* gate_bias; /* [intermediate_size]; all three if the layer has biases, else NULL */
-  const float* up_bias;   /* [intermediate_size] */
+  cpumoe_matrix gate; /* [intermediate_size, hidden_size]; all zeros without a gate */
+  cpumoe_matrix up;   /* [intermediate_size, hidden_size] */
+  cpumoe_matrix down; /* [hidden_size, intermediate_size] */
+  const float*
+      gate_bias;        /* [intermediate_size]; of each matrix if the layer has biases, else NULL */
+  const float* up_bias; /* [intermediate_size] */
   const float* down_bias; /* [hidden_size] */
 } cpumoe_expert;
 

@@ -1,4 +1,4 @@
-// The gated activation of 16 intermediate features (formulas: moe/config.h).
+// The activation of 16 intermediate features (formulas: moe/config.h).
 #pragma once
 
 #include <type_traits>
@@ -53,6 +53,12 @@ typename Isa::Vec GateOf(const Glu& glu, typename Isa::Vec g) {
     const Vec relu = Isa::Max(Isa::Zero(), g);
     return kFunction == GluFunction::kRelu ? relu : Isa::Mul(relu, relu);
   }
+}
+
+// h of experts without a gate projection.
+template <class Isa, GluFunction kFunction>
+typename Isa::Vec Activate(const Glu& glu, typename Isa::Vec up) {
+  return GateOf<Isa, kFunction>(glu, Isa::Min(Isa::Broadcast(glu.limit), up));
 }
 
 // NaN and infinities give the results of PyTorch's functions and clamp: Min and Max keep a NaN in

@@ -22,7 +22,7 @@ enum class GluFunction : int32_t {
 };
 
 // A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,
-// limit).
+// limit). Experts without a gate projection have h = f(g), g = min(up, limit).
 //
 // Plain SwiGLU is the default. DeepSeek-V4 has limit 10. gpt-oss has alpha 1.702, limit 7 and
 // up_offset 1. Gemma 4 has kGeluTanh.
@@ -33,6 +33,7 @@ struct Glu {
   float up_offset = 0.0f;
   float gate_cap = 1.0f;  // of kSoftCappedSilu
   float up_cap = 1.0f;    // of kSoftCappedSilu
+  bool gated = true;      // whether experts have a gate projection
 };
 
 // The lowest precision to which activations may be rounded. Weights are always exact.

@@ -58,7 +58,7 @@ class ForwardPass {
     ListExperts();
     shared_ = tokens_ == 1 && routing_.tokens().size() == experts_.size();
     const int64_t experts = std::ssize(experts_);
-    const int64_t features = CeilDiv(GateTiles(), int64_t{Path::kFeatureTiles});
+    const int64_t features = CeilDiv(GateTiles(), FeatureUnit());
     const int64_t outputs = CeilDiv(DownTiles(), int64_t{TilePair::kCount});
     features_per_task_ = PerTask(experts * features, 32, 4);
     outputs_per_task_ = PerTask(outputs, 8, kMostPerTask);
@@ -110,7 +110,8 @@ class ForwardPass {
     const auto pairs = static_cast<int64_t>(routing_.tokens().size());
     staged_ = workspace_.Activations(pairs * MostStagedBytes(HiddenSize()));
     intermediate_ = workspace_.Intermediate(pairs * MostStagedBytes(Intermediate()));
-    const int64_t products = std::max(Path::kFeatureTiles * features_per_task_, outputs_per_task_);
+    const int64_t pairs_of_features = gated() ? FeatureUnit() : FeatureUnit() / TilePair::kCount;
+    const int64_t products = std::max(pairs_of_features * features_per_task_, outputs_per_task_);
     product_offset_ = Path::kPanelBytes;
     sums_offset_ = product_offset_ + ProductBytes(products, most_tokens_);
     workspace_.ReserveScratch(pool_.num_threads(),
@@ -149,32 +150,41 @@ class ForwardPass {
     });
   }
 
-  // Task `index` of an expert's gate and up: features_per_task_ * kFeatureTiles tiles of
+  // Task `index` of an expert's gate and up: features_per_task_ * FeatureUnit() tiles of
   // intermediate features, for all the expert's tokens.
   void GateUp(const Expert& expert, int64_t index, int thread) const {
-    const int64_t begin = index * features_per_task_ * Path::kFeatureTiles;
-    const int64_t end = std::min(begin + features_per_task_ * Path::kFeatureTiles, GateTiles());
+    const int64_t begin = index * features_per_task_ * FeatureUnit();
+    const int64_t end = std::min(begin + features_per_task_ * FeatureUnit(), GateTiles());
     std::array<TilePair, kMostPerTask * Path::kFeatureTiles> w;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      w[tile - begin] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
+    int64_t pairs = 0;
+    if (gated()) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        w[pairs++] = Operands(expert, Projection::kGate, tile, Projection::kUp, tile);
+      }
+    } else {
+      for (int64_t tile = begin; tile < end; tile += TilePair::kCount) {
+        const int64_t second = std::min(tile + 1, end - 1);
+        w[pairs++] = Operands(expert, Projection::kUp, tile, Projection::kUp, second);
+      }
     }
-    LinkTiles(std::span(w.data(), end - begin), Path::TilesAtOnce(expert.form, expert.blocks));
+    LinkTiles(std::span(w.data(), pairs), Path::TilesAtOnce(expert.form, expert.blocks));
     const Product product = ProductOf(expert, thread);
-    Path::Multiply(op_.codec(), std::span(w.data(), end - begin), expert.form,
+    Path::Multiply(op_.codec(), std::span(w.data(), pairs), expert.form,
                    shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
                    product);
     for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
       const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
       for (int64_t b = 0; b < expert.blocks.count(); ++b) {
-        StageFeatures(expert, b, tile, count, product.Pair(tile - begin));
+        StageFeatures(expert, b, tile, count, product, tile - begin);
       }
     }
   }
 
   // Activates and stages features of block b of an expert's tokens: `count` tiles of them, from
-  // tile `first` on. `product` has a pair of tiles, gate and up, for each.
+  // tile `first` on, which are tiles `place` and following of the product. The product has a pair
+  // of tiles, gate and up, for each tile, or without a gate a pair for every two tiles.
   void StageFeatures(const Expert& expert, int64_t b, int64_t first, int count,
-                     const Product& product) const {
+                     const Product& product, int64_t place) const {
     const int64_t features = op_.weights().layout(Projection::kGate).rows();
     const int64_t row = first * kTileRows;
     const int64_t rows = std::min<int64_t>(count * kTileRows, features - row);
@@ -193,8 +203,17 @@ class ForwardPass {
       // Chosen here, so that staging, which is far more code, is not instantiated per function.
       VisitGluFunction(glu.function, [&](auto function) __attribute__((always_inline)) {
         for (int i = 0; i < count; ++i) {
-          const Vec gate = Isa::Fma(Isa::Load(product.At(i, b, 0, t)), gate_factor, gate_bias[i]);
-          const Vec up = Isa::Fma(Isa::Load(product.At(i, b, 1, t)), up_factor, up_bias[i]);
+          const int64_t tile = place + i;
+          if (!glu.gated) {
+            constexpr int kCount = TilePair::kCount;
+            const float* sums = product.At(tile / kCount, b, static_cast<int>(tile % kCount), t);
+            const Vec up = Isa::Fma(Isa::Load(sums), up_factor, up_bias[i]);
+            Isa::Store(h + i * kTileRows, Activate<Isa, function()>(glu, up));
+            continue;
+          }
+          const Vec gate =
+              Isa::Fma(Isa::Load(product.At(tile, b, 0, t)), gate_factor, gate_bias[i]);
+          const Vec up = Isa::Fma(Isa::Load(product.At(tile, b, 1, t)), up_factor, up_bias[i]);
           Isa::Store(h + i * kTileRows, Activate<Isa, function()>(glu, gate, up));
         }
       });
@@ -295,6 +314,12 @@ class ForwardPass {
     return Isa::Load(lane);
   }
 
+  bool gated() const { return op_.config().glu.gated; }
+  // Tiles of intermediate features that are multiplied together, or a multiple of so many. A pair
+  // of tiles has gate and up, or without a gate two tiles of up.
+  int64_t FeatureUnit() const {
+    return gated() ? Path::kFeatureTiles : std::max<int64_t>(Path::kFeatureTiles, TilePair::kCount);
+  }
   int64_t GateTiles() const { return op_.weights().layout(Projection::kGate).tiles(); }
   int64_t DownTiles() const { return op_.weights().layout(Projection::kDown).tiles(); }
   int64_t HiddenSize() const { return op_.config().hidden_size; }
@@ -342,7 +367,7 @@ class ForwardPass {
   bool shared_ = false;
   std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
   std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in token blocks
-  int64_t features_per_task_ = 1;      // in units of kFeatureTiles tiles
+  int64_t features_per_task_ = 1;      // in units of FeatureUnit() tiles
   int64_t outputs_per_task_ = 1;       // in pairs of tiles
   int64_t product_offset_ = 0;         // the layout of a thread's scratch is panel | product | sums
   int64_t sums_offset_ = 0;

@@ -20,17 +20,17 @@ namespace cpumoe {
 
 // One expert in the form in which its checkpoint stores it.
 struct ExpertSource {
-  RawMatrix gate, up;                // [intermediate_size, hidden_size]
+  RawMatrix gate, up;                // [intermediate_size, hidden_size]; no gate: empty
   RawMatrix down;                    // [hidden_size, intermediate_size]
-  const float* gate_bias = nullptr;  // [intermediate_size]; all three biases, or none
+  const float* gate_bias = nullptr;  // [intermediate_size]; biases of all matrices, or none
   const float* up_bias = nullptr;
   const float* down_bias = nullptr;  // [hidden_size]
 };
 
-// Where to write the intermediate features [intermediate_begin, intermediate_begin + gate.rows) of
-// an expert. They are all features, or one rank's share of a tensor-parallel split. Scales have any
-// grid and type that can hold those of the checkpoint (RawMatrix::grid). Factors are not written
-// (Moe::Scales).
+// Where to write the intermediate features [intermediate_begin, intermediate_begin + up.rows) of
+// an expert. The gate is ignored where experts have none. They are all features, or one rank's
+// share of a tensor-parallel split. Scales have any grid and type that can hold those of the
+// checkpoint (RawMatrix::grid). Factors are not written (Moe::Scales).
 struct ExpertDestination {
   MutableRawMatrix gate, up, down;
   int64_t intermediate_begin = 0;

@@ -24,7 +24,7 @@ class PackedWeights {
  public:
   explicit PackedWeights(const MoeConfig& config)
       : config_(Checked(config)),
-        gate_up_(config.intermediate_size, config.hidden_size, 2),
+        gate_up_(config.intermediate_size, config.hidden_size, config.glu.gated ? 2 : 1),
         down_(config.hidden_size, config.intermediate_size),
         packed_(Allocate(config.copies(), PackedBytes())),
         biases_(config.has_bias ? config.copies() * BiasSize() : 0),
@@ -67,15 +67,23 @@ class PackedWeights {
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) {
     config_.RequireExperts(expert, 1);
-    source.gate.RequireShape(gate_up_.rows(), gate_up_.columns());
+    if (gated()) {
+      source.gate.RequireShape(gate_up_.rows(), gate_up_.columns());
+    } else {
+      Require(source.gate.codes == nullptr, source.gate.name,
+              ": expected none, because the layer's experts have no gate projection");
+    }
     source.up.RequireShape(gate_up_.rows(), gate_up_.columns());
     source.down.RequireShape(down_.rows(), down_.columns());
     const RawMatrix* const matrices[] = {&source.gate, &source.up, &source.down};
-    for (const RawMatrix* matrix : matrices) matrix->RequireScales<F>();
-    const bool biased = source.gate_bias != nullptr;
-    Require(biased == config_.has_bias && biased == (source.up_bias != nullptr) &&
+    for (int p = First(); p < kProjections; ++p) matrices[p]->RequireScales<F>();
+    const bool biased = source.up_bias != nullptr;
+    Require(biased == config_.has_bias && (biased && gated()) == (source.gate_bias != nullptr) &&
                 biased == (source.down_bias != nullptr),
-            "expert ", expert, ": ", config_.has_bias ? "three biases" : "no biases",
+            "expert ", expert, ": ",
+            !config_.has_bias ? "no biases"
+            : gated()         ? "three biases"
+                              : "biases of up and down",
             " expected, as the layer's has_bias says");
     const int64_t copy = config_.CopyOf(expert);
     has_weights_[copy] = 0;
@@ -86,7 +94,7 @@ class PackedWeights {
     });
     for (const ScaleRange& range : ranges) ranges[0].Merge(range);
     scales_[copy] = ranges[0];
-    for (int p = 0; p < kProjections; ++p) {
+    for (int p = First(); p < kProjections; ++p) {
       StoredScales& stored = stored_[copy][p] = {matrices[p]->grid, matrices[p]->factor};
       if (stored.grid.type == ScaleType::kOwn) {
         stored.grid.type = TypeOfScale<typename F::Scale>();
@@ -94,7 +102,8 @@ class PackedWeights {
     }
     if (biased) {
       float* bias = biases_.data() + copy * BiasSize();
-      bias = std::copy_n(source.gate_bias, config_.intermediate_size, bias);
+      if (gated()) std::copy_n(source.gate_bias, config_.intermediate_size, bias);
+      bias += config_.intermediate_size;
       bias = std::copy_n(source.up_bias, config_.intermediate_size, bias);
       std::copy_n(source.down_bias, config_.hidden_size, bias);
     }
@@ -139,14 +148,14 @@ class PackedWeights {
   template <class Body>
   void ForEachTile(ThreadPool& pool, Body&& body) const {
     constexpr auto kRunBytes = static_cast<int64_t>(AlignedBuffer::kHugePage / 2);
-    const int64_t pairs = std::max<int64_t>(kRunBytes / (2 * gate_up_.TileBytes()), 1);
+    const int64_t pairs = std::max<int64_t>(kRunBytes / (Shared() * gate_up_.TileBytes()), 1);
     const int64_t downs = std::max<int64_t>(kRunBytes / down_.TileBytes(), 1);
     const int64_t gate_up_tasks = CeilDiv(gate_up_.tiles(), pairs);
     pool.For(gate_up_tasks + CeilDiv(down_.tiles(), downs), [&](int64_t task, int thread) {
       if (task < gate_up_tasks) {
         const int64_t end = std::min((task + 1) * pairs, gate_up_.tiles());
         for (int64_t t = task * pairs; t < end; ++t) {
-          body(Projection::kGate, t, thread);
+          if (gated()) body(Projection::kGate, t, thread);
           body(Projection::kUp, t, thread);
         }
       } else {
@@ -166,21 +175,26 @@ class PackedWeights {
     }
   }
 
-  int64_t PackedBytes() const { return 2 * gate_up_.bytes() + down_.bytes(); }
+  bool gated() const { return config_.glu.gated; }
+  // The first projection that experts have.
+  int First() const { return gated() ? 0 : 1; }
+  // How many matrices take turns before down: gate and up, or up alone.
+  int64_t Shared() const { return gated() ? 2 : 1; }
+  int64_t PackedBytes() const { return Shared() * gate_up_.bytes() + down_.bytes(); }
   int64_t BiasSize() const { return 2 * config_.intermediate_size + config_.hidden_size; }
   std::byte* Matrix(int64_t copy, Projection p) const {
     const int64_t offset = p == Projection::kGate ? 0
-                           : p == Projection::kUp ? gate_up_.TileBytes()
-                                                  : 2 * gate_up_.bytes();
+                           : p == Projection::kUp ? (Shared() - 1) * gate_up_.TileBytes()
+                                                  : Shared() * gate_up_.bytes();
     return packed_.data() + copy * PackedBytes() + offset;
   }
 
   MoeConfig config_;
   PackedLayout<F> gate_up_;
   PackedLayout<F> down_;
-  // For each copy: tiles of gate and up in turn, then the tiles of down. Tiles of gate and up are
-  // read together. If one matrix followed the other, both would lie at the same offsets of their
-  // pages, which makes memory and caches a tenth slower.
+  // For each copy: tiles of gate, if there is one, and up in turn, then the tiles of down. Tiles of
+  // gate and up are read together. If one matrix followed the other, both would lie at the same
+  // offsets of their pages, which makes memory and caches a tenth slower.
   AlignedBuffer packed_;
   std::vector<float> biases_;       // [copies][gate | up | down], empty without biases
   std::vector<ScaleRange> scales_;  // by copy, over its three matrices

@@ -62,11 +62,12 @@ class ExpertUnpacker {
     int64_t tasks() const { return pair_tasks() + CeilDiv(downs, downs_per_task); }
   };
 
+  bool gated() const { return weights_.config().glu.gated; }
   const PackedLayout<F>& gate_up() const { return weights_.layout(Projection::kGate); }
   const PackedLayout<F>& down() const { return weights_.layout(Projection::kDown); }
 
   Split SplitOf(const ExpertDestination& out) const {
-    const int64_t begin = out.intermediate_begin, features = out.gate.rows;
+    const int64_t begin = out.intermediate_begin, features = out.up.rows;
     const int64_t first = begin / kTileRows;
     const int64_t down_bytes = down().TileBytes() * features / weights_.config().intermediate_size;
     return {.first_pair = first,
@@ -81,7 +82,7 @@ class ExpertUnpacker {
       const int64_t end = std::min((task + 1) * split.pairs_per_task, split.pairs);
       for (int64_t pair = task * split.pairs_per_task; pair < end; ++pair) {
         const int64_t tile = split.first_pair + pair;
-        UnpackTile(copy, Projection::kGate, tile, out.intermediate_begin, 0, out.gate);
+        if (gated()) UnpackTile(copy, Projection::kGate, tile, out.intermediate_begin, 0, out.gate);
         UnpackTile(copy, Projection::kUp, tile, out.intermediate_begin, 0, out.up);
       }
       return;
@@ -101,12 +102,12 @@ class ExpertUnpacker {
 
   void RequireFits(const ExpertDestination& out) const {
     const MoeConfig& config = weights_.config();
-    const int64_t begin = out.intermediate_begin, count = out.gate.rows;
+    const int64_t begin = out.intermediate_begin, count = out.up.rows;
     Require(begin >= 0 && count >= 0 && begin + count <= config.intermediate_size &&
                 begin % kGroupSize == 0 && count % kGroupSize == 0,
             F::kName, ": intermediate features to export must be whole groups of ", kGroupSize,
             " within [0, ", config.intermediate_size, "), got [", begin, ", ", begin + count, ")");
-    out.gate.RequireShape(count, config.hidden_size);
+    if (gated()) out.gate.RequireShape(count, config.hidden_size);
     out.up.RequireShape(count, config.hidden_size);
     out.down.RequireShape(config.hidden_size, count);
   }
@@ -116,7 +117,7 @@ class ExpertUnpacker {
   void RequireScales(int64_t copy) const {
     const auto& [gate, up, down] = weights_.stored(copy);
     for (const ExpertDestination& each : out_) {
-      RequireScales(each.gate, each.intermediate_begin, 0, gate.grid);
+      if (gated()) RequireScales(each.gate, each.intermediate_begin, 0, gate.grid);
       RequireScales(each.up, each.intermediate_begin, 0, up.grid);
       RequireScales(each.down, 0, each.intermediate_begin, down.grid);
     }

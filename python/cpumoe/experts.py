@@ -168,7 +168,7 @@ class Experts(PackedExperts):
     def from_tensors(
         cls,
         *,
-        gate: MatrixStack,
+        gate: MatrixStack | None = None,
         up: MatrixStack,
         down: MatrixStack,
         format: str,
@@ -196,6 +196,7 @@ class Experts(PackedExperts):
                 With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
                 float32 factor ``[experts]``, which is multiplied, may be the third part.
                 With bf16, one tensor ``[experts, intermediate, hidden]``.
+                None for experts without gate projections, with ``swiglu=GLU(..., gated=False)``.
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
                 bf16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
@@ -217,8 +218,9 @@ class Experts(PackedExperts):
                 along its last dimension.
         """
         options = with_overrides(options, overrides, "Experts.from_tensors")
-        biases = (gate_bias, up_bias, down_bias)
-        stack = checked_stack(weight_format(format), gate, up, down, biases)
+        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+        gated = not isinstance(swiglu, GLU) or swiglu.gated
+        stack = checked_stack(weight_format(format), gate, up, down, biases, gated=gated)
         experts, hidden, intermediate = stack.sizes
         return cls(
             stack,

@@ -73,7 +73,7 @@ class PackedExperts:
             isa=self._isa, origin=origin, format=self._format.name, config=config
         )
         self._calls = Calls(self._layer, hidden_size=hidden_size, precision=options.precision)
-        self._form = ExpertForm(self._format, hidden_size, intermediate_size)
+        self._form = ExpertForm(self._format, hidden_size, intermediate_size, self._swiglu.gated)
         self._residency = Residency(self._layer, self._form, num_experts, source)
         self._residency.fill(source, expert_mask, pack_masked, self._threads())
 
@@ -86,6 +86,7 @@ class PackedExperts:
         Returns:
             Codes and scales as in a `QuantizedMatrix`; gate and up ``[intermediate,
             hidden]``, down ``[hidden, intermediate]``; biases in their original dtype, or None.
+            Without a gate projection, gate is up.
 
         Raises:
             TypeError: `expert_id` is not an int.
@@ -95,14 +96,14 @@ class PackedExperts:
         expert_id = self._checked(expert_id)
         refuse_tracing("export")
         gate, up, down = new_expert(self._layer, self._form, expert_id)
-        self.export_into(expert_id, gate=gate, up=up, down=down)
+        self.export_into(expert_id, gate=gate if self._form.gated else None, up=up, down=down)
         return ExpertWeights(gate, up, down, **self._residency.biases(expert_id))
 
     def export_into(
         self,
         expert_id: int,
         *,
-        gate: MatrixBuffer,
+        gate: MatrixBuffer | None = None,
         up: MatrixBuffer,
         down: MatrixBuffer,
         intermediate: slice | range | None = None,
@@ -124,7 +125,7 @@ class PackedExperts:
             expert_id: the expert.
             gate: codes ``[features, hidden/2]`` and scales ``[features, hidden/32]``, in the shapes
                 and dtypes that `Experts.from_tensors` accepts. There may be more scales than the
-                expert was packed from.
+                expert was packed from. None if experts have no gate projection.
             up: like `gate`.
             down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
             intermediate: the intermediate features to write: rows of gate and up, columns of down.

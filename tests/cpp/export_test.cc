@@ -73,6 +73,27 @@ TEST_P(ExportTest, EveryExpertBitForBit) {
   }
 }
 
+// Without a gate, an expert takes no memory for one, and its export leaves the gate's alone.
+TEST_P(ExportTest, ExpertsWithoutAGate) {
+  const int64_t intermediate = 5 * GroupSize();
+  const TestLayer layer(format(), LayerSpec{.experts = 3,
+                                            .intermediate = intermediate,
+                                            .glu = kUngatedRelu2,
+                                            .gate_up_scales = {},
+                                            .down_scales = {}});
+  const auto moe = Create(layer), gated = Create(MakeLayer(intermediate));
+  EXPECT_LT(moe->copy_bytes(), gated->copy_bytes() * 7 / 10);
+  SerialPool pool;
+  for (int64_t e = 0; e < 3; ++e) {
+    Copy copy(format(), intermediate, layer.config().hidden_size);
+    const Copy untouched = copy;
+    UnpackAll(*moe, e, copy.Views(), pool);
+    EXPECT_EQ(copy.gate, untouched.gate);
+    EXPECT_EQ(copy.up, layer.Matrix(e, 1));
+    EXPECT_EQ(copy.down, layer.Matrix(e, 2));
+  }
+}
+
 // The shares of a tensor-parallel split, exported one by one, make up the whole expert.
 TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
   const TestLayer layer = MakeLayer(4 * GroupSize());

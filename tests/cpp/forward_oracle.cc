@@ -116,7 +116,7 @@ Interval Activate(const Glu& s, Interval gate, Interval up, int bits) {
   const double moved = GreatestSlope(s, g, gate.error) * gate.error;
   const double f_error =
       moved + UnitsOfError(s, g) * kUnit * (std::fabs(f) + moved) + std::fabs(g) * kFlush;
-  const double u_error = up.error + kUnit * (std::fabs(u) + up.error);
+  const double u_error = s.gated ? up.error + kUnit * (std::fabs(u) + up.error) : 0.0;
   const double h = u * f;
   double error = std::fabs(u) * f_error + std::fabs(f) * u_error + f_error * u_error;
   error += (kUnit + std::ldexp(1.0, -bits)) * (std::fabs(h) + error) + kFlush;
@@ -176,7 +176,9 @@ class Oracle {
     const ExpertSource source = layer_.Source(id);
     std::vector<Dense>& expert = experts_[id];
     if (expert.empty()) {
-      expert = {Decode<F>(source.gate), Decode<F>(source.up), Decode<F>(source.down)};
+      // Without a gate projection, the gate is up.
+      const RawMatrix& gate = layer_.config().glu.gated ? source.gate : source.up;
+      expert = {Decode<F>(gate), Decode<F>(source.up), Decode<F>(source.down)};
     }
     const int bits = rounding_.int8 ? 24 : rounding_.bits;
     const bool rounded = SignificandBits(batch_.spec().dtype) > bits;
@@ -185,7 +187,8 @@ class Oracle {
       x.push_back({value, rounded ? std::ldexp(std::fabs(value), -bits) : 0.0});
     }
     Round(x);
-    const Intervals gate = Multiply(expert[0], x, source.gate_bias);
+    const bool gated = layer_.config().glu.gated;
+    const Intervals gate = Multiply(expert[0], x, gated ? source.gate_bias : source.up_bias);
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {

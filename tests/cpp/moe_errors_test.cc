@@ -92,6 +92,25 @@ TEST_P(MoeErrorsTest, Biases) {
             "expert 0: three biases expected, as the layer's has_bias says");
 }
 
+TEST_P(MoeErrorsTest, AGateThatExpertsDoNotHave) {
+  const LayerSpec spec = {.glu = kUngatedRelu2, .has_bias = true};
+  const TestLayer layer(format(), spec), gated(format(), LayerSpec{.has_bias = true});
+  const auto moe = Create(layer.config());
+  EXPECT_EQ(PackMessage(*moe, layer.Source(0)), "no exception");
+  ExpertSource source = layer.Source(0);
+  source.gate = gated.Source(0).gate;
+  EXPECT_EQ(PackMessage(*moe, source),
+            "test.weight: expected none, because the layer's experts have no gate projection");
+  source = layer.Source(0);
+  source.gate_bias = source.up_bias;
+  EXPECT_EQ(PackMessage(*moe, source),
+            "expert 0: biases of up and down expected, as the layer's has_bias says");
+  source = gated.Source(0);
+  source.gate = {.name = "test.weight"};
+  EXPECT_EQ(PackMessage(*Create(gated.config()), source),
+            "test.weight: expected [96, 64] weights, got [0, 0]");
+}
+
 TEST_P(MoeErrorsTest, Factors) {
   const TestLayer layer(format(), LayerSpec{});
   const auto moe = Create(layer);
@@ -147,7 +166,7 @@ TEST_P(MoeErrorsTest, ScalesOfAnotherForm) {
             has_scales() ? "test.weight: " + format() + " needs scales, got none"
                          : "test.weight: " + format() + " has no scales, got some");
   if (!has_scales()) return;
-  for (const int64_t depth : {16, 48}) {
+  for (const int64_t depth : {24, 48}) {
     source = layer.Source(0);
     source.down.grid.depth = depth;
     EXPECT_EQ(PackMessage(*moe, source), "test.weight: " + format() + " has no groups of " +

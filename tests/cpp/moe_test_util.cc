@@ -69,9 +69,10 @@ TestLayer::TestLayer(const std::string& format, const LayerSpec& spec, uint64_t 
 
 ExpertSource TestLayer::Source(int64_t expert) const {
   const std::array<TestMatrix, 3>& m = matrices_[expert];
-  ExpertSource source = {.gate = m[0].View(), .up = m[1].View(), .down = m[2].View()};
+  ExpertSource source = {.up = m[1].View(), .down = m[2].View()};
+  if (config_.glu.gated) source.gate = m[0].View();
   if (config_.has_bias) {
-    source.gate_bias = biases_[expert][0].data();
+    if (config_.glu.gated) source.gate_bias = biases_[expert][0].data();
     source.up_bias = biases_[expert][1].data();
     source.down_bias = biases_[expert][2].data();
   }

@@ -40,6 +40,7 @@ inline double ReferenceGate(const Glu& glu, double g) {
 
 // The factor of f(g), from a clamped u.
 inline double ReferenceUp(const Glu& glu, double u) {
+  if (!glu.gated) return 1.0;
   return (glu.function == GluFunction::kSoftCappedSilu ? SoftCap(u, glu.up_cap) : u) +
          glu.up_offset;
 }

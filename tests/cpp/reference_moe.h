@@ -43,8 +43,8 @@ class ReferenceMoe {
   // One expert's output [hidden_size] for one token x [hidden_size].
   std::vector<double> Expert(int64_t id, const std::vector<double>& x) const {
     const ExpertSource& e = experts_[id];
-    const std::vector<double> gate = Multiply(e.gate, x, e.gate_bias);
     const std::vector<double> up = Multiply(e.up, x, e.up_bias);
+    const std::vector<double> gate = config_.glu.gated ? Multiply(e.gate, x, e.gate_bias) : up;
     std::vector<double> h(gate.size());
     for (size_t i = 0; i < h.size(); ++i) h[i] = Activate(gate[i], up[i]);
     return Multiply(e.down, h, e.down_bias);

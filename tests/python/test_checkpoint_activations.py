@@ -51,7 +51,7 @@ def test_families_with_a_formula_of_their_own_have_silu_alone(tmp_path, model):
     [
         ("gemma4", "hidden_activation", "gelu_pytorch_tanh", GLU("gelu_tanh")),
         ("gemma4", "hidden_activation", "silu", SwiGLU()),
-        ("nemotron_h", "mlp_hidden_act", "relu2", GLU("relu")),
+        ("nemotron_h", "mlp_hidden_act", "relu2", GLU("relu2", gated=False)),
         ("minimax_m3_vl", "hidden_act", "swigluoai", SwiGLU(1.702, 7.0, 1.0)),
         ("lfm2_moe", "hidden_act", "silu", SwiGLU()),
     ],

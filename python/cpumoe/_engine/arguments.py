@@ -101,6 +101,10 @@ SCALE_TYPES = {
 }
 
 
+# The gate of experts without one.
+NO_MATRIX = _core.Matrix(name="gate", rows=0, columns=0, codes=0, codes_stride=0)
+
+
 def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
     """Returns the addresses of one matrix; `name` is for the engine's errors."""
     codes, scales = matrix.codes, matrix.scales

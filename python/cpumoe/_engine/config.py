@@ -56,6 +56,7 @@ def layer_config(
         up_offset=swiglu.up_offset,
         gate_cap=swiglu.gate_cap,
         up_cap=swiglu.up_cap,
+        gated=swiglu.gated,
         has_bias=boolean(has_bias, "has_bias"),
         precision=_PRECISION[precision],
         batch_invariant=batch_invariant,

@@ -10,9 +10,9 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
-from cpumoe._engine.arguments import SCALE_TYPES, matrix_view, require_shape
+from cpumoe._engine.arguments import NO_MATRIX, SCALE_TYPES, matrix_view, require_shape
 from cpumoe._engine.output import wrote_output
-from cpumoe._engine.packing import ExpertForm, checked_matrices
+from cpumoe._engine.packing import ExpertForm, checked_matrices, require_no_gate
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.formats.quantized_matrix import BLOCK
@@ -30,7 +30,7 @@ _SCALE_DTYPES = {kind: dtype for dtype, kind in SCALE_TYPES.items()}
 def new_expert(
     layer: _core.Layer, form: ExpertForm, expert: int
 ) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
-    """Returns memory for a packed expert's gate, up and down."""
+    """Returns memory for a packed expert's gate, up and down. Without a gate it is `up`."""
     fmt = form.fmt
 
     def matrix(rows: int, columns: int, stored: _core.StoredScales) -> QuantizedMatrix:
@@ -47,26 +47,27 @@ def new_expert(
             return QuantizedMatrix(codes, scales)
         return QuantizedMatrix(codes, scales, torch.ones((), dtype=torch.float32, device="cpu"))
 
-    sizes = _sizes(form, form.intermediate_size).values()
-    stored = layer.scales(expert=expert)
-    gate, up, down = (matrix(*size, each) for size, each in zip(sizes, stored, strict=True))
-    return gate, up, down
+    sizes = _sizes(form, form.intermediate_size)
+    stored = dict(zip(("gate", "up", "down"), layer.scales(expert=expert), strict=True))
+    made = {name: matrix(*size, stored[name]) for name, size in sizes.items()}
+    return made.get("gate", made["up"]), made["up"], made["down"]
 
 
 def export_into(
     layer: _core.Layer,
     form: ExpertForm,
     expert: int,
-    buffers: Mapping[str, MatrixBuffer],
+    buffers: Mapping[str, MatrixBuffer | None],
     intermediate: slice | range | None,
     runtime: _core.Runtime,
 ) -> None:
     """Writes a packed expert to the caller's memory; see `Experts.export_into`."""
     features = _features(intermediate, form)
     targets = _targets(form, buffers, len(features))
-    shard = ([target.matrix for target in targets], features.start)
+    matrices = [target.matrix for target in targets]
+    shard = (matrices if form.gated else [NO_MATRIX, *matrices], features.start)
     layer.unpack(runtime=runtime, expert=expert, shards=[shard])
-    for target, stored in zip(targets, layer.scales(expert=expert), strict=True):
+    for target, stored in zip(targets, layer.scales(expert=expert)[-len(targets) :], strict=True):
         target.set_factor(stored.factor)
         target.finish()
 
@@ -75,17 +76,17 @@ def copy_into(
     weights: ExpertWeights,
     form: ExpertForm,
     expert: int,
-    buffers: Mapping[str, MatrixBuffer],
+    buffers: Mapping[str, MatrixBuffer | None],
     intermediate: slice | range | None,
 ) -> None:
     """Writes an expert that is not packed to the caller's memory; see `Experts.export_into`."""
     features = _features(intermediate, form)
     targets = _targets(form, buffers, len(features))
-    matrices = checked_matrices(form.fmt, expert, weights)
+    matrices = checked_matrices(form, expert, weights)
     for matrix in matrices:
         form.fmt.check_scales(matrix.scales, matrix.name)
     first, last = features.start, features.stop
-    for name, matrix, target in zip(buffers, matrices, targets, strict=True):
+    for name, matrix, target in zip(form.projections, matrices, targets, strict=True):
         row, column = first, 0
         if name == "down":
             row, column = 0, first
@@ -174,7 +175,10 @@ class _Target:
 
 def _sizes(form: ExpertForm, features: int) -> dict[str, tuple[int, int]]:
     hidden = form.hidden_size
-    return {"gate": (features, hidden), "up": (features, hidden), "down": (hidden, features)}
+    return {
+        name: (hidden, features) if name == "down" else (features, hidden)
+        for name in form.projections
+    }
 
 
 def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
@@ -202,9 +206,12 @@ def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
     return features
 
 
-def _targets(form: ExpertForm, buffers: Mapping[str, MatrixBuffer], features: int) -> list[_Target]:
+def _targets(
+    form: ExpertForm, buffers: Mapping[str, MatrixBuffer | None], features: int
+) -> list[_Target]:
     """Returns the checked buffers of gate, up and down."""
     refuse_tracing("export_into")
+    require_no_gate(buffers["gate"], gated=form.gated)
     targets = [
         _target(form.fmt, buffers[name], name, *size)
         for name, size in _sizes(form, features).items()
@@ -219,7 +226,9 @@ def _targets(form: ExpertForm, buffers: Mapping[str, MatrixBuffer], features: in
     return targets
 
 
-def _target(fmt: WeightFormat, buffer: MatrixBuffer, name: str, rows: int, columns: int) -> _Target:
+def _target(
+    fmt: WeightFormat, buffer: MatrixBuffer | None, name: str, rows: int, columns: int
+) -> _Target:
     if isinstance(buffer, tuple) and len(buffer) in (2, fmt.num_parts):
         buffer = QuantizedMatrix(*buffer)
     elif isinstance(buffer, torch.Tensor) and fmt.scale_storage is None:

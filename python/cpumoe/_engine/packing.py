@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from cpumoe import _core
 from cpumoe._base.tensors import address
 from cpumoe._engine.arguments import (
+    NO_MATRIX,
     MatrixStack,
     checked_biases,
     matrix_view,
@@ -39,6 +40,12 @@ class ExpertForm:
     fmt: WeightFormat
     hidden_size: int
     intermediate_size: int
+    gated: bool = True  # whether experts have a gate projection
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of an expert's matrices."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class ExpertStack:
     gate: QuantizedMatrix
     up: QuantizedMatrix
     down: QuantizedMatrix
-    biases: tuple[torch.Tensor, ...]
+    biases: Biases
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -59,28 +66,43 @@ class ExpertStack:
     def __iter__(self) -> Iterator[ExpertWeights]:
         """Yields each expert as views of the stacks."""
         for i in range(self.gate.shape[0]):
-            biases = (bias[i] for bias in self.biases)
-            yield ExpertWeights(self.gate[i], self.up[i], self.down[i], *biases)
+            up = self.up[i]
+            gate = up if self.gate is self.up else self.gate[i]
+            biases = {name: bias[i] for name, bias in self.biases.items()}
+            yield ExpertWeights(gate, up, self.down[i], **biases)
 
 
 def checked_stack(
     fmt: WeightFormat,
-    gate: MatrixStack,
+    gate: MatrixStack | None,
     up: MatrixStack,
     down: MatrixStack,
-    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    biases: Mapping[str, torch.Tensor | None],
+    *,
+    gated: bool,
 ) -> ExpertStack:
-    """Checks the tensors that `Experts.from_tensors` gets."""
+    """Checks the tensors that `Experts.from_tensors` gets; `biases` has a value for each name."""
+    require_no_gate(gate, biases["gate_bias"], gated=gated)
     stacks = [
         normalized(fmt, matrices, name, stacked=True)
-        for matrices, name in ((gate, "gate"), (up, "up"), (down, "down"))
+        for matrices, name in ((gate if gated else up, "gate"), (up, "up"), (down, "down"))
     ]
     experts, intermediate, hidden = stacks[0].shape
     shapes = (experts, intermediate, hidden), (experts, hidden, intermediate)
     require_shape(stacks[1].shape, shapes[0], "up", _SHAPES)
     require_shape(stacks[2].shape, shapes[1], "down", _SHAPES)
-    given = checked_biases(biases, _bias_widths(intermediate, hidden), experts)
-    return ExpertStack(stacks[0], stacks[1], stacks[2], tuple(given))
+    widths = _bias_widths(ExpertForm(fmt, hidden, intermediate, gated))
+    given = checked_biases([biases[name] for name in widths], widths, experts)
+    gates = stacks[0] if gated else stacks[1]
+    return ExpertStack(gates, stacks[1], stacks[2], dict(zip(widths, given, strict=False)))
+
+
+def require_no_gate(*gate: object, gated: bool) -> None:
+    """Raises TypeError if there is a gate, or a bias of it, that experts do not have."""
+    if not gated and any(part is not None for part in gate):
+        raise TypeError(
+            "gate: expected None, because experts have no gate projection (GLU(gated=False))"
+        )
 
 
 def pack_experts(
@@ -102,7 +124,7 @@ def pack_experts(
         batch: number of experts that are packed together.
         keep_biases: takes a copy of an expert's biases, in the dtypes given, before it is packed.
     """
-    widths = _bias_widths(form.intermediate_size, form.hidden_size)
+    widths = _bias_widths(form)
     remaining = iter(experts)
     while part := list(itertools.islice(remaining, batch)):
         arguments = []
@@ -113,27 +135,29 @@ def pack_experts(
                     f"expert {index}: expected ExpertWeights from the source, got "
                     f"{type(weights).__name__}; pass a source that returns them for each expert"
                 )
-            matrices = checked_matrices(form.fmt, index, weights)
-            given = checked_biases((weights.gate_bias, weights.up_bias, weights.down_bias), widths)
+            matrices = checked_matrices(form, index, weights)
+            given = checked_biases([getattr(weights, name) for name in widths], widths)
             floats = [bias.float().contiguous() for bias in given]
             sources.append((matrices, floats))
             views = [matrix_view(matrix, matrix.name) for matrix in matrices]
             starts = [address(*bias) for bias in zip(floats, widths, strict=False)]
+            if not form.gated:
+                views.insert(0, NO_MATRIX)
+                starts = [0, *starts] if starts else starts
             arguments.append((views, starts or None))
             copies = (bias.clone() for bias in given)
             keep_biases(index, dict(zip(widths, copies, strict=False)))
         layer.pack(runtime=runtime, experts=[index for index, _ in part], weights=arguments)
 
 
-def checked_matrices(
-    fmt: WeightFormat, index: int, weights: ExpertWeights
-) -> list[QuantizedMatrix]:
-    """Returns an expert's gate, up and down, checked and named for the engine's errors."""
+def checked_matrices(form: ExpertForm, index: int, weights: ExpertWeights) -> list[QuantizedMatrix]:
+    """Returns an expert's matrices, checked and named for the engine's errors."""
     return [
-        normalized(fmt, getattr(weights, name), f"expert {index}: {name}", stacked=False)
-        for name in ("gate", "up", "down")
+        normalized(form.fmt, getattr(weights, name), f"expert {index}: {name}", stacked=False)
+        for name in form.projections
     ]
 
 
-def _bias_widths(intermediate: int, hidden: int) -> dict[str, int]:
-    return {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
+def _bias_widths(form: ExpertForm) -> dict[str, int]:
+    widths = {"up": form.intermediate_size, "down": form.hidden_size}
+    return {f"{name}_bias": widths.get(name, widths["up"]) for name in form.projections}

@@ -21,8 +21,6 @@ _GATE_CAP, _UP_CAP = 4.0, 25.0
 _SILU = {"silu": "silu", "swish": "silu"}
 _FUNCTIONS = {**_SILU, "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
 _SHIFTED_SILU = {**_SILU, "swigluoai": "silu"}
-# Without a gate, relu2(up) is relu(gate) * up, where the gate is the up projection.
-_WITHOUT_GATE = {"relu2": "relu"}
 
 # Model types whose experts compute f(gate) * up, where ``hidden_act`` names f.
 PLAIN_MODEL_TYPES = frozenset(
@@ -125,6 +123,10 @@ def _plain(text: Mapping[str, Any], function: str) -> GLU:
     return SwiGLU() if function == "silu" else GLU(function)
 
 
+def _without_gate(text: Mapping[str, Any], function: str) -> GLU:
+    return GLU(function, gated=False)
+
+
 def _shifted(text: Mapping[str, Any], function: str) -> GLU:
     return SwiGLU(
         alpha=positive_number(text, "swiglu_alpha", _ALPHA),
@@ -161,7 +163,7 @@ _OTHERS = {
     "inkling2": _Family(_softcapped),
     "lfm2_moe": _Family(_plain),
     "minimax_m3_vl": _SHIFTED,
-    "nemotron_h": _Family(_plain, _WITHOUT_GATE, "mlp_hidden_act", "relu2"),
+    "nemotron_h": _Family(_without_gate, _FUNCTIONS, "mlp_hidden_act", "relu2"),
     "openai_privacy_filter": _SHIFTED,
 }
 

@@ -22,8 +22,7 @@ from cpumoe.formats import QuantizedMatrix
 EXPERTS = rf"(?P<prefix>{MODEL}layers\.{LAYER}\.\w+\.experts\.)[0-9]+\."
 # Names of gate, up and down.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-# Experts without a gate compute relu2(up), which is relu(gate) * up with the up projection as gate.
-# It is packed twice.
+# Without a gate projection, up takes its place (`ExpertWeights`).
 _WITHOUT_GATE = (("up_proj", "up_proj", "down_proj"),)
 _MODELS_WITHOUT_GATE = ("nemotron_h",)
 
@@ -59,10 +58,9 @@ class EachProjectionReader(ExpertReader):
 
     @override
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
-        gate, up, down = (
-            self._read_projection(*named) for named in self._named_sizes(prefix, index)
-        )
-        return ExpertWeights(gate, up, down)
+        named = dict.fromkeys(self._named_sizes(prefix, index))
+        *gate, up, down = (self._read_projection(*each) for each in named)
+        return ExpertWeights(gate[0] if gate else up, up, down)
 
     def _number(self, name: str) -> ExpectedTensor:
         """Returns a tensor of one number that multiplies or divides all weights of a matrix."""

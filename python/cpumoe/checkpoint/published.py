@@ -60,8 +60,7 @@ class _Layout(NamedTuple):
         up: name of the up projections. If it is that of `gate`, the two share a tensor.
         down: name of the down projections.
         alternating: whether rows of gate and up alternate in their tensor.
-        without_gate: whether experts compute ``relu2(up)``, which is ``relu(gate) * up`` with the
-            up projection as gate. It is then packed twice.
+        without_gate: whether experts have no gate projection. `gate` is then the name of up.
         model_types: the values of ``model_type`` that have this layout; empty: any.
     """
 
@@ -224,7 +223,8 @@ class PublishedReader(ExpertReader):
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         parts = self._parts(prefix, index)
         biases = [self._read_bias(part) for part in parts] if self.has_bias else []
-        gate, up, down = map(self._read_matrix, parts)
+        up, down = map(self._read_matrix, parts[1:])
+        gate = up if parts[0] == parts[1] else self._read_matrix(parts[0])
         return ExpertWeights(gate, up, down, *biases)
 
     def _parts(self, prefix: str, index: int) -> list[_Part]:

@@ -46,7 +46,8 @@ class ExpertWeights:
     """One routed expert, as views of the mapped checkpoint.
 
     Attributes:
-        gate: ``[intermediate, hidden]``; rows may be strided.
+        gate: ``[intermediate, hidden]``; rows may be strided. Without a gate projection
+            (``GLU(gated=False)``), it is `up`, and nothing reads it.
         up: ``[intermediate, hidden]``; rows may be strided.
         down: ``[hidden, intermediate]``.
         gate_bias: ``[intermediate]`` or None.
@@ -64,7 +65,8 @@ class ExpertWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of weights and scales, without biases."""
-        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+        gate = 0 if self.gate is self.up else self.gate.nbytes
+        return gate + self.up.nbytes + self.down.nbytes
 
 
 @dataclass(frozen=True)

@@ -367,6 +367,8 @@ def _activation_error(
     swiglu: GLU,
 ) -> torch.Tensor:
     gate, up = swiglu.clamp(gate, up)
+    if not swiglu.gated:
+        return swiglu.gate_error(up, d_up)
     d_activated = swiglu.gate_error(gate, d_gate)
     # The slope of a soft cap is at most 1.
     return (swiglu.up(up).abs() + d_up) * d_activated + swiglu.gate(gate).abs() * d_up

@@ -1,4 +1,4 @@
-"""The gated linear unit between an expert's gate/up and down projections."""
+"""The activation between an expert's gate/up and down projections: a gated linear unit, mostly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
+
+from cpumoe._base.scalars import boolean
 
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
@@ -29,6 +31,8 @@ class GLU:
     The clamps are ``g = min(g, limit)`` and ``u = clamp(u, -limit, limit)``; ``limit=None`` leaves
     them out. Source of the name: Shazeer, "GLU Variants Improve Transformer", 2020.
 
+    Experts without a gate projection, such as Nemotron-H's, have ``gated=False``: ``h = f(u)``.
+
     Attributes:
         function: f: ``"silu"`` (``g * sigmoid(alpha * g)``), ``"gelu_tanh"`` (PyTorch's ``gelu``
             with ``approximate="tanh"``), ``"relu"``, ``"relu2"`` (relu squared), or
@@ -39,9 +43,11 @@ class GLU:
         up_offset: number added to the up projection; finite.
         gate_cap: of ``"softcapped_silu"``; positive and finite. Others have None.
         up_cap: as `gate_cap`.
+        gated: whether experts have a gate projection. Without one there are no limit, offset and
+            caps.
 
     Raises:
-        TypeError: a value is no number.
+        TypeError: a value is no number, or `gated` is no bool.
         ValueError: a value is outside these ranges.
     """
 
@@ -51,6 +57,7 @@ class GLU:
     up_offset: float = 0.0
     gate_cap: float | None = None
     up_cap: float | None = None
+    gated: bool = True
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -79,9 +86,19 @@ class GLU:
                 raise ValueError(f"{name}: {cap_name} must be positive and finite, got {cap}")
             if not capped and cap is not None:
                 raise ValueError(f"{name}: {cap_name} must be None for {self.function}, got {cap}")
+        boolean(self.gated, f"{name}: gated")
+        if not self.gated and (capped or self.limit is not None or self.up_offset):
+            raise ValueError(
+                f"{name}: gated must be True with a limit, an offset or caps, got {self}"
+            )
 
     def clamp(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns gate and up, tensors of any shapes, after clamping. NaN stays NaN."""
+        """Returns gate and up, tensors of any shapes, after clamping. NaN stays NaN.
+
+        Without a gate projection, up takes the place of the gate.
+        """
+        if not self.gated:
+            return up, up
         if self.limit is None:
             return gate, up
         return gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
@@ -98,6 +115,8 @@ class GLU:
 
     def up(self, up: torch.Tensor) -> torch.Tensor:
         """Returns the factor of f(g) for a clamped float tensor, in its dtype."""
+        if not self.gated:
+            return torch.ones_like(up)
         return (up if self.up_cap is None else _softcap(up, self.up_cap)) + self.up_offset
 
     def gate_error(self, gate: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
@@ -129,6 +148,8 @@ class GLU:
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Returns h for float tensors gate and up of equal shape, in their dtype."""
         gate, up = self.clamp(gate, up)
+        if not self.gated:
+            return self.gate(gate)
         return self.up(up) * self.gate(gate)
 
 
@@ -140,7 +161,7 @@ class SwiGLU(GLU):
     ``torch/model.py``: alpha 1.702, limit 7, offset 1) and DeepSeek-V4 (``swiglu_limit``).
 
     Attributes:
-        function: ``"silu"``; no argument, as are the caps.
+        function: ``"silu"``; no argument, as are the caps and `gated`.
         alpha: see `GLU`.
         limit: see `GLU`.
         up_offset: see `GLU`.
@@ -152,3 +173,4 @@ class SwiGLU(GLU):
     function: str = field(default="silu", init=False, repr=False)
     gate_cap: float | None = field(default=None, init=False, repr=False)
     up_cap: float | None = field(default=None, init=False, repr=False)
+    gated: bool = field(default=True, init=False, repr=False)

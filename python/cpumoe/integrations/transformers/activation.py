@@ -17,6 +17,10 @@ _FAR = [10 ** (2 + i / 2) for i in range(9)]
 _PROBES = [*range(-48, 49), *(i / 10 for i in range(-10, 11)), *_FAR, *(-far for far in _FAR)]
 
 
+# The functions of experts without a gate projection.
+_UNGATED = ("silu", "gelu_tanh", "relu", "relu2")
+
+
 class _Gate(Protocol):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
@@ -55,16 +59,17 @@ def module_swiglu(module: nn.Module) -> GLU:
 
 
 def _without_gate(module: nn.Module) -> GLU:
-    """Returns the `GLU` that computes relu2(up) if its gate is the up projection as well."""
-    relu2 = GLU("relu")
+    """Returns the `GLU` without a gate that the module's `act_fn` computes."""
     up = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         actual = cast("nn.Module", module.act_fn)(up)
-        if torch.allclose(actual, relu2(up, up), rtol=1e-5, atol=1e-6):
-            return relu2
+        for function in _UNGATED:
+            candidate = GLU(function, gated=False)
+            if torch.allclose(actual, candidate(up, up), rtol=1e-5, atol=1e-6):
+                return candidate
     raise ValueError(
         f"{type(module).__name__}: experts without a gate projection are supported only with the "
-        f"activation relu2, got {type(module.act_fn).__name__}"
+        f"activations {', '.join(_UNGATED)}, got {type(module.act_fn).__name__}"
     )
 
 

@@ -218,9 +218,10 @@ def _encoded(module: Any, fmt: WeightFormat) -> Iterator[ExpertWeights]:
                 module.down_proj_bias[index],
             )
         subject = f"{name}: expert {index}"
+        quantized = fmt.quantized(up, name=f"{subject}, up")
         yield ExpertWeights(
-            fmt.quantized(gate, name=f"{subject}, gate"),
-            fmt.quantized(up, name=f"{subject}, up"),
+            fmt.quantized(gate, name=f"{subject}, gate") if module.has_gate else quantized,
+            quantized,
             fmt.quantized(down, name=f"{subject}, down"),
             *(bias.contiguous() for bias in biases),
         )
@@ -232,7 +233,7 @@ def _first(module: Any) -> str:
 
 
 def _halves(module: Any, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns gate and up; without a gate, it is the up projection (see `module_swiglu`)."""
+    """Returns gate and up; without a gate, up takes its place (`ExpertWeights`)."""
     if not module.has_gate:
         return gate_up, gate_up
     if module.is_concatenated:
