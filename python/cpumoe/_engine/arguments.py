@@ -36,7 +36,7 @@ def check_mask(mask: torch.Tensor, num_experts: int) -> int:
 
 
 def normalized(
-    fmt: WeightFormat, matrices: MatrixStack, name: str, *, stacked: bool
+    fmt: WeightFormat, matrices: MatrixStack | None, name: str, *, stacked: bool
 ) -> QuantizedMatrix:
     """Returns a matrix, or a stack, as bytes of codes and scales whose shapes fit."""
     if isinstance(matrices, tuple) and len(matrices) in (2, fmt.num_parts):

@@ -223,9 +223,9 @@ class PublishedReader(ExpertReader):
     def _read_expert(self, prefix: str, index: int) -> ExpertWeights:
         parts = self._parts(prefix, index)
         biases = [self._read_bias(part) for part in parts] if self.has_bias else []
-        up, down = map(self._read_matrix, parts[1:])
-        gate = up if parts[0] == parts[1] else self._read_matrix(parts[0])
-        return ExpertWeights(gate, up, down, *biases)
+        without_gate = parts[0] == parts[1]
+        *gate, up, down = map(self._read_matrix, parts[without_gate:])
+        return ExpertWeights(gate[0] if gate else up, up, down, *biases)
 
     def _parts(self, prefix: str, index: int) -> list[_Part]:
         """Returns the parts of gate, up and down."""
