@@ -195,15 +195,15 @@ class Experts(PackedExperts):
                 ``[experts, intermediate, 1]``, and are multiplied.
                 With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
                 float32 factor ``[experts]``, which is multiplied, may be the third part.
-                With bf16, one tensor ``[experts, intermediate, hidden]``.
+                With bf16 and fp16, one tensor ``[experts, intermediate, hidden]``.
                 None for experts without gate projections, with ``swiglu=GLU(..., gated=False)``.
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
-                bf16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
+                bf16 or fp16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
             format: "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4".
             swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
-                none.
+                none. Experts without gate projections have no such bias.
             up_bias: ``[experts, intermediate]``.
             down_bias: ``[experts, hidden]``.
             expert_mask: see `from_checkpoint`.
@@ -213,7 +213,7 @@ class Experts(PackedExperts):
 
         Raises:
             TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
-                the CPU.
+                the CPU; a gate is given or missing, unlike `swiglu` says.
             ValueError: shapes do not fit together, a scale is NaN, or a tensor is not contiguous
                 along its last dimension.
         """

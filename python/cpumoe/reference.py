@@ -42,7 +42,7 @@ def experts_forward(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    gate: ExpertMatrices,
+    gate: ExpertMatrices | None,
     up: ExpertMatrices,
     down: ExpertMatrices,
     *,
@@ -57,7 +57,8 @@ def experts_forward(
         hidden_states: float ``[tokens, hidden]``.
         topk_ids: int32/int64 ``[tokens, top_k]``. The ids -1 and num_experts are skipped.
         topk_weights: float ``[tokens, top_k]``.
-        gate: ``[intermediate, hidden]`` per expert: dense float, or `QuantizedMatrix`.
+        gate: ``[intermediate, hidden]`` per expert: dense float, or `QuantizedMatrix`. None for
+            experts without gate projections, with ``swiglu=GLU(..., gated=False)``.
         up: as `gate`.
         down: ``[hidden, intermediate]`` per expert, dense or quantized as `gate`.
         dtype: dtype of all arithmetic.
@@ -65,6 +66,7 @@ def experts_forward(
 
     Raises:
         IndexError: an id is below -1 or above num_experts.
+        TypeError: `gate` is None, and `swiglu` needs it.
         ValueError: shapes do not fit together, or quantized weights come without a format.
     """
     layer = ReferenceLayer(gate, up, down, **options)

@@ -279,6 +279,12 @@ CODES = torch.zeros(EXPERTS, 160, 288, dtype=torch.uint8).view(torch.float8_e4m3
             f"rows, got [3, 2, 2]; {FP8.remedy}",
         ),
         (
+            (CODES, torch.ones(EXPERTS)),
+            ValueError,
+            "gate scales: expected a scale for each block or row, got float32 [3]; repeat a "
+            "matrix' scale for each row, [..., N, 1]",
+        ),
+        (
             CODES,
             TypeError,
             "gate: expected a QuantizedMatrix or a tuple (codes, scales), got Tensor; "

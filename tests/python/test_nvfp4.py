@@ -108,9 +108,43 @@ def test_export_wants_memory_for_the_factor():
     experts = layer().pack()
     into = buffers(288, 160)
     into["up"] = QuantizedMatrix(into["up"].codes, into["up"].scales)
-    message = "up factor: expected a float32 tensor of one element, got None"
-    with refused(TypeError, message):
+    message = "up factor: expected a float32 tensor of one element, got None; pass torch.empty(())"
+    with refused(TypeError, f"{message} as the third part"):
         experts.export_into(0, **into)
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (1.0, TypeError, "a float32 tensor of one element, got float; pass torch.empty(())"),
+        (torch.ones(2), ValueError, r"a float32 tensor of one element, got float32 \[2\]"),
+        (torch.ones(()).double(), TypeError, r"a float32 tensor of one element, got float64 \[\]"),
+        (torch._neg_view(torch.ones(())), TypeError, "a tensor without lazy negation"),
+    ],
+)
+def test_memory_for_the_factor_is_a_number_in_memory(factor, error, message):
+    into = buffers(288, 160)
+    into["up"] = (into["up"].codes, into["up"].scales, factor)
+    with pytest.raises(error, match=f"^up factor: expected {message}"):
+        layer().pack().export_into(0, **into)
+
+
+def test_factors_have_memory_of_their_own():
+    experts = layer().pack()
+    into = buffers(288, 160)
+    three = torch.zeros(3)
+    for part, (name, matrix) in zip(three, into.items(), strict=True):
+        into[name] = dataclasses.replace(matrix, factor=part)
+    experts.export_into(1, **into)
+    exported = experts.export(1)
+    expected = [matrix.factor for matrix in (exported.gate, exported.up, exported.down)]
+    assert torch.equal(three, torch.stack(expected))
+    gate, up = into["gate"], into["up"]
+    with pytest.raises(ValueError, match=r"^up factor: expected memory that gate factor does not"):
+        experts.export_into(1, **into | {"up": dataclasses.replace(up, factor=gate.factor)})
+    within = up.scales.view(-1)[:4].view(torch.float32)[0]
+    with pytest.raises(ValueError, match=r"^up factor: expected memory that up scales does not"):
+        experts.export_into(1, **into | {"up": dataclasses.replace(up, factor=within)})
 
 
 def test_every_code_and_scale_is_dequantized_exactly():

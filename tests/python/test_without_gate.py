@@ -7,7 +7,13 @@ import torch
 from moe_tools import EVERY_VARIANT, check, inputs, layer, refused
 
 from cpumoe import GLU, Experts, QuantizedMatrix
+from cpumoe.measure.throughput import make_workload
+from cpumoe.reference import experts_forward
 
+NO_GATE = (
+    "{0}: expected None, because experts have no gate projection (GLU(gated=False)), got {1}; "
+    "leave {0} out"
+)
 RELU2 = GLU("relu2", gated=False)
 FUNCTIONS = pytest.mark.parametrize("function", ["silu", "gelu_tanh", "relu", "relu2"])
 
@@ -97,20 +103,51 @@ def test_shards_have_no_gate():
     experts.export_into(2, up=up, down=down, intermediate=slice(32, 96))
     assert torch.equal(up.codes, whole.up.codes[32:96])
     assert torch.equal(down.codes, whole.down.codes[:, 16:48])
-    message = "gate: expected None, because experts have no gate projection (GLU(gated=False))"
-    with refused(TypeError, message):
+    with refused(TypeError, NO_GATE.format("gate", "QuantizedMatrix")):
         experts.export_into(2, gate=buffer(64, 64), up=up, down=down, intermediate=slice(32, 96))
 
 
 def test_a_gate_is_refused_and_its_lack_too():
     weights = without_gate("mxfp4")
-    message = "gate: expected None, because experts have no gate projection (GLU(gated=False))"
+    given = {"up": weights.up, "down": weights.down, "format": "mxfp4"}
+    with refused(TypeError, NO_GATE.format("gate", "QuantizedMatrix")):
+        Experts.from_tensors(**given, gate=weights.up, swiglu=RELU2)
+    with refused(TypeError, NO_GATE.format("gate_bias", "Tensor")):
+        Experts.from_tensors(**given, gate_bias=torch.zeros(1), swiglu=RELU2)
+    message = (
+        "gate: expected the gate projections, got None; pass them, or swiglu=GLU(..., gated=False) "
+        "for experts that have none"
+    )
+    for glu in (None, GLU("relu2")):
+        with refused(TypeError, message):
+            Experts.from_tensors(**given, swiglu=glu)
+    args = inputs(weights, tokens=1)
     with refused(TypeError, message):
-        Experts.from_tensors(
-            gate=weights.up, up=weights.up, down=weights.down, format="mxfp4", swiglu=RELU2
-        )
-    with pytest.raises(TypeError, match=r"^gate: expected .*, got NoneType"):
-        Experts.from_tensors(up=weights.up, down=weights.down, format="mxfp4")
+        experts_forward(*args, None, weights.up, weights.down, format="mxfp4")
+
+
+def test_errors_name_the_matrix_at_fault():
+    weights = without_gate("mxfp4")
+    given = {"up": weights.up, "down": weights.down, "format": "mxfp4", "swiglu": RELU2}
+    for name in ("up", "down"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a QuantizedMatrix or a tuple"):
+            Experts.from_tensors(**{**given, name: None})
+    with refused(ValueError, "up_bias, down_bias: expected both or none, got no down_bias"):
+        Experts.from_tensors(**given, up_bias=torch.zeros(weights.up.shape[:2]))
+
+
+def test_the_reference_takes_none_for_the_gate():
+    weights = without_gate("nvfp4")
+    args = inputs(weights, tokens=5)
+    options = {"format": "nvfp4", "swiglu": RELU2}
+    expected = experts_forward(*args, weights.up, weights.up, weights.down, **options)
+    assert torch.equal(experts_forward(*args, None, weights.up, weights.down, **options), expected)
+
+
+def test_work_counts_the_matrices_that_there_are():
+    weights = without_gate("mxfp4", hidden=64, intermediate=96)
+    work = make_workload(5, hidden_size=64, num_experts=weights.up.shape[0], top_k=2)
+    assert work.macs(pack(weights, "mxfp4")) == 5 * 2 * 2 * 64 * 96
 
 
 @pytest.mark.parametrize(

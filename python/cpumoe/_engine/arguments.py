@@ -44,9 +44,9 @@ def normalized(
     elif isinstance(matrices, torch.Tensor) and fmt.scale_dtype is None:
         matrices = QuantizedMatrix(matrices)
     if not isinstance(matrices, QuantizedMatrix):
-        wanted = "a tuple (codes, scales)" if fmt.scale_dtype else "a tensor"
         raise TypeError(
-            f"{name}: expected a QuantizedMatrix or {wanted}, got {_kind(matrices)}; {fmt.remedy}"
+            f"{name}: expected a QuantizedMatrix or {wanted_parts(fmt)}, got {kind(matrices)}; "
+            f"{fmt.remedy}"
         )
     refuse_tracing(name)
     codes = fmt.normalize_codes(matrices.codes, f"{name} codes")
@@ -61,7 +61,14 @@ def normalized(
     return QuantizedMatrix(codes, scales, factor, name=matrices.name or name)
 
 
-def _kind(value: object) -> str:
+def wanted_parts(fmt: WeightFormat) -> str:
+    """Returns what may be passed instead of a QuantizedMatrix, for errors."""
+    parts = ("codes", "scales", "factor")[: fmt.num_parts]
+    return f"a tuple ({', '.join(parts)})" if len(parts) > 1 else "a tensor"
+
+
+def kind(value: object) -> str:
+    """Returns the name of a value's type, and how long a tuple is, for errors."""
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
 
 
@@ -75,11 +82,12 @@ def require_shape(got: Sequence[int], expected: Sequence[int], name: str, remedy
 def checked_biases(
     biases: Sequence[torch.Tensor | None], widths: Mapping[str, int], *experts: int
 ) -> list[torch.Tensor]:
-    """Returns the three biases ``[*experts, width]``, detached, or none; `widths` has names."""
+    """Returns the biases ``[*experts, width]``, detached, or none; `widths` has their names."""
     given = {n: b for n, b in zip(widths, biases, strict=True) if b is not None}
     if given and len(given) != len(widths):
         missing = ", ".join(name for name in widths if name not in given)
-        raise ValueError(f"{', '.join(widths)}: expected all three or none, got no {missing}")
+        everything = "both" if len(widths) == 2 else "all three"
+        raise ValueError(f"{', '.join(widths)}: expected {everything} or none, got no {missing}")
     return [_bias(bias, name, (*experts, widths[name])) for name, bias in given.items()]
 
 

@@ -10,7 +10,14 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import describe, dtype_name, plain, refuse_tracing, span
-from cpumoe._engine.arguments import NO_MATRIX, SCALE_TYPES, matrix_view, require_shape
+from cpumoe._engine.arguments import (
+    NO_MATRIX,
+    SCALE_TYPES,
+    kind,
+    matrix_view,
+    require_shape,
+    wanted_parts,
+)
 from cpumoe._engine.output import wrote_output
 from cpumoe._engine.packing import ExpertForm, checked_matrices, require_no_gate
 from cpumoe.checkpoint import ExpertWeights
@@ -24,7 +31,7 @@ MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, ...] | torch.Tensor
 
 
 # The dtypes of scales by the engine's names.
-_SCALE_DTYPES = {kind: dtype for dtype, kind in SCALE_TYPES.items()}
+_SCALE_DTYPES = {stored: dtype for dtype, stored in SCALE_TYPES.items()}
 
 
 def new_expert(
@@ -211,7 +218,7 @@ def _targets(
 ) -> list[_Target]:
     """Returns the checked buffers of gate, up and down."""
     refuse_tracing("export_into")
-    require_no_gate(buffers["gate"], gated=form.gated)
+    require_no_gate(buffers["gate"], "gate", gated=form.gated)
     targets = [
         _target(form.fmt, buffers[name], name, *size)
         for name, size in _sizes(form, features).items()
@@ -234,9 +241,8 @@ def _target(
     elif isinstance(buffer, torch.Tensor) and fmt.scale_storage is None:
         buffer = QuantizedMatrix(buffer)
     if not isinstance(buffer, QuantizedMatrix):
-        wanted = "a tensor" if fmt.scale_storage is None else "a tuple (codes, scales)"
         raise TypeError(
-            f"{name}: expected a QuantizedMatrix or {wanted}, got {type(buffer).__name__}"
+            f"{name}: expected a QuantizedMatrix or {wanted_parts(fmt)}, got {kind(buffer)}"
         )
     codes, scales = buffer.codes, buffer.scales
     factor = _factor_memory(fmt, buffer.factor, f"{name} factor")
@@ -259,26 +265,37 @@ def _target(
         scale_memory if converts else scale_memory.view(fmt.stored_scale(scale_memory.dtype)),
     )
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
+    if factor is not None:  # as a matrix, like the others
+        memories = (*memories, (factor.as_strided((1, 1), (1, 1)), f"{name} factor"))
     assert scales is not None
     given = (codes, scales) if buffer.factor is None else (codes, scales, buffer.factor)
     view = matrix_view(written, name)  # the engine does not write factors
     return _Target(view, replace(written, factor=factor), given, memories)
 
 
-def _factor_memory(
-    fmt: WeightFormat, factor: torch.Tensor | None, name: str
-) -> torch.Tensor | None:
+def _factor_memory(fmt: WeightFormat, factor: object, name: str) -> torch.Tensor | None:
     """Returns the memory for a matrix' factor; None: the format has none."""
     if fmt.factor_for is None:
         if factor is not None:
             raise TypeError(f"{name}: {fmt.name} has no factors; pass codes and scales alone")
         return None
-    if not isinstance(factor, torch.Tensor) or factor.dtype != torch.float32:
-        got = "None" if factor is None else describe(factor)
-        raise TypeError(f"{name}: expected a float32 tensor of one element, got {got}")
+    wanted = f"{name}: expected a float32 tensor of one element"
+    if not isinstance(factor, torch.Tensor):
+        got = "None" if factor is None else type(factor).__name__
+        raise TypeError(f"{wanted}, got {got}; pass torch.empty(()) as the third part")
+    memory = plain(factor, name)
+    _refuse_negated(factor, name)
+    if factor.dtype != torch.float32:
+        raise TypeError(f"{wanted}, got {describe(factor)}")
     if factor.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got {list(factor.shape)}")
-    return plain(factor, name).detach()
+        raise ValueError(f"{wanted}, got {describe(factor)}")
+    return memory.detach()
+
+
+def _refuse_negated(tensor: torch.Tensor, name: str) -> None:
+    """Raises TypeError for a tensor whose minus sign is lazy: what it holds is not its memory."""
+    if tensor.is_neg():
+        raise TypeError(f"{name}: expected a tensor without lazy negation; pass a new tensor")
 
 
 def _scale_shape(
@@ -321,8 +338,7 @@ def _memory(
     if tensor is None:
         raise TypeError(f"{name}: expected a tensor, got None")
     memory = plain(tensor, name)
-    if tensor.is_neg():
-        raise TypeError(f"{name}: expected a tensor without lazy negation; pass a new tensor")
+    _refuse_negated(tensor, name)
     if memory.dtype not in accepted:
         expected = " or ".join(dtype_name(dtype) for dtype in accepted)
         raise TypeError(f"{name}: expected {expected}, got {describe(memory)}")

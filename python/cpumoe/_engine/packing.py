@@ -82,26 +82,32 @@ def checked_stack(
     gated: bool,
 ) -> ExpertStack:
     """Checks the tensors that `Experts.from_tensors` gets; `biases` has a value for each name."""
-    require_no_gate(gate, biases["gate_bias"], gated=gated)
-    stacks = [
-        normalized(fmt, matrices, name, stacked=True)
-        for matrices, name in ((gate if gated else up, "gate"), (up, "up"), (down, "down"))
-    ]
-    experts, intermediate, hidden = stacks[0].shape
+    for name, part in (("gate", gate), ("gate_bias", biases["gate_bias"])):
+        require_no_gate(part, name, gated=gated)
+    if gated and gate is None:
+        raise TypeError(
+            "gate: expected the gate projections, got None; pass them, or "
+            "swiglu=GLU(..., gated=False) for experts that have none"
+        )
+    matrices = {"gate": gate, "up": up, "down": down} if gated else {"up": up, "down": down}
+    stacks = {name: normalized(fmt, m, name, stacked=True) for name, m in matrices.items()}
+    gate_stack = stacks.get("gate", stacks["up"])
+    experts, intermediate, hidden = gate_stack.shape
     shapes = (experts, intermediate, hidden), (experts, hidden, intermediate)
-    require_shape(stacks[1].shape, shapes[0], "up", _SHAPES)
-    require_shape(stacks[2].shape, shapes[1], "down", _SHAPES)
+    require_shape(stacks["up"].shape, shapes[0], "up", _SHAPES)
+    require_shape(stacks["down"].shape, shapes[1], "down", _SHAPES)
     widths = _bias_widths(ExpertForm(fmt, hidden, intermediate, gated))
     given = checked_biases([biases[name] for name in widths], widths, experts)
-    gates = stacks[0] if gated else stacks[1]
-    return ExpertStack(gates, stacks[1], stacks[2], dict(zip(widths, given, strict=False)))
+    named = dict(zip(widths, given, strict=False))
+    return ExpertStack(gate_stack, stacks["up"], stacks["down"], named)
 
 
-def require_no_gate(*gate: object, gated: bool) -> None:
+def require_no_gate(part: object, name: str, *, gated: bool) -> None:
     """Raises TypeError if there is a gate, or a bias of it, that experts do not have."""
-    if not gated and any(part is not None for part in gate):
+    if not gated and part is not None:
         raise TypeError(
-            "gate: expected None, because experts have no gate projection (GLU(gated=False))"
+            f"{name}: expected None, because experts have no gate projection (GLU(gated=False)), "
+            f"got {type(part).__name__}; leave {name} out"
         )
 
 

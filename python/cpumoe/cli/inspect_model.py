@@ -234,7 +234,9 @@ def _activation(swiglu: dict[str, Any] | None, has_bias: bool) -> str:
     if swiglu is None:
         return "unknown"
     alpha, limit, offset = swiglu["alpha"], swiglu["limit"], swiglu["up_offset"]
-    formula = f"{swiglu['function']}(g) * u" if alpha == 1 else f"g * sigmoid({alpha:g} g) * u"
+    x = "g" if swiglu["gated"] else "u"
+    formula = f"{swiglu['function']}({x})" if alpha == 1 else f"{x} * sigmoid({alpha:g} {x})"
+    formula += " * u" if swiglu["gated"] else ", without a gate projection"
     if offset:
         formula = formula.replace("* u", f"* (u + {offset:g})")
     parts = [formula]

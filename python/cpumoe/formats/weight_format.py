@@ -182,6 +182,11 @@ class WeightFormat:
         if tensor is None:
             return None
         _require_dtype(tensor, name, self.scale_dtypes, self.remedy)
+        if self.blocks and tensor.dim() < 2:
+            raise ValueError(
+                f"{name}: expected a scale for each block or row, got {describe(tensor)}; repeat a "
+                f"matrix' scale for each row, [..., N, 1]"
+            )
         return _require_rows(tensor, name).view(self.stored_scale(tensor.dtype))
 
     def _require_scales(self, scales: object, name: str) -> None:

@@ -79,9 +79,9 @@ class Routed:
 
 @dataclass(frozen=True)
 class ReferenceLayer:
-    """A layer's matrices and options; see `LayerOptions`."""
+    """A layer's matrices and options; see `LayerOptions`. Without a gate, `up` takes its place."""
 
-    gate: ExpertMatrices
+    gate: ExpertMatrices | None
     up: ExpertMatrices
     down: ExpertMatrices
     format: str | WeightFormat | None = None
@@ -92,8 +92,13 @@ class ReferenceLayer:
     expert_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuses stacks of different lengths."""
-        counts = [_count(m) for m in (self.gate, self.up, self.down)]
+        """Refuses stacks of different lengths, and a gate that is missing."""
+        if self.gate is None and self.swiglu.gated:
+            raise TypeError(
+                "gate: expected the gate projections, got None; pass them, or "
+                "swiglu=GLU(..., gated=False) for experts that have none"
+            )
+        counts = [_count(m) for m in (self._gates, self.up, self.down)]
         if len(set(counts)) != 1:
             raise ValueError(f"gate, up, down: expected as many experts each, got {counts}")
         for name in _BIASES:
@@ -109,7 +114,11 @@ class ReferenceLayer:
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
-        return _count(self.gate)
+        return _count(self.up)
+
+    @property
+    def _gates(self) -> ExpertMatrices:
+        return self.up if self.gate is None else self.gate
 
     def routed(
         self,
@@ -152,7 +161,7 @@ class ReferenceLayer:
             yield Routed(dense, rows, topk_weights[rows, columns])
 
     def _expert(self, index: int, dtype: torch.dtype) -> DenseExpert:
-        gate, up, down = (self._dense(m[index], dtype) for m in (self.gate, self.up, self.down))
+        gate, up, down = (self._dense(m[index], dtype) for m in (self._gates, self.up, self.down))
         if gate.shape != up.shape or down.shape != gate.shape[::-1]:
             raise ValueError(
                 f"experts.{index}: expected gate and up [I, H] and down [H, I], got "
