@@ -198,3 +198,22 @@ def test_weights_that_are_not_finite_are_named(fmt, bad):
         fmt.quantized(weights, name="expert 3")
     with pytest.raises(ValueError, match=r"^weights must be finite, got NaN or Inf$"):
         fmt.quantized(weights)
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(0, 32), (0, 4, 32), (2, 0, 32)])
+def test_no_weights_are_refused(fmt, shape):
+    with pytest.raises(ValueError, match=r"^weights: expected at least one row, got float32 \["):
+        fmt.quantize(torch.zeros(shape))
+
+
+def test_weights_that_a_format_does_not_hold_are_named():
+    weights = torch.ones(4, 64)
+    weights[2, 3] = -1e6
+    fp16, bf16 = WEIGHT_FORMATS["fp16"], WEIGHT_FORMATS["bf16"]
+    message = r"^weights must be at most 65504, the greatest number of fp16, got 1e\+06; choose "
+    with pytest.raises(ValueError, match=message):
+        fp16.quantize(weights)
+    bf16.quantize(weights)
+    with pytest.raises(ValueError, match="the greatest number of bf16, got 1e"):
+        bf16.quantize(weights.double() * 1e294)

@@ -11,6 +11,8 @@ from cpumoe.formats.quantized_matrix import BLOCK
 # Turns float32 weights into codes and scales; see `WeightFormat`.
 Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+_NOT_FINITE = "weights must be finite, got NaN or Inf"
+
 # Quantizing works on blocks that are too small for PyTorch to divide among threads. Threads would
 # wait for each other after every operation, which on busy cores costs ten times what it saves.
 _BLOCK_WEIGHTS = (1 << 15) - 1
@@ -33,8 +35,26 @@ def group_amax(groups: torch.Tensor) -> torch.Tensor:
     """Returns the greatest magnitude of each group; raises ValueError unless all are finite."""
     amax = groups.abs().amax(dim=-1)  # aminmax would use threads
     if not bool(amax.isfinite().all()):
-        raise ValueError("weights must be finite, got NaN or Inf")
+        raise ValueError(_NOT_FINITE)
     return amax
+
+
+def rounded(weights: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Returns weights as the numbers of the format `name`, which are those of `dtype`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or `dtype` would make it so.
+    """
+    codes = torch.empty(weights.shape, dtype=dtype, device="cpu")
+    codes.copy_(weights)
+    if bool(codes.isfinite().all()):
+        return codes
+    if not bool(weights.isfinite().all()):
+        raise ValueError(_NOT_FINITE)
+    raise ValueError(
+        f"weights must be at most {torch.finfo(dtype).max:g}, the greatest number of {name}, got "
+        f"{float(weights.abs().max()):g}; choose another format"
+    )
 
 
 def round_to_integers(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,13 @@ import torch
 
 from cpumoe._base.tensors import describe, dtype_name, plain
 from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix
-from cpumoe.formats.rounding import Quantizer, group_amax, quantized_blocks, quantized_rows
+from cpumoe.formats.rounding import (
+    Quantizer,
+    group_amax,
+    quantized_blocks,
+    quantized_rows,
+    rounded,
+)
 
 # The least byte that is no valid scale. E4M3 scales (nvfp4) are not negative.
 _INVALID_SCALE = {torch.float8_e8m0fnu: 0xFF, torch.float8_e4m3fn: 0x7F}
@@ -342,13 +348,16 @@ class WeightFormat:
         Raises:
             TypeError: `weights` is no tensor in memory on the CPU.
             ValueError: the weights are no floating point matrices, K is no multiple of 32 or of the
-                group size, or a weight is NaN or infinite.
+                group size, a weight is NaN or infinite or too great for a format without scales, or
+                there are no weights.
         """
         weights = plain(weights, "weights")
         if weights.dim() < 2 or not weights.is_floating_point():
             raise ValueError(
                 f"weights: expected floating point [..., N, K], got {describe(weights)}"
             )
+        if not weights.numel():
+            raise ValueError(f"weights: expected at least one row, got {describe(weights)}")
         k = weights.shape[-1]
         self.check_k(k)
         group = self._checked_group(group_size, k)
@@ -357,11 +366,7 @@ class WeightFormat:
             by_row = group_size == k
             return quantized_blocks(weights, self.quantize_block, *dtypes, by_row=by_row)
         if self.quantize_groups is None:
-            codes = torch.empty(weights.shape, dtype=self.code_dtypes[0], device="cpu")
-            codes.copy_(weights)
-            if not bool(codes.isfinite().all()):
-                raise ValueError("weights must be finite, got NaN or Inf")
-            return codes, None
+            return rounded(weights, self.code_dtypes[0], self.name), None
         how = self.quantize_groups, group, self.scale_storage
         if self.factor_for is None:
             return quantized_rows(weights, *how)
