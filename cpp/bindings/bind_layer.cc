@@ -143,8 +143,8 @@ void BindLayer(py::module_& m) {
            py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("glu_function"), py::arg("alpha"),
            py::arg("limit"), py::arg("up_offset"), py::arg("gate_cap") = py::none(),
-           py::arg("up_cap") = py::none(), py::arg("gated") = true, py::arg("has_bias"), py::arg("precision"),
-           py::arg("batch_invariant"), py::arg("few_token_limit"),
+           py::arg("up_cap") = py::none(), py::arg("gated") = true, py::arg("has_bias"),
+           py::arg("precision"), py::arg("batch_invariant"), py::arg("few_token_limit"),
            py::arg("copy_of") = std::vector<int32_t>());
 
   py::enum_<ScaleType>(m, "ScaleType")

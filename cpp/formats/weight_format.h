@@ -9,11 +9,9 @@
 //   kPackedDepth           successive k whose sum kernels scale at once; default: 32
 //   AllowsScaleRows(n)     whether n rows may share their scales; default: only one
 //   AllowsScaleType(type)  whether scales may be stored in this type; default: only as Scale
-//   kNotFinite             codes of this magnitude or a greater one are NaN or infinite, and
-//   packing
-//                          refuses them; default: all codes are numbers
-//   PackedScale            the type of scales in packed tiles, which has every valid scale;
-//                          default: Scale
+//   kNotFinite             the least magnitude of codes that are NaN or infinite, which packing
+//                          refuses; default: all codes are numbers
+//   PackedScale            the type of packed scales, which has all valid ones; default: Scale
 //   kHasFactor             whether a matrix may have a factor, which multiplies all its weights;
 //                          default: false
 //   kLeastScale, kGreatestScale
