@@ -89,6 +89,14 @@ def digest(*tensors):
     return found.hexdigest()[:12]
 
 
+def stacked(tensors):
+    """A stack of tensors, made of bytes, because autocast refuses FP8; None: there are none."""
+    if tensors[0] is None:
+        return None
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    return torch.stack(flat).view(tensors[0].dtype).view(len(tensors), *tensors[0].shape)
+
+
 def checked():
     """Results of cpumoe itself: quantizing, references with bounds, made-up weights, layers."""
     import cpumoe
@@ -104,11 +112,9 @@ def checked():
         for part, (n, k) in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96))):
             made = [synth.random_matrix(fmt, n, k, p, generator) for p in synth.PATTERNS]
             singles += made
-            scales = [m.scales for m in made if m.scales is not None]
-            # As bytes, because autocast refuses FP8.
-            codes = torch.stack([m.codes.view(torch.uint8) for m in made]).view(fmt.code_storage)
-            stacks[part] = cpumoe.QuantizedMatrix(codes, torch.stack(scales) if scales else None)
-        tensors = [t for m in singles for t in (m.codes, m.scales) if t is not None]
+            parts = zip(*((m.codes, m.scales, m.factor) for m in made), strict=True)
+            stacks[part] = cpumoe.QuantizedMatrix(*map(stacked, parts))
+        tensors = [t for m in singles for t in (m.codes, m.scales, m.factor) if t is not None]
         results[f"{name} weights"] = digest(*tensors)
         experts = len(synth.PATTERNS)
         load = throughput.make_workload(

@@ -376,7 +376,9 @@ def test_all_code_dtypes_are_the_same_bytes():
                 if fmt.stored_scale(scales) != fmt.scale_storage:  # another number
                     continue
                 viewed = {
-                    name: (matrix.codes.view(codes), matrix.scales.view(scales))
+                    name: QuantizedMatrix(
+                        matrix.codes.view(codes), matrix.scales.view(scales), matrix.factor
+                    )
                     for name, matrix in (
                         ("gate", weights.gate),
                         ("up", weights.up),

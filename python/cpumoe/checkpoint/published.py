@@ -189,7 +189,7 @@ class PublishedReader(ExpertReader):
         else:
             prefix = first["prefix"]
             reason = _unsupported(folder, prefix, _layout_of(folder, config, prefix))
-            if TORCH_DTYPES.get(folder.info(first.string).dtype) == torch.float16:
+            if reason is None and _is_fp16(folder, first.string):
                 fmt = "fp16"
         return cls(folder, config, ExpertsInfo(fmt, (reason,) if reason else ()), layers)
 
@@ -292,6 +292,13 @@ def _layout_of(
             return layout
     # The files have no tensor of the expert. The error names the one of the first layout.
     return fitting[0] if index == 0 else _layout_of(folder, config, prefix)
+
+
+def _is_fp16(folder: SafetensorsFolder, tensor: str) -> bool:
+    try:
+        return TORCH_DTYPES.get(folder.info(tensor).dtype) == torch.float16
+    except FileNotFoundError:  # whoever reads the tensor is told
+        return False
 
 
 def _unsupported(folder: SafetensorsFolder, prefix: str, layout: _Layout) -> str | None:
