@@ -194,7 +194,7 @@ class Experts(PackedExperts):
                 ``[experts, ceil(intermediate/128), ceil(hidden/128)]`` or
                 ``[experts, intermediate, 1]``, and are multiplied.
                 With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
-                float32 factor ``[experts]``, which is multiplied, may be the third part.
+                float32 factor ``[experts]``, which is multiplied, is the third part.
                 With bf16 and fp16, one tensor ``[experts, intermediate, hidden]``.
                 None for experts without gate projections, with ``swiglu=GLU(..., gated=False)``.
             up: codes and scales of the up projections, shaped like `gate`.

@@ -69,6 +69,10 @@ def wrong_factor(_fmt, matrix):
     return dataclasses.replace(matrix, factor=matrix.factor.double())
 
 
+def no_factor(_fmt, matrix):
+    return dataclasses.replace(matrix, factor=None)
+
+
 def too_many_factors(_fmt, matrix):
     return dataclasses.replace(matrix, factor=torch.ones(EXPERTS + 1))
 
@@ -96,6 +100,7 @@ CASES = {
     missing_scales: (SCALED, TypeError, "scales", lambda fmt: names(fmt.scale_dtypes)),
     superfluous_scales: (PLAIN, TypeError, "scales", lambda fmt: f"none in {fmt.name}"),
     wrong_factor: (has_factors, TypeError, "factor", lambda _fmt: "float32"),
+    no_factor: (has_factors, TypeError, "factor", lambda _fmt: "float32"),
     too_many_factors: (has_factors, ValueError, "factor", None),
     superfluous_factor: (
         lambda fmt: not has_factors(fmt),

@@ -57,6 +57,8 @@ def normalized(
         how = "stack the experts' matrices" if stacked else "pass one expert's matrix"
         raise ValueError(f"{name} codes: expected {wanted}, got {list(codes.shape)}; {how}")
     fmt.check_shapes(codes, scales, name)
+    if fmt.factor_for is not None and matrices.factor is None:  # whoever forgot it gets no results
+        raise TypeError(f"{name} factor: expected float32, got None; {fmt.remedy}")
     factor = fmt.normalize_factor(matrices.factor, codes.shape[:-2], f"{name} factor")
     return QuantizedMatrix(codes, scales, factor, name=matrices.name or name)
 
