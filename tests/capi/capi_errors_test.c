@@ -208,8 +208,10 @@ static void TestWeightsThatLayersRefuse(cpumoe_runtime* runtime, cpumoe_layer* o
   REFUSED("expert 1: gate.scale_rows: expected a positive number, or 0 for 1, got -1");
   expert.down.scale_type = CPUMOE_SCALE_FP32;
   REFUSED("expert 1: down: mxfp4 has no scales of this type");
-  expert.down.scale_type = 4;
-  REFUSED("expert 1: down.scale_type: expected a cpumoe_scale_type, got 4");
+  expert.down.scale_type = CPUMOE_SCALE_E4M3 + 1;
+  REFUSED("expert 1: down.scale_type: expected a cpumoe_scale_type, got 5");
+  expert.up.factor = 2;
+  REFUSED("expert 1: up: mxfp4 has no factor, got 2");
   const float bias[HIDDEN] = {0};
   expert.down_bias = bias;
   REFUSED("expert 1: no biases expected, as the layer's has_bias says");
