@@ -234,9 +234,8 @@ TEST_P(ForwardTest, SeveralRounds) {
 // Scales lie at both ends of the fp32 range, where folding them into the multiplicands would
 // overflow or lose bits. The hidden states keep the result in range.
 TEST_P(ForwardTest, ExtremeScales) {
-  if (VisitFormat(format(), []<class F>(F) {
-        return !HasScales<F> || requires { F::kGreatestScale; };
-      })) {
+  if (VisitFormat(format(),
+                  []<class F>(F) { return !HasScales<F> || requires { F::kGreatestScale; }; })) {
     GTEST_SKIP() << "there are no such scales";
   }
   constexpr float kLargest = std::numeric_limits<float>::max();
