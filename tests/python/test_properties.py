@@ -101,6 +101,7 @@ def test_any_bytes_come_back(isa, name, experts, hidden, inner, seed):
             scales = torch.randn(groups, generator=generator).to(fmt.scale_storage)
         if fmt.scale_storage == torch.float8_e4m3fn:  # without signs
             scales = (scales.view(torch.uint8) & 0x7F).view(fmt.scale_storage)
+            return QuantizedMatrix(codes, scales, torch.rand(experts, generator=generator))
         return QuantizedMatrix(codes, scales)
 
     tensors = {"gate": matrix(inner, hidden), "up": matrix(inner, hidden)}
