@@ -135,8 +135,7 @@ void BindLimits(py::module_& m) {
         py::arg("format"), py::arg("precision"), py::arg("tasks"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>(),
         "Multiplies and adds in registers on all threads, as calls of a weight format do; returns "
-        "the "
-        "multiply-accumulates done and the seconds taken.");
+        "the multiply-accumulates done and the seconds taken.");
 }
 
 }  // namespace cpumoe

@@ -8,22 +8,13 @@
 #include <vector>
 
 #include "cpp/all_formats.h"
+#include "cpp/message_of.h"
 #include "cpp/moe_test_util.h"
 #include "moe/pack_experts.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
 namespace {
-
-template <class Exception, class Body>
-std::string MessageOf(Body&& body) {
-  try {
-    body();
-  } catch (const Exception& error) {
-    return error.what();
-  }
-  return "no exception";
-}
 
 class MoeErrorsTest : public MoeTest {
  protected:

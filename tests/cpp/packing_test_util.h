@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpp/message_of.h"
 #include "cpp/test_matrix.h"
 #include "packing/pack.h"
 #include "packing/unpack-inl.h"
@@ -52,15 +53,5 @@ class PackingTest : public testing::Test {
     }
   }
 };
-
-template <class Exception, class Body>
-std::string MessageOf(Body&& body) {
-  try {
-    body();
-  } catch (const Exception& error) {
-    return error.what();
-  }
-  return "no exception";
-}
 
 }  // namespace cpumoe

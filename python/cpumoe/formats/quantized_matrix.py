@@ -23,7 +23,7 @@ class QuantizedMatrix:
             blocks, or ``[..., N, 1]`` for rows. float8_e4m3fn for nvfp4. None: the format has none
             (bf16, fp16).
         factor: float32 ``[...]``, one for each matrix, which multiplies all its weights (nvfp4).
-            None: 1.
+            None: the format has none.
         name: the name in error messages, such as a checkpoint tensor's; may be empty.
     """
 
