@@ -1,4 +1,4 @@
-// The weights of a layer: its configuration, the matrices to pack, the layer itself.
+// The weights of a layer of experts: its configuration and the layer itself.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "bindings/bindings.h"
+#include "bindings/matrix_args.h"
 #include "bindings/submitted_call.h"
 #include "engine/layer.h"
 #include "engine/runtime.h"
@@ -22,33 +23,6 @@ namespace py = pybind11;
 
 namespace cpumoe {
 namespace {
-
-const void* AsPointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-
-// A matrix as Python describes it, with addresses and strides in bytes.
-struct MatrixArgs {
-  std::string name;
-  int64_t rows, columns;
-  uintptr_t codes;
-  int64_t codes_stride;
-  uintptr_t scales;
-  int64_t scales_stride;
-  ScaleGrid grid;
-  float factor;
-
-  template <class Byte>
-  RawMatrixOf<Byte> View() const {
-    return {rows,
-            columns,
-            reinterpret_cast<Byte*>(codes),
-            codes_stride,
-            reinterpret_cast<Byte*>(scales),
-            scales_stride,
-            grid,
-            name.c_str(),
-            factor};
-  }
-};
 
 // The gate, up and down matrices of an expert, and the addresses of its three biases if it has
 // biases.
@@ -146,44 +120,6 @@ void BindLayer(py::module_& m) {
            py::arg("up_cap") = py::none(), py::arg("gated") = true, py::arg("has_bias"),
            py::arg("precision"), py::arg("batch_invariant"), py::arg("few_token_limit"),
            py::arg("copy_of") = std::vector<int32_t>());
-
-  py::enum_<ScaleType>(m, "ScaleType")
-      .value("OWN", ScaleType::kOwn)
-      .value("E8M0", ScaleType::kE8M0)
-      .value("BF16", ScaleType::kBf16)
-      .value("FP32", ScaleType::kFp32)
-      .value("E4M3", ScaleType::kE4M3);
-
-  py::class_<ScaleGrid>(m, "ScaleGrid")
-      .def_readonly("rows", &ScaleGrid::rows)
-      .def_readonly("depth", &ScaleGrid::depth)
-      .def_readonly("type", &ScaleGrid::type);
-
-  py::class_<StoredScales>(m, "StoredScales")
-      .def_readonly("grid", &StoredScales::grid)
-      .def_readonly("factor", &StoredScales::factor);
-
-  py::class_<MatrixArgs>(m, "Matrix")
-      .def(
-          py::init([](std::string name, int64_t rows, int64_t columns, uintptr_t codes,
-                      int64_t codes_stride, uintptr_t scales, int64_t scales_stride,
-                      int64_t scale_rows, int64_t scale_depth, ScaleType scale_type, float factor) {
-            RequireCount(rows, name, " rows");
-            RequireCount(columns, name, " columns");
-            if (rows > 0 && columns > 0) {
-              RequireAddress(AsPointer(codes), name, " codes");
-            }
-            Require(scale_depth > 0, name, ": scale_depth must be positive, got ", scale_depth);
-            Require(scale_rows > 0, name, ": scale_rows must be positive, got ", scale_rows);
-            return MatrixArgs{
-                std::move(name), rows,   columns,       codes,
-                codes_stride,    scales, scales_stride, {scale_rows, scale_depth, scale_type},
-                factor};
-          }),
-          py::kw_only(), py::arg("name"), py::arg("rows"), py::arg("columns"), py::arg("codes"),
-          py::arg("codes_stride"), py::arg("scales") = 0, py::arg("scales_stride") = 0,
-          py::arg("scale_rows") = 1, py::arg("scale_depth") = kGroupSize,
-          py::arg("scale_type") = ScaleType::kOwn, py::arg("factor") = 1.0f);
 
   py::class_<Layer::Statistics>(m, "LayerStatistics")
       .def_readonly("calls", &Layer::Statistics::calls)

@@ -7,8 +7,10 @@ namespace cpumoe {
 
 void BindIsa(pybind11::module_& m);
 void BindRuntime(pybind11::module_& m);
+void BindMatrix(pybind11::module_& m);
 void BindLayer(pybind11::module_& m);
 void BindCall(pybind11::module_& m);
+void BindLinear(pybind11::module_& m);
 void BindStream(pybind11::module_& m);
 void BindLimits(pybind11::module_& m);
 

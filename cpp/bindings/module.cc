@@ -6,8 +6,10 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Bindings of cpumoe's C++ engine; use the cpumoe package instead.";
   cpumoe::BindIsa(m);
   cpumoe::BindRuntime(m);
+  cpumoe::BindMatrix(m);
   cpumoe::BindLayer(m);
   cpumoe::BindCall(m);
+  cpumoe::BindLinear(m);
   cpumoe::BindStream(m);
   cpumoe::BindLimits(m);
 }

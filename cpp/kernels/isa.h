@@ -13,6 +13,7 @@
 
 #include "base/float_types.h"
 #include "kernels/tile.h"
+#include "kernels/token_blocks.h"
 
 namespace cpumoe {
 
@@ -32,8 +33,6 @@ struct Fp32Multiplicands {
 
 // An ISA has two kinds of numbers of tokens. k<Kernel>Tokens is the most that a kernel takes at
 // once, its MR. k<Kernel>Limit is the most tokens of an expert for which paths choose the kernel.
-// kAnyTokens as a limit means any number of tokens.
-inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 
 // Isa::Vec         one fp32 per row of a tile
 // Isa::Activation  element type of the staged activations, which multiplicands are multiplied with

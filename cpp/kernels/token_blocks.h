@@ -2,10 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "base/bits.h"
 
 namespace cpumoe {
+
+// As a limit: any number of tokens.
+inline constexpr int kAnyTokens = std::numeric_limits<int>::max();
 
 // With at most this many tokens of an expert, the bytes of the weights matter more than those of
 // the activations. Weights are then read without a gap.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "paths/kernel_options.h"
 
 namespace cpumoe {
 
@@ -36,15 +37,6 @@ struct Glu {
   bool gated = true;      // whether experts have a gate projection
 };
 
-// The lowest precision to which activations may be rounded. Weights are always exact.
-enum class Precision : int32_t {
-  // The ISA's floating point type, or integers of 14 or 21 bits (digit_path-inl.h). An fp32 call is
-  // rounded to bf16 only if the call allows it (ForwardArgs::fp32_as_bf16).
-  kBf16,
-  // int8 per token and group. Some paths are more precise (mixed_path-inl.h).
-  kInt8,
-};
-
 struct MoeConfig {
   int64_t num_experts = 0;
   int64_t hidden_size = 0;
@@ -62,6 +54,7 @@ struct MoeConfig {
   // own. Experts with one copy are replicas. Copies are numbered from 0 without gaps.
   std::vector<int32_t> copy_of = {};
 
+  KernelOptions kernels() const { return {precision, batch_invariant, few_token_limit}; }
   int64_t CopyOf(int64_t expert) const { return copy_of.empty() ? expert : copy_of[expert]; }
   int64_t copies() const {
     return copy_of.empty() ? num_experts : *std::ranges::max_element(copy_of) + int64_t{1};

@@ -31,6 +31,7 @@
 #include "moe/packed_weights.h"
 #include "paths/path.h"
 #include "staging/stage-inl.h"
+#include "threading/thread_pool.h"
 
 namespace cpumoe {
 
@@ -78,7 +79,7 @@ class ForwardPass {
 
   // Lists the experts of the round, and decides once how each of them is multiplied.
   void ListExperts() {
-    const int limit = op_.template FewTokenLimit<Path>();
+    const int limit = op_.config().kernels().template FewTokenLimit<Path>();
     experts_.clear();
     most_tokens_ = 0;
     for (const Routing::Expert& expert : routing_.experts()) {
@@ -101,9 +102,7 @@ class ForwardPass {
     const bool few = most_tokens_ <=
                      std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
-    int64_t most = few ? 8 : most_of_many;
-    while (most > 1 && count < most * tasks) most /= 2;
-    return most;
+    return PiecesPerTask(count, tasks, few ? 8 : most_of_many);
   }
 
   void Reserve() {

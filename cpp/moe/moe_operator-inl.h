@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 #include "base/check.h"
 #include "kernels/isa.h"
@@ -57,24 +58,10 @@ class MoeOperator : public Moe {
   const PackedWeights<Format>& weights() const { return weights_; }
   const Codec& codec() const { return codec_; }
 
-  // Most tokens of an expert that the few-token kernels of a path take.
-  template <class Path>
-  int FewTokenLimit() const {
-    // Batch invariance needs kernels that take any number of tokens.
-    if (config().batch_invariant) return Path::kFewTokenLimit == kAnyTokens ? kAnyTokens : 0;
-    return config().few_token_limit < 0 ? Path::kFewTokenLimit : config().few_token_limit;
-  }
-
   // Whether every product of a code and a scale of the copy is exact in the ISA's multiplicand
   // type.
   bool FoldsExactly(int64_t copy) const {
-    if constexpr (HasScales<Format> && !kAlwaysFolds<Codec, Isa>) {
-      const ScaleRange& scales = weights_.scales(copy);
-      return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
-                               scales.greatest * Format::kMaxMagnitude);
-    } else {
-      return true;
-    }
+    return cpumoe::FoldsExactly<Isa, Codec>(weights_.scales(copy));
   }
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) final {
@@ -91,19 +78,10 @@ class MoeOperator : public Moe {
     unpacker.Run(expert, begin, end, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    if constexpr (HasInt8Path<Isa, Codec>) {
-      if (config().precision == Precision::kInt8) {
-        Forward<Int8Path>(args, pool, workspace);
-        return;
-      }
-    }
-    if constexpr (RoundsActivations<Isa>) {
-      if (args.input_dtype == DType::kFp32 && !args.fp32_as_bf16) {
-        Forward<PrecisePathOf<Isa, Codec>>(args, pool, workspace);
-        return;
-      }
-    }
-    Forward<DefaultPath>(args, pool, workspace);
+    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
+    WithPath<Isa, Codec>(config().precision, exact, [&]<class Path>(std::type_identity<Path>) {
+      Forward<Path>(args, pool, workspace);
+    });
   }
 
  private:

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <utility>
 
 #include "base/bits.h"
 #include "base/check.h"
@@ -117,30 +116,9 @@ class ExpertUnpacker {
   void RequireScales(int64_t copy) const {
     const auto& [gate, up, down] = weights_.stored(copy);
     for (const ExpertDestination& each : out_) {
-      if (gated()) RequireScales(each.gate, each.intermediate_begin, 0, gate.grid);
-      RequireScales(each.up, each.intermediate_begin, 0, up.grid);
-      RequireScales(each.down, 0, each.intermediate_begin, down.grid);
-    }
-  }
-  static void RequireScales(MutableRawMatrix out, int64_t row, int64_t column,
-                            const ScaleGrid& stored) {
-    const ScaleType type = std::exchange(out.grid.type, ScaleType::kOwn);
-    out.template RequireScales<F>();
-    constexpr ScaleType kOwn = TypeOfScale<typename F::Scale>();
-    Require(HoldsScales(stored.type, type == ScaleType::kOwn ? kOwn : type), out.name,
-            ": scales of the wanted type cannot hold the stored ones");
-    RequireBlocks(out.name, "columns", column, out.columns, out.grid.depth, stored.depth);
-    RequireBlocks(out.name, "rows", row, out.rows, out.grid.rows, stored.rows);
-  }
-  // Throws unless each block of `wanted` of the `count` columns or rows from `begin` on lies within
-  // one of the blocks of `stored` that share a scale.
-  static void RequireBlocks(const char* name, const char* what, int64_t begin, int64_t count,
-                            int64_t wanted, int64_t stored) {
-    for (int64_t i = 0; i < count; i += wanted) {
-      const int64_t last = std::min(i + wanted, count) - 1;
-      Require((begin + i) / stored == (begin + last) / stored, name, ": ", stored, " ", what,
-              " share a scale, so ", count, " ", what, " from ", begin,
-              " on cannot have a scale for each ", wanted);
+      if (gated()) RequireHoldsScales<F>(each.gate, each.intermediate_begin, 0, gate.grid);
+      RequireHoldsScales<F>(each.up, each.intermediate_begin, 0, up.grid);
+      RequireHoldsScales<F>(each.down, 0, each.intermediate_begin, down.grid);
     }
   }
 

@@ -1,5 +1,5 @@
-// Scratch memory of forward calls. It grows to the largest call and is then reused, so later calls
-// allocate nothing. One workspace serves all layers that run on a pool, one call at a time.
+// Scratch memory of forward calls of experts. One workspace serves all layers that run on a pool,
+// one call at a time.
 #pragma once
 
 #include <cstddef>
@@ -8,21 +8,14 @@
 #include "base/aligned_buffer.h"
 #include "kernels/token_blocks.h"
 #include "moe/routing.h"
+#include "paths/scratch_memory.h"
 
 namespace cpumoe {
 
-class Workspace {
+class Workspace : public ScratchMemory {
  public:
-  // Uninitialised memory. It is valid until the next request for that buffer.
-  std::byte* Activations(size_t bytes) { return Grow(activations_, bytes); }
+  // For staged intermediate features.
   std::byte* Intermediate(size_t bytes) { return Grow(intermediate_, bytes); }
-
-  // Makes Scratch(t) return at least `bytes` for each of `threads` threads.
-  void ReserveScratch(int threads, size_t bytes) {
-    if (scratch_.size() < static_cast<size_t>(threads)) scratch_.resize(threads);
-    for (AlignedBuffer& buffer : scratch_) Grow(buffer, bytes);
-  }
-  std::byte* Scratch(int thread) const { return scratch_[thread].data(); }
 
   Routing& routing() { return routing_; }
 
@@ -47,17 +40,7 @@ class Workspace {
   std::vector<Block>& blocks() { return blocks_; }
 
  private:
-  static std::byte* Grow(AlignedBuffer& buffer, size_t bytes) {
-    if (buffer.size() < bytes) {
-      buffer = AlignedBuffer();  // frees the old buffer before the new one is allocated
-      buffer = AlignedBuffer(bytes);
-    }
-    return buffer.data();
-  }
-
-  AlignedBuffer activations_;
   AlignedBuffer intermediate_;
-  std::vector<AlignedBuffer> scratch_;
   Routing routing_;
   std::vector<Expert> experts_;
   std::vector<Block> blocks_;

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "base/float_types.h"
 #include "formats/weight_format.h"
 #include "kernels/isa.h"
@@ -299,5 +300,31 @@ class TileUnpacker {
     }
   }
 };
+
+// Throws std::invalid_argument unless each block of `wanted` of the `count` columns or rows from
+// `begin` on lies within one of the blocks of `stored` that share a scale.
+inline void RequireBlocks(const char* name, const char* what, int64_t begin, int64_t count,
+                          int64_t wanted, int64_t stored) {
+  for (int64_t i = 0; i < count; i += wanted) {
+    const int64_t last = std::min(i + wanted, count) - 1;
+    Require((begin + i) / stored == (begin + last) / stored, name, ": ", stored, " ", what,
+            " share a scale, so ", count, " ", what, " from ", begin,
+            " on cannot have a scale for each ", wanted);
+  }
+}
+
+// Throws std::invalid_argument unless `out`, which gets the part of a matrix that begins with `row`
+// and `column`, has a scale wherever the stored matrix begins another one, of a type that holds it.
+template <ScaledFormat F>
+void RequireHoldsScales(MutableRawMatrix out, int64_t row, int64_t column,
+                        const ScaleGrid& stored) {
+  const ScaleType type = std::exchange(out.grid.type, ScaleType::kOwn);
+  out.template RequireScales<F>();
+  constexpr ScaleType kOwn = TypeOfScale<typename F::Scale>();
+  Require(HoldsScales(stored.type, type == ScaleType::kOwn ? kOwn : type), out.name,
+          ": scales of the wanted type cannot hold the stored ones");
+  RequireBlocks(out.name, "columns", column, out.columns, out.grid.depth, stored.depth);
+  RequireBlocks(out.name, "rows", row, out.rows, out.grid.rows, stored.rows);
+}
 
 }  // namespace cpumoe

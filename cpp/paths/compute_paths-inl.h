@@ -1,11 +1,15 @@
 // The compute paths that an ISA takes for a format (path.h says what a path is).
 #pragma once
 
+#include <type_traits>
+
 #include "formats/integer_codes.h"
 #include "kernels/isa.h"
+#include "packing/pack.h"
 #include "paths/digit_path-inl.h"
 #include "paths/float_path-inl.h"
 #include "paths/int8_path-inl.h"
+#include "paths/kernel_options.h"
 #include "paths/mixed_path-inl.h"
 #include "paths/wide_path-inl.h"
 
@@ -95,5 +99,30 @@ struct Int8PathTraits<Isa, Codec> {
 // The path of Precision::kInt8: the default path where there is no int8 path.
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
+
+// Calls body(std::type_identity<Path>{}) for the path of a call. `exact_fp32` says that activations
+// are fp32 and must not be rounded to bf16 (Precision::kBf16).
+template <class Isa, class Codec, class Body>
+void WithPath(Precision precision, bool exact_fp32, Body&& body) {
+  if constexpr (HasInt8Path<Isa, Codec>) {
+    if (precision == Precision::kInt8) return body(std::type_identity<Int8PathOf<Isa, Codec>>{});
+  }
+  if constexpr (RoundsActivations<Isa>) {
+    if (exact_fp32) return body(std::type_identity<PrecisePathOf<Isa, Codec>>{});
+  }
+  body(std::type_identity<DefaultPathOf<Isa, Codec>>{});
+}
+
+// Whether every product of a code and one of these scales is exact in the ISA's multiplicand type.
+template <class Isa, class Codec>
+bool FoldsExactly(const ScaleRange& scales) {
+  using Format = typename Codec::Format;
+  if constexpr (HasScales<Format> && !kAlwaysFolds<Codec, Isa>) {
+    return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
+                             scales.greatest * Format::kMaxMagnitude);
+  } else {
+    return true;
+  }
+}
 
 }  // namespace cpumoe

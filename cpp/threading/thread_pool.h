@@ -48,4 +48,11 @@ class SerialPool final : public ThreadPool {
   }
 };
 
+// Returns how many of `count` pieces of work one task takes: a power of two, at most `most`, that
+// leaves at least `tasks` tasks if there are enough pieces.
+inline int64_t PiecesPerTask(int64_t count, int64_t tasks, int64_t most) {
+  while (most > 1 && count < most * tasks) most /= 2;
+  return most;
+}
+
 }  // namespace cpumoe

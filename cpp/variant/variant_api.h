@@ -1,11 +1,11 @@
 // The exports of a variant library (one per ISA, opened with dlopen): one C function, which returns
 // one table. The library also exports its build id (variant/build_id.h).
 //
-// The operators behind Moe are created and destroyed in their own library. The caller and the
-// library must come from one build, which the build id proves, because a Workspace's vectors grow
-// in one of them and are freed in the other. The caller and the library are compiled for different
-// CPUs, so no SIMD type crosses this border. Exceptions do cross it, and all of them derive from
-// std::exception.
+// The operators behind Moe and Linear are created and destroyed in their own library. The caller
+// and the library must come from one build, which the build id proves, because a Workspace's
+// vectors grow in one of them and are freed in the other. The caller and the library are compiled
+// for different CPUs, so no SIMD type crosses this border. Exceptions do cross it, and all of them
+// derive from std::exception.
 #pragma once
 
 #include <array>
@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "formats/weight_format.h"
+#include "linear/linear.h"
 #include "moe/moe.h"
 
 namespace cpumoe {
@@ -29,8 +30,10 @@ struct FewTokens {
 
 struct FormatEntry {
   FormatInfo info;
-  Moe* (*create)(const MoeConfig& config);  // the caller deletes it; throws std::invalid_argument
-  std::array<PeakLoop, 2> peaks;            // for many tokens, by Precision
+  // The caller deletes what these return. They throw std::invalid_argument.
+  Moe* (*create)(const MoeConfig& config);
+  Linear* (*create_linear)(const LinearConfig& config);
+  std::array<PeakLoop, 2> peaks;  // for many tokens, by Precision
   FewTokens few_tokens;
 };
 

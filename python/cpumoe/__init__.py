@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cpumoe.experts import Experts
     from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
     from cpumoe.future import Future
+    from cpumoe.linear import Linear
     from cpumoe.models import ModelSpec, find_model
     from cpumoe.numerics.glu import GLU, SwiGLU
     from cpumoe.options import ExpertsOptions
@@ -43,6 +44,7 @@ __all__ = [
     "ExpertsOptions",
     "ExpertsStatistics",
     "Future",
+    "Linear",
     "ModelSpec",
     "QuantizedMatrix",
     "Runtime",
@@ -74,6 +76,7 @@ _MODULES = {
     "cpumoe.experts": ("Experts",),
     "cpumoe.formats": ("WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"),
     "cpumoe.future": ("Future",),
+    "cpumoe.linear": ("Linear",),
     "cpumoe.models": ("ModelSpec", "find_model"),
     "cpumoe.options": ("ExpertsOptions",),
     "cpumoe.runtime": ("Runtime", "default_runtime"),

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -100,6 +100,80 @@ class SubmittedCall:
     def wait(self) -> None:
         ...
     def wait_for(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        ...
+class ScaleType:
+    """
+    Members:
+    
+      OWN
+    
+      E8M0
+    
+      BF16
+    
+      FP32
+    
+      E4M3
+    """
+    BF16: typing.ClassVar[ScaleType]
+    E4M3: typing.ClassVar[ScaleType]
+    E8M0: typing.ClassVar[ScaleType]
+    FP32: typing.ClassVar[ScaleType]
+    OWN: typing.ClassVar[ScaleType]
+    __members__: typing.ClassVar[dict[str, ScaleType]]
+    @typing.overload
+    def __eq__(self, other: ScaleType) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: ScaleType) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
+class ScaleGrid:
+    @property
+    def depth(self) -> int:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def type(self) -> ScaleType:
+        ...
+class StoredScales:
+    @property
+    def factor(self) -> float:
+        ...
+    @property
+    def grid(self) -> ScaleGrid:
+        ...
+class Matrix:
+    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_rows: typing.SupportsInt | typing.SupportsIndex = 1, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scale_type: ScaleType = ..., factor: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None:
         ...
 class Precision:
     """
@@ -202,80 +276,6 @@ class GluFunction:
         ...
 class MoeConfig:
     def __init__(self, *, num_experts: typing.SupportsInt | typing.SupportsIndex, hidden_size: typing.SupportsInt | typing.SupportsIndex, intermediate_size: typing.SupportsInt | typing.SupportsIndex, glu_function: GluFunction, alpha: typing.SupportsFloat | typing.SupportsIndex, limit: typing.SupportsFloat | typing.SupportsIndex | None, up_offset: typing.SupportsFloat | typing.SupportsIndex, gate_cap: typing.SupportsFloat | typing.SupportsIndex | None = None, up_cap: typing.SupportsFloat | typing.SupportsIndex | None = None, gated: bool = True, has_bias: bool, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex, copy_of: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> None:
-        ...
-class ScaleType:
-    """
-    Members:
-    
-      OWN
-    
-      E8M0
-    
-      BF16
-    
-      FP32
-    
-      E4M3
-    """
-    BF16: typing.ClassVar[ScaleType]
-    E4M3: typing.ClassVar[ScaleType]
-    E8M0: typing.ClassVar[ScaleType]
-    FP32: typing.ClassVar[ScaleType]
-    OWN: typing.ClassVar[ScaleType]
-    __members__: typing.ClassVar[dict[str, ScaleType]]
-    @typing.overload
-    def __eq__(self, other: ScaleType) -> bool:
-        ...
-    @typing.overload
-    def __eq__(self, other: typing.Any) -> bool:
-        ...
-    def __getstate__(self) -> int:
-        ...
-    def __hash__(self) -> int:
-        ...
-    def __index__(self) -> int:
-        ...
-    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __int__(self) -> int:
-        ...
-    @typing.overload
-    def __ne__(self, other: ScaleType) -> bool:
-        ...
-    @typing.overload
-    def __ne__(self, other: typing.Any) -> bool:
-        ...
-    def __repr__(self) -> str:
-        ...
-    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __str__(self) -> str:
-        ...
-    @property
-    def name(self) -> str:
-        ...
-    @property
-    def value(self) -> int:
-        ...
-class ScaleGrid:
-    @property
-    def depth(self) -> int:
-        ...
-    @property
-    def rows(self) -> int:
-        ...
-    @property
-    def type(self) -> ScaleType:
-        ...
-class StoredScales:
-    @property
-    def factor(self) -> float:
-        ...
-    @property
-    def grid(self) -> ScaleGrid:
-        ...
-class Matrix:
-    def __init__(self, *, name: str, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, codes: typing.SupportsInt | typing.SupportsIndex, codes_stride: typing.SupportsInt | typing.SupportsIndex, scales: typing.SupportsInt | typing.SupportsIndex = 0, scales_stride: typing.SupportsInt | typing.SupportsIndex = 0, scale_rows: typing.SupportsInt | typing.SupportsIndex = 1, scale_depth: typing.SupportsInt | typing.SupportsIndex = 32, scale_type: ScaleType = ..., factor: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None:
         ...
 class LayerStatistics:
     @property
@@ -389,6 +389,28 @@ class Call:
     def run(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def submit(self, hidden_states: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, ids: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, *, owned: typing.Any, copy_inputs: bool = False) -> SubmittedCall:
+        ...
+class LinearLayer:
+    def __init__(self, *, runtime: Runtime, isa: str, origin: str, format: str, matrix: Matrix, bias: typing.SupportsInt | typing.SupportsIndex, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def unpack(self, *, runtime: Runtime, matrix: Matrix) -> None:
+        """
+        Writes the matrix as its checkpoint stores it.
+        """
+    @property
+    def nbytes(self) -> int:
+        """
+        The bytes of the packed weights, the bias included.
+        """
+    @property
+    def scales(self) -> StoredScales:
+        """
+        How many rows and successive k of the stored matrix share a scale, the scales' type, and the matrix's factor.
+        """
+class LinearCall:
+    def __init__(self, *, runtime: Runtime, layer: LinearLayer, input_dtype: DType, output_dtype: DType, fp32_as_bf16: bool) -> None:
+        ...
+    def run(self, x: typing.SupportsInt | typing.SupportsIndex, x_stride: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, output_stride: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 class Bridge:
     def __init__(self, *, cuda: bool, buffer_bytes: typing.SupportsInt | typing.SupportsIndex, captured_bytes: typing.SupportsInt | typing.SupportsIndex, wait_by_function: bool = False) -> None:

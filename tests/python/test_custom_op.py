@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cpumoe import Runtime
 
 operator = torch.ops.cpumoe.experts
-NO_GRADIENTS = r"^cpumoe's experts compute no gradients; call them under torch\.no_grad\(\)"
+NO_GRADIENTS = r"^cpumoe's layers compute no gradients; call them under torch\.no_grad\(\)"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from moe_tools import inputs, layer
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-REMEDY = r"^cpumoe's experts compute no gradients; call them under torch\.no_grad\(\).*own experts$"
+REMEDY = r"^cpumoe's layers compute no gradients; call them under torch\.no_grad\(\).*own layers$"
 
 
 @pytest.fixture(scope="module")

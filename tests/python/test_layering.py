@@ -1,7 +1,8 @@
 """The direction of dependencies in C++, read from `#include` lines, and tables that exist once.
 
-base <- {threading, formats} <- kernels <- {packing, staging} <- paths <- moe <- variant
-base, threading, moe, variant API <- dispatch <- engine <- {streams, capi}; streams <- bindings
+base <- {threading, formats} <- kernels <- {packing, staging} <- paths <- {moe, linear} <- variant
+base, threading, moe, linear, variant API <- dispatch <- engine <- {streams, capi}
+streams <- bindings
 """
 
 import ast
@@ -13,7 +14,7 @@ import cpumoe
 ROOT = Path(__file__).parents[2]
 
 # What each folder of cpp/ may include, besides itself. kernels/ and staging/ know no format;
-# packing/, paths/ and moe/, where the two meet, do.
+# packing/, paths/, moe/ and linear/, where the two meet, do.
 MAY_INCLUDE = {
     "base": set(),
     "threading": {"base"},
@@ -23,11 +24,15 @@ MAY_INCLUDE = {
     "staging": {"base", "kernels"},
     "paths": {"base", "formats", "kernels", "packing", "staging"},
     "moe": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
-    "variant": {"base", "threading", "formats", "kernels", "packing", "moe"},
+    "linear": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
+    "variant": {"base", "threading", "formats", "kernels", "packing", "moe", "linear"},
     "dispatch": {"base", "threading", "variant"},
-    "engine": {"base", "threading", "variant", "dispatch", "moe"},
+    "engine": {"base", "threading", "variant", "dispatch", "moe", "linear"},
     "streams": {"base", "threading", "moe", "engine"},
-    "bindings": {"base", "threading", "variant", "dispatch", "moe", "engine", "streams"},
+    "bindings": {
+        *("base", "threading", "formats", "packing", "variant", "dispatch", "moe", "engine"),
+        "streams",
+    },
     "capi": {"base", "threading", "variant", "dispatch", "moe", "engine"},
 }
 # Compiled once, with baseline flags. Must not reach code that is compiled per ISA (-inl.h).

@@ -189,7 +189,7 @@ def test_a_buffer_is_refused_in_forward_mode_differentiation(weights, experts):
             (forward_ad.make_dual(x, x), torch.empty_like(x)),
             (x, forward_ad.make_dual(torch.empty_like(x), x)),
         ):
-            with pytest.raises(RuntimeError, match=r"^cpumoe's experts compute no gradients"):
+            with pytest.raises(RuntimeError, match=r"^cpumoe's layers compute no gradients"):
                 experts(states, ids, w, out=out)
 
 

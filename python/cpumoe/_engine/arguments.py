@@ -93,6 +93,15 @@ def checked_biases(
     return [_bias(bias, name, (*experts, widths[name])) for name, bias in given.items()]
 
 
+def dense_bias(bias: torch.Tensor | None, width: int) -> torch.Tensor | None:
+    """Returns a copy of a bias ``[width]``, or None if there is none.
+
+    Raises:
+        TypeError, ValueError: the bias is something else.
+    """
+    return None if bias is None else _bias(bias, "bias", (width,)).clone()
+
+
 def _bias(bias: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     bias = plain(bias, name).detach()
     if bias.dtype not in ELEMENTS:

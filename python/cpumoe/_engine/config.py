@@ -58,9 +58,9 @@ def layer_config(
         up_cap=swiglu.up_cap,
         gated=swiglu.gated,
         has_bias=boolean(has_bias, "has_bias"),
-        precision=_PRECISION[precision],
+        precision=engine_precision(precision),
         batch_invariant=batch_invariant,
-        few_token_limit=_crossover(few_token_limit),
+        few_token_limit=few_tokens(few_token_limit),
         copy_of=list(copy_of),
     )
 
@@ -72,5 +72,11 @@ def _size(value: int, name: str) -> int:
     return size
 
 
-def _crossover(few_token_limit: int | None) -> int:
-    return _ISAS_CROSSOVER if few_token_limit is None else min(int(few_token_limit), _ANY_TOKENS)
+def engine_precision(precision: str) -> _core.Precision:
+    """Returns the engine's name of one of `PRECISIONS`."""
+    return _PRECISION[precision]
+
+
+def few_tokens(limit: int | None) -> int:
+    """Returns the engine's form of `ExpertsOptions.few_token_limit`."""
+    return _ISAS_CROSSOVER if limit is None else min(int(limit), _ANY_TOKENS)

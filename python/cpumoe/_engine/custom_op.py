@@ -3,47 +3,25 @@
 A tracer cannot look into C++. It records this operator instead, whose fake implementation says what
 the result looks like. Eager calls do not pass here, because the dispatcher takes time.
 
-The operator finds its layer by a handle, a tensor with a random number. As a tensor, the handle is
-an input of a compiled graph and no constant in it, so layers of equal shape share a graph, and
-caches of compiled graphs serve later processes. As a random number, it never names another layer:
-not in a forked child, nor in a process that loads an exported program.
+The operator finds its layer by a handle (`cpumoe._engine.handles`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, cast
-from weakref import WeakValueDictionary
+from typing import cast
 
 import torch
 
 from cpumoe._base.operators import define
-from cpumoe._base.tensors import describe
 from cpumoe._engine.calls import check_inputs
-from cpumoe._engine.gradients import without_gradients
+from cpumoe._engine.gradients import refuse_derivatives
+from cpumoe._engine.handles import Handles
 from cpumoe._engine.output import NEW_TENSOR, Destination, check_output
 from cpumoe._engine.repetition import Inputs
 
-# A layer computes what `Experts.__call__` describes, from three tensors and `out_dtype`. Layers are
-# not kept alive here, so running a graph that has outlived its layer is an error.
-_layers: WeakValueDictionary[int, Callable[..., torch.Tensor]] = WeakValueDictionary()
-
-
-class Handle(NamedTuple):
-    """Names a layer in this process, for as long as the layer lives."""
-
-    number: int
-    tensor: torch.Tensor  # the number as int64 scalar, the operator's argument
-
-
-def new_handle(layer: Callable[..., torch.Tensor]) -> Handle:
-    """Returns a handle for a layer."""
-    # 53 bits, so that the number stays whole if a compiler keeps it as fp64.
-    number = int.from_bytes(os.urandom(8), "little") >> 11
-    _layers[number] = layer
-    with torch.inference_mode(False):  # the tensor may be used outside of that mode
-        return Handle(number, torch.tensor(number, dtype=torch.int64, device="cpu"))
+# A layer computes what `Experts.__call__` describes, from three tensors and `out_dtype`.
+_handles = Handles("Experts")
+new_handle = _handles.new
 
 
 def record_call(
@@ -97,15 +75,8 @@ def _compute(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    _check_handle(layer)
-    known = _layers.get(int(layer))
-    if known is None:
-        raise RuntimeError(
-            f"layer: expected the handle of an Experts in this process, got {int(layer)}; its "
-            "Experts was deleted, or another process made it. Keep Experts alive while compiled "
-            "code uses them, and export programs in the process that runs them"
-        )
-    with torch.no_grad():  # gradients are the business of _autograd
+    known = _handles.layer(layer)
+    with torch.no_grad():  # gradients are the business of refuse_derivatives
         return known(hidden_states, topk_ids, topk_weights, out_dtype=out_dtype)
 
 
@@ -117,7 +88,7 @@ def _fake(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    _check_handle(layer)
+    _handles.check(layer)
     for name, tensor in (
         ("hidden_states", hidden_states),
         ("topk_ids", topk_ids),
@@ -131,40 +102,10 @@ def _fake(
     return hidden_states.new_empty(hidden_states.shape, dtype=out_dtype)
 
 
-def _check_handle(layer: torch.Tensor) -> None:
-    if layer.dtype != torch.int64 or layer.dim():
-        raise TypeError(f"layer: expected Experts.handle, an int64 scalar, got {describe(layer)}")
-
-
-# Dynamo must not look into what the dispatcher calls.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _autograd(keyset: Any, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
-    for tensor in arguments:
-        if torch._C._functorch.is_gradtrackingtensor(tensor):
-            raise TypeError(
-                "cpumoe::experts: expected plain tensors, got one that torch.func (grad, jvp) is "
-                "transforming; experts compute no gradients, so keep them out of the transformed "
-                "function"
-            )
-    keyset &= torch._C._after_autograd_keyset
-    with torch._C._AutoDispatchBelowAutograd():
-        result = torch.ops.cpumoe.experts.default.redispatch(keyset, *arguments, **options)
-    hidden_states, _, topk_weights, _ = arguments
-    return without_gradients(result, hidden_states, topk_weights)
-
-
-def _vmap(*_: Any, **__: Any) -> NoReturn:
-    raise TypeError(
-        "cpumoe::experts: expected plain tensors, got one that torch.func.vmap is transforming; "
-        "put all tokens into one dimension"
-    )
-
-
 _LIBRARY = define(
     "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor layer, *, "
     "ScalarType? out_dtype=None) -> Tensor",
     _compute,
     _fake,
 )
-_LIBRARY.impl("experts", _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-torch.library.register_vmap("cpumoe::experts", _vmap, lib=_LIBRARY)
+refuse_derivatives("experts", _LIBRARY, inputs=(0, 2))

@@ -34,29 +34,32 @@ MatrixBuffer = QuantizedMatrix | tuple[torch.Tensor, ...] | torch.Tensor
 _SCALE_DTYPES = {stored: dtype for dtype, stored in SCALE_TYPES.items()}
 
 
+def new_matrix(
+    fmt: WeightFormat, rows: int, columns: int, stored: _core.StoredScales
+) -> QuantizedMatrix:
+    """Returns memory for a packed matrix that had these scales."""
+    # The engine writes to CPU memory, whatever the caller's default device is.
+    elements = columns * fmt.code_bits // (8 * fmt.code_storage.itemsize)
+    codes = torch.empty(rows, elements, dtype=fmt.code_storage, device="cpu")
+    if fmt.scale_storage is None:
+        return QuantizedMatrix(codes)
+    grid = stored.grid
+    shape = (-(-rows // grid.rows), -(-columns // grid.depth))
+    dtype = fmt.stored_scale(_SCALE_DTYPES[grid.type])
+    scales = torch.empty(shape, dtype=dtype, device="cpu")
+    if fmt.factor_for is None:
+        return QuantizedMatrix(codes, scales)
+    factor = torch.tensor(stored.factor, dtype=torch.float32, device="cpu")
+    return QuantizedMatrix(codes, scales, factor)
+
+
 def new_expert(
     layer: _core.Layer, form: ExpertForm, expert: int
 ) -> tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix]:
     """Returns memory for a packed expert's gate, up and down. Without a gate it is `up`."""
-    fmt = form.fmt
-
-    def matrix(rows: int, columns: int, stored: _core.StoredScales) -> QuantizedMatrix:
-        # The engine writes to CPU memory, whatever the caller's default device is.
-        elements = columns * fmt.code_bits // (8 * fmt.code_storage.itemsize)
-        codes = torch.empty(rows, elements, dtype=fmt.code_storage, device="cpu")
-        if fmt.scale_storage is None:
-            return QuantizedMatrix(codes)
-        grid = stored.grid
-        shape = (-(-rows // grid.rows), -(-columns // grid.depth))
-        dtype = fmt.stored_scale(_SCALE_DTYPES[grid.type])
-        scales = torch.empty(shape, dtype=dtype, device="cpu")
-        if fmt.factor_for is None:
-            return QuantizedMatrix(codes, scales)
-        return QuantizedMatrix(codes, scales, torch.ones((), dtype=torch.float32, device="cpu"))
-
     sizes = _sizes(form, form.intermediate_size)
     stored = dict(zip(("gate", "up", "down"), layer.scales(expert=expert), strict=True))
-    made = {name: matrix(*size, stored[name]) for name, size in sizes.items()}
+    made = {name: new_matrix(form.fmt, *size, stored[name]) for name, size in sizes.items()}
     return made.get("gate", made["up"]), made["up"], made["down"]
 
 

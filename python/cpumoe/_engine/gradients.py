@@ -1,4 +1,4 @@
-"""Experts compute no gradients, and asking for one is an error."""
+"""Layers of the engine compute no gradients, and asking for one is an error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing_extensions import override
 from cpumoe._base.operators import define
 
 _NO_GRADIENTS = (
-    "cpumoe's experts compute no gradients; call them under torch.no_grad() or "
-    "torch.inference_mode(), or train with the model's own experts"
+    "cpumoe's layers compute no gradients; call them under torch.no_grad() or "
+    "torch.inference_mode(), or train with the model's own layers"
 )
 
 
@@ -98,3 +98,40 @@ def refuse_gradients(out: torch.Tensor, *inputs: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"out: expected no tensor that requires a gradient; {_NO_GRADIENTS}")
     without_gradients(out, *tensors)  # refuses tangents
+
+
+def refuse_derivatives(name: str, library: torch.library.Library, inputs: Sequence[int]) -> None:
+    """Makes derivatives of an operator an error, and so the transforms of torch.func.
+
+    Args:
+        name: the operator's name in its namespace. Its first argument is the tokens' tensor.
+        library: what `define` returned for the operator.
+        inputs: the places of the arguments that may require gradients.
+    """
+    operator = getattr(torch.ops.cpumoe, name).default
+
+    # Dynamo must not look into what the dispatcher calls.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def autograd(keyset: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(
+                tensor
+            ):
+                raise TypeError(
+                    f"cpumoe::{name}: expected plain tensors, got one that torch.func (grad, jvp) "
+                    "is transforming; cpumoe computes no gradients, so keep its layers out of the "
+                    "transformed function"
+                )
+        keyset &= torch._C._after_autograd_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator.redispatch(keyset, *arguments, **options)
+        return without_gradients(result, *(arguments[i] for i in inputs))
+
+    def vmap(*_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"cpumoe::{name}: expected plain tensors, got one that torch.func.vmap is "
+            "transforming; put all tokens into one dimension"
+        )
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    torch.library.register_vmap(f"cpumoe::{name}", vmap, lib=library)

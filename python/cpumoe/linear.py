@@ -1,0 +1,290 @@
+"""A dense layer whose weights stay in their stored format."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from typing_extensions import Unpack, override
+
+from cpumoe import _core
+from cpumoe._base.tensors import (
+    address,
+    contiguous,
+    describe,
+    is_recorded,
+    modes_are_active,
+    new_strided,
+    refuse_tracing,
+)
+from cpumoe._engine.arguments import MatrixStack, dense_bias, matrix_view, normalized
+from cpumoe._engine.config import engine_precision, few_tokens
+from cpumoe._engine.export import new_matrix
+from cpumoe._engine.gradients import without_gradients
+from cpumoe._engine.linear_op import check_input, new_handle, record_linear
+from cpumoe._engine.output import ELEMENTS, Destination
+from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.isa import select_isa
+from cpumoe.numerics.precision import resolve_precision
+from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
+from cpumoe.runtime import Runtime, default_runtime
+
+# Formats that hold the weights of a module as they are.
+_OWN_FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# Dynamo, which is about to trace the call, sees a function that returns True.
+_seen_by_dynamo = torch.compiler.is_dynamo_compiling
+
+
+class Linear(torch.nn.Module):
+    """A dense layer ``y = x W^T + b`` for inference, in place of `torch.nn.Linear`.
+
+    The weights are packed for this CPU, in the format in which they are stored. They are in memory
+    once and serve one token as well as many. Make a layer with `from_module` or `from_tensors`.
+
+    The layer has no parameters: no dtype or device to move to, no entry in a state dict, no
+    gradients. Weights are always exact. ``precision`` says how activations may be rounded, as for
+    `cpumoe.Experts`.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedMatrix,
+        *,
+        format: str,
+        bias: torch.Tensor | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
+    ) -> None:
+        """Packs a matrix; prefer `from_module` and `from_tensors`, which describe the arguments."""
+        super().__init__()
+        options = with_overrides(options, overrides, "Linear")
+        fmt = weight_format(format)
+        matrix = normalized(fmt, weight, "weight", stacked=False)
+        self.out_features, self.in_features = matrix.shape
+        name, origin = select_isa(options.isa)
+        self._format = fmt
+        self._precision = options.precision
+        self._isa = _core.open_variant(name, origin)
+        self._runtime = options.runtime
+        self._bias = dense_bias(bias, self.out_features)
+        floats = None if self._bias is None else self._bias.float().contiguous()
+        self._layer = _core.LinearLayer(
+            runtime=self.runtime.core,
+            isa=self._isa,
+            origin=origin,
+            format=fmt.name,
+            matrix=matrix_view(matrix, matrix.name),
+            bias=0 if floats is None else address(floats, "bias"),
+            precision=engine_precision(options.precision),
+            batch_invariant=options.batch_invariant,
+            few_token_limit=few_tokens(options.few_token_limit),
+        )
+        self._call: tuple[object, _core.LinearCall | None] = (None, None)
+        self._handle = new_handle(self)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: torch.nn.Linear,
+        *,
+        format: str | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
+    ) -> Linear:
+        """Packs the weights of a `torch.nn.Linear`, which is not needed afterwards.
+
+        Args:
+            module: the layer, on the CPU.
+            format: a weight format, such as "mxfp4", to which the weights are rounded. Default: the
+                weights as they are, which must be bfloat16 or float16.
+            options: threads, precision, variant and kernels; default: `ExpertsOptions()`.
+            **overrides: fields of `ExpertsOptions` by name. They take precedence over `options`.
+
+        Raises:
+            TypeError: `module` is another kind of module, its weights have a dtype that needs a
+                `format`, or they are not on the CPU.
+            ValueError: in_features is no multiple of 32, a weight is NaN or infinite, or the format
+                is unknown.
+        """
+        if not isinstance(module, torch.nn.Linear):
+            raise TypeError(f"module: expected a torch.nn.Linear, got {type(module).__name__}")
+        weight = module.weight.detach()
+        if format is None:
+            format = _OWN_FORMAT.get(weight.dtype)
+        if format is None:
+            raise TypeError(
+                f"module.weight: expected bfloat16 or float16, got {describe(weight)}; pass "
+                'format= to round the weights, for example format="bf16"'
+            )
+        fmt = weight_format(format)
+        as_stored = format == _OWN_FORMAT.get(weight.dtype)
+        matrix = (
+            QuantizedMatrix(weight, name="module.weight")
+            if as_stored
+            else fmt.quantized(weight, name="module.weight")
+        )
+        options = with_overrides(options, overrides, "Linear.from_module")
+        return cls(matrix, format=format, bias=module.bias, options=options)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        weight: MatrixStack,
+        *,
+        format: str,
+        bias: torch.Tensor | None = None,
+        options: ExpertsOptions | None = None,
+        **overrides: Unpack[ExpertsKeywords],
+    ) -> Linear:
+        """Packs a matrix from tensors in memory. The tensors are not needed afterwards.
+
+        Args:
+            weight: the parts of a matrix ``[out_features, in_features]`` in a weight format: a
+                `QuantizedMatrix`, a tuple of its parts, or a tensor for a format without scales.
+                `Experts.from_tensors` lists the parts of each format; here they have no dimension
+                ``experts``.
+            format: "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4".
+            bias: ``[out_features]`` bf16, fp16 or fp32; default: none.
+            options: see `from_module`.
+            **overrides: see `from_module`.
+
+        Raises:
+            TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
+                the CPU.
+            ValueError: shapes do not fit together, in_features is no multiple of 32, a scale is
+                NaN, or a tensor is not contiguous along its last dimension.
+        """
+        options = with_overrides(options, overrides, "Linear.from_tensors")
+        matrix = normalized(weight_format(format), weight, "weight", stacked=False)
+        return cls(matrix, format=format, bias=bias, options=options)
+
+    @override
+    def forward(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Computes ``x W^T + b``. Sums are fp32, and are rounded once, to nearest even.
+
+        ``torch.compile``, ``torch.export`` and tracers record the call as the operator
+        ``torch.ops.cpumoe.linear``. Meta and fake tensors give a result like them.
+
+        Args:
+            x: ``[..., in_features]`` bf16, fp16 or fp32, on the CPU.
+            out_dtype: the result's dtype, bf16, fp16 or fp32. Default: that of `x`.
+
+        Returns:
+            ``[..., out_features]``, contiguous. If `x` requires a gradient, so does the result, and
+            the backward pass through it raises RuntimeError.
+
+        Raises:
+            TypeError: `x` has another dtype, device or layout, or no memory; torch.func transforms
+                it; `out_dtype` is another dtype.
+            ValueError: the last dimension of `x` is not in_features.
+            RuntimeError: the runtime is closed, or belongs to the parent of a forked process; `x`
+                has a tangent of forward-mode differentiation.
+        """
+        if _seen_by_dynamo():
+            sizes = self.in_features, self.out_features
+            return record_linear(self._handle.tensor, sizes, x, out_dtype)
+        try:
+            return self._compute(x, out_dtype)
+        except TypeError:
+            if not is_recorded(x):
+                raise
+            sizes = self.in_features, self.out_features
+            return record_linear(self._handle.number, sizes, x, out_dtype)
+
+    def _compute(self, given: torch.Tensor, out_dtype: torch.dtype | None) -> torch.Tensor:
+        x, start, shape = contiguous(given, "x", True)
+        check_input(x, self.in_features)
+        if out_dtype is None:
+            out_dtype = x.dtype
+        else:
+            Destination(dtype=out_dtype).check()
+        if modes_are_active():
+            refuse_tracing("x")
+        n = self.out_features
+        tokens = x.numel() // self.in_features
+        output, output_start = new_strided((tokens, n), (n, 1), out_dtype)
+        stride = x.stride(0) if len(shape) == 2 else self.in_features
+        self._engine_call(x.dtype, out_dtype).run(start, stride, tokens, output_start, n)
+        if len(shape) != 2:
+            output = output.view(*shape[:-1], n)
+        return without_gradients(output, given)
+
+    def _engine_call(self, dtype: torch.dtype, out_dtype: torch.dtype) -> _core.LinearCall:
+        runtime = self.runtime.core
+        fp32_as_bf16 = (
+            dtype == torch.float32 and resolve_precision(self._precision, dtype) == "bf16"
+        )
+        properties = (runtime, dtype, out_dtype, fp32_as_bf16)
+        kept, call = self._call
+        if call is None or kept != properties:
+            call = _core.LinearCall(
+                runtime=runtime,
+                layer=self._layer,
+                input_dtype=ELEMENTS[dtype],
+                output_dtype=ELEMENTS[out_dtype],
+                fp32_as_bf16=fp32_as_bf16,
+            )
+            self._call = (properties, call)
+        return call
+
+    def export(self) -> QuantizedMatrix:
+        """Returns the weights as they were stored, bit for bit, in new tensors."""
+        refuse_tracing("export")
+        sizes = self.out_features, self.in_features
+        matrix = new_matrix(self._format, *sizes, self._layer.scales)
+        self._layer.unpack(runtime=self.runtime.core, matrix=matrix_view(matrix, "weight"))
+        return matrix
+
+    @property
+    def handle(self) -> torch.Tensor:
+        """What ``torch.ops.cpumoe.linear`` takes for this layer, an int64 scalar.
+
+        The handle is valid in this process for as long as this object lives.
+        """
+        return self._handle.tensor
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """A copy of the bias ``[out_features]``, in the dtype that was given, or None."""
+        return None if self._bias is None else self._bias.clone()
+
+    @property
+    def format(self) -> str:
+        """Name of the weight format, e.g. "bf16"."""
+        return self._format.name
+
+    @property
+    def isa(self) -> str:
+        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
+        return self._isa
+
+    @property
+    def precision(self) -> str:
+        """The lowest precision of activations: "auto", "bf16" or "int8"."""
+        return self._precision
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, the bias included."""
+        return self._layer.nbytes
+
+    @property
+    def runtime(self) -> Runtime:
+        """The threads that compute."""
+        return self._runtime or default_runtime()
+
+    @override
+    def extra_repr(self) -> str:
+        """Returns what ``repr`` says of the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self._bias is not None}, format={self.format}, isa={self.isa}"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied."""
+        raise TypeError(
+            "Linear cannot be pickled or copied, because packed weights belong to this process; "
+            "make it anew with from_module or from_tensors"
+        )
