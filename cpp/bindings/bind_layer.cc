@@ -94,7 +94,8 @@ void BindLayer(py::module_& m) {
       .value("GELU_TANH", GluFunction::kGeluTanh)
       .value("RELU", GluFunction::kRelu)
       .value("RELU2", GluFunction::kRelu2)
-      .value("SOFTCAPPED_SILU", GluFunction::kSoftCappedSilu);
+      .value("SOFTCAPPED_SILU", GluFunction::kSoftCappedSilu)
+      .value("GELU", GluFunction::kGelu);
 
   py::class_<MoeConfig>(m, "MoeConfig")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,

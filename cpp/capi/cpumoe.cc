@@ -120,7 +120,7 @@ Node::Options NodeOptions(const cpumoe_runtime_options& options) {
 
 Glu ToGlu(const cpumoe_glu& glu) {
   const auto function =
-      static_cast<GluFunction>(Known(glu.function, CPUMOE_GLU_SOFTCAPPED_SILU, "glu.function"));
+      static_cast<GluFunction>(Known(glu.function, CPUMOE_GLU_GELU, "glu.function"));
   Require(std::isfinite(glu.alpha) && glu.alpha > 0,
           "glu.alpha: expected a positive and finite number, got ", glu.alpha);
   Require(function == GluFunction::kSilu || glu.alpha == 1,

@@ -91,7 +91,8 @@ typedef enum cpumoe_glu_function {
   CPUMOE_GLU_RELU = 2,      /* max(g, 0) */
   CPUMOE_GLU_RELU2 = 3,     /* max(g, 0)^2 */
   /* cap(g, gate_cap) * sigmoid(g), with cap(u, up_cap) for u; cap(x, c) = c * tanh(x / c) */
-  CPUMOE_GLU_SOFTCAPPED_SILU = 4
+  CPUMOE_GLU_SOFTCAPPED_SILU = 4,
+  CPUMOE_GLU_GELU = 5 /* g * (1 + erf(g / sqrt(2))) / 2 */
 } cpumoe_glu_function;
 
 /* A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/exp-inl.h"
+#include "kernels/normal_tail-inl.h"
 #include "kernels/tanh-inl.h"
 #include "moe/config.h"
 
@@ -23,6 +24,8 @@ inline __attribute__((always_inline)) void VisitGluFunction(GluFunction function
       return body(std::integral_constant<GluFunction, GluFunction::kRelu2>{});
     case GluFunction::kSoftCappedSilu:
       return body(std::integral_constant<GluFunction, GluFunction::kSoftCappedSilu>{});
+    case GluFunction::kGelu:
+      return body(std::integral_constant<GluFunction, GluFunction::kGelu>{});
   }
 }
 
@@ -37,6 +40,15 @@ typename Isa::Vec SoftCap(typename Isa::Vec x, float cap) {
   return Isa::Mul(Isa::Broadcast(cap), Tanh<Isa>(Isa::Div(x, Isa::Broadcast(cap))));
 }
 
+// x * Phi(x). -inf * Phi(-inf) is NaN, as in TimesSigmoid.
+template <class Isa>
+typename Isa::Vec TimesNormalCdf(typename Isa::Vec x) {
+  using Vec = typename Isa::Vec;
+  const Vec tail = NormalTail<Isa>(x);
+  const Vec rest = Isa::Fma(tail, Isa::Broadcast(-1.0f), Isa::Broadcast(1.0f));
+  return Isa::Fma(Isa::Max(Isa::Zero(), x), rest, Isa::Mul(Isa::Min(Isa::Zero(), x), tail));
+}
+
 template <class Isa, GluFunction kFunction>
 typename Isa::Vec GateOf(const Glu& glu, typename Isa::Vec g) {
   using Vec = typename Isa::Vec;
@@ -47,6 +59,8 @@ typename Isa::Vec GateOf(const Glu& glu, typename Isa::Vec g) {
     constexpr float kCubic = kLinear * 0.044715f;
     const Vec factor = Isa::Fma(Isa::Mul(g, g), Isa::Broadcast(-kCubic), Isa::Broadcast(-kLinear));
     return TimesSigmoid<Isa>(g, Isa::Mul(g, factor));
+  } else if constexpr (kFunction == GluFunction::kGelu) {
+    return TimesNormalCdf<Isa>(g);
   } else if constexpr (kFunction == GluFunction::kSoftCappedSilu) {
     return TimesSigmoid<Isa>(SoftCap<Isa>(g, glu.gate_cap), Isa::Mul(g, Isa::Broadcast(-1.0f)));
   } else {

@@ -20,6 +20,7 @@ enum class GluFunction : int32_t {
   kRelu2,     // max(g, 0)^2
   // cap(g, gate_cap) * sigmoid(g), with cap(u, up_cap) for u, where cap(x, c) = c * tanh(x / c).
   kSoftCappedSilu,
+  kGelu,  // g * Phi(g), Phi(g) = (1 + erf(g / sqrt(2))) / 2
 };
 
 // A gated linear unit: h = (u + up_offset) * f(g), g = min(gate, limit), u = clamp(up, -limit,

@@ -233,7 +233,10 @@ class GluFunction:
       RELU2
     
       SOFTCAPPED_SILU
+    
+      GELU
     """
+    GELU: typing.ClassVar[GluFunction]
     GELU_TANH: typing.ClassVar[GluFunction]
     RELU: typing.ClassVar[GluFunction]
     RELU2: typing.ClassVar[GluFunction]

@@ -142,10 +142,10 @@ static void TestOptionsThatLayersRefuse(const Layer* layer) {
   REFUSED("precision: unknown value 7");
   const cpumoe_glu no_gain = {.alpha = 0}, no_limit = {.alpha = 1, .limit = -1};
   const cpumoe_glu no_offset = {.alpha = 1, .up_offset = NAN};
-  const cpumoe_glu unknown = {.function = 5, .alpha = 1};
+  const cpumoe_glu unknown = {.function = 6, .alpha = 1};
   const cpumoe_glu no_cap = {.function = CPUMOE_GLU_SOFTCAPPED_SILU, .alpha = 1, .gate_cap = 4};
   const cpumoe_glu cap_of_silu = {.alpha = 1, .gate_cap = 4};
-  const cpumoe_glu gain_of_gelu = {.function = CPUMOE_GLU_GELU_TANH, .alpha = 2};
+  const cpumoe_glu gain_of_gelu = {.function = CPUMOE_GLU_GELU, .alpha = 2};
   options.glu = &no_gain;
   REFUSED("glu.alpha: expected a positive and finite number, got 0");
   options.glu = &no_limit;
@@ -153,7 +153,7 @@ static void TestOptionsThatLayersRefuse(const Layer* layer) {
   options.glu = &no_offset;
   REFUSED("glu.up_offset: expected a finite number, got nan");
   options.glu = &unknown;
-  REFUSED("glu.function: unknown value 5");
+  REFUSED("glu.function: unknown value 6");
   options.glu = &no_cap;
   REFUSED("glu.up_cap: expected a positive and finite number, got 0");
   options.glu = &cap_of_silu;

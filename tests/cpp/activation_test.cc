@@ -94,6 +94,40 @@ TEST_P(ActivationTest, ExpOfAnyFloat) {
   for (size_t i = 0; i < x.size(); ++i) CheckExp(x[i], y[i]);
 }
 
+// The relative error is within 10 units of roundoff. A tail below the normal range adds one unit of
+// its last place times g.
+void CheckGelu(float g, float actual) {
+  const double expected = ReferenceGate({.function = GluFunction::kGelu}, g);
+  if (std::isnan(expected)) {
+    ASSERT_TRUE(std::isnan(actual)) << g;
+  } else if (std::isinf(g)) {
+    ASSERT_EQ(actual, g);
+  } else {
+    const double tail = std::min(std::fabs(static_cast<double>(g)), 14.5) + 1;
+    ASSERT_NEAR(actual, expected, 10 * kUnit * std::fabs(expected) + tail * kLeast)
+        << std::hexfloat << g;
+  }
+}
+
+TEST_P(ActivationTest, ExactGeluOfADenseRange) {
+  std::vector<float> g;
+  for (float value = -15.0f; value < 15.0f; value += 0x1.3p-12f) g.push_back(value);
+  const Glu gelu = {.function = GluFunction::kGelu};
+  const std::vector<float> f = Activate(gelu, g, std::vector(g.size(), 1.0f));
+  for (size_t i = 0; i < g.size(); ++i) CheckGelu(g[i], f[i]);
+}
+
+TEST_P(ActivationTest, ExactGeluOfAnyFloat) {
+  std::vector<float> g = {0.0f, -0.0f, kInfinity, -kInfinity, kNan, -kNan, -14.5f, -13.2f};
+  constexpr uint32_t kStep = 10007;
+  for (uint64_t bits = 0; bits <= 0xffffffffu; bits += kStep) {
+    g.push_back(std::bit_cast<float>(static_cast<uint32_t>(bits)));
+  }
+  const Glu gelu = {.function = GluFunction::kGelu};
+  const std::vector<float> f = Activate(gelu, g, std::vector(g.size(), 1.0f));
+  for (size_t i = 0; i < g.size(); ++i) CheckGelu(g[i], f[i]);
+}
+
 // The activations of known checkpoints, and one with unusual values of all parameters.
 constexpr Glu kVariants[] = {
     {},
@@ -102,6 +136,8 @@ constexpr Glu kVariants[] = {
     {.alpha = 0.3f, .limit = 2.5f, .up_offset = -0.25f},
     {.function = GluFunction::kGeluTanh},
     {.function = GluFunction::kGeluTanh, .limit = 3.0f},
+    {.function = GluFunction::kGelu},
+    {.function = GluFunction::kGelu, .limit = 3.0f, .up_offset = 1.0f},
     {.function = GluFunction::kRelu},
     {.function = GluFunction::kSoftCappedSilu, .gate_cap = 4.0f, .up_cap = 25.0f},
     {.function = GluFunction::kRelu2},

@@ -95,8 +95,8 @@ TEST_P(ForwardTest, AnyTopK) {
 
 // Hidden states are large enough to reach the limits.
 TEST_P(ForwardTest, GluVariantsAndBiases) {
-  for (const Glu& glu :
-       {kPlain, kDeepSeekV4, kGptOss, kGemma, kRelu2, kSoftCapped, kUngatedRelu2, kUngatedGelu}) {
+  for (const Glu& glu : {kPlain, kDeepSeekV4, kGptOss, kGemma, kGelu, kRelu2, kSoftCapped,
+                         kUngatedRelu2, kUngatedGelu}) {
     for (const bool has_bias : {false, true}) {
       for (const int64_t tokens : {2, 15}) {
         CheckForward(LayerSpec{.glu = glu, .has_bias = has_bias},

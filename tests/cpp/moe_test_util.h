@@ -19,9 +19,10 @@ namespace cpumoe {
 inline constexpr Glu kPlain = {};
 inline constexpr Glu kDeepSeekV4 = {.limit = 10.0f};
 inline constexpr Glu kGemma = {.function = GluFunction::kGeluTanh};
+inline constexpr Glu kGelu = {.function = GluFunction::kGelu};
 inline constexpr Glu kRelu2 = {.function = GluFunction::kRelu2, .limit = 5.0f};
 inline constexpr Glu kUngatedRelu2 = {.function = GluFunction::kRelu2, .gated = false};
-inline constexpr Glu kUngatedGelu = {.function = GluFunction::kGeluTanh, .gated = false};
+inline constexpr Glu kUngatedGelu = {.function = GluFunction::kGelu, .gated = false};
 inline constexpr Glu kSoftCapped = {
     .function = GluFunction::kSoftCappedSilu, .gate_cap = 4.0f, .up_cap = 25.0f};
 inline constexpr Glu kGptOss = {.alpha = 1.702f, .limit = 7.0f, .up_offset = 1.0f};

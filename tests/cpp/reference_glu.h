@@ -33,6 +33,8 @@ inline double ReferenceGate(const Glu& glu, double g) {
       return relu * relu;
     case GluFunction::kSoftCappedSilu:
       return SoftCap(g, glu.gate_cap) / (1.0 + std::exp(-g));
+    case GluFunction::kGelu:
+      return g * std::erfc(-g * M_SQRT1_2) / 2.0;
     default:
       return g / (1.0 + std::exp(-SigmoidArgument(glu, g)));
   }
@@ -46,12 +48,13 @@ inline double ReferenceUp(const Glu& glu, double u) {
 }
 
 // The greatest slope of f within `distance` of g. The slope of g * sigmoid(alpha g) is below 1.1
-// for every alpha, and GELU's is below 1.13.
+// for every alpha, and that of both forms of GELU is below 1.13.
 inline double GreatestSlope(const Glu& glu, double g, double distance) {
   switch (glu.function) {
     case GluFunction::kSilu:
     case GluFunction::kSoftCappedSilu:
       return 1.1;
+    case GluFunction::kGelu:
     case GluFunction::kGeluTanh:
       return 1.13;
     case GluFunction::kRelu:
@@ -66,11 +69,12 @@ inline double GreatestSlope(const Glu& glu, double g, double distance) {
 // Rounding the sigmoid's argument moves the exponential by |z| units for each rounding, of which
 // kGeluTanh has four. |z| counts up to 104, because beyond that the exponential is 0 or infinite.
 // exp adds two units, and each of the other five operations adds one. Two tanh add six units each,
-// and their arguments and products two.
+// and their arguments and products two. kGelu has a tail of nine units and three products.
 inline double UnitsOfError(const Glu& glu, double g) {
   const double roundings = glu.function == GluFunction::kGeluTanh ? 4.0 : 1.0;
   const double caps = glu.function == GluFunction::kSoftCappedSilu ? 16.0 : 0.0;
-  return 8 + caps + roundings * std::min(std::fabs(SigmoidArgument(glu, g)), 104.0);
+  const double tail = glu.function == GluFunction::kGelu ? 4.0 : 0.0;
+  return 8 + caps + tail + roundings * std::min(std::fabs(SigmoidArgument(glu, g)), 104.0);
 }
 
 }  // namespace cpumoe

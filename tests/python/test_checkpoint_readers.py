@@ -211,6 +211,6 @@ def test_another_gate_is_not_supported(tmp_path, model):
     for known in ("silu", "swish", None):
         edit_config(tmp_path, hidden_act=known)
         assert open_checkpoint(tmp_path).unsupported == ()
-    edit_config(tmp_path, hidden_act="gelu")
-    with pytest.raises(UnsupportedFormatError, match="hidden_act 'gelu' is not supported"):
+    edit_config(tmp_path, hidden_act="quick_gelu")
+    with pytest.raises(UnsupportedFormatError, match="hidden_act 'quick_gelu' is not supported"):
         open_checkpoint(tmp_path).check_supported()

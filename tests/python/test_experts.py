@@ -47,6 +47,7 @@ def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
 @pytest.mark.parametrize(
     "glu",
     [
+        cpumoe.GLU("gelu"),
         cpumoe.GLU("gelu_tanh", limit=4.0),
         cpumoe.GLU("relu"),
         cpumoe.GLU("relu2", limit=4.0),

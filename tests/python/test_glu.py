@@ -34,6 +34,7 @@ def test_agrees_with_gpt_oss_of_transformers():
 
 FUNCTIONS = {
     "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
     "relu": torch.relu,
     "relu2": lambda g: torch.relu(g) ** 2,
@@ -98,10 +99,8 @@ def test_values_that_are_no_numbers_are_refused(name, value):
 
 
 def test_unknown_functions_and_their_gains_are_refused():
-    expected = (
-        r"^GLU: function must be one of silu, gelu_tanh, relu, relu2, softcapped_silu, got 'tanh'$"
-    )
-    with pytest.raises(ValueError, match=expected):
+    expected = "silu, gelu, gelu_tanh, relu, relu2, softcapped_silu, got 'tanh'"
+    with pytest.raises(ValueError, match=f"^GLU: function must be one of {expected}$"):
         GLU("tanh")
     with pytest.raises(ValueError, match=r"^GLU: alpha must be 1 for gelu_tanh, got 2\.0$"):
         GLU("gelu_tanh", alpha=2.0)

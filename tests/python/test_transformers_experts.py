@@ -142,7 +142,12 @@ def test_an_activation_that_is_nearly_known_is_refused(gate):
 
 @pytest.mark.parametrize(
     ("hidden_act", "function"),
-    [("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"), ("relu2", "relu2")],
+    [
+        ("gelu", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+    ],
 )
 def test_functions_of_other_gated_linear_units_are_recognized(hidden_act, function):
     module = experts_module(DeepseekV3Experts, hidden_act=hidden_act)
@@ -151,7 +156,7 @@ def test_functions_of_other_gated_linear_units_are_recognized(hidden_act, functi
     assert module_swiglu(limited) == cpumoe.GLU(function, limit=10.0)
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "tanh"])
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "tanh"])
 def test_another_act_fn_is_refused(hidden_act):
     with pytest.raises(ValueError, match=r"DeepseekV3Experts\._apply_gate"):
         module_swiglu(experts_module(DeepseekV3Experts, hidden_act=hidden_act))

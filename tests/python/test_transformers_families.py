@@ -117,10 +117,19 @@ def test_the_reader_alone_does_not_guess_the_activation_of_an_unknown_model(tmp_
         cpumoe.Experts.from_checkpoint(folder, 1)
 
 
-def test_another_activation_is_refused(tmp_path):
+def test_exact_gelu_computes_as_the_hosts(tmp_path):
     folder = tiny_models.int4_moe(tmp_path, "phimoe")
     edit_config(folder, hidden_act="gelu")
-    with pytest.raises(cpumoe.UnsupportedFormatError, match="hidden_act 'gelu' is not supported"):
+    ours, hosts = both(folder, CompressedTensorsConfig(dequantize=True))
+    experts = next(module.experts for module in ours.modules() if isinstance(module, CpuExperts))
+    assert experts.swiglu == cpumoe.GLU("gelu")
+    check_logits(ours, hosts)
+
+
+def test_another_activation_is_refused(tmp_path):
+    folder = tiny_models.int4_moe(tmp_path, "phimoe")
+    edit_config(folder, hidden_act="quick_gelu")
+    with pytest.raises(cpumoe.UnsupportedFormatError, match="hidden_act 'quick_gelu' is"):
         from_pretrained(folder)
 
 

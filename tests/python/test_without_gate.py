@@ -15,7 +15,7 @@ NO_GATE = (
     "leave {0} out"
 )
 RELU2 = GLU("relu2", gated=False)
-FUNCTIONS = pytest.mark.parametrize("function", ["silu", "gelu_tanh", "relu", "relu2"])
+FUNCTIONS = pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 
 
 def without_gate(fmt, glu=RELU2, **options):
@@ -61,6 +61,7 @@ def test_the_reference_ignores_the_gate(function):
     glu = GLU(function, gated=False)
     expected = {
         "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
         "relu": torch.relu,
         "relu2": lambda x: torch.relu(x).square(),

@@ -13,6 +13,7 @@ _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
 _LARGEST_SIZE = 2**63 - 1  # that the engine can be asked for
 _GLU_FUNCTION = {
     "silu": _core.GluFunction.SILU,
+    "gelu": _core.GluFunction.GELU,
     "gelu_tanh": _core.GluFunction.GELU_TANH,
     "relu": _core.GluFunction.RELU,
     "relu2": _core.GluFunction.RELU2,

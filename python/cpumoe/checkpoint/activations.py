@@ -19,7 +19,8 @@ _ALPHA, _SHIFTED_LIMIT, _LIMIT = 1.702, 7.0, 10.0
 _GATE_CAP, _UP_CAP = 4.0, 25.0
 # `GLU`'s functions by their names in config.json.
 _SILU = {"silu": "silu", "swish": "silu"}
-_FUNCTIONS = {**_SILU, "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+_GELU = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_FUNCTIONS = {**_SILU, **_GELU, "relu": "relu", "relu2": "relu2"}
 _SHIFTED_SILU = {**_SILU, "swigluoai": "silu"}
 
 # Model types whose experts compute f(gate) * up, where ``hidden_act`` names f.

@@ -77,7 +77,8 @@ _LEAST_OF_TWO_DIGITS = 2.0**-106
 _LEAST_UNIT = 2.0**-148
 # Products and inputs below the normal range may be flushed to zero.
 _TINY = 2.0**-125
-# Relative error allowed to a vector exp and the division of the sigmoid, or to those and two tanh.
+# Relative error allowed to a vector exp and the division of the sigmoid or of gelu, or to those and
+# two tanh.
 _ACTIVATION_EPS = 2.0**-20
 _SOFTCAPPED_EPS = 2.0**-19
 # Activations that share an int8 scale, for weights without a format.

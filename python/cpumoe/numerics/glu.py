@@ -14,9 +14,10 @@ _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-_FUNCTIONS = ("silu", "gelu_tanh", "relu", "relu2", "softcapped_silu")
+_FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "softcapped_silu")
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # names of PyTorch's `gelu` for its forms
 # Bounds on the second derivatives, where they do not depend on a parameter.
-_CURVATURES = {"gelu_tanh": 0.81, "relu": 0.0, "relu2": 2.0}
+_CURVATURES = {"gelu": 0.8, "gelu_tanh": 0.81, "relu": 0.0, "relu2": 2.0}
 
 
 def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -34,8 +35,9 @@ class GLU:
     Experts without a gate projection, such as Nemotron-H's, have ``gated=False``: ``h = f(u)``.
 
     Attributes:
-        function: f: ``"silu"`` (``g * sigmoid(alpha * g)``), ``"gelu_tanh"`` (PyTorch's ``gelu``
-            with ``approximate="tanh"``), ``"relu"``, ``"relu2"`` (relu squared), or
+        function: f: ``"silu"`` (``g * sigmoid(alpha * g)``), ``"gelu"``
+            (``g * (1 + erf(g / sqrt(2))) / 2``), ``"gelu_tanh"`` (PyTorch's ``gelu`` with
+            ``approximate="tanh"``), ``"relu"``, ``"relu2"`` (relu squared), or
             ``"softcapped_silu"`` (``cap(g, gate_cap) * sigmoid(g)``, with ``cap(u, up_cap)`` in the
             place of u, where ``cap(x, c) = c * tanh(x / c)``).
         alpha: gain inside the sigmoid of ``"silu"``; positive and finite. Others have 1.
@@ -107,8 +109,8 @@ class GLU:
         """Returns f of a clamped float tensor, in its dtype."""
         if self.function == "silu":
             return gate * torch.sigmoid(self.alpha * gate)
-        if self.function == "gelu_tanh":
-            return torch.nn.functional.gelu(gate, approximate="tanh")
+        if self.function in _GELU:
+            return torch.nn.functional.gelu(gate, approximate=_GELU[self.function])
         if self.gate_cap is not None:
             return _softcap(gate, self.gate_cap) * torch.sigmoid(gate)
         return torch.relu(gate) if self.function == "relu" else torch.relu(gate).square()
@@ -139,6 +141,9 @@ class GLU:
             sigmoid = torch.sigmoid(_GELU_LINEAR * (gate + _GELU_CUBIC * gate**3))
             inner = _GELU_LINEAR * (gate + 3 * _GELU_CUBIC * gate**3)
             slope = sigmoid * (1 + inner * (1 - sigmoid))
+        elif self.function == "gelu":
+            density = torch.exp(-gate.square() / 2) / math.sqrt(2 * math.pi)
+            slope = torch.special.ndtr(gate) + gate * density
         elif self.function == "relu":
             slope = torch.ones_like(gate)
         else:

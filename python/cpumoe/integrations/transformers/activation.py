@@ -12,13 +12,14 @@ from torch import nn
 from cpumoe.numerics.glu import GLU, SwiGLU
 
 # Probes lie around zero, where gates differ most, and far enough away to show a limit whose name in
-# the module is unknown.
+# the module is unknown. They are float64: in float32, 1 + erf(gate) is mostly rounding error where
+# gelu is small, and a large up magnifies it.
 _FAR = [10 ** (2 + i / 2) for i in range(9)]
 _PROBES = [*range(-48, 49), *(i / 10 for i in range(-10, 11)), *_FAR, *(-far for far in _FAR)]
 
 
 # The functions of experts without a gate projection.
-_UNGATED = ("silu", "gelu_tanh", "relu", "relu2")
+_UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 class _Gate(Protocol):
@@ -43,26 +44,26 @@ def module_swiglu(module: nn.Module) -> GLU:
     # chosen another default dtype or autocast.
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         beyond = 2 * (_limit(module) or 0)
-        probes = torch.tensor([*_PROBES, -beyond, beyond], dtype=torch.float32, device="cpu")
+        probes = torch.tensor([*_PROBES, -beyond, beyond], dtype=torch.float64, device="cpu")
         gate, up = (grid.flatten() for grid in torch.meshgrid(probes, probes, indexing="ij"))
         # With one feature, [gate; up] and interleaved columns are equal.
         gate_up = torch.stack((gate, up), -1)
-        actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0]
+        actual = cast("_Gate", module)._apply_gate(gate_up)[..., 0].double()
         for candidate in _candidates(module):
             if torch.allclose(actual, candidate(gate, up), rtol=1e-5, atol=1e-6):
                 return candidate
     raise ValueError(
         f"{name}._apply_gate: cpumoe does not have this activation; expected f(gate) * up, where f "
-        f"is silu, gelu_tanh, relu or relu2, with or without a limit, silu with soft caps, or "
-        f"(up + 1) * gate * sigmoid(alpha * gate) with a limit"
+        f"is silu, gelu, gelu_tanh, relu or relu2, with or without a limit, silu with soft caps, "
+        f"or (up + 1) * gate * sigmoid(alpha * gate) with a limit"
     )
 
 
 def _without_gate(module: nn.Module) -> GLU:
     """Returns the `GLU` without a gate that the module's `act_fn` computes."""
-    up = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
+    up = torch.tensor(_PROBES, dtype=torch.float64, device="cpu")
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        actual = cast("nn.Module", module.act_fn)(up)
+        actual = cast("nn.Module", module.act_fn)(up).double()
         for function in _UNGATED:
             candidate = GLU(function, gated=False)
             if torch.allclose(actual, candidate(up, up), rtol=1e-5, atol=1e-6):
@@ -77,7 +78,7 @@ def _candidates(module: nn.Module) -> Iterator[GLU]:
     alpha = _attribute(module, "alpha", "swiglu_alpha")
     yield SwiGLU()
     for limit in {_limit(module), None}:
-        for function in ("gelu_tanh", "relu", "relu2"):
+        for function in ("gelu", "gelu_tanh", "relu", "relu2"):
             yield GLU(function, limit=limit)
         for some_alpha in {alpha or 1.0, 1.0}:
             for offset in (0.0, 1.0):
