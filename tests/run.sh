@@ -71,11 +71,13 @@ fake_cuda=$PWD/build/dev/lib/fake_cuda/libcuda.so.1
 if [[ -e $fake_cuda ]]; then
     export CPUMOE_FAKE_CUDA=$fake_cuda
 fi
+# Each process has PyTorch and the models of its tests in memory, so there are two on any machine.
+run_pytest=(python -m pytest -n 2 --dist worksteal)
 if [[ -z $full ]]; then
-    python -m pytest
+    "${run_pytest[@]}"
     exit
 fi
 for isa in $(python -c 'import cpumoe; print(*cpumoe.supported_isas())'); do
     echo "== Python tests, default variant $isa"
-    CPUMOE_ISA=$isa python -m pytest
+    CPUMOE_ISA=$isa "${run_pytest[@]}"
 done

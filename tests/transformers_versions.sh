@@ -34,5 +34,5 @@ for requirement in "${wanted[@]}"; do
     fi
     tested+=" $version"
     echo "== transformers $version"
-    PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH} python -m pytest -q "${tests[@]}"
+    PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH} python -m pytest -q -n 2 --dist worksteal "${tests[@]}"
 done

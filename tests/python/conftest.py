@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -99,9 +100,26 @@ def emulated_instructions():
     return json.loads(report())
 
 
+# Counts of pytest-xdist's workers, in the process that prints the summary.
+_of_workers = Counter()
+
+
+def _emulated_counts():
+    return Counter({row["name"]: row["count"] for row in emulated_instructions()})
+
+
+def pytest_sessionfinish(session):
+    if UNDER_EMULATOR and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["emulated"] = dict(_emulated_counts())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    # A worker that crashed has no output.
+    _of_workers.update(getattr(node, "workeroutput", {}).get("emulated", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     if UNDER_EMULATOR:
-        counts = [
-            f"{row['name']} {row['count']}" for row in emulated_instructions() if row["count"]
-        ]
+        counts = [f"{name} {count}" for name, count in (_emulated_counts() + _of_workers).items()]
         terminalreporter.write_line(f"emulated: {', '.join(counts) or 'nothing'}")

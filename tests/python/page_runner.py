@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import command_client
 from markdown_pages import ROOT
+from ports import unused_port
 
 from cpumoe import embedded
 
@@ -77,7 +77,7 @@ class PageRunner:
         self._state = folder / "state"
         self._scripts = folder / "scripts"
         self._bin = folder / "bin"
-        self._port = _free_port()
+        self._port = unused_port()
         self._environment = {
             **_environment(),
             "PATH": f"{self._bin}:{os.environ['PATH']}",
@@ -200,8 +200,3 @@ def _environment():
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CPUMOE_")}
     # One thread for small tensors, and nothing from the network.
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-
-
-def _free_port():
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]

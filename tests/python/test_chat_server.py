@@ -1,9 +1,9 @@
 """``cpumoe chat URL`` with replies as real servers send them."""
 
 import json
-import socket
 
 import pytest
+from ports import unused_port
 from raw_server import STUCK, RawServer, delta, events, http
 from typer.testing import CliRunner
 
@@ -350,9 +350,7 @@ def test_a_wrong_address_is_one_line(url):
 
 
 def test_a_password_in_the_address_is_not_shown():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    result = chat(f"http://me:secret@127.0.0.1:{port}")
+    result = chat(f"http://me:secret@127.0.0.1:{unused_port()}")
     assert result.exit_code == 1
     assert "refused" in result.stderr
     assert "secret" not in result.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +10,7 @@ import urllib.request
 import pytest
 from checkpoint_tools import write_small
 from cli_tools import TINY_DEMO
+from ports import unused_port
 from serving_tools import wait_for
 from stream_tools import CLOSED, FULL, GONE, finish, start
 
@@ -140,8 +140,7 @@ def test_bad_input_keeps_its_exit_code_where_nobody_hears_of_it(stderr, tmp_path
 
 @pytest.mark.parametrize("place", [CLOSED, FULL, GONE])
 def test_a_server_needs_no_streams(place):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unused_port()
     process = start(["serve", "--port", port], stdin=CLOSED, stdout=place, stderr=place, fake=True)
     wait_for(lambda: process.exitcode is not None or _answers(port), 20)
     assert _answers(port)

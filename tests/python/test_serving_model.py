@@ -136,11 +136,24 @@ def test_refusals_of_the_model(server):
     assert server.refuse("/v1/completions", too_long)[1]["code"] == "context_length_exceeded"
 
 
-def test_a_disconnect_stops_the_model(server):
-    worker = server.app.state.service.worker
-    # Without this, the random model may end before the client has left.
+def test_a_disconnect_stops_the_model(server, model, monkeypatch):
+    generate = model.generate
+    results = []
+
+    def generate_until_the_client_left(prompt, sampling, *, on_piece, cancelled):
+        def pass_on(piece):
+            on_piece(piece)
+            wait_for(cancelled)  # otherwise the model might be faster than the client
+
+        results.append(generate(prompt, sampling, on_piece=pass_on, cancelled=cancelled))
+        return results[0]
+
+    monkeypatch.setattr(model, "generate", generate_until_the_client_left)
+    # Without this, the random model may end before its first piece of text.
     body = {"prompt": "Once", "max_tokens": 500, "stream": True, "ignore_eos": True}
     with server.http.stream("POST", "/v1/completions", json=body) as reply:
         next(reply.iter_raw())
-        assert not worker.idle
-    wait_for(lambda: worker.idle)
+        assert not results
+    wait_for(lambda: results)
+    assert results[0].finish_reason == "cancelled"
+    assert results[0].completion_tokens < 500
