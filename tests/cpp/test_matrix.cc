@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <ranges>
 #include <stdexcept>
 
 #include "base/bits.h"
@@ -24,13 +25,18 @@ void FillCodes(std::byte* row, int64_t columns, Rng& rng, const Magnitudes& magn
     }
   } else {
     static_assert(F::kCodeBits == 16);
+    // Without the sign bit, codes are in the order of their values. Those that are no numbers
+    // follow.
+    const auto codes = std::views::iota(0u, 0x8000u);
+    const uint32_t begin = *std::ranges::partition_point(
+        codes, [&](uint32_t code) { return F::Decode(code) < magnitudes.least; });
+    const uint32_t end = *std::ranges::partition_point(
+        codes, [&](uint32_t code) { return F::Decode(code) <= magnitudes.greatest; });
+    if (begin >= end) throw std::invalid_argument("the format has no code of such a magnitude");
     for (int64_t k = 0; k < columns; ++k) {
-      uint16_t code;
-      float magnitude;
-      do {
-        code = static_cast<uint16_t>(rng());
-        magnitude = std::fabs(F::Decode(code));
-      } while (!(magnitude >= magnitudes.least && magnitude <= magnitudes.greatest));
+      const uint64_t random = rng();
+      const auto code =
+          static_cast<uint16_t>((random >> 63 << 15) | (begin + random % (end - begin)));
       std::memcpy(row + k * 2, &code, sizeof(code));
     }
   }
