@@ -1,3 +1,6 @@
+// The golden model, and what a right result may differ from it by. The model computes experts in
+// double precision from checkpoint bytes, one token at a time.
+//
 // The bounds follow the computation step by step, in the usual model. Rounding to p significant
 // bits changes a value by at most 2^-p of it. A sum of n terms is off by at most gamma_n of the sum
 // of their magnitudes. This is the worst case, and actual errors are some ten times smaller.
@@ -11,7 +14,7 @@
 
 #include "cpp/all_formats.h"
 #include "cpp/reference_glu.h"
-#include "cpp/reference_moe.h"
+#include "cpp/reference_weight.h"
 
 namespace cpumoe {
 namespace {
@@ -45,7 +48,7 @@ template <class F>
 Dense Decode(const RawMatrix& m) {
   Dense dense{m.rows, m.columns, {}, 0};
   for (int64_t i = 0; i < m.rows * m.columns; ++i) {
-    dense.weights.push_back(m.factor * ReferenceMoe<F>::Weight(m, i / m.columns, i % m.columns));
+    dense.weights.push_back(m.factor * ReferenceWeight<F>(m, i / m.columns, i % m.columns));
     dense.greatest = std::max(dense.greatest, std::fabs(dense.weights.back()));
   }
   return dense;
@@ -62,11 +65,12 @@ Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
   for (int64_t row = 0; row < w.rows; ++row) {
     double sum = bias == nullptr ? 0 : bias[row];
     double magnitude = std::fabs(sum), error = 0;
-    for (int64_t k = 0; k < w.columns; ++k) {
-      const double weight = w.weights[row * w.columns + k];
-      sum += weight * x[k].value;
-      error += std::fabs(weight) * x[k].error;
-      magnitude += std::fabs(weight) * (std::fabs(x[k].value) + x[k].error);
+    const double* weights = &w.weights[row * w.columns];
+    for (const Interval& xk : x) {
+      const double weight = *weights++;
+      sum += weight * xk.value;
+      error += std::fabs(weight) * xk.error;
+      magnitude += std::fabs(weight) * (std::fabs(xk.value) + xk.error);
     }
     y[row] = {sum, error + gamma * magnitude + flush};
   }
@@ -143,8 +147,7 @@ class Oracle {
  private:
   Intervals Token(int64_t token) {
     const MoeConfig& config = layer_.config();
-    std::vector<double> x(config.hidden_size);
-    for (int64_t k = 0; k < config.hidden_size; ++k) x[k] = batch_.HiddenState(token, k);
+    const Intervals x = Input(token);
     Intervals sum(config.hidden_size, {0, 0});
     std::vector<double> magnitude(config.hidden_size, 0);
     double terms = 0;
@@ -155,12 +158,11 @@ class Oracle {
       if (!batch_.mask.empty() && batch_.mask[id] != 0) continue;
       const double weight = batch_.weights[i];
       ++terms;
-      const std::vector<double> values = reference_.Expert(id, x);
-      const Intervals bounds = ExpertBounds(id, x);
+      const Intervals y = Expert(id, x);
       for (int64_t r = 0; r < config.hidden_size; ++r) {
-        sum[r].value += weight * values[r];
-        sum[r].error += std::fabs(weight) * bounds[r].error;
-        magnitude[r] += std::fabs(weight) * (std::fabs(values[r]) + bounds[r].error);
+        sum[r].value += weight * y[r].value;
+        sum[r].error += std::fabs(weight) * y[r].error;
+        magnitude[r] += std::fabs(weight) * (std::fabs(y[r].value) + y[r].error);
       }
     }
     const DType dtype = batch_.spec().dtype;
@@ -172,7 +174,20 @@ class Oracle {
     return sum;
   }
 
-  Intervals ExpertBounds(int64_t id, const std::vector<double>& values) {
+  // The hidden state of a token, as the kernels round it.
+  Intervals Input(int64_t token) const {
+    const bool rounded = SignificandBits(batch_.spec().dtype) > Bits();
+    Intervals x;
+    for (int64_t k = 0; k < layer_.config().hidden_size; ++k) {
+      const double value = batch_.HiddenState(token, k);
+      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -Bits()) : 0.0});
+    }
+    Round(x);
+    return x;
+  }
+
+  // One expert's output [hidden_size] for one token x [hidden_size].
+  Intervals Expert(int64_t id, const Intervals& x) {
     const ExpertSource source = layer_.Source(id);
     std::vector<Dense>& expert = experts_[id];
     if (expert.empty()) {
@@ -180,19 +195,12 @@ class Oracle {
       const RawMatrix& gate = layer_.config().glu.gated ? source.gate : source.up;
       expert = {Decode<F>(gate), Decode<F>(source.up), Decode<F>(source.down)};
     }
-    const int bits = rounding_.int8 ? 24 : rounding_.bits;
-    const bool rounded = SignificandBits(batch_.spec().dtype) > bits;
-    Intervals x;
-    for (const double value : values) {
-      x.push_back({value, rounded ? std::ldexp(std::fabs(value), -bits) : 0.0});
-    }
-    Round(x);
     const bool gated = layer_.config().glu.gated;
     const Intervals gate = Multiply(expert[0], x, gated ? source.gate_bias : source.up_bias);
     const Intervals up = Multiply(expert[1], x, source.up_bias);
     Intervals h;
     for (size_t i = 0; i < gate.size(); ++i) {
-      h.push_back(Activate(layer_.config().glu, gate[i], up[i], bits));
+      h.push_back(Activate(layer_.config().glu, gate[i], up[i], Bits()));
     }
     Round(h);
     return Multiply(expert[2], h, source.down_bias);
@@ -206,16 +214,12 @@ class Oracle {
     }
   }
 
-  static std::vector<ExpertSource> Sources(const TestLayer& layer) {
-    std::vector<ExpertSource> sources;
-    for (int64_t e = 0; e < layer.config().num_experts; ++e) sources.push_back(layer.Source(e));
-    return sources;
-  }
+  // Significant bits of a rounded activation.
+  int Bits() const { return rounding_.int8 ? 24 : rounding_.bits; }
 
   const TestLayer& layer_;
   const Batch& batch_;
   const Rounding rounding_;
-  const ReferenceMoe<F> reference_{layer_.config(), Sources(layer_)};
   std::vector<std::vector<Dense>> experts_;  // gate, up, down of each expert used so far
 };
 

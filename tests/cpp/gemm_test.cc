@@ -11,7 +11,7 @@
 
 #include "cpp/all_formats.h"
 #include "cpp/isa_test.h"
-#include "cpp/reference_moe.h"
+#include "cpp/reference_weight.h"
 #include "cpp/test_matrix.h"
 #include "packing/pack.h"
 
@@ -48,7 +48,7 @@ class GemmTest : public IsaFormatTest {
         w.tiles.push_back(layout.Tile(w.packed.data(), tile));
       }
       for (int64_t i = 0; i < rows * columns; ++i) {
-        w.values.push_back(ReferenceMoe<F>::Weight(matrix.View(), i / columns, i % columns));
+        w.values.push_back(ReferenceWeight<F>(matrix.View(), i / columns, i % columns));
       }
       return w;
     });

@@ -19,7 +19,7 @@
 #include "cpp/isa_test.h"
 #include "cpp/message_of.h"
 #include "cpp/moe_test_util.h"
-#include "cpp/reference_moe.h"
+#include "cpp/reference_weight.h"
 #include "cpp/test_matrix.h"
 #include "dispatch/variant_loader.h"
 #include "threading/pinned_pool.h"
@@ -139,7 +139,7 @@ class LinearTest : public IsaFormatTest {
       std::vector<double> weights;
       for (int64_t i = 0; i < view.rows * view.columns; ++i) {
         const int64_t row = i / view.columns, column = i % view.columns;
-        weights.push_back(view.factor * ReferenceMoe<F>::Weight(view, row, column));
+        weights.push_back(view.factor * ReferenceWeight<F>(view, row, column));
       }
       return weights;
     });
