@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that CI runs and what takes too long for it: sanitizers with every variant that the machine can test,
+# All that CI runs and what takes too long for it: sanitizers with every test and every variant that can run here,
 # the Python tests with each of the CPU's variants as default, 100,000 calls on streams, a model compiled by
 # Inductor, every MoE family of transformers, and minutes of fuzzing.
 #

@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh            everything that a change needs
 #   bash tests/run.sh --quick    without the sanitizer builds
-#   bash tests/run.sh --full     sanitizers with all variants, Python with each variant as default
+#   bash tests/run.sh --full     sanitizers with all tests and variants, Python with each variant as default
 #
 # Uses the Python of the active virtual environment, in which cpumoe is installed.
 set -euo pipefail
@@ -55,7 +55,7 @@ for preset in "${presets[@]}"; do
             fi
             isas=$(tr , '\n' <<<"$isas" | grep -xE "$some" | paste -sd,)
         fi
-        options=(-D CPUMOE_ISAS="$isas")
+        options=(-D CPUMOE_ISAS="$isas" -D CPUMOE_SANITIZE_ALL="${full:-no}")
     fi
     cmake --preset "$preset" "${options[@]}"
     cmake --build --preset "$preset"
