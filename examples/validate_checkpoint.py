@@ -32,7 +32,7 @@ with cpumoe.open_checkpoint(path) as reader:
         up=[expert.up for expert in weights],
         down=[expert.down for expert in weights],
         format=reader.format,
-        swiglu=reader.known_swiglu(),
+        activation=reader.known_activation(),
         gate_bias=[expert.gate_bias for expert in weights],
         up_bias=[expert.up_bias for expert in weights],
         down_bias=[expert.down_bias for expert in weights],

@@ -49,7 +49,7 @@ def stacks(folder):
     """The arguments of from_tensors for the checkpoint's layer."""
     with cpumoe.open_checkpoint(folder) as reader:
         experts = [reader.expert(0, i) for i in range(reader.num_experts)]
-        swiglu = reader.swiglu
+        activation = reader.activation
     stacked = {}
     for name in ("gate", "up", "down"):
         matrices = [getattr(weights, name) for weights in experts]
@@ -57,7 +57,7 @@ def stacks(folder):
             torch.stack([matrix.codes for matrix in matrices]),
             torch.stack([matrix.scales for matrix in matrices]),
         )
-    return {**stacked, "format": "mxfp4", "swiglu": swiglu}
+    return {**stacked, "format": "mxfp4", "activation": activation}
 
 
 class CallOverhead:

@@ -60,7 +60,7 @@ class Experts(PackedExperts):
     of `ExpertsOptions`. ``docs/numerics.md`` says what is rounded where, on each variant.
     """
 
-    @with_old_arguments("compute", "fused_tokens")
+    @with_old_arguments("compute", "fused_tokens", "swiglu")
     def __init__(
         self,
         experts: Iterable[ExpertWeights] | Source,
@@ -69,7 +69,7 @@ class Experts(PackedExperts):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        swiglu: GLU | None = None,
+        activation: GLU | None = None,
         has_bias: bool = False,
         expert_mask: torch.Tensor | None = None,
         pack_masked: bool = True,
@@ -89,7 +89,7 @@ class Experts(PackedExperts):
             num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            swiglu=swiglu,
+            activation=activation,
             has_bias=has_bias,
             expert_mask=expert_mask,
             pack_masked=pack_masked,
@@ -98,14 +98,14 @@ class Experts(PackedExperts):
         self._handle = new_handle(self)
 
     @classmethod
-    @with_old_arguments("compute", "fused_tokens")
+    @with_old_arguments("compute", "fused_tokens", "swiglu")
     def from_checkpoint(
         cls,
         path: str | PathLike[str] | ExpertReader,
         layer: int,
         *,
         experts: Sequence[int] | None = None,
-        swiglu: GLU | None = None,
+        activation: GLU | None = None,
         expert_mask: torch.Tensor | None = None,
         pack_masked: bool = True,
         progress: bool | None = None,
@@ -121,7 +121,7 @@ class Experts(PackedExperts):
             experts: the checkpoint's experts that the layer has: expert i of the layer is expert
                 ``experts[i]`` of the checkpoint. Repeated ones share one packed copy. Default: all
                 experts, in the checkpoint's order.
-            swiglu: the activation, a `SwiGLU` or another `GLU`; default: as config.json says.
+            activation: the activation, a `SwiGLU` or another `GLU`; default: as config.json says.
             expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
             pack_masked: whether masked experts are packed, too. Otherwise they take no memory until
                 `pack` or another mask asks for them.
@@ -134,11 +134,11 @@ class Experts(PackedExperts):
             OSError: a shard cannot be read or mapped.
             CheckpointError: the checkpoint is damaged or incomplete (a ValueError).
             UnsupportedFormatError: the experts are in a format that cpumoe does not support, or
-                `swiglu` is None and config.json does not specify it.
+                `activation` is None and config.json does not specify it.
             IndexError: the layer has no routed experts, or not those that `experts` names.
             TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name;
-                `experts` are no sequence of ints, or none; `path`, `layer`, `swiglu`, `expert_mask`
-                or `pack_masked` is of another type.
+                `experts` are no sequence of ints, or none; `path`, `layer`, `activation`,
+                `expert_mask` or `pack_masked` is of another type.
         """
         options = with_overrides(options, overrides, "Experts.from_checkpoint")
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
@@ -151,7 +151,7 @@ class Experts(PackedExperts):
                 num_experts=len(source.experts),
                 hidden_size=reader.hidden_size,
                 intermediate_size=reader.intermediate_size,
-                swiglu=reader.known_swiglu() if swiglu is None else swiglu,
+                activation=reader.known_activation() if activation is None else activation,
                 has_bias=reader.has_bias,
                 expert_mask=expert_mask,
                 pack_masked=pack_masked,
@@ -164,7 +164,7 @@ class Experts(PackedExperts):
                 reader.close()
 
     @classmethod
-    @with_old_arguments("compute", "fused_tokens")
+    @with_old_arguments("compute", "fused_tokens", "swiglu")
     def from_tensors(
         cls,
         *,
@@ -172,7 +172,7 @@ class Experts(PackedExperts):
         up: MatrixStack,
         down: MatrixStack,
         format: str,
-        swiglu: GLU | None = None,
+        activation: GLU | None = None,
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
@@ -196,12 +196,13 @@ class Experts(PackedExperts):
                 With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
                 float32 factor ``[experts]``, which is multiplied, is the third part.
                 With bf16 and fp16, one tensor ``[experts, intermediate, hidden]``.
-                None for experts without gate projections, with ``swiglu=GLU(..., gated=False)``.
+                None for experts without gate projections, with
+                ``activation=GLU(..., gated=False)``.
             up: codes and scales of the up projections, shaped like `gate`.
             down: codes ``[experts, hidden, intermediate/2]``, scales ``[..., intermediate/32]``, or
                 bf16 or fp16 ``[experts, hidden, intermediate]``; fp8 and nvfp4 likewise.
             format: "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4".
-            swiglu: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
+            activation: the activation, a `SwiGLU` or another `GLU`; default: plain ``silu(g) * u``.
             gate_bias: ``[experts, intermediate]`` bf16, fp16 or fp32. Give all three biases or
                 none. Experts without gate projections have no such bias.
             up_bias: ``[experts, intermediate]``.
@@ -213,13 +214,13 @@ class Experts(PackedExperts):
 
         Raises:
             TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
-                the CPU; a gate is given or missing, unlike `swiglu` says.
+                the CPU; a gate is given or missing, unlike `activation` says.
             ValueError: shapes do not fit together, a scale is NaN, or a tensor is not contiguous
                 along its last dimension.
         """
         options = with_overrides(options, overrides, "Experts.from_tensors")
         biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-        gated = not isinstance(swiglu, GLU) or swiglu.gated
+        gated = not isinstance(activation, GLU) or activation.gated
         stack = checked_stack(weight_format(format), gate, up, down, biases, gated=gated)
         experts, hidden, intermediate = stack.sizes
         return cls(
@@ -228,7 +229,7 @@ class Experts(PackedExperts):
             num_experts=experts,
             hidden_size=hidden,
             intermediate_size=intermediate,
-            swiglu=swiglu,
+            activation=activation,
             has_bias=bool(stack.biases),
             expert_mask=expert_mask,
             pack_masked=pack_masked,

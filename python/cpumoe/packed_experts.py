@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from cpumoe import _core
-from cpumoe._base.renamed import warn_renamed
+from cpumoe._base.renamed import old_attribute
 from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import refuse_tracing
 from cpumoe._engine.calls import Calls
@@ -36,25 +36,25 @@ class PackedExperts:
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        swiglu: GLU | None,
+        activation: GLU | None,
         has_bias: bool,
         expert_mask: torch.Tensor | None,
         pack_masked: bool,
         options: ExpertsOptions,
     ) -> None:
         """Packs the experts of `source`; `cpumoe.Experts` describes the arguments."""
-        if swiglu is not None and not isinstance(swiglu, GLU):
+        if activation is not None and not isinstance(activation, GLU):
             raise TypeError(
-                f"swiglu: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
-                f"got {swiglu!r}"
+                f"activation: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the "
+                f"default, got {activation!r}"
             )
         boolean(pack_masked, "pack_masked")
-        self._swiglu: GLU = swiglu or SwiGLU()
+        self._activation: GLU = activation or SwiGLU()
         config = layer_config(
             num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            swiglu=self._swiglu,
+            activation=self._activation,
             has_bias=has_bias,
             precision=options.precision,
             batch_invariant=options.batch_invariant,
@@ -73,7 +73,9 @@ class PackedExperts:
             isa=self._isa, origin=origin, format=self._format.name, config=config
         )
         self._calls = Calls(self._layer, hidden_size=hidden_size, precision=options.precision)
-        self._form = ExpertForm(self._format, hidden_size, intermediate_size, self._swiglu.gated)
+        self._form = ExpertForm(
+            self._format, hidden_size, intermediate_size, self._activation.gated
+        )
         self._residency = Residency(self._layer, self._form, num_experts, source)
         self._residency.fill(source, expert_mask, pack_masked, self._threads())
 
@@ -236,15 +238,12 @@ class PackedExperts:
         return self._precision
 
     @property
-    def compute(self) -> str:
-        """The old name of `precision`. Using it warns."""
-        warn_renamed("Experts.compute", "Experts.precision", stacklevel=2)
-        return self._precision
+    def activation(self) -> GLU:
+        """The activation of the experts, a `GLU`."""
+        return self._activation
 
-    @property
-    def swiglu(self) -> GLU:
-        """The activation's parameters."""
-        return self._swiglu
+    compute = old_attribute("Experts", "compute", "precision")
+    swiglu = old_attribute("Experts", "swiglu", "activation")
 
     @property
     def num_experts(self) -> int:

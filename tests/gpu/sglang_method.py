@@ -47,7 +47,7 @@ class TorchExperts(torch.nn.Module):
         dequantize = weight_format("mxfp4").dequantize
         with open_checkpoint(folder) as reader:
             experts = [reader.expert(layer, expert) for expert in range(GPU_EXPERTS)]
-            limit = reader.known_swiglu().limit
+            limit = reader.known_activation().limit
         self.limit = float("inf") if limit is None else limit
         self.gate, self.up, self.down = (
             torch.stack([dequantize(*_parts(getattr(e, name))) for e in experts])

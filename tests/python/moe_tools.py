@@ -21,7 +21,7 @@ PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)
 GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
 SWIGLUS = pytest.mark.parametrize(
-    "swiglu", [PLAIN, DEEPSEEK_V4, GPT_OSS], ids=["plain", "deepseek_v4", "gpt_oss"]
+    "activation", [PLAIN, DEEPSEEK_V4, GPT_OSS], ids=["plain", "deepseek_v4", "gpt_oss"]
 )
 # The beginning of scripts that measure memory: `PeakMemory` from the benchmarks.
 PEAK_MEMORY = (
@@ -85,7 +85,7 @@ class Layer:
     gate: QuantizedMatrix
     up: QuantizedMatrix
     down: QuantizedMatrix
-    swiglu: SwiGLU = PLAIN
+    activation: SwiGLU = PLAIN
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
@@ -103,10 +103,10 @@ class Layer:
         """The common keyword arguments of `Experts.from_tensors` and `cpumoe.reference`."""
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}
         biases = {name: getattr(self, name) for name in ("gate_bias", "up_bias", "down_bias")}
-        return {**matrices, **biases, "format": self.fmt, "swiglu": self.swiglu}
+        return {**matrices, **biases, "format": self.fmt, "activation": self.activation}
 
-    def with_swiglu(self, swiglu: SwiGLU) -> Layer:
-        return replace(self, swiglu=swiglu)
+    def with_activation(self, activation: SwiGLU) -> Layer:
+        return replace(self, activation=activation)
 
     def pack(self, **options: Any) -> Experts:
         """Packs the layer, and checks that the requested variant is used."""
@@ -123,7 +123,7 @@ def layer(
     experts: int = 4,
     hidden: int = 160,
     intermediate: int = 96,
-    swiglu: SwiGLU = PLAIN,
+    activation: SwiGLU = PLAIN,
     bias: torch.dtype | None = None,
     std: float = 0.1,
     seed: int = 0,
@@ -141,7 +141,9 @@ def layer(
     gate, up = matrices(intermediate, hidden), matrices(intermediate, hidden)
     down = matrices(hidden, intermediate)
     widths = () if bias is None else (intermediate, intermediate, hidden)
-    return Layer(fmt, gate, up, down, swiglu, *((10 * normal(experts, n)).to(bias) for n in widths))
+    return Layer(
+        fmt, gate, up, down, activation, *((10 * normal(experts, n)).to(bias) for n in widths)
+    )
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def oracle(
     layer: int | None = None,
     mask: torch.Tensor | None = None,
     slots: list[int] | None = None,
-    swiglu: SwiGLU | None = None,
+    activation: SwiGLU | None = None,
 ) -> torch.Tensor:
     """The sum of the experts in float64, from the checkpoint's codes and scales."""
     x, ids, weights = args
@@ -95,7 +95,7 @@ def oracle(
             [expert.up for expert in experts],
             [expert.down for expert in experts],
             format=reader.format,
-            swiglu=swiglu or reader.known_swiglu(),
+            activation=activation or reader.known_activation(),
             expert_mask=mask,
         )
 

@@ -25,7 +25,7 @@ def test_hidden_act_names_the_function_of_plain_experts(tmp_path, model, name, e
     write_small(tmp_path, model)
     edit_config(tmp_path, hidden_act=name)
     reader = open_checkpoint(tmp_path)
-    assert (reader.swiglu, reader.unsupported) == (expected, ())
+    assert (reader.activation, reader.unsupported) == (expected, ())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -63,7 +63,7 @@ def test_families_name_their_function_in_keys_of_their_own(
     write_small(tmp_path, "kimi-k2")
     edit_config(tmp_path, model_type=model_type, hidden_act=None)
     edit_config(tmp_path, **{key: known})
-    assert open_checkpoint(tmp_path).swiglu == expected
+    assert open_checkpoint(tmp_path).activation == expected
     edit_config(tmp_path, **{key: "tanh"})
     with pytest.raises(UnsupportedFormatError, match=f"{key} 'tanh' is not supported, only "):
         open_checkpoint(tmp_path).check_supported()
@@ -74,4 +74,4 @@ def test_the_activation_of_an_unknown_model_stays_unknown(tmp_path, name):
     write_small(tmp_path, "kimi-k2")
     edit_config(tmp_path, model_type="new_moe", hidden_act=name)
     reader = open_checkpoint(tmp_path)
-    assert (reader.swiglu, reader.unsupported) == (None, ())
+    assert (reader.activation, reader.unsupported) == (None, ())

@@ -22,7 +22,7 @@ def test_swiglu_limit_must_be_positive_or_null(tmp_path, model):
             open_checkpoint(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "swiglu_limit": None}))
-    assert open_checkpoint(tmp_path).swiglu.limit is None
+    assert open_checkpoint(tmp_path).activation.limit is None
 
 
 @pytest.mark.parametrize(

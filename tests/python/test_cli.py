@@ -125,7 +125,7 @@ def test_inspect_name():
     document = read("inspect", "v4-flash")
     assert document["name"] == "DeepSeek-V4-Flash"
     assert document["supported"]
-    assert document["swiglu"]["limit"] == 10
+    assert document["activation"]["limit"] == 10
     assert "g at most 10" in succeed("inspect", "v4-flash")
 
 

@@ -17,7 +17,7 @@ KIMI_NAME = "model.layers.1.mlp.experts.1.up_proj"
 def test_kimi_int4(kimi):
     reader = open_checkpoint(kimi)
     assert reader.format == "int4"
-    assert reader.swiglu == SwiGLU()
+    assert reader.activation == SwiGLU()
     assert reader.layers() == [1, 2]
     assert_sizes(reader)
 
@@ -93,8 +93,10 @@ def test_an_activation_that_the_config_does_not_tell_is_the_callers_to_say(kimi)
     expected = cpumoe.Experts.from_checkpoint(kimi, 1).export(0)
     edit_config(kimi, model_type="new_moe")
     reader = open_checkpoint(kimi)
-    assert (reader.unsupported, reader.swiglu) == ((), None)
-    message = "config.json does not specify the activation of model_type 'new_moe'; pass swiglu="
+    assert (reader.unsupported, reader.activation) == ((), None)
+    message = (
+        "config.json does not specify the activation of model_type 'new_moe'; pass activation="
+    )
     with pytest.raises(UnsupportedFormatError, match=message):
         cpumoe.Experts.from_checkpoint(kimi, 1)
     for command in (["validate", kimi], ["bench", "--model", kimi]):
@@ -102,8 +104,8 @@ def test_an_activation_that_the_config_does_not_tell_is_the_callers_to_say(kimi)
         assert "does not specify the activation of model_type 'new_moe'; check" in said
         assert f"cpumoe eval {kimi} --text FILE --experts all" in said
     assert "unknown" in succeed("inspect", kimi)
-    experts = cpumoe.Experts.from_checkpoint(kimi, 1, swiglu=SwiGLU(limit=7.0))
-    assert experts.swiglu == SwiGLU(limit=7.0)
+    experts = cpumoe.Experts.from_checkpoint(kimi, 1, activation=SwiGLU(limit=7.0))
+    assert experts.activation == SwiGLU(limit=7.0)
     assert torch.equal(experts.export(0).gate.codes, expected.gate.codes)
 
 

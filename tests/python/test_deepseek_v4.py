@@ -16,7 +16,7 @@ def test_deepseek_v4(v4):
     with open_checkpoint(v4) as reader:
         assert reader.format == "mxfp4"
         assert reader.model_type == "deepseek_v4"
-        assert reader.swiglu == SwiGLU(limit=10.0)
+        assert reader.activation == SwiGLU(limit=10.0)
         assert reader.layers() == [0, 1]
         assert not reader.has_bias
         assert_sizes(reader)
@@ -75,4 +75,4 @@ def test_other_experts_are_refused_by_name(v4):
 
 def test_deepseek_v4_takes_its_limit_from_the_config(v4):
     edit_config(v4, swiglu_limit=7)
-    assert open_checkpoint(v4).swiglu == SwiGLU(limit=7.0)
+    assert open_checkpoint(v4).activation == SwiGLU(limit=7.0)

@@ -72,7 +72,7 @@ def test_the_checkpoint_is_read():
     with open_checkpoint(model_path()) as reader:
         assert reader.model_type == "deepseek_v4"
         assert reader.format == "mxfp4"
-        assert reader.swiglu == SwiGLU(limit=10.0)
+        assert reader.activation == SwiGLU(limit=10.0)
         assert reader.unsupported == ()
         assert len(reader.layers()) >= 3
         experts = [reader.expert(reader.layers()[-1], i) for i in range(reader.num_experts)]

@@ -33,8 +33,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @EVERY_VARIANT
 @EVERY_PRECISION
 @SWIGLUS
-def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
-    weights = layer(fmt).with_swiglu(swiglu)
+def test_stays_within_the_error_bound(isa, fmt, precision, activation):
+    weights = layer(fmt).with_activation(activation)
     experts = weights.pack(isa=isa, precision=precision)
     # Up to the few-token kernel's tokens per expert and beyond, with remainders of every block.
     for tokens in (1, 2, 3, 7, 16, 33, 70):
@@ -56,9 +56,9 @@ def test_stays_within_the_error_bound(isa, fmt, precision, swiglu):
     ids=lambda glu: glu.function,
 )
 def test_other_gated_linear_units(isa, precision, glu):
-    weights = layer("mxfp4").with_swiglu(glu)
+    weights = layer("mxfp4").with_activation(glu)
     experts = weights.pack(isa=isa, precision=precision)
-    assert experts.swiglu == glu
+    assert experts.activation == glu
     for tokens in (1, 3, 40):
         args = inputs(weights, tokens, dtype=torch.float32)
         check(experts(*args), weights, args, precision=precision)
@@ -68,7 +68,7 @@ def test_other_gated_linear_units(isa, precision, glu):
 @EVERY_PRECISION
 @pytest.mark.parametrize("bias", DTYPES, ids=str)
 def test_biases(isa, fmt, precision, bias):
-    weights = layer(fmt, swiglu=GPT_OSS, bias=bias)
+    weights = layer(fmt, activation=GPT_OSS, bias=bias)
     experts = weights.pack(isa=isa, precision=precision)
     for tokens in (1, 3, 40):
         args = inputs(weights, tokens)
@@ -146,7 +146,12 @@ def test_scales_of_any_size(isa, fmt, precision):
 def test_v4_shape_relative_error(isa, fmt):
     """DeepSeek-V4-Flash's sizes and activation: relative L2 error against float64."""
     weights = layer(
-        fmt, experts=2, hidden=4096, intermediate=2048, std=0.02, swiglu=cpumoe.SwiGLU(limit=10.0)
+        fmt,
+        experts=2,
+        hidden=4096,
+        intermediate=2048,
+        std=0.02,
+        activation=cpumoe.SwiGLU(limit=10.0),
     )
     args = inputs(weights, tokens=5)
     expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
@@ -355,7 +360,7 @@ def test_tensors_are_not_needed_after_packing(isa, fmt):
     weights = layer(fmt, bias=torch.float32)
     args = inputs(weights, tokens=3)
     expected = weights.pack(isa=isa)(*args)
-    given = {k: v for k, v in weights.tensors.items() if k not in ("format", "swiglu")}
+    given = {k: v for k, v in weights.tensors.items() if k not in ("format", "activation")}
     mine = copy.deepcopy(given)
     experts = Experts.from_tensors(**mine, format=fmt, isa=isa)
     for value in mine.values():
@@ -391,10 +396,10 @@ def test_all_code_dtypes_are_the_same_bytes():
 
 
 def test_properties_and_repr():
-    weights = layer("mxfp4", hidden=256, intermediate=128, swiglu=GPT_OSS)
+    weights = layer("mxfp4", hidden=256, intermediate=128, activation=GPT_OSS)
     isa = cpumoe.supported_isas()[0]
     experts = weights.pack(isa=isa)
-    assert experts.swiglu == GPT_OSS
+    assert experts.activation == GPT_OSS
     assert experts.precision == "auto"
     assert experts.expert_mask is None
     assert experts.runtime is cpumoe.default_runtime()

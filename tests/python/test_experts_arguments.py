@@ -120,10 +120,10 @@ def test_runtimes():
     ("argument", "value", "kind", "message"),
     [
         (
-            "swiglu",
+            "activation",
             "silu",
             TypeError,
-            "swiglu: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
+            "activation: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
             "got 'silu'",
         ),
         ("num_experts", "3", TypeError, "num_experts: expected an int, got '3'"),

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from cpumoe.checkpoint import open_checkpoint
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
-from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.activation import module_activation
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 # One of each kind: per-expert and stacked tensors, biases, refused for the activation or the gate.
@@ -109,7 +109,7 @@ def activation(model: Any) -> str:
     if not module.has_gate:
         return f"{model.config.mlp_hidden_act}(up)"
     try:
-        glu = module_swiglu(module)
+        glu = module_activation(module)
     except ValueError:
         return f"`{type(module.act_fn).__name__}`"
     gate = f"{glu.function}(gate)"
@@ -151,7 +151,7 @@ def test_the_reader_alone_knows_the_activation_of_a_family_that_works(tmp_path, 
         model = families.tiny_model(family)
         model.bfloat16().save_pretrained(tmp_path)
         _, module = next(families.experts_modules(model))
-        assert open_checkpoint(tmp_path).swiglu == module_swiglu(module)
+        assert open_checkpoint(tmp_path).activation == module_activation(module)
 
 
 def test_the_page_has_no_wrong_results():

@@ -28,8 +28,8 @@ def test_agrees_with_gpt_oss_of_transformers():
     experts = modeling.GptOssExperts(config)
     g, u = 5 * torch.randn(2, 4, 100)
     interleaved = torch.stack((g, u), -1).flatten(-2)
-    swiglu = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
-    torch.testing.assert_close(swiglu(g, u), experts._apply_gate(interleaved))
+    activation = SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
+    torch.testing.assert_close(activation(g, u), experts._apply_gate(interleaved))
 
 
 FUNCTIONS = {
@@ -111,7 +111,7 @@ def test_unknown_functions_and_their_gains_are_refused():
 
 
 def test_swiglu_prints_and_changes_as_it_is_made():
-    swiglu = SwiGLU(limit=10.0)
-    assert repr(swiglu) == "SwiGLU(alpha=1.0, limit=10.0, up_offset=0.0)"
-    assert dataclasses.replace(swiglu, alpha=2.0) == SwiGLU(2.0, 10.0)
-    assert dataclasses.asdict(swiglu)["function"] == "silu"
+    activation = SwiGLU(limit=10.0)
+    assert repr(activation) == "SwiGLU(alpha=1.0, limit=10.0, up_offset=0.0)"
+    assert dataclasses.replace(activation, alpha=2.0) == SwiGLU(2.0, 10.0)
+    assert dataclasses.asdict(activation)["function"] == "silu"

@@ -12,7 +12,7 @@ from cpumoe.numerics.glu import SwiGLU
 def test_gpt_oss(gpt_oss):
     reader = open_checkpoint(gpt_oss)
     assert reader.format == "mxfp4"
-    assert reader.swiglu == SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
+    assert reader.activation == SwiGLU(alpha=1.702, limit=7.0, up_offset=1.0)
     assert reader.has_bias
     assert reader.layers() == [0, 1]
     assert_sizes(reader)

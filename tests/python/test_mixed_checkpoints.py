@@ -52,7 +52,7 @@ def check_computed(reader, layer):
     assert packed.format == reader.layer_format(layer)
     experts = [reader.expert(layer, index) for index in range(reader.num_experts)]
     matrices = ([getattr(e, name) for e in experts] for name in ("gate", "up", "down"))
-    expected = experts_forward(*call, *matrices, format=packed.format, swiglu=reader.swiglu)
+    expected = experts_forward(*call, *matrices, format=packed.format, activation=reader.activation)
     assert (packed(*call) - expected).norm() < 1e-5 * expected.norm()
     assert torch.equal(packed.export(1).down.codes, experts[1].down.codes)
 

@@ -87,7 +87,7 @@ def test_experts_without_a_gate_have_their_up_projection_as_gate(qwen3):
     reader = open_checkpoint(qwen3)
     reader.check_layer(1)
     expert = reader.expert(1, 2)
-    assert reader.swiglu == GLU("relu2", gated=False)
+    assert reader.activation == GLU("relu2", gated=False)
     assert expert.gate is expert.up
     assert "relu2(u), without a gate projection" in succeed("inspect", qwen3)
     assert torch.equal(expert.up.codes, tensors[f"{EXPERTS.format(1)}.2.up_proj.weight"])

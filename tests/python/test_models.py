@@ -47,13 +47,13 @@ def test_sizes_agree_with_transformers_defaults():
     assert config.num_hidden_layers == spec.num_hidden_layers
     assert config.n_routed_experts == spec.num_experts
     assert config.num_experts_per_tok == spec.top_k
-    assert config.swiglu_limit == spec.swiglu.limit
+    assert config.swiglu_limit == spec.activation.limit
     gpt_oss, config = find_model("gpt-oss-120b"), auto.AutoConfig.for_model("gpt_oss")
     assert config.hidden_size == gpt_oss.hidden_size
     assert config.num_hidden_layers == gpt_oss.num_hidden_layers
     assert config.num_local_experts == gpt_oss.num_experts
-    assert config.swiglu_alpha == gpt_oss.swiglu.alpha
-    assert config.swiglu_limit == gpt_oss.swiglu.limit
+    assert config.swiglu_alpha == gpt_oss.activation.alpha
+    assert config.swiglu_limit == gpt_oss.activation.limit
 
 
 @pytest.mark.parametrize(

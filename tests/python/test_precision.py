@@ -141,11 +141,17 @@ def test_the_bound_of_fp32_hidden_states_is_tight(fmt, matmul_precision):
     assert bound() == bound(precision="bf16")
 
 
-def with_gates_of(rms, fmt, swiglu, *, bias):
+def with_gates_of(rms, fmt, activation, *, bias):
     """A layer whose gate and up projections have values of this size, biases of a tenth."""
     hidden = 512
     dtype = torch.float32 if bias else None
-    options = {"experts": 2, "hidden": hidden, "intermediate": 256, "swiglu": swiglu, "bias": dtype}
+    options = {
+        "experts": 2,
+        "hidden": hidden,
+        "intermediate": 256,
+        "activation": activation,
+        "bias": dtype,
+    }
     weights = layer(fmt, std=rms / hidden**0.5, **options)
     if not bias:
         return weights
@@ -158,11 +164,11 @@ def with_gates_of(rms, fmt, swiglu, *, bias):
 @SWIGLUS
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("rms", [1, 8, 64])
-def test_the_error_of_int8_is_as_documented(isa, fmt, swiglu, bias, rms):
+def test_the_error_of_int8_is_as_documented(isa, fmt, activation, bias, rms):
     """docs/numerics.md has the formula. Every variant rounds to int8 for six tokens."""
-    weights = with_gates_of(rms, fmt, swiglu, bias=bias)
+    weights = with_gates_of(rms, fmt, activation, bias=bias)
     args = inputs(weights, tokens=6)
-    documented = max(1.25e-2, 0.75e-2 * math.sqrt(rms / (swiglu.limit or math.inf)))
+    documented = max(1.25e-2, 0.75e-2 * math.sqrt(rms / (activation.limit or math.inf)))
     measured = error(weights.pack(isa=isa, precision="int8"), weights, args)
     assert documented / 2 < measured < documented
 

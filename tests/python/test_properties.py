@@ -22,7 +22,7 @@ LAYERS = st.fixed_dictionaries(
         "experts": st.integers(1, 9),
         "hidden": SIZES,
         "intermediate": SIZES,
-        "swiglu": st.sampled_from((PLAIN, DEEPSEEK_V4, GPT_OSS)),
+        "activation": st.sampled_from((PLAIN, DEEPSEEK_V4, GPT_OSS)),
         "bias": st.sampled_from((None, *DTYPES)),
         "std": st.sampled_from((0.02, 0.1, 0.5)),
     }

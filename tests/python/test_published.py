@@ -58,7 +58,7 @@ def change(folder, name, function):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_those_of_the_hosts_model(tmp_path, family):
     families = pytest.importorskip("families")
-    from cpumoe.integrations.transformers.activation import module_swiglu
+    from cpumoe.integrations.transformers.activation import module_activation
 
     model = families.tiny_model(family).bfloat16()
     model.save_pretrained(tmp_path)
@@ -74,7 +74,7 @@ def test_experts_are_those_of_the_hosts_model(tmp_path, family):
     assert stored_bytes == 2 * sum(p.numel() for m in modules.values() for p in m.parameters())
     for layer, module in modules.items():
         reader.check_layer(layer)
-        assert reader.swiglu == module_swiglu(module)
+        assert reader.activation == module_activation(module)
         for index in (0, families.EXPERTS - 1):
             expert = reader.expert(layer, index)
             gate, up, down = families.expert_weights(module, index)
@@ -95,7 +95,7 @@ def test_every_bf16_model_of_the_registry_is_written_read_and_computed(tmp_path,
     write_small(tmp_path, model, experts=4, top_k=3)
     reader = open_checkpoint(tmp_path)
     assert reader.layers() == [spec.first_moe_layer, spec.first_moe_layer + 1]
-    assert reader.swiglu == spec.swiglu
+    assert reader.activation == spec.activation
     assert (reader.format, reader.model_type) == ("bf16", spec.model_type)
     layer = first_layer(tmp_path)
     call = a_call()
@@ -103,7 +103,7 @@ def test_every_bf16_model_of_the_registry_is_written_read_and_computed(tmp_path,
     experts = [reader.expert(layer, index) for index in range(4)]
     expected = experts_forward(
         *call, *([getattr(e, name) for e in experts] for name in ("gate", "up", "down")),
-        format="bf16", swiglu=spec.swiglu,
+        format="bf16", activation=spec.activation,
     )  # fmt: skip
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
@@ -333,6 +333,6 @@ def test_a_stack_of_another_shape_is_named(tmp_path):
 def test_the_activation_of_an_unknown_model_has_to_be_named(qwen3):
     path = qwen3 / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "new_moe"}))
-    with pytest.raises(UnsupportedFormatError, match="model_type 'new_moe'; pass swiglu="):
+    with pytest.raises(UnsupportedFormatError, match="model_type 'new_moe'; pass activation="):
         cpumoe.Experts.from_checkpoint(qwen3, 0)
-    cpumoe.Experts.from_checkpoint(qwen3, 0, swiglu=cpumoe.SwiGLU())
+    cpumoe.Experts.from_checkpoint(qwen3, 0, activation=cpumoe.SwiGLU())

@@ -63,7 +63,7 @@ ROUNDED = {
 }
 
 
-def kernel(problem, *, precision="bf16", swiglu=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
+def kernel(problem, *, precision="bf16", activation=SwiGLU(), output_dtype=torch.bfloat16):  # noqa: B008
     """An independent kernel: rounded x and h, float32 sums; token by token."""
     x, ids, weights, gate, up, down = problem.arguments
     rounded = ROUNDED[resolve_precision(precision, x.dtype)]
@@ -72,7 +72,7 @@ def kernel(problem, *, precision="bf16", swiglu=SwiGLU(), output_dtype=torch.bfl
     for token in range(len(x)):
         for slot, expert in enumerate(ids[token].tolist()):
             g, u = (w[expert] @ rounded(x[token]) for w in dense[:2])
-            h = rounded(swiglu(g, u))
+            h = rounded(activation(g, u))
             y[token] += weights[token, slot] * (dense[2][expert] @ h)
     return y.to(output_dtype)
 
@@ -248,19 +248,19 @@ def test_groups_without_a_scale():
     seed=st.integers(0, 10**6),
     groups=st.integers(1, 6),
     inner=st.integers(1, 8),
-    swiglu=st.sampled_from(SWIGLUS),
+    activation=st.sampled_from(SWIGLUS),
     x_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     out_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_a_correct_kernel_stays_within_the_bound(
-    fmt, precision, seed, groups, inner, swiglu, x_dtype, out_dtype
+    fmt, precision, seed, groups, inner, activation, x_dtype, out_dtype
 ):
     p = Problem(fmt, hidden=32 * groups, inner=32 * inner, seed=seed)
     p.x = torch.randn(7, 32 * groups, generator=torch.Generator().manual_seed(seed)).to(x_dtype)
     expected, bound = experts_forward_with_bound(
-        *p.arguments, format=fmt, swiglu=swiglu, output_dtype=out_dtype, precision=precision
+        *p.arguments, format=fmt, activation=activation, output_dtype=out_dtype, precision=precision
     )
-    got = kernel(p, swiglu=swiglu, output_dtype=out_dtype, precision=precision).double()
+    got = kernel(p, activation=activation, output_dtype=out_dtype, precision=precision).double()
     assert ((got - expected).abs() <= bound).all()
 
 

@@ -1,6 +1,7 @@
 """Old names of arguments, attributes and options work and warn."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from checkpoint_tools import write_small
 from cli_tools import run
 from moe_tools import inputs, layer
 
-from cpumoe import Experts, reference
+from cpumoe import GLU, Experts, SwiGLU, find_model, open_checkpoint, reference
 from cpumoe._base.renamed import with_old_arguments
 from cpumoe.text.generation import Sampling
 
@@ -70,6 +71,37 @@ def test_experts_take_old_arguments(old, new, checkpoint):
     assert experts.precision == expected.precision
     with pytest.warns(FutureWarning, match=r"Experts\.compute is now called Experts\.precision"):
         assert experts.compute == experts.precision
+
+
+def test_the_activation_by_its_old_name(checkpoint):
+    glu = GLU("gelu")
+    with pytest.warns(FutureWarning, match="swiglu is now called activation"):
+        experts = Experts.from_checkpoint(checkpoint, 0, progress=False, swiglu=glu)
+    with pytest.warns(FutureWarning, match=r"Experts\.swiglu is now called Experts\.activation"):
+        assert experts.swiglu == experts.activation == glu
+    weights = layer("mxfp4", hidden=64, intermediate=32)
+    call = (*inputs(weights, tokens=2), weights.gate, weights.up, weights.down)
+    with pytest.warns(FutureWarning, match="swiglu is now called activation"):
+        old = reference.experts_forward(*call, format="mxfp4", swiglu=glu)
+    assert torch.equal(old, reference.experts_forward(*call, format="mxfp4", activation=glu))
+
+
+def test_what_readers_and_models_know_of_the_activation_by_its_old_name(checkpoint):
+    with open_checkpoint(checkpoint) as reader:
+        with pytest.warns(FutureWarning, match=r"ExpertReader\.activation") as caught:
+            assert reader.swiglu == reader.activation
+        assert caught[0].filename == __file__
+        with pytest.warns(FutureWarning, match=r"ExpertReader\.known_activation"):
+            assert reader.known_swiglu() == reader.activation
+    with pytest.warns(FutureWarning, match=r"ModelSpec\.activation"):
+        assert find_model("v4-flash").swiglu == SwiGLU(limit=10.0)
+
+
+def test_inspect_has_the_old_field_of_the_activation(checkpoint):
+    for model in (checkpoint, "v4-flash"):
+        document = json.loads(run("inspect", model, "--json").stdout)
+        assert document["swiglu"] == document["activation"]
+        assert document["activation"]["limit"] == 10
 
 
 def test_options_take_old_arguments():

@@ -333,7 +333,7 @@ def test_submit_does_not_wait_for_the_running_call():
     [(40, torch.float32, 1e-38), (1, torch.float16, 1e-5)],  # subnormal products, and inputs
 )
 def test_results_do_not_depend_on_the_callers_floating_point_modes(tokens, dtype, magnitude):
-    weights = layer("mxfp4", hidden=64, intermediate=64, swiglu=GPT_OSS)
+    weights = layer("mxfp4", hidden=64, intermediate=64, activation=GPT_OSS)
     hidden_states, ids, topk_weights = inputs(weights, tokens=tokens)
     tiny = (hidden_states.float() * magnitude).to(dtype)
     with warnings.catch_warnings():

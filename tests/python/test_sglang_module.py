@@ -118,8 +118,8 @@ def test_the_checkpoint_has_the_swiglu_limit(tmp_path):
     folder = limited(tmp_path, swiglu_limit=0.05)
     args = batch(16)
     result = run(loaded(folder), args)
-    assert_close(result, oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
-    unlimited = oracle(folder, args, swiglu=SwiGLU())
+    assert_close(result, oracle(folder, args, activation=SwiGLU(limit=0.05)))
+    unlimited = oracle(folder, args, activation=SwiGLU())
     assert (result.double() - unlimited).norm() > 0.05 * unlimited.norm()
 
 
@@ -129,16 +129,16 @@ def test_the_caller_has_the_swiglu_limit(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "swiglu_limit": None}))
     args = batch(16)
     wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=0.0)
-    assert_close(run(wrapper, args), oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
+    assert_close(run(wrapper, args), oracle(folder, args, activation=SwiGLU(limit=0.05)))
 
 
 def test_the_caller_has_alpha_if_the_checkpoint_does_not_know_it(tmp_path):
     folder = checkpoint(tmp_path, "kimi-k2")
     edit_config(folder, model_type="new_moe")
     args = batch(16)
-    swiglu = SwiGLU(alpha=1.702, limit=0.05, up_offset=1.0)
+    activation = SwiGLU(alpha=1.702, limit=0.05, up_offset=1.0)
     wrapper = loaded(folder, swiglu_limit=0.05, swiglu_alpha=1.702)
-    assert_close(run(wrapper, args), oracle(folder, args, swiglu=swiglu))
+    assert_close(run(wrapper, args), oracle(folder, args, activation=activation))
 
 
 def test_a_closed_runtime_is_replaced(folder):
@@ -153,7 +153,7 @@ def test_an_unknown_model_has_the_hosts_activation(tmp_path):
     folder = checkpoint(tmp_path, "kimi-k2")
     edit_config(folder, model_type="new_moe", swiglu_limit=0.05)
     args = batch(16)
-    assert_close(run(loaded(folder), args), oracle(folder, args, swiglu=SwiGLU(limit=0.05)))
+    assert_close(run(loaded(folder), args), oracle(folder, args, activation=SwiGLU(limit=0.05)))
 
 
 # --- slots -----------------------------------------------------------------------------------

@@ -171,9 +171,9 @@ def test_the_module_is_told_the_layers_swiglu(tmp_path, config, expected):
         made.append(kt_kernel.KTMoEWrapper(**kwargs))
 
     plugin.tell_swiglu(create_weights, None, layer, **arguments(folder))
-    assert made[0]._swiglu == expected
+    assert made[0]._activation == expected
     create_weights(None, layer, **arguments(folder))
-    assert made[1]._swiglu == SwiGLU()
+    assert made[1]._activation == SwiGLU()
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])

@@ -27,7 +27,7 @@ def test_weights_are_normal_and_experts_differ(tmp_path, model):
     reader = open_checkpoint(tmp_path)
     fmt = WEIGHT_FORMATS[reader.format]
     assert reader.format == spec.weight_format
-    assert reader.swiglu == spec.swiglu
+    assert reader.activation == spec.activation
     assert reader.layers() == [spec.first_moe_layer, spec.first_moe_layer + 1]
     experts = [
         dense(fmt, matrix)

@@ -122,7 +122,7 @@ def test_made_up_experts_are_the_same_each_time():
 
 
 def test_skipped_ids_are_neither_read_nor_multiplied():
-    experts = SimpleNamespace(hidden_size=64, intermediate_size=32, swiglu=cpumoe.SwiGLU())
+    experts = SimpleNamespace(hidden_size=64, intermediate_size=32, activation=cpumoe.SwiGLU())
     ids = torch.tensor([[[0, -1], [-1, -1]], [[2, 3], [3, -1]]], dtype=torch.int32)
     work = Workload(torch.zeros(2, 64).bfloat16(), ids, torch.ones(2, 2))
     assert work.touched_experts == (1 + 2) / 2

@@ -15,7 +15,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 import cpumoe
 from cpumoe import _core
 from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
-from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.activation import module_activation
 from cpumoe.integrations.transformers.options import loading_with
 from cpumoe.integrations.transformers.swap import swap_experts
 
@@ -70,9 +70,9 @@ def routing(tokens=5, experts=4):
 )
 def test_activations_are_recognised_by_what_they_compute(module_class, changes, expected):
     module = experts_module(module_class, **changes)
-    assert module_swiglu(module) == expected
+    assert module_activation(module) == expected
     with torch.device("meta"):  # where transformers builds models
-        assert module_swiglu(experts_module(module_class, **changes)) == expected
+        assert module_activation(experts_module(module_class, **changes)) == expected
 
 
 def without_gate(**changes):
@@ -93,7 +93,7 @@ def without_gate(**changes):
 
 def test_experts_without_a_gate_are_computed_with_up_as_gate():
     module = without_gate()
-    assert module_swiglu(module) == cpumoe.GLU("relu2", gated=False)
+    assert module_activation(module) == cpumoe.GLU("relu2", gated=False)
     with torch.no_grad():
         expected = module(*routing())
         module.config._experts_implementation = "cpumoe"
@@ -106,7 +106,7 @@ def test_experts_without_a_gate_are_refused_with_another_activation():
     module.config._experts_implementation = "cpumoe"
     message = "^NemotronHExperts: experts without a gate projection are supported only with .*relu2"
     with pytest.raises(ValueError, match=message):
-        module_swiglu(module)
+        module_activation(module)
     with pytest.raises(ValueError, match=message):
         module(*routing())
 
@@ -118,7 +118,7 @@ def test_an_unknown_activation_is_refused_by_name():
             return torch.tanh(gate) * up
 
     with pytest.raises(ValueError, match=r"OddExperts\._apply_gate: cpumoe does not have"):
-        module_swiglu(experts_module(OddExperts))
+        module_activation(experts_module(OddExperts))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_an_activation_that_is_nearly_known_is_refused(gate):
             return gate(*gate_up.chunk(2, dim=-1))
 
     with pytest.raises(ValueError, match=r"NearExperts\._apply_gate"):
-        module_swiglu(experts_module(NearExperts, swiglu_limit=10.0))
+        module_activation(experts_module(NearExperts, swiglu_limit=10.0))
 
 
 @pytest.mark.parametrize(
@@ -151,20 +151,20 @@ def test_an_activation_that_is_nearly_known_is_refused(gate):
 )
 def test_functions_of_other_gated_linear_units_are_recognized(hidden_act, function):
     module = experts_module(DeepseekV3Experts, hidden_act=hidden_act)
-    assert module_swiglu(module) == cpumoe.GLU(function)
+    assert module_activation(module) == cpumoe.GLU(function)
     limited = experts_module(DeepseekV4Experts, hidden_act=hidden_act, swiglu_limit=10.0)
-    assert module_swiglu(limited) == cpumoe.GLU(function, limit=10.0)
+    assert module_activation(limited) == cpumoe.GLU(function, limit=10.0)
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "tanh"])
 def test_another_act_fn_is_refused(hidden_act):
     with pytest.raises(ValueError, match=r"DeepseekV3Experts\._apply_gate"):
-        module_swiglu(experts_module(DeepseekV3Experts, hidden_act=hidden_act))
+        module_activation(experts_module(DeepseekV3Experts, hidden_act=hidden_act))
 
 
 def test_a_limit_beyond_the_usual_ones_is_seen():
     module = experts_module(DeepseekV4Experts, swiglu_limit=100.0)
-    assert module_swiglu(module) == cpumoe.SwiGLU(limit=100.0)
+    assert module_activation(module) == cpumoe.SwiGLU(limit=100.0)
 
 
 class Block(torch.nn.Module):

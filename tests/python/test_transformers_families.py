@@ -113,7 +113,9 @@ def test_the_reader_alone_does_not_guess_the_activation_of_an_unknown_model(tmp_
     folder = tiny_models.int4_moe(tmp_path, FAMILIES[0])
     assert "new_moe" not in PLAIN_MODEL_TYPES
     edit_config(folder, model_type="new_moe")
-    with pytest.raises(cpumoe.UnsupportedFormatError, match="model_type 'new_moe'; pass swiglu="):
+    with pytest.raises(
+        cpumoe.UnsupportedFormatError, match="model_type 'new_moe'; pass activation="
+    ):
         cpumoe.Experts.from_checkpoint(folder, 1)
 
 
@@ -122,7 +124,7 @@ def test_exact_gelu_computes_as_the_hosts(tmp_path):
     edit_config(folder, hidden_act="gelu")
     ours, hosts = both(folder, CompressedTensorsConfig(dequantize=True))
     experts = next(module.experts for module in ours.modules() if isinstance(module, CpuExperts))
-    assert experts.swiglu == cpumoe.GLU("gelu")
+    assert experts.activation == cpumoe.GLU("gelu")
     check_logits(ours, hosts)
 
 

@@ -114,8 +114,8 @@ def test_int8_is_an_option(family):
 
 def test_activation_is_the_modules(family):
     model = from_pretrained(family[1])
-    expected = tiny_models.FAMILIES[family[0]].swiglu
-    assert {module.experts.swiglu for module in experts_of(model)} == {expected}
+    expected = tiny_models.FAMILIES[family[0]].activation
+    assert {module.experts.activation for module in experts_of(model)} == {expected}
 
 
 def test_experts_have_no_parameters(family):

@@ -21,7 +21,7 @@ FUNCTIONS = pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh", "r
 def without_gate(fmt, glu=RELU2, **options):
     """A layer, whose `gate` is `up` for the reference, as in `cpumoe.checkpoint.ExpertWeights`."""
     gated = layer(fmt, **options)
-    return dataclasses.replace(gated, gate=gated.up, gate_bias=None, swiglu=glu)
+    return dataclasses.replace(gated, gate=gated.up, gate_bias=None, activation=glu)
 
 
 def pack(weights, fmt, **options):
@@ -31,7 +31,7 @@ def pack(weights, fmt, **options):
         up_bias=weights.up_bias,
         down_bias=weights.down_bias,
         format=fmt,
-        swiglu=weights.swiglu,
+        activation=weights.activation,
         **options,
     )
 
@@ -112,16 +112,16 @@ def test_a_gate_is_refused_and_its_lack_too():
     weights = without_gate("mxfp4")
     given = {"up": weights.up, "down": weights.down, "format": "mxfp4"}
     with refused(TypeError, NO_GATE.format("gate", "QuantizedMatrix")):
-        Experts.from_tensors(**given, gate=weights.up, swiglu=RELU2)
+        Experts.from_tensors(**given, gate=weights.up, activation=RELU2)
     with refused(TypeError, NO_GATE.format("gate_bias", "Tensor")):
-        Experts.from_tensors(**given, gate_bias=torch.zeros(1), swiglu=RELU2)
+        Experts.from_tensors(**given, gate_bias=torch.zeros(1), activation=RELU2)
     message = (
-        "gate: expected the gate projections, got None; pass them, or swiglu=GLU(..., gated=False) "
-        "for experts that have none"
+        "gate: expected the gate projections, got None; pass them, or "
+        "activation=GLU(..., gated=False) for experts that have none"
     )
     for glu in (None, GLU("relu2")):
         with refused(TypeError, message):
-            Experts.from_tensors(**given, swiglu=glu)
+            Experts.from_tensors(**given, activation=glu)
     args = inputs(weights, tokens=1)
     with refused(TypeError, message):
         experts_forward(*args, None, weights.up, weights.down, format="mxfp4")
@@ -129,7 +129,7 @@ def test_a_gate_is_refused_and_its_lack_too():
 
 def test_errors_name_the_matrix_at_fault():
     weights = without_gate("mxfp4")
-    given = {"up": weights.up, "down": weights.down, "format": "mxfp4", "swiglu": RELU2}
+    given = {"up": weights.up, "down": weights.down, "format": "mxfp4", "activation": RELU2}
     for name in ("up", "down"):
         with pytest.raises(TypeError, match=f"^{name}: expected a QuantizedMatrix or a tuple"):
             Experts.from_tensors(**{**given, name: None})
@@ -140,7 +140,7 @@ def test_errors_name_the_matrix_at_fault():
 def test_the_reference_takes_none_for_the_gate():
     weights = without_gate("nvfp4")
     args = inputs(weights, tokens=5)
-    options = {"format": "nvfp4", "swiglu": RELU2}
+    options = {"format": "nvfp4", "activation": RELU2}
     expected = experts_forward(*args, weights.up, weights.up, weights.down, **options)
     assert torch.equal(experts_forward(*args, None, weights.up, weights.down, **options), expected)
 

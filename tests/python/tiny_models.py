@@ -275,7 +275,7 @@ class Family(NamedTuple):
     """A family: the function that writes a model, and the experts' activation."""
 
     write: Callable[[Path], Path]
-    swiglu: SwiGLU
+    activation: SwiGLU
 
 
 FAMILIES = {

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "compute": "precision",
     "computes": "precisions",
     "fused_tokens": "few_token_limit",
+    "swiglu": "activation",
 }
 
 
@@ -27,6 +28,16 @@ def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
     """Warns that a name is deprecated; `stacklevel` counts from the caller of this function."""
     # Python hides a DeprecationWarning if the call comes from another package.
     warnings.warn(renamed_message(old, new), FutureWarning, stacklevel=stacklevel + 1)
+
+
+def old_attribute(owner: str, old: str, new: str) -> property:
+    """Returns a property for a class `owner` that reads the attribute `new` and warns."""
+
+    def read(self: object) -> Any:
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}", stacklevel=2)
+        return getattr(self, new)
+
+    return property(read, doc=f"The old name of `{new}`. Using it warns.")
 
 
 def with_old_arguments(*old_names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

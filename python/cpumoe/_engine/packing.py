@@ -87,7 +87,7 @@ def checked_stack(
     if gated and gate is None:
         raise TypeError(
             "gate: expected the gate projections, got None; pass them, or "
-            "swiglu=GLU(..., gated=False) for experts that have none"
+            "activation=GLU(..., gated=False) for experts that have none"
         )
     matrices = {"gate": gate, "up": up, "down": down} if gated else {"up": up, "down": down}
     stacks = {name: normalized(fmt, m, name, stacked=True) for name, m in matrices.items()}

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from cpumoe._base.renamed import old_attribute
 from cpumoe._base.scalars import integer
 from cpumoe.checkpoint.activations import activation_of
 from cpumoe.checkpoint.config import MoeConfig
@@ -98,8 +99,8 @@ class ExpertReader(ABC):
         format: name of the experts' weight format, supported or not. If layers differ, it has the
             names of all their formats, joined by ``+``; see `layer_format`.
         unsupported: reasons why `expert` refuses; empty if the checkpoint is supported.
-        swiglu: the experts' activation; None: config.json does not specify it. It is meaningless if
-            `unsupported` is not empty.
+        activation: the experts' activation; None: config.json does not specify it. It is
+            meaningless if `unsupported` is not empty.
         model_type: model_type of the checkpoint.
         num_experts: number of routed experts per layer.
         top_k: number of routed experts per token.
@@ -128,12 +129,12 @@ class ExpertReader(ABC):
             info: the experts' form.
             layers: the layers whose experts have this form; None: all.
         """
-        activation = activation_of(config)
+        found = activation_of(config)
         self.folder = folder
         self.config = config
         self.format = info.format
-        self.unsupported = tuple(dict.fromkeys(info.unsupported + activation.unsupported))
-        self.swiglu = activation.glu
+        self.unsupported = tuple(dict.fromkeys(info.unsupported + found.unsupported))
+        self.activation = found.glu
         self._group_size = info.group_size
         self._only = layers
         self.model_type = config.model_type
@@ -247,19 +248,22 @@ class ExpertReader(ABC):
                 f"the weights have, got {shown_value(self.config.num_hidden_layers)}"
             )
 
-    def known_swiglu(self) -> GLU:
+    def known_activation(self) -> GLU:
         """Returns the experts' activation.
 
         Raises:
             UnsupportedFormatError: config.json does not specify it.
         """
-        if self.swiglu is None:
+        if self.activation is None:
             raise UnsupportedFormatError(
                 f"{self.folder.path}: config.json does not specify the activation of model_type "
-                f"{shown_value(self.model_type)}; pass swiglu= to cpumoe.Experts, such as "
+                f"{shown_value(self.model_type)}; pass activation= to cpumoe.Experts, such as "
                 f"cpumoe.SwiGLU() for silu(gate) * up"
             )
-        return self.swiglu
+        return self.activation
+
+    swiglu = old_attribute("ExpertReader", "swiglu", "activation")
+    known_swiglu = old_attribute("ExpertReader", "known_swiglu", "known_activation")
 
     def check_layer(self, layer: int) -> None:
         """Compares a layer's first and last expert with the config, from the shards' headers.

@@ -84,7 +84,7 @@ def _registered(name: str) -> dict[str, Any]:
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.moe_intermediate_size,
         "format": spec.weight_format,
-        "swiglu": asdict(spec.swiglu),
+        **_activation(spec.activation),
         "has_bias": spec.has_bias,
         "bytes": {
             "expert": spec.expert_bytes,
@@ -121,7 +121,7 @@ def _checkpoint(reader: ExpertReader) -> dict[str, Any]:
         "intermediate_size": reader.intermediate_size,
         "format": reader.format,
         "layer_formats": _layer_formats(reader),
-        "swiglu": _swiglu(None if reader.unsupported else reader.swiglu),
+        **_activation(None if reader.unsupported else reader.activation),
         "has_bias": reader.has_bias,
         "bytes": {
             "expert": expert_bytes,
@@ -181,8 +181,9 @@ def _contradictions(reader: ExpertReader) -> list[str]:
     return []
 
 
-def _swiglu(swiglu: GLU | None) -> dict[str, Any] | None:
-    return None if swiglu is None else asdict(swiglu)
+def _activation(activation: GLU | None) -> dict[str, Any]:
+    values = None if activation is None else asdict(activation)
+    return {"activation": values, "swiglu": values}  # "swiglu" is its old name
 
 
 def _render(document: dict[str, Any]) -> None:
@@ -195,7 +196,7 @@ def _render(document: dict[str, Any]) -> None:
         "experts": f"{document['num_experts']} per layer, {document['top_k']} per token",
         "sizes": f"hidden {document['hidden_size']}, intermediate {document['intermediate_size']}",
         "format": console.escape(_formats(document)),
-        "activation": _activation(document["swiglu"], document["has_bias"]),
+        "activation": _formula(document["activation"], document["has_bias"]),
         "bytes": f"{console.format_bytes(sizes['expert'])} per expert, "
         f"{console.format_bytes(sizes['layer'])} per layer, "
         f"{console.format_bytes(sizes['experts'])} in all",
@@ -230,18 +231,18 @@ def _span(layers: list[int]) -> str:
     return f" ({layers[0]})" if len(layers) == 1 else f" ({layers[0]}..{layers[-1]})"
 
 
-def _activation(swiglu: dict[str, Any] | None, has_bias: bool) -> str:
-    if swiglu is None:
+def _formula(activation: dict[str, Any] | None, has_bias: bool) -> str:
+    if activation is None:
         return "unknown"
-    alpha, limit, offset = swiglu["alpha"], swiglu["limit"], swiglu["up_offset"]
-    x = "g" if swiglu["gated"] else "u"
-    formula = f"{swiglu['function']}({x})" if alpha == 1 else f"{x} * sigmoid({alpha:g} {x})"
-    formula += " * u" if swiglu["gated"] else ", without a gate projection"
+    alpha, limit, offset = activation["alpha"], activation["limit"], activation["up_offset"]
+    x = "g" if activation["gated"] else "u"
+    formula = f"{activation['function']}({x})" if alpha == 1 else f"{x} * sigmoid({alpha:g} {x})"
+    formula += " * u" if activation["gated"] else ", without a gate projection"
     if offset:
         formula = formula.replace("* u", f"* (u + {offset:g})")
     parts = [formula]
-    if swiglu["gate_cap"] is not None:
-        parts.append(f"soft caps {swiglu['gate_cap']:g} of g, {swiglu['up_cap']:g} of u")
+    if activation["gate_cap"] is not None:
+        parts.append(f"soft caps {activation['gate_cap']:g} of g, {activation['up_cap']:g} of u")
     if limit is not None and math.isfinite(limit):
         parts.append(f"g at most {limit:g}, u within ±{limit:g}")
     if has_bias:

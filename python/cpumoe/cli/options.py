@@ -140,7 +140,7 @@ def choose_layer(reader: ExpertReader, layer: int | None) -> int:
         InputError: the layer has no experts, or config.json does not specify their activation.
         OSError, ValueError: as `ExpertReader.expert`.
     """
-    if reader.swiglu is None and not reader.unsupported:
+    if reader.activation is None and not reader.unsupported:
         folder = reader.folder.path
         raise InputError(
             f"{folder}: config.json does not specify the activation of model_type "

@@ -40,7 +40,7 @@ class LayerWeights:
         hidden_size: width of the hidden states.
         intermediate_size: inner width of one expert.
         top_k: experts per token.
-        swiglu: the activation.
+        activation: the activation.
         has_bias: whether the experts have biases.
     """
 
@@ -49,7 +49,7 @@ class LayerWeights:
     hidden_size: int
     intermediate_size: int
     top_k: int
-    swiglu: GLU
+    activation: GLU
     has_bias: bool
 
     @property
@@ -136,7 +136,7 @@ class LayerWeights:
             hidden_size=spec.hidden_size,
             intermediate_size=spec.moe_intermediate_size,
             top_k=min(spec.top_k, count),
-            swiglu=spec.swiglu,
+            activation=spec.activation,
             has_bias=spec.has_bias,
         )
 
@@ -150,7 +150,7 @@ class LayerWeights:
             hidden_size=reader.hidden_size,
             intermediate_size=reader.intermediate_size,
             top_k=min(reader.top_k, len(experts)),
-            swiglu=reader.known_swiglu(),
+            activation=reader.known_activation(),
             has_bias=reader.has_bias,
         )
 
@@ -170,7 +170,7 @@ class LayerWeights:
             num_experts=self.num_experts,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            swiglu=self.swiglu,
+            activation=self.activation,
             has_bias=self.has_bias,
             options=options,
         )

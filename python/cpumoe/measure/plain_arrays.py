@@ -85,7 +85,7 @@ class PlainArrays:
             hidden_size=hidden,
             intermediate_size=inner,
             top_k=self.top_k,
-            swiglu=SwiGLU(),
+            activation=SwiGLU(),
             has_bias=False,
         )
 

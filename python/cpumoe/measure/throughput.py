@@ -58,7 +58,7 @@ class Workload:
     def macs(self, experts: Experts) -> float:
         """Multiply-accumulates of a call's matrix products, on average over the calls."""
         pairs = int((self.topk_ids >= 0).sum()) / len(self.topk_ids)
-        matrices = 3 if experts.swiglu.gated else 2
+        matrices = 3 if experts.activation.gated else 2
         return pairs * matrices * experts.hidden_size * experts.intermediate_size
 
 

@@ -219,7 +219,7 @@ def make_cases(
         [expert.up for expert in experts],
         [expert.down for expert in experts],
         format=weights.format,
-        swiglu=weights.swiglu,
+        activation=weights.activation,
         gate_bias=[expert.gate_bias for expert in experts],
         up_bias=[expert.up_bias for expert in experts],
         down_bias=[expert.down_bias for expert in experts],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from cpumoe._base.renamed import old_attribute
 from cpumoe.formats import WEIGHT_FORMATS
 from cpumoe.numerics.glu import GLU, SwiGLU
 
@@ -50,7 +51,7 @@ class ModelSpec:
         top_k: number of routed experts per token.
         weight_format: format of the routed experts in the published checkpoint.
         first_moe_layer: number of dense layers before the first MoE layer.
-        swiglu: the experts' activation.
+        activation: the experts' activation.
         has_bias: whether the experts' projections have biases.
         extra: further parameters of the checkpoint layout (``vocab_size``, ``num_hash_layers``,
             ``prefix``).
@@ -67,9 +68,11 @@ class ModelSpec:
     top_k: int
     weight_format: str
     first_moe_layer: int = 0
-    swiglu: GLU = PLAIN_SWIGLU
+    activation: GLU = PLAIN_SWIGLU
     has_bias: bool = False
     extra: Mapping[str, int | str] = field(default_factory=dict)
+
+    swiglu = old_attribute("ModelSpec", "swiglu", "activation")
 
     @property
     def num_moe_layers(self) -> int:
@@ -119,7 +122,7 @@ def _spec(
     *,
     first_moe_layer: int = 0,
     layout: CheckpointLayout = "other",
-    swiglu: GLU = PLAIN_SWIGLU,
+    activation: GLU = PLAIN_SWIGLU,
     has_bias: bool = False,
     **extra: int | str,
 ) -> ModelSpec:
@@ -136,7 +139,7 @@ def _spec(
         top_k=top_k,
         weight_format=weight_format,
         first_moe_layer=first_moe_layer,
-        swiglu=swiglu,
+        activation=activation,
         has_bias=has_bias,
         extra=extra,
     )
@@ -150,7 +153,7 @@ def _gpt_oss(name: str, layers: int, experts: int) -> ModelSpec:
         (2880, 2880, layers, experts, 4),
         "mxfp4",
         layout="gpt_oss",
-        swiglu=GPT_OSS_SWIGLU,
+        activation=GPT_OSS_SWIGLU,
         has_bias=True,
         vocab_size=201088,
     )
@@ -211,7 +214,7 @@ MODELS: tuple[ModelSpec, ...] = (
         (4096, 2048, 43, 256, 6),
         "mxfp4",
         layout="deepseek_v4",
-        swiglu=DEEPSEEK_V4_SWIGLU,
+        activation=DEEPSEEK_V4_SWIGLU,
         vocab_size=129280,
         num_hash_layers=3,
     ),
@@ -222,7 +225,7 @@ MODELS: tuple[ModelSpec, ...] = (
         (4096, 2048, 43, 256, 6),
         "fp8",
         layout="deepseek_v4",
-        swiglu=DEEPSEEK_V4_SWIGLU,
+        activation=DEEPSEEK_V4_SWIGLU,
         vocab_size=129280,
         num_hash_layers=3,
     ),

@@ -48,7 +48,7 @@ class DeepseekV4Layout(Layout):
             "norm_topk_prob": True,
             "scoring_func": "sqrtsoftplus",
             "routed_scaling_factor": 1.5,
-            "swiglu_limit": self.spec.swiglu.limit,
+            "swiglu_limit": self.spec.activation.limit,
             "hidden_act": "silu",
             "compress_ratios": [0 if i < 2 else rate for i, rate in enumerate(attention_rates)],
             "num_nextn_predict_layers": 0,
@@ -124,7 +124,7 @@ class GptOssLayout(Layout):
 
     @override
     def config(self) -> dict[str, Any]:
-        sizes, swiglu = self.sizes, self.spec.swiglu
+        sizes, activation = self.sizes, self.spec.activation
         return {
             "architectures": ["GptOssForCausalLM"],
             "model_type": self.spec.model_type,
@@ -136,8 +136,8 @@ class GptOssLayout(Layout):
             "num_experts_per_tok": sizes.top_k,
             "experts_per_token": sizes.top_k,
             "hidden_act": "silu",
-            "swiglu_alpha": swiglu.alpha,
-            "swiglu_limit": swiglu.limit,
+            "swiglu_alpha": activation.alpha,
+            "swiglu_limit": activation.limit,
             "torch_dtype": "bfloat16",
             "quantization_config": {
                 "modules_to_not_convert": [

@@ -85,7 +85,7 @@ _SOFTCAPPED_EPS = 2.0**-19
 _GROUP_SIZE = 32
 
 
-@with_old_arguments("compute")
+@with_old_arguments("compute", "swiglu")
 def experts_forward_with_bound(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -132,7 +132,7 @@ def experts_forward_with_bound(
     return output, bounds[precision]
 
 
-@with_old_arguments("computes")
+@with_old_arguments("computes", "swiglu")
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def experts_forward_with_bounds(
     hidden_states: torch.Tensor,
@@ -156,7 +156,7 @@ def experts_forward_with_bounds(
     output = torch.zeros(hidden_states.shape, dtype=torch.float64, device="cpu")
     bounds = {precision: torch.zeros_like(output) for precision in precisions}
     for routed in layer.routed(hidden_states, topk_ids, topk_weights, torch.float64):
-        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.swiglu, _GROUP_SIZE)
+        expert = _Expert(hidden_states[routed.tokens], routed.expert, layer.activation, _GROUP_SIZE)
         scale = routed.weights.double()[:, None]
         output.index_add_(0, routed.tokens, expert.y * scale)
         for precision, bound in bounds.items():
@@ -170,7 +170,7 @@ def experts_forward_with_bounds(
     return output, bounds
 
 
-@with_old_arguments("compute")
+@with_old_arguments("compute", "swiglu")
 def error_bound(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -218,25 +218,27 @@ class _Magnitudes:
 class _Expert:
     """An expert's float64 results for its tokens x, and what bounds of all precisions need."""
 
-    def __init__(self, x: torch.Tensor, dense: DenseExpert, swiglu: GLU, group_size: int) -> None:
-        self.x, self.dense, self.swiglu, self.group_size = x, dense, swiglu, group_size
+    def __init__(
+        self, x: torch.Tensor, dense: DenseExpert, activation: GLU, group_size: int
+    ) -> None:
+        self.x, self.dense, self.activation, self.group_size = x, dense, activation, group_size
         self.gate, self.up, self.down = (_Magnitudes(w) for w in (dense.gate, dense.up, dense.down))
-        self.y = dense.output(swiglu(*dense.gate_up(x.double())))
+        self.y = dense.output(activation(*dense.gate_up(x.double())))
 
     def intermediate(
         self, x: torch.Tensor, *, two_digits: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns h of a rounded x, and a bound on the error of float32 arithmetic."""
         gate, up = self.dense.gate_up(x)
-        h = self.swiglu(gate, up)
+        h = self.activation(gate, up)
         rounding = _in_integers(x, self.group_size, two_digits=two_digits) - x
         d_gate = _accumulation_error(x, self.gate, gate, self.dense.gate_bias)
         d_gate = d_gate + (rounding @ self.dense.gate.double().T).abs()
         d_up = _accumulation_error(x, self.up, up, self.dense.up_bias)
         d_up = d_up + (rounding @ self.dense.up.double().T).abs()
-        activation = _activation_error(gate, up, d_gate, d_up, self.swiglu)
-        relative = _ACTIVATION_EPS if self.swiglu.up_cap is None else _SOFTCAPPED_EPS
-        return h, activation + relative * h.abs() + _TINY
+        propagated = _activation_error(gate, up, d_gate, d_up, self.activation)
+        relative = _ACTIVATION_EPS if self.activation.up_cap is None else _SOFTCAPPED_EPS
+        return h, propagated + relative * h.abs() + _TINY
 
     def output(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y of a rounded h, and a bound on the error of float32 arithmetic."""
@@ -365,11 +367,11 @@ def _activation_error(
     up: torch.Tensor,
     d_gate: torch.Tensor,
     d_up: torch.Tensor,
-    swiglu: GLU,
+    activation: GLU,
 ) -> torch.Tensor:
-    gate, up = swiglu.clamp(gate, up)
-    if not swiglu.gated:
-        return swiglu.gate_error(up, d_up)
-    d_activated = swiglu.gate_error(gate, d_gate)
+    gate, up = activation.clamp(gate, up)
+    if not activation.gated:
+        return activation.gate_error(up, d_up)
+    d_activated = activation.gate_error(gate, d_gate)
     # The slope of a soft cap is at most 1.
-    return (swiglu.up(up).abs() + d_up) * d_activated + swiglu.gate(gate).abs() * d_up
+    return (activation.up(up).abs() + d_up) * d_activated + activation.gate(gate).abs() * d_up

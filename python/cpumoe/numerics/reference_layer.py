@@ -27,7 +27,7 @@ class LayerOptions(TypedDict, total=False):
 
     Attributes:
         format: the weight format of `QuantizedMatrix` weights; None for dense ones.
-        swiglu: the activation; default: plain ``silu(g) * u``.
+        activation: the activation; default: plain ``silu(g) * u``.
         gate_bias: ``[intermediate]`` per expert, or None.
         up_bias: as `gate_bias`.
         down_bias: ``[hidden]`` per expert, or None.
@@ -35,7 +35,7 @@ class LayerOptions(TypedDict, total=False):
     """
 
     format: str | WeightFormat | None
-    swiglu: GLU
+    activation: GLU
     gate_bias: ExpertBiases
     up_bias: ExpertBiases
     down_bias: ExpertBiases
@@ -85,7 +85,7 @@ class ReferenceLayer:
     up: ExpertMatrices
     down: ExpertMatrices
     format: str | WeightFormat | None = None
-    swiglu: GLU = _PLAIN
+    activation: GLU = _PLAIN
     gate_bias: ExpertBiases = None
     up_bias: ExpertBiases = None
     down_bias: ExpertBiases = None
@@ -93,10 +93,10 @@ class ReferenceLayer:
 
     def __post_init__(self) -> None:
         """Refuses stacks of different lengths, and a gate that is missing."""
-        if self.gate is None and self.swiglu.gated:
+        if self.gate is None and self.activation.gated:
             raise TypeError(
                 "gate: expected the gate projections, got None; pass them, or "
-                "swiglu=GLU(..., gated=False) for experts that have none"
+                "activation=GLU(..., gated=False) for experts that have none"
             )
         counts = [_count(m) for m in (self._gates, self.up, self.down)]
         if len(set(counts)) != 1:

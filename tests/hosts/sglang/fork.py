@@ -216,7 +216,7 @@ def check(method, layer, model, args, experts=None):
 def oracle(model, experts, args):
     matrices = [[getattr(e, name) for e in experts] for name in ("gate", "up", "down")]
     return reference.experts_forward(
-        *args, *matrices, format=model.gpu.format, swiglu=SwiGLU(limit=model.limit)
+        *args, *matrices, format=model.gpu.format, activation=SwiGLU(limit=model.limit)
     )
 
 

@@ -42,7 +42,7 @@ def module_is_found():
 
 def layers_state_their_limit():
     wrapper = make_layer().quant_method.wrapper
-    assert wrapper._swiglu.limit == LIMIT
+    assert wrapper._activation.limit == LIMIT
 
 
 def gpu_does_not_scale():

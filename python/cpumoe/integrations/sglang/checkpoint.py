@@ -155,11 +155,11 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
             f"swiglu_limit: expected {stored.limit}, as the checkpoint {reader.folder.path} has, "
             f"got {host_limit}; --kt-weight-path must be the experts of the model that runs"
         )
-    swiglu = replace(stored, limit=host_limit or stored.limit)
+    activation = replace(stored, limit=host_limit or stored.limit)
     if not host_alpha:
-        return swiglu
-    gate = replace(swiglu, alpha=host_alpha, up_offset=1.0)
-    if reader.swiglu is not None and gate != swiglu:
+        return activation
+    gate = replace(activation, alpha=host_alpha, up_offset=1.0)
+    if reader.activation is not None and gate != activation:
         expected = stored.alpha if stored.up_offset else "none"
         raise ValueError(
             f"swiglu_alpha: expected {expected}, as the checkpoint {reader.folder.path} has, got "
@@ -169,8 +169,8 @@ def swiglu_of(reader: ExpertReader, swiglu_limit: object, swiglu_alpha: object) 
 
 
 def _stored_swiglu(reader: ExpertReader) -> GLU:
-    if reader.swiglu is not None:
-        return reader.swiglu
+    if reader.activation is not None:
+        return reader.activation
     # SGLang itself has checked that the activation function is SiLU.
     limit = number_or_none(reader.config.text.get("swiglu_limit"), "config.json: swiglu_limit")
     return SwiGLU(limit=limit)

@@ -131,7 +131,7 @@ class KTMoEWrapper:
             self.layer_idx, self.num_experts, self.hidden_size, self.moe_intermediate_size
         )
         self._reader = open_experts(weight_path, method, self._sizes)
-        self._swiglu = swiglu_of(self._reader, swiglu_limit, swiglu_alpha)
+        self._activation = swiglu_of(self._reader, swiglu_limit, swiglu_alpha)
         self._runtime = _runtime_of(cpuinfer_threads)
         self._synchronous = os.environ.get(_SYNCHRONOUS) == "1"
         self._layer: Layer | None = None
@@ -188,7 +188,7 @@ class KTMoEWrapper:
             self._reader,
             self.layer_idx,
             experts=slots,
-            swiglu=self._swiglu,
+            activation=self._activation,
             expert_mask=self._gpu_mask.clone(),
             pack_masked=False,
             progress=False,

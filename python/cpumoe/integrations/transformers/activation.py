@@ -26,7 +26,7 @@ class _Gate(Protocol):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
 
-def module_swiglu(module: nn.Module) -> GLU:
+def module_activation(module: nn.Module) -> GLU:
     """Returns the activation of an experts module, recognized by its results.
 
     The module's `_apply_gate` (transformers 5.23, ``integrations/moe.py``) is evaluated on a grid

@@ -36,12 +36,12 @@ class CpuExperts(nn.Module):
         experts: the packed experts; None before `pack`.
     """
 
-    def __init__(self, layer: int, num_experts: int, swiglu: GLU) -> None:
+    def __init__(self, layer: int, num_experts: int, activation: GLU) -> None:
         """Makes the module for a decoder layer. `pack` gives it weights."""
         super().__init__()
         self.layer = layer
         self.num_experts = num_experts
-        self.swiglu = swiglu
+        self.activation = activation
         self.experts: Experts | None = None
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
@@ -49,7 +49,7 @@ class CpuExperts(nn.Module):
         self.experts = Experts.from_checkpoint(
             reader,
             self.layer,
-            swiglu=self.swiglu,
+            activation=self.activation,
             progress=False,
             options=options,
         )

@@ -25,7 +25,7 @@ from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.formats.weight_format import K_MULTIPLE
-from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.activation import module_activation
 from cpumoe.integrations.transformers.options import current_options
 
 # The formats that may hold weights exactly, the smallest and fastest first.
@@ -148,7 +148,7 @@ def _in_memory(module: nn.Module) -> _InMemory:
 
 def _pack(module: Any) -> Experts:
     name = type(module).__name__
-    swiglu = module_swiglu(module)
+    activation = module_activation(module)
     if module.down_proj.device.type != "cpu":
         raise ValueError(f"{name}: expected weights on the CPU, got {module.down_proj.device}")
     hidden, inner = (module.down_proj.shape[axis] for axis in (-2, -1))
@@ -165,7 +165,7 @@ def _pack(module: Any) -> Experts:
         num_experts=module.num_experts,
         hidden_size=hidden,
         intermediate_size=inner,
-        swiglu=swiglu,
+        activation=activation,
         has_bias=module.has_bias,
         options=options,
     )

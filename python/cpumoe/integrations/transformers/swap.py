@@ -9,7 +9,7 @@ from torch import nn
 
 from cpumoe._base.progress import track
 from cpumoe.checkpoint import ExpertReader
-from cpumoe.integrations.transformers.activation import module_swiglu
+from cpumoe.integrations.transformers.activation import module_activation
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.options import ExpertsOptions
 
@@ -83,4 +83,4 @@ def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExper
             f"{biases[reader.has_bias]}"
         )
     reader.check_layer(layer)
-    return CpuExperts(layer, reader.num_experts, module_swiglu(module))
+    return CpuExperts(layer, reader.num_experts, module_activation(module))
