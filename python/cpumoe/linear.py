@@ -29,11 +29,23 @@ from cpumoe.numerics.precision import resolve_precision
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.runtime import Runtime, default_runtime
 
-# Formats that hold the weights of a module as they are.
+# Formats that hold weights of a dtype as they are.
 _OWN_FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Dynamo, which is about to trace the call, sees a function that returns True.
 _seen_by_dynamo = torch.compiler.is_dynamo_compiling
+
+
+def own_format(weight: torch.Tensor) -> str | None:
+    """Returns the name of a format that holds weights exactly, or None.
+
+    Args:
+        weight: a matrix of any dtype. float32 weights have a format if all of them are bf16
+            numbers.
+    """
+    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
+        return "bf16"
+    return _OWN_FORMAT.get(weight.dtype)
 
 
 class Linear(torch.nn.Module):
@@ -97,7 +109,8 @@ class Linear(torch.nn.Module):
         Args:
             module: the layer, on the CPU.
             format: a weight format, such as "mxfp4", to which the weights are rounded. Default: the
-                weights as they are, which must be bfloat16 or float16.
+                weights as they are, in bfloat16 or float16, or in float32 if all of them are
+                bfloat16 numbers.
             options: threads, precision, variant and kernels; default: `ExpertsOptions()`.
             **overrides: fields of `ExpertsOptions` by name. They take precedence over `options`.
 
@@ -111,19 +124,17 @@ class Linear(torch.nn.Module):
             raise TypeError(f"module: expected a torch.nn.Linear, got {type(module).__name__}")
         weight = module.weight.detach()
         if format is None:
-            format = _OWN_FORMAT.get(weight.dtype)
+            format = own_format(weight)
         if format is None:
             raise TypeError(
-                f"module.weight: expected bfloat16 or float16, got {describe(weight)}; pass "
-                'format= to round the weights, for example format="bf16"'
+                "module.weight: expected bfloat16 or float16, or float32 weights that are bfloat16 "
+                f"numbers, got {describe(weight)}; pass format= to round the weights, for example "
+                'format="bf16"'
             )
-        fmt = weight_format(format)
-        as_stored = format == _OWN_FORMAT.get(weight.dtype)
-        matrix = (
-            QuantizedMatrix(weight, name="module.weight")
-            if as_stored
-            else fmt.quantized(weight, name="module.weight")
-        )
+        if format == _OWN_FORMAT.get(weight.dtype):
+            matrix = QuantizedMatrix(weight, name="module.weight")
+        else:
+            matrix = weight_format(format).quantized(weight, name="module.weight")
         options = with_overrides(options, overrides, "Linear.from_module")
         return cls(matrix, format=format, bias=module.bias, options=options)
 

@@ -40,12 +40,15 @@ def test_products_equal_those_of_dequantized_weights(name, isa):
         dense = fmt.dense(matrix, torch.float64)
         for tokens in (1, 3, 40):
             x = torch.randn(tokens, k)
-            expected = x.double() @ dense.T + bias.double()
-            assert relative_error(layer(x), expected) < 4e-6
             narrow = x.bfloat16()
-            expected = narrow.double() @ dense.T + bias.double()
-            assert relative_error(layer(narrow), expected) < 4e-3
-            assert relative_error(layer(narrow, out_dtype=torch.float32), expected) < 4e-3
+            for inputs, results, tolerance in (
+                (x, layer(x), 4e-6),
+                (narrow, layer(narrow), 4e-3),
+                (narrow, layer(narrow, out_dtype=torch.float32), 4e-3),
+            ):
+                expected = inputs.double() @ dense.T + bias.double()
+                sizes = inputs.double().abs() @ dense.T.abs() + bias.double().abs()
+                assert ((results.double() - expected).abs() <= tolerance * sizes).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,9 +77,16 @@ def test_a_modules_weights_are_rounded_to_a_format_on_request():
     assert torch.equal(exported.codes, expected.codes)
     assert torch.equal(exported.scales, expected.scales)
     with pytest.raises(
-        TypeError, match=r"^module\.weight: expected bfloat16 or float16, got float32"
+        TypeError, match=r"^module\.weight: expected bfloat16 or float16, or float32 w"
     ):
         Linear.from_module(original)
+
+
+def test_fp32_weights_that_are_bf16_numbers_are_packed_as_bf16():
+    original = module(dtype=torch.bfloat16)
+    layer = Linear.from_module(original.float())
+    assert layer.format == "bf16"
+    assert torch.equal(layer.export().codes.float(), original.weight)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -53,6 +53,7 @@ TrustRemoteCodeOption = Annotated[
 
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_PRECISION = PRECISIONS[0]
+DEFAULT_DENSE = "host"
 _THE_MODELS = "the model's default"
 
 
@@ -105,6 +106,14 @@ class LoadingOptions:
         str | None, value_option("NAME", "ISA variant to run.", "CPUMOE_ISA if set, else the best")
     ] = None
     dtype: DtypeOption = DEFAULT_DTYPE
+    dense: Annotated[
+        str,
+        value_option(
+            "host|native|FORMAT",
+            "Who computes dense layers. host: transformers. native: cpumoe, with the weights as "
+            "they are. A weight format such as fp8: cpumoe, with rounded weights.",
+        ),
+    ] = DEFAULT_DENSE
     chat_template: Annotated[
         Path | None,
         value_option("FILE", "File with a Jinja template of the chat format.", "the model's own"),
@@ -149,7 +158,7 @@ def load_text_model(
     runtime = None if threads is None else Runtime(threads)
     loaded = LanguageModel.from_pretrained(
         model,
-        options=ExpertsOptions(runtime, options.precision, options.isa),
+        options=ExpertsOptions(runtime, options.precision, options.isa, dense=options.dense),
         dtype=dtype,
         chat_template=template,
         host_experts=host_experts,

@@ -13,6 +13,7 @@ from cpumoe.integrations.transformers.generation_settings import end_tokens, gen
 from cpumoe.integrations.transformers.growing_text import GrowingText
 from cpumoe.integrations.transformers.host_processors import Request
 from cpumoe.integrations.transformers.logprobs import LogprobRecorder
+from cpumoe.integrations.transformers.prompt_reading import num_logits
 from cpumoe.integrations.transformers.sampling import (
     is_sampled,
     logits_processors,
@@ -56,7 +57,7 @@ class Continuations:
         Raises:
             ModelError: the end tokens or the stop strings are invalid.
         """
-        logits = int(model.get_output_embeddings().weight.shape[0])
+        logits = num_logits(model)
         config = model.config.get_text_config(decoder=True)
         self.vocabulary = Vocabulary(tokenizer)
         self._tokenizer = tokenizer

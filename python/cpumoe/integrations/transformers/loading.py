@@ -181,7 +181,10 @@ def load_checked(
     config = _config(path, kwargs)
     _use_our_quantizer(config, path)
     with loading_with(options):
-        return _load(model_class, path, config, dtype, kwargs)
+        loaded = _load(model_class, path, config, dtype, kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.hf_quantizer.swap_dense(model)
+    return loaded
 
 
 def load_checked_by_host(

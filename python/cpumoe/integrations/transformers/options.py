@@ -12,6 +12,9 @@ from cpumoe._base.renamed import warn_renamed, with_old_arguments
 from cpumoe._base.scalars import boolean
 from cpumoe.formats import WEIGHT_FORMATS
 
+HOST = "host"
+NATIVE = "native"
+
 
 @dataclass(frozen=True)
 class ExpertsOptions(cpumoe.ExpertsOptions):
@@ -25,6 +28,10 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
         weight_format: the format to which ``experts_implementation="cpumoe"`` rounds weights that
             are in memory, such as "int4". This changes the model. None: weights are packed exactly,
             or refused. Experts that are read from a checkpoint keep the checkpoint's format.
+        dense: who computes the dense layers of a model whose experts are read from a checkpoint.
+            "host": transformers. "native": cpumoe, with the weights as transformers holds them.
+            A weight format, such as "fp8": cpumoe, with weights rounded to the format, which
+            changes the model.
 
     Raises:
         TypeError, ValueError: see `cpumoe.ExpertsOptions`.
@@ -33,6 +40,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
     fp32_router: bool = True
     progress: bool | None = None
     weight_format: str | None = field(default=None, kw_only=True)
+    dense: str = field(default=HOST, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the values, before a model is loaded."""
@@ -44,6 +52,11 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             raise ValueError(
                 f"weight_format: expected {', '.join(WEIGHT_FORMATS)} or None, got "
                 f"{self.weight_format!r}"
+            )
+        if self.dense not in (HOST, NATIVE, *WEIGHT_FORMATS):
+            raise ValueError(
+                f"dense: expected {HOST}, {NATIVE} or a weight format "
+                f"({', '.join(WEIGHT_FORMATS)}), got {self.dense!r}"
             )
 
     @property

@@ -46,7 +46,7 @@ def read_prompt(
     end = len(tokens) - 1
     part_tokens = PART_TOKENS
     if on_logits is not None:
-        part_tokens = max(1, min(part_tokens, _MOST_LOGITS // _vocabulary(model)))
+        part_tokens = max(1, min(part_tokens, _MOST_LOGITS // num_logits(model)))
     elif len(tokens) <= part_tokens or not model._supports_default_dynamic_cache():
         return None
     else:
@@ -67,5 +67,8 @@ def read_prompt(
     return cache if end > 0 else None
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
+def num_logits(model: Any) -> int:
+    """Returns how many logits a model has for a token."""
+    head = model.get_output_embeddings()
+    features = getattr(head, "out_features", None)
+    return int(head.weight.shape[0] if features is None else features)

@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.integrations.transformers.completeness import check_scaled
+from cpumoe.integrations.transformers.dense import DenseLayers, swap_dense
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
 from cpumoe.integrations.transformers.options import current_options
@@ -55,6 +56,7 @@ class ExpertsToCpumoe(HfQuantizer):
         self._options = current_options()
         self._reader: ExpertReader | None = None
         self._swapped: list[CpuExperts] = []
+        self.dense_layers = DenseLayers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToCpumoe:
         """Returns itself, because transformers copies weight converters that refer to it."""
@@ -63,8 +65,7 @@ class ExpertsToCpumoe(HfQuantizer):
     @override
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
-        # False after `enable`, which changes nothing but the experts.
-        by_name = str(self.quantization_config.quant_method).startswith(_PREFIX)
+        by_name = self._by_name()
         if checkpoint_files and any(experts_modules(model)):
             self._reader = open_resolved(checkpoint_files, model.config)
             if by_name:
@@ -82,6 +83,14 @@ class ExpertsToCpumoe(HfQuantizer):
             )
         super()._process_model_before_weight_loading(model, **kwargs)
 
+    def _by_name(self) -> bool:
+        """Whether cpumoe's `from_pretrained` loads the model, and not transformers' own."""
+        return str(self.quantization_config.quant_method).startswith(_PREFIX)
+
+    def swap_dense(self, model: Any) -> None:
+        """Gives dense layers of a loaded model to cpumoe, as the options say."""
+        self.dense_layers = swap_dense(model, self._options)
+
     @override
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
@@ -91,6 +100,8 @@ class ExpertsToCpumoe(HfQuantizer):
             use_fp32_routers(model)
         with self._reader:
             pack_all(self._swapped, self._reader, self._options)
+        if not self._by_name():  # `from_pretrained` makes the model ready first
+            self.swap_dense(model)
         # transformers drops the quantizer of a dequantized model. With the quantizer,
         # save_pretrained refuses to write a checkpoint, which would lack the experts.
         model.hf_quantizer = self

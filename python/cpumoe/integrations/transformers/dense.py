@@ -1,0 +1,154 @@
+"""Gives a model's dense layers to cpumoe: attention's projections, shared experts, the head.
+
+A module is replaced if nothing but its product is used. It must be exactly a `torch.nn.Linear`,
+without hooks, whose weights belong to it alone and have a format that holds them. The model then
+reads three tokens, while each such module notes who looks at its weights. All other modules stay
+the host's. Therefore no list of model types is needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+import cpumoe
+from cpumoe._base.progress import track
+from cpumoe.formats.weight_format import K_MULTIPLE
+from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
+from cpumoe.linear import own_format
+
+# Handing a product to other threads takes as long as reading about so many bytes.
+_LEAST_BYTES = 64 << 10
+
+
+@dataclass
+class DenseLayers:
+    """What became of a model's dense layers.
+
+    Attributes:
+        ours: names of the modules that cpumoe computes.
+        hosts: names of the other dense layers, and why each stays the host's.
+    """
+
+    ours: list[str] = field(default_factory=list)
+    hosts: dict[str, str] = field(default_factory=dict)
+
+
+def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
+    """Replaces a model's dense layers by `cpumoe.Linear`, one after the other.
+
+    The memory of a layer's weights is free again before the next layer is packed.
+
+    Args:
+        model: a model with weights.
+        options: which weights are wanted (`dense`), and threads, precision, variant and kernels of
+            the layers.
+
+    Returns:
+        What was replaced, and what was not.
+    """
+    done = DenseLayers()
+    dense = options.dense
+    if dense == HOST:
+        return done
+    users = _users(model)
+    chosen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = _obstacle(module, users, dense)
+            if reason:
+                done.hosts[name] = reason
+            else:
+                chosen[name] = module
+    for name, reason in _other_uses(model, chosen).items():
+        done.hosts[name] = reason
+        del chosen[name]
+    for name in track(list(chosen), "packing dense layers", enabled=options.progress):
+        module = chosen.pop(name)
+        path, _, child = name.rpartition(".")
+        format = None if dense == NATIVE else dense
+        layer = cpumoe.Linear.from_module(module, format=format, options=options)
+        setattr(model.get_submodule(path), child, layer)
+        done.ours.append(name)
+    return done
+
+
+class _Watched(nn.Linear):
+    """A module that notes whether its parameters are used for anything but its product."""
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and not self.__dict__.get("_computes"):
+            self.__dict__["_used"] = True
+        return super().__getattr__(name)
+
+    @override
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.__dict__["_computes"] = True
+        try:
+            return super().forward(input)
+        finally:
+            del self.__dict__["_computes"]
+
+
+def _other_uses(model: nn.Module, modules: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Returns which modules the model uses other than by calling them, and how that showed."""
+    for module in modules.values():
+        module.__class__ = _Watched
+    training = model.training
+    model.eval()
+    try:
+        _read_tokens(model)
+    except Exception as error:  # whatever a model refuses; the modules then stay as they are
+        return dict.fromkeys(modules, f"the model cannot read three tokens: {error}")
+    finally:
+        model.train(training)
+        used = [name for name, module in modules.items() if module.__dict__.pop("_used", False)]
+        for module in modules.values():
+            module.__class__ = nn.Linear
+    return dict.fromkeys(used, "the model looks at its weights")
+
+
+def _read_tokens(model: Any) -> None:
+    """Lets a model read two tokens at once, and then one with their cache."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu")
+    with torch.inference_mode():
+        outputs = model(input_ids=ids, use_cache=True)
+        cache = getattr(outputs, "past_key_values", None)
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def _users(model: nn.Module) -> Counter[int]:
+    """Returns how many modules use each parameter, by its identity."""
+    return Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
+def _obstacle(module: nn.Linear, users: Counter[int], dense: str) -> str:
+    """Returns why a module must stay the host's; empty if cpumoe can compute it."""
+    weight = module.weight
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}"
+    if any(users[id(parameter)] > 1 for parameter in module.parameters()):
+        return "it shares its weights with another module"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks"
+    if not weight.is_cpu:
+        return f"its weights are on {weight.device}"
+    if module.in_features % K_MULTIPLE:
+        return f"its {module.in_features} inputs are no multiple of {K_MULTIPLE}"
+    if weight.nbytes < _LEAST_BYTES:
+        return f"its weights have only {weight.nbytes} bytes"
+    if dense == NATIVE and own_format(weight) is None:
+        return f"no format holds its {str(weight.dtype).removeprefix('torch.')} weights"
+    return ""

@@ -1,0 +1,191 @@
+"""Dense layers of a transformers model, computed by cpumoe with `ExpertsOptions(dense=...)`."""
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import cpumoe
+from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, dense, from_pretrained
+from cpumoe.integrations.transformers.loading import from_pretrained_by_host
+from cpumoe.text.generation import Sampling
+
+TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _tiny_layers_count(monkeypatch):
+    monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.FAMILIES))
+def folder(request, tmp_path_factory):
+    return tiny_models.FAMILIES[request.param].write(tmp_path_factory.mktemp(request.param))
+
+
+def load(folder, chosen="native", dtype=torch.float32):
+    return from_pretrained(folder, options=ExpertsOptions(dense=chosen), dtype=dtype)
+
+
+def linears(model):
+    return {name for name, m in model.named_modules() if isinstance(m, cpumoe.Linear)}
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def test_fp32_logits_and_tokens_are_the_hosts(folder):
+    model, host = load(folder), from_pretrained_by_host(folder, dtype=torch.float32)
+    done = model.hf_quantizer.dense_layers
+    assert linears(model) == set(done.ours)
+    assert "lm_head" in done.ours
+    assert any("self_attn" in name for name in done.ours)
+    assert relative_error(logits(model), logits(host)) < 1e-5
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(TOKENS, **settings), host.generate(TOKENS, **settings))
+
+
+def test_bf16_logits_are_as_near_to_fp32s_as_the_hosts(folder):
+    exact = logits(from_pretrained_by_host(folder, dtype=torch.float32))
+    own = relative_error(logits(load(folder, dtype=torch.bfloat16)), exact)
+    hosts = relative_error(logits(load(folder, "host", torch.bfloat16)), exact)
+    assert own < 1.5 * hosts + 1e-3
+
+
+def test_every_layer_is_ours_or_has_a_reason(folder):
+    model = load(folder)
+    done = model.hf_quantizer.dense_layers
+    rest = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(done.hosts) == rest
+    assert not set(done.ours) & rest
+    assert not any(isinstance(m, dense._Watched) for m in model.modules())
+    for name in done.ours:
+        assert not list(model.get_submodule(name).parameters())
+
+
+def test_weights_are_rounded_to_a_format_on_request(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    exact = load(folder)
+    rounded = load(folder, "fp8")
+    assert {m.format for m in rounded.modules() if isinstance(m, cpumoe.Linear)} == {"fp8"}
+    assert 1e-4 < relative_error(logits(rounded), logits(exact)) < 0.6
+
+
+def test_the_host_computes_dense_layers_by_default(tmp_path):
+    model = from_pretrained(tiny_models.gpt_oss(tmp_path))
+    assert not linears(model)
+    done = model.hf_quantizer.dense_layers
+    assert not done.ours
+    assert not done.hosts
+
+
+def test_a_language_model_generates_with_them(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    tiny_models.byte_tokenizer(folder)
+    options = ExpertsOptions(dense="native")
+    model = LanguageModel.from_pretrained(folder, options=options, dtype=torch.float32)
+    host = LanguageModel.from_pretrained(folder, dtype=torch.float32)
+    assert linears(model.model)
+    results = [m.generate(m.encode("In the"), Sampling(8, 0.0)) for m in (model, host)]
+    assert results[0].text == results[1].text
+
+
+class Model(nn.Module):
+    """Reads tokens as the models of transformers do, with one layer of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 64)
+        self.plain = nn.Linear(64, 64)
+        self.looked_at = nn.Linear(64, 64)
+        self.hooked = nn.Linear(64, 64)
+        self.hooked.register_forward_hook(lambda *_: None)
+        self.narrow = nn.Linear(64, 40)
+        self.after_narrow = nn.Linear(40, 64)
+        self.derived = Derived(64, 64)
+        self.tied = nn.Linear(64, 8, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.bfloat16().requires_grad_(False)
+
+    def forward(self, input_ids, use_cache=False, past_key_values=None):
+        x = self.plain(self.embedding(input_ids))
+        x = self.hooked(x) + nn.functional.linear(x, self.looked_at.weight)
+        return self.tied(self.derived(self.after_narrow(self.narrow(x))))
+
+
+class Derived(nn.Linear):
+    pass
+
+
+def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
+    model = Model()
+    ids = torch.arange(5)[None]
+    expected = model(ids)
+    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    assert done.ours == ["plain", "narrow"]
+    assert done.hosts == {
+        "hooked": "it has hooks",
+        "after_narrow": "its 40 inputs are no multiple of 32",
+        "derived": "it is a Derived",
+        "tied": "it shares its weights with another module",
+        "looked_at": "the model looks at its weights",
+    }
+    assert relative_error(model(ids), expected) < 2e-2
+    assert model.training
+
+
+def test_a_model_that_cannot_be_tried_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(64, 64).bfloat16())
+    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    assert not done.ours
+    assert done.hosts["0"].startswith("the model cannot read three tokens: ")
+    assert type(model[0]) is nn.Linear
+
+
+def test_small_and_inexact_layers_stay_the_hosts(monkeypatch):
+    monkeypatch.setattr(dense, "_LEAST_BYTES", 64 << 10)
+    model = Model()
+    model.plain = nn.Linear(256, 256).bfloat16()
+    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    assert done.hosts["narrow"] == "its weights have only 5120 bytes"
+    model = Model().float()
+    model.plain.weight.normal_()
+    monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
+    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    assert done.hosts["plain"] == "no format holds its float32 weights"
+    assert done.ours == ["narrow"]
+
+
+def test_another_choice_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^dense: expected host, native or a weight format \(mxfp4"
+    ):
+        ExpertsOptions(dense="q8")
+
+
+def test_models_without_experts_load_as_before(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from cpumoe.integrations.transformers import disable, enable
+
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    enable(ExpertsOptions(dense="native"))
+    try:
+        assert not linears(AutoModelForCausalLM.from_pretrained(tmp_path))
+    finally:
+        disable()
