@@ -252,17 +252,27 @@ struct Gemm {
     }
   }
 
-  // C += part * the scales of group g. The products `part` were left in memory by a panel unit.
-  template <int kTiles>
-  static void AddScaled(Codec codec, const TileView* tiles, int64_t g, int tokens,
-                        const float* part, float* c) {
+  // C += sums * their scales, for kRuns successive runs of groups, the first of which begins with
+  // group g. A panel unit has left the sums in memory, [kTiles][tokens][16] of a run, `distance`
+  // floats after those of the run before.
+  template <int kTiles, int kRuns>
+  __attribute__((noinline)) static void AddScaled(const Codec& codec, const TileView* tiles,
+                                                  int64_t g, int tokens, const float* sums,
+                                                  int64_t distance, float* c) {
     for (int r = 0; r < kTiles; ++r) {
-      const Vec scales = codec.GroupScales(ScalesOf(tiles[r], g));
-      for (int64_t i = 0; i < int64_t{tokens} * kTileRows; i += kTileRows) {
-        Isa::Store(c + i, Isa::Fma(Isa::Load(part + i), scales, Isa::Load(c + i)));
+      Vec scales[kRuns];
+      for (int i = 0; i < kRuns; ++i) {
+        scales[i] = codec.GroupScales(ScalesOf(tiles[r], g + i * kRun));
       }
-      part += tokens * kTileRows;
-      c += tokens * kTileRows;
+      for (int t = 0; t < tokens; ++t) {
+        Vec sum = Isa::Load(c);
+        for (int i = 0; i < kRuns; ++i) {
+          sum = Isa::Fma(Isa::Load(sums + i * distance), scales[i], sum);
+        }
+        Isa::Store(c, sum);
+        sums += kTileRows;
+        c += kTileRows;
+      }
     }
   }
 

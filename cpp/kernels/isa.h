@@ -127,7 +127,7 @@ using WideIsaOf = typename WideIsaTraits<Isa>::Type;
 // An ISA has a panel unit if something multiplies panels better than vector instructions do. A unit
 // is an object that lives as long as a task multiplies panels. It keeps the sums C [n][tokens][16]
 // of a block, for n = kTiles tiles and up to kWideTokens tokens, or for n = 1 tile and up to
-// kPanelTokens tokens.
+// kPanelTokens tokens. A unit may read packed weights in place (PairedCodec).
 //
 //   unit.Begin<n>(tokens)    C = 0
 //   unit.Step<n>(panel, distance, a)
@@ -226,6 +226,12 @@ concept FoldingCodec =
         codec.template DecodeFolded<0>(codes, codec.FoldScales(scales))
       } -> std::same_as<typename Isa::Pair>;
     };
+
+// A codec whose packed vectors are the ISA's pairs says so by a function that returns them.
+template <class C, class Isa>
+concept PairedCodec = TileCodec<C, Isa> && requires(const std::byte* packed) {
+  { C::Pairs(packed) } -> std::same_as<const typename Isa::Pair*>;
+};
 
 // Whether scales fold exactly in every matrix of a format.
 template <class C, class Isa>

@@ -4,14 +4,11 @@
 // The activations of many tokens exceed the L2 cache (96 tokens of 4096 fp32: 1.5 MB). A kernel
 // reads four bytes of them per cycle, more than a core gets from L3. Therefore the pairs of tiles
 // take turns at each KC columns, whose activations then stay in L2.
-//
-// A panel unit multiplies a group's panel while vector instructions decode the next groups.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <span>
 #include <utility>
 
@@ -19,6 +16,7 @@
 #include "kernels/panel_kernels.h"
 #include "kernels/product.h"
 #include "kernels/token_blocks.h"
+#include "kernels/unit_gemm-inl.h"
 
 namespace cpumoe {
 
@@ -45,9 +43,10 @@ class TileGemm {
   // How many tiles of a pair are read side by side.
   static int TilesAtOnce([[maybe_unused]] const TokenBlocks& blocks) {
     if constexpr (HasPanelUnit<Isa>) {
-      if (blocks.tokens() > PanelUnitOf<Isa>::kWideTokens) return 1;
+      return UnitGemm<Isa, Codec>::TilesAtOnce(blocks);
+    } else {
+      return kTiles;
     }
-    return kTiles;
   }
 
   // c = A * tiles^T for the pairs `w`, which belong to one matrix or to two matrices of one expert.
@@ -114,7 +113,7 @@ class TileGemm {
   static void RunMany(const Codec& codec, std::span<const TilePair> w, const Activation* a,
                       Pair* panel, const Product& c) {
     if constexpr (HasPanelUnit<Isa>) {
-      RunUnit<kFold>(codec, w, a, panel, c);
+      UnitGemm<Isa, Codec>::template Run<kFold>(codec, w, a, panel, c);
     } else {
       RunPanels<kFold>(codec, w, a, panel, c);
     }
@@ -230,85 +229,6 @@ class TileGemm {
           ScaledPanelTable<kFetches>(std::make_integer_sequence<int, Isa::kPanelTokens>{});
       kScaledPanel[block.tokens - 1](codec, s.tiles, s.begin, s.end, s.panel, block.a, to_next,
                                      block.c);
-    }
-  }
-
-  // Multiplies by the panel unit. Every block streams the whole depth of the tiles through the
-  // unit, as many tiles at a time as the unit has sums for. A tile is in the nearest caches when
-  // the second block decodes it again. Decoding again costs less than writing and reading a panel,
-  // because it happens beside the products.
-  template <bool kFold>
-  static void RunUnit(const Codec& codec, std::span<const TilePair> w, const Activation* a,
-                      Pair* panel, const Product& c) {
-    PanelUnitOf<Isa> unit;
-    const int at_once = TilesAtOnce(c.blocks());
-    for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
-      const int64_t groups = w[pair].groups;
-      for (int first = 0; first < TilePair::kCount; first += at_once) {
-        const Span span = {&w[pair].tiles[first], panel, 0, groups, groups};
-        for (int64_t b = 0; b < c.blocks().count(); ++b) {
-          const Block block = BlockOf(span, a, c, pair, b, first);
-          if (at_once == kTiles) {
-            StreamToUnit<kFold, kTiles>(unit, codec, span, block);
-          } else {
-            StreamToUnit<kFold, 1>(unit, codec, span, block);
-          }
-        }
-      }
-    }
-  }
-
-  // Vector instructions decode groups into a ring of kRing groups, which stays in L1. The unit
-  // multiplies a group kLag groups later, so that the stores have time to arrive.
-  template <bool kFold, int kAtOnce>
-  __attribute__((flatten)) static void StreamToUnit(PanelUnitOf<Isa>& unit, const Codec& codec,
-                                                    const Span& s, const Block& block) {
-    constexpr int64_t kLag = 2, kRing = 4;
-    constexpr int64_t kSlot = int64_t{Geometry::kGroupPairs} * kAtOnce;
-    static_assert(kRing <= Kernels::kPanelGroups);
-    if constexpr (kFold) {
-      unit.template Begin<kAtOnce>(block.tokens);
-    } else {
-      std::memset(block.c, 0, sizeof(float) * kAtOnce * block.tokens * kTileRows);
-    }
-    // Local copies let the compiler know that tile instructions do not change them.
-    const Codec decoder = codec;
-    std::array<TileView, kAtOnce> tiles;
-    std::copy_n(s.tiles, kAtOnce, tiles.begin());
-    const auto multiply = [&, block, panel = s.panel](int64_t g) __attribute__((always_inline)) {
-      const Pair* slot = panel + g % kRing * kSlot;
-      const Activation* a = block.a + g * kGroupSize * block.tokens;
-      if constexpr (kFold) {
-        StepGroup<kAtOnce>(unit, slot, a, block.tokens);
-      } else {
-        constexpr int kRun = Kernels::kRun;
-        if (g % kRun == 0) unit.template Begin<kAtOnce>(block.tokens);
-        StepGroup<kAtOnce>(unit, slot, a, block.tokens);
-        if ((g + 1) % kRun != 0 && g + 1 != s.groups) return;
-        alignas(64) float part[kTiles * PanelUnitOf<Isa>::kWideTokens * kTileRows];
-        unit.template End<kAtOnce>(part);
-        Kernels::template AddScaled<kAtOnce>(codec, s.tiles, g, block.tokens, part, block.c);
-      }
-    };
-    Kernels::Tiles::template ForGroups<kAtOnce>(
-        tiles.data(), 0, s.groups, s.groups,
-        [&, panel = s.panel](int64_t g) __attribute__((always_inline)) {
-          Pair* slot = panel + g % kRing * kSlot;
-          Kernels::template DecodeGroup<kAtOnce, kFold>(
-              decoder, tiles.data(), g,
-              [slot](int r, int p) { return slot + r * Geometry::kGroupPairs + p; });
-          if (g >= kLag) multiply(g - kLag);
-        });
-    for (int64_t g = std::max<int64_t>(s.groups - kLag, 0); g < s.groups; ++g) multiply(g);
-    if constexpr (kFold) unit.template End<kAtOnce>(block.c);
-  }
-
-  template <int kAtOnce>
-  static inline __attribute__((always_inline)) void StepGroup(PanelUnitOf<Isa>& unit,
-                                                              const Pair* panel,
-                                                              const Activation* a, int tokens) {
-    for (int k = 0; k < kGroupSize; k += Isa::kPanelStep) {
-      unit.template Step<kAtOnce>(panel + k / 2, Geometry::kGroupPairs, a + int64_t{k} * tokens);
     }
   }
 };

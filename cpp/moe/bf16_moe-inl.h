@@ -1,6 +1,9 @@
 // Experts in bf16: a packed vector is already a pair of bf16 weights per row.
 #pragma once
 
+#include <concepts>
+#include <cstddef>
+
 #include "formats/bf16.h"
 #include "moe/moe_operator-inl.h"
 
@@ -14,6 +17,13 @@ struct Bf16WeightsCodec {
   static typename Isa::Pair Decode(const typename Isa::Codes& codes) {
     static_assert(kPair == 0);
     return Isa::FromBf16(codes);
+  }
+  // Where pairs are bf16, packed vectors are pairs.
+  static const typename Isa::Pair* Pairs(const std::byte* packed)
+    requires std::same_as<typename Isa::Activation, Bf16>
+  {
+    static_assert(sizeof(typename Isa::Pair) == kVectorBytes);
+    return reinterpret_cast<const typename Isa::Pair*>(packed);
   }
 };
 
