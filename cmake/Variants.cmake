@@ -14,9 +14,11 @@ cpumoe_isa(avx512_bf16 ARCHITECTURES x86_64 PARENT avx512_vnni FEATURES avx512bf
 cpumoe_isa(amx ARCHITECTURES x86_64 PARENT avx512_bf16 FEATURES amx-tile amx-bf16 amx-int8)
 
 # Weight formats, each in cpp/formats/<name>.h and cpp/moe/<name>_moe-inl.h. CLASS is the format's
-# class, if that is not the name in CamelCase.
+# class, if that is not the name in CamelCase. Hosts know a format by its kName, which several rows
+# may have: the first one whose scales have a layer's type computes the layer.
 cpumoe_format(mxfp4)
 cpumoe_format(int4)
+cpumoe_format(int4_wide_scales)
 cpumoe_format(bf16 CLASS Bf16Weights)
 cpumoe_format(fp16 CLASS Fp16Weights)
 cpumoe_format(fp8)

@@ -16,10 +16,7 @@ namespace cpumoe {
 namespace {
 
 std::vector<FormatInfo> Formats(const std::string& isa, const std::string& origin) {
-  const VariantApi& variant = LoadVariant(isa, origin);
-  std::vector<FormatInfo> formats;
-  for (size_t i = 0; i < variant.num_formats; ++i) formats.push_back(variant.formats[i].info);
-  return formats;
+  return FormatsOf(LoadVariant(isa, origin));
 }
 
 }  // namespace

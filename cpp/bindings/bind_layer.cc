@@ -130,7 +130,7 @@ void BindLayer(py::module_& m) {
 
   py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
       .def(py::init(&Layer::Create), py::kw_only(), py::arg("isa"), py::arg("origin"),
-           py::arg("format"), py::arg("config"))
+           py::arg("format"), py::arg("config"), py::arg("scale_type") = ScaleType::kOwn)
       .def("packed_bytes", &Layer::packed_bytes, py::call_guard<py::gil_scoped_release>(),
            "The bytes of the experts that are packed now.")
       .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),

@@ -18,7 +18,8 @@ void BindMatrix(py::module_& m) {
       .value("E8M0", ScaleType::kE8M0)
       .value("BF16", ScaleType::kBf16)
       .value("FP32", ScaleType::kFp32)
-      .value("E4M3", ScaleType::kE4M3);
+      .value("E4M3", ScaleType::kE4M3)
+      .value("FP16", ScaleType::kFp16);
 
   py::class_<ScaleGrid>(m, "ScaleGrid")
       .def_readonly("rows", &ScaleGrid::rows)

@@ -29,6 +29,7 @@ struct cpumoe_runtime {
 };
 struct cpumoe_layer {
   std::shared_ptr<cpumoe::Layer> layer;
+  cpumoe::ScaleType scale_type = cpumoe::ScaleType::kOwn;  // of matrices that do not name another
   bool fp32_as_bf16 = false;  // whether its calls may round fp32 activations to bf16
 };
 struct cpumoe_call {
@@ -148,6 +149,11 @@ Glu ToGlu(const cpumoe_glu& glu) {
   return result;
 }
 
+ScaleType ScaleTypeOf(int32_t type, const std::string& name) {
+  Require(type >= 0 && type < kScaleTypes, name, ": expected a cpumoe_scale_type, got ", type);
+  return static_cast<ScaleType>(type);
+}
+
 std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
   const int32_t precision = Known(options.precision, CPUMOE_PRECISION_INT8, "precision");
   const MoeConfig config = {
@@ -162,7 +168,8 @@ std::shared_ptr<Layer> CreateLayer(const cpumoe_layer_options& options) {
   std::optional<std::string> requested;
   if (options.variant != nullptr) requested = options.variant;
   const IsaChoice isa = SelectIsa(requested, "variant", DetectFeatures());
-  return Layer::Create(isa.name, isa.origin, format, config);
+  return Layer::Create(isa.name, isa.origin, format, config,
+                       ScaleTypeOf(options.scale_type, "scale_type"));
 }
 
 // Returns the distance of rows of `row` bytes: the one that the program gives, if it gives one.
@@ -174,15 +181,10 @@ int64_t Stride(int64_t given, int64_t row, int64_t rows, const std::string& name
   return given;
 }
 
-ScaleType ScaleTypeOf(int32_t type, const std::string& name) {
-  Require(type >= CPUMOE_SCALE_OWN && type <= CPUMOE_SCALE_E4M3, name,
-          ".scale_type: expected a cpumoe_scale_type, got ", type);
-  return static_cast<ScaleType>(type);
-}
-
-// A matrix that must be [rows, columns], and whose name must live as long as the view.
-RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const FormatInfo& format,
-               const std::string& name) {
+// A matrix of `layer` that must be [rows, columns], and whose name must live as long as the view.
+RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns,
+               const cpumoe_layer& layer, const std::string& name) {
+  const FormatInfo& format = layer.layer->format();
   RawMatrix view = {.rows = matrix.rows,
                     .columns = matrix.columns,
                     .codes = static_cast<const std::byte*>(matrix.codes),
@@ -194,7 +196,8 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   const int64_t usual = format.scale_depth == 0 ? kGroupSize : format.scale_depth;
   view.grid = {.rows = matrix.scale_rows == 0 ? 1 : matrix.scale_rows,
                .depth = matrix.scale_depth == 0 ? usual : matrix.scale_depth,
-               .type = ScaleTypeOf(matrix.scale_type, name)};
+               .type = ScaleTypeOf(matrix.scale_type, name + ".scale_type")};
+  if (view.grid.type == ScaleType::kOwn) view.grid.type = layer.scale_type;
   Require(view.grid.depth > 0, name, ".scale_depth: expected a positive number, or 0 for ", usual,
           ", got ", matrix.scale_depth);
   Require(view.grid.rows > 0, name, ".scale_rows: expected a positive number, or 0 for 1, got ",
@@ -208,7 +211,7 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   view.factor = matrix.factor == 0 ? 1.0f : matrix.factor;
   view.codes_stride =
       Stride(matrix.codes_stride, columns * format.code_bits / 8, rows, name + ".codes_stride");
-  const int64_t scale_bytes = matrix.scale_type == CPUMOE_SCALE_OWN
+  const int64_t scale_bytes = view.grid.type == ScaleType::kOwn
                                   ? format.scale_bytes
                                   : VisitScaleType<NoScale>(view.grid.type, []<class Scale>(Scale) {
                                       return kBytesOfScale<Scale>;
@@ -218,10 +221,11 @@ RawMatrix View(const cpumoe_matrix& matrix, int64_t rows, int64_t columns, const
   return view;
 }
 
-void Pack(Layer& layer, Runtime& runtime, int64_t first, std::span<const cpumoe_expert> experts) {
-  const int64_t hidden = layer.config().hidden_size;
-  const int64_t intermediate = layer.config().intermediate_size;
-  layer.config().RequireExperts(first, static_cast<int64_t>(experts.size()));
+void Pack(cpumoe_layer& layer, Runtime& runtime, int64_t first,
+          std::span<const cpumoe_expert> experts) {
+  const MoeConfig& config = layer.layer->config();
+  const int64_t hidden = config.hidden_size, intermediate = config.intermediate_size;
+  config.RequireExperts(first, static_cast<int64_t>(experts.size()));
   std::vector<std::array<std::string, 3>> names(experts.size());
   std::vector<ExpertSource> sources(experts.size());
   for (size_t i = 0; i < experts.size(); ++i) {
@@ -230,17 +234,15 @@ void Pack(Layer& layer, Runtime& runtime, int64_t first, std::span<const cpumoe_
     names[i] = {name + "gate", name + "up", name + "down"};
     RawMatrix gate = {.codes = static_cast<const std::byte*>(expert.gate.codes),
                       .name = names[i][0].c_str()};
-    if (layer.config().glu.gated) {
-      gate = View(expert.gate, intermediate, hidden, layer.format(), names[i][0]);
-    }
+    if (config.glu.gated) gate = View(expert.gate, intermediate, hidden, layer, names[i][0]);
     sources[i] = {.gate = gate,
-                  .up = View(expert.up, intermediate, hidden, layer.format(), names[i][1]),
-                  .down = View(expert.down, hidden, intermediate, layer.format(), names[i][2]),
+                  .up = View(expert.up, intermediate, hidden, layer, names[i][1]),
+                  .down = View(expert.down, hidden, intermediate, layer, names[i][2]),
                   .gate_bias = expert.gate_bias,
                   .up_bias = expert.up_bias,
                   .down_bias = expert.down_bias};
   }
-  layer.Pack(runtime, first, sources);
+  layer.layer->Pack(runtime, first, sources);
 }
 
 Call::Options CallOptions(const cpumoe_call_options& options, const cpumoe_layer& layer) {
@@ -299,6 +301,7 @@ cpumoe_status cpumoe_layer_create(const cpumoe_layer_options* options,
     const cpumoe_layer_options& given = Given(options, "options");
     auto made = std::make_unique<cpumoe_layer>();
     made->layer = CreateLayer(given);
+    made->scale_type = ScaleTypeOf(given.scale_type, "scale_type");
     made->fp32_as_bf16 = given.precision == CPUMOE_PRECISION_BF16;
     *out = made.release();
     return CPUMOE_OK;
@@ -322,7 +325,7 @@ cpumoe_status cpumoe_layer_pack(cpumoe_layer* layer, cpumoe_runtime* runtime, in
     cpumoe_layer& into = Given(layer, "layer");
     cpumoe_runtime& on = Given(runtime, "runtime");
     if (count > 0) RequireAddress(experts, "experts");
-    Pack(*into.layer, *on.runtime, first, {experts, static_cast<size_t>(count)});
+    Pack(into, *on.runtime, first, {experts, static_cast<size_t>(count)});
     return CPUMOE_OK;
   });
 }

@@ -107,6 +107,16 @@ typedef struct cpumoe_glu {
   int32_t no_gate; /* 1: experts have no gate projection; up_offset and caps are 0 */
 } cpumoe_glu;
 
+/* Types of stored scales. */
+typedef enum cpumoe_scale_type {
+  CPUMOE_SCALE_OWN = 0, /* of a layer: the format's own type; of a matrix: the layer's */
+  CPUMOE_SCALE_E8M0 = 1,
+  CPUMOE_SCALE_BF16 = 2,
+  CPUMOE_SCALE_FP32 = 3,
+  CPUMOE_SCALE_E4M3 = 4,
+  CPUMOE_SCALE_FP16 = 5
+} cpumoe_scale_type;
+
 typedef struct cpumoe_layer_options {
   const char* format; /* "mxfp4", "int4", "bf16", "fp16", "fp8" or "nvfp4" */
   int64_t num_experts;
@@ -117,6 +127,10 @@ typedef struct cpumoe_layer_options {
   int32_t precision;       /* a cpumoe_precision */
   int32_t batch_invariant; /* 1: a token's result does not depend on the other tokens of its call */
   const char* variant;     /* "avx2", ...; NULL: the environment's CPUMOE_ISA, or the best here */
+  /* The cpumoe_scale_type of stored scales; 0: the format's own. A layer of int4 takes bf16 scales
+   * alone by default. For fp16 or fp32 it takes scales of all three types and a tenth more
+   * memory. */
+  int32_t scale_type;
 } cpumoe_layer_options;
 
 /* A layer whose experts have no weights yet. */
@@ -129,19 +143,10 @@ CPUMOE_API const char* cpumoe_layer_variant(const cpumoe_layer* layer) CPUMOE_NO
 /* Bytes that the layer takes when all its experts are packed; 0 if `layer` is NULL. */
 CPUMOE_API size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
 
-/* Types of stored scales. */
-typedef enum cpumoe_scale_type {
-  CPUMOE_SCALE_OWN = 0, /* the format's own type */
-  CPUMOE_SCALE_E8M0 = 1,
-  CPUMOE_SCALE_BF16 = 2,
-  CPUMOE_SCALE_FP32 = 3,
-  CPUMOE_SCALE_E4M3 = 4
-} cpumoe_scale_type;
-
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
  * low half first. In fp8 (E4M3) a code is one byte, in bf16 and fp16 the weight. Each block of
- * scale_rows rows has columns / scale_depth scales, rounded up: one byte each (mxfp4, E8M0; nvfp4,
- * E4M3), two (int4, bf16), four (fp8, float), or none (bf16, fp16). */
+ * scale_rows rows has columns / scale_depth scales, rounded up. Formats' own scales have one byte
+ * (mxfp4, E8M0; nvfp4, E4M3), two (int4, bf16) or four (fp8, float). bf16 and fp16 have none. */
 typedef struct cpumoe_matrix {
   int64_t rows;
   int64_t columns;
@@ -153,8 +158,8 @@ typedef struct cpumoe_matrix {
                             32, 16 (nvfp4) or 128 (fp8). int4 and fp8 allow any multiple of it, or a
                             whole row */
   int64_t scale_rows;    /* rows that share their scales; 0: 1. fp8 also allows 128 */
-  int32_t scale_type;    /* a cpumoe_scale_type; only fp8 allows another than its own */
-  float factor;          /* multiplies all weights; 0: 1. Only nvfp4 allows another than 1 */
+  int32_t scale_type; /* a cpumoe_scale_type that the layer takes. Only fp8 and int4 have several */
+  float factor;       /* multiplies all weights; 0: 1. Only nvfp4 allows another than 1 */
 } cpumoe_matrix;
 
 typedef struct cpumoe_expert {

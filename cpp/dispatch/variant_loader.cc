@@ -2,10 +2,13 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
+#include <string_view>
 
 #include "base/check.h"
 #include "variant/build_id.h"
@@ -66,12 +69,29 @@ const VariantApi& LoadVariant(const std::string& isa, const std::string& origin)
   return *api;
 }
 
-const FormatEntry& FindFormat(const VariantApi& variant, const std::string& format) {
+std::vector<FormatInfo> FormatsOf(const VariantApi& variant) {
+  std::vector<FormatInfo> formats;
+  for (const FormatEntry& entry : std::span(variant.formats, variant.num_formats)) {
+    const std::string_view name = entry.info.name;
+    const bool is_new = std::ranges::none_of(
+        formats, [name](const FormatInfo& known) { return name == known.name; });
+    if (is_new) formats.push_back(entry.info);
+  }
+  return formats;
+}
+
+const FormatEntry& FindFormat(const VariantApi& variant, const std::string& format,
+                              ScaleType scales) {
+  bool is_known = false;
+  for (const FormatEntry& entry : std::span(variant.formats, variant.num_formats)) {
+    if (format != entry.info.name) continue;
+    if (entry.info.TakesScales(scales)) return entry;
+    is_known = true;
+  }
+  Require(!is_known, format, " has no ", ScaleTypeName(scales), " scales");
   std::string known;
-  for (size_t i = 0; i < variant.num_formats; ++i) {
-    const FormatEntry& entry = variant.formats[i];
-    if (format == entry.info.name) return entry;
-    known += (known.empty() ? "" : ", ") + std::string(entry.info.name);
+  for (const FormatInfo& info : FormatsOf(variant)) {
+    known += (known.empty() ? "" : ", ") + std::string(info.name);
   }
   throw std::invalid_argument(Message("unknown weight format \"", format, "\"; known are ", known));
 }

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dispatch/cpu_features.h"
 #include "variant/variant_api.h"
@@ -25,8 +26,13 @@ const VariantApi* OpenVariant(const std::string& isa, const std::string& path);
 // this CPU lacks (RequireIsa). Throws VariantError if the variant's library cannot be used.
 const VariantApi& LoadVariant(const std::string& isa, const std::string& origin);
 
-// Returns a variant's entry for weight format `format`. For an unknown format, throws
-// std::invalid_argument with a list of the known ones.
-const FormatEntry& FindFormat(const VariantApi& variant, const std::string& format);
+// Returns the weight formats of a variant, each name once.
+std::vector<FormatInfo> FormatsOf(const VariantApi& variant);
+
+// Returns a variant's entry for layers in weight format `format` whose stored scales have the type
+// `scales`. Throws std::invalid_argument if the format is unknown, with a list of the known ones,
+// or has no such scales.
+const FormatEntry& FindFormat(const VariantApi& variant, const std::string& format,
+                              ScaleType scales = ScaleType::kOwn);
 
 }  // namespace cpumoe

@@ -20,8 +20,9 @@ Layer::Layer(std::string isa, const FormatInfo& format, std::unique_ptr<Moe> moe
       counters_(moe_->config().num_experts) {}
 
 std::shared_ptr<Layer> Layer::Create(const std::string& isa, const std::string& origin,
-                                     const std::string& format, const MoeConfig& config) {
-  const FormatEntry& entry = FindFormat(LoadVariant(isa, origin), format);
+                                     const std::string& format, const MoeConfig& config,
+                                     ScaleType scales) {
+  const FormatEntry& entry = FindFormat(LoadVariant(isa, origin), format, scales);
   std::unique_ptr<Moe> moe(entry.create(config));
   return std::shared_ptr<Layer>(new Layer(isa, entry.info, std::move(moe)));
 }

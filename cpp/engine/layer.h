@@ -25,11 +25,13 @@ namespace cpumoe {
 // its own, but not change them.
 class Layer {
  public:
-  // A layer without weights, on variant `isa`. `origin` names who asked for the variant, for
-  // errors. Throws std::invalid_argument, OutOfMemory, and std::runtime_error if the variant's
-  // library is missing or damaged.
+  // A layer without weights, on variant `isa`, for scales of the type `scales`. The layer may take
+  // other types, too (FormatInfo). `origin` names who asked for the variant, for errors. Throws
+  // std::invalid_argument, OutOfMemory, and std::runtime_error if the variant's library is missing
+  // or damaged.
   static std::shared_ptr<Layer> Create(const std::string& isa, const std::string& origin,
-                                       const std::string& format, const MoeConfig& config);
+                                       const std::string& format, const MoeConfig& config,
+                                       ScaleType scales = ScaleType::kOwn);
 
   const std::string& isa() const { return isa_; }
   const FormatInfo& format() const { return format_; }

@@ -16,7 +16,7 @@ std::shared_ptr<const LinearLayer> LinearLayer::Create(Runtime& runtime, const s
                                                        const std::string& format,
                                                        const RawMatrix& source, const float* bias,
                                                        const KernelOptions& kernels) {
-  const FormatEntry& entry = FindFormat(LoadVariant(isa, origin), format);
+  const FormatEntry& entry = FindFormat(LoadVariant(isa, origin), format, source.grid.type);
   std::unique_ptr<Linear> linear(entry.create_linear({.out_features = source.rows,
                                                       .in_features = source.columns,
                                                       .has_bias = bias != nullptr,

@@ -21,6 +21,9 @@
 //
 // Packed tiles have a scale for each row and kPackedDepth successive k. Stored scales of any type
 // may become packed scales of type Fp32.
+//
+// Several classes may have one kName. Hosts know them as one format, and the type of a layer's
+// scales chooses the first class that takes it.
 #pragma once
 
 #include <array>
@@ -76,20 +79,38 @@ template <class F>
   requires requires { F::kHasFactor; }
 inline constexpr bool kHasFactorOf<F> = F::kHasFactor;
 
+// The types of stored scales that a format takes: bit t stands for type t.
+template <WeightFormat F>
+constexpr uint32_t ScaleTypesOf() {
+  uint32_t types = 1u << static_cast<int32_t>(ScaleType::kOwn);
+  if constexpr (HasScales<F>) {
+    for (int32_t type = 0; type < kScaleTypes; ++type) {
+      if (AllowsScaleType<F>(static_cast<ScaleType>(type))) types |= 1u << type;
+    }
+  }
+  return types;
+}
+
 // The properties of a format that hosts need at run time.
 struct FormatInfo {
   const char* name;
   int code_bits;
   int scale_depth;  // the usual number of successive k that share a scale; 0: there are no scales
-  int scale_bytes;  // of one scale
+  int scale_bytes;  // of one scale of the format's own type
+  uint32_t scale_types;  // ScaleTypesOf
+
+  constexpr bool TakesScales(ScaleType type) const {
+    return (scale_types >> static_cast<int32_t>(type) & 1) != 0;
+  }
 };
 
 template <WeightFormat F>
 constexpr FormatInfo InfoOf() {
   if constexpr (HasScales<F>) {
-    return {F::kName.data(), F::kCodeBits, F::kScaleDepth, kBytesOfScale<typename F::Scale>};
+    return {F::kName.data(), F::kCodeBits, F::kScaleDepth, kBytesOfScale<typename F::Scale>,
+            ScaleTypesOf<F>()};
   } else {
-    return {F::kName.data(), F::kCodeBits, 0, 0};
+    return {F::kName.data(), F::kCodeBits, 0, 0, ScaleTypesOf<F>()};
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #include "base/bits.h"
 #include "base/check.h"
@@ -58,8 +59,12 @@ struct RawMatrixOf {
               " has no groups of ", grid.depth, " weights that share a scale");
       Require(AllowsScaleRows<Format>(grid.rows), name, ": ", Format::kName, " has no blocks of ",
               grid.rows, " rows that share their scales");
-      Require(AllowsScaleType<Format>(grid.type), name, ": ", Format::kName,
-              " has no scales of this type");
+      if (!AllowsScaleType<Format>(grid.type)) {
+        throw std::invalid_argument(
+            Message(name, ": expected ", ScaleTypeNames(ScaleTypesOf<Format>()),
+                    " scales, for which the layer of ", Format::kName, " was made, got ",
+                    ScaleTypeName(grid.type), " scales"));
+      }
     } else {
       Require(scales == nullptr, name, ": ", Format::kName, " has no scales, got some");
     }

@@ -318,11 +318,12 @@ inline void RequireBlocks(const char* name, const char* what, int64_t begin, int
 template <ScaledFormat F>
 void RequireHoldsScales(MutableRawMatrix out, int64_t row, int64_t column,
                         const ScaleGrid& stored) {
-  const ScaleType type = std::exchange(out.grid.type, ScaleType::kOwn);
+  const ScaleType given = std::exchange(out.grid.type, ScaleType::kOwn);
   out.template RequireScales<F>();
-  constexpr ScaleType kOwn = TypeOfScale<typename F::Scale>();
-  Require(HoldsScales(stored.type, type == ScaleType::kOwn ? kOwn : type), out.name,
-          ": scales of the wanted type cannot hold the stored ones");
+  const ScaleType type = given == ScaleType::kOwn ? TypeOfScale<typename F::Scale>() : given;
+  Require(HoldsScales(stored.type, type), out.name, ": ", ScaleTypeName(type),
+          " scales cannot hold the stored ", ScaleTypeName(stored.type),
+          " ones; pass scales of that type");
   RequireBlocks(out.name, "columns", column, out.columns, out.grid.depth, stored.depth);
   RequireBlocks(out.name, "rows", row, out.rows, out.grid.rows, stored.rows);
 }

@@ -28,7 +28,9 @@ struct FewTokens {
   int most;       // the most tokens for which few-token kernels exist
 };
 
+// A row of the format table. Rows may have one name (weight_format.h).
 struct FormatEntry {
+  const char* row;  // no other row has this name
   FormatInfo info;
   // The caller deletes what these return. They throw std::invalid_argument.
   Moe* (*create)(const MoeConfig& config);

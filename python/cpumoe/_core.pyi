@@ -114,10 +114,13 @@ class ScaleType:
       FP32
     
       E4M3
+    
+      FP16
     """
     BF16: typing.ClassVar[ScaleType]
     E4M3: typing.ClassVar[ScaleType]
     E8M0: typing.ClassVar[ScaleType]
+    FP16: typing.ClassVar[ScaleType]
     FP32: typing.ClassVar[ScaleType]
     OWN: typing.ClassVar[ScaleType]
     __members__: typing.ClassVar[dict[str, ScaleType]]
@@ -294,7 +297,7 @@ class LayerStatistics:
     def seconds(self) -> float:
         ...
 class Layer:
-    def __init__(self, *, isa: str, origin: str, format: str, config: MoeConfig) -> None:
+    def __init__(self, *, isa: str, origin: str, format: str, config: MoeConfig, scale_type: ScaleType = ...) -> None:
         ...
     def evict(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> None:
         """

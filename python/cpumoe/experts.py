@@ -78,7 +78,8 @@ class Experts(PackedExperts):
     ) -> None:
         """Packs `num_experts` experts; prefer `from_checkpoint` and `from_tensors`.
 
-        These two describe the arguments.
+        These two describe the arguments. With int4, the first expert decides which dtypes of scales
+        the layer takes: bfloat16 alone if it has no other, else all three.
         """
         options = with_overrides(options, overrides, "Experts")
         num_experts = integer(num_experts, "num_experts")
@@ -188,7 +189,8 @@ class Experts(PackedExperts):
                 are uint8 or int8 ``[experts, intermediate, hidden/2]``, with even k in the low
                 nibble; int4 codes may be int32 ``[experts, intermediate, hidden/8]``. Scales are
                 ``[experts, intermediate, hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4),
-                bfloat16 (int4). With int4, any multiple of 32 weights, or a row, may share a scale.
+                bfloat16, float16 or float32 (int4). With int4, any multiple of 32 weights, or a
+                row, may share a scale.
                 With fp8, codes are float8_e4m3fn ``[experts, intermediate, hidden]``. Its scales
                 are float32, bfloat16, float8_e8m0fnu or E8M0 bytes as uint8:
                 ``[experts, ceil(intermediate/128), ceil(hidden/128)]`` or

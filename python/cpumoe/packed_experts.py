@@ -11,6 +11,7 @@ from cpumoe import _core
 from cpumoe._base.renamed import old_attribute
 from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import refuse_tracing
+from cpumoe._engine.arguments import layer_scale_type
 from cpumoe._engine.calls import Calls
 from cpumoe._engine.config import layer_config
 from cpumoe._engine.export import MatrixBuffer, copy_into, export_into, new_expert
@@ -69,8 +70,13 @@ class PackedExperts:
         self._num_experts = num_experts
         self._hidden_size = hidden_size
         self._intermediate_size = intermediate_size
+        dtypes = source.scale_dtypes() if self._format.scales_choose_kernels else ()
         self._layer = _core.Layer(
-            isa=self._isa, origin=origin, format=self._format.name, config=config
+            isa=self._isa,
+            origin=origin,
+            format=self._format.name,
+            config=config,
+            scale_type=layer_scale_type(self._format, dtypes),
         )
         self._calls = Calls(self._layer, hidden_size=hidden_size, precision=options.precision)
         self._form = ExpertForm(
@@ -120,8 +126,8 @@ class PackedExperts:
 
         The dtype of the scales says what is written. One of the format's own dtypes gets the
         scales as stored. With mxfp4, bf16 gets the powers of two as numbers, which is exact. The
-        least one, 2^-127, is subnormal in bf16, and hosts that flush subnormals read 0. With fp8,
-        a dtype that cannot hold the stored scales is refused.
+        least one, 2^-127, is subnormal in bf16, and hosts that flush subnormals read 0. With fp8
+        and int4, a dtype that cannot hold the stored scales is refused.
 
         Args:
             expert_id: the expert.

@@ -140,6 +140,10 @@ static void TestOptionsThatLayersRefuse(const Layer* layer) {
   REFUSED("num_experts must be at most 65536, got 9223372036854775807");
   options.precision = 7;
   REFUSED("precision: unknown value 7");
+  options.scale_type = -1;
+  REFUSED("scale_type: expected a cpumoe_scale_type, got -1");
+  options.scale_type = CPUMOE_SCALE_FP16;
+  REFUSED("mxfp4 has no fp16 scales");
   const cpumoe_glu no_gain = {.alpha = 0}, no_limit = {.alpha = 1, .limit = -1};
   const cpumoe_glu no_offset = {.alpha = 1, .up_offset = NAN};
   const cpumoe_glu unknown = {.function = 6, .alpha = 1};
@@ -207,9 +211,11 @@ static void TestWeightsThatLayersRefuse(cpumoe_runtime* runtime, cpumoe_layer* o
   expert.gate.scale_rows = -1;
   REFUSED("expert 1: gate.scale_rows: expected a positive number, or 0 for 1, got -1");
   expert.down.scale_type = CPUMOE_SCALE_FP32;
-  REFUSED("expert 1: down: mxfp4 has no scales of this type");
-  expert.down.scale_type = CPUMOE_SCALE_E4M3 + 1;
-  REFUSED("expert 1: down.scale_type: expected a cpumoe_scale_type, got 5");
+  REFUSED(
+      "expert 1: down: expected E8M0 scales, for which the layer of mxfp4 was made, got fp32 "
+      "scales");
+  expert.down.scale_type = CPUMOE_SCALE_FP16 + 1;
+  REFUSED("expert 1: down.scale_type: expected a cpumoe_scale_type, got 6");
   expert.up.factor = 2;
   REFUSED("expert 1: up: mxfp4 has no factor, got 2");
   const float bias[HIDDEN] = {0};

@@ -226,9 +226,10 @@ void TestOptionsOfLayers(cpumoe_runtime* runtime) {
   for (int v = 0; v < VARIANTS; ++v) {
     if (!IsSupported(kVariants[v])) continue;
     ++tested;
-    for (int kind = 0; kind < 4; ++kind) {
-      const int is_gpt_oss = kind / 2;
-      FillLayer(&layer, kind % 2 ? &kInt4 : &kMxfp4, is_gpt_oss ? kClamped : kPlain, is_gpt_oss);
+    for (int kind = 0; kind < 6; ++kind) {
+      const Format* const formats[] = {&kMxfp4, &kInt4, &kInt4Fp16};
+      const int is_gpt_oss = kind / 3;
+      FillLayer(&layer, formats[kind % 3], is_gpt_oss ? kClamped : kPlain, is_gpt_oss);
       for (int p = CPUMOE_PRECISION_AUTO; p <= CPUMOE_PRECISION_INT8; ++p) {
         CheckLayer(runtime, &layer, kVariants[v], p);
       }

@@ -6,7 +6,9 @@
 
 const Format kMxfp4 = {
     "mxfp4", 1, {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6}};
-const Format kInt4 = {"int4", 2, {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
+#define INTEGERS {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}
+const Format kInt4 = {"int4", 2, INTEGERS};
+const Format kInt4Fp16 = {"int4", 2, INTEGERS, CPUMOE_SCALE_FP16};
 
 const cpumoe_glu kPlain = {.alpha = 1};
 const cpumoe_glu kClamped = {.alpha = 1.702f, .limit = 0.75f, .up_offset = 1};
@@ -23,12 +25,17 @@ static uint32_t Random(void) {
 /* A multiple of 1/128 in [-1, 1]. */
 static float RandomNumber(void) { return (float)((int)(Random() % 257) - 128) / 128; }
 
-/* Scales are powers of two: the byte b of E8M0 is 2^(b - 127), and so is b << 7 in bf16. */
+/* Scales are powers of two: the byte b of E8M0 is 2^(b - 127), and so are b << 7 in bf16 and
+ * (b - 112) << 10 in fp16. */
+static uint16_t ScaleOf(const Format* format, int exponent) {
+  if (format->scale_type == CPUMOE_SCALE_FP16) return (uint16_t)((exponent - 112) << 10);
+  return (uint16_t)(format->scale_bytes == 1 ? exponent : exponent << 7);
+}
+
 static void FillMatrix(Matrix* matrix, const Format* format) {
   for (size_t i = 0; i < sizeof(matrix->codes); ++i) matrix->codes[i] = (uint8_t)Random();
   for (int i = 0; i < HIDDEN * INNER / GROUP; ++i) {
-    const uint16_t exponent = (uint16_t)(121 + Random() % 4);
-    const uint16_t scale = format->scale_bytes == 1 ? exponent : (uint16_t)(exponent << 7);
+    const uint16_t scale = ScaleOf(format, 121 + (int)(Random() % 4));
     memcpy(&matrix->scales[i * format->scale_bytes], &scale, (size_t)format->scale_bytes);
   }
 }
@@ -38,8 +45,9 @@ static double Weight(const Matrix* matrix, const Format* format, int columns, in
   const int code = matrix->codes[index / 2] >> (index % 2 * 4) & 15;
   uint16_t scale = 0;
   memcpy(&scale, &matrix->scales[index / GROUP * format->scale_bytes], (size_t)format->scale_bytes);
-  if (format->scale_bytes == 2) scale >>= 7;
-  return ldexp(format->values[code], scale - 127);
+  int exponent = 121;
+  while (ScaleOf(format, exponent) != scale) ++exponent;
+  return ldexp(format->values[code], exponent - 127);
 }
 
 void FillLayer(Layer* layer, const Format* format, cpumoe_glu glu, int has_bias) {
@@ -62,7 +70,8 @@ cpumoe_layer_options LayerOptions(const Layer* layer) {
                                         .hidden_size = HIDDEN,
                                         .intermediate_size = INNER,
                                         .glu = &layer->glu,
-                                        .has_bias = layer->has_bias};
+                                        .has_bias = layer->has_bias,
+                                        .scale_type = layer->format->scale_type};
   return options;
 }
 

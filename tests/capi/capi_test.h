@@ -25,9 +25,10 @@ void Describe(const char* format, ...);
 typedef struct Format {
   const char* name;
   int scale_bytes;
-  double values[16]; /* of the codes */
+  double values[16];  /* of the codes */
+  int32_t scale_type; /* of the layer's options */
 } Format;
-extern const Format kMxfp4, kInt4;
+extern const Format kMxfp4, kInt4, kInt4Fp16;
 
 /* [INNER, HIDDEN] or [HIDDEN, INNER] */
 typedef struct Matrix {

@@ -1,4 +1,4 @@
-// The weight formats of cmake/Variants.cmake, as a list of types and by name.
+// The weight formats of cmake/Variants.cmake, as a list of types and by the names of their rows.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -35,21 +35,31 @@ auto WithScales(testing::Types<Formats...>) {
 using ScaledFormats = decltype(WithScales(AllFormats{}));
 
 inline std::vector<std::string> FormatNames() {
-#define CPUMOE_FORMAT_ROW(name, Class) std::string(Class::kName),
+#define CPUMOE_FORMAT_ROW(name, Class) std::string(#name),
   return {
 #include "format_table.inc"
   };
 #undef CPUMOE_FORMAT_ROW
 }
 
-// Calls body(Format{}) for the format called `name`.
+// The row of a format.
+template <class F>
+std::string RowOf() {
+#define CPUMOE_FORMAT_ROW(name, Class) \
+  if (std::is_same_v<F, Class>) return #name;
+#include "format_table.inc"
+#undef CPUMOE_FORMAT_ROW
+  throw std::invalid_argument("the format has no row");
+}
+
+// Calls body(Format{}) for the format of row `name`.
 template <class Body>
 auto VisitFormat(const std::string& name, Body&& body) {
 #define CPUMOE_FORMAT_ROW(row, Class) \
-  if (name == Class::kName) return body(Class{});
+  if (name == #row) return body(Class{});
 #include "format_table.inc"
 #undef CPUMOE_FORMAT_ROW
-  throw std::invalid_argument("no format is called " + name);
+  throw std::invalid_argument("there is no row " + name);
 }
 
 }  // namespace cpumoe

@@ -31,7 +31,7 @@ class DecodeTest : public IsaFormatTest {
     constexpr int64_t kUnitBytes = std::max(F::kCodeBits / 8, 1);
     constexpr int64_t kRowUnits = kGroupSize * F::kCodeBits / 8 / kUnitBytes;
     constexpr int64_t kValues = int64_t{1} << 8 * kUnitBytes;
-    TestMatrix matrix(std::string(F::kName), RoundUp(kValues / kRowUnits, kTileRows), kGroupSize);
+    TestMatrix matrix(RowOf<F>(), RoundUp(kValues / kRowUnits, kTileRows), kGroupSize);
     const MutableRawMatrix view = matrix.MutableView();
     for (int64_t row = 0; row < view.rows; ++row) {
       for (int64_t i = 0; i < kRowUnits; ++i) {
@@ -53,19 +53,30 @@ class DecodeTest : public IsaFormatTest {
   // Returns code times scale, rounded once. Sums start from +0, so a zero is positive. Where
   // activations are bf16, subnormal products of a format without scales count as zero.
   template <class F>
-  float Expected(const RawMatrix& m, int64_t row, int64_t k, typename F::Scale scale) const {
+  float Expected(const RawMatrix& m, int64_t row, int64_t k, float scale) const {
     uint32_t word;
     std::memcpy(&word, m.codes + row * m.codes_stride + k * F::kCodeBits / 32 * 4, 4);
     const int shift = static_cast<int>(k * F::kCodeBits % 32);
     const uint32_t code = (word >> shift) & ((uint64_t{1} << F::kCodeBits) - 1);
-    const float weight = F::Decode(code) * scale.ToFloat() + 0.0f;
+    const float weight = F::Decode(code) * scale + 0.0f;
     const bool flushed = !HasScales<F> && kernels().activation_bits == 8;
     return flushed && std::fabs(weight) < std::numeric_limits<float>::min() ? 0.0f : weight;
   }
 
+  // The scale of a row of one group.
+  template <class F>
+  static float ScaleOf(const RawMatrix& m, int64_t row) {
+    if constexpr (HasScales<F>) {
+      return VisitScaleType<typename F::Scale>(m.grid.type, [&]<class Stored>(Stored) {
+        return LoadScale<Stored>(m.ScalesOf(row)).ToFloat();
+      });
+    }
+    return 1.0f;
+  }
+
   // Runs `path` over the matrix with one-hot tokens for k = 0, 1, ..., `batch` tokens at once.
   template <class F>
-  void CheckPath(Path path, int64_t batch, const TestMatrix& matrix, typename F::Scale scale) {
+  void CheckPath(Path path, int64_t batch, const TestMatrix& matrix) {
     const RawMatrix view = matrix.View();
     const PackedLayout<F> layout(view.rows, view.columns);
     std::vector<std::byte> packed(layout.bytes());
@@ -79,10 +90,10 @@ class DecodeTest : public IsaFormatTest {
         kernels().multiply(path, &packed_tile, 1, 1, a.data(), tokens, c.data());
         for (int64_t i = 0; i < tokens * kTileRows; ++i) {
           const int64_t row = tile * kTileRows + i % kTileRows, k = first + i / kTileRows;
-          const float expected = Expected<F>(view, row, k, scale);
+          const float scale = ScaleOf<F>(view, row), expected = Expected<F>(view, row, k, scale);
           ASSERT_EQ(std::bit_cast<uint32_t>(c[i]), std::bit_cast<uint32_t>(expected))
               << c[i] << " instead of " << expected << "; path " << static_cast<int>(path)
-              << ", row " << row << ", k " << k << ", scale " << scale.ToFloat();
+              << ", row " << row << ", k " << k << ", scale " << scale;
         }
       }
     }
@@ -95,7 +106,7 @@ class DecodeTest : public IsaFormatTest {
       for (size_t i = 0; i < scales.size(); ++i) {
         const float magnitude = std::fabs(scales[i].ToFloat());
         if (path == Path::kFoldedPanel && !kernels().folds_exactly(magnitude, magnitude)) continue;
-        CheckPath<F>(path, batch, AllCodes<F>(scales[i], i), scales[i]);
+        CheckPath<F>(path, batch, AllCodes<F>(scales[i], i));
         if (HasFatalFailure()) return;
         ++checked;
       }
@@ -121,6 +132,31 @@ TEST_P(DecodeTest, FoldedPanel) {
   CheckAllScales(Path::kFoldedPanel, 32);
 }
 
+// Scales of fp16 are exact with every code of four bits. A row of the matrix has one scale and all
+// codes.
+TEST_P(DecodeTest, EveryFp16Scale) {
+  VisitFormat(format(), [&]<class F>(F) {
+    if constexpr (F::kCodeBits == 4 && InfoOf<F>().TakesScales(ScaleType::kFp16)) {
+      constexpr int64_t kRows = 1 << 16;
+      TestMatrix matrix(RowOf<F>(), kRows, kGroupSize, 0, ScaleGrid{.type = ScaleType::kFp16});
+      const MutableRawMatrix view = matrix.MutableView();
+      for (int64_t row = 0; row < kRows; ++row) {
+        for (int64_t i = 0; i < kGroupSize / 2; ++i) {
+          const int64_t k = 2 * i + row;
+          view.codes[row * view.codes_stride + i] =
+              static_cast<std::byte>(k % 16 | (k + 1) % 16 << 4);
+        }
+        const auto bits = static_cast<uint16_t>((row & 0x7c00) == 0x7c00 ? row & 0xbfff : row);
+        std::memcpy(view.ScalesOf(row), &bits, sizeof(bits));
+      }
+      CheckPath<F>(Path::kFused, kernels().fused_tokens, matrix);
+      if (kernels().digits) CheckPath<F>(Path::kDigits, 4, matrix);
+    } else {
+      GTEST_SKIP() << "the format has no such scales";
+    }
+  });
+}
+
 // Packing lets the scales of groups of zeros fold, whatever they are.
 TEST_P(DecodeTest, ZerosFoldWithAnyScale) {
   if (!kernels().folds) {
@@ -130,7 +166,7 @@ TEST_P(DecodeTest, ZerosFoldWithAnyScale) {
     for (const auto scale : ValidScales<F>()) {
       TestMatrix zeros = AllCodes<F>(scale, 0);
       SetToZeros<F>(zeros.MutableView());
-      CheckPath<F>(Path::kFoldedPanel, 32, zeros, scale);
+      CheckPath<F>(Path::kFoldedPanel, 32, zeros);
       if (HasFatalFailure()) return;
     }
   });

@@ -5,10 +5,12 @@
 #include <cstdlib>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpp/all_formats.h"
+#include "cpp/message_of.h"
 #include "dispatch/cpu_features.h"
 #include "dispatch/variant_loader.h"
 #include "variant/build_id.h"
@@ -234,10 +236,9 @@ TEST(LoadVariantTest, LoadsEverySupportedIsaOnce) {
     const VariantApi& variant = LoadVariant(isa, "test");
     EXPECT_EQ(variant.isa, isa);
     EXPECT_EQ(&LoadVariant(isa, "test"), &variant);
-    Names formats;
-    for (size_t i = 0; i < variant.num_formats; ++i)
-      formats.push_back(variant.formats[i].info.name);
-    EXPECT_EQ(formats, FormatNames());
+    Names rows;
+    for (size_t i = 0; i < variant.num_formats; ++i) rows.push_back(variant.formats[i].row);
+    EXPECT_EQ(rows, FormatNames());
   }
 }
 
@@ -303,9 +304,10 @@ class FindFormatTest : public testing::Test {
 };
 
 TEST_F(FindFormatTest, FormatsDescribeThemselves) {
-  for (const std::string& name : FormatNames()) {
-    const FormatInfo& info = FindFormat(*variant_, name).info;
-    VisitFormat(name, [&]<class F>(F) {
+  for (size_t i = 0; i < variant_->num_formats; ++i) {
+    const FormatInfo& info = variant_->formats[i].info;
+    VisitFormat(variant_->formats[i].row, [&]<class F>(F) {
+      EXPECT_EQ(info.name, F::kName);
       EXPECT_EQ(info.code_bits, F::kCodeBits);
       if constexpr (HasScales<F>) {
         EXPECT_EQ(info.scale_depth, F::kScaleDepth);
@@ -317,14 +319,32 @@ TEST_F(FindFormatTest, FormatsDescribeThemselves) {
   }
 }
 
+TEST_F(FindFormatTest, TheTypeOfScalesChoosesTheRow) {
+  const auto row = [&](const std::string& format, ScaleType scales) {
+    return std::string(FindFormat(*variant_, format, scales).row);
+  };
+  EXPECT_EQ(row("int4", ScaleType::kOwn), "int4");
+  EXPECT_EQ(row("int4", ScaleType::kBf16), "int4");
+  EXPECT_EQ(row("int4", ScaleType::kFp16), "int4_wide_scales");
+  EXPECT_EQ(row("int4", ScaleType::kFp32), "int4_wide_scales");
+  EXPECT_EQ(row("bf16", ScaleType::kOwn), "bf16");
+  EXPECT_EQ(row("fp8", ScaleType::kE8M0), "fp8");
+  EXPECT_EQ(cpumoe::MessageOf<std::invalid_argument>([&] { row("int4", ScaleType::kE8M0); }),
+            "int4 has no E8M0 scales");
+  EXPECT_EQ(cpumoe::MessageOf<std::invalid_argument>([&] { row("bf16", ScaleType::kBf16); }),
+            "bf16 has no bf16 scales");
+}
+
 TEST_F(FindFormatTest, NamesTheKnownFormats) {
   std::string known;
-  for (const std::string& name : FormatNames()) known += (known.empty() ? "" : ", ") + name;
-  try {
-    FindFormat(*variant_, "fp3");
-    ADD_FAILURE() << "accepted";
-  } catch (const std::invalid_argument& error) {
-    EXPECT_EQ(error.what(), "unknown weight format \"fp3\"; known are " + known);
+  for (const FormatInfo& info : FormatsOf(*variant_)) {
+    const std::string name = info.name;
+    EXPECT_EQ(known.find(name + ","), std::string::npos) << name << " is listed twice";
+    known += name + ", ";
+  }
+  for (const std::string row : {"fp3", "int4_wide_scales"}) {
+    EXPECT_EQ(cpumoe::MessageOf<std::invalid_argument>([&] { FindFormat(*variant_, row); }) + ", ",
+              "unknown weight format \"" + row + "\"; known are " + known);
   }
 }
 

@@ -149,6 +149,14 @@ void IsaFormatTest::RequireKernels(bool kernel_probe::FormatEntry::* kind, const
   GTEST_SKIP() << "this ISA has no " << name << " for " << format();
 }
 
+const FormatEntry& IsaFormatTest::entry() const {
+  const VariantApi& variant = run_.variant();
+  for (size_t i = 0; i < variant.num_formats; ++i) {
+    if (variant.formats[i].row == format()) return variant.formats[i];
+  }
+  throw std::invalid_argument("the variant lacks format " + format());
+}
+
 const kernel_probe::FormatEntry& IsaFormatTest::kernels() const {
   const kernel_probe::Api& probe = run_.probe();
   for (size_t i = 0; i < probe.num_formats; ++i) {

@@ -102,7 +102,8 @@ class IsaFormatTest : public IsaTestBase<IsaFormat> {
     if (kernels().wide) return;
     if (kernels().digits || !run_.MultipliesBySignals()) run_.ExpectBestDots();
   }
-  const std::string& format() const { return GetParam().format; }
+  const std::string& format() const { return GetParam().format; }  // the row of the table
+  const FormatEntry& entry() const;
   const kernel_probe::FormatEntry& kernels() const;
 
   // Ends SetUp. Skips the test if the ISA lacks such kernels for the format, unless the test is

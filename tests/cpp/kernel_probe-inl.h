@@ -107,8 +107,8 @@ struct Probe {
     }
   }
 
-  static FormatEntry Entry() {
-    return {.format = InfoOf<Format>().name,
+  static FormatEntry Entry(const char* row) {
+    return {.format = row,
             .folds = Kernels::kFolding,
             .scales_sums = !kAlwaysFolds<FloatCodec, FloatIsa>,
             .digits = HasDigitPath<Isa, Codec>,

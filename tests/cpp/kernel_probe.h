@@ -13,7 +13,7 @@ namespace cpumoe::kernel_probe {
 enum class Path { kFused, kFoldedPanel, kScaledPanel, kInt8, kDigits, kDigitsOfBf16 };
 
 struct FormatEntry {
-  const char* format;
+  const char* format;    // its row
   bool folds;            // whether kFoldedPanel exists
   bool scales_sums;      // whether kScaledPanel exists
   bool digits;           // whether kDigits and kDigitsOfBf16 exist

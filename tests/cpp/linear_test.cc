@@ -21,7 +21,6 @@
 #include "cpp/moe_test_util.h"
 #include "cpp/reference_weight.h"
 #include "cpp/test_matrix.h"
-#include "dispatch/variant_loader.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
@@ -67,7 +66,7 @@ class LinearTest : public IsaFormatTest {
  protected:
   std::unique_ptr<Linear> Empty(LinearConfig config) const {
     config.kernels.precision = precision();
-    return std::unique_ptr<Linear>(FindFormat(run_.variant(), format()).create_linear(config));
+    return std::unique_ptr<Linear>(entry().create_linear(config));
   }
   std::unique_ptr<Linear> Create(const TestMatrix& matrix, const float* bias = nullptr,
                                  const KernelOptions& kernels = {}) const {

@@ -24,6 +24,10 @@ class MoeErrorsTest : public MoeTest {
   bool has_scales() const {
     return VisitFormat(format(), []<class F>(F) { return HasScales<F>; });
   }
+  // The name by which hosts know the format.
+  std::string name() const {
+    return VisitFormat(format(), []<class F>(F) { return std::string(F::kName); });
+  }
   std::string CreateMessage(const MoeConfig& config) const {
     return MessageOf<std::invalid_argument>([&] { Create(config); });
   }
@@ -39,10 +43,10 @@ TEST_P(MoeErrorsTest, Sizes) {
   const std::string multiple = " must be a positive multiple of " + std::to_string(group);
   MoeConfig config = kConfig;
   config.hidden_size = 2889;
-  EXPECT_EQ(CreateMessage(config), format() + ": hidden_size" + multiple + ", got 2889");
+  EXPECT_EQ(CreateMessage(config), name() + ": hidden_size" + multiple + ", got 2889");
   config = kConfig;
   config.intermediate_size = 0;
-  EXPECT_EQ(CreateMessage(config), format() + ": intermediate_size" + multiple + ", got 0");
+  EXPECT_EQ(CreateMessage(config), name() + ": intermediate_size" + multiple + ", got 0");
   config = kConfig;
   config.num_experts = 0;
   EXPECT_EQ(CreateMessage(config), "num_experts must be positive, got 0");
@@ -116,7 +120,7 @@ TEST_P(MoeErrorsTest, Factors) {
     const std::string problem = has_factors ? " needs a finite factor" : " has no factor";
     const std::string got = factor == 2.0f ? ", got 2" : ", got inf";
     EXPECT_EQ(PackMessage(*moe, changed),
-              taken ? "no exception" : "test.weight: " + format() + problem + got);
+              taken ? "no exception" : "test.weight: " + name() + problem + got);
     if (taken) {
       EXPECT_EQ(moe->Scales(0)[1].factor, factor);
     }
@@ -153,16 +157,39 @@ TEST_P(MoeErrorsTest, ScalesOfAnotherForm) {
   const std::byte some[4] = {};
   ExpertSource source = layer.Source(0);
   source.up.scales = has_scales() ? nullptr : some;
-  EXPECT_EQ(PackMessage(*moe, source),
-            has_scales() ? "test.weight: " + format() + " needs scales, got none"
-                         : "test.weight: " + format() + " has no scales, got some");
+  EXPECT_EQ(PackMessage(*moe, source), has_scales()
+                                           ? "test.weight: " + name() + " needs scales, got none"
+                                           : "test.weight: " + name() + " has no scales, got some");
   if (!has_scales()) return;
   for (const int64_t depth : {24, 48}) {
     source = layer.Source(0);
     source.down.grid.depth = depth;
-    EXPECT_EQ(PackMessage(*moe, source), "test.weight: " + format() + " has no groups of " +
+    EXPECT_EQ(PackMessage(*moe, source), "test.weight: " + name() + " has no groups of " +
                                              std::to_string(depth) + " weights that share a scale");
   }
+}
+
+TEST_P(MoeErrorsTest, ScalesOfAnotherType) {
+  const TestLayer layer(format(), LayerSpec{});
+  const auto moe = Create(layer.config());
+  VisitFormat(format(), [&]<class F>(F) {
+    if constexpr (HasScales<F>) {
+      const std::vector<Fp32> zeros(layer.Source(0).up.rows * kGroupSize);
+      for (int32_t i = 0; i < kScaleTypes; ++i) {
+        const auto type = static_cast<ScaleType>(i);
+        ExpertSource source = layer.Source(0);
+        source.up.grid.type = type;
+        source.up.scales = reinterpret_cast<const std::byte*>(zeros.data());
+        source.up.scales_stride = kGroupSize * sizeof(Fp32);
+        const std::string refusal = "test.weight: expected " + ScaleTypeNames(ScaleTypesOf<F>()) +
+                                    " scales, for which the layer of " + name() +
+                                    " was made, got " + ScaleTypeName(type) + " scales";
+        EXPECT_EQ(PackMessage(*moe, source), AllowsScaleType<F>(type) ? "no exception" : refusal);
+      }
+    } else {
+      GTEST_SKIP() << "there are no scales";
+    }
+  });
 }
 
 // If one of several experts is damaged, only the damaged one is sure to be without weights.

@@ -7,7 +7,6 @@
 #include <numeric>
 
 #include "cpp/forward_oracle.h"
-#include "dispatch/variant_loader.h"
 #include "threading/pinned_pool.h"
 
 namespace cpumoe {
@@ -147,7 +146,7 @@ std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements)
 
 std::unique_ptr<Moe> MoeTest::Create(MoeConfig config) const {
   config.precision = precision();
-  return std::unique_ptr<Moe>(FindFormat(run_.variant(), format()).create(config));
+  return std::unique_ptr<Moe>(entry().create(config));
 }
 
 std::unique_ptr<Moe> MoeTest::Create(const TestLayer& layer) const {

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -169,7 +170,7 @@ TYPED_TEST(ScalePackingTest, RefusesAnInvalidScaleWithItsPlace) {
   const PackedLayout<F> layout(view.rows, view.columns);
   const std::string nan = std::signbit(invalid.ToFloat()) ? "-nan" : "nan";
   EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
-            "test.weight: scale [18, 2] is " + nan + "; " + this->Name() +
+            "test.weight: scale [18, 2] is " + nan + "; " + std::string(F::kName) +
                 " scales must be finite: the checkpoint is damaged");
 }
 
@@ -181,7 +182,8 @@ TYPED_TEST(ScalePackingTest, EveryGridOfScales) {
   for (const int64_t columns : {12 * kDepth, 12 * kDepth - 32}) {
     for (const int64_t depth : {kDepth, 2 * kDepth, 4 * kDepth, 5 * kDepth, columns}) {
       for (const int64_t block_rows : {1, 128}) {
-        for (const auto type : {ScaleType::kOwn, ScaleType::kE8M0, ScaleType::kBf16}) {
+        for (const auto type : {ScaleType::kOwn, ScaleType::kE8M0, ScaleType::kBf16,
+                                ScaleType::kFp32, ScaleType::kFp16}) {
           const ScaleGrid grid = {block_rows, depth, type};
           if (AllowsScaleDepth<F>(depth, columns) && AllowsScaleRows<F>(block_rows) &&
               AllowsScaleType<F>(type)) {
@@ -190,6 +192,44 @@ TYPED_TEST(ScalePackingTest, EveryGridOfScales) {
         }
       }
     }
+  }
+}
+
+// All finite numbers of fp16 come back, and kernels read their values.
+TYPED_TEST(ScalePackingTest, EveryFp16Scale) {
+  using F = TypeParam;
+  if constexpr (HoldsScales(ScaleType::kFp16, TypeOfScale<PackedScaleOf<F>>()) &&
+                AllowsScaleType<F>(ScaleType::kFp16)) {
+    std::vector<Fp16> scales;
+    for (uint32_t bits = 0; bits < (1u << 16); ++bits) {
+      if ((bits & 0x7fff) < 0x7c00) scales.push_back({static_cast<uint16_t>(bits)});
+    }
+    constexpr int64_t kDepth = F::kScaleDepth;
+    const int64_t rows = 16, count = std::ssize(scales) / rows, columns = count * kDepth;
+    const ScaleGrid grid = {.depth = kDepth, .type = ScaleType::kFp16};
+    TestMatrix source(this->Name(), rows, columns, 0, grid);
+    const MutableRawMatrix view = source.MutableView();
+    SetToZeros<F>(view);
+    std::memcpy(view.scales, scales.data(), scales.size() * sizeof(Fp16));
+    const PackedLayout<F> layout(rows, columns);
+    const std::vector<std::byte> packed = this->Pack(layout, source.View());
+    for (int64_t i = 0; i < std::ssize(scales); ++i) {
+      const float packed_scale = PackedScale(layout, packed, i / count, i % count * kDepth);
+      ASSERT_EQ(std::bit_cast<uint32_t>(packed_scale), std::bit_cast<uint32_t>(scales[i].ToFloat()))
+          << scales[i].bits;
+    }
+    TestMatrix back(this->Name(), rows, columns, 0, grid);
+    this->Unpack(layout, packed, 0, 0, back.MutableView());
+    EXPECT_EQ(back, source);
+    for (const uint16_t bits : {0x7c00, 0xfc00, 0x7c01, 0xfe00}) {
+      std::memcpy(view.scales + 2 * view.scales_stride, &bits, sizeof(bits));
+      EXPECT_TRUE(MessageOf<std::invalid_argument>([&] {
+                    this->Pack(layout, source.View());
+                  }).starts_with("test.weight: scale [2, 0] is "))
+          << bits;
+    }
+  } else {
+    GTEST_SKIP() << "the format has no such scales";
   }
 }
 

@@ -253,7 +253,7 @@ TYPED_TEST(PackingTest, RefusesACodeThatIsNotFinite) {
       const float weight = F::Decode(code);
       const std::string shown = std::isnan(weight) ? "nan" : weight < 0 ? "-inf" : "inf";
       EXPECT_EQ(MessageOf<std::invalid_argument>([&] { this->Pack(layout, source.View()); }),
-                "test.weight: weight [18, 77] is " + shown + "; " + this->Name() +
+                "test.weight: weight [18, 77] is " + shown + "; " + std::string(F::kName) +
                     " weights must be finite: the checkpoint is damaged");
     }
   } else {
@@ -265,7 +265,7 @@ TYPED_TEST(PackingTest, RefusesColumnsThatAreNoWholeGroups) {
   using F = TypeParam;
   const std::string group = std::to_string(kGroupSize);
   EXPECT_EQ(MessageOf<std::invalid_argument>([] { PackedLayout<F>(16, kGroupSize + 2); }),
-            this->Name() + ": columns must be a multiple of " + group + ", got " +
+            std::string(F::kName) + ": columns must be a multiple of " + group + ", got " +
                 std::to_string(kGroupSize + 2));
   const TestMatrix matrix(this->Name(), 4, 2 * kGroupSize);
   EXPECT_EQ(

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpp/all_formats.h"
 #include "cpp/message_of.h"
 #include "cpp/test_matrix.h"
 #include "packing/pack.h"
@@ -33,7 +34,7 @@ template <class F>
 class PackingTest : public testing::Test {
  protected:
   using Layout = PackedLayout<F>;
-  static std::string Name() { return std::string(F::kName); }
+  static std::string Name() { return RowOf<F>(); }
 
   static std::vector<std::byte> Pack(const Layout& layout, const RawMatrix& source,
                                      ScaleRange* range = nullptr) {

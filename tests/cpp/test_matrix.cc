@@ -5,12 +5,23 @@
 #include <cstring>
 #include <ranges>
 #include <stdexcept>
+#include <type_traits>
 
 #include "base/bits.h"
 #include "cpp/all_formats.h"
 
 namespace cpumoe {
 namespace {
+
+// One of `scales` as a scale of type Stored. If this type has smaller exponents, any number of it.
+template <class Stored, class Scale>
+Stored RandomScale(const std::vector<Scale>& scales, Rng& rng) {
+  if constexpr (std::is_same_v<Stored, Fp16>) {
+    return {static_cast<uint16_t>(rng() & 0xbfff)};  // without the exponent's highest bit
+  } else {
+    return ExactScale<Stored>(scales[rng() % scales.size()].ToFloat());
+  }
+}
 
 // Fills a row with random codes that are numbers.
 template <class F>
@@ -91,8 +102,7 @@ TestMatrix TestMatrix::Random(const std::string& format, int64_t rows, int64_t c
         for (int64_t row = 0; row < view.scale_rows(); ++row) {
           std::byte* out = view.scales + row * view.scales_stride;
           for (int64_t i = 0; i < view.scale_columns(); ++i, out += sizeof(Stored)) {
-            const float scale = scales[rng() % scales.size()].ToFloat();
-            const auto stored = ExactScale<Stored>(scale);
+            const auto stored = RandomScale<Stored>(scales, rng);
             std::memcpy(out, &stored, sizeof(stored));
           }
         }

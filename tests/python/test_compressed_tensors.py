@@ -204,8 +204,9 @@ def test_mxfp4_pack_quantized_is_read_as_compressed_tensors_writes_it(kimi, pres
         open_checkpoint(kimi).check_supported()
 
 
-@pytest.mark.parametrize("group", [64, 128, None], ids=["64", "128", "channel"])
-def test_pack_quantized_groups_are_read_as_compressed_tensors_writes_them(tmp_path, group):
+@pytest.mark.parametrize("dtype", WEIGHT_FORMATS["int4"].scale_dtypes, ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128, None], ids=["32", "64", "128", "channel"])
+def test_pack_quantized_groups_are_read_as_compressed_tensors_writes_them(tmp_path, group, dtype):
     quantization = pytest.importorskip("compressed_tensors.quantization")
     base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
     compressor = base.PackedQuantizationCompressor
@@ -220,8 +221,8 @@ def test_pack_quantized_groups_are_read_as_compressed_tensors_writes_them(tmp_pa
             continue
         stem = name.removesuffix("_packed")
         n, k = tensor.shape[0], tensor.shape[1] * 8
-        scale = torch.rand(n, 1 if group is None else k // group, generator=generator).bfloat16()
-        weight = torch.randn(n, k, generator=generator).bfloat16()
+        scale = torch.rand(n, 1 if group is None else k // group, generator=generator).to(dtype)
+        weight = torch.randn(n, k, generator=generator).to(dtype)
         packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
         dense[stem] = compressor.decompress(dict(packed), scheme)["weight"].float()
         changes |= {f"{stem}_{kind}": packed[f"weight_{kind}"] for kind in ("packed", "scale")}
@@ -233,8 +234,9 @@ def test_pack_quantized_groups_are_read_as_compressed_tensors_writes_them(tmp_pa
     experts = cpumoe.Experts.from_checkpoint(folder, 2)
     for name in ("gate", "up", "down"):
         matrix = getattr(reader.expert(2, 1), name)
-        # The library rounds products to bf16.
-        actual = WEIGHT_FORMATS["int4"].dequantize(matrix.codes, matrix.scales).bfloat16().float()
+        assert matrix.scales.dtype == dtype
+        # The library rounds products to the dtype of scales.
+        actual = WEIGHT_FORMATS["int4"].dequantize(matrix.codes, matrix.scales).to(dtype).float()
         assert torch.equal(actual, dense[f"model.layers.2.mlp.experts.1.{name}_proj.weight"])
         assert torch.equal(getattr(experts.export(1), name).scales, matrix.scales)
 

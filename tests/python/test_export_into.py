@@ -243,7 +243,12 @@ def test_int4_scales_are_bf16_as_stored():
     weights.pack().export_into(1, **into)
     assert torch.equal(into["up"][1], weights.up.scales[1])
     into["up"] = (into["up"][0], into["up"][1].half())
-    with refused(TypeError, "up scales: expected bfloat16, got float16 [96, 2]"):
+    message = "up: fp16 scales cannot hold the stored bf16 ones; pass scales of that type"
+    with refused(ValueError, message):
+        weights.pack().export_into(1, **into)
+    into["up"] = (into["up"][0], into["up"][1].double())
+    message = "up scales: expected bfloat16 or float16 or float32, got float64 [96, 2]"
+    with refused(TypeError, message):
         weights.pack().export_into(1, **into)
 
 

@@ -201,8 +201,9 @@ def test_scales_of_another_dtype_are_refused():
     message = r"w2.scale: expected float8_e8m0fnu or uint8, got float32 \[4, 2\]"
     with pytest.raises(TypeError, match=message):
         MXFP4.normalize_scales(torch.ones(4, 2), "w2.scale")
-    with pytest.raises(TypeError, match=r"s: expected bfloat16, got float16 \[4, 2\]"):
-        INT4.normalize_scales(torch.ones(4, 2, dtype=torch.float16), "s")
+    message = r"s: expected bfloat16 or float16 or float32, got float64 \[4, 2\]"
+    with pytest.raises(TypeError, match=message):
+        INT4.normalize_scales(torch.ones(4, 2, dtype=torch.float64), "s")
 
 
 def test_nan_scales_are_refused_with_their_index():

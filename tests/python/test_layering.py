@@ -145,7 +145,10 @@ def equal_run(first, second):
 
 def siblings():
     files = {name: t for name, t in cpp_sources().items() if name.endswith("_moe-inl.h")}
-    assert set(files) == {f"moe/{name}_moe-inl.h" for name in cpumoe.WEIGHT_FORMATS}
+    table = (ROOT / "cmake" / "Variants.cmake").read_text()
+    rows = re.findall(r"^cpumoe_format\((\w+)", table, re.MULTILINE)
+    assert set(files) == {f"moe/{row}_moe-inl.h" for row in rows}
+    assert set(rows) >= set(cpumoe.WEIGHT_FORMATS)
     return files
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -115,9 +115,23 @@ SCALE_TYPES = {
     torch.uint8: _core.ScaleType.E8M0,
     torch.float8_e8m0fnu: _core.ScaleType.E8M0,
     torch.bfloat16: _core.ScaleType.BF16,
+    torch.float16: _core.ScaleType.FP16,
     torch.float32: _core.ScaleType.FP32,
     torch.float8_e4m3fn: _core.ScaleType.E4M3,
 }
+
+
+def layer_scale_type(fmt: WeightFormat, dtypes: Iterable[torch.dtype]) -> _core.ScaleType:
+    """Returns the type of scales for which a layer is made.
+
+    Args:
+        fmt: the layer's format.
+        dtypes: the dtypes of its experts' scales. Float32 holds scales of several dtypes.
+    """
+    types = {SCALE_TYPES[dtype] for dtype in dtypes if dtype in fmt.scale_dtypes}
+    if len(types) > 1:
+        return _core.ScaleType.FP32
+    return next(iter(types), _core.ScaleType.OWN)
 
 
 # The gate of experts without one.

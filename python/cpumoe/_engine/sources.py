@@ -34,6 +34,10 @@ class Source(ABC):
     progress: bool | None = False
     lasting = False
 
+    def scale_dtypes(self) -> set[torch.dtype]:
+        """Returns the dtypes of the experts' scales, as far as they are known before reading."""
+        return set()
+
     @abstractmethod
     def reading(self) -> AbstractContextManager[ReadExpert]:
         """Opens the source. The weights that were read are valid until the context ends.
@@ -67,6 +71,17 @@ class InOrder(Source):
         """Makes a source of `experts`."""
         self._experts = iter(experts)
         self._count = count
+
+    @override
+    def scale_dtypes(self) -> set[torch.dtype]:
+        """Returns the dtypes of the first expert's scales."""
+        first = list(itertools.islice(self._experts, 1))
+        self._experts = itertools.chain(first, self._experts)
+        # Packing refuses what is no ExpertWeights.
+        names = ("gate", "up", "down")
+        matrices = (getattr(expert, name, None) for expert in first for name in names)
+        scales = (getattr(matrix, "scales", None) for matrix in matrices)
+        return {each.dtype for each in scales if isinstance(each, torch.Tensor)}
 
     @override
     @contextmanager
@@ -128,6 +143,11 @@ class CheckpointSource(Source):
             self._stamps = self._reader.folder.stamps()
             if not keep_reader:
                 self._reader = None
+
+    @override
+    def scale_dtypes(self) -> set[torch.dtype]:
+        assert self._reader is not None
+        return self._reader.scale_dtypes(self._layer, self.experts)
 
     @override
     @contextmanager

@@ -6,7 +6,7 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -19,6 +19,7 @@ from cpumoe._base.scalars import integer
 from cpumoe.checkpoint.activations import activation_of
 from cpumoe.checkpoint.config import MoeConfig
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
+from cpumoe.checkpoint.header import TORCH_DTYPES
 from cpumoe.checkpoint.shards import SafetensorsFolder
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat
 from cpumoe.formats.quantized_matrix import BLOCK
@@ -225,6 +226,22 @@ class ExpertReader(ABC):
             for matrix in (weights.gate, weights.up, weights.down):
                 fmt.check_scales(matrix.scales, matrix.name)
         return weights
+
+    def scale_dtypes(self, layer: int, experts: Iterable[int]) -> set[torch.dtype]:
+        """Returns the dtypes of the scales of a layer's experts, from the shards' headers.
+
+        Errors are those of `check_layer`.
+        """
+        prefix = self._supported_prefix(layer)
+        accepted = WEIGHT_FORMATS[self.layer_format(layer)].scale_dtypes
+        names = (
+            name
+            for index in set(experts)
+            for name, dtypes, _ in self._expert_tensors(prefix, index)
+            if dtypes is accepted  # and so the tensor has scales
+        )
+        found = {self.folder.info(name).dtype for name in names}
+        return {TORCH_DTYPES[name] for name in found if name in TORCH_DTYPES}
 
     def check_supported(self) -> None:
         """Raises UnsupportedFormatError if `unsupported` has reasons."""

@@ -1,6 +1,7 @@
-"""Symmetric INT4: codes -8..7, and one bf16 scale per 32 of them.
+"""Symmetric INT4: codes -8..7, and one scale per 32 of them.
 
-Source: compressed-tensors 0.20, ``pack-quantized``.
+Scales are bf16, as quantizing makes them, fp16 or fp32. Source: compressed-tensors 0.20,
+``pack-quantized``, whose scales have the dtype of the unquantized model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ INT4 = WeightFormat(
     scale_storage=torch.bfloat16,
     values=tuple(float(q) for q in range(-8, 8)),
     code_dtypes=(torch.int32, torch.uint8, torch.int8),
-    scale_dtypes=(torch.bfloat16,),
+    scale_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    scales_choose_kernels=True,
     quantize_groups=_quantize_groups,
 )

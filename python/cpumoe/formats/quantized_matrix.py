@@ -18,10 +18,10 @@ class QuantizedMatrix:
         codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k; or bfloat16
             (bf16), float16 (fp16) or float8_e4m3fn (fp8) ``[..., N, K]``. Rows may be strided; the
             last dimension is contiguous.
-        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4) or bfloat16 (int4). For
-            fp8, float32, bfloat16 or float8_e8m0fnu: ``[..., ceil(N/128), ceil(K/128)]`` for
-            blocks, or ``[..., N, 1]`` for rows. float8_e4m3fn for nvfp4. None: the format has none
-            (bf16, fp16).
+        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4), or bfloat16, float16 or
+            float32 (int4). For fp8, float32, bfloat16 or float8_e8m0fnu:
+            ``[..., ceil(N/128), ceil(K/128)]`` for blocks, or ``[..., N, 1]`` for rows.
+            float8_e4m3fn for nvfp4. None: the format has none (bf16, fp16).
         factor: float32 ``[...]``, one for each matrix, which multiplies all its weights (nvfp4).
             None: the format has none.
         name: the name in error messages, such as a checkpoint tensor's; may be empty.

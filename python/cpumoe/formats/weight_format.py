@@ -52,6 +52,8 @@ class WeightFormat:
         scale_storage: the dtype in which scales are usually stored in tensors (uint8 bytes for
             E8M0).
         scale_dtypes: checkpoint dtypes accepted for scales.
+        scales_choose_kernels: whether the engine has other kernels for other dtypes of scales, so
+            that a layer is made for the dtypes of its experts' scales.
         quantize_groups: turns float32 ``[..., G, group_size]`` into uint8 nibbles of this shape
             and scales ``[..., G]`` in `scale_storage`. A format without values rounds to its dtype.
         quantize_block: turns float32 ``[n, k]`` that share a scale into codes, and one scale
@@ -70,6 +72,7 @@ class WeightFormat:
     scale_dtype: torch.dtype | None = None
     scale_storage: torch.dtype | None = None
     scale_dtypes: tuple[torch.dtype, ...] = ()
+    scales_choose_kernels: bool = False
     quantize_groups: Quantizer | None = None
     quantize_block: Quantizer | None = None
     factor_for: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -290,7 +293,7 @@ class WeightFormat:
         """Returns the weights ``[..., N, K]``.
 
         They are exact in float64. In float32 they are exact within its range, except where scales
-        (fp8) or factors (nvfp4) are float32. Their products are rounded.
+        (fp8, int4) or factors (nvfp4) are float32. Their products are rounded.
 
         Args:
             codes: as in a `QuantizedMatrix` (see `normalize_codes`).
@@ -313,8 +316,9 @@ class WeightFormat:
             return _scaled_blocks(QuantizedMatrix(codes, scales), dtype)
         pairs = torch.nn.functional.embedding(codes.int(), _pair_table(self.values, dtype))
         groups = pairs.view(*scales.shape, -1)
-        assert self.scale_dtype is not None
-        factors = scales.view(self.scale_dtype).to(torch.float32).to(dtype)
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            scales = scales.view(self.scale_dtype)
+        factors = scales.to(torch.float32).to(dtype)
         if factor is not None:
             factors = factors * factor[..., None, None].to(dtype)
         return groups.mul_(factors.unsqueeze(-1)).view(*codes.shape[:-1], -1)
