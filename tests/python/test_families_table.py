@@ -1,8 +1,9 @@
 """docs/families.md is generated: ``python tests/python/test_families_table.py`` refreshes it.
 
 For each family of transformers, a tiny random model computes logits and 16 greedy tokens: with
-transformers' eager experts, with experts that cpumoe reads from the saved checkpoint, and with
-``set_experts_implementation("cpumoe")``. ``CPUMOE_TEST_FAMILIES=1`` compares the whole page.
+transformers' eager experts, with experts that cpumoe reads from the saved checkpoint, with cpumoe's
+dense layers besides, and with ``set_experts_implementation("cpumoe")``. ``CPUMOE_TEST_FAMILIES=1``
+compares the whole page.
 """
 
 import os
@@ -21,7 +22,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from cpumoe.checkpoint import open_checkpoint
-from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, from_pretrained
+from cpumoe.integrations.transformers import CpuExperts, ExpertsOptions, dense, from_pretrained
 from cpumoe.integrations.transformers.activation import module_activation
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -43,6 +44,8 @@ random model of each family was saved as the family publishes its checkpoints, i
 computed fp32 logits, and {NEW_TOKENS} tokens by always taking the most probable one.
 
 - "from the checkpoint": cpumoe's `from_pretrained` reads the experts from the files.
+- "and dense layers": so does `from_pretrained` with `ExpertsOptions(dense="native")`. The numbers
+  say how many of the model's dense layers cpumoe computes.
 - "in memory": `set_experts_implementation("cpumoe")` packs the experts of a model that transformers
   has loaded.
 - "works": the logits differ from those of transformers' eager experts by at most 1e-5 (relative),
@@ -51,8 +54,8 @@ computed fp32 logits, and {NEW_TOKENS} tokens by always taking the most probable
 Larger models that include a vision or audio tower were tested by their language part. Formats of
 published checkpoints other than bf16 are [another matter](transformers.md#which-models-work).
 
-| family | activation | from the checkpoint | in memory |
-|---|---|---|---|
+| family | activation | from the checkpoint | and dense layers | in memory |
+|---|---|---|---|---|
 """
 
 
@@ -64,17 +67,28 @@ def row(family: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         families.tiny_model(family).bfloat16().save_pretrained(folder)
         stored = outcome(lambda: computed(loaded(folder, type(reference))), expected, folder)
+        layers = stored if stored != WORKS else dense_outcome(folder, type(reference), expected)
     reference.set_experts_implementation("cpumoe")
     in_memory = outcome(lambda: computed(reference), expected)
-    return f"| `{family}` | {activation(reference)} | {stored} | {in_memory} |\n"
+    return f"| `{family}` | {activation(reference)} | {stored} | {layers} | {in_memory} |\n"
 
 
-def loaded(folder: str, model_class: Any) -> Any:
+def dense_outcome(folder: str, model_class: Any, expected: tuple[torch.Tensor, list[int]]) -> str:
+    """What the model computes with cpumoe's dense layers, and how many these are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "_LEAST_BYTES", 0)  # the model is tiny
+        model = loaded(folder, model_class, dense="native")
+    done = model.hf_quantizer.dense_layers
+    count = f"{len(done.ours)} of {len(done.ours) + len(done.hosts)}"
+    return f"{outcome(lambda: computed(model), expected)} ({count})"
+
+
+def loaded(folder: str, model_class: Any, **options: Any) -> Any:
     model = from_pretrained(
         folder,
         model_class=model_class,
         dtype=torch.float32,
-        options=ExpertsOptions(progress=False),
+        options=ExpertsOptions(progress=False, **options),
     )
     assert any(isinstance(module, CpuExperts) for module in model.modules())
     return model
@@ -147,7 +161,7 @@ def test_the_page_says_what_the_family_does(family):
 @of_the_pages_version
 @pytest.mark.parametrize("family", TESTED)
 def test_the_reader_alone_knows_the_activation_of_a_family_that_works(tmp_path, family):
-    if f"{WORKS} | {WORKS} |" in page_rows()[family]:
+    if page_rows()[family].count(f"| {WORKS}") == 3:
         model = families.tiny_model(family)
         model.bfloat16().save_pretrained(tmp_path)
         _, module = next(families.experts_modules(model))
