@@ -15,6 +15,7 @@ from cpumoe._base.tensors import (
     is_recorded,
     modes_are_active,
     new_strided,
+    plain,
     refuse_tracing,
 )
 from cpumoe._engine.arguments import MatrixStack, dense_bias, matrix_view, normalized
@@ -40,12 +41,41 @@ def own_format(weight: torch.Tensor) -> str | None:
     """Returns the name of a format that holds weights exactly, or None.
 
     Args:
-        weight: a matrix of any dtype. float32 weights have a format if all of them are bf16
-            numbers.
+        weight: a matrix of any dtype, in memory on the CPU. float32 weights have a format if all of
+            them are bf16 numbers, or all of them are fp16 numbers.
     """
-    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
-        return "bf16"
+    if weight.dtype == torch.float32:
+        for dtype, name in _OWN_FORMAT.items():
+            if torch.equal(weight.to(dtype).float(), weight):
+                return name
     return _OWN_FORMAT.get(weight.dtype)
+
+
+def stored_weights(
+    module: torch.nn.Linear, format: str | None, name: str
+) -> tuple[QuantizedMatrix, str]:
+    """Returns a module's weights in a format, and the format's name.
+
+    Args:
+        module: the module.
+        format: the format to which weights are rounded; None: the one that holds them exactly.
+        name: what errors call the weights.
+
+    Raises:
+        TypeError: no format holds the weights exactly, or they are not in memory on the CPU.
+        ValueError: see `Linear.from_module`.
+    """
+    weight = plain(module.weight.detach(), name).contiguous()
+    format = own_format(weight) if format is None else format
+    if format is None:
+        raise TypeError(
+            f"{name}: expected bfloat16 or float16, or float32 weights that are numbers of one of "
+            f"these, got {describe(weight)}; pass format= to round the weights, for example "
+            'format="bf16"'
+        )
+    if format == _OWN_FORMAT.get(weight.dtype):
+        return QuantizedMatrix(weight, name=name), format
+    return weight_format(format).quantized(weight, name=name), format
 
 
 class Linear(torch.nn.Module):
@@ -74,6 +104,7 @@ class Linear(torch.nn.Module):
         fmt = weight_format(format)
         matrix = normalized(fmt, weight, "weight", stacked=False)
         self.out_features, self.in_features = matrix.shape
+        self._sizes = self.in_features, self.out_features
         name, origin = select_isa(options.isa)
         self._format = fmt
         self._precision = options.precision
@@ -110,31 +141,24 @@ class Linear(torch.nn.Module):
             module: the layer, on the CPU.
             format: a weight format, such as "mxfp4", to which the weights are rounded. Default: the
                 weights as they are, in bfloat16 or float16, or in float32 if all of them are
-                bfloat16 numbers.
+                numbers of one of these.
             options: threads, precision, variant and kernels; default: `ExpertsOptions()`.
             **overrides: fields of `ExpertsOptions` by name. They take precedence over `options`.
 
         Raises:
-            TypeError: `module` is another kind of module, its weights have a dtype that needs a
-                `format`, or they are not on the CPU.
-            ValueError: in_features is no multiple of 32, a weight is NaN or infinite, or the format
-                is unknown.
+            TypeError: `module` is another kind of module, or of a derived class; its weights need a
+                `format`, or are not on the CPU.
+            ValueError: in_features is no multiple of 32, a weight is NaN or infinite, the format
+                is unknown, or the module has hooks.
         """
-        if not isinstance(module, torch.nn.Linear):
-            raise TypeError(f"module: expected a torch.nn.Linear, got {type(module).__name__}")
-        weight = module.weight.detach()
-        if format is None:
-            format = own_format(weight)
-        if format is None:
+        if type(module) is not torch.nn.Linear:
             raise TypeError(
-                "module.weight: expected bfloat16 or float16, or float32 weights that are bfloat16 "
-                f"numbers, got {describe(weight)}; pass format= to round the weights, for example "
-                'format="bf16"'
+                f"module: expected exactly a torch.nn.Linear, got {type(module).__name__}, which "
+                "may compute something else; for its weights alone there is from_tensors"
             )
-        if format == _OWN_FORMAT.get(weight.dtype):
-            matrix = QuantizedMatrix(weight, name="module.weight")
-        else:
-            matrix = weight_format(format).quantized(weight, name="module.weight")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError("module: expected no hooks, which would be lost; remove them first")
+        matrix, format = stored_weights(module, format, "module.weight")
         options = with_overrides(options, overrides, "Linear.from_module")
         return cls(matrix, format=format, bias=module.bias, options=options)
 
@@ -171,47 +195,47 @@ class Linear(torch.nn.Module):
         return cls(matrix, format=format, bias=bias, options=options)
 
     @override
-    def forward(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Computes ``x W^T + b``. Sums are fp32, and are rounded once, to nearest even.
+    def forward(self, input: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Computes ``input W^T + b``. Sums are fp32, and are rounded once, to nearest even.
 
         ``torch.compile``, ``torch.export`` and tracers record the call as the operator
         ``torch.ops.cpumoe.linear``. Meta and fake tensors give a result like them.
 
         Args:
-            x: ``[..., in_features]`` bf16, fp16 or fp32, on the CPU.
-            out_dtype: the result's dtype, bf16, fp16 or fp32. Default: that of `x`.
+            input: ``[..., in_features]`` bf16, fp16 or fp32, on the CPU.
+            out_dtype: the result's dtype, bf16, fp16 or fp32. Default: that of `input`, under
+                autocast as well.
 
         Returns:
-            ``[..., out_features]``, contiguous. If `x` requires a gradient, so does the result, and
-            the backward pass through it raises RuntimeError.
+            ``[..., out_features]``, contiguous. If `input` requires a gradient, so does the result,
+            and the backward pass through it raises RuntimeError.
 
         Raises:
-            TypeError: `x` has another dtype, device or layout, or no memory; torch.func transforms
-                it; `out_dtype` is another dtype.
-            ValueError: the last dimension of `x` is not in_features.
-            RuntimeError: the runtime is closed, or belongs to the parent of a forked process; `x`
-                has a tangent of forward-mode differentiation.
+            TypeError: `input` has another dtype, device or layout, or no memory; torch.func
+                transforms it; `out_dtype` is another dtype.
+            ValueError: the last dimension of `input` is not in_features.
+            RuntimeError: the runtime is closed, or belongs to the parent of a forked process;
+                `input` has a tangent of forward-mode differentiation.
         """
         if _seen_by_dynamo():
-            sizes = self.in_features, self.out_features
-            return record_linear(self._handle.tensor, sizes, x, out_dtype)
+            return record_linear(self._handle.tensor, self._sizes, input, out_dtype)
         try:
-            return self._compute(x, out_dtype)
+            return self.compute(input, out_dtype)
         except TypeError:
-            if not is_recorded(x):
+            if not is_recorded(input):
                 raise
-            sizes = self.in_features, self.out_features
-            return record_linear(self._handle.number, sizes, x, out_dtype)
+            return record_linear(self._handle.number, self._sizes, input, out_dtype)
 
-    def _compute(self, given: torch.Tensor, out_dtype: torch.dtype | None) -> torch.Tensor:
-        x, start, shape = contiguous(given, "x", True)
+    def compute(self, given: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Does what `forward` does, without hooks and tracers, for the operator."""
+        x, start, shape = contiguous(given, "input", True)
         check_input(x, self.in_features)
         if out_dtype is None:
             out_dtype = x.dtype
         else:
             Destination(dtype=out_dtype).check()
         if modes_are_active():
-            refuse_tracing("x")
+            refuse_tracing("input")
         n = self.out_features
         tokens = x.numel() // self.in_features
         output, output_start = new_strided((tokens, n), (n, 1), out_dtype)

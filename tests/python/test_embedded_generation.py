@@ -59,6 +59,19 @@ def test_it_writes_words_and_answers_end():
     assert "stop" in {answer.finish_reason for answer in answers}
 
 
+def test_commands_may_give_dense_layers_to_cpumoe():
+    prompt = ["-p", "In the beginning", "--max-tokens", "8", "--temperature", "0"]
+    arguments = ["generate", *prompt, "--dtype", "float32"]
+    host, native = (
+        CliRunner().invoke(app, [*arguments, "--dense", dense]) for dense in ("host", "native")
+    )
+    assert host.exit_code == native.exit_code == 0, native.output
+    assert host.stdout == native.stdout
+    refused = CliRunner().invoke(app, [*arguments, "--dense", "q8"])
+    assert refused.exit_code == 2
+    assert "dense: expected host, native or a weight format" in refused.output
+
+
 def test_it_is_the_commands_default():
     arguments = ["generate", "-p", "In the beginning", "--max-tokens", "8", "--json"]
     result = CliRunner().invoke(app, arguments)

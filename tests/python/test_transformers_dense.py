@@ -110,13 +110,17 @@ class Model(nn.Module):
         self.narrow = nn.Linear(64, 40)
         self.after_narrow = nn.Linear(40, 64)
         self.derived = Derived(64, 64)
+        self.unreached = nn.Linear(64, 64)
+        self.twice = self.also_twice = nn.Linear(64, 64)
         self.tied = nn.Linear(64, 8, bias=False)
         self.tied.weight = self.embedding.weight
         self.bfloat16().requires_grad_(False)
 
     def forward(self, input_ids, use_cache=False, past_key_values=None):
         x = self.plain(self.embedding(input_ids))
-        x = self.hooked(x) + nn.functional.linear(x, self.looked_at.weight)
+        x = self.also_twice(self.twice(self.hooked(x))) + nn.functional.linear(
+            x, self.looked_at.weight
+        )
         return self.tied(self.derived(self.after_narrow(self.narrow(x))))
 
 
@@ -126,6 +130,7 @@ class Derived(nn.Linear):
 
 def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
     model = Model()
+    model.embedding.eval()
     ids = torch.arange(5)[None]
     expected = model(ids)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
@@ -136,19 +141,27 @@ def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
         "derived": "it is a Derived",
         "tied": "it shares its weights with another module",
         "looked_at": "the model looks at its weights",
+        "unreached": "the tokens of a trial do not reach it",
+        "twice": "it shares its weights with another module",
+        "also_twice": "it shares its weights with another module",
     }
     assert relative_error(model(ids), expected) < 2e-2
     assert model.training
+    assert not model.embedding.training
 
 
 def test_a_model_that_cannot_be_tried_stays_as_it_is():
     model = nn.Sequential(nn.Linear(64, 64).bfloat16())
-    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    with pytest.warns(
+        RuntimeWarning, match="^dense layers stay transformers': the model cannot be"
+    ):
+        done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
     assert not done.ours
-    assert done.hosts["0"].startswith("the model cannot read three tokens: ")
+    assert done.hosts["0"].startswith("the model cannot be tried: ")
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:dense layers stay")
 def test_small_and_inexact_layers_stay_the_hosts(monkeypatch):
     monkeypatch.setattr(dense, "_LEAST_BYTES", 64 << 10)
     model = Model()
@@ -159,7 +172,7 @@ def test_small_and_inexact_layers_stay_the_hosts(monkeypatch):
     model.plain.weight.normal_()
     monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
-    assert done.hosts["plain"] == "no format holds its float32 weights"
+    assert done.hosts["plain"] == "no format holds its float32 weights exactly"
     assert done.ours == ["narrow"]
 
 

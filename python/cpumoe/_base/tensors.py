@@ -212,8 +212,8 @@ def refuse_tracing(name: str) -> None:
     tracer = _tracer()
     if tracer:
         raise TypeError(
-            f"{name}: {tracer} cannot record cpumoe's experts, only operations of PyTorch; keep "
-            f"the experts out of the traced code"
+            f"{name}: {tracer} cannot record cpumoe's layers, only operations of PyTorch; keep "
+            "these layers out of the traced code"
         )
 
 

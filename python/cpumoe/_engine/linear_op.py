@@ -5,7 +5,7 @@ The operator finds its layer by a handle (`cpumoe._engine.handles`).
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from cpumoe._engine.gradients import refuse_derivatives
 from cpumoe._engine.handles import Handles
 from cpumoe._engine.output import ELEMENTS, Destination
 
-# A layer computes what `Linear.forward` describes, from x and `out_dtype`.
+# A layer has a method `compute`, which takes x and `out_dtype` as `Linear.forward` does.
 _handles = Handles("Linear")
 new_handle = _handles.new
 
@@ -23,10 +23,10 @@ new_handle = _handles.new
 def check_input(x: torch.Tensor, in_features: int | None) -> None:
     """Checks dtype and shape of x; see `Linear.forward`. `in_features` may be unknown."""
     if x.dtype not in ELEMENTS:
-        raise TypeError(f"x: expected bfloat16, float16 or float32, got {describe(x)}")
+        raise TypeError(f"input: expected bfloat16, float16 or float32, got {describe(x)}")
     if not x.dim() or (in_features is not None and x.shape[-1] != in_features):
         wanted = "in_features" if in_features is None else in_features
-        raise ValueError(f"x: expected [..., {wanted}], got {list(x.shape)}")
+        raise ValueError(f"input: expected [..., {wanted}], got {list(x.shape)}")
 
 
 def record_linear(
@@ -58,9 +58,10 @@ def _compute(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    known = _handles.layer(layer)
+    # The layer itself is not called: whoever recorded the operator recorded its hooks as well.
+    known: Any = _handles.layer(layer)
     with torch.no_grad():  # gradients are the business of refuse_derivatives
-        y = known(x, out_dtype=out_dtype)
+        y: torch.Tensor = known.compute(x, out_dtype)
     if y.shape[-1] != out_features:
         raise ValueError(
             f"out_features: expected {y.shape[-1]}, which the layer has, got {out_features}"
@@ -77,7 +78,7 @@ def _fake(
 ) -> torch.Tensor:
     _handles.check(layer)
     if x.device.type not in ("cpu", "meta"):
-        raise TypeError(f"x: expected a CPU tensor, got device {x.device}")
+        raise TypeError(f"input: expected a CPU tensor, got device {x.device}")
     Destination(dtype=out_dtype).check()
     check_input(x, None)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)

@@ -2,12 +2,13 @@
 
 A module is replaced if nothing but its product is used. It must be exactly a `torch.nn.Linear`,
 without hooks, whose weights belong to it alone and have a format that holds them. The model then
-reads three tokens, while each such module notes who looks at its weights. All other modules stay
-the host's. Therefore no list of model types is needed.
+reads two tokens and writes two, while each such module notes that it is called, and whether anybody
+looks at its weights. All other modules stay the host's. Therefore no list of model types is needed.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from typing_extensions import override
 
 import cpumoe
 from cpumoe._base.progress import track
+from cpumoe._base.tensors import dtype_name
 from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
-from cpumoe.linear import own_format
+from cpumoe.linear import own_format, stored_weights
 
 # Handing a product to other threads takes as long as reading about so many bytes.
 _LEAST_BYTES = 64 << 10
@@ -59,7 +61,7 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
         return done
     users = _users(model)
     chosen = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
             reason = _obstacle(module, users, dense)
             if reason:
@@ -73,14 +75,15 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
         module = chosen.pop(name)
         path, _, child = name.rpartition(".")
         format = None if dense == NATIVE else dense
-        layer = cpumoe.Linear.from_module(module, format=format, options=options)
+        matrix, format = stored_weights(module, format, f"{name}.weight")
+        layer = cpumoe.Linear(matrix, format=format, bias=module.bias, options=options)
         setattr(model.get_submodule(path), child, layer)
         done.ours.append(name)
     return done
 
 
 class _Watched(nn.Linear):
-    """A module that notes whether its parameters are used for anything but its product."""
+    """A module that notes that it is called, and whether its parameters are used otherwise."""
 
     @override
     def __getattr__(self, name: str) -> Any:
@@ -90,7 +93,7 @@ class _Watched(nn.Linear):
 
     @override
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.__dict__["_computes"] = True
+        self.__dict__["_computes"] = self.__dict__["_called"] = True
         try:
             return super().forward(input)
         finally:
@@ -98,37 +101,61 @@ class _Watched(nn.Linear):
 
 
 def _other_uses(model: nn.Module, modules: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Returns which modules the model uses other than by calling them, and how that showed."""
+    """Returns which modules are not known to be used by calling them alone, and why."""
+    if not modules:
+        return {}
     for module in modules.values():
         module.__class__ = _Watched
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
+    refused = ""
     try:
-        _read_tokens(model)
+        _try(model)
     except Exception as error:  # whatever a model refuses; the modules then stay as they are
-        return dict.fromkeys(modules, f"the model cannot read three tokens: {error}")
+        refused = f"the model cannot be tried: {error}"
+        warnings.warn(f"dense layers stay transformers': {refused}", RuntimeWarning, stacklevel=4)
     finally:
-        model.train(training)
-        used = [name for name, module in modules.items() if module.__dict__.pop("_used", False)]
+        for each, was in training.items():
+            each.training = was
         for module in modules.values():
             module.__class__ = nn.Linear
-    return dict.fromkeys(used, "the model looks at its weights")
+        seen = {name: (_took(m, "_used"), _took(m, "_called")) for name, m in modules.items()}
+    if refused:
+        return dict.fromkeys(modules, refused)
+    return {
+        name: "the model looks at its weights" if used else "the tokens of a trial do not reach it"
+        for name, (used, called) in seen.items()
+        if used or not called
+    }
 
 
-def _read_tokens(model: Any) -> None:
-    """Lets a model read two tokens at once, and then one with their cache."""
+def _took(module: nn.Module, note: str) -> bool:
+    """Removes a module's note and returns whether there was one."""
+    return module.__dict__.pop(note, None) is not None
+
+
+def _try(model: Any) -> None:
+    """Lets a model read two tokens, and write two if it can, with the host's own loop and cache."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu")
     with torch.inference_mode():
-        outputs = model(input_ids=ids, use_cache=True)
-        cache = getattr(outputs, "past_key_values", None)
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        if not hasattr(model, "can_generate") or not model.can_generate():
+            model(input_ids=ids)
+            return
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
 
 def _users(model: nn.Module) -> Counter[int]:
-    """Returns how many modules use each parameter, by its identity."""
+    """Returns how many names of modules each parameter has, by its identity."""
     return Counter(
         id(parameter)
-        for module in model.modules()
+        for _, module in model.named_modules(remove_duplicate=False)
         for parameter in module._parameters.values()
         if parameter is not None
     )
@@ -150,5 +177,5 @@ def _obstacle(module: nn.Linear, users: Counter[int], dense: str) -> str:
     if weight.nbytes < _LEAST_BYTES:
         return f"its weights have only {weight.nbytes} bytes"
     if dense == NATIVE and own_format(weight) is None:
-        return f"no format holds its {str(weight.dtype).removeprefix('torch.')} weights"
+        return f"no format holds its {dtype_name(weight.dtype)} weights exactly"
     return ""
