@@ -6,10 +6,21 @@ import os
 from collections import Counter
 
 import pytest
-import torch
-from checkpoint_tools import write_small
 
-from cpumoe import _core
+# Test processes outnumber the cores together with PyTorch's threads. An OpenMP thread that waits by
+# spinning would keep the thread that it waits for from running. OpenMP reads this while PyTorch is
+# imported; tests see the environment as it was.
+_SPINNING = os.environ.get("GOMP_SPINCOUNT")
+os.environ["GOMP_SPINCOUNT"] = "0"
+import torch  # noqa: E402
+
+if _SPINNING is None:
+    del os.environ["GOMP_SPINCOUNT"]
+else:
+    os.environ["GOMP_SPINCOUNT"] = _SPINNING
+from checkpoint_tools import write_small  # noqa: E402
+
+from cpumoe import _core  # noqa: E402
 
 # Tests, and the processes that they start, must not depend on a developer's proxies, terminal and
 # preferences. The modules that read these variables are imported later.
@@ -22,6 +33,15 @@ for _name in ("COLUMNS", "LINES", "TRANSFORMERS_VERBOSITY"):
 # The reference runs on small tensors in tests, for which a barrier per operation costs more than
 # threads save.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_of_pytorch():
+    """Undoes what a command that ran in this process has chosen."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
 
 # The features that tests/emulator emulates. Under the emulator, variants run on any CPU that has
 # their other features. This must happen before test modules ask for the supported variants.
