@@ -97,7 +97,7 @@ def test_gradients_through_a_compiled_module_are_refused(module):
     x, *routed = routing(6, tiny_models.EXPERTS)
     function = torch.compile(module, fullgraph=True, backend="aot_eager")
     result = function(x.requires_grad_(), *routed)
-    with pytest.raises(RuntimeError, match="experts compute no gradients"):
+    with pytest.raises(RuntimeError, match="layers compute no gradients"):
         result.sum().backward()
 
 
@@ -156,7 +156,7 @@ def test_several_modules_in_memory_share_a_graph():
 def test_gradients_of_compiled_experts_in_memory_are_refused():
     module, arguments = in_memory(), routing()
     result = torch.compile(module, backend="aot_eager")(*arguments)
-    with pytest.raises(RuntimeError, match="experts compute no gradients"):
+    with pytest.raises(RuntimeError, match="layers compute no gradients"):
         result.sum().backward()
 
 
