@@ -46,6 +46,8 @@ computed fp32 logits, and {NEW_TOKENS} tokens by always taking the most probable
 - "from the checkpoint": cpumoe's `from_pretrained` reads the experts from the files.
 - "and dense layers": so does `from_pretrained` with `ExpertsOptions(dense="native")`. The numbers
   say how many of the tiny model's dense layers cpumoe computes, as if they had the least size.
+  "0 of" means that transformers' generation loop refuses the tiny model, which has linear attention
+  alone. The published model has other layers as well.
 - "in memory": `set_experts_implementation("cpumoe")` packs the experts of a model that transformers
   has loaded.
 - "works": the logits differ from those of transformers' eager experts by at most 1e-5 (relative),
