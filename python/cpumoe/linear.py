@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from typing_extensions import Unpack, override
 
@@ -25,9 +23,9 @@ from cpumoe._engine.gradients import without_gradients
 from cpumoe._engine.linear_op import check_input, new_handle, record_linear
 from cpumoe._engine.output import ELEMENTS, Destination
 from cpumoe.formats import QuantizedMatrix, weight_format
-from cpumoe.isa import select_isa
 from cpumoe.numerics.precision import resolve_precision
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
+from cpumoe.packed_layer import PackedLayer
 from cpumoe.runtime import Runtime, default_runtime
 
 # Formats that hold weights of a dtype as they are.
@@ -78,7 +76,7 @@ def stored_weights(
     return weight_format(format).quantized(weight, name=name), format
 
 
-class Linear(torch.nn.Module):
+class Linear(PackedLayer, torch.nn.Module):
     """A dense layer ``y = x W^T + b`` for inference, in place of `torch.nn.Linear`.
 
     The weights are packed for this CPU, in the format in which they are stored. They are in memory
@@ -89,9 +87,11 @@ class Linear(torch.nn.Module):
     `cpumoe.Experts`.
     """
 
+    _anew = "make it anew with from_module or from_tensors"
+
     def __init__(
         self,
-        weight: QuantizedMatrix,
+        weight: MatrixStack,
         *,
         format: str,
         bias: torch.Tensor | None = None,
@@ -101,14 +101,9 @@ class Linear(torch.nn.Module):
         """Packs a matrix; prefer `from_module` and `from_tensors`, which describe the arguments."""
         super().__init__()
         options = with_overrides(options, overrides, "Linear")
-        fmt = weight_format(format)
-        matrix = normalized(fmt, weight, "weight", stacked=False)
+        origin = self._choose(format, options.isa, options.precision)
+        matrix = normalized(self._format, weight, "weight", stacked=False)
         self.out_features, self.in_features = matrix.shape
-        self._sizes = self.in_features, self.out_features
-        name, origin = select_isa(options.isa)
-        self._format = fmt
-        self._precision = options.precision
-        self._isa = _core.open_variant(name, origin)
         self._runtime = options.runtime
         self._bias = dense_bias(bias, self.out_features)
         floats = None if self._bias is None else self._bias.float().contiguous()
@@ -116,7 +111,7 @@ class Linear(torch.nn.Module):
             runtime=self.runtime.core,
             isa=self._isa,
             origin=origin,
-            format=fmt.name,
+            format=self.format,
             matrix=matrix_view(matrix, matrix.name),
             bias=0 if floats is None else address(floats, "bias"),
             precision=engine_precision(options.precision),
@@ -191,8 +186,7 @@ class Linear(torch.nn.Module):
                 NaN, or a tensor is not contiguous along its last dimension.
         """
         options = with_overrides(options, overrides, "Linear.from_tensors")
-        matrix = normalized(weight_format(format), weight, "weight", stacked=False)
-        return cls(matrix, format=format, bias=bias, options=options)
+        return cls(weight, format=format, bias=bias, options=options)
 
     @override
     def forward(self, input: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -218,13 +212,18 @@ class Linear(torch.nn.Module):
                 `input` has a tangent of forward-mode differentiation.
         """
         if _seen_by_dynamo():
-            return record_linear(self._handle.tensor, self._sizes, input, out_dtype)
+            return self._record(self._handle.tensor, input, out_dtype)
         try:
             return self.compute(input, out_dtype)
         except TypeError:
             if not is_recorded(input):
                 raise
-            return record_linear(self._handle.number, self._sizes, input, out_dtype)
+            return self._record(self._handle.number, input, out_dtype)
+
+    def _record(
+        self, handle: torch.Tensor | int, input: torch.Tensor, out_dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        return record_linear(handle, (self.in_features, self.out_features), input, out_dtype)
 
     def compute(self, given: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """Does what `forward` does, without hooks and tracers, for the operator."""
@@ -285,21 +284,6 @@ class Linear(torch.nn.Module):
         return None if self._bias is None else self._bias.clone()
 
     @property
-    def format(self) -> str:
-        """Name of the weight format, e.g. "bf16"."""
-        return self._format.name
-
-    @property
-    def isa(self) -> str:
-        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
-        return self._isa
-
-    @property
-    def precision(self) -> str:
-        """The lowest precision of activations: "auto", "bf16" or "int8"."""
-        return self._precision
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights, the bias included."""
         return self._layer.nbytes
@@ -315,11 +299,4 @@ class Linear(torch.nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self._bias is not None}, format={self.format}, isa={self.isa}"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled or copied."""
-        raise TypeError(
-            "Linear cannot be pickled or copied, because packed weights belong to this process; "
-            "make it anew with from_module or from_tensors"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
 
 import torch
 
@@ -19,15 +18,16 @@ from cpumoe._engine.packing import ExpertForm
 from cpumoe._engine.residency import Residency
 from cpumoe._engine.sources import Given, Source
 from cpumoe.checkpoint import ExpertWeights
-from cpumoe.formats import weight_format
-from cpumoe.isa import select_isa
 from cpumoe.numerics.glu import GLU, SwiGLU
 from cpumoe.options import ExpertsOptions
+from cpumoe.packed_layer import PackedLayer
 from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
 
-class PackedExperts:
+class PackedExperts(PackedLayer):
     """The packed weights of a layer's experts. `cpumoe.Experts` adds loading and `__call__`."""
+
+    _anew = "make them anew with from_checkpoint or from_tensors"
 
     def __init__(
         self,
@@ -62,11 +62,8 @@ class PackedExperts:
             few_token_limit=options.few_token_limit,
             copy_of=source.copy_of,
         )
-        self._format = weight_format(format)
-        name, origin = select_isa(options.isa)
-        self._isa = _core.open_variant(name, origin)
+        origin = self._choose(format, options.isa, options.precision)
         self._runtime = options.runtime
-        self._precision = options.precision
         self._num_experts = num_experts
         self._hidden_size = hidden_size
         self._intermediate_size = intermediate_size
@@ -229,21 +226,6 @@ class PackedExperts:
         return self._layer
 
     @property
-    def format(self) -> str:
-        """Name of the weight format, e.g. "mxfp4"."""
-        return self._format.name
-
-    @property
-    def isa(self) -> str:
-        """Name of the ISA variant that computes, e.g. "avx512_bf16"."""
-        return self._isa
-
-    @property
-    def precision(self) -> str:
-        """The lowest precision of activations: "auto", "bf16" or "int8"; see the class."""
-        return self._precision
-
-    @property
     def activation(self) -> GLU:
         """The activation of the experts, a `GLU`."""
         return self._activation
@@ -300,13 +282,6 @@ class PackedExperts:
     @expert_mask.setter
     def expert_mask(self, mask: torch.Tensor | None) -> None:
         self._residency.set_mask(mask, self._threads())
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled or copied."""
-        raise TypeError(
-            "Experts cannot be pickled or copied, because packed weights belong to this process; "
-            "make them anew with from_checkpoint or from_tensors"
-        )
 
     def _checked(self, expert_id: int) -> int:
         expert_id = integer(expert_id, "expert_id")

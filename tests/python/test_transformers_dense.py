@@ -7,7 +7,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import cpumoe
-from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, dense, from_pretrained
+from cpumoe.integrations.transformers import (
+    ExpertsOptions,
+    LanguageModel,
+    dense,
+    disable,
+    enable,
+    from_pretrained,
+)
 from cpumoe.integrations.transformers.loading import from_pretrained_by_host
 from cpumoe.text.generation import Sampling
 
@@ -183,22 +190,13 @@ def test_another_choice_is_refused():
         ExpertsOptions(dense="q8")
 
 
-def test_models_without_experts_load_as_before(tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from cpumoe.integrations.transformers import disable, enable
-
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+def test_enable_applies_to_models_with_experts_alone(tmp_path):
+    with_experts = tiny_models.gpt_oss(tmp_path / "gpt_oss")
+    without = tmp_path / "qwen2"
+    tiny_models.without_experts(without)
     enable(ExpertsOptions(dense="native"))
     try:
-        assert not linears(AutoModelForCausalLM.from_pretrained(tmp_path))
+        assert linears(AutoModelForCausalLM.from_pretrained(with_experts, dtype=torch.bfloat16))
+        assert not linears(AutoModelForCausalLM.from_pretrained(without, dtype=torch.bfloat16))
     finally:
         disable()

@@ -17,8 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.quantizers import quantizer_mxfp4
 
@@ -137,24 +135,7 @@ def test_enable_reaches_the_hosts_own_loader(family):
 
 
 def test_enable_leaves_other_models_alone(tmp_path):
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    edit_config(tmp_path, quantization_config=quantization)
-    weights = {n: p for n, p in model.named_parameters() if "proj.weight" in n}
-    changes = {}
-    for name, weight in weights.items():
-        codes, scales = tiny_models.fp8_blocks(weight.detach())
-        changes |= {name: codes, f"{name}_scale_inv": scales.float()}
-    edit_tensors(tmp_path, changes)
+    weights = tiny_models.without_experts(tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path)
     enable()
     try:

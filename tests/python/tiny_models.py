@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from checkpoint_tools import edit_config
+from checkpoint_tools import edit_config, edit_tensors
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -18,6 +18,8 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from cpumoe.formats import weight_format
@@ -310,6 +312,29 @@ def byte_tokenizer(folder, chat_template=CHAT_TEMPLATE):
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return fast
+
+
+def without_experts(folder):
+    """A dense model of the host. Returns the names of its weights that are FP8 in blocks."""
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    quantization = {"quant_method": "fp8", "weight_block_size": [_FP8_BLOCK, _FP8_BLOCK]}
+    edit_config(folder, quantization_config=quantization)
+    weights = {n: p.detach() for n, p in model.named_parameters() if "proj.weight" in n}
+    changes = {}
+    for name, weight in weights.items():
+        codes, scales = fp8_blocks(weight)
+        changes |= {name: codes, f"{name}_scale_inv": scales.float()}
+    edit_tensors(folder, changes)
+    return list(weights)
 
 
 def fp8_blocks(weight):

@@ -104,7 +104,7 @@ def refuse_derivatives(name: str, library: torch.library.Library, inputs: Sequen
     """Makes derivatives of an operator an error, and so the transforms of torch.func.
 
     Args:
-        name: the operator's name in its namespace. Its first argument is the tokens' tensor.
+        name: the operator's name in its namespace.
         library: what `define` returned for the operator.
         inputs: the places of the arguments that may require gradients.
     """
