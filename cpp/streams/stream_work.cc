@@ -13,12 +13,13 @@
 
 namespace cpumoe {
 
-// A job and its fate: End deletes the plan, unless graphs have its address.
+// A job and its fate.
 struct StreamWork::Plan {
   StreamWork& work;
   Piece piece;
-  bool captured;
+  bool captured;              // graphs have its address
   std::vector<uint8_t> mask;  // the job's own; empty: the layer's mask applies
+  std::atomic<bool> ended = false;
 };
 
 StreamWork::StreamWork(std::shared_ptr<Runtime> runtime, std::shared_ptr<const Layer> layer,
@@ -37,15 +38,22 @@ void StreamWork::Launch(StreamDriver& driver, StreamHandle stream, bool captured
                         const Piece& piece) {
   const uint8_t* const mask = options_.call.mask;
   const int64_t masked = mask == nullptr ? 0 : call_.layer().config().num_experts;
-  auto plan =
-      std::make_unique<Plan>(*this, piece, captured, std::vector<uint8_t>(mask, mask + masked));
-  Plan* const address = plan.get();
-  if (captured) {
-    const std::lock_guard lock(captured_mutex_);
-    captured_.push_back(std::move(plan));
+  std::list<Plan> plan;
+  plan.emplace_back(*this, piece, captured, std::vector<uint8_t>(mask, mask + masked));
+  const auto place = plan.begin();
+  std::list<Plan>& plans = captured ? captured_ : queued_;
+  {
+    const std::lock_guard lock(plans_mutex_);
+    while (!queued_.empty() && queued_.front().ended) queued_.pop_front();
+    plans.splice(plans.end(), plan);
   }
-  driver.Launch(stream, &Start, address);
-  static_cast<void>(plan.release());  // the job's now
+  try {
+    driver.Launch(stream, &Start, &*place);
+  } catch (...) {
+    const std::lock_guard lock(plans_mutex_);
+    plans.erase(place);
+    throw;
+  }
 }
 
 std::optional<int64_t> StreamWork::TakeLeftOut() noexcept {
@@ -54,7 +62,7 @@ std::optional<int64_t> StreamWork::TakeLeftOut() noexcept {
 }
 
 int64_t StreamWork::captured_plans() const {
-  const std::lock_guard lock(captured_mutex_);
+  const std::lock_guard lock(plans_mutex_);
   return std::ssize(captured_);
 }
 
@@ -118,7 +126,7 @@ void StreamWork::Keep(const std::exception_ptr& error, int64_t tokens,
 
 void StreamWork::End(Plan* plan) noexcept {
   if (Defers(plan->piece)) SetValue(plan->piece.buffer.idle(), TransferBuffer::kSet);
-  if (!plan->captured) delete plan;
+  if (!plan->captured) plan->ended = true;  // from here on, Launch may delete it
   // Once the count is 0, this object may be gone. Waking uses the address alone.
   std::atomic<uint32_t>& jobs = jobs_;
   jobs.fetch_sub(1);

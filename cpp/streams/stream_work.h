@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -94,8 +95,10 @@ class StreamWork {
   ExpertSplit split_;              // of the job that is running
   std::atomic<uint32_t> jobs_{0};  // that have been started and have not ended
   std::atomic<int64_t> left_out_{kNone};
-  mutable std::mutex captured_mutex_;  // guards captured_; never taken by a job
-  std::vector<std::unique_ptr<Plan>> captured_;
+  // Plans live here, because a device that fails runs no function that is queued on it.
+  mutable std::mutex plans_mutex_;  // guards both lists; never taken by a job
+  std::list<Plan> captured_;        // as long as this object, because graphs may run them again
+  std::list<Plan> queued_;          // until they have ended and another one is queued
 };
 
 }  // namespace cpumoe

@@ -143,6 +143,25 @@ TEST_F(StreamLifetimeTest, AFailedDeviceRaisesErrorsAndHoldsNothingUp) {
   device->Synchronize(stream);
 }
 
+// AddressSanitizer finds what such jobs would leave behind.
+TEST_F(StreamLifetimeTest, AFailedDeviceNeverStartsWhatIsQueued) {
+  if (!fake::Loaded()) GTEST_SKIP() << "a real device does not fail on request";
+  std::promise<void> gate;
+  std::shared_future<void> open = gate.get_future().share();
+  const StreamDriver::HostFunction wait = [](void* future) noexcept {
+    static_cast<std::shared_future<void>*>(future)->wait();
+  };
+  device->driver()->Launch(stream, wait, &open);
+  Submit();
+  Submit();
+  fake::Break();
+  gate.set_value();
+  call.reset();
+  bridge.reset();
+  fake::Reset();
+  device->Synchronize(stream);
+}
+
 TEST_F(StreamLifetimeTest, ManyCallsLeaveNothingBehind) {
   const auto run = [&](int times) {
     for (int i = 0; i < times; ++i) {
