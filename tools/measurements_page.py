@@ -174,10 +174,11 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
 
 def _layer(settings: dict[str, Any]) -> str:
     invariant = ", batch-invariant" if settings["batch_invariant"] else ""
+    chosen = (f"{name} {settings[name]}, " for name in ("scales", "group") if settings.get(name))
     return (
         f"{settings['model']}: hidden {settings['hidden_size']}, intermediate "
         f"{settings['intermediate_size']}, {settings['experts']} experts, top "
-        f"{settings['top_k']}, {settings['format'].replace(',', ', ')}, routing "
+        f"{settings['top_k']}, {settings['format'].replace(',', ', ')}, {''.join(chosen)}routing "
         f"{settings['routing']}{invariant}"
     )
 

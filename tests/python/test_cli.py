@@ -174,6 +174,22 @@ def test_synth(tmp_path):
     assert read("inspect", tmp_path / "b")["hidden_size"] == SMALL["hidden"]
 
 
+def test_synth_with_chosen_scales(tmp_path):
+    sizes = ("--layers", 1, "--experts", 2, "--hidden", 64, "--intermediate", 128)
+    k2 = ("--model", "kimi-k2", *sizes)
+    for scales, group, shown in (("fp16", "64", 64), ("fp32", "row", "row"), ("bf16", "32", 32)):
+        folder = tmp_path / scales
+        succeed("synth", folder, *k2, "--scales", scales, "--group", group)
+        with cpumoe.open_checkpoint(folder) as reader:
+            matrix = reader.expert(1, 1).up
+        assert str(matrix.scales.dtype).removeprefix("torch.").startswith(scales[0])
+        assert matrix.group_size == (64 if shown == "row" else shown)
+    assert "int4: K 64 has no groups of 96 weights" in refuse(
+        "synth", tmp_path / "other", *k2, "--group", "96"
+    )
+    assert not (tmp_path / "other").exists()
+
+
 def test_synth_refusals(tmp_path):
     out = tmp_path / "out"
     assert "unknown model" in refuse("synth", out, "--model", "nonsense")

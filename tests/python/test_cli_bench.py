@@ -101,6 +101,40 @@ def test_made_up_weights(fmt, small_model):
     assert settings["hidden_size"] == HIDDEN
 
 
+def test_made_up_weights_have_the_chosen_scales(small_model):
+    options = ("--model", "v4", "--experts", 7, "--tokens", 2)
+    chosen = (*options, "--format", "int4", "--scales", "fp16", "--group", "row")
+    document, usual = measure(*chosen), measure(*options, "--format", "int4")
+    settings = document["settings"]
+    assert (settings["scales"], settings["group"]) == ("fp16", "row")
+    assert (usual["settings"]["scales"], usual["settings"]["group"]) == (None, None)
+    both = [each["rows"][0] for each in (document, usual)]
+    wide, narrow = (row["weight_bytes"] / row["touched_experts"] for row in both)
+    assert wide > 1.05 * narrow
+    assert "7 int4 experts, scales fp16, group row, " in succeed(*chosen)
+    assert {name for name, *_ in bench_compare.differences(usual, document)} >= {"scales", "group"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scales", "fp64"), "--scales: expected one of bf16, fp16, fp32, e8m0, got 'fp64'"),
+        (("--group", "0"), "--group: expected row or a positive number of weights, got '0'"),
+        (("--group", "many"), "--group: expected row or a positive number of weights"),
+        (("--scales", "fp16"), "mxfp4: scales: expected float8_e8m0fnu or uint8, got float16"),
+        (("--format", "int4", "--group", "48"), "int4: K 64 has no groups of 48 weights"),
+        (("--format", "all", "--scales", "fp16"), "mxfp4: scales: expected float8_e8m0fnu"),
+    ],
+)
+def test_scales_that_a_format_does_not_have_are_refused(arguments, message, small_model):
+    assert message in refuse("--model", "v4", "--tokens", 1, *arguments)
+
+
+def test_a_folder_has_scales(v4):
+    message = "--scales and --group: {} is a folder, whose weights have scales; name a model"
+    assert message.format(v4) in refuse("--model", v4, "--scales", "fp16")
+
+
 def test_a_variant_without_a_peak(v4, monkeypatch):
     monkeypatch.setattr(benchmark, "measure_dot_peak", lambda *_args, **_seconds: None)
     document = measure("--model", v4, "--tokens", 1)

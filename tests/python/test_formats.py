@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -221,6 +222,37 @@ def test_nan_scales_are_refused_with_their_index():
         fmt.check_scales(torch.empty(0, 4, dtype=fmt.scale_storage), "s")
 
 
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_int4_scales_of_another_type_are_those_of_compressed_tensors(dtype, group):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    utils = pytest.importorskip("compressed_tensors.quantization.utils")
+    weights = torch.randn(4, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weights[1, :32] = 0
+    codes, scales = INT4.quantize(weights, group, dtype)
+    assert scales.dtype == dtype
+    args = quantization.QuantizationArgs(
+        num_bits=4, symmetric=True, strategy="group", group_size=group
+    )
+    groups = weights.unflatten(-1, (-1, group)).float()
+    expected, _ = utils.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    zero = expected == torch.finfo(torch.float32).eps  # the library's least scale
+    expected = expected.to(dtype).masked_fill(zero, torch.finfo(dtype).eps)
+    assert torch.equal(scales, expected)
+    q = (groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(-2)
+    assert torch.equal(
+        INT4.dequantize(codes, scales), q * scales.float().repeat_interleave(group, -1)
+    )
+
+
+def test_scales_that_the_format_or_their_type_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"int4: scales: expected bfloat16 or .*, got float64"):
+        INT4.quantize(torch.ones(1, 32), scale_dtype=torch.float64)
+    message = "weights need scales up to 133333, and the greatest number of float16 is 65504"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        INT4.quantize(torch.full((1, 32), 1e6), scale_dtype=torch.float16)
+
+
 def test_shapes_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match=r"mxfp4: K must be a positive multiple of 32, got 2890"):
         MXFP4.quantize(torch.zeros(1, 2890))
@@ -267,10 +299,10 @@ def test_the_default_device_is_not_remembered():
 def test_quantizing_leaves_the_threads_of_others_alone():
     seen = []
 
-    def quantize_groups(groups):
+    def quantize_groups(groups, scale_dtype):
         with ThreadPoolExecutor(1) as pool:
             seen.append(pool.submit(torch.get_num_threads).result())
-        return MXFP4.quantize_groups(groups)
+        return MXFP4.quantize_groups(groups, scale_dtype)
 
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)

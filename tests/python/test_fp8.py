@@ -206,6 +206,26 @@ def test_quantizing_rounds_to_the_nearest_code(by_row):
     assert same_bytes(again[0], codes)
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu], ids=["bf16", "e8m0"])
+def test_scales_may_be_rounded_to_another_type(dtype, by_row):
+    weights = torch.randn(200, 160, generator=torch.Generator().manual_seed(1))
+    weights[7] = 0
+    weights[128:, 128:] = 0
+    weights[0, 0] = 448 * 2.0**-7  # its quotient is a power of two
+    codes, scales = FP8.quantize(weights, 160 if by_row else None, dtype)
+    assert scales.dtype == dtype
+    exact = FP8.quantize(weights, 160 if by_row else None)[1]
+    ratio = scales.float() / exact
+    if dtype == torch.bfloat16:
+        assert torch.equal(scales, exact.bfloat16())
+    else:  # no weight saturates
+        assert ((ratio >= 1) & (ratio < 2)).all()
+    wide = scales.float() if by_row else scales.float().repeat_interleave(128, 0)[:200]
+    wide = wide if by_row else wide.repeat_interleave(128, 1)[:, :160]
+    assert same_bytes(codes, (weights / wide).clamp(-448, 448).to(torch.float8_e4m3fn))
+
+
 def test_the_grid_is_found_from_the_scales_shape():
     assert matrices(256, 384, "blocks").scale_grid == (128, 128)
     assert matrices(200, 160, "blocks").scale_grid == (128, 128)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from cpumoe.checkpoint import open_checkpoint
 from cpumoe.formats import WEIGHT_FORMATS
+from cpumoe.formats.scale_choice import ScaleChoice
+from cpumoe.measure.layer_weights import LayerWeights
 from cpumoe.models import find_model
 from cpumoe.models.synth import PATTERNS, random_matrix, write_checkpoint
 
@@ -63,6 +65,62 @@ def test_patterns(fmt, pattern):
         assert len(torch.stack((matrix.codes & 15, matrix.codes >> 4)).unique()) == 16
     others = [dense(fmt, random_matrix(fmt, 16, 128, pattern, generator)) for _ in range(4)]
     assert not all(torch.equal(other, w) for other in others)
+
+
+FP32, BF16, FP16, E8M0 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu
+CHOICES = [
+    ("kimi-k2", ScaleChoice(FP16), FP16, 32),
+    ("kimi-k2", ScaleChoice(FP32, 64), FP32, 64),
+    ("kimi-k2", ScaleChoice(by_row=True), BF16, "row"),
+    ("DeepSeek-V3", ScaleChoice(BF16), BF16, 128),
+    ("DeepSeek-V3", ScaleChoice(E8M0), E8M0, 128),
+    ("MiniMax-M2", ScaleChoice(BF16, by_row=True), BF16, "row"),
+]
+OF_CHOICES = pytest.mark.parametrize(
+    ("model", "choice", "dtype", "group"),
+    CHOICES,
+    ids=lambda value: str(getattr(value, "dtype", value)),
+)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@OF_CHOICES
+def test_scales_have_the_chosen_type_and_group(tmp_path, model, choice, dtype, group, pattern):
+    write_small(
+        tmp_path, model, layers=1, hidden=192, intermediate=256, scales=choice, pattern=pattern
+    )
+    with open_checkpoint(tmp_path) as reader:
+        layer = reader.layers()[0]
+        fmt = WEIGHT_FORMATS[reader.format]
+        expert = reader.expert(layer, 2)
+        assert reader.scale_dtypes(layer, range(3)) == {dtype}
+        made = LayerWeights.from_pattern(reader, layer, pattern, limit=1).experts[0]
+    for matrix, alike in ((expert.up, made.up), (expert.down, made.down)):
+        assert matrix.group_size == (matrix.shape[-1] if group == "row" else group)
+        assert alike.scale_grid == matrix.scale_grid
+        assert alike.scales.dtype == matrix.scales.dtype == dtype
+        weights = dense(fmt, matrix)
+        assert 0.001 < weights.abs().mean() < 0.2
+        if pattern == "normal":
+            assert weights.std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "choice", "message"),
+    [
+        ("kimi-k2", ScaleChoice(E8M0), "int4: scales: expected bfloat16 or float16 or float32"),
+        ("kimi-k2", ScaleChoice(None, 64), "int4: K 96 has no groups of 64 weights"),
+        ("DeepSeek-V3", ScaleChoice(FP16), "fp8: scales: expected float32 or bfloat16 or"),
+        ("DeepSeek-V3", ScaleChoice(None, 64), "fp8: scales belong to blocks of 128 x 128 weights"),
+        ("v4-flash", ScaleChoice(BF16), "mxfp4: scales: expected float8_e8m0fnu or uint8, got"),
+        ("v4-flash", ScaleChoice(by_row=True), "mxfp4: K 64 has no groups of 64 weights"),
+        ("v4-flash", ScaleChoice(E8M0), "DeepSeek-V4-Flash: its checkpoint layout has one type"),
+        ("Mixtral-8x7B", ScaleChoice(BF16), "bf16: scales: expected none, got bfloat16"),
+    ],
+)
+def test_other_choices_of_scales_are_refused(tmp_path, model, choice, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_small(tmp_path, model, scales=choice)
 
 
 @pytest.mark.parametrize("model", MODELS)

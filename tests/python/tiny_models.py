@@ -240,7 +240,9 @@ def compressed_tensors(folder, model, targets, ignore, stored="pack-quantized", 
             continue
         if is_nvfp4:
             # Powers of two, so that code * scale / number is exact in bf16.
-            codes, scales = fmt.quantize_groups((weight * 64).unflatten(-1, (-1, 16)))
+            codes, scales = fmt.quantize_groups(
+                (weight * 64).unflatten(-1, (-1, 16)), fmt.scale_storage
+            )
             codes = codes.flatten(-2)
             tensors[f"{name}_packed"] = codes[:, 0::2] + 16 * codes[:, 1::2]
             tensors |= {f"{name}_scale": scales, f"{name}_global_scale": torch.tensor([64.0])}

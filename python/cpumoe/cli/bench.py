@@ -22,13 +22,16 @@ from cpumoe.cli import (
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
+    GroupOption,
     PrecisionOption,
+    ScalesOption,
     ThreadsOption,
     TracebackOption,
     choose_layer,
     count_option,
     parse_isas_or_best,
     parse_precisions,
+    parse_scales,
     parse_token_counts,
     tokens_option,
     value_option,
@@ -36,6 +39,7 @@ from cpumoe.cli.options import (
 from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
+    from cpumoe.formats.scale_choice import ScaleChoice
     from cpumoe.measure.benchmark import Variant
     from cpumoe.measure.layer_weights import LayerWeights
     from cpumoe.measure.throughput import Workload
@@ -145,6 +149,8 @@ def command(
     routing: _RoutingOption = None,
     isa: BestIsaOption = None,
     format: _FormatOption = None,
+    scales: ScalesOption = None,
+    group: GroupOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     threads: ThreadsOption = None,
     experts: _ExpertsOption = None,
@@ -177,28 +183,30 @@ def command(
         if output.plot is not None:
             bench_plot.require(output.plot)
         variants = _variants(isa, precision)
+        chosen = parse_scales(scales, group)
         other = _other_table(tune, write_back)
         if other is not None:
             unused = {"tokens": tokens, "routing": routing, "data": data, "plot": output.plot}
             _refuse_beside(other, **unused, compare=output.compare)
             if batch_invariant:
                 raise InputError(f"--batch-invariant cannot be combined with {other}")
-            weights, *more = _weights(model, format, experts)
+            weights, *more = _weights(model, format, experts, chosen)
             if more:
                 raise InputError(f"--format: {other} expects one format, got {format!r}")
             runtime = _runtime(threads)
             settings = {"model": model, **bench_report.sizes([weights], weights.top_k)}
-            settings |= {"seconds": seconds, "rounds": rounds}
+            settings |= {"scales": scales, "group": group, "seconds": seconds, "rounds": rounds}
             table = bench_tune if tune else bench_write_back
             document = table.measure(weights, variants, runtime, settings)
             _output(document, table.render, output, None)
             return
         counts = None if tokens is None else parse_token_counts(",".join(tokens), "--tokens")
         if data is None:
-            layers = _weights(model, format, experts)
+            layers = _weights(model, format, experts, chosen)
             workloads = _workloads(layers[0], counts, routing)
         else:
-            _refuse_beside("--data", routing=routing, format=format, experts=experts)
+            made_up = {"format": format, "scales": scales, "group": group}
+            _refuse_beside("--data", routing=routing, experts=experts, **made_up)
             weights, workloads = _read_data(data, model, counts)
             layers = [weights]
         runtime = _runtime(threads)
@@ -217,6 +225,8 @@ def command(
             "model": model,
             "data": None if data is None else str(data),
             **bench_report.sizes(layers, workloads[0].top_k),
+            "scales": scales,
+            "group": group,
             "routing": (routing or "balanced") if data is None else "data",
             "batch_invariant": batch_invariant,
             "seconds": seconds,
@@ -265,14 +275,22 @@ def _variants(isa: str | None, precision: str) -> list[Variant]:
     return [Variant(name, each) for name in parse_isas_or_best(isa) for each in precisions]
 
 
-def _weights(model: str, format: str | None, experts: int | None) -> list[LayerWeights]:
+def _weights(
+    model: str, format: str | None, experts: int | None, scales: ScaleChoice
+) -> list[LayerWeights]:
     """Returns a layer for each format that `--format` names."""
     from cpumoe.checkpoint import open_checkpoint
+    from cpumoe.formats.scale_choice import USUAL_SCALES
     from cpumoe.measure.layer_weights import LayerWeights
 
     if Path(model).exists():
         with open_checkpoint(model) as reader:
             layer = choose_layer(reader, None)
+            if scales != USUAL_SCALES:
+                raise InputError(
+                    f"--scales and --group: {model} is a folder, whose weights have scales; name a "
+                    "model to make up weights"
+                )
             stored = reader.layer_format(layer)
             if format not in (None, stored):
                 raise InputError(
@@ -282,7 +300,7 @@ def _weights(model: str, format: str | None, experts: int | None) -> list[LayerW
             return [LayerWeights.from_checkpoint(reader, layer, limit=experts)]
     spec = _spec(model)
     return [
-        LayerWeights.from_model(spec, limit=experts or _EXPERTS, format=name)
+        LayerWeights.from_model(spec, limit=experts or _EXPERTS, format=name, scales=scales)
         for name in _formats(format, spec)
     ]
 

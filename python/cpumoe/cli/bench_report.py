@@ -4,7 +4,7 @@ The document (``--json``), times in seconds, rates per second::
 
     {"version": 3,
      "settings": {"model", "data", "format", "hidden_size", "intermediate_size", "experts", "top_k",
-                  "routing", "batch_invariant", "seconds"},
+                  "scales", "group", "routing", "batch_invariant", "seconds"},
      "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"},
                  "read_bandwidth": {"bytes_per_second", "least", "isa", "buffer_bytes",
                                     "huge_pages"},
@@ -16,7 +16,8 @@ The document (``--json``), times in seconds, rates per second::
                "bound": "memory" or "arithmetic", "share_of_bound", "speed_ratio", "relative_l2",
                "turns": [{"seconds", "bytes_per_second", "macs_per_second"}]}]}
 
-``settings.format`` has the formats of all rows, separated by commas.
+``settings.format`` has the formats of all rows, separated by commas. ``settings.scales`` and
+``settings.group`` are null unless these options were given.
 
 A row takes one turn per round. A turn has the median of its calls, and two values of each limit,
 measured right before and right after these calls. A row's ``seconds`` is the median of all its
@@ -91,6 +92,12 @@ def sizes(layers: Sequence[LayerWeights], top_k: int) -> dict[str, Any]:
     }
 
 
+def scales_of(settings: dict[str, Any]) -> list[str]:
+    """Returns what `--scales` and `--group` have chosen, in words."""
+    chosen = {name: settings.get(name) for name in ("scales", "group")}
+    return [f"{name} {value}" for name, value in chosen.items() if value is not None]
+
+
 def _rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     several = len({timing.format for timing in timings}) > 1
     first: dict[tuple[Variant, int], Timing] = {}
@@ -137,7 +144,7 @@ def render(document: dict[str, Any]) -> None:
     fixed = [str(rows[0][name]) for name in ("isa", "precision") if name not in columns]
     several = "format" in columns
     layer = f"{settings['experts']} {'' if several else settings['format'] + ' '}experts"
-    title = ", ".join([layer, *fixed])
+    title = ", ".join([layer, *scales_of(settings), *fixed])
     table = console.data_table(
         f"{title}, routing {settings['routing']}{invariant}\n"
         f"hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "

@@ -4,7 +4,7 @@ The document (``--json``), times in seconds::
 
     {"version": 2,
      "settings": {"model", "format", "hidden_size", "intermediate_size", "experts", "top_k",
-                  "seconds", "rounds"},
+                  "scales", "group", "seconds", "rounds"},
      "machine": {"cpu", "threads", "versions"},
      "crossovers": [{"isa", "precision", "compiled_in", "best", "most",
                      "rows": [{"tokens", "ratio", "faster": "few-token", "many-token" or null,
@@ -104,7 +104,8 @@ def render(document: dict[str, Any]) -> None:
     threads = console.format_count(machine["threads"], "thread")
     console.show(
         f"{console.escape(machine['cpu'])}, {threads}\n{settings['experts']} {settings['format']} "
-        f"experts, hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "
+        f"{', '.join(('experts', *bench_report.scales_of(settings)))}, "
+        f"hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}, "
         f"top {settings['top_k']}"
     )
     for crossover in document["crossovers"]:

@@ -4,7 +4,7 @@ The document (``--json``), times in seconds, rates per second::
 
     {"version": 1,
      "settings": {"model", "format", "hidden_size", "intermediate_size", "experts", "top_k",
-                  "seconds", "rounds"},
+                  "scales", "group", "seconds", "rounds"},
      "machine": {"cpu", "threads", "versions",
                  "copy_bandwidth": {"bytes_per_second", "least", "buffer_bytes", "huge_pages"}},
      "rows": [{"isa", "seconds", "low", "high", "calls", "bytes", "bytes_per_second",
@@ -102,8 +102,9 @@ def render(document: dict[str, Any]) -> None:
         f"{console.format_number(copy['least'] / 1e9)}; {pages})[/]",
     }
     table = console.data_table(
-        f"Writing {settings['format']} experts\nhidden {settings['hidden_size']}, intermediate "
-        f"{settings['intermediate_size']}",
+        f"Writing {settings['format']} "
+        f"{', '.join(('experts', *bench_report.scales_of(settings)))}\n"
+        f"hidden {settings['hidden_size']}, intermediate {settings['intermediate_size']}",
         ("ISA", "ms per expert", "spread", "GB/s", "of copy"),
         text_columns=1,
     )

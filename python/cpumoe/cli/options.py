@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     import torch
 
     from cpumoe.checkpoint import ExpertReader
+    from cpumoe.formats.scale_choice import ScaleChoice
 
 # The most tokens of one call, more than any context has.
 _MOST_TOKENS = 1 << 20
+# The most weights of a row that may share a scale.
+_LONGEST_ROW = 1 << 20
 # The environment variable of a server's key.
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -64,6 +67,24 @@ ThreadsOption = Annotated[
 ]
 IsaOption = Annotated[str | None, _isas("all supported")]
 BestIsaOption = Annotated[str | None, _isas("the best")]
+ScalesOption = Annotated[
+    str | None,
+    value_option(
+        "NAME",
+        "Type of the scales of made-up weights: bf16, fp16 or fp32 for int4; fp32, bf16 or e8m0 "
+        "for fp8.",
+        "bf16 for int4, fp32 for fp8",
+    ),
+]
+GroupOption = Annotated[
+    str | None,
+    value_option(
+        "N|row",
+        "Successive made-up weights that share a scale: a multiple of 32, or all of a row, for "
+        "int4; all of a row for fp8.",
+        "32 for int4, blocks of 128 x 128 for fp8",
+    ),
+]
 PrecisionOption = Annotated[
     str,
     value_option(
@@ -73,6 +94,24 @@ PrecisionOption = Annotated[
         "others.",
     ),
 ]
+
+
+def parse_scales(scales: str | None, group: str | None) -> ScaleChoice:
+    """Returns what `--scales` and `--group` name.
+
+    Raises:
+        InputError: a value is unknown.
+    """
+    from cpumoe.formats.scale_choice import SCALE_NAMES, ScaleChoice
+
+    if scales is not None and scales not in SCALE_NAMES:
+        raise InputError(f"--scales: expected one of {', '.join(SCALE_NAMES)}, got {scales!r}")
+    dtype = None if scales is None else SCALE_NAMES[scales]
+    if group in (None, "row"):
+        return ScaleChoice(dtype, by_row=group is not None)
+    if not group.isascii() or not group.isdecimal() or not 0 < int(group) <= _LONGEST_ROW:
+        raise InputError(f"--group: expected row or a positive number of weights, got {group!r}")
+    return ScaleChoice(dtype, int(group))
 
 
 def parse_precisions(text: str, dtype: torch.dtype) -> list[str]:

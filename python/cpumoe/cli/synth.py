@@ -11,9 +11,20 @@ import typer
 from cpumoe._base.progress import progress_bar
 from cpumoe.cli import console
 from cpumoe.cli.errors import reported
-from cpumoe.cli.options import JsonOption, TracebackOption, count_option, value_option
+from cpumoe.cli.options import (
+    GroupOption,
+    JsonOption,
+    ScalesOption,
+    TracebackOption,
+    count_option,
+    parse_scales,
+    value_option,
+)
 
-EXAMPLE = "Example: `cpumoe synth v4 --model v4-flash --layers 1 --experts 32`"
+EXAMPLE = (
+    "Examples: `cpumoe synth v4 --model v4-flash --layers 1 --experts 32`, "
+    "`cpumoe synth k2 --model kimi-k2 --layers 1 --experts 32 --scales fp16 --group 128`"
+)
 
 _AS_IN_MODEL = "as in the model"
 
@@ -31,6 +42,8 @@ def command(
         int | None, count_option("Intermediate size of an expert.", _AS_IN_MODEL)
     ] = None,
     top_k: Annotated[int | None, count_option("Experts per token.", _AS_IN_MODEL)] = None,
+    scales: ScalesOption = None,
+    group: GroupOption = None,
     pattern: Annotated[
         str, value_option("NAME", "Weights: normal, uniform, alternating, ramp or random.")
     ] = "normal",
@@ -60,6 +73,7 @@ def command(
                 hidden=hidden,
                 intermediate=intermediate,
                 top_k=top_k,
+                scales=parse_scales(scales, group),
                 pattern=cast(Pattern, pattern),
                 seed=seed,
                 overwrite=overwrite,

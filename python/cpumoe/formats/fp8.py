@@ -9,20 +9,28 @@ from __future__ import annotations
 import torch
 
 from cpumoe.formats.quantized_matrix import BLOCK
-from cpumoe.formats.rounding import group_amax
+from cpumoe.formats.rounding import group_amax, power_of_two_above, rounded_scales
 from cpumoe.formats.weight_format import WeightFormat
 
 _GREATEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
-def _quantize_block(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_block(
+    weights: torch.Tensor, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds float32 weights that share a scale: scale = amax / 448, or 1 if all are zero.
 
-    PyTorch rounds to the nearest code, ties to even.
+    The scale is rounded to the nearest number of its dtype, but to the next greater power of two if
+    that is E8M0, so that no weight saturates. PyTorch rounds to the nearest code, ties to even.
     """
     scale = group_amax(weights.reshape(1, -1)) / _GREATEST
     scale[scale == 0] = 1.0
-    codes = (weights / scale).clamp_(-_GREATEST, _GREATEST)
+    if scale_dtype == torch.float8_e8m0fnu:
+        scale = power_of_two_above(scale)
+    else:
+        scale = rounded_scales(scale, scale_dtype)
+        scale[scale == 0] = 1.0
+    codes = (weights / scale.float()).clamp_(-_GREATEST, _GREATEST)
     return codes.to(torch.float8_e4m3fn), scale
 
 

@@ -1,6 +1,6 @@
 """Symmetric INT4: codes -8..7, and one scale per 32 of them.
 
-Scales are bf16, as quantizing makes them, fp16 or fp32. Source: compressed-tensors 0.20,
+Scales are bf16, as quantizing usually makes them, fp16 or fp32. Source: compressed-tensors 0.20,
 ``pack-quantized``, whose scales have the dtype of the unquantized model.
 """
 
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from cpumoe.formats.rounding import group_amax, round_to_integers
+from cpumoe.formats.rounding import group_amax, round_to_integers, rounded_scales
 from cpumoe.formats.weight_format import WeightFormat
 
 
-def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_groups(
+    groups: torch.Tensor, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds like ``calculate_qparams`` of compressed-tensors: q = round(w / scale).
 
-    q is in -8..7, and scale = bf16(amax / 7.5), where 7.5 is half of that range. A zero scale
-    becomes bf16's epsilon. Codes are offset binary: nibble = q + 8.
+    q is in -8..7, and scale = amax / 7.5, rounded to its dtype, where 7.5 is half of that range. A
+    zero scale becomes the dtype's epsilon. Codes are offset binary: nibble = q + 8.
     """
-    scales = (group_amax(groups) / 7.5).to(torch.bfloat16)
-    scales[scales == 0] = torch.finfo(torch.bfloat16).eps
+    scales = rounded_scales(group_amax(groups) / 7.5, scale_dtype)
+    scales[scales == 0] = torch.finfo(scale_dtype).eps
     q = round_to_integers(groups / scales.float().unsqueeze(-1)).clamp_(-8, 7)
     return q.add_(8).to(torch.uint8), scales
 

@@ -14,7 +14,9 @@ from cpumoe.formats.weight_format import WeightFormat
 E8M0_BIAS = 127
 
 
-def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_groups(
+    groups: torch.Tensor, _scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """MXFP4 by the MX spec v1.0, section 6.3.
 
     Shared exponent = floor(log2(amax)) - 2 (2 is E2M1's largest exponent), clamped to E8M0's range;

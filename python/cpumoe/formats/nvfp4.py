@@ -24,7 +24,9 @@ def _factor(amax: torch.Tensor) -> torch.Tensor:
     return factor.masked_fill_(factor == 0, 1.0)
 
 
-def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_groups(
+    groups: torch.Tensor, _scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds weights that were divided by the factor: scale = E4M3(amax / 6), and at least 2^-9.
 
     Elements round to nearest, ties to even; those above 6 saturate.

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from cpumoe._base.tensors import dtype_name
 from cpumoe.formats.quantized_matrix import BLOCK
 
-# Turns float32 weights into codes and scales; see `WeightFormat`.
-Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Turns float32 weights into codes, and into scales of a dtype; see `WeightFormat`.
+Quantizer = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 
 _NOT_FINITE = "weights must be finite, got NaN or Inf"
 
@@ -39,6 +40,24 @@ def group_amax(groups: torch.Tensor) -> torch.Tensor:
     return amax
 
 
+def rounded_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns float32 scales as numbers of `dtype`; raises ValueError if one is too great."""
+    result = scales.to(dtype)
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"weights need scales up to {float(scales.max()):g}, and the greatest number of "
+            f"{dtype_name(dtype)} is {torch.finfo(dtype).max:g}; choose scales of another type"
+        )
+    return result
+
+
+def power_of_two_above(x: torch.Tensor) -> torch.Tensor:
+    """Returns the least E8M0 numbers that are at least `x`, which is float32 and positive."""
+    mantissa, exponent = torch.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
+    byte = exponent - (mantissa == 0.5).int() + 127
+    return byte.clamp_(0, 254).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
 def rounded(weights: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Returns weights as the numbers of the format `name`, which are those of `dtype`.
 
@@ -63,7 +82,7 @@ def round_to_integers(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_rows(
-    weights: torch.Tensor, quantize: Quantizer, group: int, scale_dtype: torch.dtype | None
+    weights: torch.Tensor, quantize: Quantizer, group: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns codes ``[..., N, K/2]`` and scales ``[..., N, K/group]`` of weights ``[..., N, K]``.
 
@@ -81,7 +100,7 @@ def quantized_rows(
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)
         groups = rows[block].float().reshape(-1, k // group, group)
-        nibbles, scales[block] = quantize(groups)
+        nibbles, scales[block] = quantize(groups, scale_dtype)
         pairs = nibbles.view(-1, k // 2, 2)
         torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
     lead = weights.shape[:-1]
@@ -92,7 +111,7 @@ def quantized_blocks(
     weights: torch.Tensor,
     quantize: Quantizer,
     code_dtype: torch.dtype,
-    scale_dtype: torch.dtype | None,
+    scale_dtype: torch.dtype,
     *,
     by_row: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +134,6 @@ def quantized_blocks(
         for i, row in enumerate(range(0, n, rows)):
             for j, column in enumerate(range(0, k, depth)):
                 block = slice(row, row + rows), slice(column, column + depth)
-                matrix_codes[block], scale = quantize(matrix[block].float())
+                matrix_codes[block], scale = quantize(matrix[block].float(), scale_dtype)
                 matrix_scales[i, j] = scale[0]
     return codes, scales

@@ -27,6 +27,7 @@ from cpumoe.formats.rounding import (
     quantized_rows,
     rounded,
 )
+from cpumoe.formats.scale_choice import ScaleChoice
 
 # The least byte that is no valid scale. E4M3 scales (nvfp4) are not negative.
 _INVALID_SCALE = {torch.float8_e8m0fnu: 0xFF, torch.float8_e4m3fn: 0x7F}
@@ -54,10 +55,11 @@ class WeightFormat:
         scale_dtypes: checkpoint dtypes accepted for scales.
         scales_choose_kernels: whether the engine has other kernels for other dtypes of scales, so
             that a layer is made for the dtypes of its experts' scales.
-        quantize_groups: turns float32 ``[..., G, group_size]`` into uint8 nibbles of this shape
-            and scales ``[..., G]`` in `scale_storage`. A format without values rounds to its dtype.
-        quantize_block: turns float32 ``[n, k]`` that share a scale into codes, and one scale
-            ``[1]`` in `scale_storage`.
+        quantize_groups: turns float32 ``[..., G, group_size]`` and a dtype into uint8 nibbles of
+            this shape and scales ``[..., G]`` of the dtype. A format without values rounds to its
+            dtype.
+        quantize_block: turns float32 ``[n, k]`` that share a scale, and a dtype, into codes and one
+            scale ``[1]`` of the dtype.
         factor_for: turns the greatest magnitudes of matrices into their float32 factors. Weights
             are divided by the factor before they are quantized. None: no factors.
     """
@@ -328,15 +330,26 @@ class WeightFormat:
         return self.dequantize(matrix.codes, matrix.scales, matrix.factor, dtype=dtype)
 
     def quantized(
-        self, weights: torch.Tensor, group_size: int | None = None, *, name: str = ""
+        self,
+        weights: torch.Tensor,
+        group_size: int | None = None,
+        *,
+        scale_dtype: torch.dtype | None = None,
+        name: str = "",
     ) -> QuantizedMatrix:
         """Returns the parts that `quantize` returns as a matrix; errors begin with its name."""
         try:
-            return QuantizedMatrix(*self.quantize(weights, group_size), name=name)
+            parts = self.quantize(weights, group_size, scale_dtype)
+            return QuantizedMatrix(*parts, name=name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name else str(error)) from error
 
-    def quantize(self, weights: torch.Tensor, group_size: int | None = None) -> tuple[Any, ...]:
+    def quantize(
+        self,
+        weights: torch.Tensor,
+        group_size: int | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> tuple[Any, ...]:
         """Rounds weights to the nearest codes, with float32 arithmetic.
 
         Args:
@@ -344,6 +357,7 @@ class WeightFormat:
             group_size: weights of a row that share a scale; default: the format's usual number.
                 For fp8, the default is a scale per block of 128 x 128 weights, and K is a scale
                 per row.
+            scale_dtype: the dtype of scales, one of `scale_dtypes`; default: `scale_storage`.
 
         Returns:
             codes and scales as in `QuantizedMatrix`, where scales are None if the format has none.
@@ -352,8 +366,8 @@ class WeightFormat:
         Raises:
             TypeError: `weights` is no tensor in memory on the CPU.
             ValueError: the weights are no floating point matrices, K is no multiple of 32 or of the
-                group size, a weight is NaN or infinite or too great for a format without scales, or
-                there are no weights.
+                group size, the format has no scales of this dtype, a weight is NaN or infinite or
+                too great for the format or its scales, or there are no weights.
         """
         weights = plain(weights, "weights")
         if weights.dim() < 2 or not weights.is_floating_point():
@@ -364,20 +378,51 @@ class WeightFormat:
             raise ValueError(f"weights: expected at least one row, got {describe(weights)}")
         k = weights.shape[-1]
         self.check_k(k)
-        group = self._checked_group(group_size, k)
+        group = self.checked_group(group_size, k)
+        scales = self.checked_scale_dtype(scale_dtype)
+        if scales is None:
+            return rounded(weights, self.code_dtypes[0], self.name), None
         if self.quantize_block is not None:
-            dtypes = self.code_dtypes[0], self.scale_storage
+            dtypes = self.code_dtypes[0], scales
             by_row = group_size == k
             return quantized_blocks(weights, self.quantize_block, *dtypes, by_row=by_row)
-        if self.quantize_groups is None:
-            return rounded(weights, self.code_dtypes[0], self.name), None
-        how = self.quantize_groups, group, self.scale_storage
+        assert self.quantize_groups is not None
+        how = self.quantize_groups, group, scales
         if self.factor_for is None:
             return quantized_rows(weights, *how)
         factor = self.factor_for(group_amax(weights.flatten(-2).float()))
         return *quantized_rows(weights / factor[..., None, None], *how), factor
 
-    def _checked_group(self, group_size: int | None, k: int) -> int:
+    def checked_scale_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Returns the dtype in a `QuantizedMatrix` of scales of `dtype`; None: the usual one.
+
+        Raises:
+            ValueError: the format has no such scales.
+        """
+        if dtype is None:
+            return self.scale_storage
+        if dtype not in self.scale_dtypes:
+            known = _names(self.scale_dtypes) or "none"
+            raise ValueError(f"{self.name}: scales: expected {known}, got {dtype_name(dtype)}")
+        return self.stored_scale(dtype)
+
+    def check_scale_choice(self, choice: ScaleChoice, *columns: int) -> None:
+        """Raises ValueError unless matrices with so many columns may have these scales."""
+        self.checked_scale_dtype(choice.dtype)
+        if self.blocks and choice.group_size is not None:
+            raise ValueError(
+                f"{self.name}: scales belong to blocks of {BLOCK} x {BLOCK} weights or to rows, "
+                f"got groups of {choice.group_size} weights"
+            )
+        for k in columns:
+            self.checked_group(choice.group_of(k), k)
+
+    def checked_group(self, group_size: int | None, k: int) -> int:
+        """Returns how many weights of a row of `k` share a scale; None: the usual number.
+
+        Raises:
+            ValueError: the format has no such groups.
+        """
         group = self.group_size if group_size is None else group_size
         allowed = (group_size is None or group == k) if self.blocks else group == self.group_size
         allowed = allowed or (

@@ -14,6 +14,7 @@ from cpumoe._base.seed import check_seed
 from cpumoe.checkpoint import ExpertReader, ExpertWeights
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
+from cpumoe.formats.scale_choice import USUAL_SCALES, ScaleChoice
 from cpumoe.isa import isa
 from cpumoe.models import ModelSpec
 from cpumoe.models.synth import Pattern, random_matrix
@@ -87,8 +88,10 @@ class LayerWeights:
     ) -> LayerWeights:
         """Returns made-up experts with the sizes and the format of a checkpoint's layer.
 
+        Their scales have the type of the layer's first expert, and belong to as many weights.
+
         Args:
-            reader: the checkpoint; only its config is used.
+            reader: the checkpoint.
             layer: the layer.
             pattern: the weights, see `cpumoe.models.synth.random_matrix`; biases are random
                 normal.
@@ -97,23 +100,31 @@ class LayerWeights:
             progress: called for each expert.
 
         Raises:
-            ValueError: the pattern is unknown, the format is not supported, or the seed is out of
-                range.
+            ValueError: the pattern is unknown, the format is not supported, the seed is out of
+                range, or as `ExpertReader.expert`.
+            IndexError, OSError: as `ExpertReader.expert`.
         """
         check_seed(seed)
         sizes = reader.hidden_size, reader.intermediate_size
         fmt = weight_format(reader.layer_format(layer))
+        scales = _scales_of(reader.expert(layer, 0, check_scales=False), fmt)
         generator = torch.Generator().manual_seed(seed)
         count = _limited(reader.num_experts, limit)
         experts: list[ExpertWeights] = []
         for index in range(count):
             progress(f"making {pattern} experts", index, count)
-            experts.append(_made_up(fmt, *sizes, pattern, reader.has_bias, generator))
+            experts.append(_made_up(fmt, *sizes, pattern, reader.has_bias, generator, scales))
         return cls._like(reader, layer, experts)
 
     @classmethod
     def from_model(
-        cls, spec: ModelSpec, *, limit: int | None = None, format: str | None = None, seed: int = 0
+        cls,
+        spec: ModelSpec,
+        *,
+        limit: int | None = None,
+        format: str | None = None,
+        scales: ScaleChoice = USUAL_SCALES,
+        seed: int = 0,
     ) -> LayerWeights:
         """Returns made-up experts of a model's layer. Each access to one makes it anew.
 
@@ -121,17 +132,20 @@ class LayerWeights:
             spec: the model.
             limit: number of experts; default, and at most: as many as the model has.
             format: weight format; default: the model's.
+            scales: the type of scales, and how many weights share one.
             seed: seed of the random codes and scales.
 
         Raises:
-            ValueError: the format is not supported, or the model's sizes do not fit it.
+            ValueError: the format is not supported, or the model's sizes or the scales do not fit
+                it.
         """
         fmt = weight_format(format or spec.weight_format)
         fmt.check_k(spec.hidden_size, "hidden_size")
         fmt.check_k(spec.moe_intermediate_size, "intermediate_size")
+        fmt.check_scale_choice(scales, spec.hidden_size, spec.moe_intermediate_size)
         count = _limited(spec.num_experts, limit)
         return cls(
-            experts=_MadeUpExperts(spec, fmt, count, seed),
+            experts=_MadeUpExperts(spec, fmt, count, seed, scales),
             format=fmt.name,
             hidden_size=spec.hidden_size,
             intermediate_size=spec.moe_intermediate_size,
@@ -179,8 +193,11 @@ class LayerWeights:
 class _MadeUpExperts(Sequence[ExpertWeights]):
     """The experts of `LayerWeights.from_model`, made one by one: all may take gigabytes."""
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat, count: int, seed: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, fmt: WeightFormat, count: int, seed: int, scales: ScaleChoice
+    ) -> None:
         self._spec, self._format, self._count, self._seed = spec, fmt, count, seed
+        self._scales = scales
 
     @override
     def __len__(self) -> int:
@@ -198,7 +215,7 @@ class _MadeUpExperts(Sequence[ExpertWeights]):
         generator = torch.Generator().manual_seed(self._seed + chosen)
         spec = self._spec
         sizes = spec.hidden_size, spec.moe_intermediate_size
-        return _made_up(self._format, *sizes, "random", spec.has_bias, generator)
+        return _made_up(self._format, *sizes, "random", spec.has_bias, generator, self._scales)
 
 
 def _made_up(
@@ -208,9 +225,10 @@ def _made_up(
     pattern: Pattern,
     has_bias: bool,
     generator: torch.Generator,
+    scales: ScaleChoice,
 ) -> ExpertWeights:
     gate, up, down = (
-        random_matrix(fmt, n, k, pattern, generator)
+        random_matrix(fmt, n, k, pattern, generator, scales)
         for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
     )
     biases = [
@@ -219,6 +237,16 @@ def _made_up(
         if has_bias
     ]
     return ExpertWeights(gate, up, down, *biases)
+
+
+def _scales_of(expert: ExpertWeights, fmt: WeightFormat) -> ScaleChoice:
+    """Returns the choice of scales with which an expert was made."""
+    if not (fmt.groups_vary or fmt.blocks):
+        return USUAL_SCALES
+    dtype, by_row = expert.up.given_scales.dtype, (1, expert.up.shape[-1])
+    if expert.up.scale_grid == by_row:
+        return ScaleChoice(dtype, by_row=True)
+    return ScaleChoice(dtype, None if fmt.blocks else expert.up.group_size)
 
 
 def _limited(count: int, limit: int | None) -> int:

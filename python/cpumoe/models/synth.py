@@ -17,6 +17,8 @@ from cpumoe.checkpoint.weight_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from cpumoe.checkpoint.writer import CheckpointWriter
 from cpumoe.formats import QuantizedMatrix, WeightFormat
 from cpumoe.formats.quantized_matrix import BLOCK
+from cpumoe.formats.rounding import power_of_two_above
+from cpumoe.formats.scale_choice import USUAL_SCALES, ScaleChoice
 from cpumoe.models import ModelSpec
 from cpumoe.models.synth_layout import Layout, Piece, Sizes
 from cpumoe.models.synth_layouts import LAYOUTS
@@ -33,7 +35,12 @@ _RANDOM_FP8_SCALE = WEIGHT_STD / 100
 
 
 def random_matrix(
-    fmt: WeightFormat, n: int, k: int, pattern: Pattern, generator: torch.Generator
+    fmt: WeightFormat,
+    n: int,
+    k: int,
+    pattern: Pattern,
+    generator: torch.Generator,
+    scales: ScaleChoice = USUAL_SCALES,
 ) -> QuantizedMatrix:
     """Returns one matrix ``[n, k]`` of a weight pattern, quantized to nearest.
 
@@ -49,17 +56,22 @@ def random_matrix(
             likely, with scales of moderate size; without scales, weights are uniform. This is the
             fastest pattern.
         generator: draws all random numbers, including the size of constant patterns.
+        scales: the type of scales, and how many weights share one.
 
     Raises:
-        ValueError: the pattern is unknown, or the format does not allow `k`.
+        ValueError: the pattern is unknown, or the format does not allow `k` or `scales`.
     """
     fmt.check_k(k)
     if pattern == "random":
-        return _random_codes(fmt, n, k, generator)
+        return _random_codes(fmt, n, k, generator, scales)
+
+    def quantized(weights: torch.Tensor) -> QuantizedMatrix:
+        return fmt.quantized(weights, scales.group_of(k), scale_dtype=scales.dtype)
+
     if pattern == "normal":
         weights = torch.empty(n, k, dtype=torch.float32, device="cpu")
         weights.normal_(0, WEIGHT_STD, generator=generator)
-        return fmt.quantized(weights)
+        return quantized(weights)
     # Each matrix has a size of its own, so that confused experts show as well.
     value = WEIGHT_STD * 2 ** (4 * uniform(generator=generator).item() - 3)
     if pattern == "uniform":
@@ -72,7 +84,7 @@ def random_matrix(
         weights = value * (2 * ((_count(k) + start) % k) / k - 1)
     else:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
-    return fmt.quantized(weights)
+    return quantized(weights)
 
 
 def write_checkpoint(
@@ -84,6 +96,7 @@ def write_checkpoint(
     hidden: int | None = None,
     intermediate: int | None = None,
     top_k: int | None = None,
+    scales: ScaleChoice = USUAL_SCALES,
     pattern: Pattern = "normal",
     seed: int = 0,
     overwrite: bool = False,
@@ -106,6 +119,7 @@ def write_checkpoint(
         hidden: hidden size.
         intermediate: intermediate size of an expert.
         top_k: experts per token; default: as in the model, at most `experts`.
+        scales: the type of scales, and how many weights share one.
         pattern: the weights (see `random_matrix`).
         seed: seed of the random numbers, 0 to 2**63 - 1.
         overwrite: whether the checkpoint in a non-empty folder may be replaced. Its config, index,
@@ -118,13 +132,13 @@ def write_checkpoint(
         FileExistsError: `out` is a file, or is not empty and `overwrite` is false, or holds
             safetensors files that its index does not list.
         OSError: the disk has not enough free space.
-        ValueError: a size, the pattern, the seed or the model is not supported.
+        ValueError: a size, the scales, the pattern, the seed or the model is not supported.
     """
     folder = Path(out)
     if pattern not in PATTERNS:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     check_seed(seed)
-    layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k))
+    layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k), scales)
     specs = [tensor for layer in layout.layer_ids for tensor in layout.tensors(layer)]
     _prepare_folder(folder, overwrite, sum(tensor.nbytes for tensor in specs))
     with CheckpointWriter(
@@ -137,14 +151,14 @@ def write_checkpoint(
     return folder
 
 
-def _layout(spec: ModelSpec, sizes: Sizes) -> Layout:
+def _layout(spec: ModelSpec, sizes: Sizes, scales: ScaleChoice) -> Layout:
     layout_type = LAYOUTS.get(spec.layout)
     if layout_type is None:
         raise ValueError(
             f"{spec.name}: its {spec.weight_format} checkpoint layout cannot be written yet; "
             f"layouts that can: {', '.join(LAYOUTS)}"
         )
-    layout = layout_type(spec, sizes)
+    layout = layout_type(spec, sizes, scales)
     layout.format.check_k(sizes.hidden, "hidden_size")
     layout.format.check_k(sizes.intermediate, "intermediate_size")
     return layout
@@ -156,7 +170,8 @@ def _layer_pieces(
     yield from layout.router(layer, generator)
     for index in range(layout.sizes.experts):
         matrices = [
-            random_matrix(layout.format, n, k, pattern, generator) for n, k in layout.projections
+            random_matrix(layout.format, n, k, pattern, generator, layout.scales)
+            for n, k in layout.projections
         ]
         yield from layout.expert(layer, index, matrices, generator)
 
@@ -165,8 +180,12 @@ def _count(end: int) -> torch.Tensor:
     return torch.arange(end, dtype=torch.float32, device="cpu")
 
 
-def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator) -> QuantizedMatrix:
-    if fmt.scale_storage is None:
+def _random_codes(
+    fmt: WeightFormat, n: int, k: int, generator: torch.Generator, choice: ScaleChoice
+) -> QuantizedMatrix:
+    group = fmt.checked_group(choice.group_of(k), k)
+    dtype = fmt.checked_scale_dtype(choice.dtype)
+    if dtype is None:
         weights = uniform(n, k, generator=generator).sub_(0.5).mul_(12**0.5 * WEIGHT_STD)
         return fmt.quantized(weights)
     # random_ draws one number per element, so fewer and wider elements are several times faster.
@@ -174,11 +193,12 @@ def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator)
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
     if fmt.blocks:
         codes[codes.bitwise_and(0x7F) == 0x7F] = 0  # NaN
-        shape = (-(-n // BLOCK), -(-k // BLOCK))
+        shape = (n, 1) if choice.by_row else (-(-n // BLOCK), -(-k // BLOCK))
         scales = uniform(*shape, generator=generator).add_(0.5) * _RANDOM_FP8_SCALE
+        scales = power_of_two_above(scales) if dtype == torch.float8_e8m0fnu else scales.to(dtype)
         return QuantizedMatrix(codes.view(fmt.code_storage), scales)
-    shape = (n, k // fmt.group_size)
-    if fmt.scale_storage == torch.uint8:
+    shape = (n, k // group)
+    if dtype == torch.uint8:
         scales = torch.randint(
             *_RANDOM_E8M0, shape, dtype=torch.uint8, device="cpu", generator=generator
         )
@@ -186,8 +206,8 @@ def _random_codes(fmt: WeightFormat, n: int, k: int, generator: torch.Generator)
         scales = uniform(*shape, generator=generator) * WEIGHT_STD / 4
         if fmt.factor_for is not None:
             factor = torch.tensor(WEIGHT_STD / 4 / 256, dtype=torch.float32, device="cpu")
-            return QuantizedMatrix(codes, (scales / factor).to(fmt.scale_storage), factor)
-        scales = scales.to(fmt.scale_storage)
+            return QuantizedMatrix(codes, (scales / factor).to(dtype), factor)
+        scales = scales.to(dtype)
     return QuantizedMatrix(codes, scales)
 
 

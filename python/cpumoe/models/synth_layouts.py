@@ -192,6 +192,8 @@ class GptOssLayout(Layout):
 class CompressedTensorsLayout(Layout):
     """Kimi-K2: compressed-tensors ``pack-quantized`` INT4, routed experts only."""
 
+    scales_vary = True
+
     @override
     def config(self) -> dict[str, Any]:
         sizes, first = self.sizes, self.spec.first_moe_layer
@@ -235,9 +237,8 @@ class CompressedTensorsLayout(Layout):
         for index in range(sizes.experts):
             for name, (n, k) in zip(("gate", "up", "down"), self.projections, strict=True):
                 matrix = f"{prefix}.experts.{index}.{name}_proj"
-                groups = k // self.format.group_size
                 yield TensorSpec(f"{matrix}.weight_packed", torch.int32, (n, k // 8))
-                yield TensorSpec(f"{matrix}.weight_scale", torch.bfloat16, (n, groups))
+                yield self._scales(f"{matrix}.weight_scale", n, k, torch.bfloat16)
                 yield TensorSpec(f"{matrix}.weight_shape", torch.int64, (2,))
 
     @override
@@ -272,11 +273,11 @@ class CompressedTensorsLayout(Layout):
                         "actorder": None,
                         "block_structure": None,
                         "dynamic": False,
-                        "group_size": self.format.group_size,
+                        "group_size": None if self.scales.by_row else self._group_size,
                         "num_bits": self.format.code_bits,
                         "observer": "minmax",
                         "observer_kwargs": {},
-                        "strategy": "group",
+                        "strategy": "channel" if self.scales.by_row else "group",
                         "symmetric": True,
                         "type": "int",
                     },

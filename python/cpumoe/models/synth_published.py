@@ -95,17 +95,37 @@ class PublishedLayout(Layout):
 
 
 class Fp8BlocksLayout(PublishedLayout):
-    """FP8 with a scale per block, ``weight_scale_inv``, beside each projection of each expert."""
+    """FP8 with scales beside each projection of each expert.
+
+    Scales of blocks are called ``weight_scale_inv``. With scales of rows, this is
+    compressed-tensors' ``float-quantized``.
+    """
+
+    scales_vary = True
 
     @override
     def config(self) -> dict[str, Any]:
-        quantization = {
+        quantization: dict[str, Any] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
             "weight_block_size": [BLOCK, BLOCK],
         }
+        if self.scales.by_row:
+            weights = {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"}
+            group = {"input_activations": None, "targets": ["Linear"], "weights": weights}
+            quantization = {
+                "config_groups": {"group_0": group},
+                "format": "float-quantized",
+                "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp\\.gate$"],
+                "quant_method": "compressed-tensors",
+                "quantization_status": "compressed",
+            }
         return {**super().config(), "quantization_config": quantization}
+
+    @property
+    def _scales_name(self) -> str:
+        return "_scale" if self.scales.by_row else "_scale_inv"
 
     @override
     def tensors(self, layer: int) -> Iterator[TensorSpec]:
@@ -116,7 +136,7 @@ class Fp8BlocksLayout(PublishedLayout):
                 continue
             n, k = tensor.shape
             yield TensorSpec(tensor.name, self.format.code_storage, (n, k))
-            yield TensorSpec(f"{tensor.name}_scale_inv", torch.float32, self._scale_shape(n, k))
+            yield self._scales(f"{tensor.name}{self._scales_name}", n, k, torch.float32)
 
     @override
     def expert(
@@ -125,7 +145,7 @@ class Fp8BlocksLayout(PublishedLayout):
         pieces = super().expert(layer, index, matrices, generator)
         for (name, row, codes), matrix in zip(pieces, matrices, strict=True):
             yield name, row, codes
-            yield f"{name}_scale_inv", row, matrix.given_scales
+            yield f"{name}{self._scales_name}", row, matrix.given_scales
 
 
 class ModelOptLayout(PublishedLayout):
