@@ -4,13 +4,16 @@ A module is replaced if nothing but its product is used. It must be exactly a `t
 without hooks, whose weights belong to it alone and have a format that holds them. The model then
 reads two tokens and writes two, while each such module notes that it is called, and whether anybody
 looks at its weights. All other modules stay the host's. Therefore no list of model types is needed.
+
+Modules whose weights the checkpoint stores quantized are packed as stored before that
+(`stored_dense`). Those that the trial refuses get the weights that the host would have dequantized.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +24,10 @@ from typing_extensions import override
 import cpumoe
 from cpumoe._base.progress import track
 from cpumoe._base.tensors import dtype_name
+from cpumoe.checkpoint import ExpertReader
 from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
+from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
 from cpumoe.linear import own_format, stored_weights
 
 # Handing a product to other threads takes as long as reading about so many bytes.
@@ -60,26 +65,59 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
     if dense == HOST:
         return done
     users = _users(model)
-    chosen = {}
+    chosen: dict[str, nn.Linear | StoredLinear] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            reason = _obstacle(module, users, dense)
+        if isinstance(module, StoredLinear):
+            chosen[name] = module
+        elif isinstance(module, nn.Linear):
+            reason = _obstacle(module, users) or _unheld(module, dense)
             if reason:
                 done.hosts[name] = reason
             else:
                 chosen[name] = module
     for name, reason in _other_uses(model, chosen).items():
         done.hosts[name] = reason
-        del chosen[name]
+        refused = chosen.pop(name)
+        if isinstance(refused, StoredLinear):
+            _put(model, name, refused.of_the_host())
     for name in track(list(chosen), "packing dense layers", enabled=options.progress):
         module = chosen.pop(name)
-        path, _, child = name.rpartition(".")
-        format = None if dense == NATIVE else dense
-        matrix, format = stored_weights(module, format, f"{name}.weight")
-        layer = cpumoe.Linear(matrix, format=format, bias=module.bias, options=options)
-        setattr(model.get_submodule(path), child, layer)
+        if isinstance(module, StoredLinear):
+            layer = module.layer
+        else:
+            format = None if dense == NATIVE else dense
+            matrix, format = stored_weights(module, format, f"{name}.weight")
+            layer = cpumoe.Linear(matrix, format=format, bias=module.bias, options=options)
+        _put(model, name, layer)
         done.ours.append(name)
     return done
+
+
+def take_stored_dense(
+    model: nn.Module,
+    reader: ExpertReader,
+    conversions: Sequence[Any],
+    dequantizer: type,
+    options: ExpertsOptions,
+) -> list[StoredLinear]:
+    """Keeps the host from reading dense weights that cpumoe can pack as they are stored.
+
+    `stored_dense.take_stored` describes the arguments. The model is on the meta device.
+    """
+    if options.dense == HOST:
+        return []
+    users = _users(model)
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and not _obstacle(module, users)
+    }
+    return take_stored(model, modules, reader, conversions, dequantizer, options.dense)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, child = name.rpartition(".")
+    setattr(model.get_submodule(path), child, module)
 
 
 class _Watched(nn.Linear):
@@ -100,12 +138,17 @@ class _Watched(nn.Linear):
             del self.__dict__["_computes"]
 
 
-def _other_uses(model: nn.Module, modules: Mapping[str, nn.Linear]) -> dict[str, str]:
+def _other_uses(
+    model: nn.Module, modules: Mapping[str, nn.Linear | StoredLinear]
+) -> dict[str, str]:
     """Returns which modules are not known to be used by calling them alone, and why."""
     if not modules:
         return {}
     for module in modules.values():
-        module.__class__ = _Watched
+        if isinstance(module, StoredLinear):
+            module.forget()
+        else:
+            module.__class__ = _Watched
     training = {module: module.training for module in model.modules()}
     model.eval()
     refused = ""
@@ -117,9 +160,7 @@ def _other_uses(model: nn.Module, modules: Mapping[str, nn.Linear]) -> dict[str,
     finally:
         for each, was in training.items():
             each.training = was
-        for module in modules.values():
-            module.__class__ = nn.Linear
-        seen = {name: (_took(m, "_used"), _took(m, "_called")) for name, m in modules.items()}
+        seen = {name: _seen(module) for name, module in modules.items()}
     if refused:
         return dict.fromkeys(modules, refused)
     return {
@@ -127,6 +168,14 @@ def _other_uses(model: nn.Module, modules: Mapping[str, nn.Linear]) -> dict[str,
         for name, (used, called) in seen.items()
         if used or not called
     }
+
+
+def _seen(module: nn.Linear | StoredLinear) -> tuple[bool, bool]:
+    """Ends a module's trial. Returns whether its weights were looked at, and whether it ran."""
+    if isinstance(module, StoredLinear):
+        return module.looked_at, module.called
+    module.__class__ = nn.Linear
+    return _took(module, "_used"), _took(module, "_called")
 
 
 def _took(module: nn.Module, note: str) -> bool:
@@ -161,8 +210,8 @@ def _users(model: nn.Module) -> Counter[int]:
     )
 
 
-def _obstacle(module: nn.Linear, users: Counter[int], dense: str) -> str:
-    """Returns why a module must stay the host's; empty if cpumoe can compute it."""
+def _obstacle(module: nn.Linear, users: Counter[int]) -> str:
+    """Returns why a module must stay the host's, whatever its weights are; empty if it need not."""
     weight = module.weight
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}"
@@ -170,12 +219,18 @@ def _obstacle(module: nn.Linear, users: Counter[int], dense: str) -> str:
         return "it shares its weights with another module"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks"
-    if not weight.is_cpu:
-        return f"its weights are on {weight.device}"
     if module.in_features % K_MULTIPLE:
         return f"its {module.in_features} inputs are no multiple of {K_MULTIPLE}"
     if weight.nbytes < _LEAST_BYTES:
         return f"its weights have only {weight.nbytes} bytes"
+    return ""
+
+
+def _unheld(module: nn.Linear, dense: str) -> str:
+    """Returns why cpumoe cannot pack a module's weights; empty if it can."""
+    weight = module.weight
+    if not weight.is_cpu:
+        return f"its weights are on {weight.device}"
     if dense == NATIVE and own_format(weight) is None:
         return f"no format holds its {dtype_name(weight.dtype)} weights exactly"
     return ""

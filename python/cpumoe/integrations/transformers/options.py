@@ -29,7 +29,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             are in memory, such as "int4". This changes the model. None: weights are packed exactly,
             or refused. Experts that are read from a checkpoint keep the checkpoint's format.
         dense: who computes the dense layers of a model whose experts are read from a checkpoint.
-            "host": transformers. "native": cpumoe, with the weights as transformers holds them.
+            "host": transformers. "native": cpumoe, with the weights as the checkpoint stores them.
             A weight format, such as "fp8": cpumoe, with weights rounded to the format, which
             changes the model.
 

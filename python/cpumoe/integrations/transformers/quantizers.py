@@ -30,11 +30,16 @@ from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.integrations.transformers.completeness import check_scaled
-from cpumoe.integrations.transformers.dense import DenseLayers, swap_dense
+from cpumoe.integrations.transformers.dense import (
+    DenseLayers,
+    swap_dense,
+    take_stored_dense,
+)
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
 from cpumoe.integrations.transformers.options import current_options
 from cpumoe.integrations.transformers.routers import use_fp32_routers
+from cpumoe.integrations.transformers.stored_dense import StoredLinear, pack_stored
 from cpumoe.integrations.transformers.swap import (
     EXPERT_KEYS,
     experts_modules,
@@ -56,6 +61,8 @@ class ExpertsToCpumoe(HfQuantizer):
         self._options = current_options()
         self._reader: ExpertReader | None = None
         self._swapped: list[CpuExperts] = []
+        self._stored: list[StoredLinear] = []
+        self._all_on_cpu = True
         self.dense_layers = DenseLayers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToCpumoe:
@@ -66,6 +73,7 @@ class ExpertsToCpumoe(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files: list[str] | None = kwargs.get("checkpoint_files")
         by_name = self._by_name()
+        self._all_on_cpu = _all_on_cpu(kwargs.get("device_map"))
         if checkpoint_files and any(experts_modules(model)):
             self._reader = open_resolved(checkpoint_files, model.config)
             if by_name:
@@ -73,7 +81,7 @@ class ExpertsToCpumoe(HfQuantizer):
             self._swapped = swap_experts(model, self._reader)
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {EXPERT_KEYS}
-            # Other quantized weights become dense, because PyTorch multiplies only those on a CPU.
+            # Weights of the host become dense, because PyTorch multiplies only those on a CPU.
             self.quantization_config.dequantize = True
         elif by_name:
             # Refused before all weights are read in vain.
@@ -82,6 +90,17 @@ class ExpertsToCpumoe(HfQuantizer):
                 f"supports, got none"
             )
         super()._process_model_before_weight_loading(model, **kwargs)
+
+    @override
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Takes dense weights from the host here, because only now its conversions are complete."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        dequantizer = self.get_load_operations().get("dequantize")
+        if self._reader is not None and self._all_on_cpu and dequantizer is not None:
+            self._stored = take_stored_dense(
+                model, self._reader, conversions, dequantizer, self._options
+            )
+        return conversions
 
     def _by_name(self) -> bool:
         """Whether cpumoe's `from_pretrained` loads the model, and not transformers' own."""
@@ -100,6 +119,7 @@ class ExpertsToCpumoe(HfQuantizer):
             use_fp32_routers(model)
         with self._reader:
             pack_all(self._swapped, self._reader, self._options)
+            pack_stored(self._stored, self._options)
         if not self._by_name():  # `from_pretrained` makes the model ready first
             self.swap_dense(model)
         # transformers drops the quantizer of a dequantized model. With the quantizer,
@@ -117,8 +137,14 @@ class ExpertsToCpumoe(HfQuantizer):
         return not self._swapped and bool(super().is_trainable)
 
 
+def _all_on_cpu(device_map: Any) -> bool:
+    """Whether transformers will put all weights into the CPU's memory."""
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+    return all(str(device) == "cpu" for device in devices)
+
+
 class Fp8Quantizer(ExpertsToCpumoe, FineGrainedFP8HfQuantizer):
-    """DeepSeek-V4: cpumoe gets the MXFP4 experts, and FP8 weights become dense."""
+    """DeepSeek-V4: cpumoe gets the MXFP4 experts, and other FP8 weights if asked to."""
 
     @override
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +172,7 @@ class Mxfp4Quantizer(ExpertsToCpumoe, Mxfp4HfQuantizer):
 
 
 class CompressedTensorsQuantizer(ExpertsToCpumoe, CompressedTensorsHfQuantizer):
-    """Kimi: cpumoe gets the INT4 experts, and other quantized weights become dense."""
+    """Kimi: cpumoe gets the INT4 experts, and other quantized weights if asked to."""
 
 
 class UnquantizedConfig(QuantizationConfigMixin):
