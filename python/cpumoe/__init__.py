@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         open_checkpoint,
     )
     from cpumoe.experts import Experts
+    from cpumoe.experts_builder import ExpertsBuilder
     from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
     from cpumoe.future import Future
     from cpumoe.linear import Linear
@@ -41,6 +42,7 @@ __all__ = [
     "ExpertReader",
     "ExpertWeights",
     "Experts",
+    "ExpertsBuilder",
     "ExpertsOptions",
     "ExpertsStatistics",
     "Future",
@@ -74,6 +76,7 @@ _MODULES = {
         "open_checkpoint",
     ),
     "cpumoe.experts": ("Experts",),
+    "cpumoe.experts_builder": ("ExpertsBuilder",),
     "cpumoe.formats": ("WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"),
     "cpumoe.future": ("Future",),
     "cpumoe.linear": ("Linear",),

@@ -12,13 +12,13 @@ from cpumoe._base.scalars import boolean, integer
 from cpumoe._base.tensors import refuse_tracing
 from cpumoe._engine.arguments import layer_scale_type
 from cpumoe._engine.calls import Calls
-from cpumoe._engine.config import layer_config
+from cpumoe._engine.config import checked_activation, layer_config
 from cpumoe._engine.export import MatrixBuffer, copy_into, export_into, new_expert
 from cpumoe._engine.packing import ExpertForm
 from cpumoe._engine.residency import Residency
 from cpumoe._engine.sources import Given, Source
 from cpumoe.checkpoint import ExpertWeights
-from cpumoe.numerics.glu import GLU, SwiGLU
+from cpumoe.numerics.glu import GLU
 from cpumoe.options import ExpertsOptions
 from cpumoe.packed_layer import PackedLayer
 from cpumoe.runtime import Runtime, check_runtime, default_runtime
@@ -44,13 +44,8 @@ class PackedExperts(PackedLayer):
         options: ExpertsOptions,
     ) -> None:
         """Packs the experts of `source`; `cpumoe.Experts` describes the arguments."""
-        if activation is not None and not isinstance(activation, GLU):
-            raise TypeError(
-                f"activation: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the "
-                f"default, got {activation!r}"
-            )
+        self._activation = checked_activation(activation)
         boolean(pack_masked, "pack_masked")
-        self._activation: GLU = activation or SwiGLU()
         config = layer_config(
             num_experts=num_experts,
             hidden_size=hidden_size,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cpumoe import _core
 from cpumoe._base.scalars import boolean, integer
-from cpumoe.numerics.glu import GLU
+from cpumoe.numerics.glu import GLU, SwiGLU
 
 _ISAS_CROSSOVER = -1
 _ANY_TOKENS = 2**31 - 1  # as many as the engine can count
@@ -24,6 +24,20 @@ _PRECISION = {
     "bf16": _core.Precision.BF16,
     "int8": _core.Precision.INT8,
 }
+
+
+def checked_activation(activation: GLU | None) -> GLU:
+    """Returns the activation of experts; None is the plain SwiGLU.
+
+    Raises:
+        TypeError: `activation` is something else.
+    """
+    if activation is not None and not isinstance(activation, GLU):
+        raise TypeError(
+            f"activation: expected a cpumoe.SwiGLU, another cpumoe.GLU, or None for the default, "
+            f"got {activation!r}"
+        )
+    return activation or SwiGLU()
 
 
 def layer_config(

@@ -72,7 +72,7 @@ def export_into(
     runtime: _core.Runtime,
 ) -> None:
     """Writes a packed expert to the caller's memory; see `Experts.export_into`."""
-    features = _features(intermediate, form)
+    features = feature_range(intermediate, form)
     targets = _targets(form, buffers, len(features))
     matrices = [target.matrix for target in targets]
     shard = (matrices if form.gated else [NO_MATRIX, *matrices], features.start)
@@ -90,7 +90,7 @@ def copy_into(
     intermediate: slice | range | None,
 ) -> None:
     """Writes an expert that is not packed to the caller's memory; see `Experts.export_into`."""
-    features = _features(intermediate, form)
+    features = feature_range(intermediate, form)
     targets = _targets(form, buffers, len(features))
     matrices = checked_matrices(form, expert, weights)
     for matrix in matrices:
@@ -191,7 +191,13 @@ def _sizes(form: ExpertForm, features: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def _features(intermediate: slice | range | None, form: ExpertForm) -> range:
+def feature_range(intermediate: slice | range | None, form: ExpertForm) -> range:
+    """Returns the intermediate features that a caller chooses; None: all.
+
+    Raises:
+        TypeError: `intermediate` is no slice or range of ints.
+        ValueError: it has no whole groups of features, or others than the experts have.
+    """
     size, group = form.intermediate_size, K_MULTIPLE
     if intermediate is None:
         return range(size)
