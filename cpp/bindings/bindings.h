@@ -5,6 +5,7 @@
 
 namespace cpumoe {
 
+void BindAttention(pybind11::module_& m);
 void BindIsa(pybind11::module_& m);
 void BindRuntime(pybind11::module_& m);
 void BindMatrix(pybind11::module_& m);

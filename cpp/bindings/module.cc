@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, m) {
   cpumoe::BindLayer(m);
   cpumoe::BindCall(m);
   cpumoe::BindLinear(m);
+  cpumoe::BindAttention(m);
   cpumoe::BindStream(m);
   cpumoe::BindLimits(m);
 }

@@ -97,6 +97,14 @@ concept HoldsFp16 = VectorIsa<Isa> && requires(typename Isa::Codes codes) {
   { Isa::FromFp16(codes) } -> std::same_as<typename Isa::Pair>;
 };
 
+// What attention needs in addition: sixteen numbers as fp32, unaligned. No number is lost, because
+// all of them are exact in fp32.
+template <class Isa>
+concept NumbersIsa = HoldsFp16<Isa> && requires(const Bf16* bf16, const Fp16* fp16) {
+  { Isa::Load(bf16) } -> std::same_as<typename Isa::Vec>;
+  { Isa::Load(fp16) } -> std::same_as<typename Isa::Vec>;
+};
+
 // What writing experts to memory needs in addition.
 template <class Isa>
 concept StreamIsa = requires(std::byte* to, const std::byte* from) {

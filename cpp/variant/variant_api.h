@@ -28,6 +28,8 @@ struct FewTokens {
   int most;       // the most tokens for which few-token kernels exist
 };
 
+struct AttentionArgs;  // attention/attention.h
+
 // A row of the format table. Rows may have one name (weight_format.h).
 struct FormatEntry {
   const char* row;  // no other row has this name
@@ -47,6 +49,8 @@ struct VariantApi {
   // Copies past the caches, where the ISA can. `bytes` must be a multiple of kCopyGranule, and `to`
   // a multiple of 64.
   void (*copy)(std::byte* to, const std::byte* from, int64_t bytes);
+  // Only one thread at a time may call it with given scratch memory.
+  void (*attend)(const AttentionArgs& args, ThreadPool& pool, ScratchMemory& scratch);
 };
 
 inline constexpr int64_t kReadGranule = 1024;

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedFormatError,
         open_checkpoint,
     )
+    from cpumoe.dot_product_attention import attention
     from cpumoe.experts import Experts
     from cpumoe.experts_builder import ExpertsBuilder
     from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix, WeightFormat, weight_format
@@ -54,6 +55,7 @@ __all__ = [
     "UnsupportedFormatError",
     "WeightFormat",
     "__version__",
+    "attention",
     "default_runtime",
     "find_model",
     "isa",
@@ -75,6 +77,7 @@ _MODULES = {
         "UnsupportedFormatError",
         "open_checkpoint",
     ),
+    "cpumoe.dot_product_attention": ("attention",),
     "cpumoe.experts": ("Experts",),
     "cpumoe.experts_builder": ("ExpertsBuilder",),
     "cpumoe.formats": ("WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"),

@@ -1,7 +1,8 @@
 """The direction of dependencies in C++, read from `#include` lines, and tables that exist once.
 
-base <- {threading, formats} <- kernels <- {packing, staging} <- paths <- {moe, linear} <- variant
-base, threading, moe, linear, variant API <- dispatch <- engine <- {streams, capi}
+base <- {threading, formats} <- kernels <- {packing, staging} <- paths <- {moe, linear, attention}
+{moe, linear, attention} <- variant
+base, threading, moe, linear, attention, variant API <- dispatch <- engine <- {streams, capi}
 streams <- bindings
 """
 
@@ -25,9 +26,10 @@ MAY_INCLUDE = {
     "paths": {"base", "formats", "kernels", "packing", "staging"},
     "moe": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
     "linear": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
-    "variant": {"base", "threading", "formats", "kernels", "packing", "moe", "linear"},
+    "attention": {"base", "threading", "kernels", "packing", "staging", "paths"},
+    "variant": {"base", "threading", "formats", "kernels", "packing", "moe", "linear", "attention"},
     "dispatch": {"base", "threading", "variant"},
-    "engine": {"base", "threading", "variant", "dispatch", "moe", "linear"},
+    "engine": {"base", "threading", "variant", "dispatch", "moe", "linear", "attention"},
     "streams": {"base", "threading", "moe", "engine"},
     "bindings": {
         *("base", "threading", "formats", "packing", "variant", "dispatch", "moe", "engine"),

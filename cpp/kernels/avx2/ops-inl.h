@@ -76,6 +76,11 @@ struct Avx2 : Fp32Multiplicands {
 
   static Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Vec Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static Vec Load(const Bf16* p) { return LoadScales(p); }
+  static Vec Load(const Fp16* p) {
+    const auto* halves = reinterpret_cast<const __m128i*>(p);
+    return {FromFp16(_mm_loadu_si128(halves)), FromFp16(_mm_loadu_si128(halves + 1))};
+  }
   static void Store(float* p, Vec v) {
     _mm256_storeu_ps(p, v.lo);
     _mm256_storeu_ps(p + 8, v.hi);

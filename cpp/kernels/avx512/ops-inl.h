@@ -67,6 +67,10 @@ struct Avx512 : Fp32Multiplicands {
 
   static Vec Zero() { return _mm512_setzero_ps(); }
   static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec Load(const Bf16* p) { return LoadScales(p); }
+  static Vec Load(const Fp16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static void StoreActivations(Activation* p, Vec v) { Store(p, v); }
   static Vec Broadcast(float x) { return _mm512_set1_ps(x); }

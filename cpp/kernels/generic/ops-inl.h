@@ -76,6 +76,10 @@ struct Generic : Fp32Multiplicands {
       return part;
     });
   }
+  template <class Number>
+  static Vec Load(const Number* p) {
+    return MapLanes([p](int i) { return p[i].ToFloat(); });
+  }
   static void Store(float* p, Vec v) {
     for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kPartLanes, &v.part[i], sizeof(Floats));
   }
