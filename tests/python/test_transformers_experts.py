@@ -189,9 +189,12 @@ def test_swapping_checks_the_number_of_experts(tmp_path):
 def test_swapping_refuses_a_norm_after_experts(tmp_path):
     module = experts_module(DeepseekV4Experts, swiglu_limit=10.0, num_local_experts=8)
     module.has_post_expert_norm = True
+    module.post_expert_norm = torch.nn.RMSNorm(64)
     with (
         cpumoe.open_checkpoint(tiny_models.deepseek_v4(tmp_path)) as reader,
-        pytest.raises(ValueError, match="norm of their own"),
+        pytest.raises(
+            ValueError, match="experts have a norm of their outputs, the checkpoint's no norm"
+        ),
     ):
         swap_experts(Block(module), reader)
 

@@ -133,6 +133,7 @@ class CheckpointSource(Source):
         # Absolute paths, because the process may change its working directory.
         self._path = folder.path.absolute()
         self._variant = folder.variant
+        self._module = reader.module
         self._files = None if files is None else [Path(file).absolute() for file in files]
         self._stamps = folder.stamps()
 
@@ -158,6 +159,7 @@ class CheckpointSource(Source):
             self._check(kept)
             return
         with open_checkpoint(self._path, variant=self._variant, files=self._files) as reader:
+            reader = reader.of_module(self._module)
             yield self._read(reader)
             self._check(reader)
 

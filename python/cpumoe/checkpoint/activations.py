@@ -41,6 +41,8 @@ PLAIN_MODEL_TYPES = frozenset(
         "dots3_note",
         "dots3_note_text",
         "ernie4_5_moe",
+        "ernie4_5_vl_moe",
+        "ernie4_5_vl_moe_text",
         "exaone_moe",
         "flex_olmo",
         "flint",

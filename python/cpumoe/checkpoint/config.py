@@ -12,8 +12,11 @@ import torch
 from cpumoe.checkpoint.files import CheckpointError, shown, shown_value
 
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-# Nemotron projects hidden states to this width before the experts, and back after them.
-_LATENT_KEY = "moe_latent_size"
+# Nemotron and Muse Spark project hidden states to this width before the experts, and back after.
+_LATENT_KEYS = ("moe_latent_size", "moe_hidden_size")
+_INNER_KEYS = ("moe_intermediate_size", "intermediate_size")
+# Families that have a second list of experts in each layer, for the tokens of images.
+_WITH_VISION_EXPERTS = ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text")
 _NUM_LAYERS_KEY = "num_hidden_layers"
 # Some hybrid models list the kinds of their layers instead.
 _LAYER_KINDS_KEY = "layers_block_type"
@@ -43,6 +46,8 @@ class MoeConfig:
         hidden_size: width of an expert's input and output, which is that of the residual stream or
             of a latent space.
         intermediate_size: inner width of one routed expert.
+        vision_intermediate_size: that of the experts for tokens of images, which follow the others
+            in each layer; None: there are none.
     """
 
     model_type: str
@@ -53,6 +58,7 @@ class MoeConfig:
     top_k: int
     hidden_size: int
     intermediate_size: int
+    vision_intermediate_size: int | None = None
 
 
 def parse_config(config: Mapping[str, Any]) -> MoeConfig:
@@ -75,15 +81,19 @@ def parse_config(config: Mapping[str, Any]) -> MoeConfig:
         or _section(config, "quantization_config")
         or _section(config, "compression_config")
     )
+    model_type = shown(str(config.get("model_type", "")))
+    inner, *vision = _inner_sizes(text, model_type)
+    latent = next((key for key in _LATENT_KEYS if text.get(key) is not None), "hidden_size")
     return MoeConfig(
-        model_type=shown(str(config.get("model_type", ""))),
+        model_type=model_type,
         text=text,
         quantization=quantization,
         num_hidden_layers=_num_layers(text),
         num_experts=_size(text, *_NUM_EXPERTS_KEYS),
         top_k=_size(text, *_TOP_K_KEYS),
-        hidden_size=_size(text, "hidden_size" if text.get(_LATENT_KEY) is None else _LATENT_KEY),
-        intermediate_size=_size(text, "moe_intermediate_size", "intermediate_size"),
+        hidden_size=_size(text, latent),
+        intermediate_size=inner,
+        vision_intermediate_size=vision[0] if vision else None,
     )
 
 
@@ -155,6 +165,15 @@ def _num_layers(text: Mapping[str, Any]) -> int:
     if text.get(_NUM_LAYERS_KEY) is None and isinstance(kinds, list) and kinds:
         return len(kinds)
     return _size(text, _NUM_LAYERS_KEY)
+
+
+def _inner_sizes(text: Mapping[str, Any], model_type: str) -> list[int]:
+    """Returns the inner width of experts, and of those for tokens of images if there are any."""
+    key = _INNER_KEYS[0]
+    sizes = text.get(key)
+    if model_type not in _WITH_VISION_EXPERTS or not isinstance(sizes, list) or len(sizes) != 2:
+        return [_size(text, *_INNER_KEYS)]
+    return [_size({key: size}, key) for size in sizes]
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int:

@@ -18,6 +18,7 @@ Sources: transformers 5.23 ``conversion_mapping.py``, and the modeling files of 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from cpumoe.checkpoint.header import TORCH_DTYPES
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
+    OUTPUT_NORM,
+    VISION_EXPERTS,
     ExpectedTensor,
     ExpertReader,
     ExpertsInfo,
@@ -46,7 +49,7 @@ from cpumoe.formats import QuantizedMatrix
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Accepted dtypes of weights in each format.
 _WEIGHT_DTYPES = {"bf16": _DTYPES, "fp16": (torch.float16,)}
-_EXPERTS = r"(?:\w+\.)?experts\."
+_EXPERTS = r"(?:\w+\.)?(?:text_moe\.)?experts\."
 _NUMBER = "{}"
 
 
@@ -160,6 +163,8 @@ class PublishedReader(ExpertReader):
         """Opens the experts; see `ExpertReader`."""
         super().__init__(folder, config, info, layers)
         if not self.unsupported:
+            if self.output_norm is not None:
+                self.activation = None  # whoever names it computes the norm
             self.has_bias = any(map(self._biases_in, self._prefixes.values()))
 
     def _biases_in(self, prefix: str) -> bool:
@@ -194,6 +199,17 @@ class PublishedReader(ExpertReader):
         return cls(folder, config, ExpertsInfo(fmt, (reason,) if reason else ()), layers)
 
     @override
+    def of_module(self, name: str) -> ExpertReader:
+        """Returns the reader of one of two lists of experts; see `ExpertReader.of_module`."""
+        inner = self.config.vision_intermediate_size
+        if inner is None or VISION_EXPERTS not in name:
+            return super().of_module(name)
+        config = dataclasses.replace(self.config, intermediate_size=inner)
+        vision = _VisionReader(self.folder, config, ExpertsInfo(self.format), self._only)
+        vision.module = name
+        return vision
+
+    @override
     @classmethod
     def matches(cls, folder: SafetensorsFolder, config: MoeConfig) -> bool:
         """Whether experts have known names, and none of them is quantized."""
@@ -212,6 +228,10 @@ class PublishedReader(ExpertReader):
             found[layer] = [name for name in names if is_known(name.removeprefix(prefix))]
         return found
 
+    def _first_of(self, prefix: str) -> int:
+        """The number that a layer's first expert has in the names of tensors."""
+        return 0
+
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:
         parts = self._parts(prefix, index)
@@ -229,6 +249,7 @@ class PublishedReader(ExpertReader):
 
     def _parts(self, prefix: str, index: int) -> list[_Part]:
         """Returns the parts of gate, up and down."""
+        index += self._first_of(prefix)
         layout = _layout_of(self.folder, self.config, prefix, index)
         inner = self.intermediate_size
         rows = [slice(0, inner), slice(0, inner), slice(0, self.hidden_size)]
@@ -277,6 +298,19 @@ class PublishedReader(ExpertReader):
         return bias[part.rows].contiguous()
 
 
+class _VisionReader(PublishedReader):
+    """Reads experts for the tokens of images.
+
+    They have a prefix of their own, or their numbers follow those of the experts for text.
+    """
+
+    _EXPERT = re.compile(PublishedReader._EXPERT.pattern.replace("text_moe", "vision_moe"))
+
+    @override
+    def _first_of(self, prefix: str) -> int:
+        return 0 if VISION_EXPERTS in prefix else self.num_experts
+
+
 def _layout_of(
     folder: SafetensorsFolder, config: MoeConfig, prefix: str, index: int = 0
 ) -> _Layout:
@@ -311,7 +345,9 @@ def _unsupported(folder: SafetensorsFolder, prefix: str, layout: _Layout) -> str
         return None
     is_known = _known_names(layout).fullmatch
     rest = ((name, name.removeprefix(prefix)) for name in names)
-    unknown = [name for name, end in rest if end not in _ROUTERS and not is_known(end)]
+    unknown = [
+        name for name, end in rest if end not in (*_ROUTERS, OUTPUT_NORM) and not is_known(end)
+    ]
     return f"experts with {shown(min(unknown))} are not supported" if unknown else None
 
 

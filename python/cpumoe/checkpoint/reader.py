@@ -35,6 +35,11 @@ LAYER = r"(?P<layer>[0-9]{1,9})"
 _OF_A_LAYER = re.compile(rf"(?:^|\.)(?:layers|block)\.{LAYER}\.")
 
 
+# A norm of each expert's output, which all experts of a layer share.
+OUTPUT_NORM = "post_expert_norm.weight"
+# Part of the names of modules with experts for the tokens of images, in ERNIE 4.5 VL.
+VISION_EXPERTS = ".vision_moe."
+
 # Group sizes that stand for a row of any length, and for a whole matrix.
 WHOLE_ROW, WHOLE_MATRIX = -1, -2
 
@@ -108,9 +113,11 @@ class ExpertReader(ABC):
         hidden_size: width of an expert's input and output.
         intermediate_size: inner width of one expert.
         has_bias: whether the experts have biases.
+        module: name of the module whose experts these are, if layers have several lists of them.
     """
 
     has_bias = False
+    module = ""
     # Matches the beginning of an expert tensor's name. Group ``prefix`` is the common beginning of
     # the names of all experts of group ``layer``.
     _EXPERT: ClassVar[re.Pattern[str]]
@@ -265,12 +272,45 @@ class ExpertReader(ABC):
                 f"the weights have, got {shown_value(self.config.num_hidden_layers)}"
             )
 
+    @cached_property
+    def output_norm(self) -> str | None:
+        """Name of a norm of each expert's output before outputs are added; None: there is none.
+
+        Layers of cpumoe do not compute it.
+        """
+        norms = (f"{prefix}{OUTPUT_NORM}" for prefix in self._prefixes.values())
+        return next(filter(self.folder.__contains__, norms), None)
+
+    def of_module(self, name: str) -> ExpertReader:
+        """Returns the reader for the experts of a transformers model's module `name`.
+
+        Most families have one list of experts in a layer, and the same reader for any name. ERNIE
+        4.5 VL has a second one for the tokens of images, in modules ``vision_moe``.
+
+        Raises:
+            UnsupportedFormatError: the reader cannot read experts for the tokens of images.
+        """
+        if self.config.vision_intermediate_size is not None and VISION_EXPERTS in name:
+            raise UnsupportedFormatError(
+                f"{self.folder.path}: {name}: experts for the tokens of images are supported only "
+                f"in checkpoints that are not quantized, not in {self.format}"
+            )
+        return self
+
     def known_activation(self) -> GLU:
         """Returns the experts' activation.
 
         Raises:
-            UnsupportedFormatError: config.json does not specify it.
+            UnsupportedFormatError: config.json does not specify it, or each expert's output passes
+                a norm.
         """
+        if self.output_norm is not None:
+            raise UnsupportedFormatError(
+                f"{self.folder.path}: {shown(self.output_norm)}: a norm of each expert's output is "
+                f"not part of a layer; load the whole model with "
+                f"cpumoe.integrations.transformers.from_pretrained, or pass activation= and give "
+                f"the layer one expert per token"
+            )
         if self.activation is None:
             raise UnsupportedFormatError(
                 f"{self.folder.path}: config.json does not specify the activation of model_type "

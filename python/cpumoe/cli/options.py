@@ -181,9 +181,11 @@ def choose_layer(reader: ExpertReader, layer: int | None) -> int:
     """
     if reader.activation is None and not reader.unsupported:
         folder = reader.folder.path
+        reason = f"config.json does not specify the activation of model_type {reader.model_type!r}"
+        if reader.output_norm is not None:
+            reason = f"{reader.output_norm}: a norm of each expert's output is not part of a layer"
         raise InputError(
-            f"{folder}: config.json does not specify the activation of model_type "
-            f"{reader.model_type!r}; check the whole model, whose activation transformers knows: "
+            f"{folder}: {reason}; check the whole model, whose activation transformers knows: "
             f"cpumoe eval {shlex.quote(str(folder))} --text FILE --experts all"
         )
     layers = reader.layers()

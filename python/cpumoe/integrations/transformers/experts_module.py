@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +29,64 @@ class Spent:
     seconds: float = 0.0
 
 
+def normed_sum(
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    norm: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Computes experts whose outputs a norm changes before they are weighted and added.
+
+    Each expert of each token is a call's token of its own, with the weight 1.
+
+    Args:
+        compute: computes the weighted sum of each token's experts.
+        norm: the norm, of ``[tokens, hidden]``.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index: ``[tokens, top_k]``.
+        top_k_weights: ``[tokens, top_k]``.
+    """
+    tokens, top_k = top_k_index.shape
+    ones = torch.ones((tokens * top_k, 1), dtype=torch.float32, device=hidden_states.device)
+    each = compute(hidden_states.repeat_interleave(top_k, 0), top_k_index.reshape(-1, 1), ones)
+    normed: torch.Tensor = norm(each).view(tokens, top_k, -1)
+    return (normed * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
 class CpuExperts(nn.Module):
-    """Routed experts of one layer, computed by `cpumoe.Experts`. The module has no parameters.
+    """Routed experts of one layer, computed by `cpumoe.Experts`.
+
+    The module has no parameters, except those of a norm.
 
     Attributes:
         layer: index of the decoder layer.
         num_experts: number of routed experts of the layer.
         experts: the packed experts; None before `pack`.
+        post_expert_norm: the host's norm of each expert's output; None: there is none.
     """
 
-    def __init__(self, layer: int, num_experts: int, activation: GLU) -> None:
-        """Makes the module for a decoder layer. `pack` gives it weights."""
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        activation: GLU,
+        *,
+        name: str = "",
+        post_expert_norm: nn.Module | None = None,
+    ) -> None:
+        """Makes the module for a decoder layer. `pack` gives it weights.
+
+        Args:
+            layer: index of the decoder layer.
+            num_experts: number of routed experts.
+            activation: the experts' activation.
+            name: name of the module that it replaces (see `ExpertReader.of_module`).
+            post_expert_norm: the host's norm of each expert's output.
+        """
         super().__init__()
+        self._name = name
+        self.post_expert_norm = post_expert_norm
         self.layer = layer
         self.num_experts = num_experts
         self.activation = activation
@@ -47,7 +95,7 @@ class CpuExperts(nn.Module):
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
         """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`."""
         self.experts = Experts.from_checkpoint(
-            reader,
+            reader.of_module(self._name),
             self.layer,
             activation=self.activation,
             progress=False,
@@ -90,10 +138,11 @@ class CpuExperts(nn.Module):
             top_k_index,
             top_k_weights,
         )
-        if hidden_states.is_cpu or hidden_states.is_meta:
-            output = experts(*arguments)
+        if self.post_expert_norm is None:
+            output = _on_cpu(experts, *arguments)
         else:
-            output = experts(*(tensor.cpu() for tensor in arguments)).to(hidden_states.device)
+            compute = functools.partial(_on_cpu, experts)
+            output = normed_sum(compute, self.post_expert_norm, *arguments)
         return output if len(shape) == 2 else output.view(shape)
 
     def _ready(self) -> Experts:
@@ -110,3 +159,11 @@ class CpuExperts(nn.Module):
     def extra_repr(self) -> str:
         """Returns the text for ``print(model)``."""
         return f"layer={self.layer}, {self.experts or 'not packed'}"
+
+
+def _on_cpu(experts: Experts, *arguments: torch.Tensor) -> torch.Tensor:
+    """Calls the experts with tensors on any device, and returns their sum there."""
+    device = arguments[0].device
+    if device.type in ("cpu", "meta"):
+        return experts(*arguments)
+    return experts(*(tensor.cpu() for tensor in arguments)).to(device)

@@ -10,6 +10,7 @@ the format.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
 from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.activation import module_activation
+from cpumoe.integrations.transformers.experts_module import normed_sum
 from cpumoe.integrations.transformers.options import current_options
 
 # The formats that may hold weights exactly, the smallest and fastest first.
@@ -111,22 +113,9 @@ def _weighted_sum(
     return _in_memory(module)(*arguments)
 
 
-def _each_normed(
-    module: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """Computes experts whose outputs the module normalizes before they are weighted and added.
-
-    Each expert of each token is a call's token of its own, with the weight 1.
-    """
-    tokens, top_k = top_k_index.shape
-    ones = torch.ones((tokens * top_k, 1), dtype=torch.float32, device=hidden_states.device)
-    repeated = hidden_states.repeat_interleave(top_k, 0)
-    each = _weighted_sum(module, repeated, top_k_index.reshape(-1, 1), ones)
-    normed: torch.Tensor = module.post_expert_norm(each).view(tokens, top_k, -1)
-    return (normed * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+def _each_normed(module: Any, *arguments: torch.Tensor) -> torch.Tensor:
+    compute = functools.partial(_weighted_sum, module)
+    return normed_sum(compute, module.post_expert_norm, *arguments)
 
 
 # Dynamo cannot trace what this calls, and breaks its graph.

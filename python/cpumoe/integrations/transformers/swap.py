@@ -60,12 +60,7 @@ def pack_all(modules: list[CpuExperts], reader: ExpertReader, options: ExpertsOp
 
 
 def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExperts:
-    kind = type(module).__name__
-    if getattr(module, "has_post_expert_norm", False):
-        raise ValueError(
-            f"{kind}: experts with a norm of their own are supported only in memory: load the "
-            f"model with transformers, and call model.set_experts_implementation('cpumoe')"
-        )
+    reader = reader.of_module(name)
     match = _LAYER.search(name)
     if match is None:
         raise ValueError(f"{name}: expected a module of a decoder layer, as in 'layers.3.mlp'")
@@ -83,4 +78,13 @@ def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExper
             f"{biases[reader.has_bias]}"
         )
     reader.check_layer(layer)
-    return CpuExperts(layer, reader.num_experts, module_activation(module))
+    normed = getattr(module, "has_post_expert_norm", False)
+    norm = module.get_submodule("post_expert_norm") if normed else None
+    if (norm is None) != (reader.output_norm is None):
+        norms = {True: "no norm", False: "a norm"}
+        raise ValueError(
+            f"{name}: the model's experts have {norms[norm is None]} of their outputs, the "
+            f"checkpoint's {norms[reader.output_norm is None]}"
+        )
+    activation = module_activation(module)
+    return CpuExperts(layer, reader.num_experts, activation, name=name, post_expert_norm=norm)
