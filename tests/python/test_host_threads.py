@@ -84,7 +84,7 @@ def test_a_small_model_decodes_on_one_thread_of_pytorchs(seven_threads):
 
 
 def test_a_large_model_gets_the_threads_that_the_process_may_use(seven_threads, monkeypatch):
-    monkeypatch.setattr(host_threads, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(host_threads, "_SMALL_BYTES", -1)
     succeed("generate", "-p", "In", "--max-tokens", 1, "--json")
     assert torch.get_num_threads() == _core.topology().default_threads
     succeed("generate", "-p", "In", "--max-tokens", 1, "--threads", 1, "--json")
@@ -101,3 +101,30 @@ def test_small_is_a_matter_of_dense_bytes():
     assert host_threads.is_small(nn.Linear(1024, 1024, dtype=torch.bfloat16))
     with torch.device("meta"):
         assert not host_threads.is_small(nn.Linear(8192, 8192, dtype=torch.bfloat16))
+
+
+def test_an_embedding_counts_if_a_head_shares_its_weights():
+    embedding = nn.Embedding(100, 8)
+    model = nn.Sequential(embedding, nn.Linear(8, 8, bias=False))
+    assert host_threads.read_bytes(model) == 256
+    model.append(nn.Linear(8, 100, bias=False))
+    assert host_threads.read_bytes(model) == 256 + 3200
+    model[2].weight = embedding.weight
+    assert host_threads.read_bytes(model) == 256 + 3200
+
+
+def test_a_small_model_reads_prompts_on_all_threads(seven_threads):
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, input_ids, **_):
+            seen.append(torch.get_num_threads())
+
+    model = Model()
+    host_threads.choose_threads(3, model, {})
+    for tokens in (1, 500, 2):
+        model(input_ids=torch.zeros(1, tokens))
+    model(torch.zeros(1, 500))
+    assert seen == [1, 3, 1, 3]
+    host_threads.choose_threads(None, Model(), {"OMP_NUM_THREADS": "7"})
+    assert torch.get_num_threads() == 3

@@ -9,8 +9,9 @@ the system's scheduler. Decoding becomes ten to forty times slower.
 Two decisions bound this loss:
 
 - A spin ends after `_SPINS` rounds, long enough for the gap between two operations of a model.
-- A model whose dense weights are small (`_SMALL_BYTES`) gets one PyTorch thread, which waits for no
-  other. A barrier costs such a model more than a second thread saves.
+- If the weights that PyTorch multiplies are small (`_SMALL_BYTES`), PyTorch decodes on one thread,
+  which waits for no other. A barrier costs more than a second thread saves. Weights are small when
+  cpumoe computes dense layers as well. Prompts are read on all threads.
 
 The environment's variables, which the user sets, take precedence over both.
 """
@@ -33,6 +34,8 @@ _DEFAULTS = {"GOMP_SPINCOUNT": _SPINS, "KMP_BLOCKTIME": _BLOCKTIME}
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", *_DEFAULTS)
 # With any of these the user has decided how many threads there are.
 _COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+# A call of fewer tokens counts as decoding.
+_PROMPT_TOKENS = 32
 # One core reads 16 MiB in about a millisecond, less than Python takes for the same token.
 _SMALL_BYTES = 16 << 20
 
@@ -63,26 +66,67 @@ def inherited_environment() -> dict[str, str]:
 
 
 def choose_threads(
-    asked: int | None, *, small: bool = False, environment: Mapping[str, str] = os.environ
+    asked: int | None,
+    model: torch.nn.Module | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Sets the number of PyTorch's threads.
+    """Sets the number of PyTorch's threads, and lets it follow a model's calls.
 
     Args:
         asked: the number that the command line gives; None: as the environment says, or else as
             many as this process has physical cores, within its CPU quota.
-        small: whether the model decodes as fast on one thread.
+        model: a model that decodes; None: the number stays the same for all calls.
         environment: the variables with which the user may decide.
     """
     import torch
 
     if asked is None and any(name in environment for name in _COUNT_VARIABLES):
         return
-    torch.set_num_threads(1 if small else asked or _default_threads())
+    most = asked or _default_threads()
+    if model is None or not is_small(model):
+        torch.set_num_threads(most)
+        return
+    torch.set_num_threads(1)
+    if most > 1:
+        model.register_forward_pre_hook(_ThreadsOfCall(most), with_kwargs=True)
+
+
+class _ThreadsOfCall:
+    """Gives PyTorch one thread for a few tokens, and more for a prompt, in the calling thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        import torch
+
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        threads = self._most if ids is not None and ids.numel() >= _PROMPT_TOKENS else 1
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def is_small(model: torch.nn.Module) -> bool:
-    """Returns whether one thread decodes with a model's dense weights as fast as several."""
-    return sum(parameter.nbytes for parameter in model.parameters()) <= _SMALL_BYTES
+    """Returns whether one thread of PyTorch decodes with a model as fast as several."""
+    return read_bytes(model) <= _SMALL_BYTES
+
+
+def read_bytes(model: torch.nn.Module) -> int:
+    """Returns how many bytes of weights PyTorch reads for a token, experts excepted.
+
+    Of an embedding, a token reads one row. An embedding's weights count if a head shares them.
+    """
+    import torch
+
+    weights = {
+        id(parameter): parameter.nbytes
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    return sum(weights.values())
 
 
 def describe() -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _host_threads(used: dict[str, Any]) -> str:
     if used["threads_variable"]:
         threads += f" ({used['threads_variable']} is set)"
     else:
-        threads += f", 1 for models of up to {used['small_model_bytes'] >> 20} MiB"
+        threads += f", 1 to decode if it multiplies up to {used['small_model_bytes'] >> 20} MiB"
     waiting = used["waiting"]
     if waiting is None:
         return f"{threads}; {used['openmp'] or 'no OpenMP library found'}"

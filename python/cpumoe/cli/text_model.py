@@ -164,8 +164,8 @@ def load_text_model(
         host_experts=host_experts,
         trust_remote_code=options.trust_remote_code,
     )
-    if decodes and host_threads.is_small(loaded.model):
-        host_threads.choose_threads(threads, small=True)
+    if decodes:
+        host_threads.choose_threads(threads, loaded.model)
     return loaded
 
 
