@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from typing_extensions import Unpack, override
 
@@ -49,6 +52,11 @@ def own_format(weight: torch.Tensor) -> str | None:
     return _OWN_FORMAT.get(weight.dtype)
 
 
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(map(math.isfinite, torch.stack(weight.aminmax()).tolist()))
+
+
 def stored_weights(
     module: torch.nn.Linear, format: str | None, name: str
 ) -> tuple[QuantizedMatrix, str]:
@@ -66,6 +74,8 @@ def stored_weights(
     weight = plain(module.weight.detach(), name).contiguous()
     format = own_format(weight) if format is None else format
     if format is None:
+        if not is_finite(weight):
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
         raise TypeError(
             f"{name}: expected bfloat16 or float16, or float32 weights that are numbers of one of "
             f"these, got {describe(weight)}; pass format= to round the weights, for example "
@@ -292,6 +302,24 @@ class Linear(PackedLayer, torch.nn.Module):
     def runtime(self) -> Runtime:
         """The threads that compute."""
         return self._runtime or default_runtime()
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "weight: a cpumoe.Linear has no such tensor, because its weights are packed; "
+                "export() returns them"
+            )
+        return super().__getattr__(name)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{name}: the weights of a cpumoe.Linear are packed and cannot be changed; "
+                f"{self._anew}"
+            )
+        super().__setattr__(name, value)
 
     @override
     def extra_repr(self) -> str:

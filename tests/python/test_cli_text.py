@@ -218,6 +218,19 @@ def test_eval_says_which_dtype_auto_was(model, text, tmp_path):
     assert json.loads(run("eval", str(other), *options).stdout)["dtype"] == "float32"
 
 
+def test_eval_measures_dense_layers_too(model, text, monkeypatch):
+    from cpumoe.integrations.transformers import dense
+
+    monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
+    options = ("--text", text, "--max-tokens", "40", "--dtype", "float32", "--json")
+    host, native, rounded = (
+        json.loads(run("eval", model, *options, "--dense", each).stdout)["results"][0]["perplexity"]
+        for each in ("host", "native", "mxfp4")
+    )
+    assert native == pytest.approx(host, rel=1e-5)
+    assert rounded != pytest.approx(host, rel=1e-3)
+
+
 def test_eval_prints_a_table(model, text):
     output = run("eval", model, "--text", text, "--max-tokens", "40").stdout
     assert "39 tokens" in output

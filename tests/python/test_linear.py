@@ -385,3 +385,27 @@ def test_a_closed_runtime_is_an_error():
     runtime.close()
     with pytest.raises(RuntimeError, match="this Runtime is closed"):
         layer(torch.zeros(3, 64))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("value", [torch.zeros(32, 64), torch.nn.Parameter(torch.zeros(32, 64))])
+def test_packed_weights_cannot_be_replaced(name, value):
+    layer = cpumoe.Linear.from_module(torch.nn.Linear(64, 32).bfloat16())
+    with pytest.raises(AttributeError, match=rf"^{name}: the weights of a cpumoe"):
+        setattr(layer, name, value)
+
+
+def test_there_is_no_weight_to_read():
+    layer = cpumoe.Linear.from_module(torch.nn.Linear(64, 32).bfloat16())
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"^weight: a cpumoe\.Linear has no such tensor"):
+        _ = layer.weight
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_float32_weights_that_are_not_finite_are_named_so(value):
+    module = torch.nn.Linear(64, 32)
+    with torch.no_grad():
+        module.weight[1, 2] = value
+    with pytest.raises(ValueError, match=r"^module\.weight: expected finite weights, got NaN"):
+        cpumoe.Linear.from_module(module)

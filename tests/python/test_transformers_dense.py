@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import cpumoe
 from cpumoe.integrations.transformers import (
+    CpuExperts,
     ExpertsOptions,
     LanguageModel,
     dense,
@@ -200,3 +201,32 @@ def test_enable_applies_to_models_with_experts_alone(tmp_path):
         assert not linears(AutoModelForCausalLM.from_pretrained(without, dtype=torch.bfloat16))
     finally:
         disable()
+
+
+def test_options_for_a_layer_are_options_for_a_model(tmp_path):
+    folder = tiny_models.gpt_oss(tmp_path)
+    tiny_models.byte_tokenizer(folder)
+    options = cpumoe.ExpertsOptions(isa="generic", batch_invariant=True)
+    model = LanguageModel.from_pretrained(folder, options=options).model
+    for each in (model, from_pretrained(folder, options=options)):
+        experts = next(m.experts for m in each.modules() if isinstance(m, CpuExperts))
+        assert experts.isa == "generic"
+    with pytest.raises(TypeError, match=r"^options: expected ExpertsOptions, got dict$"):
+        from_pretrained(folder, options={})
+    with pytest.raises(TypeError, match=r"^options: expected ExpertsOptions, got str$"):
+        enable("native")
+
+
+def test_a_packed_head_cannot_be_resized(tmp_path):
+    model = load(tiny_models.gpt_oss(tmp_path))
+    with pytest.raises(ValueError, match=r"^resize_token_embeddings: the model's head is packed"):
+        model.resize_token_embeddings(300)
+    assert model.get_input_embeddings().num_embeddings == tiny_models.VOCABULARY
+
+
+def test_weights_that_are_not_finite_are_named_so():
+    model = Model().float()
+    with torch.no_grad():
+        model.plain.weight[3, 5] = float("nan")
+    done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
+    assert done.hosts["plain"] == "a weight is NaN or infinite"

@@ -22,7 +22,9 @@ from cpumoe.cli.options import (
     value_option,
 )
 from cpumoe.cli.text_model import (
+    DEFAULT_DENSE,
     DEFAULT_DTYPE,
+    DenseOption,
     DtypeOption,
     LoadingOptions,
     ModelArgument,
@@ -92,6 +94,7 @@ def command(
     ] = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    dense: DenseOption = DEFAULT_DENSE,
     trust_remote_code: TrustRemoteCodeOption = False,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
@@ -101,13 +104,17 @@ def command(
     Compare rows to see what a precision costs in quality on your own text. The last column is the
     change of the perplexity against the first row. With --experts all, the last row is
     transformers' own computation from dequantized weights, and the others are compared with it.
+    --dense applies to the rows whose experts cpumoe computes.
     """
     with reported(traceback):
-        dense = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)
-        ways = _ways(experts, isa, precision, dense)
+        resolved = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)
+        ways = _ways(experts, isa, precision, resolved)
         content = _read(model, text)
         common = LoadingOptions(
-            threads, dtype=str(dense).removeprefix("torch."), trust_remote_code=trust_remote_code
+            threads,
+            dtype=str(resolved).removeprefix("torch."),
+            dense=dense,
+            trust_remote_code=trust_remote_code,
         )
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:

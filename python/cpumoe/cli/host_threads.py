@@ -116,7 +116,7 @@ def is_small(model: torch.nn.Module) -> bool:
 def read_bytes(model: torch.nn.Module) -> int:
     """Returns how many bytes of weights PyTorch reads for a token, experts excepted.
 
-    Of an embedding, a token reads one row. An embedding's weights count if a head shares them.
+    A token reads one row of an embedding, whose weights count only if a head shares them.
     """
     import torch
 

@@ -39,6 +39,14 @@ DtypeOption = Annotated[
         "checkpoint in bfloat16, else float32.",
     ),
 ]
+DenseOption = Annotated[
+    str,
+    value_option(
+        "host|native|FORMAT",
+        "Who computes dense layers. host: transformers. native: cpumoe, with the weights as they "
+        "are. A weight format such as fp8: cpumoe, with rounded weights.",
+    ),
+]
 MaxTokensOption = Annotated[
     int | None,
     count_option("Largest number of new tokens.", "as many as the context has room for"),
@@ -106,14 +114,7 @@ class LoadingOptions:
         str | None, value_option("NAME", "ISA variant to run.", "CPUMOE_ISA if set, else the best")
     ] = None
     dtype: DtypeOption = DEFAULT_DTYPE
-    dense: Annotated[
-        str,
-        value_option(
-            "host|native|FORMAT",
-            "Who computes dense layers. host: transformers. native: cpumoe, with the weights as "
-            "they are. A weight format such as fp8: cpumoe, with rounded weights.",
-        ),
-    ] = DEFAULT_DENSE
+    dense: DenseOption = DEFAULT_DENSE
     chat_template: Annotated[
         Path | None,
         value_option("FILE", "File with a Jinja template of the chat format.", "the model's own"),

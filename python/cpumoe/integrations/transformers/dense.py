@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from cpumoe.checkpoint import ExpertReader
 from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
-from cpumoe.linear import own_format, stored_weights
+from cpumoe.linear import is_finite, own_format, stored_weights
 
 # Handing a product to other threads takes as long as reading about so many bytes.
 _LEAST_BYTES = 64 << 10
@@ -90,6 +90,7 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
             layer = cpumoe.Linear(matrix, format=format, bias=module.bias, options=options)
         _put(model, name, layer)
         done.ours.append(name)
+    _keep_size(model)
     return done
 
 
@@ -113,6 +114,20 @@ def take_stored_dense(
         if isinstance(module, nn.Linear) and not _obstacle(module, users)
     }
     return take_stored(model, modules, reader, conversions, dequantizer, options.dense)
+
+
+def _keep_size(model: Any) -> None:
+    """Refuses to resize a head that is packed, before the embedding is resized."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, cpumoe.Linear):
+        model.resize_token_embeddings = _refuse_to_resize
+
+
+def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        "resize_token_embeddings: the model's head is packed and cannot be resized; load the model "
+        "with ExpertsOptions(dense='host')"
+    )
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -232,5 +247,7 @@ def _unheld(module: nn.Linear, dense: str) -> str:
     if not weight.is_cpu:
         return f"its weights are on {weight.device}"
     if dense == NATIVE and own_format(weight) is None:
+        if not is_finite(weight):
+            return "a weight is NaN or infinite"
         return f"no format holds its {dtype_name(weight.dtype)} weights exactly"
     return ""

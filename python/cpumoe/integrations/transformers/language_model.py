@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import cpumoe
 from cpumoe import embedded
 from cpumoe.integrations.transformers.chat_template import render_chat
 from cpumoe.integrations.transformers.continuation import Continuations
@@ -37,7 +38,7 @@ from cpumoe.integrations.transformers.loading import (
     origin,
 )
 from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
-from cpumoe.integrations.transformers.options import ExpertsOptions
+from cpumoe.integrations.transformers.options import whole_options
 from cpumoe.integrations.transformers.prompt_reading import CancelledError, read_prompt
 from cpumoe.text.generation import (
     Generation,
@@ -94,7 +95,7 @@ class LanguageModel:
         path: str | os.PathLike[str] | None = None,
         *,
         name: str | None = None,
-        options: ExpertsOptions | None = None,
+        options: cpumoe.ExpertsOptions | None = None,
         dtype: torch.dtype | str = torch.bfloat16,
         chat_template: str | None = None,
         host_experts: bool = False,
@@ -122,7 +123,7 @@ class LanguageModel:
         """
         if path is None:
             path, name = embedded.model_path(), name or embedded.MODEL_NAME
-        options = options or ExpertsOptions()
+        options = whole_options(options)
         check_dtype(dtype, kwargs)
         # First, because for the tokenizer transformers builds a config of all layers it claims.
         check_model_files(path, kwargs, experts=not host_experts)

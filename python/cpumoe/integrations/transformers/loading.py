@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import cpumoe
 from cpumoe.checkpoint import UnsupportedFormatError
 from cpumoe.checkpoint.config import exact_dtype
 from cpumoe.checkpoint.shards import read_config
@@ -35,6 +36,7 @@ from cpumoe.integrations.transformers.options import (
     ExpertsOptions,
     loading_with,
     set_default_options,
+    whole_options,
 )
 from cpumoe.integrations.transformers.quantizers import (
     HOST_QUANTIZERS,
@@ -95,7 +97,7 @@ def from_pretrained(
     path: str | os.PathLike[str],
     *,
     model_class: Any = AutoModelForCausalLM,
-    options: ExpertsOptions | None = None,
+    options: cpumoe.ExpertsOptions | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
     **kwargs: Any,
 ) -> Any:
@@ -108,7 +110,8 @@ def from_pretrained(
     Args:
         path: a checkpoint folder, or a name on the hub.
         model_class: the class whose `from_pretrained` to call.
-        options: options for the experts; default: `ExpertsOptions()`.
+        options: options for the experts and the whole model; default: `ExpertsOptions()`. Those
+            for a layer, `cpumoe.ExpertsOptions`, do as well.
         dtype: dtype of everything but the experts: bfloat16, float32, or "auto". "auto" is bfloat16
             for a checkpoint in bfloat16, else float32, so that nothing is rounded.
         **kwargs: further arguments for `from_pretrained` of the class.
@@ -125,14 +128,15 @@ def from_pretrained(
             options have a `weight_format`.
     """
     check_dtype(dtype, kwargs)
-    if options is not None and options.weight_format is not None:
+    options = whole_options(options)
+    if options.weight_format is not None:
         raise ValueError(
             f"weight_format: expected None, because experts that are read from a checkpoint keep "
             f"its format, got {options.weight_format!r}; to round weights, load the model with "
             f"transformers and call set_experts_implementation after enable(options)"
         )
     check_model_files(path, kwargs, experts=True)
-    return load_checked(path, kwargs, options or ExpertsOptions(), dtype, model_class)
+    return load_checked(path, kwargs, options, dtype, model_class)
 
 
 def from_pretrained_by_host(
@@ -221,7 +225,7 @@ def checkpoint_dtype(path: str | os.PathLike[str], **kwargs: Any) -> torch.dtype
     return exact_dtype(_config(path, kwargs).to_dict())
 
 
-def enable(options: ExpertsOptions | None = None) -> None:
+def enable(options: cpumoe.ExpertsOptions | None = None) -> None:
     """Makes transformers' own `from_pretrained` give routed experts to cpumoe.
 
     After this call, checkpoints with quantization method fp8, mxfp4 or compressed-tensors load in
@@ -234,7 +238,7 @@ def enable(options: ExpertsOptions | None = None) -> None:
     Args:
         options: options for the experts; default: `ExpertsOptions()`.
     """
-    set_default_options(options or ExpertsOptions())
+    set_default_options(whole_options(options))
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
 
 

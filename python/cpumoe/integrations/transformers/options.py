@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import cpumoe
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
@@ -69,6 +69,23 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
 ExpertsOptions.__init__ = with_old_arguments("compute")(  # type: ignore[method-assign]
     ExpertsOptions.__init__
 )
+
+
+def whole_options(options: cpumoe.ExpertsOptions | None) -> ExpertsOptions:
+    """Returns options for a whole model: those given, or with defaults for what they lack.
+
+    Raises:
+        TypeError: `options` are no options.
+    """
+    if options is None:
+        return ExpertsOptions()
+    if isinstance(options, ExpertsOptions):
+        return options
+    if not isinstance(options, cpumoe.ExpertsOptions):
+        raise TypeError(f"options: expected ExpertsOptions, got {type(options).__name__}")
+    known = {each.name: getattr(options, each.name) for each in fields(cpumoe.ExpertsOptions)}
+    return ExpertsOptions(**known)
+
 
 # transformers makes quantizers itself and cannot pass them these options, so they are kept here.
 _current: ContextVar[ExpertsOptions | None] = ContextVar("cpumoe_experts_options", default=None)
