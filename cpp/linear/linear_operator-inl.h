@@ -48,8 +48,7 @@ class LinearPass {
                           matrix_.config().kernels.template FewTokenLimit<Path>());
     fold_ = FoldsExactly<Isa, Codec>(matrix_.scale_range());
     const int64_t pairs = CeilDiv(Tiles(), int64_t{TilePair::kCount});
-    const bool few =
-        tokens <= std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
+    const bool few = tokens <= kFewTokensOf<Path>;
     const int64_t most = std::clamp<int64_t>(kProductBytes / ProductBytes(1), 1, kMostPerTask);
     pairs_per_task_ =
         PiecesPerTask(pairs, pool_.num_threads() * (few ? kTasksOfFew : kTasksOfMany), most);
@@ -105,7 +104,7 @@ class LinearPass {
   void WriteTile(int64_t tile, const Product& product, int r) const {
     const int64_t row = tile * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, matrix_.layout().rows() - row);
-    const Vec bias = BiasOf(row, rows);
+    const Vec bias = LoadTileRows<Isa>(matrix_.bias(), row, matrix_.layout().rows());
     const Vec factor = Isa::Broadcast(matrix_.factor());
     const int64_t bytes = ByteSize(args_.output_dtype);
     for (int64_t b = 0; b < blocks_.count(); ++b) {
@@ -118,14 +117,6 @@ class LinearPass {
             static_cast<std::byte*>(args_.output) + (token * args_.output_stride + row) * bytes);
       }
     }
-  }
-
-  // The biases of `rows` output features, with zeros for features that the last tile lacks.
-  Vec BiasOf(int64_t row, int64_t rows) const {
-    if (matrix_.bias() == nullptr) return Isa::Zero();
-    float lane[kTileRows] = {};
-    std::copy_n(matrix_.bias() + row, rows, lane);
-    return Isa::Load(lane);
   }
 
   static constexpr int kMostBlockTokens = 64;
@@ -184,17 +175,15 @@ class LinearOperator final : public Linear {
   }
 
   void Forward(const LinearArgs& args, ThreadPool& pool, ScratchMemory& scratch) const final {
-    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
-    WithPath<Isa, Codec>(config().kernels.precision, exact,
-                         [&]<class Path>(std::type_identity<Path>) {
-                           LinearPass<Isa, Codec, Path> pass(matrix_, codec_, args, pool, scratch);
-                           // Rounds bound the memory for staged activations, however long the
-                           // prompt is.
-                           const TokenBlocks rounds(args.tokens, kMostRoundTokens);
-                           for (int64_t i = 0; i < rounds.count(); ++i) {
-                             pass.Run(rounds.Begin(i), rounds.Begin(i) + rounds.Size(i));
-                           }
-                         });
+    const auto forward = [&]<class Path>(std::type_identity<Path>) {
+      LinearPass<Isa, Codec, Path> pass(matrix_, codec_, args, pool, scratch);
+      // Rounds bound the memory for staged activations, however long the prompt is.
+      const TokenBlocks rounds(args.tokens, kMostRoundTokens);
+      for (int64_t i = 0; i < rounds.count(); ++i) {
+        pass.Run(rounds.Begin(i), rounds.Begin(i) + rounds.Size(i));
+      }
+    };
+    WithPath<Isa, Codec>(config().kernels.precision, args, forward);
   }
 
  private:

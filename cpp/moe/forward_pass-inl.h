@@ -99,8 +99,7 @@ class ForwardPass {
   // tokens, the pieces of a task share the activations that a core fetches. Sharing pays the more,
   // the farther away the activations are.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few = most_tokens_ <=
-                     std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
+    const bool few = most_tokens_ <= kFewTokensOf<Path>;
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     return PiecesPerTask(count, tasks, few ? 8 : most_of_many);
   }
@@ -304,13 +303,8 @@ class ForwardPass {
 
   // The biases of the rows of `tile`, with zeros for rows that the last tile does not have.
   Vec BiasOf(const Expert& expert, Projection p, int64_t tile) const {
-    const float* bias = op_.weights().Bias(expert.id, p);
-    if (bias == nullptr) return Isa::Zero();
-    const int64_t row = tile * kTileRows;
-    float lane[kTileRows] = {};
-    std::copy_n(bias + row, std::min<int64_t>(kTileRows, op_.weights().layout(p).rows() - row),
-                lane);
-    return Isa::Load(lane);
+    return LoadTileRows<Isa>(op_.weights().Bias(expert.id, p), tile * kTileRows,
+                             op_.weights().layout(p).rows());
   }
 
   bool gated() const { return op_.config().glu.gated; }

@@ -78,8 +78,7 @@ class MoeOperator : public Moe {
     unpacker.Run(expert, begin, end, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
-    WithPath<Isa, Codec>(config().precision, exact, [&]<class Path>(std::type_identity<Path>) {
+    WithPath<Isa, Codec>(config().precision, args, [&]<class Path>(std::type_identity<Path>) {
       Forward<Path>(args, pool, workspace);
     });
   }

@@ -100,15 +100,16 @@ struct Int8PathTraits<Isa, Codec> {
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
 
-// Calls body(std::type_identity<Path>{}) for the path of a call. `exact_fp32` says that activations
-// are fp32 and must not be rounded to bf16 (Precision::kBf16).
-template <class Isa, class Codec, class Body>
-void WithPath(Precision precision, bool exact_fp32, Body&& body) {
+// Calls body(std::type_identity<Path>{}) for the path of a call with these ForwardArgs or
+// LinearArgs.
+template <class Isa, class Codec, class Args, class Body>
+void WithPath(Precision precision, [[maybe_unused]] const Args& args, Body&& body) {
   if constexpr (HasInt8Path<Isa, Codec>) {
     if (precision == Precision::kInt8) return body(std::type_identity<Int8PathOf<Isa, Codec>>{});
   }
   if constexpr (RoundsActivations<Isa>) {
-    if (exact_fp32) return body(std::type_identity<PrecisePathOf<Isa, Codec>>{});
+    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
+    if (exact) return body(std::type_identity<PrecisePathOf<Isa, Codec>>{});
   }
   body(std::type_identity<DefaultPathOf<Isa, Codec>>{});
 }

@@ -6,6 +6,7 @@
 // two products, and computes the weighted sum.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -52,5 +53,10 @@ concept PathFor = MultiplierFor<P, Codec> && requires(DType dtype, int64_t token
   // The kernels for so many tokens of an expert.
   { P::FormFor(dtype, tokens, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
 };
+
+// With at most so many tokens of a matrix, a call streams its weights.
+template <class Path>
+inline constexpr int kFewTokensOf =
+    std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
 
 }  // namespace cpumoe

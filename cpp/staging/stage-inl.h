@@ -79,6 +79,15 @@ void StageFeatures(const float* values, int64_t first, int count, int t, int tok
   }
 }
 
+// Loads values[row .. row + 16) of values [rows], or zeros where these end or `values` is null.
+template <class Isa>
+typename Isa::Vec LoadTileRows(const float* values, int64_t row, int64_t rows) {
+  if (values == nullptr) return Isa::Zero();
+  float lane[kTileRows] = {};
+  std::copy_n(values + row, std::min<int64_t>(kTileRows, rows - row), lane);
+  return Isa::Load(lane);
+}
+
 // Converts fp32 sums to the host's element type, rounding to nearest even.
 inline void ConvertRow(DType dtype, const float* in, int64_t count, std::byte* out) {
   for (int64_t i = 0; i < count; ++i) {

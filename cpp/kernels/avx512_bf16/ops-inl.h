@@ -73,8 +73,6 @@ struct Avx512Bf16 : Avx512Vnni {
     return {_mm512_or_si512(_mm512_slli_epi32(less, 7), _mm512_slli_epi32(less, 16 + 7))};
   }
   static Pair Multiply(Pair w, Fold f) { return {_mm512_subs_epu16(w.words, f.exponents)}; }
-  // Whether all products, of magnitude `least` to `greatest`, are normal bf16 numbers and come from
-  // scales of at most kFoldUnit.
   // Scales of few bits multiply in fp32. The products are bf16 numbers.
   static Vec LoadFold(const UE5M3* p) { return LoadScales(p); }
   static Pair Multiply(Pair w, Vec scales) {
@@ -83,6 +81,8 @@ struct Avx512Bf16 : Avx512Vnni {
     const __m512i odd = _mm512_castps_si512(_mm512_mul_ps(wide.odd, scales));
     return {_mm512_or_si512(_mm512_srli_epi32(even, 16), odd)};
   }
+  // Whether all products, of magnitude `least` to `greatest`, are normal bf16 numbers and come from
+  // scales of at most kFoldUnit.
   static constexpr bool FoldsExactly(float least, float greatest) {
     return least >= 0x1p-126f && greatest <= kFoldUnit;
   }
