@@ -31,6 +31,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "base/check.h"
 #include "base/float_types.h"
 #include "formats/scale_grid.h"
 
@@ -71,6 +72,24 @@ template <ScaledFormat F>
 constexpr bool AllowsScaleType(ScaleType type) {
   if constexpr (requires { F::AllowsScaleType(type); }) return F::AllowsScaleType(type);
   return type == ScaleType::kOwn || type == TypeOfScale<typename F::Scale>();
+}
+
+// The code of zero. Codes without a table are floating point numbers.
+template <WeightFormat F>
+constexpr uint32_t ZeroCodeOf() {
+  uint32_t code = 0;
+  if constexpr (requires { F::kCodeValues; }) {
+    while (F::kCodeValues[code] != 0.0f) ++code;
+  }
+  return code;
+}
+
+// Throws std::invalid_argument unless rows of so many codes are whole bytes.
+template <WeightFormat F>
+void RequireWholeBytes(int64_t codes, const char* name) {
+  constexpr int64_t kPerByte = F::kCodeBits < 8 ? 8 / F::kCodeBits : 1;
+  Require(codes % kPerByte == 0, F::kName, ": ", name, " must be a multiple of ", kPerByte,
+          ", because a byte has ", kPerByte, " codes, got ", codes);
 }
 
 template <class F>

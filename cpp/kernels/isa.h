@@ -17,8 +17,8 @@
 
 namespace cpumoe {
 
-// Base class of the ISAs whose multiplicands and activations are fp32. A code times a scale of
-// few bits is exact (FoldingCodec). Only an overflow would be wrong, because infinity times an
+// Base class of the ISAs whose multiplicands and activations are fp32. A code times a scale of few
+// bits is exact (FoldingCodec). Only an overflow would be wrong, because infinity times an
 // activation of zero is NaN.
 struct Fp32Multiplicands {
   using Activation = float;

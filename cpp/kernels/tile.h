@@ -22,6 +22,8 @@
 #include <cstdint>
 #include <span>
 
+#include "base/bits.h"
+
 namespace cpumoe {
 
 inline constexpr int kTileRows = 16;
@@ -29,6 +31,10 @@ inline constexpr int kTileRows = 16;
 // whatever a format's own grid of scales is, and byte paths round a group of activations as a
 // whole.
 inline constexpr int kGroupSize = 32;
+// The groups of a row of `columns` weights or activations. A last group that the row does not fill
+// has zeros behind the row's end, in tiles as in staged activations.
+constexpr int64_t GroupsOf(int64_t columns) { return CeilDiv(columns, kGroupSize); }
+constexpr int64_t WholeGroups(int64_t columns) { return GroupsOf(columns) * kGroupSize; }
 inline constexpr int kVectorBytes = kTileRows * 4;
 
 // The bit of the low half-word at which the even code of a vector's pair (k, k+1) begins.

@@ -75,9 +75,9 @@ class PackedMatrix {
   static const LinearConfig& Checked(const LinearConfig& c) {
     Require(c.out_features > 0 && c.out_features <= kMaxSize, "out_features: expected 1 to ",
             kMaxSize, ", got ", c.out_features);
-    Require(c.in_features > 0 && c.in_features <= kMaxSize && c.in_features % kGroupSize == 0,
-            "in_features: expected a multiple of ", kGroupSize, " up to ", kMaxSize, ", got ",
-            c.in_features);
+    Require(c.in_features > 0 && c.in_features <= kMaxSize, "in_features: expected 1 to ", kMaxSize,
+            ", got ", c.in_features);
+    RequireWholeBytes<F>(c.in_features, "in_features");
     return c;
   }
 

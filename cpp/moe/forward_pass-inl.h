@@ -185,7 +185,10 @@ class ForwardPass {
                      const Product& product, int64_t place) const {
     const int64_t features = op_.weights().layout(Projection::kGate).rows();
     const int64_t row = first * kTileRows;
-    const int64_t rows = std::min<int64_t>(count * kTileRows, features - row);
+    constexpr int kRows = Path::kFeatureTiles * kTileRows;
+    // The last tiles also fill the last group, with zeros.
+    const bool last = first + count == GateTiles();
+    const int64_t end = last ? WholeGroups(features) - row : kRows;
     Vec gate_bias[Path::kFeatureTiles], up_bias[Path::kFeatureTiles];
     for (int i = 0; i < count; ++i) {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
@@ -197,7 +200,7 @@ class ForwardPass {
     const int tokens = expert.blocks.Size(b);
     const Glu& glu = op_.config().glu;
     for (int t = 0; t < tokens; ++t) {
-      alignas(64) float h[Path::kFeatureTiles * kTileRows];
+      alignas(64) float h[std::max(kRows, kGroupSize)];
       // Chosen here, so that staging, which is far more code, is not instantiated per function.
       VisitGluFunction(glu.function, [&](auto function) __attribute__((always_inline)) {
         for (int i = 0; i < count; ++i) {
@@ -215,8 +218,11 @@ class ForwardPass {
           Isa::Store(h + i * kTileRows, Activate<Isa, function()>(glu, gate, up));
         }
       });
-      Path::StageFeatures(expert.form, args_.input_dtype, h, row, static_cast<int>(rows), t, tokens,
-                          Intermediate(), block);
+      if (last) std::fill(h + (features - row), h + end, 0.0f);
+      for (int64_t i = 0; i < end; i += kRows) {
+        Path::StageFeatures(expert.form, args_.input_dtype, h + i, row + i, t, tokens,
+                            Intermediate(), block);
+      }
     }
   }
 

@@ -137,8 +137,8 @@ class PackedWeights {
     return c;
   }
   static void CheckSize(int64_t size, const char* name) {
-    Require(size > 0 && size % kGroupSize == 0, F::kName, ": ", name,
-            " must be a positive multiple of ", kGroupSize, ", got ", size);
+    Require(size > 0, name, " must be positive, got ", size);
+    RequireWholeBytes<F>(size, name);
     Require(size <= kMaxSize, name, " must be at most ", kMaxSize, ", got ", size);
   }
 

@@ -103,7 +103,8 @@ class ExpertUnpacker {
     const MoeConfig& config = weights_.config();
     const int64_t begin = out.intermediate_begin, count = out.up.rows;
     Require(begin >= 0 && count >= 0 && begin + count <= config.intermediate_size &&
-                begin % kGroupSize == 0 && count % kGroupSize == 0,
+                begin % kGroupSize == 0 &&
+                (count % kGroupSize == 0 || begin + count == config.intermediate_size),
             F::kName, ": intermediate features to export must be whole groups of ", kGroupSize,
             " within [0, ", config.intermediate_size, "), got [", begin, ", ", begin + count, ")");
     if (gated()) out.gate.RequireShape(count, config.hidden_size);

@@ -50,7 +50,8 @@ struct ScaleRange {
 };
 
 // The places of the tiles of an [rows, columns] matrix. The missing rows of the last tile repeat
-// the matrix's last row, so that results for them are finite. These results are ignored.
+// the matrix's last row, so that results for them are finite. These results are ignored. Missing
+// columns of the last group are codes of zero, with the row's last scale.
 template <WeightFormat F>
 class PackedLayout {
  public:
@@ -66,10 +67,9 @@ class PackedLayout {
   PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
       : rows_(rows),
         columns_(columns),
-        groups_(columns / kGroupSize),
+        groups_(GroupsOf(columns)),
         distance_(interleaved * TileBytes()) {
-    Require(columns % kGroupSize == 0, F::kName, ": columns must be a multiple of ", kGroupSize,
-            ", got ", columns);
+    RequireWholeBytes<F>(columns, "columns");
   }
 
   int64_t rows() const { return rows_; }
@@ -83,7 +83,7 @@ class PackedLayout {
                    kVectorBytes);
   }
   // Packed scales of a row.
-  int64_t runs() const { return CeilDiv(columns_, int64_t{kPackedDepthOf<F>}); }
+  int64_t runs() const { return CeilDiv(groups_ * kGroupSize, int64_t{kPackedDepthOf<F>}); }
 
   TileView Tile(const std::byte* packed, int64_t tile) const {
     const std::byte* codes = packed + tile * distance_;
@@ -103,13 +103,38 @@ class PackedLayout {
       codes[r] = source.codes + RowOf(tile, r) * source.codes_stride;
       if constexpr (requires { F::kNotFinite; }) RequireFinite(source, RowOf(tile, r));
     }
-    RowsToLanes<uint32_t>(codes, Vectors(), const_cast<std::byte*>(view.codes), kSwap);
+    std::byte* out = const_cast<std::byte*>(view.codes);
+    RowsToLanes<uint32_t>(codes, WholeGroupsOfRows() * Geometry::kGroupVectors, out, kSwap);
+    if (WholeGroupsOfRows() < groups_) {
+      PackLastGroup(codes, out + WholeGroupsOfRows() * Geometry::kGroupBytes);
+    }
     return range;
   }
 
  private:
   // The row of the matrix in row r of a tile.
   int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
+
+  // Groups that rows fill.
+  int64_t WholeGroupsOfRows() const { return columns_ / kGroupSize; }
+
+  // Packs the last group, which rows do not fill.
+  void PackLastGroup(const std::byte* const (&codes)[kTileRows], std::byte* out) const {
+    constexpr int64_t kRowBytes = kGroupSize * F::kCodeBits / 8;
+    constexpr uint32_t kZero = ZeroCodeOf<F>();
+    constexpr auto kZeros = static_cast<std::byte>(F::kCodeBits == 4 ? kZero * 0x11 : kZero);
+    static_assert(F::kCodeBits <= 8 || kZero == 0);
+    const int64_t begin = WholeGroupsOfRows() * kRowBytes;
+    const int64_t count = columns_ * F::kCodeBits / 8 - begin;
+    std::byte rows[kTileRows][kRowBytes];
+    const std::byte* filled[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      std::memcpy(rows[r], codes[r] + begin, count);
+      std::fill(rows[r] + count, rows[r] + kRowBytes, kZeros);
+      filled[r] = rows[r];
+    }
+    RowsToLanes<uint32_t>(filled, Geometry::kGroupVectors, out, kSwap);
+  }
 
   // Packs one scale per row and run of kPackedDepthOf k, as PackedScale. Runs that share a stored
   // scale get a copy each, so that kernels are the same for any grid.
@@ -123,12 +148,13 @@ class PackedLayout {
         range.Merge(RangeOfRow<Stored>(source, RowOf(tile, r)));
       }
       std::vector<PackedScale> copies;
-      if (kConverts || source.grid.depth != kPackedDepthOf<F>) {
+      const int64_t last = source.scale_columns() - 1;
+      if (kConverts || source.grid.depth != kPackedDepthOf<F> || last + 1 < runs()) {
         copies.resize(kTileRows * runs());
         for (int r = 0; r < kTileRows; ++r) {
           PackedScale* row = &copies[r * runs()];
           for (int64_t run = 0; run < runs(); ++run) {
-            const int64_t at = run * kPackedDepthOf<F> / source.grid.depth;
+            const int64_t at = std::min(run * kPackedDepthOf<F> / source.grid.depth, last);
             row[run] = Converted<PackedScale, Stored>(scales[r] + at * sizeof(Stored));
           }
           scales[r] = reinterpret_cast<const std::byte*>(row);
@@ -179,8 +205,6 @@ class PackedLayout {
   }
 
   static constexpr auto kSwap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
-
-  int64_t Vectors() const { return groups_ * Geometry::kGroupVectors; }
 
   template <class Stored>
   ScaleRange RangeOfRow(const RawMatrix& source, int64_t row) const {

@@ -90,15 +90,15 @@ struct RawMatrixOf {
     return shard;
   }
 
-  // Returns columns [begin, begin + count), which must be whole groups and begin with a scale, or
-  // lie within one. They are a shard of the down projection.
+  // Returns columns [begin, begin + count), which are a shard of the down projection. They must be
+  // whole groups, except at the end of the matrix, and begin with a scale or lie within one.
   template <class Format>
   RawMatrixOf Columns(int64_t begin, int64_t count) const {
     Require(begin >= 0 && count >= 0 && begin + count <= columns, name, ": columns [", begin, ", ",
             begin + count, ") are not within the matrix's ", columns);
-    Require(begin % kGroupSize == 0 && count % kGroupSize == 0, name,
+    Require(begin % kGroupSize == 0 && (count % kGroupSize == 0 || begin + count == columns), name,
             ": a slice of columns must consist of whole groups of ", kGroupSize, ", got [", begin,
-            ", ", begin + count, ")");
+            ", ", begin + count, ") of ", columns);
     RawMatrixOf shard = *this;
     shard.columns = count;
     shard.codes += begin * Format::kCodeBits / 8;

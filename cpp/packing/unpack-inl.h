@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/bits.h"
 #include "base/check.h"
 #include "base/float_types.h"
 #include "formats/weight_format.h"
@@ -158,8 +159,8 @@ class LineTranspose {
 };
 
 // Writes the part of a tile that belongs to rows [row_begin, row_begin + out.rows) and columns
-// [column_begin, column_begin + out.columns) of the matrix to `out`. The columns must be whole
-// groups. Scales are those of the first weight of each block of `out`. Other threads and devices
+// [column_begin, column_begin + out.columns) of the matrix to `out`. The first column must begin a
+// group. Scales are those of the first weight of each block of `out`. Other threads and devices
 // are sure to see `out` after Isa::FinishStreams.
 template <StreamIsa Isa, WeightFormat F>
 class TileUnpacker {
@@ -172,7 +173,6 @@ class TileUnpacker {
     const int64_t last = std::min({(tile + 1) * kTileRows, row_begin + out.rows, matrix_rows});
     if (first >= last) return;
     const int64_t group = column_begin / kGroupSize;
-    const int64_t groups = out.columns / kGroupSize;
     std::byte* codes[kTileRows] = {};  // null for a row that is not wanted
     std::byte* scales[kTileRows] = {};
     for (int64_t row = first; row < last; ++row) {
@@ -181,8 +181,7 @@ class TileUnpacker {
         scales[row % kTileRows] = out.ScalesOf(row - row_begin);
       }
     }
-    UnpackCodes(view.codes + group * Geometry::kGroupBytes, groups * Geometry::kGroupVectors,
-                codes);
+    UnpackCodes(view.codes + group * Geometry::kGroupBytes, out.columns * F::kCodeBits / 8, codes);
     if constexpr (HasScales<F>) {
       UnpackScales(view.scales, column_begin, out, scales);
     }
@@ -195,9 +194,10 @@ class TileUnpacker {
   static constexpr int64_t kWordBytes = 4;
   static constexpr auto kUnswap = [](auto words) { return SwapEvenOdd<F::kCodeBits>(words); };
 
-  static void UnpackCodes(const std::byte* in, int64_t vectors,
-                          std::byte* const (&rows)[kTileRows]) {
-    if (Isa::kRegisterBytes == kVectorBytes && vectors % Line::kVectors == 0 && AreLines(rows)) {
+  // Writes the first `bytes` of each row.
+  static void UnpackCodes(const std::byte* in, int64_t bytes, std::byte* const (&rows)[kTileRows]) {
+    const int64_t vectors = CeilDiv(bytes, kWordBytes);
+    if (Isa::kRegisterBytes == kVectorBytes && bytes % kVectorBytes == 0 && AreLines(rows)) {
       for (int64_t v = 0; v < vectors; v += Line::kVectors) {
         Line::Run(in + v * kVectorBytes, kUnswap, [&](int row, int, const auto& words) {
           Isa::Stream(rows[row] + v * kWordBytes, reinterpret_cast<const std::byte*>(&words));
@@ -220,7 +220,7 @@ class TileUnpacker {
         std::memcpy(rest, in + i * kVectorBytes, (end - i) * kVectorBytes);
         run(rest);
       }
-      stage.Write(rows, v * kWordBytes, (end - v) * kWordBytes);
+      stage.Write(rows, v * kWordBytes, std::min(end * kWordBytes, bytes) - v * kWordBytes);
     }
   }
 

@@ -52,7 +52,7 @@ class DigitPath {
   }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
-    return columns / kGroupSize * static_cast<int64_t>(sizeof(Group));
+    return cpumoe::GroupsOf(columns) * static_cast<int64_t>(sizeof(Group));
   }
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
@@ -65,9 +65,8 @@ class DigitPath {
     });
   }
 
-  // Stages features [first, first + count), which are one group, of token t of a block.
-  static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int /*count*/,
-                            int t, int tokens, int64_t /*columns*/, std::byte* block) {
+  static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int t,
+                            int tokens, int64_t /*columns*/, std::byte* block) {
     Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
   }
 

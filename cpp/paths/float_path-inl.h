@@ -35,7 +35,7 @@ class FloatPath {
   static int64_t Dots(int64_t rounds) { return Limits<Isa>::FloatDots(rounds); }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
-    return columns * static_cast<int64_t>(sizeof(Activation));
+    return WholeGroups(columns) * static_cast<int64_t>(sizeof(Activation));
   }
 
   static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
@@ -54,11 +54,10 @@ class FloatPath {
     });
   }
 
-  static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int count, int t,
+  static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
     WithStep(form, [&](auto step) {
-      cpumoe::StageFeatures<Isa, step>(h, first, count, t, tokens,
-                                       reinterpret_cast<Activation*>(block));
+      cpumoe::StageFeatures<Isa, step>(h, first, t, tokens, reinterpret_cast<Activation*>(block));
     });
   }
 

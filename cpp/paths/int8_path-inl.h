@@ -38,7 +38,7 @@ class Int8Path {
   }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
-    return QuadBlock::BytesPerToken(columns, kGroupSize);
+    return QuadBlock::BytesPerToken(WholeGroups(columns), kGroupSize);
   }
 
   // The kernels for few and for many tokens read one staged form and give bit-identical results.
@@ -55,9 +55,8 @@ class Int8Path {
     });
   }
 
-  // Stages features [first, first + count), which are one group, of token t of a block.
-  static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int /*count*/, int t,
-                            int tokens, int64_t columns, std::byte* block) {
+  static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int t, int tokens,
+                            int64_t columns, std::byte* block) {
     Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
   }
 

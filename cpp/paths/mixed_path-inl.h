@@ -64,14 +64,13 @@ class MixedPath {
     });
   }
 
-  static void StageFeatures(StagedForm form, DType dtype, const float* h, int64_t first, int count,
-                            int t, int tokens, int64_t columns, std::byte* block) {
+  static void StageFeatures(StagedForm form, DType dtype, const float* h, int64_t first, int t,
+                            int tokens, int64_t columns, std::byte* block) {
     Visit(form, [&](auto path) {
       using Path = decltype(path);
       constexpr int kRows = Path::kFeatureTiles * kTileRows;
-      for (int i = 0; i < count; i += kRows) {
-        Path::StageFeatures(form, dtype, h + i, first + i, std::min(kRows, count - i), t, tokens,
-                            columns, block);
+      for (int i = 0; i < kFeatureTiles * kTileRows; i += kRows) {
+        Path::StageFeatures(form, dtype, h + i, first + i, t, tokens, columns, block);
       }
     });
   }

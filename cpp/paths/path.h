@@ -19,6 +19,9 @@
 
 namespace cpumoe {
 
+// Columns are those of the matrix. Staged rows and tiles have whole groups (WholeGroups), which end
+// with zeros.
+
 // The operations that both halves of a mixed path (mixed_path-inl.h) supply. P::kPanelBytes is the
 // scratch memory that Multiply needs. P::kFeatureTiles is the number of tiles of features that are
 // staged at once.
@@ -37,9 +40,9 @@ concept MultiplierFor =
       { P::StagedBytes(form, n) } -> std::same_as<int64_t>;
       // block = rows token[0..i) of x [*, n columns], whose rows are n elements apart.
       P::StageRows(form, dtype, x, /*row_stride=*/n, token, i, /*columns=*/n, block);
-      // Writes features [first, first + count), taken from h, to token t of the block.
-      P::StageFeatures(form, dtype, h, /*first=*/n, /*count=*/i, /*t=*/i, /*tokens=*/i,
-                       /*columns=*/n, block);
+      // Writes the features of kFeatureTiles tiles, taken from h, to token t of the block, from
+      // feature `first` on.
+      P::StageFeatures(form, dtype, h, /*first=*/n, /*t=*/i, /*tokens=*/i, /*columns=*/n, block);
       // c = the staged blocks of c.blocks() * tiles^T.
       P::Multiply(codec, w, form, staged, /*panel=*/block, c);
     };

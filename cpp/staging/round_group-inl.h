@@ -17,12 +17,19 @@ float ToFloat(Element x) {
   return x.ToFloat();
 }
 
-// Calls body(values, group) for each group of kGroupSize elements of x [columns].
+// Calls body(values, group) for each group of kGroupSize elements of x [columns]. If the last group
+// has fewer elements, zeros follow.
 template <class Element, class Body>
 void ForGroups(const Element* x, int64_t columns, Body&& body) {
-  for (int64_t group = 0; group < columns / kGroupSize; ++group) {
+  for (int64_t group = 0; group < GroupsOf(columns); ++group) {
     float values[kGroupSize];
-    for (int i = 0; i < kGroupSize; ++i) values[i] = ToFloat(x[group * kGroupSize + i]);
+    const Element* in = x + group * kGroupSize;
+    const int64_t rest = columns - group * kGroupSize;
+    if (rest >= kGroupSize) {
+      for (int i = 0; i < kGroupSize; ++i) values[i] = ToFloat(in[i]);
+    } else {
+      for (int i = 0; i < kGroupSize; ++i) values[i] = i < rest ? ToFloat(in[i]) : 0.0f;
+    }
     body(values, group);
   }
 }

@@ -3,6 +3,8 @@
 //
 //   [K/kStep][tokens][kStep] of Isa::Activation
 //
+// K is a whole number of groups. Zeros fill the last one.
+//
 // kStep is 2 for vector instructions: a token's pair (k, k+1) is one broadcast, and the pairs of
 // all tokens of the block for one k follow one another in memory. The panel unit of an ISA may need
 // another kStep.
@@ -43,14 +45,22 @@ void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int 
   // Tokens share cache lines. Chunks keep a line in L1 until the last token has written to it.
   constexpr int64_t kChunk = 256;
   static_assert(kChunk % kStep == 0);
-  for (int64_t first = 0; first < columns; first += kChunk) {
-    const int64_t end = std::min(first + kChunk, columns);
+  const int64_t whole = columns / kGroupSize * kGroupSize;
+  for (int64_t first = 0; first < whole; first += kChunk) {
+    const int64_t end = std::min(first + kChunk, whole);
     for (int t = 0; t < tokens; ++t) {
       const Element* row = x + token[t] * row_stride;
       for (int64_t k = first; k < end; k += kStep) {
         typename Isa::Activation* step = out + StagedIndex<kStep>(k, t, tokens);
         for (int i = 0; i < kStep; ++i) step[i] = ToActivation<Isa>(row[k + i]);
       }
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    const Element* row = x + token[t] * row_stride;
+    for (int64_t k = whole; k < WholeGroups(columns); ++k) {
+      out[StagedIndex<kStep>(k, t, tokens)] =
+          k < columns ? ToActivation<Isa>(row[k]) : typename Isa::Activation{};
     }
   }
 }
@@ -63,19 +73,16 @@ void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* t
   });
 }
 
-// Stores `count` successive k of token t, beginning with k = first. `count` is at most a tile's
-// rows, and both are even.
+// Stores the features of a tile, kTileRows successive k, of token t, beginning with k = first.
 template <class Isa, int kStep>
-void StageFeatures(const float* values, int64_t first, int count, int t, int tokens,
+void StageFeatures(const float* values, int64_t first, int t, int tokens,
                    typename Isa::Activation* out) {
+  constexpr int kAtOnce = std::min(kStep, kTileRows);
+  static_assert(kTileRows % kAtOnce == 0 && kStep % kAtOnce == 0);
   typename Isa::Activation row[kTileRows];
   Isa::StoreActivations(row, Isa::Load(values));
-  if (kStep % kTileRows == 0 && count == kTileRows && first % kTileRows == 0) {
-    std::memcpy(out + StagedIndex<kStep>(first, t, tokens), row, sizeof(row));
-    return;
-  }
-  for (int i = 0; i < count; i += 2) {
-    std::memcpy(out + StagedIndex<kStep>(first + i, t, tokens), row + i, 2 * sizeof(row[0]));
+  for (int i = 0; i < kTileRows; i += kAtOnce) {
+    std::memcpy(out + StagedIndex<kStep>(first + i, t, tokens), row + i, kAtOnce * sizeof(row[0]));
   }
 }
 

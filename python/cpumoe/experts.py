@@ -188,15 +188,16 @@ class Experts(PackedExperts):
             gate: codes and scales of the gate projections, a `QuantizedMatrix` or a tuple. Codes
                 are uint8 or int8 ``[experts, intermediate, hidden/2]``, with even k in the low
                 nibble; int4 codes may be int32 ``[experts, intermediate, hidden/8]``. Scales are
-                ``[experts, intermediate, hidden/32]``: float8_e8m0fnu or uint8 bytes (mxfp4),
-                bfloat16, float16 or float32 (int4). With int4, any multiple of 32 weights, or a
-                row, may share a scale.
+                ``[experts, intermediate, ceil(hidden/32)]``: float8_e8m0fnu or uint8 bytes
+                (mxfp4), bfloat16, float16 or float32 (int4). With int4, any multiple of 32
+                weights, or a row, may share a scale. A last group may be smaller; with int4, all
+                groups are then of 32 * 2^n weights.
                 With fp8, codes are float8_e4m3fn ``[experts, intermediate, hidden]``. Its scales
                 are float32, bfloat16, float8_e8m0fnu or E8M0 bytes as uint8:
                 ``[experts, ceil(intermediate/128), ceil(hidden/128)]`` or
                 ``[experts, intermediate, 1]``, and are multiplied.
-                With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, hidden/16]``, and a
-                float32 factor ``[experts]``, which is multiplied, is the third part.
+                With nvfp4, scales are float8_e4m3fn ``[experts, intermediate, ceil(hidden/16)]``,
+                and a float32 factor ``[experts]``, which is multiplied, is the third part.
                 With bf16 and fp16, one tensor ``[experts, intermediate, hidden]``.
                 None for experts without gate projections, with
                 ``activation=GLU(..., gated=False)``.

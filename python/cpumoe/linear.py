@@ -153,8 +153,8 @@ class Linear(PackedLayer, torch.nn.Module):
         Raises:
             TypeError: `module` is another kind of module, or of a derived class; its weights need a
                 `format`, or are not on the CPU.
-            ValueError: in_features is no multiple of 32, a weight is NaN or infinite, the format
-                is unknown, or the module has hooks.
+            ValueError: a weight is NaN or infinite, the format is unknown, in_features is odd and
+                the format has 4 bits, or the module has hooks.
         """
         if type(module) is not torch.nn.Linear:
             raise TypeError(
@@ -192,8 +192,8 @@ class Linear(PackedLayer, torch.nn.Module):
         Raises:
             TypeError: the format does not have a tensor's dtype, or a tensor is not in memory on
                 the CPU.
-            ValueError: shapes do not fit together, in_features is no multiple of 32, a scale is
-                NaN, or a tensor is not contiguous along its last dimension.
+            ValueError: shapes do not fit together, a scale is NaN, or a tensor is not contiguous
+                along its last dimension.
         """
         options = with_overrides(options, overrides, "Linear.from_tensors")
         return cls(weight, format=format, bias=bias, options=options)

@@ -129,7 +129,8 @@ class PackedExperts(PackedLayer):
             up: like `gate`.
             down: codes ``[hidden, features/2]`` and scales ``[hidden, features/32]``.
             intermediate: the intermediate features to write: rows of gate and up, columns of down.
-                They must be whole groups of 32, and of the weights that share a scale of down.
+                They must be whole groups of 32, and of the weights that share a scale of down. A
+                last group of the expert may be smaller.
                 With fp8 in blocks, they must begin with a block. Default: all.
             read_missing: whether to read an expert that has no weights in memory from the
                 checkpoint that the layer was made from, instead of raising ValueError. That is

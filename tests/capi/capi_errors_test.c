@@ -129,9 +129,9 @@ static void TestOptionsThatLayersRefuse(const Layer* layer) {
   options.format = NULL;
   REFUSED("format: expected an address, got a null pointer");
   options.hidden_size = 33;
-  REFUSED("mxfp4: hidden_size must be a positive multiple of 32, got 33");
+  REFUSED("mxfp4: hidden_size must be a multiple of 2, because a byte has 2 codes, got 33");
   options.hidden_size = INT64_MIN;
-  REFUSED("mxfp4: hidden_size must be a positive multiple of 32, got -9223372036854775808");
+  REFUSED("hidden_size must be positive, got -9223372036854775808");
   options.intermediate_size = INT64_MAX - 31;
   REFUSED("intermediate_size must be at most 2097152, got 9223372036854775776");
   options.num_experts = 0;

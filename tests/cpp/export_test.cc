@@ -96,14 +96,15 @@ TEST_P(ExportTest, ExpertsWithoutAGate) {
 
 // The shares of a tensor-parallel split, exported one by one, make up the whole expert.
 TEST_P(ExportTest, SlicesOfIntermediateFeatures) {
-  const TestLayer layer = MakeLayer(4 * GroupSize());
+  const int64_t last = GroupSize() - 6;  // the last shard ends within a group
+  const TestLayer layer = MakeLayer(3 * GroupSize() + last);
   const MoeConfig& config = layer.config();
   const auto moe = Create(layer);
   SerialPool pool;
   Copy whole(format(), config.intermediate_size, config.hidden_size);
   const ExpertDestination out = whole.Views();
   const int64_t shares[][2] = {
-      {0, GroupSize()}, {GroupSize(), 2 * GroupSize()}, {3 * GroupSize(), GroupSize()}};
+      {0, GroupSize()}, {GroupSize(), 2 * GroupSize()}, {3 * GroupSize(), last}};
   VisitFormat(format(), [&]<class F>(F) {
     for (const auto& [begin, count] : shares) {
       UnpackAll(*moe, 1,

@@ -91,11 +91,12 @@ Intervals Multiply(const Dense& w, const Intervals& x, const float* bias) {
 template <class F>
 void RoundToInt8(Intervals& x) {
   for (size_t begin = 0; begin < x.size(); begin += kGroupSize) {
+    const size_t end = std::min(begin + kGroupSize, x.size());
     double greatest = 0;
-    for (size_t k = begin; k < begin + kGroupSize; ++k) {
+    for (size_t k = begin; k < end; ++k) {
       greatest = std::max(greatest, std::fabs(x[k].value) + x[k].error);
     }
-    for (size_t k = begin; k < begin + kGroupSize; ++k) {
+    for (size_t k = begin; k < end; ++k) {
       x[k].error += greatest / 254 * (1 + 0x1p-10) + std::min(greatest, 0x1p-99);
     }
   }
@@ -106,8 +107,9 @@ void RoundToInt8(Intervals& x) {
 template <class F>
 void RoundToDigits(Intervals& x, DType dtype) {
   for (size_t begin = 0; begin < x.size(); begin += kGroupSize) {
+    const size_t end = std::min(begin + kGroupSize, x.size());
     double greatest = 0, least_greatest = 0, sum = 0;
-    for (size_t k = begin; k < begin + kGroupSize; ++k) {
+    for (size_t k = begin; k < end; ++k) {
       const double magnitude = std::fabs(x[k].value);
       greatest = std::max(greatest, magnitude + x[k].error);
       least_greatest = std::max(least_greatest, magnitude - x[k].error);
@@ -115,7 +117,7 @@ void RoundToDigits(Intervals& x, DType dtype) {
     }
     // The rule for outliers looks at rounded numbers.
     const bool outlier = dtype != DType::kBf16 || sum * (1 + 0x1p-7) < 3 * least_greatest;
-    for (size_t k = begin; k < begin + kGroupSize; ++k) {
+    for (size_t k = begin; k < end; ++k) {
       x[k].error += std::ldexp(greatest, outlier ? -20 : -13) + std::min(greatest, 0x1p-148);
     }
   }

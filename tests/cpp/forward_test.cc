@@ -18,12 +18,28 @@ class ForwardTest : public MoeTest {};
 CPUMOE_FOR_EACH_ISA_FORMAT_AND_PATH(ForwardTest);
 
 TEST_P(ForwardTest, Shapes) {
-  constexpr int64_t kShapes[][2] = {{32, 32}, {32, 160}, {64, 96}, {96, 64}, {160, 32}, {288, 96}};
+  constexpr int64_t kShapes[][2] = {{32, 32}, {32, 160}, {64, 96}, {288, 96}};
   for (const auto& [hidden, intermediate] : kShapes) {
     for (const int64_t tokens : {1, 4, 7}) {
       CheckForward(LayerSpec{.experts = 3, .hidden = hidden, .intermediate = intermediate},
                    BatchSpec{.tokens = tokens});
     }
+  }
+}
+
+// Rows end within a group, a part of it, a tile of features or a pair of tiles.
+TEST_P(ForwardTest, ShapesThatAreNoMultiples) {
+  constexpr int64_t kShapes[][2] = {{2, 2}, {20, 50}, {50, 20}, {136, 74}, {98, 10}};
+  for (const auto& [hidden, intermediate] : kShapes) {
+    VisitFormat(format(), [&]<class F>(F) {
+      for (const int64_t tokens : {1, 6, 20}) {
+        CheckForward(LayerSpec{.experts = 3,
+                               .hidden = OddIfPossible<F>(hidden),
+                               .intermediate = OddIfPossible<F>(intermediate),
+                               .has_bias = tokens == 6},
+                     BatchSpec{.tokens = tokens});
+      }
+    });
   }
 }
 

@@ -91,15 +91,18 @@ std::vector<typename F::Scale> ValidScales() {
 // Makes all codes zeros. Scales stay.
 template <class F>
 void SetToZeros(const MutableRawMatrix& matrix) {
-  uint32_t code = 0;
+  int code = 0;
   while (F::Decode(code) != 0.0f) ++code;
-  uint32_t word = 0;
-  for (int bit = 0; bit < 32; bit += F::kCodeBits) word |= code << bit;
+  const int byte = F::kCodeBits == 4 ? code * 0x11 : code;
   for (int64_t row = 0; row < matrix.rows; ++row) {
-    for (int64_t at = 0; at < matrix.columns * F::kCodeBits / 8; at += sizeof(word)) {
-      std::memcpy(matrix.codes + row * matrix.codes_stride + at, &word, sizeof(word));
-    }
+    std::memset(matrix.codes + row * matrix.codes_stride, byte, matrix.columns * F::kCodeBits / 8);
   }
+}
+
+// About `columns`, an even number, that a format can have: one less if a code has whole bytes.
+template <class F>
+constexpr int64_t OddIfPossible(int64_t columns) {
+  return columns - (F::kCodeBits < 8 ? 0 : 1);
 }
 
 // A matrix that owns its bytes. Rows of codes and of scales can be further apart than they are

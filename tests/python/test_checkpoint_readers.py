@@ -72,8 +72,8 @@ def test_sizes_must_be_positive_integers(v4, key, value):
 
 
 def test_sizes_that_the_format_does_not_allow(v4):
-    edit_config(v4, hidden_size=2890)
-    message = "mxfp4: hidden_size must be a positive multiple of 32, got 2890"
+    edit_config(v4, hidden_size=2889)
+    message = "mxfp4: hidden_size must be a multiple of 2, because a byte has 2 codes, got 2889"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(v4)
 

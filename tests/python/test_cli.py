@@ -193,7 +193,7 @@ def test_synth_with_chosen_scales(tmp_path):
 def test_synth_refusals(tmp_path):
     out = tmp_path / "out"
     assert "unknown model" in refuse("synth", out, "--model", "nonsense")
-    assert "multiple of 32" in refuse("synth", out, "--model", "v4-flash", "--hidden", 40)
+    assert "multiple of 2" in refuse("synth", out, "--model", "v4-flash", "--hidden", 41)
     assert "pattern" in refuse("synth", out, "--model", "v4-flash", "--pattern", "x")
     assert run("synth", out, "--model", "v4-flash", "--experts", 0).exit_code == 2
     assert not out.exists()

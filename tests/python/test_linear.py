@@ -12,7 +12,7 @@ import cpumoe
 from cpumoe import Linear, QuantizedMatrix, weight_format
 
 FORMATS = list(cpumoe.WEIGHT_FORMATS)
-SIZES = [(1, 32), (48, 64), (100, 160), (257, 384)]
+SIZES = [(1, 32), (48, 2), (100, 150), (257, 384), (37, 78)]
 
 
 def weights(n, k, seed=0):
@@ -109,8 +109,9 @@ def hooked():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_export_returns_what_was_packed(name):
-    matrix = weight_format(name).quantized(weights(100, 160))
+@pytest.mark.parametrize("k", [160, 150, 10])
+def test_export_returns_what_was_packed(name, k):
+    matrix = weight_format(name).quantized(weights(100, k))
     exported = Linear.from_tensors(matrix, format=name).export()
     for part in ("codes", "scales", "factor"):
         given, got = getattr(matrix, part), getattr(exported, part)
@@ -321,9 +322,9 @@ def test_wrong_dtypes_of_results_are_refused():
             "module: expected exactly a torch.nn.Linear",
         ),
         (
-            lambda: Linear.from_module(module(48, 40)),
+            lambda: Linear.from_module(module(48, 33), format="mxfp4"),
             ValueError,
-            "weight: K must be a positive multiple of 32",
+            "mxfp4: K must be a multiple of 2, because a byte has 2 codes, got 33",
         ),
         (lambda: Linear.from_module(module(), format="q4"), ValueError, "q4"),
         (

@@ -13,7 +13,14 @@ ISAS = cpumoe.supported_isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-SIZES = st.integers(1, 8).map(lambda groups: 32 * groups)
+# Whole groups, and any other sizes.
+SIZES = st.integers(1, 8).map(lambda groups: 32 * groups) | st.integers(1, 300)
+
+
+def even_if_needed(fmt, size):
+    """The least size from `size` on that a format allows."""
+    return size + (not cpumoe.weight_format(fmt).takes_k(size))
+
 
 # Parameters instead of tensors, so that a failing example is short.
 LAYERS = st.fixed_dictionaries(
@@ -59,7 +66,8 @@ def random_call(weights, *, tokens, top_k, dtype, id_dtype, size, seed):
     precision=st.sampled_from(PRECISIONS),
 )
 def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invariant, precision):
-    weights = layer(**shape)
+    sizes = {name: even_if_needed(shape["fmt"], shape[name]) for name in ("hidden", "intermediate")}
+    weights = layer(**{**shape, **sizes})
     mask = None if masked is None else torch.tensor(masked[: weights.num_experts])
     experts = weights.pack(
         isa=isa, batch_invariant=batch_invariant, expert_mask=mask, precision=precision
@@ -82,6 +90,7 @@ def test_any_call_stays_within_its_bound(isa, shape, call, masked, batch_invaria
 def test_any_bytes_come_back(isa, name, experts, hidden, inner, seed):
     """Exports random codes and scales, not only those that quantizing gives."""
     fmt = cpumoe.weight_format(name)
+    hidden, inner = even_if_needed(name, hidden), even_if_needed(name, inner)
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(n, k):
@@ -94,7 +103,7 @@ def test_any_bytes_come_back(isa, name, experts, hidden, inner, seed):
             codes[codes & 0x7F == 0x7F] = 0  # NaN
             scales = torch.randn(experts, -(-n // 128), -(-k // 128), generator=generator)
             return QuantizedMatrix(codes.view(fmt.code_storage), scales)
-        groups = (experts, n, k // fmt.group_size)
+        groups = (experts, n, -(-k // fmt.group_size))
         if fmt.scale_storage == torch.uint8:
             scales = torch.randint(0, 255, groups, dtype=torch.uint8, generator=generator)
         else:

@@ -109,7 +109,7 @@ def test_scales_have_the_chosen_type_and_group(tmp_path, model, choice, dtype, g
     ("model", "choice", "message"),
     [
         ("kimi-k2", ScaleChoice(E8M0), "int4: scales: expected bfloat16 or float16 or float32"),
-        ("kimi-k2", ScaleChoice(None, 64), "int4: K 96 has no groups of 64 weights"),
+        ("kimi-k2", ScaleChoice(None, 48), "int4: K 64 has no groups of 48 weights"),
         ("DeepSeek-V3", ScaleChoice(FP16), "fp8: scales: expected float32 or bfloat16 or"),
         ("DeepSeek-V3", ScaleChoice(None, 64), "fp8: scales belong to blocks of 128 x 128 weights"),
         ("v4-flash", ScaleChoice(BF16), "mxfp4: scales: expected float8_e8m0fnu or uint8, got"),
@@ -204,8 +204,8 @@ def test_default_sizes_are_the_models(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden": 2890}, "mxfp4: hidden_size must be a positive multiple of 32, got 2890"),
-        ({"intermediate": 33}, "mxfp4: intermediate_size must be a positive multiple of 32, got"),
+        ({"hidden": 33}, "mxfp4: hidden_size must be a multiple of 2, because a byte has 2 codes"),
+        ({"intermediate": 33}, "mxfp4: intermediate_size must be a multiple of 2, because a byte"),
         ({"layers": 0}, "layers: must be positive, got 0"),
         ({"experts": -1}, "experts: must be positive, got -1"),
         ({"top_k": 4}, r"top_k: must be at most experts \(3\), got 4"),

@@ -142,10 +142,9 @@ def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
     ids = torch.arange(5)[None]
     expected = model(ids)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
-    assert done.ours == ["plain", "narrow"]
+    assert done.ours == ["plain", "narrow", "after_narrow"]
     assert done.hosts == {
         "hooked": "it has hooks",
-        "after_narrow": "its 40 inputs are no multiple of 32",
         "derived": "it is a Derived",
         "tied": "it shares its weights with another module",
         "looked_at": "the model looks at its weights",
@@ -156,6 +155,14 @@ def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
     assert relative_error(model(ids), expected) < 2e-2
     assert model.training
     assert not model.embedding.training
+
+
+def test_a_layer_whose_rows_a_format_cannot_have_stays_the_hosts():
+    odd = nn.Linear(33, 64).bfloat16().requires_grad_(False)
+    users = dense._users(odd)
+    assert dense._obstacle(odd, users, "mxfp4") == "mxfp4 has no rows of 33 weights"
+    assert not dense._obstacle(odd, users, "fp8")
+    assert not dense._obstacle(odd, users, "native")
 
 
 def test_a_model_that_cannot_be_tried_stays_as_it_is():
@@ -181,7 +188,7 @@ def test_small_and_inexact_layers_stay_the_hosts(monkeypatch):
     monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
     assert done.hosts["plain"] == "no format holds its float32 weights exactly"
-    assert done.ours == ["narrow"]
+    assert done.ours == ["narrow", "after_narrow"]
 
 
 def test_another_choice_is_refused():

@@ -52,7 +52,7 @@ def damaged(weights, name, codes=None, scales=None):
         (
             {"name": "gate", "codes": lambda c: c[:, :, :8].contiguous()},
             ValueError,
-            "mxfp4: gate: K must be a positive multiple of 32, got 16",
+            f"gate scales: expected [4, 96, 1], got [4, 96, 2]; {REMEDY}",
         ),
         (
             {"name": "gate", "scales": lambda s: s[:, :, :1]},

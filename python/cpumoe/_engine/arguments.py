@@ -10,7 +10,7 @@ from cpumoe import _core
 from cpumoe._base.tensors import address, describe, plain, refuse_tracing
 from cpumoe._engine.output import ELEMENTS
 from cpumoe.formats import QuantizedMatrix, WeightFormat
-from cpumoe.formats.weight_format import K_MULTIPLE
+from cpumoe.formats.weight_format import KERNEL_GROUP
 
 # A stack of matrices [experts, N, K]: a QuantizedMatrix, a tuple of its parts, or the weights of a
 # format without scales.
@@ -142,7 +142,7 @@ def matrix_view(matrix: QuantizedMatrix, name: str) -> _core.Matrix:
     """Returns the addresses of one matrix; `name` is for the engine's errors."""
     codes, scales = matrix.codes, matrix.scales
     rows, columns = matrix.shape
-    scale_rows, scale_depth = matrix.scale_grid or (1, K_MULTIPLE)
+    scale_rows, scale_depth = matrix.scale_grid or (1, KERNEL_GROUP)
     return _core.Matrix(
         name=name,
         rows=rows,

@@ -22,8 +22,8 @@ from cpumoe._engine.output import wrote_output
 from cpumoe._engine.packing import ExpertForm, checked_matrices, require_no_gate
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.formats import QuantizedMatrix, WeightFormat
-from cpumoe.formats.quantized_matrix import BLOCK
-from cpumoe.formats.weight_format import K_MULTIPLE
+from cpumoe.formats.quantized_matrix import BLOCK, group_of
+from cpumoe.formats.weight_format import KERNEL_GROUP
 
 # Memory for a matrix [N, K]: a QuantizedMatrix, a tuple of its parts, or a tensor in a format that
 # has no scales.
@@ -198,7 +198,7 @@ def feature_range(intermediate: slice | range | None, form: ExpertForm) -> range
         TypeError: `intermediate` is no slice or range of ints.
         ValueError: it has no whole groups of features, or others than the experts have.
     """
-    size, group = form.intermediate_size, K_MULTIPLE
+    size, group = form.intermediate_size, KERNEL_GROUP
     if intermediate is None:
         return range(size)
     if not isinstance(intermediate, slice | range):
@@ -213,7 +213,7 @@ def feature_range(intermediate: slice | range | None, form: ExpertForm) -> range
         raise TypeError(
             f"intermediate: expected bounds that are ints or None, got {intermediate}"
         ) from None
-    whole = features.start % group == 0 and features.stop % group == 0
+    whole = features.start % group == 0 and features.stop in (size, features.stop // group * group)
     if features.step != 1 or not (0 <= features.start < features.stop <= size and whole):
         raise ValueError(
             f"intermediate: expected whole groups of {group} features within 0..{size}, got "
@@ -269,8 +269,12 @@ def _target(
     scale_rows, scale_columns = _scale_shape(fmt, scales, rows, columns)
     size = getattr(getattr(scales, "dtype", None), "itemsize", 1)
     scale_memory = _memory(scales, f"{name} scales", accepted, scale_rows, scale_columns * 8 * size)
+    # Words of eight codes may have some behind the row's last, which stay as they are.
+    stored_codes = code_memory.view(fmt.code_storage)
+    if fmt.values:
+        stored_codes = stored_codes[:, : columns * fmt.code_bits // 8]
     written = QuantizedMatrix(
-        code_memory.view(fmt.code_storage),
+        stored_codes,
         scale_memory if converts else scale_memory.view(fmt.stored_scale(scale_memory.dtype)),
     )
     memories = ((code_memory, f"{name} codes"), (scale_memory, f"{name} scales"))
@@ -313,7 +317,7 @@ def _scale_shape(
     """Returns the shape of a buffer's scales if the format allows it, else the usual one."""
     if isinstance(scales, torch.Tensor) and scales.dim() == 2:
         fewer = scales.shape[1]
-        if fmt.groups_vary and fewer and columns % (fewer * fmt.group_size) == 0:
+        if fmt.groups_vary and group_of(columns, fewer, fmt.group_size):
             return rows, fewer
         if fmt.blocks and tuple(scales.shape) == (rows, 1):
             return rows, 1
@@ -351,7 +355,7 @@ def _memory(
     if memory.dtype not in accepted:
         expected = " or ".join(dtype_name(dtype) for dtype in accepted)
         raise TypeError(f"{name}: expected {expected}, got {describe(memory)}")
-    columns = row_bits // (8 * memory.itemsize)
+    columns = -(-row_bits // (8 * memory.itemsize))
     require_shape(memory.shape, (rows, columns), name)
     row_stride, stride = memory.stride()
     if (columns > 1 and stride != 1) or (rows > 1 and row_stride < columns):

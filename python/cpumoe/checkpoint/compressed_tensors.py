@@ -2,10 +2,10 @@
 
 `each_projection` has the names of the tensors.
 
-- ``pack-quantized`` is INT4: weight_packed int32 ``[N, K/8]``, weight_scale bf16 ``[N, K/group]``,
-  and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any multiple of 32, or a
-  row (strategy "channel"). The little-endian bytes of a packed row hold two offset-binary codes
-  each, low nibble = even k.
+- ``pack-quantized`` is INT4: weight_packed int32 ``[N, ceil(K/8)]``, weight_scale bf16
+  ``[N, K/group]``, and optionally weight_shape int64 or int32 ``[2]`` = N, K. The group is any
+  multiple of 32, or a row (strategy "channel"). The little-endian bytes of a packed row hold two
+  offset-binary codes each, low nibble = even k. The last word may have codes behind the row's last.
 - ``mxfp4-pack-quantized`` has weight_packed uint8 ``[N, K/2]`` and weight_scale uint8 (E8M0)
   ``[N, K/32]``.
 - ``nvfp4-pack-quantized`` has weight_packed uint8 ``[N, K/2]``, weight_scale float8_e4m3fn
@@ -22,6 +22,8 @@ quantized, whatever config.json says of them. Source: compressed-tensors 0.20
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from typing_extensions import override
@@ -105,4 +107,6 @@ class CompressedTensorsReader(EachProjectionReader):
                     raise CheckpointError(f"{expected[0]}: expected {[n, k]}, got {shape}")
             else:
                 factor = self._read_number(expected, inverse=True)
-        return self._read_pair(codes, scales, factor)
+        matrix = self._read_pair(codes, scales, factor)
+        row_bytes = k * self._weight_format.code_bits // 8
+        return replace(matrix, codes=matrix.codes[:, :row_bytes])

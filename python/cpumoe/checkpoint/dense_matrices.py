@@ -110,7 +110,8 @@ def _matrix(
         return None
     if codes.dtype != form.dtype:
         return None
-    if tuple(codes.shape) != (n, k * fmt.code_bits // (8 * codes.itemsize)):
+    width = -(-k * fmt.code_bits // (8 * codes.itemsize))
+    if not fmt.takes_k(k) or tuple(codes.shape) != (n, width):
         return None
     if f"{tensors[form.codes].rpartition('.')[0]}.{_ORDER}" in folder:
         return None
@@ -125,7 +126,8 @@ def _matrix(
         if not (factor.isfinite() and number.isfinite() and number > 0):
             return None
     name = tensors[form.codes]
-    codes = fmt.normalize_codes(codes, name)
+    # The last word of codes may have some behind the row's last.
+    codes = fmt.normalize_codes(codes, name)[:, : k * fmt.code_bits // 8]
     stored = fmt.normalize_scales(scales, name) if scales.dim() == 2 else None
     try:
         fmt.check_shapes(codes, stored, name)

@@ -24,6 +24,7 @@ import torch
 from typing_extensions import override
 
 from cpumoe.checkpoint.config import MoeConfig
+from cpumoe.checkpoint.files import CheckpointError
 from cpumoe.checkpoint.reader import (
     LAYER,
     MODEL,
@@ -77,6 +78,17 @@ class GptOssReader(ExpertReader):
         return (
             config.model_type == MODEL_TYPE and config.quantization.get("quant_method") == "mxfp4"
         )
+
+    @override
+    def _check_sizes(self) -> None:
+        super()._check_sizes()
+        group = self._weight_format.group_size
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % group:
+                raise CheckpointError(
+                    f"{self.folder.path}: config.json: {name}: expected a multiple of {group}, "
+                    f"because gpt-oss stores whole groups, got {getattr(self, name)}"
+                )
 
     @override
     def _expert_tensors(self, prefix: str, index: int) -> Iterator[ExpectedTensor]:

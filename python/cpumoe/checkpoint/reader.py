@@ -398,10 +398,11 @@ class ExpertReader(ABC):
         for name in ("hidden_size", "intermediate_size"):
             k = getattr(self, name)
             self._weight_format.check_k(k, name)
-            if self._group_size is not None and self._group_size > 0 and k % self._group_size:
+            group = self._group_size or 0
+            if group > 0 and not self._weight_format.has_groups(k, group):
                 raise CheckpointError(
                     f"{self.folder.path}: config.json: {name}: expected a multiple of the group "
-                    f"size {self._group_size}, got {k}"
+                    f"size {group}, got {k}"
                 )
 
     def _scale_shape(self, name: str, n: int, k: int) -> tuple[int, ...]:
@@ -413,7 +414,7 @@ class ExpertReader(ABC):
             return n, 1
         if fmt.blocks:
             return -(-n // BLOCK), -(-k // BLOCK)
-        return n, k // (self._group_size or fmt.group_size)
+        return n, -(-k // (self._group_size or fmt.group_size))
 
     def _scalar_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of one number, which checkpoints write as ``[]`` or ``[1]``."""
@@ -432,7 +433,7 @@ class ExpertReader(ABC):
         fmt = self._weight_format
         name, n, k = codes
         dtypes = code_dtypes or fmt.code_dtypes
-        columns = k * fmt.code_bits // (8 * dtypes[0].itemsize)
+        columns = -(-k * fmt.code_bits // (8 * dtypes[0].itemsize))
         return (name, dtypes, (n, columns)), (
             scales,
             fmt.scale_dtypes,

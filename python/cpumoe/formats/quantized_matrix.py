@@ -10,6 +10,27 @@ import torch
 BLOCK = 128
 
 
+def group_of(k: int, scales: int, unit: int) -> int | None:
+    """Returns how many successive weights of a row share a scale; None: no such number is known.
+
+    The scales belong to equal groups, or to groups of ``unit * 2^n`` weights, the last of which has
+    fewer. A single scale belongs to the whole row.
+
+    Args:
+        k: weights of a row.
+        scales: scales of a row.
+        unit: a number of weights that all groups are a multiple of.
+    """
+    if scales < 2:
+        return k if scales == 1 else None
+    if k % (scales * unit) == 0:
+        return k // scales
+    group = unit
+    while group * scales < k:
+        group *= 2
+    return group if -(-k // group) == scales else None
+
+
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """One weight matrix, or a stack of them, as a checkpoint stores it.
@@ -18,8 +39,8 @@ class QuantizedMatrix:
         codes: uint8 ``[..., N, K/2]``, two 4-bit codes per byte, low nibble = even k; or bfloat16
             (bf16), float16 (fp16) or float8_e4m3fn (fp8) ``[..., N, K]``. Rows may be strided; the
             last dimension is contiguous.
-        scales: ``[..., N, K/group_size]``; E8M0 bytes as uint8 (mxfp4), or bfloat16, float16 or
-            float32 (int4). For fp8, float32, bfloat16 or float8_e8m0fnu:
+        scales: ``[..., N, ceil(K/group_size)]``; E8M0 bytes as uint8 (mxfp4), or bfloat16, float16
+            or float32 (int4; see `group_of`). For fp8, float32, bfloat16 or float8_e8m0fnu:
             ``[..., ceil(N/128), ceil(K/128)]`` for blocks, or ``[..., N, 1]`` for rows.
             float8_e4m3fn for nvfp4. None: the format has none (bf16, fp16).
         factor: float32 ``[...]``, one for each matrix, which multiplies all its weights (nvfp4).
@@ -55,7 +76,8 @@ class QuantizedMatrix:
             return 1, k
         if self.codes.dtype == torch.float8_e4m3fn:
             return BLOCK, BLOCK
-        return 1, k // columns
+        unit = 16 if self.scales.dtype == torch.float8_e4m3fn else 32
+        return 1, group_of(k, columns, unit) or k // columns
 
     @property
     def group_size(self) -> int | None:

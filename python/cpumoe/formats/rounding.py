@@ -84,10 +84,10 @@ def round_to_integers(x: torch.Tensor) -> torch.Tensor:
 def quantized_rows(
     weights: torch.Tensor, quantize: Quantizer, group: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns codes ``[..., N, K/2]`` and scales ``[..., N, K/group]`` of weights ``[..., N, K]``.
+    """Returns codes ``[..., N, K/2]`` and scales ``[..., N, ceil(K/group)]`` of weights.
 
     Args:
-        weights: floating point.
+        weights: floating point ``[..., N, K]``, K even.
         quantize: turns float32 ``[n, G, group]`` into nibbles of this shape and scales ``[n, G]``.
         group: weights of a row that share a scale.
         scale_dtype: the dtype of the scales.
@@ -95,13 +95,17 @@ def quantized_rows(
     k = weights.shape[-1]
     rows = weights.reshape(-1, k)
     codes = rows.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
-    scales = rows.new_empty((rows.shape[0], k // group), dtype=scale_dtype)
+    scales = rows.new_empty((rows.shape[0], -(-k // group)), dtype=scale_dtype)
+    missing = -k % group  # weights of the last group
     step = max(1, _BLOCK_WEIGHTS // k)
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)
-        groups = rows[block].float().reshape(-1, k // group, group)
+        whole = rows[block].float()
+        if missing:
+            whole = torch.nn.functional.pad(whole, (0, missing))
+        groups = whole.reshape(-1, scales.shape[-1], group)
         nibbles, scales[block] = quantize(groups, scale_dtype)
-        pairs = nibbles.view(-1, k // 2, 2)
+        pairs = nibbles.flatten(-2)[:, :k].reshape(-1, k // 2, 2)
         torch.add(pairs[..., 0], pairs[..., 1], alpha=16, out=codes[block])
     lead = weights.shape[:-1]
     return codes.view(*lead, -1), scales.view(*lead, -1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cpumoe._base.tensors import describe, dtype_name, plain
-from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix
+from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix, group_of
 from cpumoe.formats.rounding import (
     Quantizer,
     group_amax,
@@ -32,8 +32,8 @@ from cpumoe.formats.scale_choice import ScaleChoice
 # The least byte that is no valid scale. E4M3 scales (nvfp4) are not negative.
 _INVALID_SCALE = {torch.float8_e8m0fnu: 0xFF, torch.float8_e4m3fn: 0x7F}
 
-# K is a multiple of this number in every format, because kernels multiply so many k together.
-K_MULTIPLE = 32
+# Kernels multiply so many k together. Slices of a matrix's columns must begin with such a group.
+KERNEL_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,19 @@ class WeightFormat:
         )
 
     def check_k(self, k: int, what: str = "K") -> None:
-        """Raises ValueError when `k` is not a positive multiple of 32."""
-        if k <= 0 or k % K_MULTIPLE:
+        """Raises ValueError unless `k` is positive, and rows of so many codes are whole bytes."""
+        if k <= 0:
+            raise ValueError(f"{self.name}: {what} must be positive, got {k}")
+        if not self.takes_k(k):
+            codes = 8 // self.code_bits
             raise ValueError(
-                f"{self.name}: {what} must be a positive multiple of {K_MULTIPLE}, got {k}"
+                f"{self.name}: {what} must be a multiple of {codes}, because a byte has {codes} "
+                f"codes, got {k}"
             )
+
+    def takes_k(self, k: int) -> bool:
+        """Whether rows of `k` codes are whole bytes."""
+        return k * self.code_bits % 8 == 0
 
     def check_shapes(self, codes: torch.Tensor, scales: torch.Tensor | None, name: str) -> None:
         """Checks that scales fit the codes.
@@ -122,7 +130,7 @@ class WeightFormat:
 
         Raises:
             TypeError: scales are missing, or the format has none.
-            ValueError: K is no multiple of 32, or the scales have another shape.
+            ValueError: K is 0, or the scales have another shape.
         """
         self._require_scales(scales, f"{name} scales")
         k = codes.shape[-1] * codes.itemsize * 8 // self.code_bits
@@ -143,11 +151,9 @@ class WeightFormat:
                     f"weights or {[*lead, 1]} for rows, got {list(got)}; {self.remedy}"
                 )
             return
-        expected = (*lead, k // self.group_size)
-        if self.groups_vary and got[:-1] == expected[:-1] and got[-1] > 0:
-            group, rest = divmod(k, got[-1])
-            if rest == 0 and group % self.group_size == 0:
-                return
+        expected = (*lead, -(-k // self.group_size))
+        if self.groups_vary and got[:-1] == expected[:-1] and group_of(k, got[-1], self.group_size):
+            return
         if got != expected:
             more = ", or fewer for larger groups" if self.groups_vary else ""
             raise ValueError(
@@ -317,13 +323,18 @@ class WeightFormat:
         if self.blocks:
             return _scaled_blocks(QuantizedMatrix(codes, scales), dtype)
         pairs = torch.nn.functional.embedding(codes.int(), _pair_table(self.values, dtype))
-        groups = pairs.view(*scales.shape, -1)
+        group = QuantizedMatrix(codes, scales).group_size
+        assert group is not None
         if self.scale_dtype == torch.float8_e8m0fnu:
             scales = scales.view(self.scale_dtype)
         factors = scales.to(torch.float32).to(dtype)
         if factor is not None:
             factors = factors * factor[..., None, None].to(dtype)
-        return groups.mul_(factors.unsqueeze(-1)).view(*codes.shape[:-1], -1)
+        weights = pairs.flatten(-2)
+        k = weights.shape[-1]
+        if group * scales.shape[-1] > k:  # the last group is not full
+            return weights.mul_(factors.repeat_interleave(group, -1)[..., :k])
+        return weights.view(*scales.shape, -1).mul_(factors.unsqueeze(-1)).view_as(weights)
 
     def dense(self, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns the weights of a matrix as `dequantize` does."""
@@ -356,7 +367,7 @@ class WeightFormat:
             weights: floating point ``[..., N, K]``, finite.
             group_size: weights of a row that share a scale; default: the format's usual number.
                 For fp8, the default is a scale per block of 128 x 128 weights, and K is a scale
-                per row.
+                per row. A last group may have fewer weights (int4: if the number is 32 * 2^n).
             scale_dtype: the dtype of scales, one of `scale_dtypes`; default: `scale_storage`.
 
         Returns:
@@ -365,9 +376,9 @@ class WeightFormat:
 
         Raises:
             TypeError: `weights` is no tensor in memory on the CPU.
-            ValueError: the weights are no floating point matrices, K is no multiple of 32 or of the
-                group size, the format has no scales of this dtype, a weight is NaN or infinite or
-                too great for the format or its scales, or there are no weights.
+            ValueError: the weights are no floating point matrices, K is odd in a format of 4 bits,
+                the format has no such groups or no scales of this dtype, a weight is NaN or
+                infinite or too great for the format or its scales, or there are no weights.
         """
         weights = plain(weights, "weights")
         if weights.dim() < 2 or not weights.is_floating_point():
@@ -425,12 +436,20 @@ class WeightFormat:
         """
         group = self.group_size if group_size is None else group_size
         allowed = (group_size is None or group == k) if self.blocks else group == self.group_size
-        allowed = allowed or (
-            self.groups_vary and group > 0 and group % self.group_size == 0 and k % group == 0
-        )
-        if not allowed:
+        if not (allowed or (self.groups_vary and self.has_groups(k, group))):
             raise ValueError(f"{self.name}: K {k} has no groups of {group} weights")
         return group
+
+    def has_groups(self, k: int, group: int) -> bool:
+        """Whether a row of `k` weights may have scales for groups of so many.
+
+        The number of scales must tell how many weights share one; see `group_of`.
+        """
+        if group == k:
+            return True
+        if group <= 0 or group % self.group_size:
+            return False
+        return group > k or group_of(k, -(-k // group), self.group_size) == group
 
 
 def _require_dtype(

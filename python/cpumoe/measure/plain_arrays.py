@@ -130,7 +130,7 @@ class PlainArrays:
         group = weight_format(_FORMAT).group_size
         return QuantizedMatrix(
             self._read(f"{name}.q", torch.uint8, (self.num_experts, n, k // 2)),
-            self._read(f"{name}.s", torch.uint8, (self.num_experts, n, k // group)),
+            self._read(f"{name}.s", torch.uint8, (self.num_experts, n, -(-k // group))),
         )
 
     def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

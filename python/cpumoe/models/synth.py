@@ -47,7 +47,7 @@ def random_matrix(
     Args:
         fmt: the weight format.
         n: number of rows.
-        k: number of columns, a multiple of 32.
+        k: number of columns, even in formats of 4 bits.
         pattern: ``normal``: independent normal weights of standard deviation `WEIGHT_STD`, as
             trained models have. ``uniform``: one value everywhere (a wrong scale shows).
             ``alternating``: positive for even k, negative for odd (swapped nibbles show). Sizes
@@ -159,8 +159,8 @@ def _layout(spec: ModelSpec, sizes: Sizes, scales: ScaleChoice) -> Layout:
             f"layouts that can: {', '.join(LAYOUTS)}"
         )
     layout = layout_type(spec, sizes, scales)
-    layout.format.check_k(sizes.hidden, "hidden_size")
-    layout.format.check_k(sizes.intermediate, "intermediate_size")
+    layout.check_k(sizes.hidden, "hidden_size")
+    layout.check_k(sizes.intermediate, "intermediate_size")
     return layout
 
 
@@ -189,15 +189,16 @@ def _random_codes(
         weights = uniform(n, k, generator=generator).sub_(0.5).mul_(12**0.5 * WEIGHT_STD)
         return fmt.quantized(weights)
     # random_ draws one number per element, so fewer and wider elements are several times faster.
-    words = torch.empty(n, k * fmt.code_bits // 64, dtype=torch.int64, device="cpu")
+    words = torch.empty(n, -(-k * fmt.code_bits // 64), dtype=torch.int64, device="cpu")
     codes = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+    codes = codes[:, : k * fmt.code_bits // 8].contiguous()
     if fmt.blocks:
         codes[codes.bitwise_and(0x7F) == 0x7F] = 0  # NaN
         shape = (n, 1) if choice.by_row else (-(-n // BLOCK), -(-k // BLOCK))
         scales = uniform(*shape, generator=generator).add_(0.5) * _RANDOM_FP8_SCALE
         scales = power_of_two_above(scales) if dtype == torch.float8_e8m0fnu else scales.to(dtype)
         return QuantizedMatrix(codes.view(fmt.code_storage), scales)
-    shape = (n, k // group)
+    shape = (n, -(-k // group))
     if dtype == torch.uint8:
         scales = torch.randint(
             *_RANDOM_E8M0, shape, dtype=torch.uint8, device="cpu", generator=generator

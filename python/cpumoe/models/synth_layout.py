@@ -71,6 +71,10 @@ class Layout(ABC):
         hidden, inner = self.sizes.hidden, self.sizes.intermediate
         return (inner, hidden), (inner, hidden), (hidden, inner)
 
+    def check_k(self, k: int, what: str) -> None:
+        """Raises ValueError unless matrices of the layout may have `k` columns."""
+        self.format.check_k(k, what)
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Returns the content of config.json."""

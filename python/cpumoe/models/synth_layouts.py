@@ -123,6 +123,16 @@ class GptOssLayout(Layout):
     """gpt-oss: all experts of a layer in one tensor, gate and up rows interleaved, biases."""
 
     @override
+    def check_k(self, k: int, what: str) -> None:
+        super().check_k(k, what)
+        group = self.format.group_size
+        if k % group:
+            raise ValueError(
+                f"{self.spec.name}: {what} must be a multiple of {group}, because gpt-oss stores "
+                f"whole groups, got {k}"
+            )
+
+    @override
     def config(self) -> dict[str, Any]:
         sizes, activation = self.sizes, self.spec.activation
         return {
@@ -237,7 +247,7 @@ class CompressedTensorsLayout(Layout):
         for index in range(sizes.experts):
             for name, (n, k) in zip(("gate", "up", "down"), self.projections, strict=True):
                 matrix = f"{prefix}.experts.{index}.{name}_proj"
-                yield TensorSpec(f"{matrix}.weight_packed", torch.int32, (n, k // 8))
+                yield TensorSpec(f"{matrix}.weight_packed", torch.int32, (n, -(-k // 8)))
                 yield self._scales(f"{matrix}.weight_scale", n, k, torch.bfloat16)
                 yield TensorSpec(f"{matrix}.weight_shape", torch.int64, (2,))
 
@@ -255,7 +265,8 @@ class CompressedTensorsLayout(Layout):
     ) -> Iterator[Piece]:
         prefix = f"{self._prefix(layer)}.experts.{index}"
         for name, matrix in zip(("gate", "up", "down"), matrices, strict=True):
-            yield f"{prefix}.{name}_proj.weight_packed", 0, matrix.codes.view(torch.int32)
+            words = torch.nn.functional.pad(matrix.codes, (0, -matrix.codes.shape[1] % 4))
+            yield f"{prefix}.{name}_proj.weight_packed", 0, words.view(torch.int32)
             yield f"{prefix}.{name}_proj.weight_scale", 0, matrix.given_scales
             yield f"{prefix}.{name}_proj.weight_shape", 0, torch.tensor(matrix.shape, device="cpu")
 

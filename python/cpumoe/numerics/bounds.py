@@ -51,6 +51,7 @@ from cpumoe.numerics.activations import (
     GREATEST_CODE,
     LEAST_MAGNITUDE,
     dequantize_activations,
+    in_groups,
     quantize_activations,
 )
 from cpumoe.numerics.glu import GLU
@@ -116,7 +117,7 @@ def experts_forward_with_bound(
     Raises:
         IndexError: see `experts_forward`.
         ValueError: see `experts_forward`. Also: the precision is unknown, `output_dtype` is another
-            one, or sizes are no multiple of the group size (int8).
+            one.
     """
     output, bounds = experts_forward_with_bounds(
         hidden_states,
@@ -279,20 +280,25 @@ def _int8_bound(expert: _Expert) -> torch.Tensor:
     """The greater of the bounds for the two ways to round ties."""
     group_size = expert.group_size
     ways = [quantize_activations(expert.x, group_size=group_size, fused=f) for f in (False, True)]
-    x = torch.cat([dequantize_activations(*way) for way in ways])
+    x = torch.cat([dequantize_activations(*way, group_size=group_size) for way in ways])
     h, d_h = expert.intermediate(x, two_digits=False)
     codes, scales = quantize_activations(h.float(), group_size=group_size)
-    y, accumulated = expert.output(dequantize_activations(codes, scales))
-    moved = expert.down.product(_rounding_change(h, d_h, codes, scales), 1)
+    y, accumulated = expert.output(dequantize_activations(codes, scales, group_size=group_size))
+    moved = expert.down.product(_rounding_change(h, d_h, codes, scales, group_size), 1)
     bound = (y - torch.cat([expert.y] * len(ways))).abs() + moved + accumulated
     return torch.stack(bound.chunk(len(ways))).amax(0)
 
 
 def _rounding_change(
-    h: torch.Tensor, d_h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    h: torch.Tensor,
+    d_h: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
 ) -> torch.Tensor:
     """How far Q(h) may be from the value of codes and scales if h itself is off by d_h."""
-    h, d_h, codes = (t.double().reshape(*scales.shape, -1) for t in (h, d_h, codes))
+    k = h.shape[-1]
+    h, d_h, codes = (in_groups(t.double(), group_size) for t in (h, d_h, codes))
     greatest, change = h.abs().amax(-1, keepdim=True), d_h.amax(-1, keepdim=True)
     known = (codes * scales.double().unsqueeze(-1) - h).abs()
     worst = known + d_h + (greatest + change) * (1.001 / 254) + LEAST_MAGNITUDE
@@ -304,7 +310,7 @@ def _rounding_change(
     moved = steps * worth + codes.abs() * (change + 4 * _U32 * greatest) / GREATEST_CODE
     # If not steady, the group may count as zero, or its greatest magnitude is too uncertain.
     steady = (least > greatest / 2) & (least >= LEAST_MAGNITUDE)
-    return torch.where(steady, torch.minimum(moved, worst), worst).flatten(-2)
+    return torch.where(steady, torch.minimum(moved, worst), worst).flatten(-2)[..., :k]
 
 
 def _accumulation_error(
@@ -333,9 +339,9 @@ def _in_integers(x: torch.Tensor, group_size: int, *, two_digits: bool) -> torch
 
 def _has_outlier(x: torch.Tensor, group_size: int, others: float) -> torch.Tensor:
     """Whether an element's group has others that sum to less than `others` times its greatest."""
-    groups = _groups(x, group_size)
+    groups = in_groups(x.abs(), group_size)
     greatest, total = (f(-1, keepdim=True) for f in (groups.amax, groups.sum))
-    return (total - greatest < others * greatest).expand_as(groups).reshape(x.shape)
+    return _of_each(total - greatest < others * greatest, x, group_size)
 
 
 def _greatest_rounding(x: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -352,14 +358,13 @@ def _greatest_rounding_to_two_digits(x: torch.Tensor, group_size: int) -> torch.
 
 
 def _group_greatest(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The greatest magnitude of each element's group; see `_groups`."""
-    groups = _groups(x, group_size)
-    return groups.amax(-1, keepdim=True).expand_as(groups).reshape(x.shape)
+    """The greatest magnitude of each element's group."""
+    return _of_each(in_groups(x.abs(), group_size).amax(-1, keepdim=True), x, group_size)
 
 
-def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Magnitudes ``[..., groups, group size]``; groups of one element if the size does not fit."""
-    return x.abs().reshape(*x.shape[:-1], -1, 1 if x.shape[-1] % group_size else group_size)
+def _of_each(of_group: torch.Tensor, x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns what belongs to the groups of x, ``[..., groups, 1]``, for each element of x."""
+    return of_group.repeat_interleave(group_size, -1).flatten(-2)[..., : x.shape[-1]]
 
 
 def _activation_error(

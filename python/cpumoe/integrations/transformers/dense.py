@@ -25,7 +25,6 @@ import cpumoe
 from cpumoe._base.progress import track
 from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint import ExpertReader
-from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
 from cpumoe.linear import is_finite, own_format, stored_weights
@@ -234,8 +233,6 @@ def _obstacle(module: nn.Linear, users: Counter[int]) -> str:
         return "it shares its weights with another module"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks"
-    if module.in_features % K_MULTIPLE:
-        return f"its {module.in_features} inputs are no multiple of {K_MULTIPLE}"
     if weight.nbytes < _LEAST_BYTES:
         return f"its weights have only {weight.nbytes} bytes"
     return ""
@@ -250,4 +247,6 @@ def _unheld(module: nn.Linear, dense: str) -> str:
         if not is_finite(weight):
             return "a weight is NaN or infinite"
         return f"no format holds its {dtype_name(weight.dtype)} weights exactly"
+    if dense != NATIVE and not cpumoe.weight_format(dense).takes_k(module.in_features):
+        return f"{dense} has no rows of {module.in_features} weights"
     return ""

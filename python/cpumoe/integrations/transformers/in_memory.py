@@ -25,7 +25,6 @@ from cpumoe._engine.gradients import without_gradients
 from cpumoe.checkpoint import ExpertWeights, UnsupportedFormatError
 from cpumoe.experts import Experts
 from cpumoe.formats import WeightFormat, weight_format
-from cpumoe.formats.weight_format import K_MULTIPLE
 from cpumoe.integrations.transformers.activation import module_activation
 from cpumoe.integrations.transformers.experts_module import normed_sum
 from cpumoe.integrations.transformers.options import current_options
@@ -181,7 +180,7 @@ def _holds(fmt: WeightFormat, weights: torch.Tensor, name: str) -> bool:
     if not fmt.values and fmt.scale_dtype is None:
         dtype = fmt.code_dtypes[0]
         return weights.dtype == dtype or torch.equal(weights.to(dtype).to(weights.dtype), weights)
-    return weights.shape[-1] % K_MULTIPLE == 0 and torch.equal(
+    return fmt.takes_k(weights.shape[-1]) and torch.equal(
         fmt.dense(fmt.quantized(weights, name=name)), weights.float()
     )
 
