@@ -13,8 +13,9 @@ import cpumoe
 FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
 MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER / "benchmarks")])]
 HELPERS = {"common", "peak_memory"}
-# Each combination of these suites starts an interpreter, so one is enough.
-SLOW = {"import_time"}
+# Each combination of these suites starts an interpreter, or computes at true sizes, so one is
+# enough.
+SLOW = {"attention", "import_time"}
 TOY = {"experts": 2, "hidden": 64, "intermediate": 32}
 
 

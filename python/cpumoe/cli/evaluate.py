@@ -114,6 +114,7 @@ def command(
             threads,
             dtype=str(resolved).removeprefix("torch."),
             dense=dense,
+            attention="host",  # rows differ in experts and dense layers alone
             trust_remote_code=trust_remote_code,
         )
         rows: list[tuple[_Way, Perplexity]] = []

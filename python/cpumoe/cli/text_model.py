@@ -62,6 +62,7 @@ TrustRemoteCodeOption = Annotated[
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_PRECISION = PRECISIONS[0]
 DEFAULT_DENSE = "host"
+DEFAULT_ATTENTION = "native"
 _THE_MODELS = "the model's default"
 
 
@@ -115,6 +116,14 @@ class LoadingOptions:
     ] = None
     dtype: DtypeOption = DEFAULT_DTYPE
     dense: DenseOption = DEFAULT_DENSE
+    attention: Annotated[
+        str,
+        value_option(
+            "host|native",
+            "Who computes attention. host: transformers. native: cpumoe, in each module where both "
+            "compute the same.",
+        ),
+    ] = DEFAULT_ATTENTION
     chat_template: Annotated[
         Path | None,
         value_option("FILE", "File with a Jinja template of the chat format.", "the model's own"),
@@ -159,7 +168,13 @@ def load_text_model(
     runtime = None if threads is None else Runtime(threads)
     loaded = LanguageModel.from_pretrained(
         model,
-        options=ExpertsOptions(runtime, options.precision, options.isa, dense=options.dense),
+        options=ExpertsOptions(
+            runtime,
+            options.precision,
+            options.isa,
+            dense=options.dense,
+            attention=options.attention,
+        ),
         dtype=dtype,
         chat_template=template,
         host_experts=host_experts,

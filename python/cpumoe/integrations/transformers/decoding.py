@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from cpumoe.integrations.transformers.continuation import Continuation
 from cpumoe.integrations.transformers.growing_text import StopWhen
+from cpumoe.integrations.transformers.kv_cache import growing_cache
 
 
 def decode(
@@ -34,6 +35,8 @@ def decode(
     ids = torch.tensor([tokens], device="cpu")
     # Without top_k, transformers would sample from the 50 most probable tokens.
     choice = {"do_sample": True, "top_k": 0} if continuation.sampled else {"do_sample": False}
+    if cache is None and model._supports_default_dynamic_cache():
+        cache = growing_cache(model)
     begun = {} if cache is None else {"past_key_values": cache}
     with _without_generation_config(model):
         model.generate(

@@ -188,6 +188,7 @@ def load_checked(
         loaded = _load(model_class, path, config, dtype, kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.hf_quantizer.swap_dense(model)
+    model.hf_quantizer.swap_attention(model)
     return loaded
 
 

@@ -33,6 +33,10 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             A weight format, such as "fp8": cpumoe, with weights rounded to the format, which
             changes the model.
 
+        attention: who computes attention in a model whose experts are read from a checkpoint.
+            "host": transformers. "native": cpumoe, in each module where it computes what
+            transformers computes. Sums are fp32, so that results differ by roundings.
+
     Raises:
         TypeError, ValueError: see `cpumoe.ExpertsOptions`.
     """
@@ -41,6 +45,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
     progress: bool | None = None
     weight_format: str | None = field(default=None, kw_only=True)
     dense: str = field(default=HOST, kw_only=True)
+    attention: str = field(default=HOST, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the values, before a model is loaded."""
@@ -58,6 +63,8 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
                 f"dense: expected {HOST}, {NATIVE} or a weight format "
                 f"({', '.join(WEIGHT_FORMATS)}), got {self.dense!r}"
             )
+        if self.attention not in (HOST, NATIVE):
+            raise ValueError(f"attention: expected {HOST} or {NATIVE}, got {self.attention!r}")
 
     @property
     def compute(self) -> str:

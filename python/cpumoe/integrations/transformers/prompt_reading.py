@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+
+from cpumoe.integrations.transformers.kv_cache import growing_cache
 
 # About as many tokens as experts compute in one round. More tokens would not be faster there, and
 # would slow down attention, whose matrices grow with a part.
@@ -52,7 +53,7 @@ def read_prompt(
     else:
         # Whole parts are read here. transformers reads the rest, which has at least one token.
         end = end // part_tokens * part_tokens
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = growing_cache(model)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": 0 if on_logits is not None else 1} if keeps else {}
     for start in range(0, end, part_tokens):

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from cpumoe.checkpoint import ExpertReader
+from cpumoe.integrations.transformers.attention import AttentionModules, swap_attention
 from cpumoe.integrations.transformers.completeness import check_scaled
 from cpumoe.integrations.transformers.dense import (
     DenseLayers,
@@ -37,7 +38,7 @@ from cpumoe.integrations.transformers.dense import (
 )
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
-from cpumoe.integrations.transformers.options import current_options
+from cpumoe.integrations.transformers.options import NATIVE, current_options
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, pack_stored
 from cpumoe.integrations.transformers.swap import (
@@ -110,6 +111,13 @@ class ExpertsToCpumoe(HfQuantizer):
         """Gives dense layers of a loaded model to cpumoe, as the options say."""
         self.dense_layers = swap_dense(model, self._options)
 
+    def swap_attention(self, model: Any) -> None:
+        """Gives attention of a loaded model to cpumoe, as the options say."""
+        wanted = self._options.attention == NATIVE
+        self.attention_modules = (
+            swap_attention(model, self._options) if wanted else AttentionModules()
+        )
+
     @override
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
@@ -122,6 +130,7 @@ class ExpertsToCpumoe(HfQuantizer):
             pack_stored(self._stored, self._options)
         if not self._by_name():  # `from_pretrained` makes the model ready first
             self.swap_dense(model)
+            self.swap_attention(model)
         # transformers drops the quantizer of a dequantized model. With the quantizer,
         # save_pretrained refuses to write a checkpoint, which would lack the experts.
         model.hf_quantizer = self
