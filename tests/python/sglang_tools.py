@@ -24,9 +24,19 @@ SIZES = {
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float16: 4e-3, torch.float32: 2e-5}
 
 
-def checkpoint(folder: Path, model: str = "v4-flash", *, layers: int = 2) -> Path:
+METHODS = {
+    ("mxfp4", False): "MXFP4",
+    ("int4", False): "RAWINT4",
+    ("fp8", False): "FP8",
+    ("fp8", True): "FP8_PERCHANNEL",
+    ("bf16", False): "BF16",
+    ("nvfp4", False): "NVFP4",
+}
+
+
+def checkpoint(folder: Path, model: str = "v4-flash", *, layers: int = 2, **sizes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    return write_small(folder, model, **{**SIZES, "layers": layers})
+    return write_small(folder, model, **{**SIZES, "layers": layers, **sizes})
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -42,9 +52,14 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
         "threadpool_count": 1,
         "weight_path": str(folder),
         "chunked_prefill_size": 512,
-        "method": {"mxfp4": "MXFP4", "int4": "RAWINT4"}[reader.format],
+        "method": METHODS[reader.format, _has_row_scales(reader)],
     }
     return {**common, **changes}
+
+
+def _has_row_scales(reader: cpumoe.ExpertReader) -> bool:
+    down = reader.expert(reader.layers()[0], 0).down
+    return down.scales is not None and down.scales.shape == (reader.hidden_size, 1)
 
 
 def loaded(folder: Path, *, slots: torch.Tensor | None = None, **changes: Any) -> KTMoEWrapper:

@@ -226,12 +226,15 @@ def test_wrong_models_are_refused(v4, tmp_path):
     assert "either MODEL or --model-path, got both" in refuse("sglang", v4, "--model", v4)
     assert "unknown model 'nonsense'" in refuse("sglang", "nonsense")
     assert "no such checkpoint folder" in refuse("sglang", "./nonsense")
-    message = refuse("sglang", "DeepSeek-V3", "--dry-run")
-    assert "expected experts in mxfp4 or int4" in message
-    assert "got fp8" in message
-    assert "expected a downloaded model, or one of DeepSeek-V4-Flash" in refuse(
-        "sglang", "gpt-oss-120b"
-    )
+    for name in ("DeepSeek-V3", "gpt-oss-120b"):
+        message = refuse("sglang", name, "--dry-run")
+        assert "expected a downloaded model, or one of DeepSeek-V4-Flash" in message
+    fp16 = write_small(tmp_path / "fp16", "Mixtral-8x7B")
+    weights = load_file(fp16 / "model.safetensors")
+    edit_tensors(fp16, {name: tensor.half() for name, tensor in weights.items()})
+    message = refuse("sglang", fp16, "--dry-run")
+    assert "expected experts in mxfp4 or int4 or fp8 or bf16 or nvfp4, which are" in message
+    assert "got fp16" in message
     assert "no config.json" in refuse("sglang", tmp_path, "--dry-run")
 
 

@@ -16,6 +16,7 @@ from sglang_tools import (
 )
 
 from cpumoe.integrations.sglang import checkpoint as checkpoint_module
+from cpumoe.integrations.sglang.checkpoint import Method
 from cpumoe.integrations.sglang.kt_kernel import KTMoEWrapper
 from cpumoe.integrations.sglang.streams import CudaStream
 
@@ -29,10 +30,11 @@ def folder(tmp_path_factory):
     ("changes", "kind", "message"),
     [
         (
-            {"method": "FP8"},
+            {"method": "AMXINT4"},
             ValueError,
-            "method: expected one of MXFP4, RAWINT4, which are the formats that cpumoe computes, "
-            "got 'FP8'; pass --kt-method and a checkpoint in that format",
+            "method: expected one of MXFP4, RAWINT4, FP8, FP8_PERCHANNEL, BF16, NVFP4, which are "
+            "the formats that cpumoe computes, got 'AMXINT4'; pass --kt-method and a checkpoint in "
+            "that format",
         ),
         (
             {"method": "RAWINT4"},
@@ -143,7 +145,7 @@ def test_wrong_arguments_are_refused_with_the_remedy(folder, changes, kind, mess
 
 
 def test_a_format_without_a_method_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "METHODS", {"RAWINT4": "int4"})
+    monkeypatch.setattr(checkpoint_module, "METHODS", {"RAWINT4": Method("int4")})
     message = (
         f"{folder}: expected experts in int4, which are the formats that cpumoe computes for "
         "SGLang, got mxfp4"

@@ -55,6 +55,11 @@ class MixedReader(ExpertReader):
         return self._part_of[layer].group_size(layer, k)
 
     @override
+    def scales_by_row(self, layer: int) -> bool:
+        self._prefix(layer)
+        return self._part_of[layer].scales_by_row(layer)
+
+    @override
     def tensor_names(self) -> dict[int, list[str]]:
         names = {}
         for part in dict.fromkeys(self._part_of.values()):

@@ -393,6 +393,16 @@ class ExpertReader(ABC):
             return k
         return self._group_size or self._weight_format.group_size
 
+    def scales_by_row(self, layer: int) -> bool:
+        """Returns whether each row of a layer's matrices has one scale, or all rows share one.
+
+        Raises:
+            TypeError: `layer` is not an int.
+            IndexError: there is no such layer.
+        """
+        self._prefix(layer)
+        return self._group_size in (WHOLE_ROW, WHOLE_MATRIX)
+
     def _check_sizes(self) -> None:
         """Checks that the format allows the config's sizes."""
         for name in ("hidden_size", "intermediate_size"):

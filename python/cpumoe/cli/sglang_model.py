@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpumoe.checkpoint import SafetensorsFolder
+from cpumoe.checkpoint import SafetensorsFolder, open_checkpoint
 from cpumoe.cli import inspect_model
 from cpumoe.cli.errors import InputError
 from cpumoe.integrations.sglang.checkpoint import method_of
@@ -87,7 +87,10 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
     """
     folder = Path(model) if Path(model).exists() else _downloaded(model)
     document = inspect_model.collect(weights or str(folder or model))
-    method = method_of(weights or model, document["format"])
+    source = Path(weights or folder or model)
+    method = method_of(
+        weights or model, document["format"], by_row=source.exists() and _scales_by_row(source)
+    )
     layers, experts = len(document["layers"]), document["num_experts"]
     if not layers:
         raise InputError(
@@ -119,6 +122,12 @@ def find_launch_model(model: str, weights: str | None) -> LaunchModel:
         missing=missing,
         remarks=_remarks(document["model_type"]),
     )
+
+
+def _scales_by_row(folder: Path) -> bool:
+    """Whether rows of the experts' matrices have scales of their own."""
+    with open_checkpoint(folder) as reader:
+        return not reader.unsupported and any(map(reader.scales_by_row, reader.layers()))
 
 
 def _downloaded(name: str) -> Path | None:

@@ -6,6 +6,7 @@ import os
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,8 +16,28 @@ from cpumoe.checkpoint import CheckpointError, ExpertReader, open_checkpoint
 from cpumoe.integrations.sglang.checks import number_or_none
 from cpumoe.numerics.glu import GLU, SwiGLU
 
-# SGLang's names of the weight formats, for --kt-method.
-METHODS = {"MXFP4": "mxfp4", "RAWINT4": "int4"}
+
+class Method(NamedTuple):
+    """The experts of a ``--kt-method``.
+
+    Attributes:
+        format: name of their weight format.
+        by_row: whether each row has a scale of its own, of formats in which blocks may share one.
+    """
+
+    format: str
+    by_row: bool = False
+
+
+# By SGLang's names, for --kt-method.
+METHODS = {
+    "MXFP4": Method("mxfp4"),
+    "RAWINT4": Method("int4"),
+    "FP8": Method("fp8"),
+    "FP8_PERCHANNEL": Method("fp8", by_row=True),
+    "BF16": Method("bf16"),
+    "NVFP4": Method("nvfp4"),
+}
 
 # SwiGLU limit and alpha of the layer that the host is making; its plugin sets them.
 host_swiglu: ContextVar[tuple[float | None, float | None]] = ContextVar(
@@ -37,8 +58,8 @@ class LayerSizes:
     intermediate: int
 
 
-def format_of(method: object) -> str:
-    """Returns the weight format that a ``--kt-method`` names.
+def known_method(method: object) -> str:
+    """Returns the name of a ``--kt-method`` in capitals.
 
     Raises:
         TypeError: `method` is no string.
@@ -46,31 +67,33 @@ def format_of(method: object) -> str:
     """
     if not isinstance(method, str):
         raise TypeError(f"method: expected a string, got {method!r}")
-    name = METHODS.get(method.upper())
-    if name is None:
+    if method.upper() not in METHODS:
         raise ValueError(
             f"method: expected one of {', '.join(METHODS)}, which are the formats that cpumoe "
             f"computes, got {method!r}; pass --kt-method and a checkpoint in that format"
         )
-    return name
+    return method.upper()
 
 
-def method_of(weights: object, fmt: str) -> str:
+def method_of(weights: object, fmt: str, *, by_row: bool = False) -> str:
     """Returns the ``--kt-method`` of a checkpoint whose experts have a weight format.
 
     Args:
         weights: the checkpoint's folder or name, for the error.
         fmt: name of the weight format.
+        by_row: whether each row has a scale of its own.
 
     Raises:
         ValueError: SGLang has no method for the format that cpumoe computes.
     """
-    for method, name in METHODS.items():
-        if name == fmt:
-            return method
+    fitting = [name for name, method in METHODS.items() if method.format == fmt]
+    if fitting:
+        exact = (name for name in fitting if METHODS[name].by_row == by_row)
+        return next(exact, fitting[0])
+    known = " or ".join(dict.fromkeys(method.format for method in METHODS.values()))
     raise ValueError(
-        f"{weights}: expected experts in {' or '.join(METHODS.values())}, which are the formats "
-        f"that cpumoe computes for SGLang, got {fmt}"
+        f"{weights}: expected experts in {known}, which are the formats that cpumoe computes for "
+        f"SGLang, got {fmt}"
     )
 
 
@@ -194,11 +217,13 @@ def _unchanged(reader: ExpertReader) -> bool:
 
 def _check_format(reader: ExpertReader, method: str, layer: int) -> None:
     path, fmt = reader.folder.path, reader.layer_format(layer)
-    fitting = method_of(path, fmt)
-    if fmt != format_of(method):
+    by_row = reader.scales_by_row(layer)
+    fitting = method_of(path, fmt, by_row=by_row)
+    if fitting != known_method(method):
+        rows = " with a scale per row" if METHODS[fitting].by_row else ""
         raise ValueError(
-            f"method: expected {fitting}, because the experts of {path} are {fmt}, got {method}; "
-            f"pass --kt-method {fitting}"
+            f"method: expected {fitting}, because the experts of {path} are {fmt}{rows}, got "
+            f"{method}; pass --kt-method {fitting}"
         )
 
 

@@ -15,7 +15,7 @@ from cpumoe.experts import Experts
 from cpumoe.integrations.sglang.checkpoint import (
     LayerSizes,
     experts_of_slots,
-    format_of,
+    known_method,
     open_experts,
     swiglu_of,
 )
@@ -49,7 +49,8 @@ class KTMoEWrapper:
         hidden_size: width of the hidden states.
         moe_intermediate_size: inner width of an expert, of all GPU ranks together.
         weight_path: folder of the checkpoint that has the experts.
-        method: "MXFP4" or "RAWINT4", the format of the checkpoint's experts.
+        method: the format of the checkpoint's experts: "MXFP4", "RAWINT4", "FP8" (blocks of
+            128 x 128 share a scale), "FP8_PERCHANNEL" (rows do), "BF16" or "NVFP4".
         num_gpu_experts: the GPU has the first ones, as SGLang says it. None means 0.
         gpu_experts_mask: bool ``[num_experts]``, the GPU's experts, as sglang-kt says it.
         cpuinfer_threads: number of threads. None: as `cpumoe.Runtime` chooses.
@@ -102,7 +103,7 @@ class KTMoEWrapper:
                 f"mode: expected 'inference', got {mode!r}; cpumoe does not train, so leave out "
                 "--kt-expert-lora-path"
             )
-        format_of(method)
+        known_method(method)
         self.layer_idx = integer_in(layer_idx, "layer_idx", 0)
         self.num_experts = integer_in(num_experts, "num_experts", 1, _MOST_EXPERTS)
         self.num_experts_per_tok = integer_in(
