@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_tried_is_the_hosts(tmp_path, monkeypatch):
     def refuse(model):
         raise ValueError("no")
 
-    monkeypatch.setattr(dense, "_try", refuse)
+    monkeypatch.setattr(dense, "let_model_write", refuse)
     with pytest.warns(RuntimeWarning, match="^dense layers stay transformers': the model cannot"):
         ours = load(folder)
     hosts = from_pretrained_by_host(folder, dtype=torch.float32)

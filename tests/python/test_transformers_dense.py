@@ -86,12 +86,36 @@ def test_weights_are_rounded_to_a_format_on_request(tmp_path):
     assert 1e-4 < relative_error(logits(rounded), logits(exact)) < 0.6
 
 
-def test_the_host_computes_dense_layers_by_default(tmp_path):
-    model = from_pretrained(tiny_models.gpt_oss(tmp_path))
-    assert not linears(model)
-    done = model.hf_quantizer.dense_layers
+def test_the_host_computes_few_dense_layers_by_default(tmp_path, monkeypatch):
+    folder = tiny_models.gpt_oss(tmp_path)
+    done = from_pretrained(folder).hf_quantizer.dense_layers
     assert not done.ours
     assert not done.hosts
+    monkeypatch.setattr(dense, "_LEAST_TOTAL", 0)
+    assert linears(from_pretrained(folder))
+    assert not linears(load(folder, "host"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not linears(from_pretrained(folder))
+    assert linears(load(folder))
+
+
+def test_the_trial_counts_no_calls_of_experts(tmp_path):
+    model = load(tiny_models.gpt_oss(tmp_path))
+    modules = [module for module in model.modules() if isinstance(module, CpuExperts)]
+    assert linears(model)
+    assert [module.spent.calls for module in modules] == [0] * tiny_models.LAYERS
+    logits(model)
+    assert [module.spent.calls for module in modules] == [1] * tiny_models.LAYERS
+
+
+def test_nobody_is_warned_who_asked_for_nothing(tmp_path, monkeypatch, recwarn):
+    folder = tiny_models.gpt_oss(tmp_path)
+    monkeypatch.setattr(dense, "_LEAST_TOTAL", 0)
+    monkeypatch.setattr(dense, "let_model_write", lambda model: 1 / 0)
+    done = from_pretrained(folder).hf_quantizer.dense_layers
+    assert not done.ours
+    assert done.untried == "the model cannot be tried: division by zero"
+    assert not [each for each in recwarn if "dense" in str(each.message)]
 
 
 def test_a_language_model_generates_with_them(tmp_path):
@@ -159,10 +183,10 @@ def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
 
 def test_a_layer_whose_rows_a_format_cannot_have_stays_the_hosts():
     odd = nn.Linear(33, 64).bfloat16().requires_grad_(False)
-    users = dense._users(odd)
-    assert dense._obstacle(odd, users, "mxfp4") == "mxfp4 has no rows of 33 weights"
-    assert not dense._obstacle(odd, users, "fp8")
-    assert not dense._obstacle(odd, users, "native")
+    assert not dense._obstacle(odd, dense._users(odd))
+    assert dense._unheld(odd, "mxfp4") == "mxfp4 has no rows of 33 weights"
+    assert not dense._unheld(odd, "fp8")
+    assert not dense._unheld(odd, "native")
 
 
 def test_a_model_that_cannot_be_tried_stays_as_it_is():
@@ -198,12 +222,15 @@ def test_another_choice_is_refused():
         ExpertsOptions(dense="q8")
 
 
-def test_enable_applies_to_models_with_experts_alone(tmp_path):
+def test_enable_applies_to_models_with_experts_alone(tmp_path, monkeypatch):
     with_experts = tiny_models.gpt_oss(tmp_path / "gpt_oss")
     without = tmp_path / "qwen2"
     tiny_models.without_experts(without)
-    enable(ExpertsOptions(dense="native"))
+    monkeypatch.setattr(dense, "_LEAST_TOTAL", 0)
     try:
+        enable()
+        assert not linears(AutoModelForCausalLM.from_pretrained(with_experts, dtype=torch.bfloat16))
+        enable(ExpertsOptions(dense="native"))
         assert linears(AutoModelForCausalLM.from_pretrained(with_experts, dtype=torch.bfloat16))
         assert not linears(AutoModelForCausalLM.from_pretrained(without, dtype=torch.bfloat16))
     finally:

@@ -22,7 +22,6 @@ from cpumoe.cli.options import (
     value_option,
 )
 from cpumoe.cli.text_model import (
-    DEFAULT_DENSE,
     DEFAULT_DTYPE,
     DenseOption,
     DtypeOption,
@@ -94,7 +93,7 @@ def command(
     ] = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = DEFAULT_DTYPE,
-    dense: DenseOption = DEFAULT_DENSE,
+    dense: DenseOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,

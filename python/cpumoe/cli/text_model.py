@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cpumoe.cli import host_threads
+from cpumoe.cli import console, host_threads
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.options import ThreadsOption, count_option, parse_dtype, value_option
 from cpumoe.numerics.precision import PRECISIONS
@@ -40,11 +40,12 @@ DtypeOption = Annotated[
     ),
 ]
 DenseOption = Annotated[
-    str,
+    str | None,
     value_option(
         "host|native|FORMAT",
         "Who computes dense layers. host: transformers. native: cpumoe, with the weights as they "
         "are. A weight format such as fp8: cpumoe, with rounded weights.",
+        "native, but host for models with little dense weights or beside a GPU",
     ),
 ]
 MaxTokensOption = Annotated[
@@ -61,7 +62,6 @@ TrustRemoteCodeOption = Annotated[
 
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_PRECISION = PRECISIONS[0]
-DEFAULT_DENSE = "host"
 DEFAULT_ATTENTION = "native"
 _THE_MODELS = "the model's default"
 
@@ -115,7 +115,7 @@ class LoadingOptions:
         str | None, value_option("NAME", "ISA variant to run.", "CPUMOE_ISA if set, else the best")
     ] = None
     dtype: DtypeOption = DEFAULT_DTYPE
-    dense: DenseOption = DEFAULT_DENSE
+    dense: DenseOption = None
     attention: Annotated[
         str,
         value_option(
@@ -180,6 +180,8 @@ def load_text_model(
         host_experts=host_experts,
         trust_remote_code=options.trust_remote_code,
     )
+    if options.dense is None and loaded.dense_layers.untried:
+        console.show_aside(f"dense layers stay transformers': {loaded.dense_layers.untried}")
     if decodes:
         host_threads.choose_threads(threads, loaded.model)
     return loaded

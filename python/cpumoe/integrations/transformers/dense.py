@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -25,12 +25,16 @@ import cpumoe
 from cpumoe._base.progress import track
 from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint import ExpertReader
+from cpumoe.formats import weight_format
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
+from cpumoe.integrations.transformers.trial import let_model_write
 from cpumoe.linear import is_finite, own_format, stored_weights
 
 # Handing a product to other threads takes as long as reading about so many bytes.
 _LEAST_BYTES = 64 << 10
+# PyTorch computes less than this on one thread in the time that hand-overs of products take.
+_LEAST_TOTAL = 16 << 20
 
 
 @dataclass
@@ -40,13 +44,36 @@ class DenseLayers:
     Attributes:
         ours: names of the modules that cpumoe computes.
         hosts: names of the other dense layers, and why each stays the host's.
+        untried: why the model could not be tried, so that all stay the host's; else empty.
     """
 
     ours: list[str] = field(default_factory=list)
     hosts: dict[str, str] = field(default_factory=dict)
+    untried: str = ""
 
 
-def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
+def with_dense_chosen(
+    model: nn.Module, options: ExpertsOptions, *, by_default: str
+) -> ExpertsOptions:
+    """Returns options whose `dense` is not None.
+
+    Args:
+        model: the model, on the meta device.
+        options: the options of the load.
+        by_default: who computes dense layers unless the options say so, "host" or "native".
+    """
+    if options.dense is not None:
+        return options
+    if by_default == NATIVE:
+        weights = (module.weight for module in _candidates(model).values())
+        few = sum(weight.nbytes for weight in weights) < _LEAST_TOTAL
+        # Whoever has an accelerator may move the host's layers to it later.
+        if few or torch.accelerator.is_available():
+            by_default = HOST
+    return replace(options, dense=by_default)
+
+
+def swap_dense(model: nn.Module, options: ExpertsOptions, *, warns: bool = True) -> DenseLayers:
     """Replaces a model's dense layers by `cpumoe.Linear`, one after the other.
 
     The memory of a layer's weights is free again before the next layer is packed.
@@ -55,13 +82,14 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
         model: a model with weights.
         options: which weights are wanted (`dense`), and threads, precision, variant and kernels of
             the layers.
+        warns: whether to warn if the model cannot be tried.
 
     Returns:
         What was replaced, and what was not.
     """
     done = DenseLayers()
     dense = options.dense
-    if dense == HOST:
+    if dense in (HOST, None):
         return done
     users = _users(model)
     chosen: dict[str, nn.Linear | StoredLinear] = {}
@@ -74,7 +102,11 @@ def swap_dense(model: nn.Module, options: ExpertsOptions) -> DenseLayers:
                 done.hosts[name] = reason
             else:
                 chosen[name] = module
-    for name, reason in _other_uses(model, chosen).items():
+    other_uses, done.untried = _other_uses(model, chosen)
+    if done.untried and warns:
+        why = f"dense layers stay transformers': {done.untried}"
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+    for name, reason in other_uses.items():
         done.hosts[name] = reason
         refused = chosen.pop(name)
         if isinstance(refused, StoredLinear):
@@ -104,15 +136,20 @@ def take_stored_dense(
 
     `stored_dense.take_stored` describes the arguments. The model is on the meta device.
     """
-    if options.dense == HOST:
+    if options.dense in (HOST, None):
         return []
+    modules = _candidates(model)
+    return take_stored(model, modules, reader, conversions, dequantizer, options.dense)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Linear]:
+    """Returns the dense layers that may be replaced, as far as it does not depend on weights."""
     users = _users(model)
-    modules = {
+    return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) and not _obstacle(module, users)
     }
-    return take_stored(model, modules, reader, conversions, dequantizer, options.dense)
 
 
 def _keep_size(model: Any) -> None:
@@ -154,34 +191,35 @@ class _Watched(nn.Linear):
 
 def _other_uses(
     model: nn.Module, modules: Mapping[str, nn.Linear | StoredLinear]
-) -> dict[str, str]:
-    """Returns which modules are not known to be used by calling them alone, and why."""
+) -> tuple[dict[str, str], str]:
+    """Tries a model.
+
+    Returns:
+        Which modules are not known to be used by calling them alone, and why; and why the model
+        could not be tried, or an empty text.
+    """
     if not modules:
-        return {}
+        return {}, ""
     for module in modules.values():
         if isinstance(module, StoredLinear):
             module.forget()
         else:
             module.__class__ = _Watched
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     refused = ""
     try:
-        _try(model)
+        let_model_write(model)
     except Exception as error:  # whatever a model refuses; the modules then stay as they are
         refused = f"the model cannot be tried: {error}"
-        warnings.warn(f"dense layers stay transformers': {refused}", RuntimeWarning, stacklevel=4)
     finally:
-        for each, was in training.items():
-            each.training = was
         seen = {name: _seen(module) for name, module in modules.items()}
     if refused:
-        return dict.fromkeys(modules, refused)
-    return {
+        return dict.fromkeys(modules, refused), refused
+    found = {
         name: "the model looks at its weights" if used else "the tokens of a trial do not reach it"
         for name, (used, called) in seen.items()
         if used or not called
     }
+    return found, ""
 
 
 def _seen(module: nn.Linear | StoredLinear) -> tuple[bool, bool]:
@@ -195,23 +233,6 @@ def _seen(module: nn.Linear | StoredLinear) -> tuple[bool, bool]:
 def _took(module: nn.Module, note: str) -> bool:
     """Removes a module's note and returns whether there was one."""
     return module.__dict__.pop(note, None) is not None
-
-
-def _try(model: Any) -> None:
-    """Lets a model read two tokens, and write two if it can, with the host's own loop and cache."""
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu")
-    with torch.inference_mode():
-        if not hasattr(model, "can_generate") or not model.can_generate():
-            model(input_ids=ids)
-            return
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=2,
-            min_new_tokens=2,
-            do_sample=False,
-            pad_token_id=0,
-        )
 
 
 def _users(model: nn.Module) -> Counter[int]:
@@ -247,6 +268,6 @@ def _unheld(module: nn.Linear, dense: str) -> str:
         if not is_finite(weight):
             return "a weight is NaN or infinite"
         return f"no format holds its {dtype_name(weight.dtype)} weights exactly"
-    if dense != NATIVE and not cpumoe.weight_format(dense).takes_k(module.in_features):
+    if dense != NATIVE and not weight_format(dense).takes_k(module.in_features):
         return f"{dense} has no rows of {module.in_features} weights"
     return ""

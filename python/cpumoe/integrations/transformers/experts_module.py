@@ -63,6 +63,7 @@ class CpuExperts(nn.Module):
         layer: index of the decoder layer.
         num_experts: number of routed experts of the layer.
         experts: the packed experts; None before `pack`.
+        idle: whether calls compute and count nothing, and return zeros.
         post_expert_norm: the host's norm of each expert's output; None: there is none.
     """
 
@@ -91,6 +92,7 @@ class CpuExperts(nn.Module):
         self.num_experts = num_experts
         self.activation = activation
         self.experts: Experts | None = None
+        self.idle = False
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
         """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`."""
@@ -132,6 +134,8 @@ class CpuExperts(nn.Module):
             RuntimeError: `pack` was not called, or the model is in training mode.
         """
         experts = self._ready()
+        if self.idle:
+            return torch.zeros_like(hidden_states)
         shape = hidden_states.shape
         arguments = (
             hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1]),

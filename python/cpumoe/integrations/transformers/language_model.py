@@ -20,6 +20,7 @@ from cpumoe import embedded
 from cpumoe.integrations.transformers.chat_template import render_chat
 from cpumoe.integrations.transformers.continuation import Continuations
 from cpumoe.integrations.transformers.decoding import decode
+from cpumoe.integrations.transformers.dense import DenseLayers
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.generation_settings import (
     host_generation_config,
@@ -142,6 +143,12 @@ class LanguageModel:
                 model = load_checked(path, kwargs, options, dtype)
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, path)
         return cls(model, tokenizer, name or Path(path).resolve().name, generation_config=content)
+
+    @property
+    def dense_layers(self) -> DenseLayers:
+        """What became of the model's dense layers."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        return getattr(quantizer, "dense_layers", None) or DenseLayers()
 
     @property
     def name(self) -> str:

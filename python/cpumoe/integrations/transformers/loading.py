@@ -105,7 +105,8 @@ def from_pretrained(
 
     Experts are packed from the checkpoint's mapped files, in the checkpoint's low-precision format.
     Memory for dense experts is never allocated. transformers loads everything else, dense, in
-    `dtype`.
+    `dtype`. Dense layers that it only multiplies by become `cpumoe.Linear`, as
+    `ExpertsOptions.dense` says.
 
     Args:
         path: a checkpoint folder, or a name on the hub.
@@ -117,7 +118,8 @@ def from_pretrained(
         **kwargs: further arguments for `from_pretrained` of the class.
 
     Returns:
-        The model, in evaluation mode. Its experts record no gradients, and it cannot be saved.
+        The model, in evaluation mode. Its experts and cpumoe's dense layers record no gradients,
+        and it cannot be saved.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` does not exist, or is a file.

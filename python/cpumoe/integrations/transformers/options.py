@@ -29,6 +29,8 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             are in memory, such as "int4". This changes the model. None: weights are packed exactly,
             or refused. Experts that are read from a checkpoint keep the checkpoint's format.
         dense: who computes the dense layers of a model whose experts are read from a checkpoint.
+            None: cpumoe's `from_pretrained` chooses "native", or "host" if the layers have less
+            than 16 MiB together or PyTorch has an accelerator; `enable` chooses "host".
             "host": transformers. "native": cpumoe, with the weights as the checkpoint stores them.
             A weight format, such as "fp8": cpumoe, with weights rounded to the format, which
             changes the model.
@@ -44,7 +46,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
     fp32_router: bool = True
     progress: bool | None = None
     weight_format: str | None = field(default=None, kw_only=True)
-    dense: str = field(default=HOST, kw_only=True)
+    dense: str | None = field(default=None, kw_only=True)
     attention: str = field(default=HOST, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
                 f"weight_format: expected {', '.join(WEIGHT_FORMATS)} or None, got "
                 f"{self.weight_format!r}"
             )
-        if self.dense not in (HOST, NATIVE, *WEIGHT_FORMATS):
+        if self.dense not in (None, HOST, NATIVE, *WEIGHT_FORMATS):
             raise ValueError(
                 f"dense: expected {HOST}, {NATIVE} or a weight format "
                 f"({', '.join(WEIGHT_FORMATS)}), got {self.dense!r}"

@@ -35,10 +35,11 @@ from cpumoe.integrations.transformers.dense import (
     DenseLayers,
     swap_dense,
     take_stored_dense,
+    with_dense_chosen,
 )
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
-from cpumoe.integrations.transformers.options import NATIVE, current_options
+from cpumoe.integrations.transformers.options import HOST, NATIVE, current_options
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, pack_stored
 from cpumoe.integrations.transformers.swap import (
@@ -60,6 +61,7 @@ class ExpertsToCpumoe(HfQuantizer):
         """Takes the arguments of transformers' quantizers."""
         super().__init__(quantization_config, **kwargs)
         self._options = current_options()
+        self._asked = self._options.dense is not None
         self._reader: ExpertReader | None = None
         self._swapped: list[CpuExperts] = []
         self._stored: list[StoredLinear] = []
@@ -96,6 +98,8 @@ class ExpertsToCpumoe(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Takes dense weights from the host here, because only now its conversions are complete."""
         conversions = super().update_weight_conversions(weight_conversions, model)
+        by_default = NATIVE if self._by_name() else HOST
+        self._options = with_dense_chosen(model, self._options, by_default=by_default)
         dequantizer = self.get_load_operations().get("dequantize")
         if self._reader is not None and self._all_on_cpu and dequantizer is not None:
             self._stored = take_stored_dense(
@@ -109,7 +113,7 @@ class ExpertsToCpumoe(HfQuantizer):
 
     def swap_dense(self, model: Any) -> None:
         """Gives dense layers of a loaded model to cpumoe, as the options say."""
-        self.dense_layers = swap_dense(model, self._options)
+        self.dense_layers = swap_dense(model, self._options, warns=self._asked)
 
     def swap_attention(self, model: Any) -> None:
         """Gives attention of a loaded model to cpumoe, as the options say."""
