@@ -8,7 +8,7 @@ import torch
 
 from cpumoe import _core
 from cpumoe._base.tensors import (
-    address,
+    contiguous,
     is_recorded,
     modes_are_active,
     new_strided,
@@ -94,11 +94,10 @@ def attention(
     settings = AttentionSettings(scale, causal, window, softcap)
     if _seen_by_dynamo():
         return record_attention(q, k, v, mask, sinks, settings)
-    tensors = [tensor for tensor in (q, k, v, mask, sinks) if tensor is not None]
     try:
         return _compute(q, k, v, mask, sinks, settings, runtime, isa)
     except TypeError:
-        if not is_recorded(*tensors):
+        if not is_recorded(*(tensor for tensor in (q, k, v, mask, sinks) if tensor is not None)):
             raise
         return record_attention(q, k, v, mask, sinks, settings)
 
@@ -115,51 +114,89 @@ def _compute(
 ) -> torch.Tensor:
     settings.check()
     given = (q, k, v)
-    q, k, v = (plain(t, name) for t, name in zip(given, "qkv", strict=True))
-    mask = NO_MASK if mask is None else plain(mask, "mask")
+    (q, q_start), (k, k_start), (v, v_start) = (
+        _located(tensor, name) for tensor, name in zip(given, "qkv", strict=True)
+    )
+    mask_start = 0
+    if mask is None:
+        mask = NO_MASK
+    else:
+        mask, mask_start = _located(mask, "mask")
+    sinks_start = 0
     if sinks is not None:
         sinks = plain(sinks, "sinks")
     sizes = check_tensors(q, k, v, mask, sinks)
     if modes_are_active():
         refuse_tracing("q")
+    if sinks is not None:
+        fp32 = sinks if sinks.dtype == torch.float32 else sinks.float()
+        sinks, sinks_start, _ = contiguous(fp32, "sinks")
     batch, heads, _, queries, _, head_size, value_size = sizes
-    q, k, v = _rows(q), _rows(k), _rows(v)
     shape = (batch, heads, queries, value_size)
     strides = (queries * heads * value_size, value_size, heads * value_size, 1)
     output, start = new_strided(shape, strides, q.dtype)
-    mask_type, masked = _core.MaskType.NONE, _NOTHING
+    # Copies of rows that are not contiguous must live until the end of the call.
+    q, queries_view = _view(q, q_start)
+    k, keys_view = _view(k, k_start)
+    v, values_view = _view(v, v_start)
+    mask_type, mask_view = _core.MaskType.NONE, _NOTHING
     if mask is not NO_MASK:
-        mask = _rows(mask)
-        mask_type, masked = _MASKS[mask.dtype], _view(mask, "mask")
-    scores = None if sinks is None else sinks.detach().float().contiguous()
+        mask_type = _MASKS[mask.dtype]
+        mask, mask_view = _view(mask, mask_start)
     _engine_call(runtime or default_runtime(), isa).run(
         ELEMENTS[q.dtype],
         sizes,
-        _view(q, "q"),
-        _view(k, "k"),
-        _view(v, "v"),
+        queries_view,
+        keys_view,
+        values_view,
         (start, *strides[:3]),
         head_size**-0.5 if settings.scale is None else settings.scale,
         settings.causal,
         settings.window,
         settings.softcap,
         mask_type,
-        masked,
-        0 if scores is None else address(scores, "sinks"),
+        mask_view,
+        sinks_start,
     )
     return without_gradients(output, *given)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor whose last dimension is contiguous."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+def _located(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    """Returns a tensor whose memory holds its values, as `plain`, and its address."""
+    # The usual case comes first, because a decoding model calls attention for each of its layers.
+    if type(tensor) is torch.Tensor:
+        try:
+            start = tensor.data_ptr()
+            if start and tensor.is_cpu and tensor.dim() == 4 and not tensor.is_neg():
+                a, b, c, d = tensor.shape
+                by_a, by_b, by_c, by_d = tensor.stride()
+                last = (a - 1) * by_a + (b - 1) * by_b + (c - 1) * by_c + (d - 1) * by_d
+                end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+                if tensor.untyped_storage().nbytes() >= end:
+                    return tensor, start
+        except RuntimeError:  # the tensor has no storage, or no shape if it is nested
+            pass
+    tensor = plain(tensor, name)
+    return tensor, tensor.data_ptr()
 
 
-def _view(tensor: torch.Tensor, name: str) -> tuple[int, int, int, int]:
-    """Returns address and strides. A dimension of size 1 is repeated as often as needed."""
-    shape, strides = tensor.shape, tensor.stride()
-    batch, head, row = (0 if n == 1 else s for n, s in zip(shape[:3], strides[:3], strict=True))
-    return address(tensor, name), batch, head, row
+def _view(tensor: torch.Tensor, start: int) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """Returns a tensor whose rows are contiguous, with its address and strides.
+
+    A dimension of size 1 is repeated as often as needed.
+    """
+    a, b, c, d = tensor.shape
+    by_a, by_b, by_c, by_d = tensor.stride()
+    if by_d != 1 and d != 1:
+        tensor = tensor.contiguous()
+        start = tensor.data_ptr()
+        by_a, by_b, by_c, _ = tensor.stride()
+    return tensor, (
+        start,
+        0 if a == 1 else by_a,
+        0 if b == 1 else by_b,
+        0 if c == 1 else by_c,
+    )
 
 
 def _engine_call(runtime: Runtime, isa: str | None) -> _core.AttentionCall:
