@@ -3,6 +3,7 @@
 `bash tests/hosts/vllm.sh` runs this test with vLLM.
 """
 
+import dataclasses
 import importlib
 import inspect
 
@@ -66,6 +67,15 @@ def test_layers():
         assert name in parameters(experts.__init__)
     assert isinstance(experts.expert_map, property)
     assert callable(experts._map_global_expert_id_to_local_expert_id)
+
+
+def test_settings_of_layers():
+    config = importlib.import_module(f"{LAYERS}.fused_moe.config")
+    known = {field.name for field in dataclasses.fields(config.FusedMoEConfig)}
+    used = ("hidden_dim", "intermediate_size_per_partition", "has_bias", "is_lora_enabled")
+    assert {*used, "moe_parallel_config"} <= known
+    parallel = {field.name for field in dataclasses.fields(config.FusedMoEParallelConfig)}
+    assert {"tp_size", "enable_eplb"} <= parallel
 
 
 def test_words():

@@ -265,6 +265,25 @@ def test_scales_keep_the_checkpoints_dtype(host):
     assert torch.equal(exported.up.scales, wide["up"][1].scales.float())
 
 
+def test_scales_in_e8m0_are_not_converted(host):
+    name, given, _, names = FORMS["fp8"]
+    weights = layer("fp8", hidden=128, intermediate=128)
+    module = RoutedExperts(config(host, name, given), hidden=128, intermediate=128)
+    powers = {}
+    everything = []
+    for part, tensor, shard, expert in tensors(weights, names, divides=False):
+        if part == "weight_scale_inv":
+            tensor = powers[shard, expert] = tensor.to(torch.float8_e8m0fnu)
+        everything.append((part, tensor, shard, expert))
+    load(module, everything)
+    module.quant_method.process_weights_after_loading(module)
+    exported = module.quant_method.experts.export(2)
+    assert exported.up.scales.dtype == torch.float8_e8m0fnu
+    for shard, matrix in (("w1", exported.gate), ("w2", exported.down), ("w3", exported.up)):
+        expected = powers[shard, 2].view(torch.uint8)
+        assert torch.equal(matrix.scales.view(torch.uint8), expected)
+
+
 def test_incomplete_and_made_up_weights(host):
     name, given, _, names = FORMS["int4"]
     weights = layer("int4")
@@ -298,6 +317,8 @@ def test_what_is_left_to_vllm(host):
     assert answer("mxfp4", activation=MoEActivation.SITU) == [f"{says}activation SITU"]
     assert answer("mxfp4", activation=MoEActivation.SWIGLUOAI) == [f"{says}activation SWIGLUOAI"]
     assert answer("mxfp4", hidden=80) == [f"{says}hidden size 80 is no multiple of 32"]
+    assert answer("mxfp4", lora=True) == [f"{says}LoRA adapters may change them"]
+    assert answer("mxfp4", eplb=True) == [f"{says}they are moved between ranks (EPLB)"]
     cut = f"{says}intermediate size 96 in each of 2 ranks is no multiple of 64"
     wide = scheme(4, "int", "group", 64)
     assert answer("compressed-tensors", wide, hidden=256, intermediate=192, ranks=2) == [cut]

@@ -36,6 +36,8 @@ class RoutedExperts(torch.nn.Module):
         experts_of_rank=None,
         dtype=torch.bfloat16,
         limit=None,
+        lora=False,
+        eplb=False,
     ):
         super().__init__()
         self.layer_name = "model.layers.0.mlp.experts"
@@ -55,7 +57,8 @@ class RoutedExperts(torch.nn.Module):
             hidden_dim=hidden,
             intermediate_size_per_partition=intermediate // ranks,
             has_bias=has_bias,
-            moe_parallel_config=SimpleNamespace(tp_size=ranks),
+            is_lora_enabled=lora,
+            moe_parallel_config=SimpleNamespace(tp_size=ranks, enable_eplb=eplb),
         )
         self.quant_method = config.get_quant_method(self, f"{self.layer_name}.routed_experts")
         sizes = self.quant_method.maybe_roundup_sizes(

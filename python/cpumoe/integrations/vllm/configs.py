@@ -75,6 +75,10 @@ def _method(config: _WithCpumoe, layer: Any, prefix: str) -> CpumoeExpertsMethod
     if isinstance(activation, str):
         return activation
     moe = layer.moe_config
+    if moe.is_lora_enabled:
+        return "LoRA adapters may change them"
+    if moe.moe_parallel_config.enable_eplb:
+        return "they are moved between ranks (EPLB)"
     ranks = moe.moe_parallel_config.tp_size
     reason = form.why_not(moe.hidden_dim, moe.intermediate_size_per_partition, ranks)
     if reason is not None:
