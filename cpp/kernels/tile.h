@@ -34,7 +34,7 @@ inline constexpr int kGroupSize = 32;
 // The groups of a row of `columns` weights or activations. A last group that the row does not fill
 // has zeros behind the row's end, in tiles as in staged activations.
 constexpr int64_t GroupsOf(int64_t columns) { return CeilDiv(columns, kGroupSize); }
-constexpr int64_t WholeGroups(int64_t columns) { return GroupsOf(columns) * kGroupSize; }
+constexpr int64_t PaddedColumns(int64_t columns) { return GroupsOf(columns) * kGroupSize; }
 inline constexpr int kVectorBytes = kTileRows * 4;
 
 // The bit of the low half-word at which the even code of a vector's pair (k, k+1) begins.

@@ -188,7 +188,7 @@ class ForwardPass {
     constexpr int kRows = Path::kFeatureTiles * kTileRows;
     // The last tiles also fill the last group, with zeros.
     const bool last = first + count == GateTiles();
-    const int64_t end = last ? WholeGroups(features) - row : kRows;
+    const int64_t end = last ? PaddedColumns(features) - row : kRows;
     Vec gate_bias[Path::kFeatureTiles], up_bias[Path::kFeatureTiles];
     for (int i = 0; i < count; ++i) {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);

@@ -104,9 +104,9 @@ class PackedLayout {
       if constexpr (requires { F::kNotFinite; }) RequireFinite(source, RowOf(tile, r));
     }
     std::byte* out = const_cast<std::byte*>(view.codes);
-    RowsToLanes<uint32_t>(codes, WholeGroupsOfRows() * Geometry::kGroupVectors, out, kSwap);
-    if (WholeGroupsOfRows() < groups_) {
-      PackLastGroup(codes, out + WholeGroupsOfRows() * Geometry::kGroupBytes);
+    RowsToLanes<uint32_t>(codes, filled_groups() * Geometry::kGroupVectors, out, kSwap);
+    if (filled_groups() < groups_) {
+      PackLastGroup(codes, out + filled_groups() * Geometry::kGroupBytes);
     }
     return range;
   }
@@ -116,7 +116,7 @@ class PackedLayout {
   int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
 
   // Groups that rows fill.
-  int64_t WholeGroupsOfRows() const { return columns_ / kGroupSize; }
+  int64_t filled_groups() const { return columns_ / kGroupSize; }
 
   // Packs the last group, which rows do not fill.
   void PackLastGroup(const std::byte* const (&codes)[kTileRows], std::byte* out) const {
@@ -124,7 +124,7 @@ class PackedLayout {
     constexpr uint32_t kZero = ZeroCodeOf<F>();
     constexpr auto kZeros = static_cast<std::byte>(F::kCodeBits == 4 ? kZero * 0x11 : kZero);
     static_assert(F::kCodeBits <= 8 || kZero == 0);
-    const int64_t begin = WholeGroupsOfRows() * kRowBytes;
+    const int64_t begin = filled_groups() * kRowBytes;
     const int64_t count = columns_ * F::kCodeBits / 8 - begin;
     std::byte rows[kTileRows][kRowBytes];
     const std::byte* filled[kTileRows];

@@ -35,7 +35,7 @@ class FloatPath {
   static int64_t Dots(int64_t rounds) { return Limits<Isa>::FloatDots(rounds); }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
-    return WholeGroups(columns) * static_cast<int64_t>(sizeof(Activation));
+    return PaddedColumns(columns) * static_cast<int64_t>(sizeof(Activation));
   }
 
   static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {

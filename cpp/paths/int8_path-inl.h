@@ -38,7 +38,7 @@ class Int8Path {
   }
 
   static int64_t StagedBytes(StagedForm, int64_t columns) {
-    return QuadBlock::BytesPerToken(WholeGroups(columns), kGroupSize);
+    return QuadBlock::BytesPerToken(PaddedColumns(columns), kGroupSize);
   }
 
   // The kernels for few and for many tokens read one staged form and give bit-identical results.

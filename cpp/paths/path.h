@@ -19,8 +19,8 @@
 
 namespace cpumoe {
 
-// Columns are those of the matrix. Staged rows and tiles have whole groups (WholeGroups), which end
-// with zeros.
+// Columns are those of the matrix. Staged rows and tiles have whole groups (PaddedColumns), which
+// end with zeros.
 
 // The operations that both halves of a mixed path (mixed_path-inl.h) supply. P::kPanelBytes is the
 // scratch memory that Multiply needs. P::kFeatureTiles is the number of tiles of features that are

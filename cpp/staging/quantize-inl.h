@@ -20,7 +20,7 @@ class QuadStage {
  public:
   // `block` is the memory for `tokens` tokens of `columns` activations each.
   QuadStage(std::byte* block, int tokens, int64_t columns) : tokens_(tokens) {
-    const QuadBlock at = QuadBlock::At(block, tokens, WholeGroups(columns), kGroupSize);
+    const QuadBlock at = QuadBlock::At(block, tokens, PaddedColumns(columns), kGroupSize);
     quads_ = const_cast<int8_t*>(at.quads);
     scales_ = const_cast<float*>(at.scales);
     starts_ = const_cast<int32_t*>(at.starts);

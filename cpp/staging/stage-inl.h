@@ -58,7 +58,7 @@ void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int 
   }
   for (int t = 0; t < tokens; ++t) {
     const Element* row = x + token[t] * row_stride;
-    for (int64_t k = whole; k < WholeGroups(columns); ++k) {
+    for (int64_t k = whole; k < PaddedColumns(columns); ++k) {
       out[StagedIndex<kStep>(k, t, tokens)] =
           k < columns ? ToActivation<Isa>(row[k]) : typename Isa::Activation{};
     }
