@@ -57,7 +57,8 @@ CASES = {
 def run(which: str, folder: Path, options: dict, environment: dict, log: Path) -> dict | None:
     """Returns what generate.py prints, or None if it fails."""
     command = [sys.executable, str(HERE / "generate.py"), which, str(folder), json.dumps(options)]
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # workers import facts.py
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path, **environment}
     with log.open("w") as out:
         subprocess.run(
             command,

@@ -34,33 +34,8 @@ def host(folder: str) -> dict:
     return {"tokens": tokens}
 
 
-def facts(model) -> dict:
-    """What a worker knows about its model."""
-    from pathlib import Path
-
-    found = {"methods": {}, "calls": 0, "parameters": [], "threads": {}, "isa": None}
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if type(module).__name__.endswith("RoutedExperts"):
-            found["methods"][name] = type(method).__name__
-            found["parameters"] += [n for n, _ in module.named_parameters()]
-            experts = getattr(method, "experts", None)
-            if experts is not None:
-                found["calls"] += experts.statistics().calls
-                found["isa"] = experts.isa
-                found["cpus"] = experts.runtime.cpus
-                found["format"] = experts.format
-                found["num_experts"] = experts.num_experts
-                found["intermediate_size"] = experts.intermediate_size
-    for task in Path("/proc/self/task").iterdir():
-        name = (task / "comm").read_text().strip()
-        if name.startswith("cpumoe"):
-            allowed = os.sched_getaffinity(int(task.name))
-            found["threads"][f"{name} {task.name}"] = sorted(allowed)
-    return found
-
-
 def vllm(folder: str, options: dict) -> dict:
+    from facts import facts
     from vllm import LLM, SamplingParams
 
     llm = LLM(
