@@ -3,6 +3,7 @@
 `test_vllm_classes.py` says whether an installed vLLM still has them.
 """
 
+import dataclasses
 import importlib
 import random
 import re
@@ -17,7 +18,7 @@ from moe_tools import GPT_OSS, PLAIN, inputs, layer, output_of, refused
 from vllm_tools import MoEActivation, RoutedExperts
 
 import cpumoe
-from cpumoe import Experts, SwiGLU
+from cpumoe import Experts, QuantizedMatrix, SwiGLU
 from cpumoe.integrations import vllm as plugin
 from cpumoe.integrations.vllm import settings
 
@@ -92,6 +93,18 @@ FORMS = {
         "fp8",
         ("weight", "weight_scale"),
     ),
+    "compressed_fp8_rows": (
+        "compressed-tensors",
+        scheme(8, "float", "channel", None, "float-quantized"),
+        "fp8",
+        ("weight", "weight_scale"),
+    ),
+    "compressed_int4_rows": (
+        "compressed-tensors",
+        scheme(4, "int", "channel", None),
+        "int4",
+        ("weight_packed", "weight_scale"),
+    ),
     "modelopt": (
         "modelopt_fp4",
         None,
@@ -145,10 +158,24 @@ def factor_of_powers(weights):
     return weights
 
 
+def with_scales_of_rows(weights):
+    """The weights quantized again, with one scale for each row."""
+    row = cpumoe.weight_format(weights.fmt)
+
+    def again(matrix):
+        return QuantizedMatrix(*row.quantize(row.dense(matrix), matrix.shape[-1]))
+
+    return dataclasses.replace(
+        weights, gate=again(weights.gate), up=again(weights.up), down=again(weights.down)
+    )
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tensors_in_any_order_are_the_experts(host, form):
     name, given, fmt, names = FORMS[form]
     weights = factor_of_powers(layer(fmt, hidden=256, seed=5))
+    if form.endswith("_rows"):
+        weights = with_scales_of_rows(weights)
     module = RoutedExperts(config(host, name, given), hidden=256)
     everything = list(tensors(weights, names, divides="global" in names[-1]))
     random.Random(3).shuffle(everything)
