@@ -22,6 +22,7 @@ import cpumoe
 from cpumoe.integrations.transformers import ExpertsOptions, from_pretrained
 from cpumoe.integrations.transformers.attention import swap_attention
 from cpumoe.integrations.transformers.kv_cache import (
+    CACHE,
     GrowingLayer,
     GrowingWindowLayer,
     growing_cache,
@@ -75,7 +76,7 @@ def test_logits_and_tokens_are_the_hosts(family):
     assert relative(logits(model), expected[0]) < 1e-5
     assert relative(logits(model, prompts, **padded)[seen.bool()], expected[1]) < 1e-5
     for cache in (None, growing_cache(model)):
-        written = model.generate(prompts, attention_mask=seen, past_key_values=cache, **choice)
+        written = model.generate(prompts, attention_mask=seen, **{CACHE: cache}, **choice)
         assert torch.equal(written, tokens)
 
 

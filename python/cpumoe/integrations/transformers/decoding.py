@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from cpumoe.integrations.transformers.continuation import Continuation
 from cpumoe.integrations.transformers.growing_text import StopWhen
-from cpumoe.integrations.transformers.kv_cache import growing_cache
+from cpumoe.integrations.transformers.kv_cache import CACHE, growing_cache
 
 
 def decode(
@@ -37,7 +37,7 @@ def decode(
     choice = {"do_sample": True, "top_k": 0} if continuation.sampled else {"do_sample": False}
     if cache is None and model._supports_default_dynamic_cache():
         cache = growing_cache(model)
-    begun = {} if cache is None else {"past_key_values": cache}
+    begun = {} if cache is None else {CACHE: cache}
     with _without_generation_config(model):
         model.generate(
             ids,

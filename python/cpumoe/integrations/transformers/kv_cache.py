@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 from typing_extensions import override
 
+# What transformers calls the cache of a call; 5.24 warns of the older name.
+CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 # The least room of a layer, in tokens.
 _LEAST_ROOM = 256
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpumoe.integrations.transformers.kv_cache import growing_cache
+from cpumoe.integrations.transformers.kv_cache import CACHE, growing_cache
 
 # About as many tokens as experts compute in one round. More tokens would not be faster there, and
 # would slow down attention, whose matrices grow with a part.
@@ -60,7 +60,7 @@ def read_prompt(
         if start and cancelled is not None and cancelled():
             raise CancelledError
         ids = torch.tensor([tokens[start : min(start + part_tokens, end)]], device="cpu")
-        outputs = model(input_ids=ids, past_key_values=cache, use_cache=True, **kept)
+        outputs = model(input_ids=ids, use_cache=True, **{CACHE: cache}, **kept)
         if on_logits is not None:
             on_logits(start, outputs.logits[0])
     if end > 0 and cancelled is not None and cancelled():
