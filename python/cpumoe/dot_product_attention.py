@@ -10,10 +10,12 @@ from cpumoe import _core
 from cpumoe._base.tensors import (
     contiguous,
     is_recorded,
+    located,
     modes_are_active,
     new_strided,
     plain,
     refuse_tracing,
+    rows_view,
 )
 from cpumoe._engine.attention_op import (
     NO_MASK,
@@ -115,13 +117,13 @@ def _compute(
     settings.check()
     given = (q, k, v)
     (q, q_start), (k, k_start), (v, v_start) = (
-        _located(tensor, name) for tensor, name in zip(given, "qkv", strict=True)
+        located(tensor, name) for tensor, name in zip(given, "qkv", strict=True)
     )
     mask_start = 0
     if mask is None:
         mask = NO_MASK
     else:
-        mask, mask_start = _located(mask, "mask")
+        mask, mask_start = located(mask, "mask")
     sinks_start = 0
     if sinks is not None:
         sinks = plain(sinks, "sinks")
@@ -136,13 +138,13 @@ def _compute(
     strides = (queries * heads * value_size, value_size, heads * value_size, 1)
     output, start = new_strided(shape, strides, q.dtype)
     # Copies of rows that are not contiguous must live until the end of the call.
-    q, queries_view = _view(q, q_start)
-    k, keys_view = _view(k, k_start)
-    v, values_view = _view(v, v_start)
+    q, queries_view = rows_view(q, q_start)
+    k, keys_view = rows_view(k, k_start)
+    v, values_view = rows_view(v, v_start)
     mask_type, mask_view = _core.MaskType.NONE, _NOTHING
     if mask is not NO_MASK:
         mask_type = _MASKS[mask.dtype]
-        mask, mask_view = _view(mask, mask_start)
+        mask, mask_view = rows_view(mask, mask_start)
     _engine_call(runtime or default_runtime(), isa).run(
         ELEMENTS[q.dtype],
         sizes,
@@ -159,44 +161,6 @@ def _compute(
         sinks_start,
     )
     return without_gradients(output, *given)
-
-
-def _located(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
-    """Returns a tensor whose memory holds its values, as `plain`, and its address."""
-    # The usual case comes first, because a decoding model calls attention for each of its layers.
-    if type(tensor) is torch.Tensor:
-        try:
-            start = tensor.data_ptr()
-            if start and tensor.is_cpu and tensor.dim() == 4 and not tensor.is_neg():
-                a, b, c, d = tensor.shape
-                by_a, by_b, by_c, by_d = tensor.stride()
-                last = (a - 1) * by_a + (b - 1) * by_b + (c - 1) * by_c + (d - 1) * by_d
-                end = (tensor.storage_offset() + last + 1) * tensor.itemsize
-                if tensor.untyped_storage().nbytes() >= end:
-                    return tensor, start
-        except RuntimeError:  # the tensor has no storage, or no shape if it is nested
-            pass
-    tensor = plain(tensor, name)
-    return tensor, tensor.data_ptr()
-
-
-def _view(tensor: torch.Tensor, start: int) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """Returns a tensor whose rows are contiguous, with its address and strides.
-
-    A dimension of size 1 is repeated as often as needed.
-    """
-    a, b, c, d = tensor.shape
-    by_a, by_b, by_c, by_d = tensor.stride()
-    if by_d != 1 and d != 1:
-        tensor = tensor.contiguous()
-        start = tensor.data_ptr()
-        by_a, by_b, by_c, _ = tensor.stride()
-    return tensor, (
-        start,
-        0 if a == 1 else by_a,
-        0 if b == 1 else by_b,
-        0 if c == 1 else by_c,
-    )
 
 
 def _engine_call(runtime: Runtime, isa: str | None) -> _core.AttentionCall:

@@ -184,7 +184,7 @@ def test_synth_with_chosen_scales(tmp_path):
             matrix = reader.expert(1, 1).up
         assert str(matrix.scales.dtype).removeprefix("torch.").startswith(scales[0])
         assert matrix.group_size == (64 if shown == "row" else shown)
-    assert "int4: K 64 has no groups of 96 weights" in refuse(
+    assert "int4: K 128 has no groups of 96 weights" in refuse(
         "synth", tmp_path / "other", *k2, "--group", "96"
     )
     assert not (tmp_path / "other").exists()

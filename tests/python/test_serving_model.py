@@ -8,7 +8,7 @@ from serving_tools import Server, wait_for
 from typer.testing import CliRunner
 
 from cpumoe.cli import app
-from cpumoe.integrations.transformers import LanguageModel, perplexity
+from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel, perplexity
 from cpumoe.text.generation import Sampling
 
 QUESTION = [{"role": "user", "content": "Hi"}]
@@ -23,7 +23,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return LanguageModel.from_pretrained(folder)
+    # As the command `chat` loads it.
+    return LanguageModel.from_pretrained(folder, options=ExpertsOptions(attention="native"))
 
 
 @pytest.fixture(scope="module")

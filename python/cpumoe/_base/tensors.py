@@ -91,6 +91,60 @@ def contiguous(
     return tensor, tensor.data_ptr(), tensor.shape
 
 
+def located(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    """Returns a tensor whose memory holds its values, as `plain`, and its address.
+
+    It is fast for tensors of four dimensions, because a decoding model calls attention for each of
+    its layers.
+
+    Args:
+        tensor: a tensor of any shape, strides and dtype.
+        name: the argument's name, for errors.
+
+    Raises:
+        TypeError: see `plain`.
+    """
+    if type(tensor) is _Tensor:
+        try:
+            start = tensor.data_ptr()
+            if start and tensor.is_cpu and tensor.dim() == 4 and not tensor.is_neg():
+                a, b, c, d = tensor.shape
+                by_a, by_b, by_c, by_d = tensor.stride()
+                last = (a - 1) * by_a + (b - 1) * by_b + (c - 1) * by_c + (d - 1) * by_d
+                end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+                if tensor.untyped_storage().nbytes() >= end:
+                    return tensor, start
+        except RuntimeError:  # the tensor has no storage, or no shape if it is nested
+            pass
+    tensor = plain(tensor, name)
+    return tensor, tensor.data_ptr()
+
+
+def rows_view(tensor: torch.Tensor, start: int) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """Returns a tensor whose rows are contiguous, with its address and its first three strides.
+
+    Args:
+        tensor: a tensor of four dimensions that `located` returned.
+        start: its address.
+
+    Returns:
+        The tensor, or a copy of it, which must live as long as the address is used. The stride of a
+        dimension of size 1 is 0, so that it is repeated as often as needed.
+    """
+    a, b, c, d = tensor.shape
+    by_a, by_b, by_c, by_d = tensor.stride()
+    if by_d != 1 and d != 1:
+        tensor = tensor.contiguous()
+        start = tensor.data_ptr()
+        by_a, by_b, by_c, _ = tensor.stride()
+    return tensor, (
+        start,
+        0 if a == 1 else by_a,
+        0 if b == 1 else by_b,
+        0 if c == 1 else by_c,
+    )
+
+
 def new_like(
     tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, int]:

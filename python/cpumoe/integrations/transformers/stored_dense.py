@@ -86,7 +86,9 @@ class StoredLinear(nn.Module):
 
     def _dequantized(self) -> torch.Tensor:
         if not self._layer:  # transformers initializes weights that it has not read
-            return torch.empty(self.out_features, self.in_features, device="meta")
+            return torch.empty(
+                self.out_features, self.in_features, dtype=self._dtype, device="meta"
+            )
         with torch.inference_mode(False), torch.no_grad():
             matrix = self.layer.export()
             return weight_format(self.format).dense(matrix).to(self._dtype)

@@ -201,7 +201,7 @@ class ArrivingExperts:
         tensors.clear()
         for name in self._arrived:
             parameter = self.parameters[name]
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device="cpu")
 
 
 def _filled(shape: tuple[int, ...], dtype: torch.dtype, fill: int) -> torch.Tensor:
