@@ -115,9 +115,9 @@ def _compute(
     isa: str | None = None,
 ) -> torch.Tensor:
     settings.check()
-    given = (q, k, v)
+    given = [tensor for tensor in (q, k, v, mask, sinks) if tensor is not None]
     (q, q_start), (k, k_start), (v, v_start) = (
-        located(tensor, name) for tensor, name in zip(given, "qkv", strict=True)
+        located(tensor, name) for tensor, name in ((q, "q"), (k, "k"), (v, "v"))
     )
     mask_start = 0
     if mask is None:
@@ -126,7 +126,7 @@ def _compute(
         mask, mask_start = located(mask, "mask")
     sinks_start = 0
     if sinks is not None:
-        sinks = plain(sinks, "sinks")
+        sinks = plain(sinks, "sinks").detach()
     sizes = check_tensors(q, k, v, mask, sinks)
     if modes_are_active():
         refuse_tracing("q")

@@ -113,9 +113,10 @@ class Linear(PackedLayer, torch.nn.Module):
         options = with_overrides(options, overrides, "Linear")
         origin = self._choose(format, options.isa, options.precision)
         matrix = normalized(self._format, weight, "weight", stacked=False)
-        self.out_features, self.in_features = matrix.shape
+        n, k = matrix.shape
+        self._sizes = n, k
         self._runtime = options.runtime
-        self._bias = dense_bias(bias, self.out_features)
+        self._bias = dense_bias(bias, n)
         floats = None if self._bias is None else self._bias.float().contiguous()
         self._layer = _core.LinearLayer(
             runtime=self.runtime.core,
@@ -238,17 +239,17 @@ class Linear(PackedLayer, torch.nn.Module):
     def compute(self, given: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """Does what `forward` does, without hooks and tracers, for the operator."""
         x, start, shape = contiguous(given, "input", True)
-        check_input(x, self.in_features)
+        n, k = self._sizes
+        check_input(x, k)
         if out_dtype is None:
             out_dtype = x.dtype
         else:
             Destination(dtype=out_dtype).check()
         if modes_are_active():
             refuse_tracing("input")
-        n = self.out_features
-        tokens = x.numel() // self.in_features
+        tokens = x.numel() // k
         output, output_start = new_strided((tokens, n), (n, 1), out_dtype)
-        stride = x.stride(0) if len(shape) == 2 else self.in_features
+        stride = x.stride(0) if len(shape) == 2 else k
         self._engine_call(x.dtype, out_dtype).run(start, stride, tokens, output_start, n)
         if len(shape) != 2:
             output = output.view(*shape[:-1], n)
@@ -275,10 +276,19 @@ class Linear(PackedLayer, torch.nn.Module):
     def export(self) -> QuantizedMatrix:
         """Returns the weights as they were stored, bit for bit, in new tensors."""
         refuse_tracing("export")
-        sizes = self.out_features, self.in_features
-        matrix = new_matrix(self._format, *sizes, self._layer.scales)
+        matrix = new_matrix(self._format, *self._sizes, self._layer.scales)
         self._layer.unpack(runtime=self.runtime.core, matrix=matrix_view(matrix, "weight"))
         return matrix
+
+    @property
+    def in_features(self) -> int:
+        """Elements of a token's input."""
+        return self._sizes[1]
+
+    @property
+    def out_features(self) -> int:
+        """Elements of a token's result."""
+        return self._sizes[0]
 
     @property
     def handle(self) -> torch.Tensor:
@@ -318,6 +328,11 @@ class Linear(PackedLayer, torch.nn.Module):
             raise AttributeError(
                 f"{name}: the weights of a cpumoe.Linear are packed and cannot be changed; "
                 f"{self._anew}"
+            )
+        if name in ("in_features", "out_features"):
+            raise AttributeError(
+                f"{name}: the size of a cpumoe.Linear is that of its packed weights and cannot be "
+                f"changed; {self._anew}"
             )
         super().__setattr__(name, value)
 

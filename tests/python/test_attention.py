@@ -205,6 +205,18 @@ def test_gradients_are_refused():
         assert not cpumoe.attention(q, K, V).requires_grad
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks"])
+@pytest.mark.parametrize("function", [cpumoe.attention, torch.ops.cpumoe.attention])
+def test_gradients_of_every_input_are_refused(name, function):
+    arguments = {"q": Q, "k": K, "v": V, "mask": torch.randn(1, 1, 2, 3), "sinks": torch.randn(8)}
+    arguments[name] = arguments[name].clone().requires_grad_()
+    wanted = {each: arguments[each] for each in ("q", "k", "v", name)}
+    result = function(**wanted)
+    assert result.requires_grad
+    with pytest.raises(RuntimeError, match="compute no gradients"):
+        result.sum().backward()
+
+
 def test_a_closed_runtime_is_an_error():
     runtime = cpumoe.Runtime(threads=1)
     cpumoe.attention(Q, K, V, runtime=runtime)

@@ -396,6 +396,20 @@ def test_packed_weights_cannot_be_replaced(name, value):
         setattr(layer, name, value)
 
 
+@pytest.mark.parametrize("name", ["in_features", "out_features"])
+def test_sizes_cannot_be_changed(name):
+    layer = cpumoe.Linear.from_module(module(n=48, k=64))
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    with pytest.raises(AttributeError, match=rf"^{name}: the size of a cpumoe\.Linear is that of"):
+        setattr(layer, name, 8)
+    with pytest.raises(AttributeError):
+        delattr(layer, name)
+    vars(layer)[name] = 8
+    assert (layer.in_features, layer.out_features) == (64, 48)
+    assert torch.equal(layer(x), expected)
+
+
 def test_there_is_no_weight_to_read():
     layer = cpumoe.Linear.from_module(torch.nn.Linear(64, 32).bfloat16())
     assert not hasattr(layer, "weight")

@@ -8,7 +8,13 @@ pytest.importorskip("transformers")
 
 import families
 from tiny_models import FAMILIES
-from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import (
     causal_mask_function,
@@ -194,6 +200,36 @@ def test_what_cpumoe_does_not_compute_is_the_hosts():
     model.zero_grad()
     model(input_ids=PROMPT).logits.sum().backward()
     torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight.grad, gradient)
+
+
+def test_gradients_of_sinks_are_the_hosts():
+    model = families.tiny_model("gpt_oss").eval().requires_grad_(False)
+    sinks = model.model.layers[0].self_attn.sinks.requires_grad_()
+    model(input_ids=PROMPT).logits.sum().backward()
+    gradient, sinks.grad = sinks.grad, None
+    assert swap_attention(model, OPTIONS).ours
+    model(input_ids=PROMPT).logits.sum().backward()
+    torch.testing.assert_close(sinks.grad, gradient)
+
+
+def test_gradients_of_a_mask_are_the_hosts():
+    model = mixtral().requires_grad_(False)
+    mask = torch.randn(1, 1, PROMPT.shape[1], PROMPT.shape[1]).requires_grad_()
+    model(input_ids=PROMPT, attention_mask=mask).logits.sum().backward()
+    gradient, mask.grad = mask.grad, None
+    swap_attention(model, OPTIONS)
+    model(input_ids=PROMPT, attention_mask=mask).logits.sum().backward()
+    torch.testing.assert_close(mask.grad, gradient)
+
+
+def test_compiled_attention_is_the_hosts():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="eager")).eval()
+    expected = logits(model, use_cache=False)
+    assert swap_attention(model, OPTIONS).ours
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative(logits(compiled, use_cache=False), expected) < 1e-5
 
 
 def test_packed_sequences_do_not_see_each_other():

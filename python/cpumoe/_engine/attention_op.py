@@ -178,5 +178,5 @@ def define_operator(compute: Computation) -> torch.library.Library:
         run,
         _fake,
     )
-    refuse_derivatives("attention", library, inputs=(0, 1, 2))
+    refuse_derivatives("attention", library, inputs=(0, 1, 2, 3, 4))
     return library

@@ -106,7 +106,7 @@ def refuse_derivatives(name: str, library: torch.library.Library, inputs: Sequen
     Args:
         name: the operator's name in its namespace.
         library: what `define` returned for the operator.
-        inputs: the places of the arguments that may require gradients.
+        inputs: the places of the arguments that may require gradients. Optional ones may be None.
     """
     operator = getattr(torch.ops.cpumoe, name).default
 
@@ -125,7 +125,9 @@ def refuse_derivatives(name: str, library: torch.library.Library, inputs: Sequen
         keyset &= torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
             result = operator.redispatch(keyset, *arguments, **options)
-        return without_gradients(result, *(arguments[i] for i in inputs))
+        # The dispatcher leaves out last arguments that have their default value.
+        given = (arguments[i] for i in inputs if i < len(arguments))
+        return without_gradients(result, *(tensor for tensor in given if tensor is not None))
 
     def vmap(*_: Any, **__: Any) -> NoReturn:
         raise TypeError(

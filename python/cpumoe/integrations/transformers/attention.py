@@ -125,10 +125,16 @@ def attention_forward(
         ``[batch, queries, heads, value_size]`` and None; attention weights where they are wanted.
     """
     settings = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if is_causal is not None:
+        given["is_causal"] = is_causal
+    if torch.compiler.is_compiling():  # Dynamo cannot trace what follows
+        return _by_host(module, query, key, value, attention_mask, dropout, given | kwargs)
     known = _known_module(module)
-    reason = _obstacle(module, (query, key, value), dropout, is_causal, attention_mask, kwargs)
+    tensors = (query, key, value)
+    reason = _obstacle(module, tensors, dropout, is_causal, attention_mask, s_aux, kwargs)
     if not reason:
-        reason = _verdict(module, known, (query, key, value), settings, kwargs)
+        reason = _verdict(module, known, tensors, settings, kwargs)
     trial = _trial.get()
     if trial is not None:
         trial.found[module] = trial.found.get(module) or reason
@@ -139,9 +145,6 @@ def attention_forward(
             f"{reason}; load the model with another attn_implementation"
         )
     if reason:
-        given = {name: value for name, value in settings.items() if value is not None}
-        if is_causal is not None:
-            given["is_causal"] = is_causal
         return _by_host(module, query, key, value, attention_mask, dropout, given | kwargs)
     result = _by_cpumoe(known.options, query, key, value, attention_mask, settings)
     return result.transpose(1, 2), None
@@ -215,15 +218,15 @@ def _obstacle(
     dropout: float,
     is_causal: bool | None,
     mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> str:
     """Returns why this call must be the host's; empty if cpumoe may compute it."""
     query, key, _ = tensors
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
     if dropout:
         return "weights are dropped in training"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    numbers = [*tensors, sinks, None if isinstance(mask, PlainMask) else mask]
+    if torch.is_grad_enabled() and any(n is not None and n.requires_grad for n in numbers):
         return "gradients are wanted"
     if kwargs.get("output_attentions"):
         return "attention weights are wanted"
