@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from typing_extensions import Unpack
 
+from cpumoe import _core
 from cpumoe._base.scalars import boolean, integer
 from cpumoe._engine.arguments import checked_biases, normalized, require_shape
 from cpumoe._engine.config import checked_activation, layer_config
@@ -16,6 +17,7 @@ from cpumoe._engine.sources import InOrder
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix, weight_format
+from cpumoe.isa import select_isa
 from cpumoe.numerics.glu import GLU
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.runtime import default_runtime
@@ -56,8 +58,8 @@ class ExpertsBuilder:
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: the format is unknown, the engine does not support a size, or `intermediate` has
-            no whole groups.
+        ValueError: the format is unknown, the engine does not support a size, `intermediate` has no
+            whole groups, or this CPU cannot run the variant.
     """
 
     def __init__(
@@ -84,10 +86,11 @@ class ExpertsBuilder:
             integer(intermediate_size, "intermediate_size"),
             self._activation.gated,
         )
+        self._form.fmt.check_k(self._form.intermediate_size, "intermediate_size")
         self._features = feature_range(intermediate, self._form)
-        layer_config(  # which refuses sizes before the first tensor arrives
+        config = layer_config(
             num_experts=self._num_experts,
-            hidden_size=hidden_size,
+            hidden_size=self._form.hidden_size,
             intermediate_size=len(self._features),
             activation=self._activation,
             has_bias=self._has_bias,
@@ -96,6 +99,9 @@ class ExpertsBuilder:
             few_token_limit=self._options.few_token_limit,
             copy_of=(),
         )
+        isa, origin = select_isa(self._options.isa)
+        # The engine refuses sizes and variants here, before the first tensor arrives.
+        _core.Layer(isa=isa, origin=origin, format=self._form.fmt.name, config=config)
         self._arriving: dict[int, _Parts] = {}
         self._complete: dict[int, ExpertWeights] = {}  # not packed yet
         self._taken: set[int] = set()  # complete or packed
@@ -114,9 +120,10 @@ class ExpertsBuilder:
     ) -> None:
         """Takes tensors of one projection of an expert.
 
-        The parts of a projection may come in several calls. The tensors must stay unchanged until
-        `build` returns. If an argument is refused, the builder is as before. If packing fails, for
-        example because a scale is NaN, make another builder.
+        The parts of a projection may come in several calls. Kind, dtype and shape of a part are
+        checked when it comes. The tensors must stay unchanged until `build` returns. If an argument
+        is refused, the builder is as before. If packing fails, for example because a scale is NaN,
+        make another builder.
 
         Args:
             expert: the expert's index in the layer.
@@ -162,6 +169,8 @@ class ExpertsBuilder:
             if index in self._taken or parts.has(projection, part):
                 raise ValueError(f"{name} {part}: expected one tensor, got a second one")
             self._check_expected(name, part)
+            if part != "bias":
+                self._check_part(projection, part, tensor, f"{name} {part}")
             parts.tensors[projection, part] = tensor
         if "bias" in present:
             parts.biases[projection] = self._shard_of_bias(projection, present["bias"], name)
@@ -208,6 +217,31 @@ class ExpertsBuilder:
         elif part not in self._wanted_parts:
             raise TypeError(f"{name} {part}: expected None in {self._form.fmt.name}, got a tensor")
 
+    def _check_part(self, projection: str, part: str, tensor: torch.Tensor, name: str) -> None:
+        """Checks what can be checked of a part without the others; see `add`."""
+        fmt = self._form.fmt
+        if part == "factor":
+            fmt.normalize_factor(tensor, (), name)
+            return
+        rows, columns = self._shape(projection)
+        if part == "codes":
+            codes = fmt.normalize_codes(tensor, name)
+            got = QuantizedMatrix(codes).shape
+            require_shape(
+                got,
+                self._shape(projection),
+                name.removesuffix(" codes"),
+                "pass whole matrices of the layer's sizes",
+            )
+        else:
+            scales = fmt.normalize_scales(tensor, name)
+            assert scales is not None
+            fmt.check_scale_shape((rows,), columns, scales, name.removesuffix(" scales"))
+
+    def _shape(self, projection: str) -> tuple[int, int]:
+        hidden, intermediate = self._form.hidden_size, self._form.intermediate_size
+        return (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+
     def _missing(self, parts: _Parts) -> list[str]:
         wanted = (*self._wanted_parts, "bias") if self._has_bias else self._wanted_parts
         return [
@@ -221,14 +255,11 @@ class ExpertsBuilder:
         """Returns the chosen features of a projection, checked and named."""
         form, features = self._form, self._features
         matrix = normalized(form.fmt, matrix, name, stacked=False)
-        hidden, intermediate = form.hidden_size, form.intermediate_size
-        is_down = projection == "down"
-        shape = (hidden, intermediate) if is_down else (intermediate, hidden)
-        require_shape(matrix.shape, shape, name, "pass whole matrices of the layer's sizes")
-        if len(features) == intermediate:
+        if len(features) == form.intermediate_size:
             return matrix
         chosen = slice(features.start, features.stop)
-        return replace(_columns(matrix, chosen) if is_down else matrix[chosen], name=name)
+        shard = _columns(matrix, chosen) if projection == "down" else matrix[chosen]
+        return replace(shard, name=name)
 
     def _shard_of_bias(self, projection: str, bias: torch.Tensor, name: str) -> torch.Tensor:
         is_down = projection == "down"

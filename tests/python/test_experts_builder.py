@@ -253,3 +253,56 @@ def test_arguments():
         "got columns 0 to 32",
     ):
         made.add(0, "down", *cpumoe.weight_format("int4").quantize(torch.ones(64, 128), 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("num_experts", 0, "num_experts must be positive, got 0"),
+        ("num_experts", -3, "num_experts must be positive, got -3"),
+        ("num_experts", 10**6, "num_experts must be at most 65536, got 1000000"),
+        ("hidden_size", 0, "hidden_size must be positive, got 0"),
+        ("hidden_size", -64, "hidden_size must be positive, got -64"),
+        (
+            "hidden_size",
+            33,
+            "mxfp4: hidden_size must be a multiple of 2, because a byte has 2 codes, got 33",
+        ),
+        ("intermediate_size", 0, "mxfp4: intermediate_size must be positive, got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_tensors_come(name, size, message):
+    sizes = {"num_experts": 2, "hidden_size": 64, "intermediate_size": 64, name: size}
+    with refused(ValueError, message):
+        ExpertsBuilder(format="mxfp4", **sizes)
+    with pytest.raises(ValueError, match="intermediate_size must be a multiple of 2"):
+        ExpertsBuilder(
+            format="mxfp4",
+            num_experts=1,
+            hidden_size=64,
+            intermediate_size=65,
+            intermediate=range(32),
+        )
+
+
+@EVERY_FORMAT
+def test_a_wrong_part_is_refused_when_it_comes(fmt, runtime):
+    weights = layer(fmt, bias=torch.float32)
+    made = builder(weights, runtime=runtime)
+    for piece in pieces(weights):
+        (part,) = piece.keys() - {"expert", "projection"}
+        right = piece[part]
+        wrong = [
+            ("tensor", TypeError),
+            (right.to(torch.float64) if part != "codes" else torch.ones(96, 160), TypeError),
+            (right.to("meta"), TypeError),
+            (torch.cat((right.view(-1), right.view(-1))), ValueError),
+        ]
+        if right.dim() == 2:
+            wrong.append((right[1:], ValueError))
+        for tensor, kind in wrong:
+            with pytest.raises(kind, match=f"^expert {piece['expert']}: {piece['projection']}"):
+                made.add(**{**piece, part: tensor})
+        made.add(**piece)
+    args = inputs(weights, tokens=2)
+    assert torch.equal(made.build()(*args), weights.pack(runtime=runtime)(*args))
