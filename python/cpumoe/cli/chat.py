@@ -83,8 +83,8 @@ def command(
     code is 1 if a question from a pipe was not answered.
 
     Only a URL takes --api-key, --model-name and --timeout. Only a model in this process takes
-    --threads, --precision, --isa, --dtype, --chat-template and --trust-remote-code. All other
-    options are for both.
+    --threads, --precision, --isa, --dtype, --dense, --attention, --chat-template and
+    --trust-remote-code. All other options are for both.
     """
     with reported(traceback):
         from cpumoe.cli.chat_backends import LocalBackend

@@ -103,7 +103,8 @@ def command(
     Compare rows to see what a precision costs in quality on your own text. The last column is the
     change of the perplexity against the first row. With --experts all, the last row is
     transformers' own computation from dequantized weights, and the others are compared with it.
-    --dense applies to the rows whose experts cpumoe computes.
+    --dense applies to the rows whose experts cpumoe computes. transformers computes attention in
+    all rows.
     """
     with reported(traceback):
         resolved = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)

@@ -51,7 +51,8 @@ def command(
     """Continue a text token by token, and show the speed.
 
     The text goes to standard output as it is generated. Reasoning and speed go to standard error.
-    "experts" is the share of the time spent in cpumoe. transformers and PyTorch take the rest.
+    "experts" is the share of the time spent in routed experts. Attention, dense layers and all else
+    take the rest, whether cpumoe or transformers computes them.
     """
     with reported(traceback):
         if loading.chat_template is not None and not chat:

@@ -107,8 +107,8 @@ class LoadingOptions:
         str,
         value_option(
             "|".join(PRECISIONS),
-            "Lowest precision to which the experts' activations may be rounded. auto: fp32 "
-            "accuracy if --dtype is float32, else bf16.",
+            "Lowest precision to which activations may be rounded, in experts and in dense layers "
+            "that cpumoe computes. auto: fp32 accuracy if --dtype is float32, else bf16.",
         ),
     ] = DEFAULT_PRECISION
     isa: Annotated[

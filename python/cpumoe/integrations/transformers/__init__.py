@@ -1,4 +1,4 @@
-"""cpumoe for transformers: cpumoe computes a model's routed experts, transformers all the rest.
+"""cpumoe for transformers: cpumoe computes a model's routed experts, transformers the rest.
 
 Example::
 
@@ -6,9 +6,11 @@ Example::
 
     model = from_pretrained("path/to/DeepSeek-V4-Flash")   # a transformers model like any other
 
+`ExpertsOptions` says who computes dense layers and attention: cpumoe or transformers.
 `from_pretrained` loads one model. `enable` makes transformers' own `from_pretrained` do so, and
 thereby everything that uses it, such as ``transformers serve``. Importing this package registers
-``experts_implementation="cpumoe"`` for models that are already in memory. `LanguageModel` adds the
+``experts_implementation="cpumoe"`` and ``attn_implementation="cpumoe"`` for models that are already
+in memory. `LanguageModel` adds the
 tokenizer, for text in and text out. The extra is needed: ``pip install "cpumoe[transformers]"``.
 """
 

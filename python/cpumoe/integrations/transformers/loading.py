@@ -104,17 +104,19 @@ def from_pretrained(
     """Loads a transformers model whose routed experts cpumoe computes. It patches nothing.
 
     Experts are packed from the checkpoint's mapped files, in the checkpoint's low-precision format.
-    Memory for dense experts is never allocated. transformers loads everything else, dense, in
-    `dtype`. Dense layers that it only multiplies by become `cpumoe.Linear`, as
-    `ExpertsOptions.dense` says.
+    Memory for dense experts is never allocated. Dense layers of which the model uses nothing but
+    the product become `cpumoe.Linear`, as `ExpertsOptions.dense` says. Those that the checkpoint
+    stores quantized are packed from its files, too. transformers loads everything else in `dtype`.
+    `ExpertsOptions.attention` says who computes attention: transformers, unless it is "native".
 
     Args:
         path: a checkpoint folder, or a name on the hub.
         model_class: the class whose `from_pretrained` to call.
         options: options for the experts and the whole model; default: `ExpertsOptions()`. Those
             for a layer, `cpumoe.ExpertsOptions`, do as well.
-        dtype: dtype of everything but the experts: bfloat16, float32, or "auto". "auto" is bfloat16
-            for a checkpoint in bfloat16, else float32, so that nothing is rounded.
+        dtype: dtype of hidden states and of the weights that transformers loads: bfloat16, float32,
+            or "auto". "auto" is bfloat16 for a checkpoint in bfloat16, else float32, so that nothing
+            is rounded.
         **kwargs: further arguments for `from_pretrained` of the class.
 
     Returns:
@@ -236,10 +238,12 @@ def enable(options: cpumoe.ExpertsOptions | None = None) -> None:
     unsupported format is refused. Models without routed experts, and checkpoints that are not
     quantized, load as before. Another call of `enable` changes the options.
 
-    Independently of this, importing the package registers ``experts_implementation="cpumoe"``.
+    Dense layers and attention stay transformers', unless the options name another choice.
+    Independently of this, importing the package registers ``experts_implementation="cpumoe"`` and
+    ``attn_implementation="cpumoe"``.
 
     Args:
-        options: options for the experts; default: `ExpertsOptions()`.
+        options: options for the experts and the whole model; default: `ExpertsOptions()`.
     """
     set_default_options(whole_options(options))
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)

@@ -34,7 +34,6 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
             "host": transformers. "native": cpumoe, with the weights as the checkpoint stores them.
             A weight format, such as "fp8": cpumoe, with weights rounded to the format, which
             changes the model.
-
         attention: who computes attention in a model whose experts are read from a checkpoint.
             "host": transformers. "native": cpumoe, in each module where it computes what
             transformers computes. Sums are fp32, so that results differ by roundings.
