@@ -115,8 +115,8 @@ def from_pretrained(
         options: options for the experts and the whole model; default: `ExpertsOptions()`. Those
             for a layer, `cpumoe.ExpertsOptions`, do as well.
         dtype: dtype of hidden states and of the weights that transformers loads: bfloat16, float32,
-            or "auto". "auto" is bfloat16 for a checkpoint in bfloat16, else float32, so that nothing
-            is rounded.
+            or "auto". "auto" is bfloat16 for a checkpoint in bfloat16, else float32, so that
+            nothing is rounded.
         **kwargs: further arguments for `from_pretrained` of the class.
 
     Returns:
