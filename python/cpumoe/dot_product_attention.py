@@ -26,8 +26,8 @@ from cpumoe._engine.attention_op import (
 )
 from cpumoe._engine.gradients import without_gradients
 from cpumoe._engine.output import ELEMENTS
-from cpumoe.isa import select_isa
-from cpumoe.runtime import Runtime, default_runtime
+from cpumoe.isa import check_isa, select_isa
+from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
 # Dynamo, which is about to trace the call, sees a function that returns True.
 _seen_by_dynamo = torch.compiler.is_dynamo_compiling
@@ -73,8 +73,10 @@ def attention(
         scale: what multiplies the products of queries and keys. Default: 1 / sqrt(head_size).
         causal: whether query t sees no key after ``t + keys - queries``, so that the last query
             sees the last key.
-        window: of these keys, a query sees only the last `window`; 0: all. Needs `causal`.
+        window: of these keys, a query sees only the last `window`, at most 2^31; 0: all. Needs
+            `causal`.
         softcap: scores become ``softcap * tanh(score / softcap)`` before the mask; 0: they stay.
+            Other numbers are normal numbers of fp32.
         mask: ``[batch or 1, heads or 1, queries or 1, keys]``: bool, True where a query sees a key,
             or bf16, fp16 or fp32, which is added to the scores.
         sinks: ``[heads]``: a score of each head that takes part in the softmax and has no value, as
@@ -89,8 +91,10 @@ def attention(
         RuntimeError.
 
     Raises:
-        TypeError: a tensor has another dtype, device or layout, or no memory.
-        ValueError: shapes do not fit together, or a number is out of range.
+        TypeError: a tensor has another dtype, device or layout, or no memory; another argument is
+            of another type.
+        ValueError: shapes do not fit together, a number is out of range, or this CPU cannot run the
+            variant.
         RuntimeError: the runtime is closed, or belongs to the parent of a forked process.
     """
     settings = AttentionSettings(scale, causal, window, softcap)
@@ -115,6 +119,8 @@ def _compute(
     isa: str | None = None,
 ) -> torch.Tensor:
     settings.check()
+    check_runtime(runtime)
+    check_isa(isa)
     given = [tensor for tensor in (q, k, v, mask, sinks) if tensor is not None]
     (q, q_start), (k, k_start), (v, v_start) = (
         located(tensor, name) for tensor, name in ((q, "q"), (k, "k"), (v, "v"))

@@ -50,6 +50,15 @@ def isa() -> str:
     return select_isa(None)[0]
 
 
+def check_isa(requested: object) -> None:
+    """Raises TypeError unless an object may be a variant's name, or is None for the best one."""
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(
+            f"isa: expected a variant's name, or None for the best one, got {requested!r}; known "
+            f"are {', '.join(known_isas())}"
+        )
+
+
 def select_isa(requested: str | None) -> tuple[str, str]:
     """Returns the variant to use, and what named it (for error messages).
 
@@ -57,9 +66,5 @@ def select_isa(requested: str | None) -> tuple[str, str]:
         TypeError: `requested` is no str.
         ValueError: see `isa`.
     """
-    if requested is not None and not isinstance(requested, str):
-        raise TypeError(
-            f"isa: expected a variant's name, or None for the best one, got {requested!r}; known "
-            f"are {', '.join(known_isas())}"
-        )
+    check_isa(requested)
     return _core.select_isa(requested, "isa")

@@ -182,9 +182,28 @@ WRONG = [
     (TypeError, "sinks: expected floating point numbers, got int64 [8]",
      {"sinks": torch.ones(8, dtype=torch.int64)}),
     (ValueError, "window: expected 0 without causal, got 3", {"window": 3}),
-    (ValueError, "window: expected 0 or more, got -1", {"window": -1, "causal": True}),
-    (ValueError, "scale: expected a finite number, got inf", {"scale": float("inf")}),
-    (ValueError, "softcap: expected 0 or a positive number, got -1.0", {"softcap": -1.0}),
+    (ValueError, "window: expected 0 to 2147483648, got -1", {"window": -1, "causal": True}),
+    (ValueError, "window: expected 0 to 2147483648, got 2147483649",
+     {"window": 2**31 + 1, "causal": True}),
+    (ValueError, "window: expected 0 to 2147483648, got 9223372036854775808",
+     {"window": 2**63, "causal": True}),
+    (ValueError, "scale: expected a finite number of fp32, got inf", {"scale": float("inf")}),
+    (ValueError, "scale: expected a finite number of fp32, got nan", {"scale": float("nan")}),
+    (ValueError, "scale: expected a finite number of fp32, got -1e+300", {"scale": -1e300}),
+    (ValueError, "scale: expected a finite number of fp32, got 1000", {"scale": 10**400}),
+    (TypeError, "scale: expected a number, got 'x'", {"scale": "x"}),
+    (TypeError, "scale: expected a number, got True", {"scale": True}),
+    (TypeError, "scale: expected a number, got tensor([1., 1.])", {"scale": torch.ones(2)}),
+    (TypeError, "softcap: expected a number, got None", {"softcap": None}),
+    (TypeError, "softcap: expected a number, got 1j", {"softcap": 1j}),
+    (ValueError, "softcap: expected 0, or a number from 1.175e-38 to 3.403e+38, which fp32 holds, "
+     "got -1.0", {"softcap": -1.0}),
+    *((ValueError, "softcap: expected 0, or a number from", {"softcap": cap})
+      for cap in (1e-50, 1e-40, 1e39, float("inf"), float("nan"))),
+    (TypeError, "runtime: expected a cpumoe.Runtime, or None for the shared one, got 2",
+     {"runtime": 2}),
+    (TypeError, "isa: expected a variant's name, or None for the best one, got ['avx2']",
+     {"isa": ["avx2"]}),
     (TypeError, "causal: expected a bool, got 1", {"causal": 1}),
 ]  # fmt: skip
 
@@ -194,6 +213,22 @@ def test_errors_name_argument_and_remedy(kind, message, arguments):
     with pytest.raises(kind) as raised:
         cpumoe.attention(**{"q": Q, "k": K, "v": V, **arguments})
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cap", [torch.finfo(torch.float32).tiny, 1e-30, 1e30, 3.4e38])
+def test_soft_caps_of_any_size(cap, isa):
+    q, k, v = random_inputs(queries=2, keys=3, size=8)
+    for given in (q, torch.zeros_like(q)):  # without NaN where a score is zero
+        actual = cpumoe.attention(given, k, v, softcap=cap, isa=isa)
+        expected, _ = reference_attention(given, k, v, softcap=cap)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_of_any_type():
+    expected = cpumoe.attention(Q, K, V, scale=2.0, softcap=3.0)
+    actual = cpumoe.attention(Q, K, V, scale=torch.tensor(2.0), softcap=3)
+    assert torch.equal(actual, expected)
 
 
 def test_gradients_are_refused():

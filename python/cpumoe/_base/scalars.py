@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 
@@ -16,6 +17,21 @@ def integer(value: object, name: str) -> int:
         except TypeError:
             pass
     raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
+def number(value: object, name: str) -> float:
+    """Returns a real number of any type as a float; raises TypeError for anything else.
+
+    A bool is no number, as for `integer`. An int that no float can hold becomes infinite.
+    """
+    if not isinstance(value, bool) and (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except OverflowError:
+            return math.inf
+        except (TypeError, ValueError, RuntimeError):  # of tensors with several elements
+            pass
+    raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def boolean(value: object, name: str) -> bool:

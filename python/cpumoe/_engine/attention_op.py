@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 
 from cpumoe._base.operators import define
-from cpumoe._base.scalars import boolean, integer
+from cpumoe._base.scalars import boolean, integer, number
 from cpumoe._base.tensors import describe
 from cpumoe._engine.gradients import refuse_derivatives
 from cpumoe._engine.output import ELEMENTS
 
 # Stands for no mask, so that a mask is always a tensor.
 NO_MASK = torch.empty(0, dtype=torch.bool, device="cpu")
+
+
+_LARGEST_WINDOW = 2**31  # of the engine
+# The engine computes with the numbers in fp32, and divides by a soft cap.
+_FP32 = torch.finfo(torch.float32)
 
 
 class AttentionSettings(NamedTuple):
@@ -29,17 +33,21 @@ class AttentionSettings(NamedTuple):
     def check(self) -> None:
         """Raises TypeError or ValueError unless all values are possible together."""
         boolean(self.causal, "causal")
-        if integer(self.window, "window") < 0:
-            raise ValueError(f"window: expected 0 or more, got {self.window}")
+        if not 0 <= integer(self.window, "window") <= _LARGEST_WINDOW:
+            raise ValueError(f"window: expected 0 to {_LARGEST_WINDOW}, got {self.window}")
         if self.window and not self.causal:
             raise ValueError(
                 f"window: expected 0 without causal, got {self.window}; pass a mask for a window "
                 "on both sides"
             )
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale}")
-        if not (math.isfinite(self.softcap) and self.softcap >= 0):
-            raise ValueError(f"softcap: expected 0 or a positive number, got {self.softcap}")
+        if self.scale is not None and not abs(number(self.scale, "scale")) <= _FP32.max:
+            raise ValueError(f"scale: expected a finite number of fp32, got {self.scale}")
+        cap = number(self.softcap, "softcap")
+        if cap != 0 and not _FP32.tiny <= cap <= _FP32.max:
+            raise ValueError(
+                f"softcap: expected 0, or a number from {_FP32.tiny:.4g} to {_FP32.max:.4g}, which "
+                f"fp32 holds, got {self.softcap}"
+            )
 
 
 Computation = Callable[
