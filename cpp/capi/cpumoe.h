@@ -144,9 +144,10 @@ CPUMOE_API const char* cpumoe_layer_variant(const cpumoe_layer* layer) CPUMOE_NO
 CPUMOE_API size_t cpumoe_layer_nbytes(const cpumoe_layer* layer) CPUMOE_NOEXCEPT;
 
 /* A matrix [rows, columns] as checkpoints store it. Formats of 4 bits have two codes in a byte, the
- * low half first, so `columns` is even. In fp8 (E4M3) a code is one byte, in bf16 and fp16 the weight. Each block of
- * scale_rows rows has columns / scale_depth scales, rounded up. Formats' own scales have one byte
- * (mxfp4, E8M0; nvfp4, E4M3), two (int4, bf16) or four (fp8, float). bf16 and fp16 have none. */
+ * low half first, so `columns` is even. In fp8 (E4M3) a code is one byte, in bf16 and fp16 the
+ * weight. Each block of scale_rows rows has columns / scale_depth scales, rounded up. Formats' own
+ * scales have one byte (mxfp4, E8M0; nvfp4, E4M3), two (int4, bf16) or four (fp8, float). bf16 and
+ * fp16 have none. */
 typedef struct cpumoe_matrix {
   int64_t rows;
   int64_t columns;

@@ -60,8 +60,8 @@ def attention(
 ) -> torch.Tensor:
     """Computes attention for inference, with all sums in fp32 and without a matrix of scores.
 
-    Successive heads of `q` share a head of `k` and `v`. Keys and values are read once for all heads
-    that share them. The result does not depend on the number of threads.
+    Successive heads of `q` share a head of `k` and `v`. Keys and values are not repeated for these
+    heads. The result does not depend on the number of threads.
 
     ``torch.compile``, ``torch.export`` and tracers record the call as the operator
     ``torch.ops.cpumoe.attention``, which uses the default runtime and variant.

@@ -94,8 +94,8 @@ def contiguous(
 def located(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
     """Returns a tensor whose memory holds its values, as `plain`, and its address.
 
-    It is fast for tensors of four dimensions, because a decoding model calls attention for each of
-    its layers.
+    Tensors of four dimensions take a short way, because a decoding model calls attention for each
+    of its layers.
 
     Args:
         tensor: a tensor of any shape, strides and dtype.

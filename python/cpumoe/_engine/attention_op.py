@@ -15,8 +15,6 @@ from cpumoe._engine.output import ELEMENTS
 
 # Stands for no mask, so that a mask is always a tensor.
 NO_MASK = torch.empty(0, dtype=torch.bool, device="cpu")
-
-
 _LARGEST_WINDOW = 2**31  # of the engine
 # The engine computes with the numbers in fp32, and divides by a soft cap.
 _FP32 = torch.finfo(torch.float32)
