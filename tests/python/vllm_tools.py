@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 
 import torch
+
+from cpumoe.integrations import vllm as plugin
 
 VERSION = "0.32.0"
 
@@ -105,8 +109,30 @@ class RoutedExperts(torch.nn.Module):
         target[tuple(map(slice, loaded_weight.shape))].copy_(loaded_weight)
         return True if return_success else None
 
-    def forward(self, x, topk_ids, topk_weights):
+    def forward_modular(self, x, topk_weights, topk_ids):
         return self.quant_method.apply(self, x, topk_weights, topk_ids, None, None)
+
+    def forward(self, x, topk_ids, topk_weights):
+        return self.forward_modular(x, topk_weights, topk_ids)
+
+
+def factory(*, num_experts, hidden_size, intermediate_size, quant_config, swiglu_limit, **_):
+    """As vLLM's function that makes a layer, whose experts are one of the layer's parts."""
+    experts = RoutedExperts(
+        quant_config,
+        experts=num_experts,
+        hidden=hidden_size,
+        intermediate=intermediate_size,
+        limit=swiglu_limit,
+    )
+    return SimpleNamespace(routed_experts=experts)
+
+
+def load_general_plugins():
+    """As vLLM's function, for cpumoe's plugin alone."""
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is None or "cpumoe" in names.split(","):
+        plugin.register()
 
 
 class FusedMoEMethodBase:
@@ -166,21 +192,38 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True):
         compilation_config=SimpleNamespace(static_forward_context=vllm.context),
     )
     layers = "vllm.model_executor.layers"
+
+    def get_quantization_config(name):
+        return vllm.registered.get(name) or type(f"Host_{name}", (HostConfig,), {})
+
+    plugins = os.environ.get("VLLM_PLUGINS")
     contents = {
         "vllm": {"__version__": version},
+        "vllm.envs": {"VLLM_PLUGINS": None if plugins is None else plugins.split(",")},
+        "vllm.plugins": {"load_general_plugins": load_general_plugins},
+        "vllm.distributed": {
+            "init_distributed_environment": lambda *_: None,
+            "initialize_model_parallel": lambda **_: None,
+        },
         "vllm.logger": {"init_logger": lambda name: vllm.log},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: is_cpu)},
-        "vllm.config": {"get_current_vllm_config": lambda: config},
+        "vllm.config": {
+            "VllmConfig": lambda: config,
+            "get_current_vllm_config": lambda: config,
+            "set_current_vllm_config": nullcontext,
+        },
         "vllm.forward_context": {
-            "get_forward_context": lambda: SimpleNamespace(no_compile_layers=vllm.context)
+            "get_forward_context": lambda: SimpleNamespace(no_compile_layers=vllm.context),
+            "set_forward_context": lambda *_: nullcontext(),
         },
         "vllm.model_executor": {},
         layers: {},
         f"{layers}.fused_moe": {"RoutedExperts": RoutedExperts},
+        f"{layers}.fused_moe.layer": {"FusedMoEFactory": factory},
         f"{layers}.fused_moe.config": {"FUSED_MOE_UNQUANTIZED_CONFIG": "unquantized"},
         f"{layers}.fused_moe.fused_moe_method_base": {"FusedMoEMethodBase": FusedMoEMethodBase},
         f"{layers}.quantization": {
-            "get_quantization_config": lambda name: type(f"Host_{name}", (HostConfig,), {}),
+            "get_quantization_config": get_quantization_config,
             "register_quantization_config": lambda name: (
                 lambda made: vllm.registered.update({name: made})
             ),
@@ -194,4 +237,5 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True):
         module = ModuleType(name)
         module.__dict__.update(values)
         monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["vllm"].envs = sys.modules["vllm.envs"]
     return vllm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,14 +19,31 @@ EXAMPLE = "Example: `cpumoe info --json`"
 _ANSWERS = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "[dim]not checked[/]"}
 
 
-def command(json_output: JsonOption = False, traceback: TracebackOption = False) -> None:
+HostsOption = Annotated[
+    bool,
+    typer.Option(
+        "--hosts",
+        help="Also compute a tiny layer in each installed host: transformers, SGLang, vLLM.",
+    ),
+]
+
+
+def command(
+    hosts: HostsOption = False,
+    json_output: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
     """Show CPU, ISA variants, threads, memory bandwidth and versions.
 
     Measuring the memory's read bandwidth takes about a second. Measure on an idle machine: other
     programs take a part of the bandwidth.
+
+    `--hosts` takes up to a minute for each host, because hosts take long to start.
     """
     with reported(traceback):
         document = collect()
+        if hosts:
+            document["hosts"] = _hosts()
         if json_output:
             console.show_json(document)
         else:
@@ -52,6 +69,17 @@ def collect() -> dict[str, Any]:
         "host_threads": host_threads.describe(),
         "read_bandwidth": _bandwidth(isas["variants"]),
     }
+
+
+def _hosts() -> list[dict[str, Any]]:
+    from cpumoe.cli.hosts import HOSTS, describe
+
+    rows = []
+    with progress_bar() as progress:
+        for index, host in enumerate(HOSTS):
+            progress("trying hosts", index, len(HOSTS))
+            rows.append(describe(host))
+    return rows
 
 
 def _cpu() -> dict[str, Any]:
@@ -182,6 +210,10 @@ def _render(document: dict[str, Any]) -> None:
         scale, group = row["scale"] or "none", str(row["group_size"] or "")
         formats.add_row(row["name"], scale, group, bits)
     console.show("", table, "", amx, "", formats)
+    if "hosts" in document:
+        from cpumoe.cli import hosts
+
+        console.show("", hosts.table(document["hosts"]))
 
 
 def _host_threads(used: dict[str, Any]) -> str:

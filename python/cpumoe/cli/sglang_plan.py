@@ -84,7 +84,7 @@ def make_plan(
         )
     return Plan(
         arguments=tuple(planner.arguments(gpu_experts)),
-        environment=_environment(),
+        environment=environment(),
         remarks=(*model.remarks, *planner.remarks),
         warnings=tuple(planner.warnings),
         problems=(*planner.problems, *model.missing),
@@ -251,7 +251,7 @@ def _ranks(gpus: int) -> int:
     return 1 << max(0, gpus.bit_length() - 1)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The variables through which both SGLangs find cpumoe's module."""
     folders = [str(pythonpath()), os.environ.get("PYTHONPATH", "")]
     return {SWITCH: "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}

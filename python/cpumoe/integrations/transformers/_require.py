@@ -3,10 +3,9 @@
 import re
 from importlib import metadata
 
-# The integration uses internals of transformers (quantizers, experts modules), which change between
-# minor versions. Each of these versions was tried. pyproject.toml has equal bounds.
-MAJOR = 5
-MINORS = range(23, 25)
+from cpumoe.integrations.host_versions import TRANSFORMERS_MAJOR as MAJOR
+from cpumoe.integrations.host_versions import TRANSFORMERS_MINORS as MINORS
+
 _PACKAGES = ("transformers", "accelerate", "compressed-tensors")
 _INSTALL = 'pip install "cpumoe[transformers]"'
 

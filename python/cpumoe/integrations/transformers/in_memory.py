@@ -34,12 +34,17 @@ _FORMATS = (weight_format("mxfp4"), weight_format("bf16"), weight_format("fp16")
 
 
 class _InMemory:
-    """A module's experts, which are packed again when the module's parameters have changed."""
+    """A module's experts, which are packed again when the module's parameters have changed.
+
+    Attributes:
+        experts: the packed experts; None: no call was made yet.
+        handle: by which a recorded call finds this object.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         self._state: tuple[Any, ...] = ()
-        self._experts: Experts | None = None
+        self.experts: Experts | None = None
         self.handle = new_handle(self)
 
     def __call__(
@@ -55,9 +60,9 @@ class _InMemory:
         state = tuple(
             (p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()
         )
-        if self._experts is None or self._state != state:
-            self._experts, self._state = _pack(module), state
-        return self._experts(hidden_states, topk_ids, topk_weights, out_dtype=out_dtype)
+        if self.experts is None or self._state != state:
+            self.experts, self._state = _pack(module), state
+        return self.experts(hidden_states, topk_ids, topk_weights, out_dtype=out_dtype)
 
 
 _known: WeakKeyDictionary[nn.Module, _InMemory] = WeakKeyDictionary()
@@ -125,6 +130,12 @@ _without_gradients = torch.compiler.disable(without_gradients)  # type: ignore[n
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _handle_text(module: nn.Module) -> str:
     return str(_in_memory(module).handle.number)
+
+
+def packed_experts(module: nn.Module) -> Experts | None:
+    """Returns what computed a module's last call; None: nothing of cpumoe has computed it."""
+    known = _known.get(module)
+    return None if known is None else known.experts
 
 
 def _in_memory(module: nn.Module) -> _InMemory:

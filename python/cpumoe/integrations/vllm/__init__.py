@@ -19,6 +19,8 @@ import re
 VERSIONS = ("0.32", "0.33")
 SWITCH = "CPUMOE_VLLM"
 
+_inactive: str | None = None
+
 
 def register() -> None:
     """Makes vLLM compute routed experts with cpumoe in this process.
@@ -29,6 +31,7 @@ def register() -> None:
     Raises:
         ValueError: ``CPUMOE_VLLM`` is neither 0 nor 1.
     """
+    global _inactive
     log = importlib.import_module("vllm.logger").init_logger("vllm.plugins.cpumoe")
     reason = why_not(os.environ.get(SWITCH, ""))
     if reason is None:
@@ -38,10 +41,16 @@ def register() -> None:
             reason = (
                 f"this vLLM has other classes than those of vLLM {', '.join(VERSIONS)} ({error})"
             )
+    _inactive = reason
     if reason is None:
         log.info("cpumoe computes routed experts in the formats that it has")
     else:
         log.info("cpumoe computes nothing here: %s", reason)
+
+
+def inactive() -> str | None:
+    """Returns why `register` has left this process's vLLM as it is; None: it has not done so."""
+    return _inactive
 
 
 def why_not(switch: str) -> str | None:
@@ -66,4 +75,4 @@ def why_not(switch: str) -> str | None:
     return None
 
 
-__all__ = ["SWITCH", "VERSIONS", "register", "why_not"]
+__all__ = ["SWITCH", "VERSIONS", "inactive", "register", "why_not"]
