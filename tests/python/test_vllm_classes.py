@@ -53,7 +53,20 @@ def test_methods(configs):
     ours = configs.CpumoeExpertsMethod
     for name in ("apply", "create_weights", "maybe_roundup_sizes", "get_fused_moe_quant_config"):
         assert parameters(getattr(ours, name)) == parameters(getattr(base, name))
-    assert not ours(None, configs.stored.mxfp4(), None, None).is_monolithic
+    decided = configs.decision.Decision(configs.stored.mxfp4(), None, None)
+    assert not ours(None, decided).is_monolithic
+
+
+def test_experts_that_are_not_quantized(configs):
+    configs.register()
+    made = importlib.import_module(f"{LAYERS}.fused_moe.unquantized_fused_moe_method")
+    ours = configs.unquantized.UnquantizedCpumoeExpertsMethod
+    custom_op = importlib.import_module("vllm.model_executor.custom_op")
+    assert custom_op.op_registry_oot[made.UnquantizedFusedMoEMethod.__name__] is ours
+    assert issubclass(made.UnquantizedFusedMoEMethod, custom_op.CustomOp)
+    assert parameters(made.UnquantizedFusedMoEMethod.__init__) == parameters(ours.__init__)
+    create = made.UnquantizedFusedMoEMethod.create_weights
+    assert parameters(create) == parameters(ours.create_weights)
 
 
 def test_layers():
@@ -63,8 +76,7 @@ def test_layers():
     source = inspect.getsource(experts)
     for name in ("layer_name", "moe_config", "activation", "quant_method", "local_num_experts"):
         assert f"self.{name}" in source
-    for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta", "apply_router_weight_on_input"):
-        assert name in parameters(experts.__init__)
+    assert "apply_router_weight_on_input" in parameters(experts.__init__)
     assert isinstance(experts.expert_map, property)
     assert callable(experts._map_global_expert_id_to_local_expert_id)
 
@@ -73,7 +85,8 @@ def test_settings_of_layers():
     config = importlib.import_module(f"{LAYERS}.fused_moe.config")
     known = {field.name for field in dataclasses.fields(config.FusedMoEConfig)}
     used = ("hidden_dim", "intermediate_size_per_partition", "has_bias", "is_lora_enabled")
-    assert {*used, "moe_parallel_config"} <= known
+    more = ("activation", "in_dtype", "swiglu_limit", "swiglu_alpha", "swiglu_beta")
+    assert {*used, *more, "moe_parallel_config"} <= known
     parallel = {field.name for field in dataclasses.fields(config.FusedMoEParallelConfig)}
     assert {"tp_size", "enable_eplb"} <= parallel
 

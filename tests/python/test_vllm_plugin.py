@@ -6,7 +6,6 @@
 import dataclasses
 import importlib
 import random
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,25 +16,13 @@ from vllm_tools import MoEActivation, RoutedExperts
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU
-from cpumoe.integrations import vllm as plugin
-from cpumoe.integrations.vllm import settings
-
-CONFIGS = "cpumoe.integrations.vllm.configs"
-METHOD = "cpumoe.integrations.vllm.method"
 
 
 @pytest.fixture(scope="module")
 def host():
-    """One vLLM for all tests, because the operator can be defined once in a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(plugin.SWITCH, raising=False)
-        for variable in settings._BINDINGS:
-            patch.delenv(variable, raising=False)
-        made = vllm_tools.install(patch)
-        plugin.register()
+    """One vLLM for all tests, because importing the plugin takes time."""
+    with vllm_tools.with_plugin() as made:
         yield made
-        for name in (CONFIGS, METHOD):
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +201,29 @@ def test_gpt_oss(host):
     assert torch.float32 in method.get_supported_act_dtypes()
 
 
+@pytest.mark.parametrize(
+    ("form", "hidden", "intermediate"),
+    [
+        ("mxfp4", 90, 74),
+        ("fp8", 133, 77),
+        ("compressed_fp8_rows", 33, 31),
+        ("compressed_nvfp4", 50, 70),
+        ("compressed_int4_rows", 40, 24),
+        ("int4", 64, 32),
+    ],
+)
+def test_sizes_that_are_no_multiple_of_32(host, form, hidden, intermediate):
+    name, given, fmt, names = FORMS[form]
+    weights = factor_of_powers(layer(fmt, hidden=hidden, intermediate=intermediate))
+    if form.endswith("_rows"):
+        weights = with_scales_of_rows(weights)
+    module = RoutedExperts(config(host, name, given), hidden=hidden, intermediate=intermediate)
+    load(module, tensors(weights, names, divides="global" in names[-1]))
+    module.quant_method.process_weights_after_loading(module)
+    args = inputs(weights, tokens=4)
+    assert torch.equal(module(*args), weights.pack()(*args))
+
+
 @pytest.mark.parametrize("form", ["mxfp4", "int4"])
 def test_ranks_that_share_each_expert(host, form):
     name, given, fmt, names = FORMS[form]
@@ -235,24 +245,29 @@ def test_ranks_that_share_each_expert(host, form):
     torch.testing.assert_close(total, weights.pack()(*args), rtol=1e-5, atol=1e-5)
 
 
-def test_sizes_are_padded(host):
-    weights = layer("mxfp4", intermediate=160)
+def test_sizes_of_gpt_oss_are_padded(host):
+    weights = layer("mxfp4", intermediate=160, activation=GPT_OSS)
     args = inputs(weights, tokens=3, dtype=torch.float32)
     total = torch.zeros(3, weights.hidden)
-    # 160 features in 2 ranks: 80 each, in tensors of 96. A checkpoint's groups must not be cut, so
-    # the first rank has 96 of them, as with gpt-oss.
+    # 160 features in 2 ranks: 80 each, in tensors of 96. vLLM's model gives the first rank 96 of
+    # them, because groups must not be cut.
     for first, last in ((0, 96), (96, 160)):
-        module = RoutedExperts(config(host, "mxfp4"), intermediate=160, ranks=2)
-        cut = []
-        for part, tensor, shard, expert in tensors(
-            weights, ("weight", "weight_scale"), divides=False
-        ):
-            per = 160 // tensor.shape[1] if shard == "w2" else 1
-            axis = 1 if shard == "w2" else 0
-            piece = tensor.narrow(axis, first // per, (last - first) // per)
-            cut.append((part, piece, shard, expert))
-        module.moe_config.moe_parallel_config.tp_size = 1  # they are cut already
-        load(module, cut)
+        module = RoutedExperts(
+            config(host, "gpt_oss_mxfp4"),
+            activation=MoEActivation.SWIGLUOAI,
+            intermediate=160,
+            ranks=2,
+        )
+        for part, name in (("codes", "weight"), ("scales", "weight_scale")):
+            gate, up, down = (getattr(getattr(weights, p), part) for p in ("gate", "up", "down"))
+            per = 160 // down.shape[2]
+            both = torch.stack([gate, up], dim=2).flatten(1, 2)[:, 2 * first : 2 * last]
+            for stack, tensor in (
+                ("w13", both),
+                ("w2", down[:, :, first // per : last // per]),
+            ):
+                parameter = getattr(module, f"{stack}_{name}")
+                parameter.weight_loader(parameter, tensor, weight_name=name)
         module.quant_method.process_weights_after_loading(module)
         total += module(*args)
     torch.testing.assert_close(total, weights.pack()(*args), rtol=1e-5, atol=1e-5)
@@ -340,10 +355,20 @@ def test_what_is_left_to_vllm(host):
     int4 = FORMS["int4"][1]
     assert answer("mxfp4", activation=MoEActivation.SITU) == [f"{says}activation SITU"]
     assert answer("mxfp4", activation=MoEActivation.SWIGLUOAI) == [f"{says}activation SWIGLUOAI"]
-    assert answer("mxfp4", hidden=80) == [f"{says}hidden size 80 is no multiple of 32"]
+    assert answer("mxfp4", hidden=81) == [f"{says}hidden size 81 is no multiple of 2"]
+    assert answer("mxfp4", weighted_input=True) == [
+        f"{says}the router's weights multiply the input"
+    ]
     assert answer("mxfp4", lora=True) == [f"{says}LoRA adapters may change them"]
     assert answer("mxfp4", eplb=True) == [f"{says}they are moved between ranks (EPLB)"]
     cut = f"{says}intermediate size 96 in each of 2 ranks is no multiple of 64"
+    # vLLM's loader would give the second rank the scales of the group that its codes begin in.
+    assert answer("mxfp4", intermediate=160, ranks=2) == [
+        f"{says}intermediate size 80 in each of 2 ranks is no multiple of 32"
+    ]
+    assert answer("gpt_oss_mxfp4", activation=MoEActivation.SWIGLUOAI, intermediate=80) == [
+        f"{says}intermediate size 80 is no multiple of 32"
+    ]
     wide = scheme(4, "int", "group", 64)
     assert answer("compressed-tensors", wide, hidden=256, intermediate=192, ranks=2) == [cut]
     for given in (

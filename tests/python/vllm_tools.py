@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 from cpumoe.integrations import vllm as plugin
+from cpumoe.integrations.vllm import settings
 
 VERSION = "0.32.0"
 
@@ -42,12 +44,11 @@ class RoutedExperts(torch.nn.Module):
         limit=None,
         lora=False,
         eplb=False,
+        weighted_input=False,
     ):
         super().__init__()
         self.layer_name = "model.layers.0.mlp.experts"
-        self.activation = activation
-        self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta = limit, None, None
-        self.apply_router_weight_on_input = False
+        self.apply_router_weight_on_input = weighted_input
         self.ckpt_gate_proj_name = "gate_proj"
         self.ckpt_up_proj_name = "up_proj"
         self.ckpt_down_proj_name = "down_proj"
@@ -58,13 +59,22 @@ class RoutedExperts(torch.nn.Module):
             self.expert_map[self.local] = torch.arange(len(self.local), dtype=torch.int32)
         self.rank = rank
         self.moe_config = SimpleNamespace(
+            in_dtype=dtype,
+            activation=activation,
+            swiglu_limit=limit,
+            swiglu_alpha=None,
+            swiglu_beta=None,
             hidden_dim=hidden,
             intermediate_size_per_partition=intermediate // ranks,
             has_bias=has_bias,
             is_lora_enabled=lora,
             moe_parallel_config=SimpleNamespace(tp_size=ranks, enable_eplb=eplb),
         )
-        self.quant_method = config.get_quant_method(self, f"{self.layer_name}.routed_experts")
+        self.quant_method = (
+            UnquantizedFusedMoEMethod(self.moe_config)
+            if config is None
+            else config.get_quant_method(self, f"{self.layer_name}.routed_experts")
+        )
         sizes = self.quant_method.maybe_roundup_sizes(
             hidden, intermediate // ranks, dtype, self.moe_config.moe_parallel_config
         )
@@ -135,8 +145,25 @@ def load_general_plugins():
         plugin.register()
 
 
+class CustomOp(torch.nn.Module):
+    """As vLLM's, which makes objects of a class that a plugin registers in place of another."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(replaced.get(cls.__name__, cls))
+
+    @classmethod
+    def register_oot(cls, name):
+        return lambda made: replaced.update({name: made})
+
+
+replaced = {}
+# Modules of the plugin that import vLLM.
+_IMPORTING = ("configs", "decision", "host_layer", "method", "unquantized")
+
+
 class FusedMoEMethodBase:
     def __init__(self, moe):
+        super().__init__()
         self.moe = moe
         self.moe_kernel = None
 
@@ -144,6 +171,13 @@ class FusedMoEMethodBase:
         self, hidden_size, intermediate_size_per_partition, act_dtype, moe_parallel_config
     ):
         return hidden_size, intermediate_size_per_partition
+
+
+class UnquantizedFusedMoEMethod(FusedMoEMethodBase, CustomOp):
+    is_monolithic = True  # as vLLM's fastest
+
+    def create_weights(self, layer, *sizes, **more):
+        layer.created_by_host = True
 
 
 class HostConfig:
@@ -184,11 +218,12 @@ class Log:
     info_once = info
 
 
-def install(monkeypatch, *, version=VERSION, is_cpu=True):
+def install(monkeypatch, *, version=VERSION, is_cpu=True, checkpoint_dtype="bfloat16"):
     """Puts modules of vLLM's names where imports find them, and returns what tests look at."""
     vllm = SimpleNamespace(log=Log(), registered={}, context={}, additional={})
     config = SimpleNamespace(
         additional_config=vllm.additional,
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(dtype=checkpoint_dtype)),
         compilation_config=SimpleNamespace(static_forward_context=vllm.context),
     )
     layers = "vllm.model_executor.layers"
@@ -196,6 +231,7 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True):
     def get_quantization_config(name):
         return vllm.registered.get(name) or type(f"Host_{name}", (HostConfig,), {})
 
+    replaced.clear()
     plugins = os.environ.get("VLLM_PLUGINS")
     contents = {
         "vllm": {"__version__": version},
@@ -217,11 +253,15 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True):
             "set_forward_context": lambda *_: nullcontext(),
         },
         "vllm.model_executor": {},
+        "vllm.model_executor.custom_op": {"CustomOp": CustomOp, "op_registry_oot": replaced},
         layers: {},
         f"{layers}.fused_moe": {"RoutedExperts": RoutedExperts},
         f"{layers}.fused_moe.layer": {"FusedMoEFactory": factory},
         f"{layers}.fused_moe.config": {"FUSED_MOE_UNQUANTIZED_CONFIG": "unquantized"},
         f"{layers}.fused_moe.fused_moe_method_base": {"FusedMoEMethodBase": FusedMoEMethodBase},
+        f"{layers}.fused_moe.unquantized_fused_moe_method": {
+            "UnquantizedFusedMoEMethod": UnquantizedFusedMoEMethod
+        },
         f"{layers}.quantization": {
             "get_quantization_config": get_quantization_config,
             "register_quantization_config": lambda name: (
@@ -239,3 +279,20 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True):
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["vllm"].envs = sys.modules["vllm.envs"]
     return vllm
+
+
+@contextmanager
+def with_plugin(**options):
+    """A process of `install` in which the plugin is registered."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in (plugin.SWITCH, *settings._BINDINGS):
+            patch.delenv(variable, raising=False)
+        vllm = install(patch, **options)
+        plugin.register()
+        yield vllm
+    # What was imported has classes of the stand-ins. Its operator can be defined once.
+    for name in _IMPORTING:
+        if module := sys.modules.pop(f"{plugin.__name__}.{name}", None):
+            delattr(plugin, name)
+            if library := vars(module).get("_LIBRARY"):
+                library._destroy()

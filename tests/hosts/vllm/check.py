@@ -45,6 +45,9 @@ CASES = {
     "fp8 rows": Case("qwen3_moe-fp8-rows", {"dtype": "bfloat16"}, equal=False),
     "nvfp4": Case("qwen3_moe-nvfp4"),
     "mxfp4": Case("qwen3_moe-mxfp4"),
+    "bf16": Case("qwen3_moe-bf16"),
+    "bf16 compiled": Case("qwen3_moe-bf16", {"enforce_eager": False}),
+    "bf16 in two ranks": Case("qwen3_moe-bf16", {"tensor_parallel_size": 2}, TWO),
     "kimi": Case("kimi-int4", {"dtype": "bfloat16"}, equal=False),
     "a worker on two CPUs": Case("gpt_oss-mxfp4", {}, ONE),
     "disabled": Case(

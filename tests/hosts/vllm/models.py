@@ -127,6 +127,8 @@ def deepseek_v3():
         topk_group=1,
         routed_scaling_factor=2.5,
         norm_topk_prob=True,
+        topk_method="noaux_tc",  # vLLM then knows of the router's biases
+        scoring_func="sigmoid",
         kv_lora_rank=512,
         q_lora_rank=48,
         qk_rope_head_dim=64,
@@ -143,8 +145,20 @@ def compressed(stored):
     )
 
 
+def unquantized(config):
+    """A model whose checkpoint is in bf16, and the same in fp32."""
+
+    def make(native: Path, dense: Path) -> None:
+        model = random_model(config())
+        model.save_pretrained(native)
+        model.float().save_pretrained(dense)
+
+    return make
+
+
 MODELS = {
     "gpt_oss-mxfp4": gpt_oss,
+    "qwen3_moe-bf16": unquantized(qwen3_moe),
     "qwen3_moe-int4": quantized(qwen3_moe, compressed("pack-quantized")),
     "qwen3_moe-fp8": quantized(qwen3_moe, tiny_models._fp8_experts),
     "qwen3_moe-fp8-rows": quantized(qwen3_moe, compressed("float-quantized")),

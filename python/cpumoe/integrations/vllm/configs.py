@@ -9,8 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import (
     get_quantization_config,
@@ -18,13 +16,9 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-from cpumoe import __version__
-from cpumoe.integrations.vllm import stored
+from cpumoe.integrations.vllm import decision, stored, unquantized
 from cpumoe.integrations.vllm.method import CpumoeExpertsMethod, ModelOptCpumoeExpertsMethod
-from cpumoe.integrations.vllm.settings import KEY, Settings
-from cpumoe.integrations.vllm.stored import Activation, StoredForm, activation_of
-
-logger = init_logger("vllm.plugins.cpumoe")
+from cpumoe.integrations.vllm.stored import StoredForm
 
 # How a layer is stored; a reason why cpumoe does not compute it; None: it is not quantized.
 _Answer = StoredForm | str | None
@@ -46,7 +40,7 @@ class _WithCpumoe:
             if isinstance(method, CpumoeExpertsMethod):
                 return method
             if method is not None:
-                logger.info_once("cpumoe leaves routed experts to vLLM: %s", method)
+                decision.leave(method)
         return super().get_quant_method(layer, prefix)  # type: ignore[misc]
 
 
@@ -59,36 +53,18 @@ class _AnyDtype(_WithCpumoe):
 
 def _method(config: _WithCpumoe, layer: Any, prefix: str) -> CpumoeExpertsMethod | str | None:
     """Returns the method for a layer's experts, or why vLLM computes them, if that needs a word."""
-    additional = get_current_vllm_config().additional_config
-    settings = Settings(additional.get(KEY) if isinstance(additional, dict) else None)
-    if not settings.enabled:
-        return "the additional config says enabled: false"
+    if not decision.settings().enabled:
+        return decision.DISABLED
     form = config.stored_form(layer, prefix)
     if form is None or isinstance(form, str):
         return form
     if layer.apply_router_weight_on_input:
-        return "the router's weights multiply the input"
-    given = Activation(
-        layer.activation.name, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
-    )
-    activation = activation_of(given, interleaved=form.interleaved)
-    if isinstance(activation, str):
-        return activation
-    moe = layer.moe_config
-    if moe.is_lora_enabled:
-        return "LoRA adapters may change them"
-    if moe.moe_parallel_config.enable_eplb:
-        return "they are moved between ranks (EPLB)"
-    ranks = moe.moe_parallel_config.tp_size
-    reason = form.why_not(moe.hidden_dim, moe.intermediate_size_per_partition, ranks)
-    if reason is not None:
-        return reason
-    if isinstance(additional, dict):
-        # The additional config is a part of the key under which vLLM keeps compiled code. A vLLM
-        # without cpumoe must not find ours.
-        additional[KEY] = {**(additional.get(KEY) or {}), "version": __version__}
-    logger.info_once("cpumoe computes routed experts in %s", form.format)
-    return config.method(moe, form, activation, settings)
+        return decision.WEIGHTED_INPUT
+    decided = decision.decide(layer.moe_config, form)
+    if isinstance(decided, str):
+        return decided
+    decision.take(form)
+    return config.method(layer.moe_config, decided)
 
 
 _GptOssMxfp4Base: Any = get_quantization_config("gpt_oss_mxfp4")
@@ -216,6 +192,11 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Makes vLLM use these classes for the checkpoints that its own classes are for."""
+    """Makes vLLM use these classes for the checkpoints that its own classes are for.
+
+    Raises:
+        ImportError: another plugin replaces vLLM's class of experts that are not quantized.
+    """
+    unquantized.register()
     for name, config in CONFIGS.items():
         register_quantization_config(name)(config)

@@ -38,7 +38,7 @@ class ArrivingExperts:
         intermediate_size: int,
         activation: GLU,
         has_bias: bool,
-        bias_dtype: torch.dtype,
+        model_dtype: torch.dtype,
         options: Callable[[], ExpertsOptions],
     ) -> None:
         """Makes the tensors.
@@ -48,10 +48,11 @@ class ArrivingExperts:
             name: the layer's name, for errors.
             num_experts: experts in this process.
             hidden_size: width of the hidden states.
-            intermediate_size: inner width of an expert in this process, a multiple of 32.
+            intermediate_size: inner width of an expert in this process.
             activation: the activation.
             has_bias: whether there are biases.
-            bias_dtype: their dtype, unless the checkpoint has another one.
+            model_dtype: the dtype of hidden states, and of biases unless the checkpoint's is
+                another one.
             options: returns how the experts are computed. It is called when they are packed.
         """
         self.experts: Experts | None = None
@@ -60,6 +61,7 @@ class ArrivingExperts:
         self._sizes = (num_experts, hidden_size, intermediate_size)
         self._activation = activation
         self._has_bias = has_bias
+        self._model_dtype = model_dtype
         self._options = options
         self._kinds: dict[str, StoredTensor] = {}
         self._arrived: dict[str, set[tuple[int, str]]] = {}
@@ -67,7 +69,7 @@ class ArrivingExperts:
         for tensor in form.tensors:
             self._make(tensor, 2 if tensor.name == "weight_shape" else 1)
         if has_bias:
-            self._make(StoredTensor("bias", "bias", bias_dtype, adopts=True), 1)
+            self._make(StoredTensor("bias", "bias", model_dtype, adopts=True), 1)
 
     def _make(self, tensor: StoredTensor, per_matrix: int) -> None:
         experts, hidden, intermediate = self._sizes
@@ -122,6 +124,8 @@ class ArrivingExperts:
                 loaded_weight = loaded_weight.view(torch.uint8)  # a copy would convert the numbers
             if tensor.adopts:
                 self._adopt(name, param, loaded_weight.dtype)
+            if tensor.exact and tensor.dtype != self._model_dtype:
+                self._check_exact(name, loaded_weight, tensor.dtype)
             done = original(
                 param,
                 loaded_weight,
@@ -165,6 +169,18 @@ class ArrivingExperts:
                 f"{self._name}.{name}: expected one dtype, got {param.dtype} and {dtype}"
             )
         param.data = _filled(tuple(param.shape), dtype, self._kinds[name].fill)
+
+    def _check_exact(self, name: str, weights: torch.Tensor, dtype: torch.dtype) -> None:
+        """Refuses to round weights of a model that is computed in more digits."""
+        if weights.dtype != dtype and not torch.equal(
+            weights.to(dtype).to(torch.float32), weights.to(torch.float32)
+        ):
+            named = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{self._name}.{name}: expected weights that are {named} numbers, as the "
+                f"checkpoint's config says, got others; pass --dtype {named} to vLLM, which "
+                f"rounds them, or set CPUMOE_VLLM=0"
+            )
 
     def _has_all(self, name: str) -> bool:
         arrived = self._arrived[name]

@@ -12,12 +12,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from cpumoe._base.operators import define
 from cpumoe.experts import Experts
+from cpumoe.integrations.vllm.decision import Decision
 from cpumoe.integrations.vllm.loading import ArrivingExperts
-from cpumoe.integrations.vllm.settings import Settings
-from cpumoe.integrations.vllm.stored import StoredForm
-from cpumoe.numerics.glu import GLU
-
-_COLUMNS = 32
 
 
 class CpumoeExpertsMethod(FusedMoEMethodBase):
@@ -28,16 +24,19 @@ class CpumoeExpertsMethod(FusedMoEMethodBase):
         weight_dtype: vLLM's name of the weights' form, for models that ask.
     """
 
-    def __init__(self, moe: Any, form: StoredForm, activation: GLU, settings: Settings) -> None:
+    def __init__(self, moe: Any, decided: Decision) -> None:
         """Makes a method for one layer."""
         super().__init__(moe)
-        self.weight_dtype = form.vllm_name
+        self._form, self._activation, self._settings = decided
+        self.weight_dtype = self._form.vllm_name
         self.experts: Experts | None = None
-        self._form = form
-        self._activation = activation
-        self._settings = settings
         self._arriving: ArrivingExperts | None = None
         self._key = ""
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Returns that vLLM chooses each token's experts."""
+        return False
 
     def maybe_roundup_sizes(
         self,
@@ -46,14 +45,14 @@ class CpumoeExpertsMethod(FusedMoEMethodBase):
         act_dtype: torch.dtype,
         moe_parallel_config: Any,
     ) -> tuple[int, int]:
-        """Returns the sizes that vLLM's tensors have: whole groups of 32."""
+        """Returns the sizes that vLLM's tensors have."""
         hidden, intermediate = super().maybe_roundup_sizes(
             hidden_size=hidden_size,
             intermediate_size_per_partition=intermediate_size_per_partition,
             act_dtype=act_dtype,
             moe_parallel_config=moe_parallel_config,
         )
-        return hidden, -(-intermediate // _COLUMNS) * _COLUMNS
+        return hidden, self._form.padded(intermediate, moe_parallel_config.tp_size)
 
     def create_weights(
         self,
@@ -73,7 +72,7 @@ class CpumoeExpertsMethod(FusedMoEMethodBase):
             intermediate_size=intermediate_size_per_partition,
             activation=self._activation,
             has_bias=bool(self.moe.has_bias),
-            bias_dtype=params_dtype,
+            model_dtype=params_dtype,
             options=self._settings.options,
         )
         original = extra_weight_attrs.pop("weight_loader")

@@ -19,8 +19,6 @@ from cpumoe.numerics.glu import GLU, SwiGLU
 
 _UNIT_E8M0 = 127  # 2^0
 _ZERO_INT4 = -0x77777778  # eight codes 8, which stand for 0
-# The kernels multiply so many columns at once.
-_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class StoredTensor:
             change nothing.
         loading: vLLM's word for how a rank's shard is cut out, or "".
         adopts: whether the tensor takes the checkpoint's dtype, so that nothing is rounded.
+        exact: whether the checkpoint's numbers must be numbers of `dtype`, unless the model is
+            computed in `dtype`.
     """
 
     part: str
@@ -47,6 +47,7 @@ class StoredTensor:
     fill: int = 0
     loading: str = ""
     adopts: bool = False
+    exact: bool = False
 
     def shape(self, experts: int, matrices: int, n: int, k: int) -> tuple[int, ...]:
         """Returns the shape for stacks of so many matrices ``[n, k]`` for each expert."""
@@ -63,8 +64,9 @@ class StoredForm:
     Attributes:
         format: cpumoe's name of the weight format.
         tensors: the tensors. The codes come first.
-        group: successive columns that share a scale, and that no rank may cut; at least 32.
+        group: successive columns that share a scale, and that no rank may cut; 1: none do, or all.
         ragged: whether the last group of a row may be smaller.
+        cut_by_model: whether vLLM's model, and not its loader, cuts the shards of ranks out.
         vllm_name: what vLLM's own methods call this form, for its models that ask.
         interleaved: whether rows of gate and up alternate.
         divides: whether the factor divides the weights.
@@ -72,26 +74,40 @@ class StoredForm:
 
     format: str
     tensors: tuple[StoredTensor, ...]
-    group: int = _COLUMNS
-    ragged: bool = False
+    group: int = 1
+    ragged: bool = True
+    cut_by_model: bool = False
     vllm_name: str = ""
     interleaved: bool = False
     divides: bool = False
 
     def why_not(self, hidden: int, intermediate: int, ranks: int) -> str | None:
-        """Returns why the engine cannot have experts of these sizes, or None.
+        """Returns why cpumoe, or vLLM's loader, cannot have experts of these sizes, or None.
 
         Args:
             hidden: width of the hidden states.
             intermediate: inner width of an expert in this rank.
             ranks: number of ranks that share an expert.
         """
-        if hidden % _COLUMNS or (not self.ragged and hidden % self.group):
-            return f"hidden size {hidden} is no multiple of {self.group}"
-        if self.group > _COLUMNS and intermediate % self.group and (ranks > 1 or not self.ragged):
+        codes = self.tensors[0].columns
+        whole = math.lcm(codes, self.group)
+        multiple = codes if self.ragged else whole
+        if hidden % multiple:
+            return f"hidden size {hidden} is no multiple of {multiple}"
+        if self.cut_by_model:  # which gives each rank whole groups
+            intermediate, ranks = intermediate * ranks, 1
+            multiple = whole
+        multiple = whole if ranks > 1 else multiple
+        if intermediate % multiple:
             shared = f" in each of {ranks} ranks" if ranks > 1 else ""
-            return f"intermediate size {intermediate}{shared} is no multiple of {self.group}"
+            return f"intermediate size {intermediate}{shared} is no multiple of {multiple}"
         return None
+
+    def padded(self, intermediate: int, ranks: int) -> int:
+        """Returns the inner width of vLLM's tensors for that of an expert in one of `ranks`."""
+        if ranks == 1 or not self.cut_by_model:
+            return intermediate
+        return -(-intermediate // self.group) * self.group
 
     def matrix(
         self, tensors: Mapping[str, torch.Tensor], expert: int, projection: str
@@ -140,6 +156,8 @@ def mxfp4(codes: str = "weight", *, interleaved: bool = False) -> StoredForm:
                 loading=loading,
             ),
         ),
+        group=32,
+        cut_by_model=interleaved,
         vllm_name="gpt_oss_mxfp4" if interleaved else "mxfp4",
         interleaved=interleaved,
     )
@@ -158,7 +176,8 @@ def int4(group: int | None) -> StoredForm:
     codes = StoredTensor("codes", "weight_packed", torch.int32, columns=8, fill=_ZERO_INT4)
     # The shape of a matrix that is not packed, two numbers for each expert.
     shape = StoredTensor("", "weight_shape", torch.float32, rows=0)
-    return StoredForm("int4", (codes, scales, shape), group=group or _COLUMNS)
+    # How many weights share a scale is known from the number of scales, so groups must be whole.
+    return StoredForm("int4", (codes, scales, shape), group=group or 1, ragged=False)
 
 
 def fp8_blocks(scales: str = "weight_scale_inv") -> StoredForm:
@@ -177,7 +196,6 @@ def fp8_blocks(scales: str = "weight_scale_inv") -> StoredForm:
             ),
         ),
         group=128,
-        ragged=True,
     )
 
 
@@ -212,8 +230,17 @@ def nvfp4(*, packed: bool) -> StoredForm:
             StoredTensor("factor", factor, torch.float32, rows=0, fill=1, loading="tensor"),
             StoredTensor("", inputs, torch.float32, rows=0, fill=1, loading="tensor"),
         ),
+        group=16,
         divides=packed,
     )
+
+
+def unquantized(dtype: torch.dtype) -> StoredForm | str:
+    """Weights as they are, or why cpumoe has no such format."""
+    formats = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype not in formats:
+        return f"weights in {str(dtype).removeprefix('torch.')} that are not quantized"
+    return StoredForm(formats[dtype], (StoredTensor("codes", "weight", dtype, exact=True),))
 
 
 class Activation(NamedTuple):
