@@ -136,12 +136,17 @@ def parse_dtype(name: str, names: Sequence[str]) -> torch.dtype:
     Raises:
         InputError: `name` is not in `names`.
     """
+    check_dtype(name, names)
     import torch
 
-    if name not in names:
-        raise InputError(f"--dtype: expected one of {', '.join(names)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_dtype(name: str, names: Sequence[str]) -> None:
+    """Checks a name as `parse_dtype` does, without the time to import PyTorch."""
+    if name not in names:
+        raise InputError(f"--dtype: expected one of {', '.join(names)}, got {name!r}")
 
 
 def parse_isas(text: str | None) -> list[str]:

@@ -10,7 +10,13 @@ import typer
 
 from cpumoe.cli import console, host_threads
 from cpumoe.cli.errors import InputError
-from cpumoe.cli.options import ThreadsOption, count_option, parse_dtype, value_option
+from cpumoe.cli.options import (
+    ThreadsOption,
+    check_dtype,
+    count_option,
+    parse_dtype,
+    value_option,
+)
 from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -155,11 +161,14 @@ def load_text_model(
         ValueError: the precision or the variant is unknown, or the checkpoint is not supported.
         OSError: the checkpoint cannot be read.
     """
-    # "auto" stays: the integration resolves it, for names on the hub as well.
-    dtype = _AUTO if options.dtype == _AUTO else parse_dtype(options.dtype, DTYPES)
+    # Mistakes and missing packages are reported before PyTorch is imported, which takes seconds.
+    if options.dtype != _AUTO:
+        check_dtype(options.dtype, DTYPES)
     file = options.chat_template
     template = None if file is None else read_text(file, "--chat-template")
     require_host()
+    # "auto" stays: the integration resolves it, for names on the hub as well.
+    dtype = _AUTO if options.dtype == _AUTO else parse_dtype(options.dtype, DTYPES)
     from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
     from cpumoe.runtime import Runtime
 
