@@ -15,7 +15,8 @@ if [[ $# -gt 0 ]]; then
 else
     clients=$work/clients
     python3 -m venv "$clients"
-    "$clients/bin/python" -m pip install --quiet -c ../../constraints.txt -r requirements.txt
+    # Few of the modules are imported, once.
+    "$clients/bin/python" -m pip install --quiet --no-compile -c ../../constraints.txt -r requirements.txt
 fi
 if "$clients/bin/python" -c "import torch" 2>/dev/null; then
     echo "the clients' environment has PyTorch, which no client here needs" >&2

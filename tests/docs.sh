@@ -16,7 +16,7 @@ else
     environment=$work/docs
     python3 -m venv "$environment"
     "$environment/bin/python" -m pip install --quiet "pip>=25.1"
-    "$environment/bin/python" -m pip install --quiet --group docs
+    "$environment/bin/python" -m pip install --quiet --no-compile --group docs
 fi
 
 offline=()

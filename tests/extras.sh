@@ -22,14 +22,14 @@ cd "$work"
 passed=0
 failed=0
 
-environment() { # an environment with one set of extras: hard links to one without, and what they add
-    local name=${1//,/_}
+environment() { # environment EXTRAS [BASE]: hard links to an environment with some of them, and what they add
+    local name=${1//,/_} base=${2:-none}
     if [[ ! -d none ]]; then
         python3 -m venv none
         none/bin/python -m pip install --quiet "$wheel"
     fi
     if [[ $name != none ]]; then
-        cp -al none "$name"
+        cp -al "$base" "$name"
         "$name/bin/python" -m pip install --quiet "$wheel[$1]"
     fi
     inside=$work/$name/bin/python
@@ -125,7 +125,7 @@ environment serve
 missing transformers serve --port 0
 
 echo "== serve,transformers, and chat in an environment of its own"
-environment serve,transformers
+environment serve,transformers transformers
 start_server "$inside"
 expect 0 "chat.completion" complete "$url"
 expect 0 "# TYPE" fetch "${url%/v1}/metrics"
@@ -139,7 +139,7 @@ print(*(re.search(r"httpx2.*>=([0-9.]+)", r)[1] for r in m.requires("cpumoe") if
 expect 0 "answered: " ask "$url"
 
 echo "== transformers,serve,chat"
-environment transformers,serve,chat
+environment transformers,serve,chat serve_transformers
 kill "$server"
 code=0
 wait "$server" || code=$?
