@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+export CPUMOE_TEST_EVERYTHING=1
 bash tests/run.sh --full
 CPUMOE_TEST_INDUCTOR=1 python -m pytest tests/python/test_transformers_compile.py -k inductor
 CPUMOE_TEST_FAMILIES=1 python -m pytest tests/python/test_families_table.py

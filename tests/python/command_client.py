@@ -20,12 +20,15 @@ _READY = ("serving ", "Uvicorn running on ")
 _POLL_SECONDS = 0.02
 
 
-def request(path, module, arguments, descriptors=(0, 1, 2), *, folder=None, environment=None):
+def request(
+    path, module, arguments, descriptors=(0, 1, 2), *, folder=None, environment=None, script=None
+):
     """Sends a request; returns the connection, its answers to come, and the process id."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     document = {
         "module": module,
+        "script": script,
         "arguments": arguments,
         "folder": str(folder or os.getcwd()),
         "environment": environment or dict(os.environ),

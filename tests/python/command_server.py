@@ -1,10 +1,10 @@
 """Runs commands, each in a process of its own that has imported everything slow already.
 
-    python command_server.py SOCKET
+    python command_server.py SOCKET [torch]
 
-The server imports PyTorch, transformers and cpumoe once, and forks for each request. A request is a
-line of JSON, with the descriptors of standard input, output and error. The answers are lines of
-JSON, too: the process id, and at the end the exit code.
+The server imports PyTorch, transformers and cpumoe once, or PyTorch alone, and forks for each
+request. A request is a line of JSON, with the descriptors of standard input, output and error. The
+answers are lines of JSON, too: the process id, and at the end the exit code.
 
 Whatever sizes a command asks for, it computes a small layer and measures for a moment.
 """
@@ -33,7 +33,10 @@ _PRELOADED = (
 
 
 def main():
-    preload()
+    if sys.argv[2:] == ["torch"]:
+        importlib.import_module("torch")
+    else:
+        preload()
     # Children are never waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
@@ -90,8 +93,12 @@ def answer(connection):
         os.environ.clear()
         os.environ.update(request["environment"])
         connection.sendall(json.dumps({"process": os.getpid()}).encode() + b"\n")
-        run = run_blocks if request["module"] is None else run_module
-        code = run(request, connection)
+        if request["script"] is not None:
+            code = run_script(request)
+        elif request["module"] is not None:
+            code = run_module(request)
+        else:
+            code = run_blocks(connection)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -111,11 +118,24 @@ def _receive(connection):
     return json.loads(data), descriptors
 
 
-def run_module(request, _connection):
+def run_module(request):
     """Runs ``python -m MODULE ARGUMENTS``; returns the exit code."""
     sys.argv = [request["module"], *request["arguments"]]
+    return _code_of(
+        lambda: runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    )
+
+
+def run_script(request):
+    """Runs ``python -c SCRIPT ARGUMENTS``; returns the exit code."""
+    sys.argv = ["-c", *request["arguments"]]
+    code = compile(request["script"], "<string>", "exec")
+    return _code_of(lambda: exec(code, {"__name__": "__main__"}))
+
+
+def _code_of(program):
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        program()
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -124,7 +144,7 @@ def run_module(request, _connection):
     return 0
 
 
-def run_blocks(_request, connection):
+def run_blocks(connection):
     """Runs a page's Python blocks, which share their names, as they come."""
     names = {"__name__": "__main__"}
     with connection.makefile("r", encoding="utf-8") as blocks:

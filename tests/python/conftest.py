@@ -1,6 +1,7 @@
 """Set-up of all tests."""
 
 import ctypes
+import gc
 import json
 import os
 from collections import Counter
@@ -111,6 +112,12 @@ def use_machine(monkeypatch):
 
     use(LARGE)
     return use
+
+
+def pytest_collection_finish():
+    """Exempts what is imported from garbage collections, which take a second each otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def emulated_instructions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -12,10 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import warm_process
 
 import cpumoe
 from cpumoe import Experts, QuantizedMatrix, SwiGLU, _core
 from cpumoe.numerics.precision import PRECISIONS, distinct_precisions
+
+# tests/full.sh sets it: tests then try what takes long and is rarely wrong.
+EVERYTHING = "CPUMOE_TEST_EVERYTHING" in os.environ
+IN_FULL_RUNS = pytest.mark.skipif(not EVERYTHING, reason="in full runs; see tests/full.sh")
 
 PLAIN = SwiGLU()
 DEEPSEEK_V4 = SwiGLU(limit=10.0)
@@ -231,7 +237,15 @@ def python(
 
 def output_of(script: str, *arguments: str, **options: Any) -> str:
     """Returns what a script prints; fails with the script's traceback if it fails."""
-    done = python(script, *arguments, **options)
+    return _output(python(script, *arguments, **options))
+
+
+def output_with_torch(script: str, *arguments: str, **options: Any) -> str:
+    """Returns what a script prints in a process that has PyTorch already, which is faster."""
+    return _output(warm_process.run(script, *arguments, **options))
+
+
+def _output(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout.strip()
 

@@ -41,14 +41,15 @@ class BlockError(Exception):
 class CommandServer:
     """A process of command_server.py, for as long as the context lasts."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *arguments):
         self.socket = str(folder / "socket")
+        self._arguments = arguments
         self._log = folder / "server.log"
 
     def __enter__(self):
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, _HERE / "command_server.py", self.socket],
+                [sys.executable, _HERE / "command_server.py", self.socket, *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

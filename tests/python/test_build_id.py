@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import read
-from moe_tools import output_of
+from moe_tools import output_with_torch
 
 import cpumoe
 from cpumoe import _core
@@ -62,7 +62,7 @@ def stale_package(tmp_path):
 
 def test_library_of_another_build_is_refused_by_name(stale_package, monkeypatch):
     monkeypatch.delenv("CPUMOE_ISA", raising=False)
-    report = json.loads(output_of(SCRIPT, str(stale_package.parent)))
+    report = json.loads(output_with_torch(SCRIPT, str(stale_package.parent)))
     error = (
         f"{stale_package}/cpumoe_{BEST}.so has build id {STALE_ID}, expected {_core.build_id()}: "
         "it is from another build of cpumoe; reinstall cpumoe"

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from checkpoint_tools import edit_config, split_into_shards
-from moe_tools import PEAK_MEMORY, output_of
+from moe_tools import PEAK_MEMORY, output_with_torch
 
 import cpumoe
 from cpumoe.checkpoint import CheckpointError, ExpertReader, open_checkpoint
@@ -65,7 +65,7 @@ def test_lengths_are_checked_before_anything_is_read(v4, file, start, message):
     if file == INDEX:
         (v4 / "model.safetensors").unlink()
     sparse(v4 / file, 10**12, start)
-    line, mebibytes = output_of(PEAK_MEMORY + OPENING_LONG_FILES, str(v4)).splitlines()
+    line, mebibytes = output_with_torch(PEAK_MEMORY + OPENING_LONG_FILES, str(v4)).splitlines()
     assert message in line
     assert int(mebibytes) < 64
 
@@ -205,7 +205,7 @@ except ValueError as error:
 def test_a_shard_that_shrinks_kills_nothing(v4):
     size = (v4 / "model.safetensors").stat().st_size
     message = f"{v4 / 'model.safetensors'}: changed while it was read: it had {size} bytes and has"
-    assert output_of(SHRINKING, str(v4)).splitlines()[1].startswith(f"{message} 4096; ")
+    assert output_with_torch(SHRINKING, str(v4)).splitlines()[1].startswith(f"{message} 4096; ")
 
 
 @pytest.mark.parametrize(("changed", "index"), [("shorter", 1), ("rewritten", 1), ("rewritten", 2)])

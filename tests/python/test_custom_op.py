@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from moe_tools import inputs, layer, output_of, refused
+from moe_tools import EVERYTHING, IN_FULL_RUNS, inputs, layer, output_with_torch, refused
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -83,7 +83,9 @@ def test_opcheck_with_gradients(experts, args):
     torch.library.opcheck(operator.default, given, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=IN_FULL_RUNS)]
+)
 def test_compiled_code_has_one_graph_for_any_number_of_tokens(weights, experts, backend):
     block = Block(experts)
     function = compiled(block, backend, dynamic=True)
@@ -167,7 +169,7 @@ except RuntimeError as error:
 def test_another_process_says_which_layer_is_missing(experts, args, strict, tmp_path):
     program = torch.export.export(Block(experts), args, strict=strict)
     torch.export.save(program, tmp_path / "program.pt2")
-    said = output_of(LOAD, str(tmp_path / "program.pt2"))
+    said = output_with_torch(LOAD, str(tmp_path / "program.pt2"))
     number = int(experts.handle)
     assert said.startswith(
         f"layer: expected the handle of an Experts in this process, got {number}"
@@ -227,13 +229,22 @@ def test_errors_are_those_of_a_call(experts, args, damage):
     message = re.escape(str(eager.value))
     with pytest.raises(eager.type, match=f"^{message}$"):
         experts(*on_meta(damage(*args)))
+    with pytest.raises(eager.type, match=f"^{message}$"):
+        operator(*damage(*args), experts.handle)
+
+
+# Compilers reach all errors in one way.
+@pytest.mark.parametrize("name", BAD if EVERYTHING else ["dtype", "weights' shape"])
+def test_errors_of_compiled_code_are_those_of_a_call(experts, args, name):
+    damage = BAD[name]
+    with pytest.raises((TypeError, ValueError)) as eager:
+        experts(*damage(*args))
+    message = re.escape(str(eager.value))
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=message):
         compiled(experts.__call__)(*damage(*args))
     torch._dynamo.reset()
     with pytest.raises(eager.type, match=f"^{message}$"):  # the graph breaks before the error
         torch.compile(lambda *given: experts(*given), backend="eager")(*damage(*args))
-    with pytest.raises(eager.type, match=f"^{message}$"):
-        operator(*damage(*args), experts.handle)
 
 
 def test_errors_of_options_are_those_of_a_call(experts, args):

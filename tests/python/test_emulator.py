@@ -17,13 +17,29 @@ from cpumoe import _core
 TILE_INSTRUCTIONS = ("ldtilecfg", "tileloadd", "tilestored", "tilerelease")
 LIBRARY = os.environ.get("CPUMOE_EMULATOR_LIBRARY", "")
 
+# Prints pytest's exit code, and rows of tests/emulator/instructions.h for the tests of each format.
 RUN_TESTS = """
 import json, sys
 import pytest
-status = pytest.main(sys.argv[1:])
-from conftest import emulated_instructions
+
+class Counts:
+    def __init__(self):
+        self.rows = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        from conftest import emulated_instructions
+        before = emulated_instructions()
+        yield
+        after = emulated_instructions()
+        rows = self.rows.setdefault(item.callspec.params["fmt"], [{**r, "count": 0} for r in after])
+        for row, start, end in zip(rows, before, after, strict=True):
+            row["count"] += end["count"] - start["count"]
+
+counts = Counts()
+status = pytest.main(sys.argv[1:], plugins=[counts])
 print()
-print(json.dumps([int(status), emulated_instructions()]))
+print(json.dumps([int(status), counts.rows]))
 """
 
 
@@ -35,19 +51,21 @@ def emulated_isas() -> list[str]:
 
 
 # Without such variants there are no parameters, and pytest skips.
-@pytest.mark.parametrize("fmt", cpumoe.WEIGHT_FORMATS)
 @pytest.mark.parametrize("isa", emulated_isas())
 @pytest.mark.skipif(not LIBRARY, reason="CPUMOE_EMULATOR_LIBRARY does not name the emulator")
 @pytest.mark.skipif("CPUMOE_TEST_EMULATOR" in os.environ, reason="runs under the emulator already")
-def test_numerics_under_the_emulator(isa, fmt):
+def test_numerics_under_the_emulator(isa):
     env = {**os.environ, "CPUMOE_TEST_EMULATOR": "1", "CPUMOE_ISA": isa, "LD_PRELOAD": LIBRARY}
-    chosen = f"{isa}-{fmt} and (error_bound and deepseek_v4 or any_size)"
+    formats = " or ".join(f"{isa}-{fmt}" for fmt in cpumoe.WEIGHT_FORMATS)
+    chosen = f"({formats}) and (error_bound and deepseek_v4 or any_size)"
     numerics = str(Path(__file__).with_name("test_experts.py"))
     arguments = ("-q", "-p", "no:cacheprovider", "-k", chosen, numerics)
     output = output_of(RUN_TESTS, *arguments, env=env, timeout=600)
     status, instructions = json.loads(output.splitlines()[-1])
     assert status == pytest.ExitCode.OK, output
-    check_counts(isa, fmt, instructions)
+    assert set(instructions) == set(cpumoe.WEIGHT_FORMATS)
+    for fmt, rows in instructions.items():
+        check_counts(isa, fmt, rows)
 
 
 def check_counts(isa, fmt, instructions):

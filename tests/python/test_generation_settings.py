@@ -51,6 +51,18 @@ def answer(model, sampling=SEEDED):
     return model.generate(model.encode("Once"), sampling)
 
 
+@pytest.fixture(scope="module")
+def plain(loaded):
+    """A model without settings."""
+    return with_config(loaded)[0]
+
+
+@pytest.fixture(scope="module")
+def plain_text(plain):
+    """What it answers."""
+    return answer(plain).text
+
+
 def same(loaded, config, **sampling):
     """Whether a model's defaults equal a request to a model without settings."""
     model, messages = with_config(loaded, **config)
@@ -124,14 +136,14 @@ def test_a_request_goes_before_the_models_settings(loaded):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, config, problem):
+def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, plain_text, config, problem):
     model, messages = with_config(loaded, **config)
     assert len(messages) == 1
     assert messages[0].startswith("generation_config.json: these settings are left out: ")
     assert problem in messages[0]
     assert "\n" not in messages[0]
     with told() as later:
-        assert answer(model).text == answer(with_config(loaded)[0]).text
+        assert answer(model).text == plain_text
     assert later == []
 
 
@@ -159,10 +171,10 @@ def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, config, probl
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_what_does_not_change_the_text_is_passed_over(loaded, config):
+def test_what_does_not_change_the_text_is_passed_over(loaded, plain_text, config):
     model, messages = with_config(loaded, **config)
     assert messages == []
-    assert answer(model).text == answer(with_config(loaded)[0]).text
+    assert answer(model).text == plain_text
 
 
 def test_the_hosts_further_processors_work(loaded):

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from cli_tools import succeed
+from moe_tools import output_of, output_with_torch
 from torch import nn
 
 from cpumoe import _core
@@ -67,10 +66,9 @@ def test_info_shows_the_waiting_in_force(given, waiting):
         "app.command('show')(lambda: print(json.dumps(host_threads.describe()))); "
         "app.command('other')(lambda: None); sys.argv = ['cpumoe', 'show']; main()"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment(**given), capture_output=True, check=True
-    ).stdout
-    shown = json.loads(out)
+    # Without a setting, it matters that cpumoe sets one before PyTorch is imported.
+    run = output_with_torch if given else output_of
+    shown = json.loads(run(code, env=environment(**given)))
     if shown["openmp"] != "GNU OpenMP":
         pytest.skip(f"this PyTorch uses {shown['openmp']}")
     assert shown["waiting"] == waiting

@@ -4,7 +4,15 @@ import os
 import re
 
 import pytest
-from moe_tools import EVERY_FORMAT, EVERY_ISA, inputs, layer, output_of, python, why_unsupported
+from moe_tools import (
+    EVERY_FORMAT,
+    EVERY_ISA,
+    inputs,
+    layer,
+    output_with_torch,
+    python,
+    why_unsupported,
+)
 
 import cpumoe
 from cpumoe import _core
@@ -44,7 +52,7 @@ def test_best_variant_is_the_default(monkeypatch):
 @EVERY_ISA
 def test_forced_variant_reports_itself(isa):
     env = {**os.environ, ENVIRONMENT_VARIABLE: isa}
-    assert output_of(REPORT, env=env).split() == [isa, isa]
+    assert output_with_torch(REPORT, env=env).split() == [isa, isa]
 
 
 @EVERY_ISA

@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
-from moe_tools import PEAK_MEMORY, output_of
+from moe_tools import PEAK_MEMORY, output_with_torch
 
 from cpumoe.models import find_model
 from cpumoe.models.synth import write_checkpoint
 
-EXPERTS = 16
+EXPERTS = 8
 
 REPORT = """
 import json, sys
@@ -39,7 +39,7 @@ report(lambda: Experts.from_tensors(gate=gate, up=up, down=down, format="mxfp4")
 
 def assert_one_copy(script, argument):
     whole = PEAK_MEMORY + REPORT + script
-    nbytes, before, peak, after = json.loads(output_of(whole, argument))
+    nbytes, before, peak, after = json.loads(output_with_torch(whole, argument))
     stored = EXPERTS * 3 * 4096 * 2048 * 4.25 / 8
     assert stored <= nbytes <= 1.01 * stored
     assert peak - before <= 1.1 * nbytes, f"{(peak - before) / nbytes:.2f} copies of the weights"

@@ -37,14 +37,23 @@ def has_bf16(isa):
     return any("bf16" in feature for feature in features(isa))
 
 
+def exact(weights, args):
+    return cpumoe.reference.experts_forward(*args, **weights.tensors)
+
+
+def difference(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
 def error(experts, weights, args):
-    expected = cpumoe.reference.experts_forward(*args, **weights.tensors)
-    return float((experts(*args).double() - expected).norm() / expected.norm())
+    return difference(experts(*args), exact(weights, args))
 
 
 @EVERY_VARIANT
 def test_fp32_hidden_states_keep_fp32_accuracy(isa, fmt):
     weights = layer(fmt, hidden=1024, intermediate=512, std=0.02, bias=torch.float32)
+    calls = [inputs(weights, tokens, dtype=torch.float32) for tokens in (1, 5, 40)]
+    expected = [exact(weights, args) for args in calls]
     for options in (
         {},
         {"batch_invariant": True},
@@ -52,9 +61,8 @@ def test_fp32_hidden_states_keep_fp32_accuracy(isa, fmt):
         {"few_token_limit": 1000},
     ):
         experts = weights.pack(isa=isa, **options)
-        for tokens in (1, 5, 40):
-            args = inputs(weights, tokens, dtype=torch.float32)
-            assert error(experts, weights, args) < FP32_ERROR
+        for args, result in zip(calls, expected, strict=True):
+            assert difference(experts(*args), result) < FP32_ERROR
 
 
 @EVERY_VARIANT

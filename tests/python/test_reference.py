@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_tools import EVERYTHING
 
 from cpumoe.formats import WEIGHT_FORMATS, QuantizedMatrix
 from cpumoe.numerics.glu import SwiGLU
@@ -240,7 +241,7 @@ def test_groups_without_a_scale():
 
 @FORMATS
 @EVERY_PRECISION
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25 if EVERYTHING else 8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     groups=st.integers(1, 6),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checkpoint_tools import a_call, first_layer, split_into_shards, write_small
-from moe_tools import EVERY_VARIANT, inputs, layer, mask, output_of, refused
+from moe_tools import EVERY_VARIANT, inputs, layer, mask, output_with_torch, refused
 
 import cpumoe
 from cpumoe import CheckpointError, Experts, open_checkpoint
@@ -272,7 +272,7 @@ whole, before = experts.nbytes, resident()
 experts.evict()
 print(whole, experts.nbytes, before - resident())
 """
-    whole, left, freed = (int(number) for number in output_of(script).split())
+    whole, left, freed = (int(number) for number in output_with_torch(script).split())
     assert whole == 32 * 3 * 2048 * 1024 * 17 // 32
     assert left == whole // 2
     assert freed >= 0.95 * whole / 2
@@ -311,7 +311,7 @@ experts = pack(expert_mask=torch.tensor([False, True]), pack_masked=False)
 experts.pack([1], source)
 print(experts.packed_experts)
 """
-    assert output_of(script).splitlines() == ["0", "[0, 1]"]
+    assert output_with_torch(script).splitlines() == ["0", "[0, 1]"]
 
 
 def test_a_mask_that_moves_in_memory_is_followed():

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from moe_tools import EVERY_FORMAT, GPT_OSS, inputs, layer, output_of, refused
+from moe_tools import EVERY_FORMAT, GPT_OSS, inputs, layer, output_of, output_with_torch, refused
 
 import cpumoe
 from cpumoe import Runtime, _core
@@ -258,11 +258,11 @@ def test_idle_threads_use_no_cpu(weights):
 @pytest.mark.parametrize(
     "state",
     [
-        "pending = [experts.submit(x, ids, weights) for _ in range(50)]",
-        "experts.submit(x, ids, weights); del experts",
+        "other = pack(); pending = [experts.submit(x, ids, weights) for _ in range(50)]; "
+        "other.submit(x, ids, weights); del other",
         "cpumoe.default_runtime().close()",
     ],
-    ids=["pending", "dropped", "closed"],
+    ids=["pending and dropped", "closed"],
 )
 def test_interpreter_exit(state):
     script = f"{SET_UP}\nexperts = pack()\nmine = pack(runtime=cpumoe.Runtime(2))\n{state}"
@@ -308,7 +308,7 @@ assert torch.equal(experts(x, ids, weights), expected)
 
 
 def test_fork():
-    lines = output_of(SET_UP + FORK, timeout=60).splitlines()
+    lines = output_with_torch(SET_UP + FORK, timeout=60).splitlines()
     assert lines[0] == "works"
     assert len(lines) == 5, lines  # close() prints nothing
     for line in lines[1:]:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from moe_tools import inputs, layer, output_of, refused
+from moe_tools import inputs, layer, output_with_torch, refused
 
 from cpumoe import Runtime
 from cpumoe._engine import cpus as placement
@@ -38,7 +38,7 @@ print(sorted(map(list, masks)))
 
 def test_threads_run_on_exactly_these_cpus_whatever_the_callers_mask():
     cpus = ",".join(map(str, USABLE))
-    printed = output_of(BOUND, os.path.dirname(__file__), cpus)
+    printed = output_with_torch(BOUND, os.path.dirname(__file__), cpus)
     assert printed == str([[cpu] for cpu in USABLE])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_tools import write_small
-from moe_tools import PEAK_MEMORY, output_of, refused
+from moe_tools import PEAK_MEMORY, output_with_torch, refused
 from sglang_tools import (
     EXPERTS,
     assert_close,
@@ -165,7 +165,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_child_may_load_layers_of_its_own(folder):
-    assert output_of(AFTER_FORK, str(folder), str(Path(__file__).parent)).strip() == "0"
+    assert output_with_torch(AFTER_FORK, str(folder), str(Path(__file__).parent)).strip() == "0"
 
 
 MEMORY = """
@@ -202,7 +202,9 @@ def test_experts_of_the_gpu_take_no_memory(tmp_path):
     )
 
     def loading(gpu_experts):
-        return map(int, output_of(PEAK_MEMORY + MEMORY, str(tmp_path), str(gpu_experts)).split())
+        return map(
+            int, output_with_torch(PEAK_MEMORY + MEMORY, str(tmp_path), str(gpu_experts)).split()
+        )
 
     _, whole = loading(0)
     peak, half = loading(16)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_tools import edit_config, edit_tensors
-from moe_tools import PEAK_MEMORY, output_of
+from moe_tools import PEAK_MEMORY, output_with_torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
@@ -351,7 +351,7 @@ def test_peak_memory_of_loading_is_one_copy_as_stored(tmp_path):
     stored = sum(tensor.nbytes for tensor in tensors.values())
     assert stored > 100e6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    peak, after, ours = json.loads(output_of(PEAK_MEMORY + LOADING, str(folder)))
+    peak, after, ours = json.loads(output_with_torch(PEAK_MEMORY + LOADING, str(folder)))
     assert ours >= 6
     assert after >= 0.9 * stored
     assert peak < 1.1 * stored + (16 << 20), f"{peak / stored:.2f} copies of the weights"

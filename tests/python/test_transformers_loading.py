@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_tools import edit_config, edit_tensors, split_into_shards
-from moe_tools import PEAK_MEMORY, output_of
+from moe_tools import PEAK_MEMORY, output_with_torch
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -379,7 +379,7 @@ except ValueError as error:
 """
     environment = {**os.environ, "CPUMOE_ISA": "sse9"}
     folder = str(tiny_models.kimi(tmp_path))
-    assert output_of(script, folder, env=environment).startswith("CPUMOE_ISA=sse9: unknown")
+    assert output_with_torch(script, folder, env=environment).startswith("CPUMOE_ISA=sse9: unknown")
 
 
 def test_damage_is_reported_by_name(tmp_path):
@@ -409,7 +409,7 @@ def test_loading_never_allocates_dense_experts(tmp_path):
     tiny_models.deepseek_v4(small)
     tiny_models.deepseek_v4(large, hidden=512, inner=512, experts=32)
     script = PEAK_MEMORY + PEAK_OF_LOADING
-    peak, packed, rest = json.loads(output_of(script, str(small), str(large)))
+    peak, packed, rest = json.loads(output_with_torch(script, str(small), str(large)))
     dense = packed * 16 / 4.25
     assert packed > 60e6
     assert peak < 1.1 * packed + 2 * rest + 16e6 < 0.6 * dense

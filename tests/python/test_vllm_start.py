@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import vllm_tools
-from moe_tools import output_of, refused
+from moe_tools import output_of, output_with_torch, refused
 
 from cpumoe.integrations import vllm as plugin
 from cpumoe.integrations.vllm import settings
@@ -61,7 +61,7 @@ runtime = worker_runtime()
 assert runtime is worker_runtime()
 print(list(runtime.cpus) == [min(os.sched_getaffinity(0))], runtime.threads)
 """
-    assert output_of(script) == "True 1"
+    assert output_with_torch(script) == "True 1"
 
 
 @pytest.mark.parametrize(
