@@ -108,6 +108,14 @@ class ExpertsBuilder:
         self._experts: Experts | None = None
         self._built = False
 
+    @property
+    def waiting(self) -> int:
+        """Number of experts that are complete and not packed yet: always fewer than threads.
+
+        Tensors of experts that are packed may be changed or freed.
+        """
+        return len(self._complete)
+
     def add(
         self,
         expert: int,
@@ -121,9 +129,9 @@ class ExpertsBuilder:
         """Takes tensors of one projection of an expert.
 
         The parts of a projection may come in several calls. Kind, dtype and shape of a part are
-        checked when it comes. The tensors must stay unchanged until `build` returns. If an argument
-        is refused, the builder is as before. If packing fails, for example because a scale is NaN,
-        make another builder.
+        checked when it comes. The tensors must stay unchanged until their expert is packed
+        (`waiting`). If an argument is refused, the builder is as before. If packing fails, for
+        example because a scale is NaN, make another builder.
 
         Args:
             expert: the expert's index in the layer.

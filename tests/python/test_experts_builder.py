@@ -70,6 +70,30 @@ def test_any_order(fmt, bias, runtime):
                     )
 
 
+def copy_of(matrix):
+    return QuantizedMatrix(matrix.codes.clone(), matrix.scales.clone())
+
+
+def test_tensors_of_packed_experts_may_change():
+    weights = layer("mxfp4")
+    copies = [
+        {name: copy_of(getattr(weights, name)[expert]) for name in NAMES} for expert in range(4)
+    ]
+    with Runtime(threads=2) as two:
+        made = builder(weights, runtime=two)
+        waiting = []
+        for expert, matrices in enumerate(copies):
+            for name in NAMES:
+                made.add(expert, name, matrices[name])
+            waiting.append(made.waiting)
+            for packed in copies[: expert + 1 - made.waiting]:
+                for matrix in packed.values():
+                    matrix.codes.zero_()
+        assert waiting == [1, 0, 1, 0]
+        args = inputs(weights, tokens=3)
+        assert torch.equal(made.build()(*args), weights.pack(runtime=two)(*args))
+
+
 @EVERY_FORMAT
 def test_shards_are_those_of_sliced_tensors(fmt, runtime):
     weights = layer(fmt, hidden=96, intermediate=384, bias=torch.float32)

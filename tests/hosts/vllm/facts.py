@@ -1,17 +1,21 @@
 """What a worker of vLLM knows about its routed experts. Workers import it by its name."""
 
 import os
+import resource
 from pathlib import Path
 
 
 def facts(model) -> dict:
     """What a worker knows about its model."""
     found = {"methods": {}, "calls": 0, "parameters": [], "threads": {}, "isa": None}
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if type(module).__name__.endswith("RoutedExperts"):
             found["methods"][name] = type(method).__name__
-            found["parameters"] += [n for n, _ in module.named_parameters()]
+            names = [name for name, _ in module.named_parameters()]
+            # A router's biases may be among them.
+            found["parameters"] += [name for name in names if name.startswith(("w13_", "w2_"))]
             experts = getattr(method, "experts", None)
             if experts is not None:
                 found["calls"] += experts.statistics().calls

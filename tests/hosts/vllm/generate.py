@@ -35,7 +35,11 @@ def host(folder: str) -> dict:
 
 
 def vllm(folder: str, options: dict) -> dict:
+    import torch
     from facts import facts
+
+    if "HOST_WITHOUT_AMX" in os.environ:  # vLLM then takes this CPU for one without
+        torch.cpu._is_amx_tile_supported = lambda: False
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +22,8 @@ class ArrivingExperts:
     """The tensors of one layer's experts in this process.
 
     vLLM creates the tensors of all layers before it loads the first one. They take memory only when
-    they are written, and this object frees them as soon as the layer is complete and packed. vLLM
-    loads one layer after the other, so only a layer or two are in memory twice.
+    they are written. As soon as a layer is complete, this object packs one expert after the other,
+    and gives the memory of each back. No more experts than threads are in memory twice.
 
     Attributes:
         parameters: the tensors, by vLLM's names.
@@ -66,6 +68,7 @@ class ArrivingExperts:
         self._kinds: dict[str, StoredTensor] = {}
         self._arrived: dict[str, set[tuple[int, str]]] = {}
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self._memory: dict[str, mmap.mmap] = {}
         for tensor in form.tensors:
             self._make(tensor, 2 if tensor.name == "weight_shape" else 1)
         if has_bias:
@@ -81,9 +84,9 @@ class ArrivingExperts:
             if tensor.part == "bias":
                 shape = shape[:2]
             name = f"{stack}_{tensor.name}"
-            data = _filled(shape, tensor.dtype, tensor.fill)
-            self.parameters[name] = torch.nn.Parameter(data, requires_grad=False)
             self._kinds[name] = tensor
+            data = self._filled(name, shape, tensor.dtype)
+            self.parameters[name] = torch.nn.Parameter(data, requires_grad=False)
             if tensor.part:
                 self._arrived[name] = set()
 
@@ -168,7 +171,21 @@ class ArrivingExperts:
             raise ValueError(
                 f"{self._name}.{name}: expected one dtype, got {param.dtype} and {dtype}"
             )
-        param.data = _filled(tuple(param.shape), dtype, self._kinds[name].fill)
+        param.data = self._filled(name, tuple(param.shape), dtype)
+
+    def _filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Returns a tensor of one value. Zeros take no memory before something else is written."""
+        count = math.prod(shape)
+        memory = self._memory[name] = mmap.mmap(-1, count * dtype.itemsize)
+        tensor = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+        fill = self._kinds[name].fill
+        return tensor.fill_(fill) if fill else tensor
+
+    def _give_back(self, experts: int) -> None:
+        """Gives the memory of the first experts back, as far as it is whole pages."""
+        for memory in self._memory.values():
+            size = len(memory) * experts // self._sizes[0]
+            memory.madvise(mmap.MADV_DONTNEED, 0, size // mmap.PAGESIZE * mmap.PAGESIZE)
 
     def _check_exact(self, name: str, weights: torch.Tensor, dtype: torch.dtype) -> None:
         """Refuses to round weights of a model that is computed in more digits."""
@@ -213,15 +230,10 @@ class ArrivingExperts:
                 matrix = self._form.matrix(tensors, expert, projection)
                 bias = self._form.bias(tensors, expert, projection) if self._has_bias else None
                 builder.add(expert, projection, matrix, bias=bias)
+            self._give_back(expert + 1 - builder.waiting)
         self.experts = builder.build()
         tensors.clear()
+        self._memory.clear()
         for name in self._arrived:
             parameter = self.parameters[name]
             parameter.data = torch.empty(0, dtype=parameter.dtype, device="cpu")
-
-
-def _filled(shape: tuple[int, ...], dtype: torch.dtype, fill: int) -> torch.Tensor:
-    """Returns a tensor of one value. Zeros take no memory before something else is written."""
-    if not fill:
-        return torch.zeros(shape, dtype=dtype, device="cpu")
-    return torch.full(shape, fill, dtype=dtype, device="cpu")
