@@ -201,6 +201,7 @@ def test_synth_refusals(tmp_path):
 
 def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "_TEXT_TOKENS", 12)
     document = read("demo", *TINY_DEMO)
     assert document["passed"]
     assert [(r["ran"], r["precision"]) for r in document["validation"]["isas"]] == [
@@ -321,7 +322,8 @@ def test_inspect_sees_experts_that_are_not_there(v4, count):
     assert "NO" in succeed("inspect", v4)
 
 
-def test_suggested_commands_are_quoted(tmp_path):
+def test_suggested_commands_are_quoted(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_TEXT_TOKENS", 2)
     out = tmp_path / "my [red] model"
     sizes = ("--layers", 1, "--experts", 2, "--hidden", 64, "--intermediate", 32)
     text = succeed("synth", out, "--model", "gpt-oss-20b", *sizes)

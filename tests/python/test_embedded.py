@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_tools import IN_FULL_RUNS
 from safetensors import safe_open
 
 from cpumoe.checkpoint import open_checkpoint
@@ -148,7 +149,7 @@ def test_it_has_learned_the_text(model, tokenizer):
 
 def test_it_ends_its_answers(model, tokenizer):
     prompts = ["Tell me of Moses.", "Who are you?", "Continue: In the beginning"]
-    ended = []
+    ended = 0
     for prompt in prompts:
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -157,8 +158,10 @@ def test_it_ends_its_answers(model, tokenizer):
             return_tensors="pt",
         )
         output = model.generate(**chat, do_sample=False, max_new_tokens=200)
-        ended.append(int(output[0, -1]) == tokenizer.convert_tokens_to_ids("<|end|>"))
-    assert sum(ended) >= 2
+        ended += int(output[0, -1]) == tokenizer.convert_tokens_to_ids("<|end|>")
+        if ended == 2:
+            return
+    pytest.fail("fewer than two of three answers end")
 
 
 def run_tool(script, *arguments):
@@ -166,6 +169,7 @@ def run_tool(script, *arguments):
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
+@IN_FULL_RUNS
 def test_the_tools_make_a_checkpoint(tmp_path):
     """A few steps on made-up text; transformers loads the result inside export.py."""
     transformers = pytest.importorskip("transformers")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from moe_tools import EVERYTHING
 from typer.testing import CliRunner
 
 import cpumoe
@@ -19,18 +20,21 @@ def host():
     return measured(LanguageModel.from_pretrained(dtype=torch.float32, host_experts=True))
 
 
-def measured(model, count=None):
-    """Perplexity of all held-out text, or of its first `count` tokens."""
+# Rounding to bf16 sends some tokens to other experts; the CPU decides which. That changed
+# perplexity by up to 0.24 % over 1,024 tokens, and 0.06 % over all 5,224.
+BF16_TOKENS, BF16_ERROR = (None, 2e-3) if EVERYTHING else (1024, 6e-3)
+
+
+def measured(model, count=BF16_TOKENS):
+    """Perplexity of the held-out text's first `count` tokens, or of all its tokens."""
     tokens = model.encode(embedded.held_out_path().read_text("utf-8")).tokens[:count]
     return perplexity(model.model, tokens, window=512).perplexity
 
 
 @pytest.mark.parametrize("isa", cpumoe.supported_isas())
 def test_perplexity_of_held_out_text_is_the_hosts(host, isa):
-    # All the text is needed. Rounding to bf16 sends some tokens to other experts; the CPU decides
-    # which. That changed perplexity by up to 0.24 % over 1,024 tokens, and 0.06 % over all 5,224.
     model = LanguageModel.from_pretrained(options=ExpertsOptions(isa=isa))
-    assert measured(model) == pytest.approx(host, rel=2e-3)
+    assert measured(model) == pytest.approx(host, rel=BF16_ERROR)
     assert host < 40
 
 
@@ -53,10 +57,14 @@ def test_it_writes_words_and_answers_end():
     text = model.generate(model.encode("And it came to pass"), Sampling(60, temperature=0)).text
     assert len(text.split()) > 20
     question = model.encode_chat([{"role": "user", "content": "Tell me of Moses."}])
-    answers = [model.generate(question, Sampling(200, seed=seed)) for seed in range(3)]
-    assert all(answer.text.strip() for answer in answers)
     # What is drawn depends on the variant's rounding, but most answers end.
-    assert "stop" in {answer.finish_reason for answer in answers}
+    for seed in range(3):
+        answer = model.generate(question, Sampling(200, seed=seed))
+        assert answer.text.strip()
+        if answer.finish_reason == "stop":
+            break
+    else:
+        pytest.fail("no answer ends")
 
 
 def test_commands_may_give_dense_layers_to_cpumoe():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import vllm_tools
-from moe_tools import output_of, output_with_torch, refused
+from moe_tools import output_with_torch, refused
 
 from cpumoe.integrations import vllm as plugin
 from cpumoe.integrations.vllm import settings
@@ -104,4 +104,4 @@ import sys
 import cpumoe.integrations.vllm.loading, cpumoe.integrations.vllm.settings
 print([name for name in sys.modules if "transformers" in name.split(".")])
 """
-    assert output_of(script) == "[]"
+    assert output_with_torch(script) == "[]"
