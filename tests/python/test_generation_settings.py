@@ -14,6 +14,7 @@ from cpumoe.integrations.transformers.vocabulary import Vocabulary
 from cpumoe.text.generation import ModelError, Sampling
 
 SEEDED = Sampling(16, seed=3)
+BRIEF = Sampling(6, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def plain(loaded):
 
 @pytest.fixture(scope="module")
 def plain_text(plain):
-    """What it answers."""
-    return answer(plain).text
+    """Its brief answer."""
+    return answer(plain, BRIEF).text
 
 
 def same(loaded, config, **sampling):
@@ -143,7 +144,7 @@ def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, plain_text, c
     assert problem in messages[0]
     assert "\n" not in messages[0]
     with told() as later:
-        assert answer(model).text == plain_text
+        assert answer(model, BRIEF).text == plain_text
     assert later == []
 
 
@@ -174,7 +175,7 @@ def test_what_cannot_be_honoured_is_left_out_and_told_once(loaded, plain_text, c
 def test_what_does_not_change_the_text_is_passed_over(loaded, plain_text, config):
     model, messages = with_config(loaded, **config)
     assert messages == []
-    assert answer(model).text == plain_text
+    assert answer(model, BRIEF).text == plain_text
 
 
 def test_the_hosts_further_processors_work(loaded):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from moe_tools import EVERY_FORMAT, GPT_OSS, inputs, layer, output_of, output_with_torch, refused
+from moe_tools import EVERY_FORMAT, GPT_OSS, inputs, layer, output_of, refused
 
 import cpumoe
 from cpumoe import Runtime, _core
@@ -308,7 +308,7 @@ assert torch.equal(experts(x, ids, weights), expected)
 
 
 def test_fork():
-    lines = output_with_torch(SET_UP + FORK, timeout=60).splitlines()
+    lines = output_of(SET_UP + FORK, timeout=60).splitlines()
     assert lines[0] == "works"
     assert len(lines) == 5, lines  # close() prints nothing
     for line in lines[1:]:
