@@ -5,20 +5,56 @@
 // RuntimeError.
 #pragma once
 
+#include <charconv>
 #include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+#include <iterator>
 #include <new>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 
 namespace cpumoe {
 
+// A part of a message: text or a number.
+class MessagePart {
+ public:
+  MessagePart(std::string_view text) : text_(text) {}    // NOLINT(google-explicit-constructor)
+  MessagePart(const std::string& text) : text_(text) {}  // NOLINT(google-explicit-constructor)
+  MessagePart(const char* text) : text_(text) {}         // NOLINT(google-explicit-constructor)
+  template <class Number>
+    requires std::is_arithmetic_v<Number>
+  MessagePart(Number number) {  // NOLINT(google-explicit-constructor)
+    if constexpr (std::is_floating_point_v<Number>) {
+      length_ = std::snprintf(digits_, sizeof(digits_), "%g", static_cast<double>(number));
+    } else {
+      length_ = static_cast<int>(std::to_chars(digits_, std::end(digits_), +number).ptr - digits_);
+    }
+  }
+
+  std::string_view text() const {
+    return length_ == 0 ? text_ : std::string_view(digits_, length_);
+  }
+
+ private:
+  std::string_view text_;
+  char digits_[24];
+  int length_ = 0;  // of digits_; 0: the part is text
+};
+
+// Joins the parts of a message. Not a template, because errors are much code and run once.
+__attribute__((noinline)) inline std::string Join(std::initializer_list<MessagePart> parts) {
+  std::string message;
+  for (const MessagePart& part : parts) message += part.text();
+  return message;
+}
+
 template <class... Parts>
 std::string Message(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  return Join({parts...});
 }
 
 // Throws std::invalid_argument unless `condition` holds. The message is `parts`, joined.

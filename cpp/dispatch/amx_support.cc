@@ -1,7 +1,8 @@
 #include "dispatch/amx_support.h"
 
 #include <algorithm>
-#include <ios>
+#include <charconv>
+#include <iterator>
 #include <system_error>
 
 #include "base/check.h"
@@ -25,6 +26,11 @@ std::string Describe(const TilePalette& p) {
                  p.product_row_bytes);
 }
 
+std::string Hexadecimal(uint64_t bits) {
+  char digits[16];
+  return "0x" + std::string(digits, std::to_chars(digits, std::end(digits), bits, 16).ptr);
+}
+
 }  // namespace
 
 bool NeedsTiles(const std::string& feature) { return feature.starts_with("amx-"); }
@@ -35,7 +41,7 @@ std::vector<TileStep> TakeTileSteps(const MachineAnswers& machine) {
       {"cpuid", "CPUID advertises it", machine.advertised.contains("amx-tile"), ""},
       {"osxsave", "OSXSAVE is set", machine.xcr0.has_value(), ""},
       {"xcr0", "XCR0 has bits 17 and 18", (xcr0 & kTileState) == kTileState,
-       machine.xcr0 ? Message("XCR0 is 0x", std::hex, xcr0) : ""},
+       machine.xcr0 ? "XCR0 is " + Hexadecimal(xcr0) : ""},
       {"palette", "palette 1 is large enough", IsLargeEnough(machine.palette),
        Describe(machine.palette)},
       {"permission", "the kernel permits it", {}, ""},
