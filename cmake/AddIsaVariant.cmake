@@ -141,8 +141,9 @@ endfunction()
 # template is configured once, with the @declarations@ and @entries@ of all formats.
 #
 # All parts of a format share a translation unit, because compiling the format's kernels takes
-# longer than anything else. Only these translation units get the ISA's flags. Besides them, only
-# the build id, which is data, is linked into the library.
+# longer than anything else. Only these translation units get the ISA's flags. Besides them, the
+# build id and cpumoe_variant_common are linked into the library. The latter is compiled once, for
+# any CPU of the architecture.
 function(cpumoe_add_isa_variant isa)
     set(target cpumoe_variant_${isa})
     set(folder ${CPUMOE_GENERATED_DIR}/${target})
@@ -179,8 +180,23 @@ function(cpumoe_add_isa_variant isa)
         list(APPEND sources ${folder}/${name}_table.cc)
     endforeach()
 
-    add_library(${target} MODULE ${sources} $<TARGET_OBJECTS:cpumoe_build_id>)
+    add_library(
+        ${target}
+        MODULE
+        ${sources}
+        $<TARGET_OBJECTS:cpumoe_build_id>
+        $<TARGET_OBJECTS:cpumoe_variant_common>
+    )
     target_link_libraries(${target} PRIVATE cpumoe_options)
+    # Reading what all formats include takes a fifth of their compile time.
+    target_precompile_headers(
+        ${target}
+        PRIVATE
+        kernels/${isa}/ops-inl.h
+        linear/linear_operator-inl.h
+        moe/moe_operator-inl.h
+        variant/variant_api.h
+    )
     set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
         target_compile_options(${target} PRIVATE -m${feature})

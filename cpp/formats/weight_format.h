@@ -84,12 +84,16 @@ constexpr uint32_t ZeroCodeOf() {
   return code;
 }
 
-// Throws std::invalid_argument unless rows of so many codes are whole bytes.
+// Throws std::invalid_argument unless rows of so many codes are whole bytes. `format` and `what`
+// are names.
+inline void RequireWholeBytes(const char* format, int code_bits, int64_t codes, const char* what) {
+  const int64_t per_byte = code_bits < 8 ? 8 / code_bits : 1;
+  Require(codes % per_byte == 0, format, ": ", what, " must be a multiple of ", per_byte,
+          ", because a byte has ", per_byte, " codes, got ", codes);
+}
 template <WeightFormat F>
-void RequireWholeBytes(int64_t codes, const char* name) {
-  constexpr int64_t kPerByte = F::kCodeBits < 8 ? 8 / F::kCodeBits : 1;
-  Require(codes % kPerByte == 0, F::kName, ": ", name, " must be a multiple of ", kPerByte,
-          ", because a byte has ", kPerByte, " codes, got ", codes);
+void RequireWholeBytes(int64_t codes, const char* what) {
+  RequireWholeBytes(F::kName.data(), F::kCodeBits, codes, what);
 }
 
 template <class F>

@@ -51,14 +51,14 @@ constexpr bool QuadSumsFit(int64_t greatest) {
   return kGroupSize / kSums * kInteger * greatest <= Isa::kQuadSumLimit;
 }
 
-// Returns the start of a group's sums: minus the bytes' offset times the sum of `quads`,
+// Returns the start of a group's sums: minus the bytes' `offset` times the sum of `quads`,
 // [kGroupSize] in the order kQuadOrder. For sums of 16 bits the result is two words, one for each
 // half of the quads.
-template <class Isa, class Codec>
-int32_t StartOf(const int8_t* quads) {
+template <class Isa>
+int32_t StartOf(int offset, const int8_t* quads) {
   int32_t halves[2] = {};
   for (int i = 0; i < kGroupSize; ++i) halves[i % kQuadDepth / 2] += quads[i];
-  const int32_t first = -Codec::kOffset * halves[0], second = -Codec::kOffset * halves[1];
+  const int32_t first = -offset * halves[0], second = -offset * halves[1];
   if constexpr (!kHasNarrowQuadSums<Isa>) return first + second;
   return static_cast<int32_t>(static_cast<uint32_t>(second) << 16 | (first & 0xffff));
 }

@@ -28,34 +28,37 @@
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "moe/activation-inl.h"
-#include "moe/packed_weights.h"
-#include "paths/path.h"
+#include "moe/forward_pass.h"
+#include "moe/packed_experts.h"
+#include "paths/compute_path.h"
 #include "staging/stage-inl.h"
 #include "threading/thread_pool.h"
 
 namespace cpumoe {
 
-// Operator is a MoeOperator.
-template <class Isa, class Operator, PathFor<typename Operator::Codec> Path>
+template <class Isa>
 class ForwardPass {
-  using Codec = typename Operator::Codec;
   using Vec = typename Isa::Vec;
   using Expert = Workspace::Expert;
 
  public:
-  ForwardPass(const Operator& op, const ForwardArgs& args, ThreadPool& pool, Workspace& workspace)
-      : op_(op),
+  ForwardPass(const PackedExperts& weights, const ComputePath& path, const ForwardArgs& args,
+              ThreadPool& pool, Workspace& workspace)
+      : weights_(weights),
+        path_(path),
         args_(args),
         pool_(pool),
         workspace_(workspace),
         routing_(workspace.routing()),
-        experts_(workspace.experts()) {}
+        experts_(workspace.experts()),
+        hidden_{.columns = weights.config().hidden_size},
+        intermediate_{.columns = weights.config().intermediate_size} {}
 
   // Computes output rows [begin, end).
   void Run(int64_t begin, int64_t end) {
     begin_ = begin;
     tokens_ = end - begin;
-    routing_.Build(args_.routing, begin, end, op_.weights().has_weights(), op_.config().copy_of);
+    routing_.Build(args_.routing, begin, end, weights_.has_weights(), weights_.config().copy_of);
     ListExperts();
     shared_ = tokens_ == 1 && routing_.tokens().size() == experts_.size();
     const int64_t experts = std::ssize(experts_);
@@ -75,19 +78,28 @@ class ForwardPass {
   }
 
  private:
+  // Staged activations [pairs, columns] in token blocks. A pair has room for any staged form, and
+  // the blocks of an expert follow one another.
+  struct Staged {
+    int64_t columns;
+    int64_t bytes_per_pair = 0;
+    std::byte* blocks = nullptr;
+  };
+
   static constexpr int64_t kMostPerTask = 16;
+  static constexpr int kMostFeatureTiles = kGroupSize / kTileRows;  // of a ComputePath
 
   // Lists the experts of the round, and decides once how each of them is multiplied.
   void ListExperts() {
-    const int limit = op_.config().kernels().template FewTokenLimit<Path>();
+    const int limit = path_.FewTokenLimit(weights_.config().kernels());
     experts_.clear();
     most_tokens_ = 0;
     for (const Routing::Expert& expert : routing_.experts()) {
       experts_.push_back({.id = expert.id,
                           .begin = expert.begin,
-                          .blocks = TokenBlocks(expert.count, Path::kBlockTokens),
-                          .form = Path::FormFor(args_.input_dtype, expert.count, limit),
-                          .fold = op_.FoldsExactly(expert.id)});
+                          .blocks = TokenBlocks(expert.count, path_.block_tokens),
+                          .form = path_.form_for(args_.input_dtype, expert.count, limit),
+                          .fold = path_.folds_exactly(weights_.scales(expert.id))});
       most_tokens_ = std::max(most_tokens_, expert.count);
     }
   }
@@ -99,18 +111,20 @@ class ForwardPass {
   // tokens, the pieces of a task share the activations that a core fetches. Sharing pays the more,
   // the farther away the activations are.
   int64_t PerTask(int64_t count, int64_t tasks_of_few, int64_t most_of_many) const {
-    const bool few = most_tokens_ <= kFewTokensOf<Path>;
+    const bool few = most_tokens_ <= path_.StreamedTokens();
     const int64_t tasks = pool_.num_threads() * (few ? tasks_of_few : 4);
     return PiecesPerTask(count, tasks, few ? 8 : most_of_many);
   }
 
   void Reserve() {
     const auto pairs = static_cast<int64_t>(routing_.tokens().size());
-    staged_ = workspace_.Activations(pairs * MostStagedBytes(HiddenSize()));
-    intermediate_ = workspace_.Intermediate(pairs * MostStagedBytes(Intermediate()));
+    hidden_.bytes_per_pair = MostStagedBytes(hidden_.columns);
+    hidden_.blocks = workspace_.Activations(pairs * hidden_.bytes_per_pair);
+    intermediate_.bytes_per_pair = MostStagedBytes(intermediate_.columns);
+    intermediate_.blocks = workspace_.Intermediate(pairs * intermediate_.bytes_per_pair);
     const int64_t pairs_of_features = gated() ? FeatureUnit() : FeatureUnit() / TilePair::kCount;
     const int64_t products = std::max(pairs_of_features * features_per_task_, outputs_per_task_);
-    product_offset_ = Path::kPanelBytes;
+    product_offset_ = path_.panel_bytes;
     sums_offset_ = product_offset_ + ProductBytes(products, most_tokens_);
     workspace_.ReserveScratch(pool_.num_threads(),
                               sums_offset_ + ProductBytes(outputs_per_task_, tokens_));
@@ -118,7 +132,7 @@ class ForwardPass {
 
   void Count(LayerCounters& counters) const {
     routing_.CountTokens(counters.expert_tokens);
-    counters.bytes_read.fetch_add(std::ssize(experts_) * op_.weights().copy_bytes(),
+    counters.bytes_read.fetch_add(std::ssize(experts_) * weights_.copy_bytes(),
                                   std::memory_order_relaxed);
   }
 
@@ -128,8 +142,8 @@ class ForwardPass {
       // the pool's.
       pool_.For(1, [&](int64_t, int) {
         const int32_t token = 0;
-        Path::StageRows(experts_[0].form, args_.input_dtype, Row(0), 0, &token, 1, HiddenSize(),
-                        staged_);
+        path_.stage_rows(experts_[0].form, args_.input_dtype, Row(0), 0, &token, 1, HiddenSize(),
+                         hidden_.blocks);
       });
       return;
     }
@@ -138,13 +152,13 @@ class ForwardPass {
     for (const Expert& expert : experts_) {
       for (int64_t b = 0; b < expert.blocks.count(); ++b) {
         blocks.push_back({expert.begin + expert.blocks.Begin(b), expert.blocks.Size(b), expert.form,
-                          BlockAt(staged_, expert, b, HiddenSize())});
+                          BlockAt(hidden_, expert, b)});
       }
     }
     pool_.For(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
       const Workspace::Block& block = blocks[task];
-      Path::StageRows(block.form, args_.input_dtype, Row(0), args_.hidden_stride,
-                      &routing_.tokens()[block.pair], block.tokens, HiddenSize(), block.staged);
+      path_.stage_rows(block.form, args_.input_dtype, Row(0), args_.hidden_stride,
+                       &routing_.tokens()[block.pair], block.tokens, HiddenSize(), block.staged);
     });
   }
 
@@ -153,7 +167,7 @@ class ForwardPass {
   void GateUp(const Expert& expert, int64_t index, int thread) const {
     const int64_t begin = index * features_per_task_ * FeatureUnit();
     const int64_t end = std::min(begin + features_per_task_ * FeatureUnit(), GateTiles());
-    std::array<TilePair, kMostPerTask * Path::kFeatureTiles> w;
+    std::array<TilePair, kMostPerTask * kMostFeatureTiles> w;
     int64_t pairs = 0;
     if (gated()) {
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -165,13 +179,12 @@ class ForwardPass {
         w[pairs++] = Operands(expert, Projection::kUp, tile, Projection::kUp, second);
       }
     }
-    LinkTiles(std::span(w.data(), pairs), Path::TilesAtOnce(expert.form, expert.blocks));
+    LinkTiles(std::span(w.data(), pairs), path_.tiles_at_once(expert.form, expert.blocks));
     const Product product = ProductOf(expert, thread);
-    Path::Multiply(op_.codec(), std::span(w.data(), pairs), expert.form,
-                   shared_ ? staged_ : BlockAt(staged_, expert, 0, HiddenSize()), Panel(thread),
-                   product);
-    for (int64_t tile = begin; tile < end; tile += Path::kFeatureTiles) {
-      const int count = static_cast<int>(std::min<int64_t>(Path::kFeatureTiles, end - tile));
+    path_.multiply(std::span(w.data(), pairs), expert.form,
+                   shared_ ? hidden_.blocks : BlockAt(hidden_, expert, 0), Panel(thread), product);
+    for (int64_t tile = begin; tile < end; tile += path_.feature_tiles) {
+      const int count = static_cast<int>(std::min<int64_t>(path_.feature_tiles, end - tile));
       for (int64_t b = 0; b < expert.blocks.count(); ++b) {
         StageFeatures(expert, b, tile, count, product, tile - begin);
       }
@@ -183,24 +196,24 @@ class ForwardPass {
   // of tiles, gate and up, for each tile, or without a gate a pair for every two tiles.
   void StageFeatures(const Expert& expert, int64_t b, int64_t first, int count,
                      const Product& product, int64_t place) const {
-    const int64_t features = op_.weights().layout(Projection::kGate).rows();
+    const int64_t features = weights_.layout(Projection::kGate).rows();
     const int64_t row = first * kTileRows;
-    constexpr int kRows = Path::kFeatureTiles * kTileRows;
+    const int rows = path_.feature_tiles * kTileRows;
     // The last tiles also fill the last group, with zeros.
     const bool last = first + count == GateTiles();
-    const int64_t end = last ? PaddedColumns(features) - row : kRows;
-    Vec gate_bias[Path::kFeatureTiles], up_bias[Path::kFeatureTiles];
+    const int64_t end = last ? PaddedColumns(features) - row : rows;
+    Vec gate_bias[kMostFeatureTiles], up_bias[kMostFeatureTiles];
     for (int i = 0; i < count; ++i) {
       gate_bias[i] = BiasOf(expert, Projection::kGate, first + i);
       up_bias[i] = BiasOf(expert, Projection::kUp, first + i);
     }
     const Vec gate_factor = FactorOf(expert, Projection::kGate);
     const Vec up_factor = FactorOf(expert, Projection::kUp);
-    std::byte* block = BlockAt(intermediate_, expert, b, Intermediate());
+    std::byte* block = BlockAt(intermediate_, expert, b);
     const int tokens = expert.blocks.Size(b);
-    const Glu& glu = op_.config().glu;
+    const Glu& glu = weights_.config().glu;
     for (int t = 0; t < tokens; ++t) {
-      alignas(64) float h[std::max(kRows, kGroupSize)];
+      alignas(64) float h[kGroupSize];
       // Chosen here, so that staging, which is far more code, is not instantiated per function.
       VisitGluFunction(glu.function, [&](auto function) __attribute__((always_inline)) {
         for (int i = 0; i < count; ++i) {
@@ -219,9 +232,9 @@ class ForwardPass {
         }
       });
       if (last) std::fill(h + (features - row), h + end, 0.0f);
-      for (int64_t i = 0; i < end; i += kRows) {
-        Path::StageFeatures(expert.form, args_.input_dtype, h + i, row + i, t, tokens,
-                            Intermediate(), block);
+      for (int64_t i = 0; i < end; i += rows) {
+        path_.stage_features(expert.form, args_.input_dtype, h + i, row + i, t, tokens,
+                             Intermediate(), block);
       }
     }
   }
@@ -264,10 +277,10 @@ class ForwardPass {
     const bool last = index + 1 == std::ssize(experts_);
     if (!last) w[count] = pair_at(experts_[index + 1], begin);
     LinkTiles(std::span(w.data(), count + (last ? 0 : 1)),
-              Path::TilesAtOnce(expert.form, expert.blocks));
+              path_.tiles_at_once(expert.form, expert.blocks));
     const Product product = ProductOf(expert, thread);
-    Path::Multiply(op_.codec(), std::span(w.data(), count), expert.form,
-                   BlockAt(intermediate_, expert, 0, Intermediate()), Panel(thread), product);
+    path_.multiply(std::span(w.data(), count), expert.form, BlockAt(intermediate_, expert, 0),
+                   Panel(thread), product);
     for (int64_t tile = begin; tile < end; ++tile) {
       AddTile(expert, tile, product.Pair((tile - begin) / TilePair::kCount),
               static_cast<int>((tile - begin) % TilePair::kCount),
@@ -297,46 +310,44 @@ class ForwardPass {
 
   TilePair Operands(const Expert& expert, Projection p0, int64_t tile0, Projection p1,
                     int64_t tile1) const {
-    const auto& weights = op_.weights();
-    return {.tiles = {weights.Tile(expert.id, p0, tile0), weights.Tile(expert.id, p1, tile1)},
-            .groups = weights.layout(p0).groups(),
+    return {.tiles = {weights_.Tile(expert.id, p0, tile0), weights_.Tile(expert.id, p1, tile1)},
+            .groups = weights_.layout(p0).groups(),
             .fold = expert.fold};
   }
 
   Vec FactorOf(const Expert& expert, Projection p) const {
-    return Isa::Broadcast(op_.weights().Factor(expert.id, p));
+    return Isa::Broadcast(weights_.Factor(expert.id, p));
   }
 
   // The biases of the rows of `tile`, with zeros for rows that the last tile does not have.
   Vec BiasOf(const Expert& expert, Projection p, int64_t tile) const {
-    return LoadTileRows<Isa>(op_.weights().Bias(expert.id, p), tile * kTileRows,
-                             op_.weights().layout(p).rows());
+    return LoadTileRows<Isa>(weights_.Bias(expert.id, p), tile * kTileRows,
+                             weights_.layout(p).rows());
   }
 
-  bool gated() const { return op_.config().glu.gated; }
+  bool gated() const { return weights_.config().glu.gated; }
   // Tiles of intermediate features that are multiplied together, or a multiple of so many. A pair
   // of tiles has gate and up, or without a gate two tiles of up.
   int64_t FeatureUnit() const {
-    return gated() ? Path::kFeatureTiles : std::max<int64_t>(Path::kFeatureTiles, TilePair::kCount);
+    return gated() ? path_.feature_tiles : std::max<int64_t>(path_.feature_tiles, TilePair::kCount);
   }
-  int64_t GateTiles() const { return op_.weights().layout(Projection::kGate).tiles(); }
-  int64_t DownTiles() const { return op_.weights().layout(Projection::kDown).tiles(); }
-  int64_t HiddenSize() const { return op_.config().hidden_size; }
-  int64_t Intermediate() const { return op_.config().intermediate_size; }
+  int64_t GateTiles() const { return weights_.layout(Projection::kGate).tiles(); }
+  int64_t DownTiles() const { return weights_.layout(Projection::kDown).tiles(); }
+  int64_t HiddenSize() const { return weights_.config().hidden_size; }
+  int64_t Intermediate() const { return weights_.config().intermediate_size; }
   const std::byte* Row(int64_t token) const {
     return static_cast<const std::byte*>(args_.hidden_states) +
            (begin_ + token) * args_.hidden_stride * ByteSize(args_.input_dtype);
   }
-  // The address at which block b of an expert's tokens is staged. An expert has room for any staged
-  // form, and the blocks of an expert follow one another.
-  static std::byte* BlockAt(std::byte* staged, const Expert& expert, int64_t b, int64_t columns) {
-    return staged + expert.begin * MostStagedBytes(columns) +
-           expert.blocks.Begin(b) * Path::StagedBytes(expert.form, columns);
+  // The address of block b of an expert's tokens.
+  std::byte* BlockAt(const Staged& staged, const Expert& expert, int64_t b) const {
+    return staged.blocks + expert.begin * staged.bytes_per_pair +
+           expert.blocks.Begin(b) * path_.staged_bytes(expert.form, staged.columns);
   }
-  static int64_t MostStagedBytes(int64_t columns) {
+  int64_t MostStagedBytes(int64_t columns) const {
     int64_t most = 0;
     for (const StagedForm form : kStagedForms) {
-      most = std::max(most, Path::StagedBytes(form, columns));
+      most = std::max(most, path_.staged_bytes(form, columns));
     }
     return RoundUp(most, int64_t{AlignedBuffer::kCacheLine});
   }
@@ -353,7 +364,8 @@ class ForwardPass {
     return Product::Size(pairs, tokens) * int64_t{sizeof(float)};
   }
 
-  const Operator& op_;
+  const PackedExperts& weights_;
+  const ComputePath& path_;
   const ForwardArgs& args_;
   ThreadPool& pool_;
   Workspace& workspace_;
@@ -364,12 +376,24 @@ class ForwardPass {
   int64_t tokens_ = 0;
   // All experts read one block: the only token, which each expert gets once.
   bool shared_ = false;
-  std::byte* staged_ = nullptr;        // [pairs, hidden_size] in token blocks
-  std::byte* intermediate_ = nullptr;  // [pairs, intermediate_size] in token blocks
-  int64_t features_per_task_ = 1;      // in units of FeatureUnit() tiles
-  int64_t outputs_per_task_ = 1;       // in pairs of tiles
-  int64_t product_offset_ = 0;         // the layout of a thread's scratch is panel | product | sums
+  Staged hidden_;
+  Staged intermediate_;
+  int64_t features_per_task_ = 1;  // in units of FeatureUnit() tiles
+  int64_t outputs_per_task_ = 1;   // in pairs of tiles
+  int64_t product_offset_ = 0;     // the layout of a thread's scratch is panel | product | sums
   int64_t sums_offset_ = 0;
 };
+
+template <class Isa>
+void ForwardExperts(const PackedExperts& weights, const ComputePath& path, const ForwardArgs& args,
+                    ThreadPool& pool, Workspace& workspace) {
+  // Rounds bound the memory for staged activations, however long the prompt is.
+  constexpr int64_t kMaxRoundPairs = 16384;
+  const int64_t round = kMaxRoundPairs / std::clamp<int64_t>(args.routing.top_k, 1, kMaxRoundPairs);
+  ForwardPass<Isa> pass(weights, path, args, pool, workspace);
+  for (int64_t begin = 0; begin < args.tokens; begin += round) {
+    pass.Run(begin, std::min(begin + round, args.tokens));
+  }
+}
 
 }  // namespace cpumoe

@@ -1,7 +1,8 @@
 // MoeOperator: a layer's routed experts, for any weight format and ISA.
 //
-// The base class owns everything that formats share: checks, packing, export, routing, and the
-// compute paths. A derived operator (mxfp4_moe-inl.h, ...) only names its codec. The codec names
+// The base class connects what formats share (packed weights, export, the forward pass) with what
+// is compiled for the format: how tiles are packed (TileFormat), and the compute paths
+// (ComputePath). A derived operator (mxfp4_moe-inl.h, ...) only names its codec. The codec names
 // the weight format and turns a packed group into multiplicands:
 //
 //   template <class Isa> struct MyCodec { using Format = ...; Decode, GroupScales, FoldScales,
@@ -10,19 +11,17 @@
 //   template <class Isa> class MyMoe final : public MoeOperator<MyMoe<Isa>, Isa> { ... };
 #pragma once
 
-#include <algorithm>
 #include <array>
-#include <cstddef>
 #include <cstdint>
 #include <span>
-#include <type_traits>
 
 #include "base/check.h"
 #include "kernels/isa.h"
-#include "moe/forward_pass-inl.h"
+#include "moe/forward_pass.h"
 #include "moe/moe.h"
-#include "moe/packed_weights.h"
-#include "moe/unpack_expert-inl.h"
+#include "moe/packed_experts.h"
+#include "moe/unpack_expert.h"
+#include "packing/tile_format-inl.h"
 #include "paths/compute_paths-inl.h"
 
 namespace cpumoe {
@@ -46,7 +45,7 @@ class MoeOperator : public Moe {
       TileCodec<FloatCodecOf<Isa, Codec>, FloatIsaOf<Isa, Codec>>,
       "a codec must decode packed vectors and load group scales, on the ISA or Isa::Wide");
 
-  explicit MoeOperator(const MoeConfig& config) : weights_(config) {}
+  explicit MoeOperator(const MoeConfig& config) : weights_(kTileFormat<Isa, Format>, config) {}
 
   const MoeConfig& config() const final { return weights_.config(); }
   int64_t copy_bytes() const final { return weights_.copy_bytes(); }
@@ -55,32 +54,23 @@ class MoeOperator : public Moe {
     RequireWeights(expert);
     return weights_.stored(config().CopyOf(expert));
   }
-  const PackedWeights<Format>& weights() const { return weights_; }
-  const Codec& codec() const { return codec_; }
-
-  // Whether every product of a code and a scale of the copy is exact in the ISA's multiplicand
-  // type.
-  bool FoldsExactly(int64_t copy) const {
-    return cpumoe::FoldsExactly<Isa, Codec>(weights_.scales(copy));
-  }
 
   void Pack(int64_t expert, const ExpertSource& source, ThreadPool& pool) final {
     weights_.Pack(expert, source, pool);
   }
   void Evict(int64_t expert) final { weights_.Evict(expert); }
   int64_t UnpackTasks(std::span<const ExpertDestination> out) const final {
-    return ExpertUnpacker<Isa, Format>(weights_, out).tasks();
+    return ExpertUnpacker(weights_, out).tasks();
   }
   void Unpack(int64_t expert, std::span<const ExpertDestination> out, int64_t begin, int64_t end,
               ThreadPool& pool) const final {
-    const ExpertUnpacker<Isa, Format> unpacker(weights_, out);
+    const ExpertUnpacker unpacker(weights_, out);
     RequireWeights(expert);
     unpacker.Run(expert, begin, end, pool);
   }
   void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const final {
-    WithPath<Isa, Codec>(config().precision, args, [&]<class Path>(std::type_identity<Path>) {
-      Forward<Path>(args, pool, workspace);
-    });
+    ForwardExperts<Isa>(weights_, ComputePathOf<Isa, Codec>(config().precision, args), args, pool,
+                        workspace);
   }
 
  private:
@@ -88,21 +78,7 @@ class MoeOperator : public Moe {
     Require(HasWeights(expert), "expert ", expert, " has no weights to export; pack it first");
   }
 
-  static constexpr int64_t kMaxRoundPairs = 16384;
-
-  template <class Path>
-  void Forward(const ForwardArgs& args, ThreadPool& pool, Workspace& workspace) const {
-    // Rounds bound the memory for staged activations, however long the prompt is.
-    const int64_t round =
-        kMaxRoundPairs / std::clamp<int64_t>(args.routing.top_k, 1, kMaxRoundPairs);
-    ForwardPass<Isa, MoeOperator, Path> pass(*this, args, pool, workspace);
-    for (int64_t begin = 0; begin < args.tokens; begin += round) {
-      pass.Run(begin, std::min(begin + round, args.tokens));
-    }
-  }
-
-  PackedWeights<Format> weights_;
-  Codec codec_;
+  PackedExperts weights_;
 };
 
 }  // namespace cpumoe

@@ -17,6 +17,8 @@
 #include "formats/weight_format.h"
 #include "kernels/tile.h"
 #include "packing/raw_matrix.h"
+#include "packing/scale_range.h"
+#include "packing/tile_layout.h"
 #include "packing/transpose.h"
 
 namespace cpumoe {
@@ -33,27 +35,14 @@ constexpr Words SwapEvenOdd(Words words) {
   return words ^ moved ^ (moved << kDistance);
 }
 
-// The least and the greatest scale of a matrix, which decide whether scales fold into the
-// multiplicands exactly.
-struct ScaleRange {
-  float least = std::numeric_limits<float>::infinity();
-  float greatest = 0.0f;
-
-  // Whether all scales are so far from the ends of fp32's exponents that every format's products
-  // are normal numbers on every ISA.
-  bool IsUsual() const { return least >= 0x1p-100f && greatest <= 0x1p100f; }
-
-  void Merge(const ScaleRange& other) {
-    least = std::min(least, other.least);
-    greatest = std::max(greatest, other.greatest);
-  }
-};
-
-// The places of the tiles of an [rows, columns] matrix. The missing rows of the last tile repeat
-// the matrix's last row, so that results for them are finite. These results are ignored. Missing
-// columns of the last group are codes of zero, with the row's last scale.
 template <WeightFormat F>
-class PackedLayout {
+inline constexpr TileShape kTileShape = {.code_bits = F::kCodeBits,
+                                         .packed_depth = kPackedDepthOf<F>,
+                                         .scale_bytes = kBytesOfScale<PackedScaleOf<F>>};
+
+// Packs the tiles of a matrix.
+template <WeightFormat F>
+class PackedLayout : public TileLayout {
  public:
   using Geometry = TileGeometry<F::kCodeBits>;
   using Scale = typename F::Scale;
@@ -63,31 +52,10 @@ class PackedLayout {
                                        std::conditional_t<kScaleBytes == 2, uint16_t, uint32_t>>;
   static_assert(!HasScales<F> || sizeof(ScaleWord) == kScaleBytes);
 
-  // `interleaved` matrices of this shape take turns in memory, one tile of each.
-  PackedLayout(int64_t rows, int64_t columns, int interleaved = 1)
-      : rows_(rows),
-        columns_(columns),
-        groups_(GroupsOf(columns)),
-        distance_(interleaved * TileBytes()) {
+  // `layout` has kTileShape<F>.
+  explicit PackedLayout(const TileLayout& layout) : TileLayout(layout) {}
+  PackedLayout(int64_t rows, int64_t columns) : TileLayout(kTileShape<F>, rows, columns) {
     RequireWholeBytes<F>(columns, "columns");
-  }
-
-  int64_t rows() const { return rows_; }
-  int64_t columns() const { return columns_; }
-  int64_t groups() const { return groups_; }
-  int64_t tiles() const { return CeilDiv(rows_, kTileRows); }
-  // The bytes of one matrix.
-  int64_t bytes() const { return tiles() * TileBytes(); }
-  int64_t TileBytes() const {
-    return RoundUp(groups_ * Geometry::kGroupBytes + runs() * kTileRows * kScaleBytes,
-                   kVectorBytes);
-  }
-  // Packed scales of a row.
-  int64_t runs() const { return CeilDiv(groups_ * kGroupSize, int64_t{kPackedDepthOf<F>}); }
-
-  TileView Tile(const std::byte* packed, int64_t tile) const {
-    const std::byte* codes = packed + tile * distance_;
-    return {codes, codes + groups_ * Geometry::kGroupBytes};
   }
 
   // Packs rows [16 * tile, 16 * tile + 16) of `source`. For a scale that the format forbids, or a
@@ -105,7 +73,7 @@ class PackedLayout {
     }
     std::byte* out = const_cast<std::byte*>(view.codes);
     RowsToLanes<uint32_t>(codes, filled_groups() * Geometry::kGroupVectors, out, kSwap);
-    if (filled_groups() < groups_) {
+    if (filled_groups() < groups()) {
       PackLastGroup(codes, out + filled_groups() * Geometry::kGroupBytes);
     }
     return range;
@@ -113,10 +81,10 @@ class PackedLayout {
 
  private:
   // The row of the matrix in row r of a tile.
-  int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows_ - 1); }
+  int64_t RowOf(int64_t tile, int r) const { return std::min(tile * kTileRows + r, rows() - 1); }
 
   // Groups that rows fill.
-  int64_t filled_groups() const { return columns_ / kGroupSize; }
+  int64_t filled_groups() const { return columns() / kGroupSize; }
 
   // Packs the last group, which rows do not fill.
   void PackLastGroup(const std::byte* const (&codes)[kTileRows], std::byte* out) const {
@@ -125,7 +93,7 @@ class PackedLayout {
     constexpr auto kZeros = static_cast<std::byte>(F::kCodeBits == 4 ? kZero * 0x11 : kZero);
     static_assert(F::kCodeBits <= 8 || kZero == 0);
     const int64_t begin = filled_groups() * kRowBytes;
-    const int64_t count = columns_ * F::kCodeBits / 8 - begin;
+    const int64_t count = columns() * F::kCodeBits / 8 - begin;
     std::byte rows[kTileRows][kRowBytes];
     const std::byte* filled[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
@@ -189,7 +157,7 @@ class PackedLayout {
       return code;
     };
     Code greatest = 0;  // not a bool, so that compilers vectorise the loop
-    for (int64_t k = 0; k < columns_; ++k) {
+    for (int64_t k = 0; k < columns(); ++k) {
       greatest = std::max<Code>(greatest, code_at(k) & kMagnitude);
     }
     if (greatest < F::kNotFinite) return;
@@ -268,11 +236,6 @@ class PackedLayout {
                                           ": the checkpoint is damaged"));
     }
   }
-
-  int64_t rows_;
-  int64_t columns_;
-  int64_t groups_;
-  int64_t distance_;  // between successive tiles of one matrix, in bytes
 };
 
 }  // namespace cpumoe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats/integer_codes.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
@@ -23,5 +24,9 @@ struct ByteCodec {
     return FloatCodec::GroupScales(scales);
   }
 };
+
+// `Codec` is a ByteCodec.
+template <class Codec>
+inline constexpr ByteWeights kByteWeights = {.offset = Codec::kOffset, .unit = Codec::kUnit};
 
 }  // namespace cpumoe

@@ -1,16 +1,23 @@
 // The compute paths that an ISA takes for a format (path.h says what a path is).
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "formats/integer_codes.h"
 #include "kernels/isa.h"
-#include "packing/pack.h"
+#include "kernels/product.h"
+#include "kernels/tile.h"
+#include "packing/scale_range.h"
+#include "paths/compute_path.h"
 #include "paths/digit_path-inl.h"
 #include "paths/float_path-inl.h"
 #include "paths/int8_path-inl.h"
 #include "paths/kernel_options.h"
 #include "paths/mixed_path-inl.h"
+#include "paths/path.h"
 #include "paths/wide_path-inl.h"
 
 namespace cpumoe {
@@ -100,23 +107,9 @@ struct Int8PathTraits<Isa, Codec> {
 template <class Isa, class Codec>
 using Int8PathOf = typename Int8PathTraits<Isa, Codec>::Type;
 
-// Calls body(std::type_identity<Path>{}) for the path of a call with these ForwardArgs or
-// LinearArgs.
-template <class Isa, class Codec, class Args, class Body>
-void WithPath(Precision precision, [[maybe_unused]] const Args& args, Body&& body) {
-  if constexpr (HasInt8Path<Isa, Codec>) {
-    if (precision == Precision::kInt8) return body(std::type_identity<Int8PathOf<Isa, Codec>>{});
-  }
-  if constexpr (RoundsActivations<Isa>) {
-    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
-    if (exact) return body(std::type_identity<PrecisePathOf<Isa, Codec>>{});
-  }
-  body(std::type_identity<DefaultPathOf<Isa, Codec>>{});
-}
-
 // Whether every product of a code and one of these scales is exact in the ISA's multiplicand type.
 template <class Isa, class Codec>
-bool FoldsExactly(const ScaleRange& scales) {
+bool FoldsExactly([[maybe_unused]] const ScaleRange& scales) {
   using Format = typename Codec::Format;
   if constexpr (HasScales<Format> && !kAlwaysFolds<Codec, Isa>) {
     return Isa::FoldsExactly(scales.least * Format::kMinMagnitude,
@@ -124,6 +117,38 @@ bool FoldsExactly(const ScaleRange& scales) {
   } else {
     return true;
   }
+}
+
+template <class Isa, class Codec, PathFor<Codec> Path>
+  requires(Path::kBlockTokens <= kMostBlockTokens)
+inline constexpr ComputePath kComputePath = {
+    .few_token_limit = Path::kFewTokenLimit,
+    .most_few_tokens = Path::kMostFewTokens,
+    .block_tokens = Path::kBlockTokens,
+    .feature_tiles = Path::kFeatureTiles,
+    .panel_bytes = Path::kPanelBytes,
+    .dots = &Path::Dots,
+    .tiles_at_once = &Path::TilesAtOnce,
+    .staged_bytes = &Path::StagedBytes,
+    .form_for = &Path::FormFor,
+    .stage_rows = &Path::StageRows,
+    .stage_features = &Path::StageFeatures,
+    .multiply = [](std::span<const TilePair> w, StagedForm form, const std::byte* staged,
+                   std::byte* panel,
+                   const Product& c) { Path::Multiply(Codec{}, w, form, staged, panel, c); },
+    .folds_exactly = &FoldsExactly<Isa, Codec>};
+
+// The compute path of a call with these ForwardArgs or LinearArgs.
+template <class Isa, class Codec, class Args>
+const ComputePath& ComputePathOf(Precision precision, [[maybe_unused]] const Args& args) {
+  if constexpr (HasInt8Path<Isa, Codec>) {
+    if (precision == Precision::kInt8) return kComputePath<Isa, Codec, Int8PathOf<Isa, Codec>>;
+  }
+  if constexpr (RoundsActivations<Isa>) {
+    const bool exact = args.input_dtype == DType::kFp32 && !args.fp32_as_bf16;
+    if (exact) return kComputePath<Isa, Codec, PrecisePathOf<Isa, Codec>>;
+  }
+  return kComputePath<Isa, Codec, DefaultPathOf<Isa, Codec>>;
 }
 
 }  // namespace cpumoe

@@ -22,7 +22,7 @@
 #include "kernels/product.h"
 #include "kernels/token_blocks.h"
 #include "paths/byte_codec-inl.h"
-#include "staging/digits-inl.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
@@ -30,8 +30,8 @@ template <class Isa, class FloatCodec>
 class DigitPath {
   using Codec = ByteCodec<Isa, FloatCodec>;
   using Gemm = DigitGemm<Isa, Codec>;
-  using Stage = DigitStage<Codec>;
-  using Group = typename Stage::Group;
+  using Group = DigitGroup;
+  static_assert(kLeastDigitUnit * Codec::kUnit > 0.0f);
   static_assert(DigitIsa<Isa>, "an ISA that multiplies digits must say how their sums are added");
 
  public:
@@ -57,17 +57,13 @@ class DigitPath {
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {
-    const Stage stage(dtype);
-    VisitElements(dtype, x, [&](const auto* elements) {
-      for (int t = 0; t < tokens; ++t) {
-        stage.Row(elements + token[t] * row_stride, columns, GroupsOf(block) + t, tokens);
-      }
-    });
+    ByteStaging<Isa>::DigitRows(kByteWeights<Codec>, dtype, x, row_stride, token, tokens, columns,
+                                block);
   }
 
   static void StageFeatures(StagedForm, DType dtype, const float* h, int64_t first, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
-    Stage(dtype).Write(h, GroupsOf(block)[first / kGroupSize * tokens + t]);
+    ByteStaging<Isa>::DigitFeatures(kByteWeights<Codec>, dtype, h, first, t, tokens, block);
   }
 
   static void Multiply(const FloatCodec&, std::span<const TilePair> w, StagedForm,
@@ -120,7 +116,6 @@ class DigitPath {
   static const Group* GroupsOf(const std::byte* block) {
     return reinterpret_cast<const Group*>(block);
   }
-  static Group* GroupsOf(std::byte* block) { return reinterpret_cast<Group*>(block); }
 };
 
 }  // namespace cpumoe

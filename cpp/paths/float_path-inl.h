@@ -12,7 +12,7 @@
 #include "kernels/product.h"
 #include "kernels/tile_gemm-inl.h"
 #include "kernels/token_blocks.h"
-#include "staging/stage-inl.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
@@ -48,35 +48,19 @@ class FloatPath {
 
   static void StageRows(StagedForm form, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {
-    WithStep(form, [&](auto step) {
-      StageBlock<Isa, step>(dtype, x, row_stride, token, tokens, columns,
+    FloatStaging<Isa>::Rows(form, dtype, x, row_stride, token, tokens, columns,
                             reinterpret_cast<Activation*>(block));
-    });
   }
 
   static void StageFeatures(StagedForm form, DType, const float* h, int64_t first, int t,
                             int tokens, int64_t /*columns*/, std::byte* block) {
-    WithStep(form, [&](auto step) {
-      cpumoe::StageFeatures<Isa, step>(h, first, t, tokens, reinterpret_cast<Activation*>(block));
-    });
+    FloatStaging<Isa>::Features(form, h, first, t, tokens, reinterpret_cast<Activation*>(block));
   }
 
   static void Multiply(const Codec& codec, std::span<const TilePair> w, StagedForm form,
                        const std::byte* staged, std::byte* panel, const Product& c) {
     Gemm::Run(codec, w, form, reinterpret_cast<const Activation*>(staged),
               reinterpret_cast<typename Isa::Pair*>(panel), c);
-  }
-
- private:
-  static constexpr int kFusedStep = 2;
-
-  template <class Body>
-  static void WithStep(StagedForm form, Body&& body) {
-    if (Isa::kPanelStep != kFusedStep && form == StagedForm::kPanel) {
-      body(std::integral_constant<int, Isa::kPanelStep>{});
-    } else {
-      body(std::integral_constant<int, kFusedStep>{});
-    }
   }
 };
 

@@ -12,7 +12,7 @@
 #include "kernels/quad_gemm-inl.h"
 #include "kernels/token_blocks.h"
 #include "paths/byte_codec-inl.h"
-#include "staging/quantize-inl.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
@@ -20,7 +20,6 @@ template <class Isa, class FloatCodec>
 class Int8Path {
   using Codec = ByteCodec<Isa, FloatCodec>;
   using Gemm = QuadGemm<Isa, Codec>;
-  using Stage = QuadStage<Isa, Codec>;
 
  public:
   static constexpr int kFewTokenLimit = 0;  // not used: the number of blocks decides
@@ -49,15 +48,13 @@ class Int8Path {
 
   static void StageRows(StagedForm, DType dtype, const void* x, int64_t row_stride,
                         const int32_t* token, int tokens, int64_t columns, std::byte* block) {
-    const Stage stage(block, tokens, columns);
-    VisitElements(dtype, x, [&](const auto* elements) {
-      for (int t = 0; t < tokens; ++t) stage.Row(elements + token[t] * row_stride, t, columns);
-    });
+    ByteStaging<Isa>::QuadRows(kByteWeights<Codec>, dtype, x, row_stride, token, tokens, columns,
+                               block);
   }
 
   static void StageFeatures(StagedForm, DType, const float* h, int64_t first, int t, int tokens,
                             int64_t columns, std::byte* block) {
-    Stage(block, tokens, columns).Group(h, t, first / kGroupSize);
+    ByteStaging<Isa>::QuadFeatures(kByteWeights<Codec>, h, first, t, tokens, columns, block);
   }
 
   // Multiplies pair by pair. One-byte activations fit the L2 cache for as many tokens as matter, so

@@ -24,14 +24,6 @@ struct KernelOptions {
   bool batch_invariant = false;
   // Most tokens that the few-token kernels take. If negative, the path's own limit decides.
   int few_token_limit = -1;
-
-  // Most tokens that the few-token kernels of a path take.
-  template <class Path>
-  int FewTokenLimit() const {
-    // Batch invariance needs kernels that take any number of tokens.
-    if (batch_invariant) return Path::kFewTokenLimit == kAnyTokens ? kAnyTokens : 0;
-    return few_token_limit < 0 ? Path::kFewTokenLimit : few_token_limit;
-  }
 };
 
 }  // namespace cpumoe

@@ -57,9 +57,4 @@ concept PathFor = MultiplierFor<P, Codec> && requires(DType dtype, int64_t token
   { P::FormFor(dtype, tokens, /*few_token_limit=*/i) } -> std::same_as<StagedForm>;
 };
 
-// With at most so many tokens of a matrix, a call streams its weights.
-template <class Path>
-inline constexpr int kFewTokensOf =
-    std::max(Path::kBlockTokens, std::min(Path::kFewTokenLimit, kStreamedTokens));
-
 }  // namespace cpumoe

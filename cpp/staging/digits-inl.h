@@ -25,27 +25,26 @@
 #include "kernels/digit_gemm-inl.h"
 #include "kernels/tile.h"
 #include "staging/round_group-inl.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
-template <class Codec>
 class DigitStage {
  public:
-  using Group = DigitGroup;
-
   // `dtype` is the element type of the call.
-  explicit DigitStage(DType dtype) : may_have_few_(dtype == DType::kBf16) {}
+  DigitStage(const ByteWeights& weights, DType dtype)
+      : weights_(weights), may_have_few_(dtype == DType::kBf16) {}
 
   // Writes a row of `columns` activations of any element type. The row's groups are `stride` apart.
   template <class Element>
-  void Row(const Element* x, int64_t columns, Group* out, int64_t stride) const {
+  void Row(const Element* x, int64_t columns, DigitGroup* out, int64_t stride) const {
     ForGroups(x, columns,
               [=, this](const float* values, int64_t g) { Write(values, out[g * stride]); });
   }
 
   // Writes one group. A lone infinity is one times an infinite scale. With two infinities or a NaN,
   // the whole group is NaN.
-  void Write(const float* x, Group& out) const {
+  void Write(const float* x, DigitGroup& out) const {
     const float greatest = GreatestMagnitude(x);
     if (!IsFinite(greatest)) return WriteNotFinite(x, out);
     if (greatest < kLeast) return WriteTiny(x, greatest, out);
@@ -64,8 +63,6 @@ class DigitStage {
   // The unit is 2^-20 of the greatest magnitude. Below kLeast the unit may be subnormal, and one
   // over it infinite.
   static constexpr float kLeast = 0x1p-106f;
-  static constexpr float kLeastUnit = 0x1p-148f;
-  static_assert(kLeastUnit * Codec::kUnit > 0.0f);
 
   // Returns the value of the integer 1 in a group with this greatest magnitude, which is 2^-106 or
   // more.
@@ -77,7 +74,7 @@ class DigitStage {
   }
 
   // Writes a group below kLeast: multiplies it by a power of two before rounding.
-  static void WriteTiny(const float* x, float greatest, Group& out) {
+  void WriteTiny(const float* x, float greatest, DigitGroup& out) const {
     if (greatest == 0) {
       out = {.digits = {}, .scale = 0, .start = 0, .count = kFewDigits};
       return;
@@ -85,7 +82,7 @@ class DigitStage {
     constexpr float kLift = 0x1p64f;
     float lifted[kGroupSize];
     for (int i = 0; i < kGroupSize; ++i) lifted[i] = x[i] * kLift;
-    const float unit = std::max(Unit(greatest * kLift, kMostDigits), kLeastUnit * kLift);
+    const float unit = std::max(Unit(greatest * kLift, kMostDigits), kLeastDigitUnit * kLift);
     int32_t integers[kGroupSize];
     RoundToIntegers(lifted, 1.0f / unit, integers);
     WriteDigits<kMostDigits>(integers, unit / kLift, out);
@@ -102,7 +99,7 @@ class DigitStage {
     return sum - greatest < 2 * greatest;
   }
 
-  static void WriteNotFinite(const float* x, Group& out) {
+  void WriteNotFinite(const float* x, DigitGroup& out) const {
     int32_t integers[kGroupSize];
     int infinities = 0;
     bool nan = false;
@@ -119,7 +116,7 @@ class DigitStage {
   }
 
   template <int kDigits>
-  static void WriteDigits(const int32_t* integers, float unit, Group& out) {
+  void WriteDigits(const int32_t* integers, float unit, DigitGroup& out) const {
     int32_t sum = 0;
     for (int i = 0; i < kGroupSize; ++i) {
       sum += integers[i];
@@ -132,11 +129,12 @@ class DigitStage {
       }
       out.digits[0][i] = static_cast<int8_t>(rest);
     }
-    out.scale = unit * Codec::kUnit;
-    out.start = -Codec::kOffset * sum;
+    out.scale = unit * weights_.unit;
+    out.start = -weights_.offset * sum;
     out.count = kDigits;
   }
 
+  ByteWeights weights_;
   bool may_have_few_;
 };
 

@@ -12,14 +12,16 @@
 #include "kernels/quad_gemm-inl.h"
 #include "kernels/tile.h"
 #include "staging/round_group-inl.h"
+#include "staging/staging.h"
 
 namespace cpumoe {
 
-template <class Isa, class Codec>
+template <class Isa>
 class QuadStage {
  public:
   // `block` is the memory for `tokens` tokens of `columns` activations each.
-  QuadStage(std::byte* block, int tokens, int64_t columns) : tokens_(tokens) {
+  QuadStage(const ByteWeights& weights, std::byte* block, int tokens, int64_t columns)
+      : weights_(weights), tokens_(tokens) {
     const QuadBlock at = QuadBlock::At(block, tokens, PaddedColumns(columns), kGroupSize);
     quads_ = const_cast<int8_t*>(at.quads);
     scales_ = const_cast<float*>(at.scales);
@@ -59,10 +61,11 @@ class QuadStage {
     for (int k = 0; k < kGroupSize; k += kQuadDepth, out += kQuadDepth * tokens_) {
       std::memcpy(out, quads + k, kQuadDepth);
     }
-    scales_[group * tokens_ + t] = scale * Codec::kUnit;
-    starts_[group * tokens_ + t] = StartOf<Isa, Codec>(quads);
+    scales_[group * tokens_ + t] = scale * weights_.unit;
+    starts_[group * tokens_ + t] = StartOf<Isa>(weights_.offset, quads);
   }
 
+  ByteWeights weights_;
   int tokens_;
   int8_t* quads_;
   float* scales_;

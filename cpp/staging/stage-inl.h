@@ -65,14 +65,6 @@ void StageBlock(const Element* x, int64_t row_stride, const int32_t* token, int 
   }
 }
 
-template <class Isa, int kStep>
-void StageBlock(DType dtype, const void* x, int64_t row_stride, const int32_t* token, int tokens,
-                int64_t columns, typename Isa::Activation* out) {
-  VisitElements(dtype, x, [&](const auto* elements) {
-    StageBlock<Isa, kStep>(elements, row_stride, token, tokens, columns, out);
-  });
-}
-
 // Stores the features of a tile, kTileRows successive k, of token t, beginning with k = first.
 template <class Isa, int kStep>
 void StageFeatures(const float* values, int64_t first, int t, int tokens,

@@ -27,7 +27,10 @@ MAY_INCLUDE = {
     "moe": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
     "linear": {"base", "threading", "formats", "kernels", "packing", "staging", "paths"},
     "attention": {"base", "threading", "kernels", "packing", "staging", "paths"},
-    "variant": {"base", "threading", "formats", "kernels", "packing", "moe", "linear", "attention"},
+    "variant": {
+        *("base", "threading", "formats", "kernels", "packing", "staging", "moe", "linear"),
+        "attention",
+    },
     "dispatch": {"base", "threading", "variant"},
     "engine": {"base", "threading", "variant", "dispatch", "moe", "linear", "attention"},
     "streams": {"base", "threading", "moe", "engine"},
