@@ -1,0 +1,1 @@
+// The headers of this target are precompiled (CMakeLists.txt). A target needs a file.
