@@ -5,9 +5,10 @@
 #include "capi_test.h"
 
 const Format kMxfp4 = {
-    "mxfp4", 1, {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6}};
+    "mxfp4", 1, {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6},
+    CPUMOE_SCALE_OWN};
 #define INTEGERS {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}
-const Format kInt4 = {"int4", 2, INTEGERS};
+const Format kInt4 = {"int4", 2, INTEGERS, CPUMOE_SCALE_OWN};
 const Format kInt4Fp16 = {"int4", 2, INTEGERS, CPUMOE_SCALE_FP16};
 
 const cpumoe_glu kPlain = {.alpha = 1};

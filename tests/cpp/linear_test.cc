@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "cpp/all_formats.h"
 #include "cpp/isa_test.h"
 #include "cpp/message_of.h"
@@ -223,8 +224,8 @@ TEST_P(LinearTest, WhatDoesNotFitIsRefused) {
   VisitFormat(format(), [&]<class F>(F) {
     if (F::kCodeBits >= 8) return;
     EXPECT_EQ(message([&] { Empty({64, 33, false, {}}); }),
-              std::string(F::kName) +
-                  ": in_features must be a multiple of 2, because a byte has 2 codes, got 33");
+              Message(F::kName,
+                      ": in_features must be a multiple of 2, because a byte has 2 codes, got 33"));
   });
   const auto matrix = TestMatrix::Random(format(), 32, 64, rng_);
   SerialPool pool;

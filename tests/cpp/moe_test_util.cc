@@ -68,7 +68,7 @@ TestLayer::TestLayer(const std::string& format, const LayerSpec& spec, uint64_t 
 
 ExpertSource TestLayer::Source(int64_t expert) const {
   const std::array<TestMatrix, 3>& m = matrices_[expert];
-  ExpertSource source = {.up = m[1].View(), .down = m[2].View()};
+  ExpertSource source = {.gate = {}, .up = m[1].View(), .down = m[2].View()};
   if (config_.glu.gated) source.gate = m[0].View();
   if (config_.has_bias) {
     if (config_.glu.gated) source.gate_bias = biases_[expert][0].data();

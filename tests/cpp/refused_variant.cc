@@ -16,7 +16,11 @@ extern "C" __attribute__((visibility("default"))) const cpumoe::VariantApi* cpum
 #ifndef CPUMOE_TEST_OTHER_ISA
   abort();  // must not be called
 #endif
-  static const cpumoe::VariantApi api = {
-      .isa = "sse9", .num_formats = 0, .formats = nullptr, .read = nullptr, .copy = nullptr};
+  static const cpumoe::VariantApi api = {.isa = "sse9",
+                                         .num_formats = 0,
+                                         .formats = nullptr,
+                                         .read = nullptr,
+                                         .copy = nullptr,
+                                         .attend = nullptr};
   return &api;
 }
