@@ -77,6 +77,15 @@ def test_weights_of_an_fp32_model_are_not_rounded(host):
         )
 
 
+def test_memory_that_is_given_back_is_free(host):
+    """Pages that are free read as zeros; the rest of the tensor stays."""
+    module = RoutedExperts(None)
+    whole = module.w13_weight.data.fill_(1)
+    module.quant_method._arriving._give_back(3)
+    assert not whole[:2].any()
+    assert whole[3].all()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -176,7 +176,9 @@ class ArrivingExperts:
     def _filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Returns a tensor of one value. Zeros take no memory before something else is written."""
         count = math.prod(shape)
-        memory = self._memory[name] = mmap.mmap(-1, count * dtype.itemsize)
+        # Pages of shared memory, Python's default, could not be given back.
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory[name] = memory
         tensor = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
         fill = self._kinds[name].fill
         return tensor.fill_(fill) if fill else tensor
