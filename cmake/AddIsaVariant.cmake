@@ -142,8 +142,8 @@ endfunction()
 #
 # All parts of a format share a translation unit, because compiling the format's kernels takes
 # longer than anything else. Only these translation units get the ISA's flags. Besides them, the
-# build id and cpumoe_variant_common are linked into the library. The latter is compiled once, for
-# any CPU of the architecture.
+# build id and cpumoe_variant_common are linked into the library. cpumoe_variant_common is compiled
+# once, for any CPU of the architecture.
 function(cpumoe_add_isa_variant isa)
     set(target cpumoe_variant_${isa})
     set(folder ${CPUMOE_GENERATED_DIR}/${target})

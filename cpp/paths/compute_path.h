@@ -19,14 +19,12 @@ namespace cpumoe {
 // Most tokens of a staged block of any path.
 inline constexpr int kMostBlockTokens = 64;
 
-// The fields are what the concepts MultiplierFor and PathFor describe.
+// Most fields are what the concepts MultiplierFor and PathFor describe.
 struct ComputePath {
   int few_token_limit;
-  int most_few_tokens;
   int block_tokens;
   int feature_tiles;
   int64_t panel_bytes;
-  int64_t (*dots)(int64_t rounds);
   int (*tiles_at_once)(StagedForm form, const TokenBlocks& blocks);
   int64_t (*staged_bytes)(StagedForm form, int64_t columns);
   StagedForm (*form_for)(DType dtype, int64_t tokens, int few_token_limit);

@@ -123,11 +123,9 @@ template <class Isa, class Codec, PathFor<Codec> Path>
   requires(Path::kBlockTokens <= kMostBlockTokens)
 inline constexpr ComputePath kComputePath = {
     .few_token_limit = Path::kFewTokenLimit,
-    .most_few_tokens = Path::kMostFewTokens,
     .block_tokens = Path::kBlockTokens,
     .feature_tiles = Path::kFeatureTiles,
     .panel_bytes = Path::kPanelBytes,
-    .dots = &Path::Dots,
     .tiles_at_once = &Path::TilesAtOnce,
     .staged_bytes = &Path::StagedBytes,
     .form_for = &Path::FormFor,
