@@ -10,6 +10,7 @@ from moe_tools import output_of, output_with_torch
 from torch import nn
 
 from cpumoe import _core
+from cpumoe._base import openmp
 from cpumoe.cli import host_threads
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -34,14 +35,14 @@ def seven_threads(monkeypatch):
 
 def test_waiting_is_bounded_before_openmp_is_loaded():
     settings = {}
-    host_threads.bound_waiting(settings)
+    openmp.bound_waiting(settings)
     assert settings == {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_waiting_that_the_user_has_decided_stays(name):
     settings = {name: "7"}
-    host_threads.bound_waiting(settings)
+    openmp.bound_waiting(settings)
     assert settings == {name: "7"}
 
 

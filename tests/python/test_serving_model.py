@@ -153,7 +153,9 @@ def test_a_disconnect_stops_the_model(server, model, monkeypatch):
     # Without this, the random model may end before its first piece of text.
     body = {"prompt": "Once", "max_tokens": 500, "stream": True, "ignore_eos": True}
     with server.http.stream("POST", "/v1/completions", json=body) as reply:
-        chunks = reply.iter_raw()  # a name, because an iterator that is collected closes the connection
+        chunks = (
+            reply.iter_raw()
+        )  # a name, because an iterator that is collected closes the connection
         next(chunks)
         assert not results
     wait_for(lambda: results)

@@ -1,6 +1,7 @@
 """How cpumoe's plugin for vLLM starts: which vLLM it takes, its settings, and a worker's CPUs."""
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import vllm_tools
 from moe_tools import output_with_torch, refused
 
+from cpumoe._base import openmp
 from cpumoe.integrations import vllm as plugin
 from cpumoe.integrations.vllm import settings
 
@@ -89,6 +91,18 @@ def test_registration_never_stops_vllm(monkeypatch):
     assert line.startswith("cpumoe computes nothing here: this vLLM has other classes")
     with refused(ValueError, "CPUMOE_VLLM: expected 0 or 1, got 'yes'"):
         plugin.why_not("yes")
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_workers_threads_spin_briefly(monkeypatch, switch):
+    vllm_tools.install(monkeypatch)
+    monkeypatch.setattr(openmp, "_set_by_cpumoe", set())
+    for name in openmp.WAITING_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that the variable is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(plugin.SWITCH, switch)
+    plugin.register()
+    assert os.environ.get("GOMP_SPINCOUNT") == {"0": None, "1": "10000"}[switch]
 
 
 def test_metadata_names_the_plugin():

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cpumoe import __version__
+from cpumoe._base import openmp
 from cpumoe.cli import (
     bench,
     chat,
@@ -18,7 +19,6 @@ from cpumoe.cli import (
     evaluate,
     generate,
     help_text,
-    host_threads,
     info,
     inspect_model,
     placement,
@@ -88,7 +88,7 @@ def _root(
 
 def main() -> None:
     """Runs the command line; the entry point of the ``cpumoe`` script."""
-    host_threads.bound_waiting()
+    openmp.bound_waiting()
     try:
         with standard_streams():
             app()

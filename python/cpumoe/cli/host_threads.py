@@ -1,14 +1,12 @@
-"""PyTorch's threads: how many there are, and how they wait for each other.
+"""PyTorch's threads in commands: how many there are, and how they wait for each other.
 
-cpumoe computes experts on threads of its own; the host's dense matrices run on PyTorch's OpenMP
-threads. An OpenMP thread that waits for another one spins, by default for milliseconds. As long as
-every thread has a core, spinning costs nothing. When another process takes one of the cores, the
-spinning threads keep the others busy, and each of a token's hundreds of parallel regions waits for
-the system's scheduler. Decoding becomes ten to forty times slower.
+When another process takes one of the cores, spinning threads (see `cpumoe._base.openmp`) keep the
+others busy, and each of a token's hundreds of parallel regions waits for the system's scheduler.
+Decoding becomes ten to forty times slower.
 
 Two decisions bound this loss:
 
-- A spin ends after `_SPINS` rounds, long enough for the gap between two operations of a model.
+- Spins are short.
 - If the weights that PyTorch multiplies are small (`_SMALL_BYTES`), PyTorch decodes on one thread,
   which waits for no other. A barrier costs more than a second thread saves. Weights are small when
   cpumoe computes dense layers as well. Prompts are read on all threads.
@@ -19,50 +17,20 @@ The environment's variables, which the user sets, take precedence over both.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from cpumoe._base import openmp
 
 if TYPE_CHECKING:
     import torch
 
-# Rounds of GNU OpenMP's waiting loop, about 100 us. GNU OpenMP's default is 300,000.
-_SPINS = "10000"
-# Milliseconds that the OpenMP of LLVM and Intel spins. The default of both is 200.
-_BLOCKTIME = "1"
-_DEFAULTS = {"GOMP_SPINCOUNT": _SPINS, "KMP_BLOCKTIME": _BLOCKTIME}
-# With any of these the user has decided how threads wait.
-_WAITING_VARIABLES = ("OMP_WAIT_POLICY", *_DEFAULTS)
 # With any of these the user has decided how many threads there are.
 _COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 # A call of fewer tokens counts as decoding.
 _PROMPT_TOKENS = 32
 # One core reads 16 MiB in about a millisecond, less than Python takes for the same token.
 _SMALL_BYTES = 16 << 20
-
-# Names in a mapped library's file name, and the variable that bounds how long its threads spin.
-_OPENMP_LIBRARIES = {
-    "libgomp": ("GNU OpenMP", "GOMP_SPINCOUNT"),
-    "libiomp5": ("Intel OpenMP", "KMP_BLOCKTIME"),
-    "libomp": ("LLVM OpenMP", "KMP_BLOCKTIME"),
-}
-
-_set_by_cpumoe: set[str] = set()
-
-
-def bound_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Bounds how long OpenMP's threads spin, unless the user has decided.
-
-    This must be called before PyTorch is imported: OpenMP reads the environment as it is loaded.
-    """
-    if any(name in environment for name in _WAITING_VARIABLES):
-        return
-    environment.update(_DEFAULTS)
-    _set_by_cpumoe.update(_DEFAULTS)
-
-
-def inherited_environment() -> dict[str, str]:
-    """Returns this process' variables as they were before `bound_waiting`, for other programs."""
-    return {name: value for name, value in os.environ.items() if name not in _set_by_cpumoe}
 
 
 def choose_threads(
@@ -142,7 +110,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     counting = next((name for name in _COUNT_VARIABLES if name in os.environ), None)
-    library, waiting = _openmp()
+    library, waiting = openmp.in_force()
     return {
         "threads": torch.get_num_threads() if counting else _default_threads(),
         "threads_variable": counting,
@@ -156,24 +124,3 @@ def _default_threads() -> int:
     from cpumoe import _core
 
     return int(_core.topology().default_threads)
-
-
-def _openmp() -> tuple[str | None, dict[str, str] | None]:
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            mapped = {line.rsplit("/", 1)[-1] for line in maps if "/" in line}
-    except OSError:
-        return None, None
-    for prefix, (name, bound) in _OPENMP_LIBRARIES.items():
-        if any(file.startswith(prefix) for file in mapped):
-            return name, _waiting(bound)
-    return None, None
-
-
-def _waiting(bound: str) -> dict[str, str] | None:
-    # A library's own variable takes precedence over OpenMP's general one.
-    for name in (bound, "OMP_WAIT_POLICY"):
-        if name in os.environ:
-            origin = "cpumoe" if name in _set_by_cpumoe else "environment"
-            return {"variable": name, "value": os.environ[name], "set_by": origin}
-    return None

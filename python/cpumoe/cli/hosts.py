@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.table import Table
 
-from cpumoe.cli import console, host_threads, sglang_host, sglang_plan
+from cpumoe._base import openmp
+from cpumoe.cli import console, sglang_host, sglang_plan
 from cpumoe.integrations import vllm
 from cpumoe.integrations.host_versions import TRANSFORMERS_MAJOR, TRANSFORMERS_MINORS
 
@@ -140,7 +141,7 @@ def _ask(host: Host) -> dict[str, str]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", host_check.SCRIPT, host.package],
-            env={**host_threads.inherited_environment(), **host.variables()},
+            env={**openmp.inherited_environment(), **host.variables()},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

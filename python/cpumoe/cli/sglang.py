@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cpumoe.cli import console, host_threads
+from cpumoe._base import openmp
+from cpumoe.cli import console
 from cpumoe.cli.errors import BAD_INPUT, InputError, reported
 from cpumoe.cli.options import TracebackOption, value_option
 
@@ -132,4 +133,4 @@ def _run(line: Sequence[str], plan: Plan) -> None:
     """Becomes the server, which then gets this process' signals and returns its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(line[0], list(line), {**host_threads.inherited_environment(), **plan.environment})
+    os.execve(line[0], list(line), {**openmp.inherited_environment(), **plan.environment})

@@ -15,6 +15,8 @@ import importlib
 import os
 import re
 
+from cpumoe._base import openmp
+
 # Minor versions of vLLM's build for CPUs. Tests have run 0.32. 0.33 is expected to fit.
 VERSIONS = ("0.32", "0.33")
 SWITCH = "CPUMOE_VLLM"
@@ -24,6 +26,8 @@ _inactive: str | None = None
 
 def register() -> None:
     """Makes vLLM compute routed experts with cpumoe in this process.
+
+    It also bounds how long OpenMP's threads spin in vLLM's workers, which start later.
 
     vLLM stays as it is, after one line in its log, if its version is another one, if it is built
     for a GPU, or with ``CPUMOE_VLLM=0``.
@@ -43,6 +47,8 @@ def register() -> None:
             )
     _inactive = reason
     if reason is None:
+        # vLLM's workers are new processes, which import PyTorch with these variables.
+        openmp.bound_waiting()
         log.info("cpumoe computes routed experts in the formats that it has")
     else:
         log.info("cpumoe computes nothing here: %s", reason)
