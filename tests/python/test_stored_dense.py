@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_tools import edit_config, edit_tensors
+from dense_tools import our_layers
 from moe_tools import PEAK_MEMORY, output_with_torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,7 +34,7 @@ def load(folder, chosen="native", dtype=torch.float32):
 
 
 def formats(model):
-    return {name: m.format for name, m in model.named_modules() if isinstance(m, cpumoe.Linear)}
+    return {name: layer.format for name, layer in our_layers(model).items()}
 
 
 def logits(model):

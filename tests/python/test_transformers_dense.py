@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from dense_tools import our_layers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +38,7 @@ def load(folder, chosen="native", dtype=torch.float32):
 
 
 def linears(model):
-    return {name for name, m in model.named_modules() if isinstance(m, cpumoe.Linear)}
+    return {*our_layers(model)}
 
 
 def relative_error(actual, expected):
@@ -54,6 +55,8 @@ def test_fp32_logits_and_tokens_are_the_hosts(folder):
     done = model.hf_quantizer.dense_layers
     assert linears(model) == set(done.ours)
     assert "lm_head" in done.ours
+    grouped = {n for n, m in host.named_modules() if type(m).__name__ == "DeepseekV4GroupedLinear"}
+    assert grouped <= linears(model)
     assert any("self_attn" in name for name in done.ours)
     assert relative_error(logits(model), logits(host)) < 1e-5
     settings = {"max_new_tokens": 12, "do_sample": False}

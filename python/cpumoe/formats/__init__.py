@@ -11,10 +11,10 @@ from cpumoe.formats.fp16 import FP16
 from cpumoe.formats.int4 import INT4
 from cpumoe.formats.mxfp4 import MXFP4
 from cpumoe.formats.nvfp4 import NVFP4
-from cpumoe.formats.quantized_matrix import QuantizedMatrix
+from cpumoe.formats.quantized_matrix import QuantizedMatrix, stacked_rows
 from cpumoe.formats.weight_format import WeightFormat
 
-__all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "weight_format"]
+__all__ = ["WEIGHT_FORMATS", "QuantizedMatrix", "WeightFormat", "stacked_rows", "weight_format"]
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     row.name: row for row in (MXFP4, INT4, BF16, FP16, FP8, NVFP4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,3 +115,48 @@ class QuantizedMatrix:
                 f"begin with a block, got rows {rows.start} to {rows.stop} in steps of {rows.step}"
             )
         return QuantizedMatrix(self.codes[index], self.scales[first : last + 1], factor)
+
+
+def stacked_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
+    """Returns a matrix with the rows of several, one matrix after the other, in new tensors.
+
+    Args:
+        matrices: one or more matrices ``[N, K]`` of one format.
+
+    Returns:
+        The matrix; None: no matrix has all these rows as they are. K, groups of scales, dtypes or
+        factors then differ, or a matrix before the last ends within a block that shares a scale.
+    """
+    first = matrices[0]
+    for each in matrices[1:]:
+        same = each.shape[-1] == first.shape[-1] and each.codes.dtype == first.codes.dtype
+        if not same or not _equal_kinds(each.scales, first.scales):
+            return None
+        if each.scale_grid != first.scale_grid or not _equal(each.factor, first.factor):
+            return None
+    grid = first.scale_grid
+    if grid is not None and any(each.shape[0] % grid[0] for each in matrices[:-1]):
+        return None
+    codes = _joined([each.codes for each in matrices])
+    scales = None if grid is None else _joined([each.given_scales for each in matrices])
+    return QuantizedMatrix(codes, scales, first.factor)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    dtype = tensors[0].dtype
+    if dtype.itemsize > 1:
+        return torch.cat([*tensors])
+    # PyTorch joins bytes, but not numbers of every narrow dtype.
+    return torch.cat([each.view(torch.uint8) for each in tensors]).view(dtype)
+
+
+def _equal_kinds(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and one.shape[-1] == other.shape[-1]
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

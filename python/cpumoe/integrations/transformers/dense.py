@@ -1,9 +1,10 @@
 """Gives a model's dense layers to cpumoe: attention's projections, shared experts, the head.
 
-A module is replaced if nothing but its product is used. It must be exactly a `torch.nn.Linear`,
-without hooks, whose weights belong to it alone and have a format that holds them. The model then
-reads two tokens and writes two, while each such module notes that it is called, and whether anybody
-looks at its weights. All other modules stay the host's. Therefore no list of model types is needed.
+A module is replaced if nothing but its product is used. It must be exactly a `torch.nn.Linear`, or
+of a derived class that multiplies parts of its input (`grouped_dense`). It must have no hooks, and
+its weights must belong to it alone and have a format that holds them. The model then reads two
+tokens and writes two, while each such module notes that it is called, and whether anybody looks at
+its weights. All other modules stay the host's. Therefore no list of model types is needed.
 
 Modules whose weights the checkpoint stores quantized are packed as stored before that
 (`stored_dense`). Those that the trial refuses get the weights that the host would have dequantized.
@@ -26,6 +27,7 @@ from cpumoe._base.progress import track
 from cpumoe._base.tensors import dtype_name
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.formats import weight_format
+from cpumoe.integrations.transformers.grouped_dense import groups_of, pack_groups
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
 from cpumoe.integrations.transformers.trial import let_model_write
@@ -118,7 +120,8 @@ def swap_dense(model: nn.Module, options: ExpertsOptions, *, warns: bool = True)
         else:
             format = None if dense == NATIVE else dense
             matrix, format = stored_weights(module, format, f"{name}.weight")
-            layer = cpumoe.Linear(matrix, format=format, bias=module.bias, options=options)
+            groups, bias = groups_of(module), module.bias
+            layer = pack_groups(matrix, groups, format=format, bias=bias, options=options)
         _put(model, name, layer)
         done.ours.append(name)
     _keep_size(model)
@@ -189,6 +192,16 @@ class _Watched(nn.Linear):
             del self.__dict__["_computes"]
 
 
+def _watch(module: nn.Linear) -> None:
+    own = type(module)
+    # `_Watched` comes first, and calls what the module's own class computes.
+    module.__class__ = type(own.__name__, (_Watched, own), {"__module__": own.__module__})
+
+
+def _unwatch(module: nn.Linear) -> None:
+    module.__class__ = type(module).__bases__[1]
+
+
 def _other_uses(
     model: nn.Module, modules: Mapping[str, nn.Linear | StoredLinear]
 ) -> tuple[dict[str, str], str]:
@@ -204,7 +217,7 @@ def _other_uses(
         if isinstance(module, StoredLinear):
             module.forget()
         else:
-            module.__class__ = _Watched
+            _watch(module)
     refused = ""
     try:
         let_model_write(model)
@@ -226,7 +239,7 @@ def _seen(module: nn.Linear | StoredLinear) -> tuple[bool, bool]:
     """Ends a module's trial. Returns whether its weights were looked at, and whether it ran."""
     if isinstance(module, StoredLinear):
         return module.looked_at, module.called
-    module.__class__ = nn.Linear
+    _unwatch(module)
     return _took(module, "_used"), _took(module, "_called")
 
 
@@ -248,7 +261,7 @@ def _users(model: nn.Module) -> Counter[int]:
 def _obstacle(module: nn.Linear, users: Counter[int]) -> str:
     """Returns why a module must stay the host's, whatever its weights are; empty if it need not."""
     weight = module.weight
-    if type(module) is not nn.Linear:
+    if not groups_of(module):
         return f"it is a {type(module).__name__}"
     if any(users[id(parameter)] > 1 for parameter in module.parameters()):
         return "it shares its weights with another module"

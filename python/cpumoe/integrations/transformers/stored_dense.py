@@ -30,6 +30,12 @@ from cpumoe._base.progress import track
 from cpumoe.checkpoint import ExpertReader
 from cpumoe.checkpoint.dense_matrices import StoredMatrix, has_known_blocks, stored_matrix
 from cpumoe.formats import weight_format
+from cpumoe.integrations.transformers.grouped_dense import (
+    GroupedLinear,
+    groups_of,
+    pack_groups,
+    split_rows,
+)
 from cpumoe.integrations.transformers.options import NATIVE, ExpertsOptions
 from cpumoe.integrations.transformers.swap import EXPERT_KEYS
 
@@ -50,11 +56,12 @@ class StoredLinear(nn.Module):
         """Takes the place of a module, whose bias it keeps."""
         super().__init__()
         self.in_features, self.out_features = module.in_features, module.out_features
+        self._host = [module]  # in a list, because it is no part of the model
         self.stored: StoredMatrix | None = stored
         self.format = stored.format
         self.register_parameter("bias", module.bias)
         self._dtype = module.weight.dtype
-        self._layer: list[cpumoe.Linear] = []  # in a list, because it is no part of the model
+        self._layer: list[cpumoe.Linear | GroupedLinear] = []
         self._is_hf_initialized = True
         self.forget()
 
@@ -67,28 +74,25 @@ class StoredLinear(nn.Module):
         assert self.stored is not None
         matrix, format = self.stored
         self.stored = None
-        bias = self._parameters["bias"]
-        self._layer.append(cpumoe.Linear(matrix, format=format, bias=bias, options=options))
+        bias, groups = self._parameters["bias"], groups_of(self._host[0])
+        layer = pack_groups(matrix, groups, format=format, bias=bias, options=options)
+        self._layer.append(layer)
 
     @property
-    def layer(self) -> cpumoe.Linear:
+    def layer(self) -> cpumoe.Linear | GroupedLinear:
         """The packed layer."""
         return self._layer[0]
 
     def of_the_host(self) -> nn.Linear:
         """Returns the module that transformers would have loaded, with dequantized weights."""
-        bias = self._parameters["bias"]
-        with torch.device("meta"):
-            module = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+        module = self._host[0]
         module.weight = nn.Parameter(self._dequantized())
-        module.register_parameter("bias", bias)
+        module.register_parameter("bias", self._parameters["bias"])
         return module.train(self.training)
 
     def _dequantized(self) -> torch.Tensor:
         if not self._layer:  # transformers initializes weights that it has not read
-            return torch.empty(
-                self.out_features, self.in_features, dtype=self._dtype, device="meta"
-            )
+            return torch.empty_like(self._host[0].weight, device="meta")
         with torch.inference_mode(False), torch.no_grad():
             matrix = self.layer.export()
             return weight_format(self.format).dense(matrix).to(self._dtype)
@@ -136,7 +140,9 @@ def take_stored(
         module = modules[wanted[key]]
         shape = module.out_features, module.in_features
         stored = stored_matrix(reader.folder, tensors, shape)
-        if stored is not None and dense in (NATIVE, stored.format):
+        if stored is None or split_rows(stored.matrix, groups_of(module)) is None:
+            continue
+        if dense in (NATIVE, stored.format):
             taken[wanted[key]] = StoredLinear(module, stored)
     for name, replacement in taken.items():
         path, _, child = name.rpartition(".")
