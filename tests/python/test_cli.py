@@ -19,7 +19,7 @@ from cpumoe.measure import validation
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
 COMMANDS = (
-    *("info", "inspect", "synth", "validate", "bench"),
+    *("info", "inspect", "synth", "validate", "bench", "bench-model"),
     *("generate", "eval", "chat", "serve", "sglang", "placement", "demo"),
 )
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "validate": ("MODEL", "--isa", "generic", "--tokens", 1),
     "bench": ("--model", "MODEL", "--tokens", 1, "--seconds", 0, "--rounds", 1),
     "generate": ("-p", "café …", "--max-tokens", 2),
+    "bench-model": ("--contexts", 4, "--new-tokens", 1, "--rounds", 1),
     "eval": ("--text", "TEXT"),
     "chat": ("--max-tokens", 2),
     "demo": TINY_DEMO,

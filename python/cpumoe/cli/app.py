@@ -14,6 +14,7 @@ from cpumoe import __version__
 from cpumoe._base import openmp
 from cpumoe.cli import (
     bench,
+    bench_model,
     chat,
     demo,
     evaluate,
@@ -52,6 +53,7 @@ for _name, _module in {
     "synth": synth,
     "validate": validate,
     "bench": bench,
+    "bench-model": bench_model,
     "generate": generate,
     "eval": evaluate,
     "chat": chat,

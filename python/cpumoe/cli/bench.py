@@ -179,7 +179,7 @@ def command(
         old = None if output.compare is None else bench_compare.read(output.compare)
         if not 0 <= seconds <= _MOST_SECONDS:  # nor NaN
             raise InputError(f"--seconds: expected 0 to {_MOST_SECONDS:g}, got {seconds}")
-        _require_writable(output.json, output.plot)
+        require_writable(output.json, output.plot)
         if output.plot is not None:
             bench_plot.require(output.plot)
         variants = _variants(isa, precision)
@@ -380,7 +380,7 @@ def _runtime(threads: int | None) -> Runtime:
     return default_runtime() if threads is None else Runtime(threads)
 
 
-def _require_writable(*paths: Path | None) -> None:
+def require_writable(*paths: Path | None) -> None:
     """Refuses files that cannot be written, before minutes are spent on their content."""
     for path in paths:
         if path is None or path == Path("-"):
