@@ -32,6 +32,7 @@ def test_the_document(folder):
     document = json.loads(succeed("bench-model", folder, *QUICK, "--json", "-"))
     settings = document["settings"]
     assert settings["new_tokens"] == 3
+    assert settings["attention_modules"] == tiny_models.LAYERS
     assert settings["dtype"] == "bfloat16"
     assert [row["context"] for row in document["rows"]] == [5, 9]
     for row in document["rows"]:

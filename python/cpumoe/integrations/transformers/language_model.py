@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import cpumoe
 from cpumoe import embedded
+from cpumoe.integrations.transformers.attention import AttentionModules
 from cpumoe.integrations.transformers.chat_template import render_chat
 from cpumoe.integrations.transformers.continuation import Continuations
 from cpumoe.integrations.transformers.decoding import decode
@@ -149,6 +150,12 @@ class LanguageModel:
         """What became of the model's dense layers."""
         quantizer = getattr(self.model, "hf_quantizer", None)
         return getattr(quantizer, "dense_layers", None) or DenseLayers()
+
+    @property
+    def attention_modules(self) -> AttentionModules:
+        """What became of the model's attention."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        return getattr(quantizer, "attention_modules", None) or AttentionModules()
 
     @property
     def name(self) -> str:
