@@ -106,6 +106,7 @@ class Experts(PackedExperts):
         layer: int,
         *,
         experts: Sequence[int] | None = None,
+        shard: Sequence[int] | None = None,
         activation: GLU | None = None,
         expert_mask: torch.Tensor | None = None,
         pack_masked: bool = True,
@@ -122,6 +123,13 @@ class Experts(PackedExperts):
             experts: the checkpoint's experts that the layer has: expert i of the layer is expert
                 ``experts[i]`` of the checkpoint. Repeated ones share one packed copy. Default: all
                 experts, in the checkpoint's order.
+            shard: rank and number of ranks, for tensor parallelism: each rank packs a part of the
+                intermediate features of every expert, as rows of gate and up and columns of down.
+                Parts are whole groups of 32 features, and of the weights that share a scale of
+                down, so some ranks may have more than others. The results of all ranks add up to
+                the layer's; ``out_dtype=torch.float32`` gives them unrounded. The bias of down
+                belongs to rank 0, and the others have zeros. `export` gives the shard's bytes of
+                the checkpoint. Default: whole experts.
             activation: the activation, a `SwiGLU` or another `GLU`; default: as config.json says.
             expert_mask: bool ``[experts]``; True: the expert is skipped. See `expert_mask`.
             pack_masked: whether masked experts are packed, too. Otherwise they take no memory until
@@ -138,20 +146,21 @@ class Experts(PackedExperts):
                 `activation` is None and config.json does not specify it.
             IndexError: the layer has no routed experts, or not those that `experts` names.
             TypeError, ValueError: `ExpertsOptions` refuses a value, or has no field of that name;
-                `experts` are no sequence of ints, or none; `path`, `layer`, `activation`,
+                `experts` are no sequence of ints, or none; `shard` names no rank, or there are more
+                ranks than groups; `path`, `layer`, `activation`,
                 `expert_mask` or `pack_masked` is of another type.
         """
         options = with_overrides(options, overrides, "Experts.from_checkpoint")
         reader = path if isinstance(path, ExpertReader) else open_checkpoint(path)
         try:
             reader.check_layer(layer)  # before memory is asked for
-            source = CheckpointSource(reader, layer, experts, progress)
+            source = CheckpointSource(reader, layer, experts, progress, shard)
             made = cls(
                 source,
                 format=reader.layer_format(layer),
                 num_experts=len(source.experts),
                 hidden_size=reader.hidden_size,
-                intermediate_size=reader.intermediate_size,
+                intermediate_size=len(source.features),
                 activation=reader.known_activation() if activation is None else activation,
                 has_bias=reader.has_bias,
                 expert_mask=expert_mask,

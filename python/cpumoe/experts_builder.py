@@ -13,6 +13,7 @@ from cpumoe._engine.arguments import checked_biases, normalized, require_shape
 from cpumoe._engine.config import checked_activation, layer_config
 from cpumoe._engine.export import feature_range
 from cpumoe._engine.packing import ExpertForm
+from cpumoe._engine.shards import columns_of, rows_of
 from cpumoe._engine.sources import InOrder
 from cpumoe.checkpoint import ExpertWeights
 from cpumoe.experts import Experts
@@ -265,8 +266,7 @@ class ExpertsBuilder:
         matrix = normalized(form.fmt, matrix, name, stacked=False)
         if len(features) == form.intermediate_size:
             return matrix
-        chosen = slice(features.start, features.stop)
-        shard = _columns(matrix, chosen) if projection == "down" else matrix[chosen]
+        shard = (columns_of if projection == "down" else rows_of)(matrix, features)
         return replace(shard, name=name)
 
     def _shard_of_bias(self, projection: str, bias: torch.Tensor, name: str) -> torch.Tensor:
@@ -325,27 +325,3 @@ class _Parts:
 
     def has(self, projection: str, part: str) -> bool:
         return (projection, part) in self.tensors
-
-
-def _columns(matrix: QuantizedMatrix, chosen: slice) -> QuantizedMatrix:
-    """Returns columns of a matrix. They must begin and end with weights that share a scale.
-
-    Raises:
-        ValueError: a group or block is cut.
-    """
-    size = matrix.shape[1]
-    per = size // matrix.codes.shape[1]  # columns per element
-    codes = matrix.codes[:, chosen.start // per : chosen.stop // per]
-    grid = matrix.scale_grid
-    if matrix.scales is None or grid is None:
-        return QuantizedMatrix(codes)
-    depth = grid[1]
-    if depth == size:
-        return QuantizedMatrix(codes, matrix.scales, matrix.factor)
-    if chosen.start % depth or (chosen.stop % depth and chosen.stop != size):
-        raise ValueError(
-            f"{matrix.name}: {depth} columns share scales, so columns must begin and end with such "
-            f"a group, got columns {chosen.start} to {chosen.stop}"
-        )
-    scales = matrix.scales[:, chosen.start // depth : -(-chosen.stop // depth)]
-    return QuantizedMatrix(codes, scales, matrix.factor)

@@ -13,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from cpumoe._base.scalars import integer
+from cpumoe._engine.shards import shard_features, shard_of
 from cpumoe.checkpoint import CheckpointError, ExpertReader, ExpertWeights, open_checkpoint
 
 # Returns the weights of the layer's expert of an index.
@@ -114,14 +115,19 @@ class CheckpointSource(Source):
         layer: int,
         experts: Sequence[int] | None,
         progress: bool | None,
+        shard: Sequence[int] | None = None,
     ) -> None:
         """Makes the layer's expert i the checkpoint's `experts[i]`; None: all, in their order.
 
+        `shard` is the rank and the number of ranks of which each has a part of every expert.
+
         Raises:
-            TypeError: `experts` is no sequence of ints.
+            TypeError: `experts` is no sequence of ints, or `shard` no pair of ints.
             IndexError: the checkpoint has no such expert.
-            ValueError: `experts` is empty.
+            ValueError: `experts` is empty, or there is no such shard.
         """
+        self.features = shard_features(reader, layer, shard)
+        self._is_first = self.features.start == 0
         self.experts = _chosen(experts, reader.num_experts)
         self.copy_of = _shared_copies(self.experts)
         self.title = f"layer {layer}: packing experts"
@@ -166,7 +172,10 @@ class CheckpointSource(Source):
     def _read(self, reader: ExpertReader) -> ReadExpert:
         def read(expert: int) -> ExpertWeights:
             # Whoever takes the weights looks at all scales.
-            return reader.expert(self._layer, self.experts[expert], check_scales=False)
+            weights = reader.expert(self._layer, self.experts[expert], check_scales=False)
+            if len(self.features) == reader.intermediate_size:
+                return weights
+            return shard_of(weights, self.features, first=self._is_first)
 
         return read
 
