@@ -18,6 +18,7 @@ _MARK = re.compile(r"^@use_experts_implementation", re.MULTILINE)
 # A family's config has those of these settings that it knows.
 _SIZES = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     **dict.fromkeys(
         ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), INNER
@@ -76,6 +77,12 @@ _MORE = {
         "rope_parameters": {
             **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
             "mrope_section": [1, 1, 2],
+        }
+    },
+    "hy_v4_vl": {
+        "rope_parameters": {
+            **{"rope_type": "default", "rope_theta": 1e4},
+            "mrope_section": [3, 3, 2],
         }
     },
     "lfm2_moe": {
