@@ -27,6 +27,7 @@ struct IsaFormat {
 };
 void PrintTo(const IsaFormat& param, std::ostream* out);
 
+// The ISAs to test: those of the environment variable CPUMOE_TEST_ISAS, or all.
 std::vector<std::string> IsaNames();
 // Why the tests of an ISA cannot run here. Empty if they can, natively or under the emulator.
 std::string ObstacleTo(const std::string& isa);
