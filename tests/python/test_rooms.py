@@ -3,7 +3,8 @@
 _base <- formats <- numerics <- checkpoint <- {_engine, models}
 _engine <- product <- measure
 {_base, numerics} <- text <- serving
-{product, text} <- integrations
+product <- distributed
+{product, text, distributed} <- integrations
 all of them <- cli
 
 The product is the modules at the top of the package.
@@ -38,9 +39,11 @@ MAY_IMPORT = {
     "measure": {*_PRODUCT, "models"},
     "text": {"_base", "numerics"},
     "serving": {"_base", "text", *SERVERS - {"openai"}},
-    "integrations": {*_PRODUCT, "embedded", "text", *HOSTS},
+    "distributed": _PRODUCT,
+    "integrations": {*_PRODUCT, "distributed", "embedded", "text", *HOSTS},
     "entry": {*_PRODUCT, "models", "text"},
     "cli": {*_PRODUCT, "models", "embedded", "measure", "text", "serving", "integrations"}
+    | {"distributed"}
     | {"typer", *HOSTS, *SERVERS},
 }
 RESTRICTED = {"typer", *HOSTS, *SERVERS}

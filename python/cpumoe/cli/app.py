@@ -32,6 +32,7 @@ from cpumoe.cli import (
 from cpumoe.cli.console import print_error
 from cpumoe.cli.errors import BAD_INPUT
 from cpumoe.cli.option_groups import with_groups
+from cpumoe.cli.ranks import ranks_end
 from cpumoe.cli.streams import OutputError, standard_streams
 
 app = typer.Typer(
@@ -92,7 +93,7 @@ def main() -> None:
     """Runs the command line; the entry point of the ``cpumoe`` script."""
     openmp.bound_waiting()
     try:
-        with standard_streams():
+        with standard_streams(), ranks_end():
             app()
     except OutputError as error:
         print_error(str(error))

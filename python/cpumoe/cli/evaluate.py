@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cpumoe._base.progress import progress_bar
-from cpumoe.cli import console
+from cpumoe.cli import console, ranks
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
@@ -95,6 +95,7 @@ def command(
     dtype: DtypeOption = DEFAULT_DTYPE,
     dense: DenseOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
+    sums: ranks.SumsOption = ranks.DEFAULT_SUMS,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -107,6 +108,7 @@ def command(
     all rows.
     """
     with reported(traceback):
+        ranks.join_ranks(model, sums, threads, isa=isa, precision=precision, dtype=dtype)
         resolved = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)
         ways = _ways(experts, isa, precision, resolved)
         content = _read(model, text)
@@ -116,6 +118,7 @@ def command(
             dense=dense,
             attention="host",  # rows differ in experts and dense layers alone
             trust_remote_code=trust_remote_code,
+            sums=sums,
         )
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:

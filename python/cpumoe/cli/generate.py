@@ -16,6 +16,7 @@ from cpumoe.cli.text_model import (
     LoadingOptions,
     ModelArgument,
     SamplingOptions,
+    join_ranks,
     load_text_model,
     read_text,
 )
@@ -57,6 +58,7 @@ def command(
     with reported(traceback):
         if loading.chat_template is not None and not chat:
             raise InputError("--chat-template needs --chat")
+        join_ranks(model, loading)
         text = _prompt(prompt, prompt_file)
         how = sampling.sampling(max_tokens)
         loaded = load_text_model(model, loading)

@@ -13,7 +13,7 @@ import typer
 from cpumoe.cli import console
 from cpumoe.cli.errors import InputError, reported, require_package
 from cpumoe.cli.options import TracebackOption, count_option, value_option
-from cpumoe.cli.text_model import LoadingOptions, ModelArgument, load_text_model
+from cpumoe.cli.text_model import LoadingOptions, ModelArgument, join_ranks, load_text_model
 from cpumoe.text.serving.settings import (
     DEFAULT_GRACE_SECONDS,
     DEFAULT_MAX_REQUEST_BYTES,
@@ -81,6 +81,7 @@ def command(
 
         if not grace >= 0:  # nor NaN
             raise InputError(f"--grace: expected 0 or more seconds, got {grace}")
+        join_ranks(model, loading)
         settings = Settings(served_model_name, api_key, queue, max_tokens, max_request_bytes)
         # Sockets are opened before the model is loaded, which may take minutes: an address in
         # use is reported at once.

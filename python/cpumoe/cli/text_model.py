@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cpumoe.cli import console, host_threads
+from cpumoe.cli import console, host_threads, ranks
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.options import (
     ThreadsOption,
@@ -22,6 +22,7 @@ from cpumoe.numerics.precision import PRECISIONS
 if TYPE_CHECKING:
     import torch
 
+    from cpumoe.distributed import Ranks
     from cpumoe.integrations.transformers import LanguageModel
     from cpumoe.text.generation import Sampling
 
@@ -135,6 +136,7 @@ class LoadingOptions:
         value_option("FILE", "File with a Jinja template of the chat format.", "the model's own"),
     ] = None
     trust_remote_code: TrustRemoteCodeOption = False
+    sums: ranks.SumsOption = ranks.DEFAULT_SUMS
 
 
 _DEFAULT_OPTIONS = LoadingOptions()
@@ -160,7 +162,10 @@ def load_text_model(
         InputError: the dtype is unknown, or transformers is not installed.
         ValueError: the precision or the variant is unknown, or the checkpoint is not supported.
         OSError: the checkpoint cannot be read.
+        RanksError: one of several ranks is missing or differs from the others.
+        typer.Exit: this process is another rank than 0, and has ended.
     """
+    together = join_ranks(model, options)
     # Mistakes and missing packages are reported before PyTorch is imported, which takes seconds.
     if options.dtype != _AUTO:
         check_dtype(options.dtype, DTYPES)
@@ -173,7 +178,8 @@ def load_text_model(
     from cpumoe.runtime import Runtime
 
     threads = options.threads
-    host_threads.choose_threads(threads)
+    environment = ranks.environment()
+    host_threads.choose_threads(threads, environment=environment)
     runtime = None if threads is None else Runtime(threads)
     loaded = LanguageModel.from_pretrained(
         model,
@@ -183,6 +189,7 @@ def load_text_model(
             options.isa,
             dense=options.dense,
             attention=options.attention,
+            ranks=None if host_experts else together,
         ),
         dtype=dtype,
         chat_template=template,
@@ -192,8 +199,20 @@ def load_text_model(
     if options.dense is None and loaded.dense_layers.untried:
         console.show_aside(f"dense layers stay transformers': {loaded.dense_layers.untried}")
     if decodes:
-        host_threads.choose_threads(threads, loaded.model)
+        host_threads.choose_threads(threads, loaded.model, environment)
     return loaded
+
+
+def join_ranks(model: str | None, options: LoadingOptions) -> Ranks | None:
+    """Joins other processes that torchrun has started; see `cpumoe.cli.ranks.join_ranks`."""
+    return ranks.join_ranks(
+        model,
+        options.sums,
+        options.threads,
+        precision=options.precision,
+        isa=options.isa,
+        dtype=options.dtype,
+    )
 
 
 def require_host() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from cpumoe.checkpoint import ExpertReader
 from cpumoe.experts import Experts
 from cpumoe.integrations.transformers.options import ExpertsOptions
 from cpumoe.numerics.glu import GLU
+
+if TYPE_CHECKING:
+    from cpumoe.distributed import LedExperts
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,19 @@ class CpuExperts(nn.Module):
         self.layer = layer
         self.num_experts = num_experts
         self.activation = activation
-        self.experts: Experts | None = None
+        self.experts: Experts | LedExperts | None = None
         self.idle = False
 
     def pack(self, reader: ExpertReader, options: ExpertsOptions) -> None:
-        """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`."""
+        """Packs the layer's experts from a checkpoint; see `cpumoe.Experts.from_checkpoint`.
+
+        If other ranks share them, those may still be packing; see `Ranks.wait`.
+        """
+        if options.ranks is not None:
+            self.experts = options.ranks.experts(
+                reader, self.layer, module=self._name, activation=self.activation, options=options
+            )
+            return
         self.experts = Experts.from_checkpoint(
             reader.of_module(self._name),
             self.layer,
@@ -149,7 +161,7 @@ class CpuExperts(nn.Module):
             output = normed_sum(compute, self.post_expert_norm, *arguments)
         return output if len(shape) == 2 else output.view(shape)
 
-    def _ready(self) -> Experts:
+    def _ready(self) -> Experts | LedExperts:
         if self.experts is None:
             raise RuntimeError(f"layer {self.layer}: the experts have no weights yet; call pack")
         if self.training:
@@ -165,7 +177,7 @@ class CpuExperts(nn.Module):
         return f"layer={self.layer}, {self.experts or 'not packed'}"
 
 
-def _on_cpu(experts: Experts, *arguments: torch.Tensor) -> torch.Tensor:
+def _on_cpu(experts: Experts | LedExperts, *arguments: torch.Tensor) -> torch.Tensor:
     """Calls the experts with tensors on any device, and returns their sum there."""
     device = arguments[0].device
     if device.type in ("cpu", "meta"):

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import cpumoe
 from cpumoe._base.renamed import warn_renamed, with_old_arguments
 from cpumoe._base.scalars import boolean
 from cpumoe.formats import WEIGHT_FORMATS
+
+if TYPE_CHECKING:
+    from cpumoe.distributed import Ranks
 
 HOST = "host"
 NATIVE = "native"
@@ -37,6 +41,8 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
         attention: who computes attention in a model whose experts are read from a checkpoint.
             "host": transformers. "native": cpumoe, in each module where it computes what
             transformers computes. Sums are fp32, so that results differ by roundings.
+        ranks: the processes that share the experts that are read from a checkpoint, of which this
+            one is rank 0 (`cpumoe.distributed.join`). None: this process has all experts.
 
     Raises:
         TypeError, ValueError: see `cpumoe.ExpertsOptions`.
@@ -47,6 +53,7 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
     weight_format: str | None = field(default=None, kw_only=True)
     dense: str | None = field(default=None, kw_only=True)
     attention: str = field(default=HOST, kw_only=True)
+    ranks: Ranks | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the values, before a model is loaded."""

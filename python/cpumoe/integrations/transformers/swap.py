@@ -55,8 +55,12 @@ def swap_experts(model: nn.Module, reader: ExpertReader) -> list[CpuExperts]:
 
 def pack_all(modules: list[CpuExperts], reader: ExpertReader, options: ExpertsOptions) -> None:
     """Packs the experts of all layers from the checkpoint; see `ExpertsOptions`."""
+    if options.ranks is not None:
+        options.ranks.release()  # of a model that was loaded before
     for module in track(modules, "packing experts", enabled=options.progress):
         module.pack(reader, options)
+    if options.ranks is not None:
+        options.ranks.wait()
 
 
 def _replacement(name: str, module: nn.Module, reader: ExpertReader) -> CpuExperts:

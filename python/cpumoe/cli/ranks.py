@@ -1,0 +1,147 @@
+"""Commands that torchrun starts in several processes, which divide a model's experts.
+
+Rank 0 is the command, and has everything but the other ranks' experts. The other ranks read no
+options but those that say which model it is, and write nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpumoe.cli.console import print_error
+from cpumoe.cli.errors import BAD_INPUT
+from cpumoe.cli.options import value_option
+
+if TYPE_CHECKING:
+    from cpumoe.distributed import Ranks
+
+# The exit status of a rank that ends because another one has ended.
+_LOST = 1
+# torchrun sets this to 1 for several ranks of a machine. cpumoe divides the machine's cores.
+_THREADS_VARIABLE = "OMP_NUM_THREADS"
+
+SumsOption = Annotated[
+    str,
+    value_option(
+        "fixed|plain",
+        "How several ranks (torchrun) add up results. fixed: with the bits of one process. plain: "
+        "with fewer bytes between ranks.",
+    ),
+]
+DEFAULT_SUMS = "fixed"
+
+_joined: Ranks | None = None
+
+
+def are_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several."""
+    # Without PyTorch: commands that one process runs do not wait for it here.
+    return environment.get("WORLD_SIZE", "1") != "1" and "RANK" in environment
+
+
+def join_ranks(
+    model: str | None, sums: str = DEFAULT_SUMS, threads: int | None = None, **options: object
+) -> Ranks | None:
+    """Joins the other processes, if there are several. Only rank 0 returns.
+
+    Args:
+        model: the checkpoint's folder; None: the small model that comes with cpumoe.
+        sums: see `SumsOption`.
+        threads: threads of this rank; None: the cores that it may use.
+        **options: further options that all ranks must have in common.
+
+    Returns:
+        The ranks; None: this process is alone.
+
+    Raises:
+        RanksError: a rank is missing or differs from the others.
+        OSError, ValueError: the checkpoint cannot be read.
+        typer.Exit: this was another rank, which has ended.
+    """
+    global _joined
+    if not are_several() or _joined is not None:
+        return _joined
+    from cpumoe import embedded
+    from cpumoe.distributed import join, own_rank
+
+    try:
+        _joined = join(
+            embedded.model_path() if model is None else model,
+            sums=sums,
+            options={name: str(value) for name, value in options.items()},
+            on_end=_end,
+        )
+    except (OSError, ValueError):
+        if own_rank() == 0:
+            raise
+        raise typer.Exit(BAD_INPUT) from None  # rank 0 says why
+    if _joined.rank > 0:
+        _follow(_joined, threads)
+        raise typer.Exit
+    return _joined
+
+
+def _follow(ranks: Ranks, threads: int | None) -> None:
+    from cpumoe.distributed import host_name
+    from cpumoe.runtime import Runtime
+
+    # Rank 0 gets these signals as well, and may have to finish an answer.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        ranks.follow(None if threads is None else Runtime(threads))
+    except Exception as error:
+        ranks.fail(f"rank {ranks.rank} ({host_name()}): {str(error) or type(error).__name__}")
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def ranks_end() -> Iterator[None]:
+    """Ends the other ranks when this one, which leads them, ends."""
+    try:
+        yield
+    except SystemExit as error:
+        _leave(error.code in (None, 0))
+        raise
+    except BaseException:
+        _leave(False)
+        raise
+    _leave(True)
+
+
+def _leave(succeeded: bool) -> None:
+    if _joined is None:
+        return
+    if succeeded:
+        _joined.close()
+    else:
+        _joined.fail(f"rank {_joined.rank} has ended with an error")
+
+
+def environment() -> Mapping[str, str]:
+    """Returns the environment variables without those that torchrun has set against its user."""
+    if are_several() and os.environ.get(_THREADS_VARIABLE) == "1":
+        return {name: value for name, value in os.environ.items() if name != _THREADS_VARIABLE}
+    return os.environ
+
+
+def _end(message: str, shown: bool) -> None:
+    """Ends this process, whatever it does, because a rank has ended. One rank says so."""
+    if not shown and _speaks():
+        print_error(message)
+        sys.stderr.flush()
+    os._exit(_LOST)
+
+
+def _speaks() -> bool:
+    """Whether this rank reports the end of another one: rank 0, or the first one beside it."""
+    rank = int(os.environ["RANK"])
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return local == (1 if rank == local and rank > 0 else 0)

@@ -1,0 +1,166 @@
+"""Commands in several processes: the text of one process, and clear ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import warm_process
+from checkpoint_tools import write_small
+from moe_tools import IN_FULL_RUNS
+from ports import unused_port
+
+import cpumoe
+from cpumoe import embedded
+
+SCRIPT = (Path(__file__).parent / "ranks_script.py").read_text("utf-8")
+PROMPT = ("-p", "In the beginning", "--max-tokens", "24", "--temperature", "0", "--threads", "1")
+# A rank that has ended must end the others within so many seconds.
+SOON = 10
+
+
+def run_ranks(world, *arguments, faults=None, models=None, environment=None):
+    """Runs a command in `world` ranks, as a launcher would, and returns what each has done."""
+    port = unused_port()
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+        **(environment or {}),
+    }
+
+    def one(rank):
+        command, *rest = arguments
+        model = [] if models is None else [str(models[rank])]
+        return warm_process.run(
+            SCRIPT,
+            (faults or {}).get(rank, "none"),
+            command,
+            *model,
+            *rest,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+def alone(*arguments):
+    """What one process prints."""
+    done = warm_process.run(SCRIPT, "none", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def failed(done, message):
+    """Checks that the ranks have ended with one message."""
+    said = [each.stderr for each in done if each.stderr]
+    assert said == [f"error: {message}\n"]
+    assert all(each.returncode != 0 for each in done)
+    assert not any(each.stdout for each in done[1:])
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=IN_FULL_RUNS)])
+def test_the_text_is_that_of_one_process(world, tmp_path):
+    file = tmp_path / "packed"
+    done = run_ranks(
+        world, "generate", *PROMPT, faults={1: "packed"}, environment={"PACKED_FILE": str(file)}
+    )
+    assert [each.returncode for each in done] == [0] * world, done[0].stderr
+    assert done[0].stdout == alone("generate", *PROMPT)
+    assert not any(each.stdout + each.stderr for each in done[1:])
+    # The second rank has its share of each layer's experts, and no more.
+    with cpumoe.open_checkpoint(embedded.model_path()) as reader:
+        number = reader.layers()[0]
+        whole = cpumoe.Experts.from_checkpoint(reader, number, progress=False).nbytes
+        own = 2 * reader.num_experts // world - reader.num_experts // world
+        assert int(file.read_text()) == len(reader.layers()) * whole * own // reader.num_experts
+
+
+@IN_FULL_RUNS
+@pytest.mark.parametrize("world", [2, 3])
+def test_plain_sums(world):
+    done = run_ranks(world, "generate", *PROMPT, "--sums", "plain")
+    assert [each.returncode for each in done] == [0] * world, done[0].stderr
+    assert len(done[0].stdout) > 20
+
+
+@IN_FULL_RUNS
+def test_evaluation_has_the_result_of_one_process():
+    arguments = ("eval", "--max-tokens", "200", "--threads", "1", "--precision", "all", "--json")
+    done = run_ranks(2, *arguments)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    ours, expected = json.loads(done[0].stdout), json.loads(alone(*arguments))
+    for result, other in zip(ours["results"], expected["results"], strict=True):
+        assert result["perplexity"] == other["perplexity"]
+
+
+def test_a_rank_that_is_killed_is_named():
+    start = time.monotonic()
+    done = run_ranks(3, "generate", *PROMPT, faults={1: "killed"})
+    failed(done, f"rank 1 ({os.uname().nodename}) has ended or cannot be reached")
+    assert time.monotonic() - start < 60  # loading included
+
+
+@IN_FULL_RUNS
+def test_the_end_of_rank_0_is_reported_by_the_next():
+    done = run_ranks(3, "generate", *PROMPT, faults={0: "killed-0"})
+    failed(done, f"rank 0 ({os.uname().nodename}) has ended or cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("old", "cpumoe: expected {version}, as rank 0 has, got 0.0.9, build 0123456789ab; install "
+         "one build of cpumoe on all machines"),
+    ],
+)  # fmt: skip
+def test_other_software_is_refused(fault, message):
+    done = run_ranks(2, "generate", *PROMPT, faults={1: fault})
+    version = f"{cpumoe.__version__}, build {cpumoe._core.build_id()[:12]}"
+    failed(done, f"rank 1 ({os.uname().nodename}): {message.format(version=version)}")
+
+
+def test_another_checkpoint_is_refused(tmp_path):
+    models = [write_small(tmp_path / str(seed), "v4-flash", seed=seed) for seed in (0, 1)]
+    done = run_ranks(2, "generate", *PROMPT, models=models)
+    (message,) = [each.stderr for each in done if each.stderr]
+    assert message.startswith(f"error: rank 1 ({os.uname().nodename}): checkpoint: expected ")
+    assert message.endswith("; give all ranks copies of one checkpoint\n")
+    assert all(each.returncode != 0 for each in done)
+
+
+@IN_FULL_RUNS
+def test_other_options_are_refused():
+    done = run_ranks(2, "generate", *PROMPT, models=[embedded.model_path(), "path/to/nothing"])
+    (message,) = [each.stderr for each in done if each.stderr]
+    assert f"rank 1 ({os.uname().nodename}): path/to/nothing" in message
+
+
+@IN_FULL_RUNS
+def test_a_rank_without_memory_says_so():
+    done = run_ranks(2, "generate", *PROMPT, faults={1: "no-memory"})
+    failed(done, f"rank 1 ({os.uname().nodename}): not enough memory for the experts")
+
+
+@IN_FULL_RUNS
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun(world):
+    """The launcher itself, whose own log lines are on standard error."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*launcher, "-m", "cpumoe", "generate", *PROMPT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone("generate", *PROMPT)
