@@ -1,65 +1,16 @@
 #include "threading/topology.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <filesystem>
-#include <fstream>
-#include <numeric>
 #include <string>
 #include <vector>
 
+#include "cpp/made_up_machine.h"
+
 namespace cpumoe {
 namespace {
-
-std::vector<int> Range(int first, int last) {
-  std::vector<int> cpus(static_cast<size_t>(last - first + 1));
-  std::iota(cpus.begin(), cpus.end(), first);
-  return cpus;
-}
-
-std::string Text(int number) { return std::to_string(number); }
-
-// A made-up /sys and /proc.
-class TopologyTest : public testing::Test {
- protected:
-  TopologyTest() {
-    std::string path = std::filesystem::temp_directory_path() / "cpumoe-topology-XXXXXX";
-    root_ = mkdtemp(path.data());
-  }
-  ~TopologyTest() override { std::filesystem::remove_all(root_); }
-
-  void Write(const std::string& path, const std::string& text) {
-    const std::filesystem::path file = root_ + path;
-    std::filesystem::create_directories(file.parent_path());
-    std::ofstream(file) << text;
-  }
-
-  void AddCpu(int cpu, const std::string& siblings, int package = 0) {
-    const std::string directory = "/sys/devices/system/cpu/cpu" + Text(cpu) + "/topology/";
-    Write(directory + "thread_siblings_list", siblings + "\n");
-    Write(directory + "physical_package_id", Text(package) + "\n");
-  }
-
-  void AddNode(int node, const std::string& cpus) {
-    Write("/sys/devices/system/node/node" + Text(node) + "/cpulist", cpus + "\n");
-  }
-
-  void SetCgroup(const std::string& memberships, const std::string& mountinfo) {
-    Write("/proc/self/cgroup", memberships);
-    Write("/proc/self/mountinfo", "22 1 0:21 / /proc rw shared:5 - proc proc rw\n" + mountinfo);
-  }
-
-  Topology Read(std::vector<int> affinity) {
-    return ReadTopology(
-        {.sysfs = root_ + "/sys", .proc = root_ + "/proc", .affinity = std::move(affinity)});
-  }
-
-  std::string root_;
-};
 
 constexpr char kV2Mount[] =
     "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
