@@ -2,7 +2,8 @@
 //
 // Reading weights through 4 KiB pages costs about a third of the memory bandwidth in page walks, so
 // buffers of 2 MiB and more are aligned to 2 MiB and advised MADV_HUGEPAGE. Pages are zero and not
-// yet backed: the thread that first writes one decides the NUMA node it comes from.
+// yet backed. Unless the buffer is bound to a NUMA node, the thread that first writes a page
+// decides the node that the page comes from.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,6 +17,7 @@
 #include <utility>
 
 #include "base/bits.h"
+#include "base/memory_node.h"
 
 namespace cpumoe {
 
@@ -25,17 +27,22 @@ class AlignedBuffer {
   static constexpr size_t kCacheLine = 64;
 
   AlignedBuffer() = default;
-  explicit AlignedBuffer(size_t size) : size_(size) {
-    if (size != 0) Map();
+  // Memory of `node`, unless that is kAnyNode or the system refuses (bound).
+  explicit AlignedBuffer(size_t size, int node = kAnyNode) : size_(size) {
+    if (size == 0) return;
+    Map();
+    bound_ = node != kAnyNode && PreferNode(base_, mapped_, node);
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)),
         mapped_(std::exchange(other.mapped_, 0)),
-        size_(std::exchange(other.size_, 0)) {}
+        size_(std::exchange(other.size_, 0)),
+        bound_(std::exchange(other.bound_, false)) {}
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
     std::swap(base_, other.base_);
     std::swap(mapped_, other.mapped_);
     std::swap(size_, other.size_);
+    std::swap(bound_, other.bound_);
     return *this;
   }
   ~AlignedBuffer() {
@@ -44,6 +51,8 @@ class AlignedBuffer {
 
   std::byte* data() const { return base_; }
   size_t size() const { return size_; }
+  // Whether the memory comes from the node that the constructor was given.
+  bool bound() const { return bound_; }
 
   // Gives the memory of bytes [begin, begin + count) back to the system, as far as they are whole
   // pages. The content of these bytes is undefined afterwards. Writing to them takes memory again.
@@ -84,6 +93,7 @@ class AlignedBuffer {
   std::byte* base_ = nullptr;
   size_t mapped_ = 0;
   size_t size_ = 0;
+  bool bound_ = false;
 };
 
 }  // namespace cpumoe

@@ -129,8 +129,16 @@ void BindLayer(py::module_& m) {
       .def_readonly("expert_tokens", &Layer::Statistics::expert_tokens);
 
   py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer")
-      .def(py::init(&Layer::Create), py::kw_only(), py::arg("isa"), py::arg("origin"),
-           py::arg("format"), py::arg("config"), py::arg("scale_type") = ScaleType::kOwn)
+      .def(py::init([](const std::string& isa, const std::string& origin, const std::string& format,
+                       MoeConfig config, ScaleType scale_type,
+                       const std::optional<std::shared_ptr<Runtime>>& runtime) {
+             if (runtime) config.nodes = (*runtime)->nodes();
+             return Layer::Create(isa, origin, format, config, scale_type);
+           }),
+           py::kw_only(), py::arg("isa"), py::arg("origin"), py::arg("format"), py::arg("config"),
+           py::arg("scale_type") = ScaleType::kOwn, py::arg("runtime") = py::none())
+      .def("placement", &Layer::placement, py::call_guard<py::gil_scoped_release>(),
+           "Where the packed experts lie, a share for each node of the runtime.")
       .def("packed_bytes", &Layer::packed_bytes, py::call_guard<py::gil_scoped_release>(),
            "The bytes of the experts that are packed now.")
       .def("packed", &Layer::packed, py::call_guard<py::gil_scoped_release>(),

@@ -38,6 +38,8 @@ void BindLinear(py::module_& m) {
       .def_property_readonly("scales", &LinearLayer::scales,
                              "How many rows and successive k of the stored matrix share a scale, "
                              "the scales' type, and the matrix's factor.")
+      .def("placement", &LinearLayer::placement, py::call_guard<py::gil_scoped_release>(),
+           "Where the packed weights lie, a share for each node of the runtime.")
       .def(
           "unpack",
           [](const LinearLayer& self, Runtime& runtime, const MatrixArgs& matrix) {

@@ -56,6 +56,11 @@ size_t Layer::packed_bytes() const {
   return std::accumulate(copies.begin(), copies.end(), int64_t{0}) * moe_->copy_bytes();
 }
 
+std::vector<Placement> Layer::placement() const {
+  const Reading lock = LockForUse();
+  return PlacementOf(moe_->memory());
+}
+
 std::vector<uint8_t> Layer::packed() const {
   const Reading lock = LockForUse();
   std::vector<uint8_t> packed(config().num_experts);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/node.h"
+#include "engine/placement.h"
 #include "engine/runtime.h"
 #include "moe/moe.h"
 #include "threading/os_thread.h"
@@ -40,6 +41,8 @@ class Layer {
   size_t nbytes() const { return config().copies() * moe_->copy_bytes(); }
   // The bytes of the experts that are packed now.
   size_t packed_bytes() const;
+  // Where the experts lie, a share for each of MoeConfig::nodes.
+  std::vector<Placement> placement() const;
   // One byte per expert: whether it has weights.
   std::vector<uint8_t> packed() const;
 

@@ -20,7 +20,8 @@ std::shared_ptr<const LinearLayer> LinearLayer::Create(Runtime& runtime, const s
   std::unique_ptr<Linear> linear(entry.create_linear({.out_features = source.rows,
                                                       .in_features = source.columns,
                                                       .has_bias = bias != nullptr,
-                                                      .kernels = kernels}));
+                                                      .kernels = kernels,
+                                                      .nodes = runtime.nodes()}));
   runtime.Execute([&](Node& node) { linear->Pack(source, bias, node.pool()); });
   return std::shared_ptr<const LinearLayer>(new LinearLayer(std::move(linear)));
 }

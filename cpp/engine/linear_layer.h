@@ -5,9 +5,11 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/float_types.h"
 #include "engine/node.h"
+#include "engine/placement.h"
 #include "engine/runtime.h"
 #include "linear/linear.h"
 
@@ -17,9 +19,10 @@ namespace cpumoe {
 // of its own.
 class LinearLayer {
  public:
-  // Packs `source`, and `bias` [out_features] unless it is null, on variant `isa`. `origin` names
-  // who asked for the variant, for errors. Throws std::invalid_argument, OutOfMemory, and
-  // std::runtime_error if the variant's library is missing or damaged.
+  // Packs `source`, and `bias` [out_features] unless it is null, on variant `isa`, into the
+  // memories of the runtime's nodes. `origin` names who asked for the variant, for errors. Throws
+  // std::invalid_argument, OutOfMemory, and std::runtime_error if the variant's library is missing
+  // or damaged.
   static std::shared_ptr<const LinearLayer> Create(Runtime& runtime, const std::string& isa,
                                                    const std::string& origin,
                                                    const std::string& format,
@@ -29,6 +32,8 @@ class LinearLayer {
   size_t nbytes() const { return linear_->bytes(); }
   // What the stored matrix had; the grid's type is not kOwn.
   const StoredScales& scales() const { return linear_->scales(); }
+  // Where the weights lie, a share for each node of the runtime that packed them.
+  std::vector<Placement> placement() const { return PlacementOf(linear_->memory()); }
 
   // Writes the matrix to `out` in its checkpoint's form. Throws std::invalid_argument if a shape
   // does not fit.

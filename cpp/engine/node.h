@@ -1,7 +1,6 @@
 // A node: CPUs that compute one call together, with the scratch memory of their calls.
 //
-// A runtime has one node now, which is the whole machine. A NUMA machine can have one node for each
-// of its memories.
+// Its threads may be divided among the NUMA nodes of the machine (Options::nodes).
 #pragma once
 
 #include <memory>
@@ -25,13 +24,15 @@ class Node {
     // is thread 0 of the calls that it makes. A caller that makes a call itself keeps the affinity
     // that it has.
     std::vector<int> cpus = {};
+    // The NUMA nodes that the threads are divided among, in place of `threads` and `cpus`. The
+    // driver runs on the first of them.
+    std::vector<NodeThreads> nodes = {};
   };
 
   // Throws std::invalid_argument, and std::system_error if the system cannot start enough threads.
   explicit Node(const Options& options)
-      : pool_({.threads = options.threads, .cpus = options.cpus}),
-        driver_(std::make_unique<Executor>(
-            options.cpus.empty() ? ProcessAffinity() : std::vector{options.cpus.front()})) {}
+      : pool_({.threads = options.threads, .cpus = options.cpus, .nodes = options.nodes}),
+        driver_(std::make_unique<Executor>(DriverCpus(options))) {}
 
   ThreadPool& pool() { return pool_; }
   Workspace& workspace() { return workspace_; }
@@ -42,6 +43,14 @@ class Node {
   std::unique_ptr<Executor> RetireDriver() { return std::move(driver_); }
 
  private:
+  static std::vector<int> DriverCpus(const Options& options) {
+    const bool whole = !options.nodes.empty() && !options.nodes.front().one_cpu_each;
+    const std::vector<int>& cpus =
+        options.nodes.empty() ? options.cpus : options.nodes.front().cpus;
+    if (cpus.empty()) return ProcessAffinity();
+    return whole ? cpus : std::vector{cpus.front()};
+  }
+
   PinnedPool pool_;
   Workspace workspace_;
   std::unique_ptr<Executor> driver_;  // last, because its jobs use the members above

@@ -8,8 +8,20 @@
 
 namespace cpumoe {
 
+namespace {
+
+std::vector<MemoryNode> MemoryNodes(const std::vector<NodeThreads>& nodes) {
+  std::vector<MemoryNode> memory;
+  for (const NodeThreads& node : nodes) memory.push_back(node.memory);
+  return memory;
+}
+
+}  // namespace
+
 Runtime::Runtime(const Options& options)
-    : callers_compute_(options.callers_compute), node_(std::make_unique<Node>(options.node)) {}
+    : callers_compute_(options.callers_compute),
+      nodes_(MemoryNodes(options.node.nodes)),
+      node_(std::make_unique<Node>(options.node)) {}
 
 std::shared_ptr<Runtime> Runtime::Create(const Options& options) {
   DetectFeatures();  // must run before threads exist

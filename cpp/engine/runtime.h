@@ -4,7 +4,9 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <vector>
 
+#include "base/memory_node.h"
 #include "engine/node.h"
 #include "threading/executor.h"
 #include "threading/os_thread.h"
@@ -36,6 +38,10 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
+
+  // The NUMA nodes of the threads, among whose memories layers should be divided. Empty: the
+  // runtime does not look at nodes.
+  const std::vector<MemoryNode>& nodes() const { return nodes_; }
 
   // Stops the threads after the queued calls have run. Later calls throw std::runtime_error. Any
   // thread may close a runtime, also one that others use or close, but none of its own threads may.
@@ -80,6 +86,7 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
 
   const ForkGuard fork_guard_;
   const bool callers_compute_;
+  const std::vector<MemoryNode> nodes_;
   // Locked in this order. Submitting takes submit_mutex_ alone, and never waits for a body.
   std::mutex close_mutex_;  // held by the thread that closes
   // Held by the thread whose body is next. Without this mutex, a thread with many steps could lock

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "base/float_types.h"
+#include "base/memory_node.h"
 #include "formats/scale_grid.h"
 #include "packing/raw_matrix.h"
 #include "paths/kernel_options.h"
@@ -17,6 +19,7 @@ struct LinearConfig {
   int64_t in_features = 0;   // K
   bool has_bias = false;
   KernelOptions kernels = {};
+  std::vector<MemoryNode> nodes = {};  // see MoeConfig::nodes
 };
 
 struct LinearArgs {
@@ -40,6 +43,8 @@ class Linear {
   virtual int64_t bytes() const = 0;
   // What the stored matrix had; the grid's type is not kOwn.
   virtual const StoredScales& scales() const = 0;
+  // The memory of the packed weights, one share for each node.
+  virtual std::vector<MemoryShare> memory() const = 0;
 
   // Packs the matrix [out_features, in_features] and the bias [out_features], which is null without
   // biases. Throws std::invalid_argument if a shape or a scale violates the config or the format.

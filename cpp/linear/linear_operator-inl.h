@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "linear/linear.h"
 #include "linear/linear_pass.h"
@@ -21,6 +22,7 @@ class LinearOperator final : public Linear {
   const LinearConfig& config() const final { return matrix_.config(); }
   int64_t bytes() const final { return matrix_.bytes(); }
   const StoredScales& scales() const final { return matrix_.stored(); }
+  std::vector<MemoryShare> memory() const final { return matrix_.memory(); }
 
   void Pack(const RawMatrix& source, const float* bias, ThreadPool& pool) final {
     matrix_.Pack(source, bias, pool);

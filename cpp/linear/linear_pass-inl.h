@@ -13,6 +13,7 @@
 #include "kernels/tile.h"
 #include "kernels/token_blocks.h"
 #include "linear/linear_pass.h"
+#include "packing/tile_shares.h"
 #include "staging/stage-inl.h"
 
 namespace cpumoe {
@@ -49,9 +50,8 @@ class LinearPass {
     staged_ = scratch_.Activations(tokens * path_.staged_bytes(form_, Columns()));
     scratch_.ReserveScratch(pool_.num_threads(), path_.panel_bytes + ProductBytes(pairs_per_task_));
     Stage();
-    pool_.For(CeilDiv(pairs, pairs_per_task_), [&](int64_t task, int thread) {
-      Multiply(task * pairs_per_task_, std::min((task + 1) * pairs_per_task_, pairs), thread);
-    });
+    ForEachPiece(pool_, matrix_.shares(), pairs_per_task_ * TilePair::kCount, 1,
+                 [&](int64_t, TileRange tiles, int thread) { Multiply(tiles, thread); });
   }
 
  private:
@@ -72,8 +72,10 @@ class LinearPass {
     });
   }
 
-  // Pairs [begin, end) of tiles of output features, for all tokens.
-  void Multiply(int64_t begin, int64_t end, int thread) const {
+  // Pairs of tiles of output features, for all tokens.
+  void Multiply(TileRange range, int thread) const {
+    const int64_t begin = range.begin / TilePair::kCount;
+    const int64_t end = CeilDiv(range.end, int64_t{TilePair::kCount});
     std::array<TilePair, kMostPerTask> w;
     const std::span pairs(w.data(), end - begin);
     for (int64_t pair = begin; pair < end; ++pair) {

@@ -2,13 +2,16 @@
 // weight format (moe/packed_experts.h).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "base/memory_node.h"
 #include "linear/linear.h"
 #include "packing/tile_format.h"
+#include "packing/tile_shares.h"
 #include "threading/thread_pool.h"
 
 namespace cpumoe {
@@ -21,7 +24,11 @@ class PackedMatrix {
   const LinearConfig& config() const { return config_; }
   const TileLayout& layout() const { return layout_; }
   int64_t bytes() const { return layout_.bytes() + std::ssize(bias_) * int64_t{sizeof(float)}; }
-  TileView Tile(int64_t tile) const { return layout_.Tile(packed_.data(), tile); }
+  // How the tiles are divided among nodes.
+  const TileShares& shares() const { return shares_; }
+  TileView Tile(int64_t tile) const { return layout_.Tile(Origin(tile), tile); }
+  // Linear::memory.
+  std::vector<MemoryShare> memory() const;
   const ScaleRange& scale_range() const { return range_; }
   const StoredScales& stored() const { return stored_; }
   // What multiplies all weights.
@@ -35,13 +42,21 @@ class PackedMatrix {
 
  private:
   template <class Body>
-  void ForTiles(int64_t task_bytes, ThreadPool& pool, Body&& body) const;
+  void ForTiles(int64_t task_bytes, ThreadPool& pool, ThreadPool::WhenDone when_done,
+                Body&& body) const;
+  std::vector<AlignedBuffer> Allocate() const;
+  // The address that tile 0 would have in the memory of the node that has `tile`.
+  std::byte* Origin(int64_t tile) const {
+    const int node = shares_.Of(tile);
+    return layout_.Origin(packed_[node].data(), shares_.begin(node));
+  }
 
   const TileFormat* format_;
   LinearConfig config_;
   TileLayout layout_;
-  AlignedBuffer packed_;
-  std::vector<float> bias_;  // empty without a bias
+  TileShares shares_;
+  std::vector<AlignedBuffer> packed_;  // by node
+  std::vector<float> bias_;            // empty without a bias
   ScaleRange range_;
   StoredScales stored_;
 };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/memory_node.h"
 #include "paths/kernel_options.h"
 
 namespace cpumoe {
@@ -54,6 +55,9 @@ struct MoeConfig {
   // [num_experts], the packed copy that serves each expert; empty: each expert has a copy of its
   // own. Experts with one copy are replicas. Copies are numbered from 0 without gaps.
   std::vector<int32_t> copy_of = {};
+  // The nodes among whose memories the rows of all matrices are divided; empty: the system chooses
+  // the memory. A runtime has the nodes of its threads (Runtime::nodes).
+  std::vector<MemoryNode> nodes = {};
 
   KernelOptions kernels() const { return {precision, batch_invariant, few_token_limit}; }
   int64_t CopyOf(int64_t expert) const { return copy_of.empty() ? expert : copy_of[expert]; }

@@ -8,9 +8,9 @@
 //             convert to the output's dtype, or add onto the output
 //
 // A tile's result depends only on the tile's own inputs, and sums run in a fixed order. Therefore
-// outputs are bit-identical for any number of threads and any number of tiles per task. All tasks
-// of a phase read equally many weight bytes, except the last task of an expert (gate, up) or of the
-// outputs (down).
+// outputs are bit-identical for any number of threads, of tiles per task, and of nodes among which
+// the tiles are divided. All tasks of a phase read equally many weight bytes, except the last task
+// of a node, for an expert (gate, up) or for the outputs (down).
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,7 @@
 #include "moe/activation-inl.h"
 #include "moe/forward_pass.h"
 #include "moe/packed_experts.h"
+#include "packing/tile_shares.h"
 #include "paths/compute_path.h"
 #include "staging/stage-inl.h"
 #include "threading/thread_pool.h"
@@ -68,12 +69,12 @@ class ForwardPass {
     outputs_per_task_ = PerTask(outputs, 8, kMostPerTask);
     Reserve();
     if (experts > 0) Stage();
-    const int64_t tasks = CeilDiv(features, features_per_task_);  // of one expert
-    pool_.For(experts * tasks, [&](int64_t task, int thread) {
-      GateUp(experts_[task / tasks], task % tasks, thread);
-    });
-    pool_.For(CeilDiv(outputs, outputs_per_task_),
-              [&](int64_t task, int thread) { Down(task, thread); });
+    ForEachPiece(pool_, weights_.shares(Projection::kGate), features_per_task_ * FeatureUnit(),
+                 experts, [&](int64_t expert, TileRange tiles, int thread) {
+                   GateUp(experts_[expert], tiles, thread);
+                 });
+    ForEachPiece(pool_, weights_.shares(Projection::kDown), outputs_per_task_ * TilePair::kCount, 1,
+                 [&](int64_t, TileRange tiles, int thread) { Down(tiles, thread); });
     if (args_.counters != nullptr) Count(*args_.counters);
   }
 
@@ -162,11 +163,10 @@ class ForwardPass {
     });
   }
 
-  // Task `index` of an expert's gate and up: features_per_task_ * FeatureUnit() tiles of
+  // A task of an expert's gate and up: up to features_per_task_ * FeatureUnit() tiles of
   // intermediate features, for all the expert's tokens.
-  void GateUp(const Expert& expert, int64_t index, int thread) const {
-    const int64_t begin = index * features_per_task_ * FeatureUnit();
-    const int64_t end = std::min(begin + features_per_task_ * FeatureUnit(), GateTiles());
+  void GateUp(const Expert& expert, TileRange tiles, int thread) const {
+    const auto [begin, end] = tiles;
     std::array<TilePair, kMostPerTask * kMostFeatureTiles> w;
     int64_t pairs = 0;
     if (gated()) {
@@ -239,12 +239,11 @@ class ForwardPass {
     }
   }
 
-  // Task `index` of down: outputs_per_task_ pairs of tiles of output features, for all tokens and
+  // A task of down: up to outputs_per_task_ pairs of tiles of output features, for all tokens and
   // all their experts.
-  void Down(int64_t index, int thread) const {
+  void Down(TileRange tiles, int thread) const {
     const int64_t width = outputs_per_task_ * TilePair::kCount;
-    const int64_t begin = index * width;
-    const int64_t end = std::min(begin + width, DownTiles());
+    const auto [begin, end] = tiles;
     float* sums = Sums(thread);
     std::memset(sums, 0, ProductBytes(outputs_per_task_, tokens_));
     for (int64_t e = 0; e < std::ssize(experts_); ++e) AddExpert(e, begin, end, sums, thread);

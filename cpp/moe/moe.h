@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/float_types.h"
+#include "base/memory_node.h"
 #include "formats/scale_grid.h"
 #include "formats/weight_format.h"
 #include "moe/config.h"
@@ -62,6 +64,8 @@ class Moe {
   virtual const MoeConfig& config() const = 0;
   // The bytes of one packed copy (MoeConfig::copy_of), its biases included.
   virtual int64_t copy_bytes() const = 0;
+  // The memory of all packed copies, one share for each node.
+  virtual std::vector<MemoryShare> memory() const = 0;
   virtual bool HasWeights(int64_t expert) const = 0;  // throws std::out_of_range
   // What the stored gate, up and down of an expert had; the types of grids are not kOwn. Throws
   // std::out_of_range, and std::invalid_argument if the expert has no weights.

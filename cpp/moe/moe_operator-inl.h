@@ -14,6 +14,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/check.h"
 #include "kernels/isa.h"
@@ -49,6 +50,7 @@ class MoeOperator : public Moe {
 
   const MoeConfig& config() const final { return weights_.config(); }
   int64_t copy_bytes() const final { return weights_.copy_bytes(); }
+  std::vector<MemoryShare> memory() const final { return weights_.memory(); }
   bool HasWeights(int64_t expert) const final { return weights_.HasWeights(expert); }
   std::array<StoredScales, kProjections> Scales(int64_t expert) const final {
     RequireWeights(expert);

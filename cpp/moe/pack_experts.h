@@ -29,12 +29,13 @@ inline void RequireDistinct(const MoeConfig& config, std::span<const int64_t> ex
 // these experts have no weights.
 //
 // If there are enough experts for all threads, each thread packs whole experts. Threads then meet
-// only once per call, and no two of them make the operating system clear the same huge page.
+// only once per call, and no two of them make the operating system clear the same huge page. Where
+// experts are divided among nodes, the threads of each node pack the node's part of every expert.
 inline void PackExperts(Moe& moe, std::span<const int64_t> experts,
                         std::span<const ExpertSource> sources, ThreadPool& pool) {
   const int64_t count = std::ssize(sources);
   RequireDistinct(moe.config(), experts);
-  if (count < pool.num_threads()) {
+  if (count < pool.num_threads() || moe.config().nodes.size() > 1) {
     for (int64_t i = 0; i < count; ++i) moe.Pack(experts[i], sources[i], pool);
     return;
   }

@@ -1,8 +1,10 @@
 #include "moe/packed_experts.h"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <new>
+#include <span>
 
 #include "base/bits.h"
 #include "base/check.h"
@@ -32,16 +34,9 @@ const MoeConfig& Checked(const TileFormat& format, const MoeConfig& c) {
     Require(copy >= 0 && copy < c.num_experts, "copy_of must have elements in [0, ", c.num_experts,
             "), got ", copy);
   }
+  Require(c.nodes.size() <= kMaxMemoryNodes, "nodes must be at most ", kMaxMemoryNodes, ", got ",
+          c.nodes.size());
   return c;
-}
-
-AlignedBuffer Allocate(int64_t copies, int64_t bytes) {
-  try {
-    return AlignedBuffer(static_cast<size_t>(copies * bytes));
-  } catch (const std::bad_alloc&) {
-    throw OutOfMemory(Message("cannot allocate ", (copies * bytes) >> 20, " MiB for ", copies,
-                              " experts of ", bytes >> 20, " MiB each"));
-  }
 }
 
 }  // namespace
@@ -52,11 +47,42 @@ PackedExperts::PackedExperts(const TileFormat& format, const MoeConfig& config)
       gate_up_(format.shape, config.intermediate_size, config.hidden_size,
                config.glu.gated ? 2 : 1),
       down_(format.shape, config.hidden_size, config.intermediate_size),
-      packed_(Allocate(config.copies(), PackedBytes())),
+      gate_up_shares_(gate_up_.tiles(), config.nodes),
+      down_shares_(down_.tiles(), config.nodes),
+      shares_(Allocate()),
       biases_(config.has_bias ? config.copies() * BiasSize() : 0),
       scales_(config.copies()),
       stored_(config.copies()),
       has_weights_(config.copies(), 0) {}
+
+std::vector<PackedExperts::Share> PackedExperts::Allocate() const {
+  const int64_t copies = config_.copies();
+  std::vector<Share> shares;
+  try {
+    for (int n = 0; n < gate_up_shares_.count(); ++n) {
+      const int64_t bytes = Shared() * gate_up_shares_.tiles(n) * gate_up_.TileBytes() +
+                            down_shares_.tiles(n) * down_.TileBytes();
+      const int node = config_.nodes.empty() ? kAnyNode : config_.nodes[n].id;
+      shares.push_back({bytes, AlignedBuffer(static_cast<size_t>(copies * bytes), node)});
+    }
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(Message("cannot allocate ", (copies * PackedBytes()) >> 20, " MiB for ",
+                              copies, " experts of ", PackedBytes() >> 20, " MiB each"));
+  }
+  return shares;
+}
+
+std::vector<MemoryShare> PackedExperts::memory() const {
+  std::vector<MemoryShare> memory;
+  for (size_t n = 0; n < shares_.size(); ++n) {
+    const AlignedBuffer& packed = shares_[n].packed;
+    memory.push_back({.node = config_.nodes.empty() ? kAnyNode : config_.nodes[n].id,
+                      .data = packed.data(),
+                      .bytes = packed.size(),
+                      .bound = packed.bound()});
+  }
+  return memory;
+}
 
 void PackedExperts::RequireFits(int64_t expert, const ExpertSource& source) const {
   config_.RequireExperts(expert, 1);
@@ -89,7 +115,8 @@ void PackedExperts::Pack(int64_t expert, const ExpertSource& source, ThreadPool&
   std::vector<ScaleRange> ranges(pool.num_threads());
   ForEachTile(pool, [&](Projection p, int64_t tile, int thread) {
     const RawMatrix& matrix = *matrices[static_cast<int>(p)];
-    ranges[thread].Merge(format_->pack(layout(p), matrix, tile, Matrix(copy, p)));
+    std::byte* packed = Matrix(copy, p, shares(p).Of(tile));
+    ranges[thread].Merge(format_->pack(layout(p), matrix, tile, packed));
   });
   for (const ScaleRange& range : ranges) ranges[0].Merge(range);
   scales_[copy] = ranges[0];
@@ -108,31 +135,43 @@ void PackedExperts::Evict(int64_t expert) {
   config_.RequireExperts(expert, 1);
   const int64_t copy = config_.CopyOf(expert);
   has_weights_[copy] = 0;
-  packed_.GiveBack(copy * PackedBytes(), PackedBytes());
+  for (const Share& share : shares_) {
+    share.packed.GiveBack(copy * share.copy_bytes, share.copy_bytes);
+  }
 }
 
-// Calls body(projection, tile, thread) for every tile. A task is a run of tiles, about half a huge
-// page of them. If threads wrote neighbouring tiles for the first time, each of them would clear
-// the same page.
+// Calls body(projection, tile, thread) for every tile, on the tile's node if memory does not come
+// from there anyway. A task is a run of tiles, about half a huge page of them. If threads wrote
+// neighbouring tiles for the first time, each of them would clear the same page.
 template <class Body>
 void PackedExperts::ForEachTile(ThreadPool& pool, Body&& body) const {
   constexpr auto kRunBytes = static_cast<int64_t>(AlignedBuffer::kHugePage / 2);
   const int64_t pairs = std::max<int64_t>(kRunBytes / (Shared() * gate_up_.TileBytes()), 1);
   const int64_t downs = std::max<int64_t>(kRunBytes / down_.TileBytes(), 1);
-  const int64_t gate_up_tasks = CeilDiv(gate_up_.tiles(), pairs);
-  pool.For(gate_up_tasks + CeilDiv(down_.tiles(), downs), [&](int64_t task, int thread) {
-    if (task < gate_up_tasks) {
-      const int64_t end = std::min((task + 1) * pairs, gate_up_.tiles());
-      for (int64_t t = task * pairs; t < end; ++t) {
-        if (gated()) body(Projection::kGate, t, thread);
-        body(Projection::kUp, t, thread);
-      }
-    } else {
-      const int64_t first = (task - gate_up_tasks) * downs;
-      const int64_t end = std::min(first + downs, down_.tiles());
-      for (int64_t t = first; t < end; ++t) body(Projection::kDown, t, thread);
-    }
-  });
+  std::array<int64_t, kMaxMemoryNodes> tasks;
+  bool bound = true;
+  for (size_t n = 0; n < shares_.size(); ++n) {
+    tasks[n] = CeilDiv(gate_up_shares_.tiles(n), pairs) + CeilDiv(down_shares_.tiles(n), downs);
+    bound = bound && (shares_[n].packed.bound() || tasks[n] == 0);
+  }
+  pool.ForNodes(
+      std::span(tasks.data(), shares_.size()),
+      [&](int node, int64_t task, int thread) {
+        const int64_t gate_up_tasks = CeilDiv(gate_up_shares_.tiles(node), pairs);
+        if (task < gate_up_tasks) {
+          const int64_t first = gate_up_shares_.begin(node) + task * pairs;
+          const int64_t end = std::min(first + pairs, gate_up_shares_.end(node));
+          for (int64_t t = first; t < end; ++t) {
+            if (gated()) body(Projection::kGate, t, thread);
+            body(Projection::kUp, t, thread);
+          }
+        } else {
+          const int64_t first = down_shares_.begin(node) + (task - gate_up_tasks) * downs;
+          const int64_t end = std::min(first + downs, down_shares_.end(node));
+          for (int64_t t = first; t < end; ++t) body(Projection::kDown, t, thread);
+        }
+      },
+      bound ? ThreadPool::WhenDone::kHelp : ThreadPool::WhenDone::kWait);
 }
 
 }  // namespace cpumoe

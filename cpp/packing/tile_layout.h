@@ -40,6 +40,13 @@ class TileLayout {
   int64_t bytes() const { return tiles() * tile_bytes_; }
   int64_t TileBytes() const { return tile_bytes_; }
 
+  // The address that tile 0 would have, if tile `tile` is at `address`. A buffer that has only the
+  // tiles from `tile` on is thus addressed like a whole matrix.
+  std::byte* Origin(std::byte* address, int64_t tile) const {
+    return reinterpret_cast<std::byte*>(reinterpret_cast<uintptr_t>(address) -
+                                        static_cast<uintptr_t>(tile * distance_));
+  }
+
   TileView Tile(const std::byte* packed, int64_t tile) const {
     const std::byte* codes = packed + tile * distance_;
     return {codes, codes + code_bytes_};

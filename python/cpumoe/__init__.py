@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cpumoe.models import ModelSpec, find_model
     from cpumoe.numerics.glu import GLU, SwiGLU
     from cpumoe.options import ExpertsOptions
+    from cpumoe.placement import Placement
     from cpumoe.runtime import Runtime, default_runtime
     from cpumoe.statistics import ExpertsStatistics
 
@@ -49,6 +50,7 @@ __all__ = [
     "Future",
     "Linear",
     "ModelSpec",
+    "Placement",
     "QuantizedMatrix",
     "Runtime",
     "SwiGLU",
@@ -85,6 +87,7 @@ _MODULES = {
     "cpumoe.linear": ("Linear",),
     "cpumoe.models": ("ModelSpec", "find_model"),
     "cpumoe.options": ("ExpertsOptions",),
+    "cpumoe.placement": ("Placement",),
     "cpumoe.runtime": ("Runtime", "default_runtime"),
     "cpumoe.statistics": ("ExpertsStatistics",),
     "cpumoe.numerics.glu": ("GLU", "SwiGLU"),

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MoeConfig', 'NumaNode', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -61,6 +61,9 @@ class CpuLocation:
     def cpu(self) -> int:
         ...
     @property
+    def l3(self) -> int:
+        ...
+    @property
     def node(self) -> int:
         ...
     @property
@@ -68,10 +71,19 @@ class CpuLocation:
         ...
 class NumaNode:
     @property
+    def cores(self) -> list[int]:
+        ...
+    @property
     def cpus(self) -> list[int]:
         ...
     @property
     def id(self) -> int:
+        ...
+    @property
+    def memory_bytes(self) -> int:
+        ...
+    @property
+    def memory_node(self) -> int:
         ...
 class Topology:
     @property
@@ -84,16 +96,53 @@ class Topology:
     def default_threads(self) -> int:
         ...
     @property
+    def l3_groups(self) -> int:
+        ...
+    @property
     def nodes(self) -> list[NumaNode]:
+        ...
+    @property
+    def other_nodes(self) -> list[NumaNode]:
         ...
     @property
     def quota(self) -> float:
         ...
+class MemoryNode:
+    @property
+    def id(self) -> int:
+        ...
+    @property
+    def threads(self) -> int:
+        ...
+class Placement:
+    @property
+    def bound(self) -> bool:
+        ...
+    @property
+    def local(self) -> int:
+        ...
+    @property
+    def nbytes(self) -> int:
+        ...
+    @property
+    def node(self) -> int:
+        ...
+    @property
+    def pages(self) -> int:
+        ...
+class NodeThreads:
+    def __init__(self, *, id: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], one_cpu_each: bool) -> None:
+        ...
 class Runtime:
-    def __init__(self, *, threads: typing.SupportsInt | typing.SupportsIndex, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], callers_compute: bool = True) -> None:
+    def __init__(self, *, threads: typing.SupportsInt | typing.SupportsIndex, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], callers_compute: bool = True, nodes: collections.abc.Sequence[NodeThreads] = []) -> None:
         ...
     def close(self) -> None:
         ...
+    @property
+    def nodes(self) -> list[MemoryNode]:
+        """
+        The NUMA nodes of the threads; none: the runtime does not look at nodes.
+        """
 class SubmittedCall:
     def done(self) -> bool:
         ...
@@ -297,7 +346,7 @@ class LayerStatistics:
     def seconds(self) -> float:
         ...
 class Layer:
-    def __init__(self, *, isa: str, origin: str, format: str, config: MoeConfig, scale_type: ScaleType = ...) -> None:
+    def __init__(self, *, isa: str, origin: str, format: str, config: MoeConfig, scale_type: ScaleType = ..., runtime: Runtime | None = None) -> None:
         ...
     def evict(self, *, expert: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -316,6 +365,10 @@ class Layer:
     def packed_bytes(self) -> int:
         """
         The bytes of the experts that are packed now.
+        """
+    def placement(self) -> list[Placement]:
+        """
+        Where the packed experts lie, a share for each node of the runtime.
         """
     def require_own_process(self) -> None:
         """
@@ -399,6 +452,10 @@ class Call:
 class LinearLayer:
     def __init__(self, *, runtime: Runtime, isa: str, origin: str, format: str, matrix: Matrix, bias: typing.SupportsInt | typing.SupportsIndex, precision: Precision, batch_invariant: bool, few_token_limit: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    def placement(self) -> list[Placement]:
+        """
+        Where the packed weights lie, a share for each node of the runtime.
+        """
     def unpack(self, *, runtime: Runtime, matrix: Matrix) -> None:
         """
         Writes the matrix as its checkpoint stores it.
@@ -578,9 +635,9 @@ def tile_steps() -> list[TileStep]:
     """
     The conditions for AMX, in order, and whether each holds; None: not checked.
     """
-def topology() -> Topology:
+def topology(*, sysfs: str = '/sys', proc: str = '/proc', affinity: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None) -> Topology:
     """
-    The CPUs that this process may use.
+    The CPUs and NUMA nodes that this process may use, or those of a made-up machine.
     """
 def usable_isas() -> list[str]:
     """

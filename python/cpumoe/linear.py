@@ -29,6 +29,7 @@ from cpumoe.formats import QuantizedMatrix, weight_format
 from cpumoe.numerics.precision import resolve_precision
 from cpumoe.options import ExpertsKeywords, ExpertsOptions, with_overrides
 from cpumoe.packed_layer import PackedLayer
+from cpumoe.placement import Placement, placement_of
 from cpumoe.runtime import Runtime, default_runtime
 
 # Formats that hold weights of a dtype as they are.
@@ -307,6 +308,11 @@ class Linear(PackedLayer, torch.nn.Module):
     def nbytes(self) -> int:
         """Bytes of the packed weights, the bias included."""
         return self._layer.nbytes
+
+    @property
+    def placement(self) -> Placement:
+        """The NUMA nodes in whose memory the weights lie, those of the runtime that packed them."""
+        return placement_of(self._layer)
 
     @property
     def runtime(self) -> Runtime:

@@ -21,6 +21,7 @@ from cpumoe.checkpoint import ExpertWeights
 from cpumoe.numerics.glu import GLU
 from cpumoe.options import ExpertsOptions
 from cpumoe.packed_layer import PackedLayer
+from cpumoe.placement import Placement, placement_of
 from cpumoe.runtime import Runtime, check_runtime, default_runtime
 
 
@@ -69,6 +70,7 @@ class PackedExperts(PackedLayer):
             format=self._format.name,
             config=config,
             scale_type=layer_scale_type(self._format, dtypes),
+            runtime=self.runtime.core,
         )
         self._calls = Calls(self._layer, hidden_size=hidden_size, precision=options.precision)
         self._form = ExpertForm(
@@ -248,6 +250,11 @@ class PackedExperts(PackedLayer):
     def nbytes(self) -> int:
         """Bytes of the packed weights in memory, without experts that were evicted."""
         return self._layer.packed_bytes()
+
+    @property
+    def placement(self) -> Placement:
+        """The NUMA nodes in whose memory the weights lie, those of the runtime that packed them."""
+        return placement_of(self._layer)
 
     @property
     def packed_experts(self) -> list[int]:

@@ -12,6 +12,9 @@
 namespace cpumoe {
 namespace {
 
+// The threads of each node.
+const std::vector<std::vector<int>> kNodes = {{2}, {1, 1}, {3, 1, 1}, {1, 2, 9, 1}};
+
 class DeterminismTest : public MoeTest {};
 CPUMOE_FOR_EACH_ISA_FORMAT_AND_PATH(DeterminismTest);
 
@@ -54,6 +57,41 @@ TEST_P(DeterminismTest, PackingOnAnyNumberOfThreads) {
     const auto moe = Create(layer.config());
     for (int64_t e = 0; e < layer.config().num_experts; ++e) moe->Pack(e, layer.Source(e), pool);
     EXPECT_EQ(Forward(*moe, batch), expected) << threads << " threads";
+  }
+}
+
+// Rows are divided among nodes, which are made up here. Their memory is then that of the machine.
+// Sizes are no multiples of what nodes get, and a node gets no rows at all.
+TEST_P(DeterminismTest, AnyNumberOfNodes) {
+  LayerSpec spec{.experts = 3, .hidden = 176, .intermediate = 144, .has_bias = true};
+  for (const std::vector<int>& threads : kNodes) {
+    if (run_.MultipliesBySignals() && threads.size() != 2) continue;
+    for (const Glu& glu : {kPlain, kUngatedRelu2}) {
+      if (!glu.gated && threads.size() != 2) continue;
+      spec.glu = glu;
+      const TestLayer layer(format(), spec);
+      const auto whole = Create(layer);
+      const std::vector<NodeThreads> nodes = MadeUpNodes(threads);
+      MoeConfig config = layer.config();
+      for (const NodeThreads& node : nodes) config.nodes.push_back(node.memory);
+      const auto divided = Create(config);
+      PinnedPool pool({.nodes = nodes}), other({.threads = 2});
+      for (int64_t e = 0; e < spec.experts; ++e) divided->Pack(e, layer.Source(e), pool);
+      EXPECT_EQ(divided->copy_bytes(), whole->copy_bytes());
+      EXPECT_EQ(divided->memory().size(), nodes.size());
+      Workspace workspace;
+      for (const int64_t tokens : {1, 4, 29}) {
+        if (run_.MultipliesBySignals() && tokens > 4) continue;
+        const Batch batch(config, BatchSpec{.tokens = tokens});
+        const std::vector<std::byte> expected = Forward(*whole, batch);
+        EXPECT_EQ(Forward(*divided, batch, pool, workspace), expected)
+            << tokens << " tokens, " << threads.size() << " nodes";
+        EXPECT_EQ(Forward(*divided, batch, other, workspace), expected) << "on another pool";
+        EXPECT_EQ(Forward(*whole, batch, pool, workspace), expected) << "of another layer";
+      }
+      divided->Evict(1);
+      EXPECT_FALSE(divided->HasWeights(1));
+    }
   }
 }
 

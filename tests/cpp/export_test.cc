@@ -73,6 +73,25 @@ TEST_P(ExportTest, EveryExpertBitForBit) {
   }
 }
 
+TEST_P(ExportTest, EveryExpertOfDividedRowsBitForBit) {
+  const TestLayer layer = MakeLayer(5 * GroupSize());
+  MoeConfig config = layer.config();
+  const std::vector<NodeThreads> nodes = MadeUpNodes({1, 2, 1});
+  for (const NodeThreads& node : nodes) config.nodes.push_back(node.memory);
+  const auto moe = Create(config);
+  PinnedPool pool({.nodes = nodes});
+  const std::vector<ExpertSource> sources = {layer.Source(0), layer.Source(1), layer.Source(2)};
+  PackExperts(*moe, std::vector<int64_t>{0, 1, 2}, sources, pool);
+  moe->Evict(1);  // the others keep all their bytes
+  for (const int64_t e : {0, 2}) {
+    Copy copy(format(), config.intermediate_size, config.hidden_size);
+    UnpackAll(*moe, e, copy.Views(), pool);
+    EXPECT_EQ(copy.gate, layer.Matrix(e, 0)) << "expert " << e;
+    EXPECT_EQ(copy.up, layer.Matrix(e, 1)) << "expert " << e;
+    EXPECT_EQ(copy.down, layer.Matrix(e, 2)) << "expert " << e;
+  }
+}
+
 // Without a gate, an expert takes no memory for one, and its export leaves the gate's alone.
 TEST_P(ExportTest, ExpertsWithoutAGate) {
   const int64_t intermediate = 5 * GroupSize();

@@ -189,6 +189,32 @@ TEST_P(LinearTest, TheSameBitsForAnyNumberOfThreads) {
   }
 }
 
+// Rows are divided among nodes, which are made up here.
+TEST_P(LinearTest, TheSameBitsForAnyNumberOfNodes) {
+  const auto matrix = TestMatrix::Random(format(), 300, 128, rng_);
+  const auto whole = Create(matrix);
+  for (const std::vector<int>& threads : {std::vector<int>{1, 1}, {2, 1, 1}, {1, 5, 1, 1}}) {
+    const std::vector<NodeThreads> nodes = MadeUpNodes(threads);
+    LinearConfig config = {.out_features = 300, .in_features = 128};
+    for (const NodeThreads& node : nodes) config.nodes.push_back(node.memory);
+    const auto divided = Empty(config);
+    PinnedPool pool({.nodes = nodes});
+    divided->Pack(matrix.View(), nullptr, pool);
+    EXPECT_EQ(divided->memory().size(), nodes.size());
+    for (const int64_t tokens : {1, 3, 50}) {
+      if (run_.MultipliesBySignals() && tokens > 3) continue;
+      const Input input(tokens, 128, DType::kFp32, rng_);
+      SerialPool one;
+      const auto expected = Forward(*whole, input, DType::kFp32, one);
+      EXPECT_EQ(Forward(*divided, input, DType::kFp32, pool), expected);
+      EXPECT_EQ(Forward(*divided, input, DType::kFp32, one), expected);
+    }
+    TestMatrix out(format(), 300, 128);
+    divided->Unpack(out.MutableView(), pool);
+    EXPECT_TRUE(out == matrix);
+  }
+}
+
 TEST_P(LinearTest, ABatchInvariantTokenDoesNotDependOnItsBatch) {
   const auto matrix = TestMatrix::Random(format(), 64, 96, rng_);
   const auto linear = Create(matrix, nullptr, {.batch_invariant = true});

@@ -8,6 +8,7 @@
 
 #include "cpp/forward_oracle.h"
 #include "threading/pinned_pool.h"
+#include "threading/topology.h"
 
 namespace cpumoe {
 namespace {
@@ -134,6 +135,15 @@ ForwardArgs Batch::Args(void* output) const {
           .hidden_stride = stride_,
           .tokens = spec_.tokens,
           .output = output};
+}
+
+std::vector<NodeThreads> MadeUpNodes(const std::vector<int>& threads) {
+  std::vector<NodeThreads> nodes;
+  for (size_t n = 0; n < threads.size(); ++n) {
+    nodes.push_back(
+        {.memory = {.id = static_cast<int>(n), .threads = threads[n]}, .cpus = ProcessAffinity()});
+  }
+  return nodes;
 }
 
 std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements) {

@@ -13,6 +13,7 @@
 #include "cpp/isa_test.h"
 #include "cpp/test_matrix.h"
 #include "moe/moe.h"
+#include "threading/pinned_pool.h"
 
 namespace cpumoe {
 
@@ -93,6 +94,9 @@ class Batch {
   std::vector<std::byte> hidden_states_;
   mutable std::vector<int32_t> narrow_ids_;
 };
+
+// Nodes with so many threads, which may run on any CPU.
+std::vector<NodeThreads> MadeUpNodes(const std::vector<int>& threads);
 
 // Converts elements of any dtype to doubles.
 std::vector<double> Numbers(DType dtype, const std::vector<std::byte>& elements);

@@ -23,12 +23,14 @@ from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
     GroupOption,
+    NodesOption,
     PrecisionOption,
     ScalesOption,
     ThreadsOption,
     TracebackOption,
     choose_layer,
     count_option,
+    make_runtime,
     parse_isas_or_best,
     parse_precisions,
     parse_scales,
@@ -153,6 +155,7 @@ def command(
     group: GroupOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     threads: ThreadsOption = None,
+    nodes: NodesOption = None,
     experts: _ExpertsOption = None,
     seconds: _SecondsOption = 2.0,
     rounds: _RoundsOption = 5,
@@ -193,7 +196,7 @@ def command(
             weights, *more = _weights(model, format, experts, chosen)
             if more:
                 raise InputError(f"--format: {other} expects one format, got {format!r}")
-            runtime = _runtime(threads)
+            runtime = _runtime(threads, nodes)
             settings = {"model": model, **bench_report.sizes([weights], weights.top_k)}
             settings |= {"scales": scales, "group": group, "seconds": seconds, "rounds": rounds}
             table = bench_tune if tune else bench_write_back
@@ -209,7 +212,7 @@ def command(
             _refuse_beside("--data", routing=routing, experts=experts, **made_up)
             weights, workloads = _read_data(data, model, counts)
             layers = [weights]
-        runtime = _runtime(threads)
+        runtime = _runtime(threads, nodes)
         with progress_bar(still=True) as progress:
             result = benchmark.run(
                 layers,
@@ -374,10 +377,10 @@ def _read_data(
     return arrays.weights(), [arrays.workload(count) for count in tokens or arrays.tokens]
 
 
-def _runtime(threads: int | None) -> Runtime:
-    from cpumoe.runtime import Runtime, default_runtime
+def _runtime(threads: int | None, nodes: str | None) -> Runtime:
+    from cpumoe.runtime import default_runtime
 
-    return default_runtime() if threads is None else Runtime(threads)
+    return make_runtime(threads, nodes) or default_runtime()
 
 
 def require_writable(*paths: Path | None) -> None:

@@ -9,7 +9,7 @@ The document (``--json``), times in seconds, rates per second::
                  "read_bandwidth": {"bytes_per_second", "least", "isa", "buffer_bytes",
                                     "huge_pages"},
                  "dot_peaks": [{"isa", "format", "precision", "macs_per_second", "least"}],
-                 "steady"},
+                 "placement": {"nodes", "nbytes", "bound", "local_share"}, "steady"},
      "rows": [{"isa", "precision", "format", "tokens", "seconds", "low", "high", "spread", "rounds",
                "calls", "tokens_per_second", "touched_experts", "weight_bytes", "bytes_per_second",
                "macs", "flops_per_second", "share_of_read_bandwidth", "share_of_dot_peak",
@@ -18,6 +18,9 @@ The document (``--json``), times in seconds, rates per second::
 
 ``settings.format`` has the formats of all rows, separated by commas. ``settings.scales`` and
 ``settings.group`` are null unless these options were given.
+
+``placement`` says in which NUMA nodes' memories the weights lie (`cpumoe.Placement`). It is null if
+the machine counts as one node.
 
 A row takes one turn per round. A turn has the median of its calls, and two values of each limit,
 measured right before and right after these calls. A row's ``seconds`` is the median of all its
@@ -41,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpumoe.cli import console
 from cpumoe.cli.machine import cpu_model, versions
+from cpumoe.placement import Placement
 
 if TYPE_CHECKING:
     from cpumoe.measure.benchmark import Result, Timing, Variant
@@ -75,6 +79,7 @@ def document(result: Result, settings: dict[str, Any], threads: int) -> dict[str
             {**vars(multiplier), "macs_per_second": limit.best, "least": limit.least}
             for multiplier, limit in limits.dots.items()
         ],
+        "placement": None if result.placement.nodes is None else vars(result.placement),
         "steady": limits.steady,
     }
     return {**beginning, "rows": _rows(result.timings)}
@@ -229,6 +234,8 @@ def _machine_table(machine: dict[str, Any]) -> Any:
         "memory read": f"{console.format_rate(read['bytes_per_second'])} "
         f"[dim](least {least}; {pages})[/]",
     }
+    if machine.get("placement"):
+        facts["weights"] = str(Placement(**machine["placement"]))
     for peak in machine["dot_peaks"]:
         least = console.format_number(2e-9 * peak["least"])
         best = console.format_number(2e-9 * peak["macs_per_second"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ from cpumoe.cli import console, host_threads
 from cpumoe.cli.errors import BAD_INPUT, reported
 from cpumoe.cli.machine import cpu_model, versions
 from cpumoe.cli.options import JsonOption, TracebackOption
+from cpumoe.placement import Placement
+
+if TYPE_CHECKING:
+    from cpumoe import _core
 
 EXAMPLE = "Example: `cpumoe info --json`"
 
@@ -68,6 +72,8 @@ def collect() -> dict[str, Any]:
         "formats": _formats(),
         "host_threads": host_threads.describe(),
         "read_bandwidth": _bandwidth(isas["variants"]),
+        "nodes_bandwidth": _nodes_bandwidth(isas["variants"]),
+        "placement": _placement(isas["variants"]),
     }
 
 
@@ -83,18 +89,30 @@ def _hosts() -> list[dict[str, Any]]:
 
 
 def _cpu() -> dict[str, Any]:
-    from cpumoe import _core
+    from cpumoe._engine import nodes
 
-    topology = _core.topology()
+    topology = nodes.machine()
     return {
         "model": cpu_model(),
         "architecture": platform.machine(),
         "logical_cpus": len(topology.cpus),
         "cores": len(topology.cores),
         "packages": len({cpu.package for cpu in topology.cpus}),
-        "numa_nodes": [{"id": node.id, "cpus": list(node.cpus)} for node in topology.nodes],
+        "l3_caches": topology.l3_groups or None,
+        "numa_nodes": [_node(node) for node in topology.nodes],
+        "other_numa_nodes": [_node(node) for node in topology.other_nodes],
         "cpu_quota": topology.quota if math.isfinite(topology.quota) else None,
         "default_threads": topology.default_threads,
+    }
+
+
+def _node(node: _core.NumaNode) -> dict[str, Any]:
+    return {
+        "id": node.id,
+        "cpus": list(node.cpus),
+        "cores": len(node.cores),
+        "memory_bytes": node.memory_bytes or None,
+        "memory_node": node.memory_node,
     }
 
 
@@ -169,12 +187,42 @@ def _bandwidth(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
     from cpumoe.measure.limits import measure_read_bandwidth
     from cpumoe.runtime import Runtime
 
-    supported = [row for row in variants if row["supported"]]
-    if not supported or supported[-1]["problem"]:
+    if not _can_measure(variants):
         return None
     with progress_bar() as progress, Runtime() as runtime:
         progress("measuring memory bandwidth", 0, 1)
         return dict(vars(measure_read_bandwidth(runtime)))
+
+
+def _can_measure(variants: list[dict[str, Any]]) -> bool:
+    supported = [row for row in variants if row["supported"]]
+    return bool(supported) and not supported[-1]["problem"]
+
+
+def _nodes_bandwidth(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How fast each NUMA node reads the memory of each; None if there is only one."""
+    from cpumoe.measure.limits import measure_node_bandwidths
+    from cpumoe.runtime import default_runtime
+
+    nodes = default_runtime().nodes
+    if nodes is None or not _can_measure(variants):
+        return None
+    with progress_bar() as progress:
+        progress("measuring the bandwidth of NUMA nodes", 0, 1)
+        return {"nodes": list(nodes), "bytes_per_second": measure_node_bandwidths(nodes)}
+
+
+def _placement(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where a layer of 32 MiB lies; None if layers are not divided among NUMA nodes."""
+    import torch
+
+    from cpumoe.linear import Linear
+    from cpumoe.runtime import default_runtime
+
+    if default_runtime().nodes is None or not _can_measure(variants):
+        return None
+    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cpu")
+    return dict(vars(Linear.from_tensors(weight, format="bf16").placement))
 
 
 def _render(document: dict[str, Any]) -> None:
@@ -191,7 +239,11 @@ def _render(document: dict[str, Any]) -> None:
         "PyTorch": _host_threads(document["host_threads"]),
         "memory read": _memory_read(document["read_bandwidth"]),
     }
+    if document["placement"] is not None:
+        facts["weights"] = str(Placement(**document["placement"]))
     console.show(console.fact_table(facts))
+    if len(cpu["numa_nodes"]) > 1 or cpu["other_numa_nodes"]:
+        console.show("", _nodes_table(cpu, document["nodes_bandwidth"]))
     table = console.data_table(
         "ISA variants", ("name", "status", "missing or wrong"), text_columns=3
     )
@@ -214,6 +266,25 @@ def _render(document: dict[str, Any]) -> None:
         from cpumoe.cli import hosts
 
         console.show("", hosts.table(document["hosts"]))
+
+
+def _nodes_table(cpu: dict[str, Any], bandwidth: dict[str, Any] | None) -> Any:
+    measured = [] if bandwidth is None else bandwidth["nodes"]
+    reads = [f"GB/s from {node}" for node in measured]
+    table = console.data_table("NUMA nodes", ("node", "cores", "memory", *reads), text_columns=1)
+    for node in cpu["numa_nodes"] + cpu["other_numa_nodes"]:
+        memory = node["memory_bytes"]
+        rates = [""] * len(measured)
+        if node["id"] in measured:
+            row = bandwidth["bytes_per_second"][measured.index(node["id"])] if bandwidth else []
+            rates = [console.format_number(rate / 1e9) for rate in row]
+        table.add_row(
+            str(node["id"]),
+            str(node["cores"]),
+            "unknown or none" if memory is None else f"{memory / (1 << 30):.0f} GiB",
+            *rates,
+        )
+    return table
 
 
 def _host_threads(used: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from cpumoe.checkpoint import ExpertReader
     from cpumoe.formats.scale_choice import ScaleChoice
+    from cpumoe.runtime import Runtime
 
 # The most tokens of one call, more than any context has.
 _MOST_TOKENS = 1 << 20
@@ -65,6 +66,15 @@ TracebackOption = Annotated[
 ThreadsOption = Annotated[
     int | None, count_option("Number of threads to compute with.", "physical cores")
 ]
+NodesOption = Annotated[
+    str | None,
+    value_option(
+        "auto|1|N,...",
+        "NUMA nodes to compute on and to keep weights in. auto: all. 1: the machine counts as one "
+        "node. 0,2: the nodes with these numbers; a single one in brackets, \\[1].",
+        "CPUMOE_NODES if set, else auto",
+    ),
+]
 IsaOption = Annotated[str | None, _isas("all supported")]
 BestIsaOption = Annotated[str | None, _isas("the best")]
 ScalesOption = Annotated[
@@ -94,6 +104,25 @@ PrecisionOption = Annotated[
         "others.",
     ),
 ]
+
+
+def make_runtime(threads: int | None, nodes: str | None) -> Runtime | None:
+    """Returns what `--threads` and `--nodes` ask for, or None for the shared runtime.
+
+    Raises:
+        InputError: `--nodes` cannot be read.
+        ValueError: the nodes do not exist, or there are too few threads for them.
+    """
+    if threads is None and nodes is None:
+        return None
+    from cpumoe._engine.nodes import parse_nodes
+    from cpumoe.runtime import Runtime
+
+    try:
+        chosen = None if nodes is None else parse_nodes(nodes, "--nodes")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Runtime(threads, nodes=chosen)
 
 
 def parse_scales(scales: str | None, group: str | None) -> ScaleChoice:

@@ -11,9 +11,11 @@ import typer
 from cpumoe.cli import console, host_threads, ranks
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.options import (
+    NodesOption,
     ThreadsOption,
     check_dtype,
     count_option,
+    make_runtime,
     parse_dtype,
     value_option,
 )
@@ -137,6 +139,7 @@ class LoadingOptions:
     ] = None
     trust_remote_code: TrustRemoteCodeOption = False
     sums: ranks.SumsOption = ranks.DEFAULT_SUMS
+    nodes: NodesOption = None
 
 
 _DEFAULT_OPTIONS = LoadingOptions()
@@ -175,12 +178,11 @@ def load_text_model(
     # "auto" stays: the integration resolves it, for names on the hub as well.
     dtype = _AUTO if options.dtype == _AUTO else parse_dtype(options.dtype, DTYPES)
     from cpumoe.integrations.transformers import ExpertsOptions, LanguageModel
-    from cpumoe.runtime import Runtime
 
     threads = options.threads
     environment = ranks.environment()
     host_threads.choose_threads(threads, environment=environment)
-    runtime = None if threads is None else Runtime(threads)
+    runtime = make_runtime(threads, options.nodes)
     loaded = LanguageModel.from_pretrained(
         model,
         options=ExpertsOptions(

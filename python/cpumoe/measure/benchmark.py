@@ -24,6 +24,7 @@ from cpumoe.measure.limits import (
 )
 from cpumoe.measure.throughput import CallTimer, Workload, relative_l2
 from cpumoe.options import ExpertsOptions
+from cpumoe.placement import Placement
 from cpumoe.runtime import Runtime
 
 # A turn begins with an untimed call if that takes less than this share of the turn.
@@ -189,6 +190,7 @@ class Result:
 
     timings: Sequence[Timing]
     limits: Limits
+    placement: Placement  # of one of the layers
 
 
 class _LimitMeter:
@@ -305,7 +307,8 @@ def run(
         case.prepare()
     meter = _LimitMeter(runtime)
     _run_rounds(cases, meter, seconds / rounds, rounds, progress)
-    return Result([case.timing() for case in cases], _limits(cases, meter.reads))
+    timings = [case.timing() for case in cases]
+    return Result(timings, _limits(cases, meter.reads), cases[0].timer.experts.placement)
 
 
 def _run_rounds(

@@ -8,7 +8,7 @@ that experts run on, by loops that do nothing else (``cpp/kernels/limits-inl.h``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,32 +119,34 @@ class MemoryReader:
         Raises:
             RuntimeError: the runtime is closed.
         """
-        return self._buffer.nbytes / min(self._times(self._buffer.copy, seconds))
+        return self._buffer.nbytes / min(self._times(self._buffer.copy, seconds, self._runtime))
 
-    def measure(self, *, seconds: float = 0.5) -> ReadBandwidth:
+    def measure(self, *, runtime: Runtime | None = None, seconds: float = 0.5) -> ReadBandwidth:
         """Returns the best run.
 
         Args:
+            runtime: the threads that read; None: those for whom the buffer was allocated.
             seconds: time to spend (three runs at least).
 
         Raises:
             RuntimeError: the runtime is closed.
         """
-        times = self._times(self._buffer.read, seconds)
+        reader = runtime or self._runtime
+        times = self._times(self._buffer.read, seconds, reader)
         return ReadBandwidth(
             bytes_per_second=self._buffer.nbytes / min(times),
             isa=self._isa,
-            threads=self._runtime.threads,
+            threads=reader.threads,
             buffer_bytes=self._buffer.nbytes,
             huge_pages=self._huge_pages,
         )
 
     def _times(
-        self, run: Callable[[_core.Runtime, str, str], float], seconds: float
+        self, run: Callable[[_core.Runtime, str, str], float], seconds: float, runtime: Runtime
     ) -> list[float]:
         times: list[float] = []
         while len(times) < 3 or sum(times) < seconds:
-            times.append(run(self._runtime.core, self._isa, "isa"))
+            times.append(run(runtime.core, self._isa, "isa"))
         return times
 
 
@@ -163,6 +165,31 @@ def measure_read_bandwidth(
         RuntimeError: the runtime is closed.
     """
     return MemoryReader(runtime, buffer_bytes=buffer_bytes).measure(seconds=seconds)
+
+
+def measure_node_bandwidths(nodes: Sequence[int], *, seconds: float = 0.1) -> list[list[float]]:
+    """Measures how fast the threads of each NUMA node read the memory of each.
+
+    Args:
+        nodes: numbers of nodes, each with a core of this process.
+        seconds: time to spend on each pair (three runs at least).
+
+    Returns:
+        Bytes per second: of the threads of ``nodes[i]`` and the memory of ``nodes[j]`` in row i,
+        column j.
+
+    Raises:
+        ValueError: this process may not use a node, or no installed variant runs here.
+    """
+    runtimes = [Runtime(nodes=[node]) for node in nodes]
+    rates: list[list[float]] = [[] for _ in nodes]
+    for owner in runtimes:
+        memory = MemoryReader(owner)
+        for row, runtime in zip(rates, runtimes, strict=True):
+            row.append(memory.measure(runtime=runtime, seconds=seconds).bytes_per_second)
+    for runtime in runtimes:
+        runtime.close()
+    return rates
 
 
 def measure_dot_peak(
