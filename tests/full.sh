@@ -19,4 +19,5 @@ bash tests/extras.sh
 bash tests/clients.sh
 bash tests/docs.sh
 bash tests/packaging.sh
+bash tests/numa.sh || [[ $? -eq 77 ]]  # 77: QEMU cannot be had here
 python -m tests.fuzz --minutes 10
