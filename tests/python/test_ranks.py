@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,7 +106,7 @@ def test_evaluation_has_the_result_of_one_process():
 
 def test_a_rank_that_is_killed_is_named():
     start = time.monotonic()
-    done = run_ranks(3, "generate", *PROMPT, faults={1: "killed"})
+    done = run_ranks(2, "generate", *PROMPT, faults={1: "killed"})
     failed(done, f"rank 1 ({os.uname().nodename}) has ended or cannot be reached")
     assert time.monotonic() - start < 60  # loading included
 
@@ -164,3 +166,38 @@ def test_torchrun(world):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone("generate", *PROMPT)
+
+
+@IN_FULL_RUNS
+def test_a_server_ends_its_ranks():
+    """A signal to another rank than 0 changes nothing, because rank 0 may have to finish."""
+    ports = unused_port(), unused_port()
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cpumoe", "serve", "--port", str(ports[0]), "--threads", "1"],
+            env={**shared, "MASTER_PORT": str(ports[1]), "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].stdout.readline().startswith("serving ")
+        ranks[1].send_signal(signal.SIGINT)
+        body = json.dumps({"prompt": "In the beginning", "max_tokens": 4}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{ports[0]}/v1/completions",
+            body,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        ranks[0].send_signal(signal.SIGTERM)
+        assert [each.wait(60) for each in ranks] == [0, 0]
+        assert ranks[1].stdout.read() == ""
+    finally:
+        for each in ranks:
+            each.kill()
+            each.stdout.close()
