@@ -45,6 +45,7 @@ EXAMPLE = (
 )
 VERSION = 1
 _CONTEXTS = "128,512"
+_READ_SECONDS = 0.1
 _RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -112,13 +113,14 @@ def _measure(
     from cpumoe.runtime import Runtime, default_runtime
 
     runtime = default_runtime() if loading.threads is None else Runtime(loading.threads)
+    reader = MemoryReader(runtime)
     with progress_bar(still=True) as progress:
         found = measure_speed(
             model,
             lengths,
             new_tokens,
             rounds,
-            reader=MemoryReader(runtime),
+            bandwidth=lambda: reader.measure(seconds=_READ_SECONDS).bytes_per_second,
             progress=lambda done, total: progress("timing", done, total),
         )
     settings = {

@@ -19,11 +19,9 @@ import cpumoe
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.grouped_dense import GroupedLinear
 from cpumoe.integrations.transformers.language_model import LanguageModel
-from cpumoe.measure.limits import MemoryReader
 from cpumoe.text.generation import Prompt, Sampling
 
 _DENSE = (cpumoe.Linear, GroupedLinear, nn.Linear)
-_READ_SECONDS = 0.1
 
 
 @dataclass
@@ -61,7 +59,7 @@ def measure_speed(
     new_tokens: int,
     rounds: int,
     *,
-    reader: MemoryReader,
+    bandwidth: Callable[[], float],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ContextSpeed]:
     """Lets a model continue prompts of random tokens, each length once per round.
@@ -71,7 +69,7 @@ def measure_speed(
         contexts: tokens of the prompts.
         new_tokens: tokens whose writing is timed, at least 1. One more is written.
         rounds: how often each prompt is read.
-        reader: measures the memory.
+        bandwidth: measures how many bytes memory delivers per second.
         progress: is called with the number of prompts that are done, and of all.
 
     Raises:
@@ -99,7 +97,7 @@ def measure_speed(
         generation = model.generate(prompt, sampling)
         speed.prefill_seconds.append(generation.prefill_seconds)
         speed.decode_seconds.append(generation.decode_seconds / new_tokens)
-        speed.bandwidth.append(reader.measure(seconds=_READ_SECONDS).bytes_per_second)
+        speed.bandwidth.append(bandwidth())
     progress(total, total)
     return found
 
