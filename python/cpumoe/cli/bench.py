@@ -22,7 +22,9 @@ from cpumoe.cli import (
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
     BestIsaOption,
+    CompareOption,
     GroupOption,
+    JsonFileOption,
     NodesOption,
     PrecisionOption,
     ScalesOption,
@@ -133,16 +135,11 @@ _DataOption = Annotated[
 class OutputOptions:
     """What else the results are for, besides the table."""
 
-    json: Annotated[
-        Path | None, value_option("FILE", "Write the results as JSON. -: standard output.")
-    ] = None
+    json: JsonFileOption = None
     plot: Annotated[
         Path | None, value_option("FILE", "Draw a roofline plot (.png, .svg or .pdf).")
     ] = None
-    compare: Annotated[
-        Path | None,
-        value_option("OLD.json", "Compare with the file that --json wrote in an earlier run."),
-    ] = None
+    compare: CompareOption = None
 
 
 def command(

@@ -26,12 +26,7 @@ def read(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         InputError: it does not exist, or was not written by ``bench --json``.
     """
-    try:
-        document = _with_new_names(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        raise InputError(f"--compare: {path}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"--compare: {path}: expected JSON: {error}") from error
+    document = _with_new_names(read_json(path))
     if not _is_ours(document):
         raise InputError(
             f"--compare: {path}: expected a file that cpumoe bench --json wrote, of version "
@@ -42,6 +37,21 @@ def read(path: Path) -> dict[str, Any]:
     for peak in document["machine"]["dot_peaks"]:
         peak.setdefault("format", document["settings"].get("format"))
     return dict(document)
+
+
+def read_json(path: Path) -> Any:
+    """Returns what the JSON file that --compare names has.
+
+    Raises:
+        OSError: the file cannot be read.
+        InputError: it does not exist, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--compare: {path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"--compare: {path}: expected JSON: {error}") from error
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:

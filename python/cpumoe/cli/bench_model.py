@@ -18,16 +18,17 @@ share is the median of the rounds' shares.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cpumoe._base.progress import progress_bar
-from cpumoe.cli import bench, bench_report, console
+from cpumoe.cli import bench, bench_compare, bench_report, console
 from cpumoe.cli.errors import InputError, reported
 from cpumoe.cli.options import (
+    CompareOption,
+    JsonFileOption,
     TracebackOption,
     count_option,
     parse_token_counts,
@@ -53,13 +54,8 @@ _RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 class OutputOptions:
     """What else the results are for, besides the table."""
 
-    json: Annotated[
-        Path | None, value_option("FILE", "Write the results as JSON. -: standard output.")
-    ] = None
-    compare: Annotated[
-        Path | None,
-        value_option("OLD.json", "Compare with the file that --json wrote in an earlier run."),
-    ] = None
+    json: JsonFileOption = None
+    compare: CompareOption = None
 
 
 def command(
@@ -186,12 +182,7 @@ def _render(document: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--compare: {path}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"--compare: {path}: expected JSON: {error}") from error
+    document = bench_compare.read_json(path)
     if not _is_ours(document):
         raise InputError(
             f"--compare: {path}: expected a file that cpumoe bench-model --json wrote, of version "

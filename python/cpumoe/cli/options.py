@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,6 +57,13 @@ def _isas(default: str) -> Any:
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document to standard output and nothing else."),
+]
+JsonFileOption = Annotated[
+    Path | None, value_option("FILE", "Write the results as JSON. -: standard output.")
+]
+CompareOption = Annotated[
+    Path | None,
+    value_option("OLD.json", "Compare with the file that --json wrote in an earlier run."),
 ]
 TracebackOption = Annotated[
     bool,
