@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpumoe._base.launcher import own_rank, started_as_rank
 from cpumoe.cli.console import print_error
 from cpumoe.cli.errors import BAD_INPUT
 from cpumoe.cli.options import value_option
@@ -40,12 +41,6 @@ DEFAULT_SUMS = "fixed"
 _joined: Ranks | None = None
 
 
-def are_several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several."""
-    # Without PyTorch: commands that one process runs do not wait for it here.
-    return environment.get("WORLD_SIZE", "1") != "1" and "RANK" in environment
-
-
 def join_ranks(
     model: str | None, sums: str = DEFAULT_SUMS, threads: int | None = None, **options: object
 ) -> Ranks | None:
@@ -66,10 +61,10 @@ def join_ranks(
         typer.Exit: this was another rank, which has ended.
     """
     global _joined
-    if not are_several() or _joined is not None:
+    if not started_as_rank() or _joined is not None:
         return _joined
     from cpumoe import embedded
-    from cpumoe.distributed import join, own_rank
+    from cpumoe.distributed import join
 
     try:
         _joined = join(
@@ -127,7 +122,7 @@ def _leave(succeeded: bool) -> None:
 
 def environment() -> Mapping[str, str]:
     """Returns the environment variables without those that torchrun has set against its user."""
-    if are_several() and os.environ.get(_THREADS_VARIABLE) == "1":
+    if started_as_rank() and os.environ.get(_THREADS_VARIABLE) == "1":
         return {name: value for name, value in os.environ.items() if name != _THREADS_VARIABLE}
     return os.environ
 

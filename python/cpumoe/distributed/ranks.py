@@ -59,19 +59,6 @@ class _Facts(NamedTuple):
     common: dict[str, str]  # must be equal for all ranks
 
 
-def started_as_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, or another launcher, has started several processes like this one."""
-    try:
-        return int(environment.get("WORLD_SIZE", "1")) > 1 and "RANK" in environment
-    except ValueError:
-        return False
-
-
-def own_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns this process' rank; 0 if it was started alone."""
-    return int(environment["RANK"]) if started_as_rank(environment) else 0
-
-
 class Ranks:
     """This process and the others that share a model's experts.
 
