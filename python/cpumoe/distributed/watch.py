@@ -19,6 +19,10 @@ from cpumoe.distributed.agreement import RanksError
 # A machine that does not answer for this long counts as gone.
 _SILENCE_SECONDS = 6
 _CONNECT_SECONDS = 30
+# How long a rank that leaves waits for the others to leave, too. Until then it keeps its other
+# connections: Gloo drops what a connection has not delivered when it is closed. A rank may take a
+# while, because it frees its experts, and because its machine may be busy.
+_LEAVE_SECONDS = 120
 _BACKLOG = 1024
 _MOST_BYTES = 1 << 16
 
@@ -66,7 +70,7 @@ class Watch:
     def close(self) -> None:
         """Tells the other ranks that this one ends as planned, and waits until they do as well."""
         self._tell({"what": _DONE})
-        self._thread.join(_SILENCE_SECONDS)
+        self._thread.join(_LEAVE_SECONDS)
         self._wake.close()
         self._thread.join()
         for connection in self._connections.values():
