@@ -1,10 +1,11 @@
 """What it costs that ranks share a layer: microseconds per call of one token, over loopback.
 
-    python tools/ranks_overhead.py --ranks 2
+    python tools/ranks_overhead.py --ranks 2 --rounds 5
 
 The layer has DeepSeek-V4-Flash's hidden size and top_k, and next to no weights. Three times are
 medians: a call in one process, a call with ranks, and Gloo alone, sending packets of the same sizes
-there and back. All ranks run on this machine, one thread each.
+there and back. All ranks run on this machine, one thread each. The kinds of calls take turns in
+each round, and a time is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,20 +53,24 @@ def main() -> None:
             intermediate=INTERMEDIATE,
             top_k=TOP_K,
         )
-        # Each in processes of their own, because cpumoe and Gloo have threads.
-        results = {"one process": run(1, lambda _: alone(checkpoint))}
-        for sums in ("fixed", "plain"):
-            results[f"{options.ranks} ranks, {sums}"] = run(
-                options.ranks, lambda rank, sums=sums: shared(checkpoint, rank, sums)
-            )
-            results[f"gloo alone, {sums}"] = run(
-                options.ranks, lambda rank, sums=sums: gloo(rank, options.ranks, sums)
-            )
+        rounds = [measure(checkpoint, options.ranks) for _ in range(options.rounds)]
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(rounds))
         return
-    for name, microseconds in results.items():
-        print(f"{name:24} {microseconds:8.1f} us")
+    for name in rounds[0]:
+        print(f"{name:24} {statistics.median(each[name] for each in rounds):8.1f} us")
+
+
+def measure(checkpoint: Path, ranks: int) -> dict[str, float]:
+    """Returns the microseconds of each kind of call."""
+    # Each in processes of their own, because cpumoe and Gloo have threads.
+    results = {"one process": run(1, lambda _: alone(checkpoint))}
+    for sums in ("fixed", "plain"):
+        results[f"{ranks} ranks, {sums}"] = run(
+            ranks, lambda rank, sums=sums: shared(checkpoint, rank, sums)
+        )
+        results[f"gloo alone, {sums}"] = run(ranks, lambda rank, sums=sums: gloo(rank, ranks, sums))
+    return results
 
 
 def run(ranks: int, each: Callable[[int], float | None]) -> float:
