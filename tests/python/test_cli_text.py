@@ -184,6 +184,15 @@ def test_eval_compares_ways_to_compute_experts(model, text):
     assert bf16["scored_tokens"] == int8["scored_tokens"] == host["scored_tokens"] == 247
 
 
+def test_eval_refuses_to_record_what_it_cannot(model, text, tmp_path):
+    for arguments, message in (
+        (("--record", tmp_path / "no" / "counts.pt"), "expected a file in a folder that exists"),
+        (("--record", tmp_path / "counts.pt", "--experts", "host"), "expected --experts cpumoe"),
+    ):
+        result = run("eval", model, "--text", text, *map(str, arguments), code=2)
+        assert f"error: --record: {message}" in result.stderr
+
+
 def test_dtype_auto_is_what_the_model_has(model, text):
     options = ("eval", model, "--text", text, "--isa", "generic", "--json")
     own, bf16 = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,18 +12,42 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import warm_process
 from checkpoint_tools import write_small
-from moe_tools import IN_FULL_RUNS
+from moe_tools import EVERYTHING, IN_FULL_RUNS
 from ports import unused_port
 
 import cpumoe
 from cpumoe import embedded
+from cpumoe.distributed.placement import check_frequencies
+from cpumoe.integrations.sglang.recording import read_counts
 
 SCRIPT = (Path(__file__).parent / "ranks_script.py").read_text("utf-8")
 PROMPT = ("-p", "In the beginning", "--max-tokens", "24", "--temperature", "0", "--threads", "1")
-# A rank that has ended must end the others within so many seconds.
+# A rank that has ended, or that differs, must end the others within so many seconds.
 SOON = 10
+RANK_1 = f"rank 1 ({os.uname().nodename})"
+VERSION = f"{cpumoe.__version__}, build {cpumoe._core.build_id()[:12]}"
+
+
+class Times:
+    """What ranks_script.py notes."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def since(self, what):
+        """Seconds since the last rank did something."""
+        noted = [float(each.read_text()) for each in self._folder.glob(f"{what}-*")]
+        return time.monotonic() - max(noted)
+
+
+@pytest.fixture
+def times(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("times")
+    monkeypatch.setenv("TIMES", str(folder))
+    return Times(folder)
 
 
 def run_ranks(world, *arguments, faults=None, models=None, environment=None):
@@ -104,46 +129,118 @@ def test_evaluation_has_the_result_of_one_process():
         assert result["perplexity"] == other["perplexity"]
 
 
-def test_a_rank_that_is_killed_is_named():
-    start = time.monotonic()
+def test_a_rank_that_is_killed_is_named(times):
     done = run_ranks(2, "generate", *PROMPT, faults={1: "killed"})
-    failed(done, f"rank 1 ({os.uname().nodename}) has ended or cannot be reached")
-    assert time.monotonic() - start < 60  # loading included
+    assert times.since("killed") < SOON
+    failed(done, f"{RANK_1} has ended or cannot be reached")
 
 
 @IN_FULL_RUNS
-def test_the_end_of_rank_0_is_reported_by_the_next():
+def test_the_end_of_rank_0_is_reported_by_the_next(times):
     done = run_ranks(3, "generate", *PROMPT, faults={0: "killed-0"})
+    assert times.since("killed") < SOON
     failed(done, f"rank 0 ({os.uname().nodename}) has ended or cannot be reached")
 
 
+_OPTIONS = "start all ranks with the same options"
+# What differs in rank 1, and what is said of it.
+DIFFERENCES = {
+    "old": f"cpumoe: expected {VERSION}, as rank 0 has, got 0.0.9, build 0123456789ab; install one "
+    "build of cpumoe on all machines",
+    "--sums plain": f"sums: expected fixed, as rank 0 has, got plain; {_OPTIONS}",
+    "--precision int8": f"precision: expected auto, as rank 0 has, got int8; {_OPTIONS}",
+    "--isa generic": f"isa: expected None, as rank 0 has, got generic; {_OPTIONS}",
+    "--dtype float32": f"dtype: expected bfloat16, as rank 0 has, got float32; {_OPTIONS}",
+    "--placement no.pt": "no.pt: No such file or directory",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("old", "cpumoe: expected {version}, as rank 0 has, got 0.0.9, build 0123456789ab; install "
-         "one build of cpumoe on all machines"),
-    ],
+    "fault",
+    [each if each in ("old", "--sums plain") else pytest.param(each, marks=IN_FULL_RUNS)
+     for each in DIFFERENCES],
 )  # fmt: skip
-def test_other_software_is_refused(fault, message):
+def test_what_differs_is_refused(fault, times):
     done = run_ranks(2, "generate", *PROMPT, faults={1: fault})
-    version = f"{cpumoe.__version__}, build {cpumoe._core.build_id()[:12]}"
-    failed(done, f"rank 1 ({os.uname().nodename}): {message.format(version=version)}")
+    assert times.since("joins") < SOON
+    failed(done, f"{RANK_1}: {DIFFERENCES[fault]}")
 
 
-def test_another_checkpoint_is_refused(tmp_path):
+def test_another_checkpoint_is_refused(tmp_path, times):
     models = [write_small(tmp_path / str(seed), "v4-flash", seed=seed) for seed in (0, 1)]
     done = run_ranks(2, "generate", *PROMPT, models=models)
+    assert times.since("joins") < SOON
     (message,) = [each.stderr for each in done if each.stderr]
-    assert message.startswith(f"error: rank 1 ({os.uname().nodename}): checkpoint: expected ")
+    assert message.startswith(f"error: {RANK_1}: checkpoint: expected ")
     assert message.endswith("; give all ranks copies of one checkpoint\n")
     assert all(each.returncode != 0 for each in done)
 
 
 @IN_FULL_RUNS
-def test_other_options_are_refused():
+def test_a_checkpoint_that_is_not_there():
     done = run_ranks(2, "generate", *PROMPT, models=[embedded.model_path(), "path/to/nothing"])
     (message,) = [each.stderr for each in done if each.stderr]
-    assert f"rank 1 ({os.uname().nodename}): path/to/nothing" in message
+    assert f"{RANK_1}: path/to/nothing" in message
+
+
+def counts_of_layers(layers):
+    """Counts of the embedded model's experts: of the first ones most, and of some layers."""
+    with cpumoe.open_checkpoint(embedded.model_path()) as reader:
+        counts = torch.zeros((reader.config.num_hidden_layers, reader.num_experts), dtype=int)
+        counts[layers] = torch.arange(reader.num_experts, 0, -1) ** 2
+        return counts
+
+
+@pytest.fixture
+def counts_file(tmp_path):
+    def write(counts):
+        torch.save({"logical_count": counts}, tmp_path / "counts.pt")
+        return tmp_path / "counts.pt"
+
+    return write
+
+
+def test_counts_place_the_experts(counts_file):
+    file = counts_file(counts_of_layers(slice(None)))
+    done = run_ranks(2, "generate", *PROMPT, "--placement", str(file))
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == alone("generate", *PROMPT)
+
+
+@IN_FULL_RUNS
+def test_other_counts_are_refused(counts_file, times):
+    whole = counts_of_layers(slice(None))
+    layers, experts = whole.shape
+    for counts, message in (
+        (whole[:-1], f"expected counts of {layers} layers with {experts} experts, as the "
+         f"checkpoint has, got [{layers - 1}, {experts}]; record them with this model"),
+        (counts_of_layers(slice(1, None)), "layer 0: expected counts of its experts, got zeros; "
+         "record them with all layers of this model"),
+    ):  # fmt: skip
+        file = counts_file(counts)
+        done = run_ranks(2, "generate", *PROMPT, faults={1: f"--placement {file}"})
+        assert times.since("joins") < SOON
+        failed(done, f"{RANK_1}: {file}: {message}")
+    done = run_ranks(2, "generate", *PROMPT, faults={0: f"--placement {counts_file(whole)}"})
+    (message,) = [each.stderr for each in done if each.stderr]
+    assert message.startswith(f"error: {RANK_1}: placement: expected by counts ")
+    assert message.endswith(f", as rank 0 has, got successive experts; {_OPTIONS}\n")
+
+
+def test_counts_are_recorded(tmp_path):
+    """Those of one process are those of two ranks, and place experts."""
+    file, other = tmp_path / "one.pt", tmp_path / "two.pt"
+    arguments = ("eval", "--max-tokens", "200", "--threads", "1", "--record")
+    alone(*arguments, str(file))
+    counts = read_counts(file)
+    with cpumoe.open_checkpoint(embedded.model_path()) as reader:
+        assert counts.shape == (reader.config.num_hidden_layers, reader.num_experts)
+        assert (counts.sum(dim=1) == 200 * reader.top_k).all()
+        check_frequencies(counts, reader)
+    if EVERYTHING:
+        done = run_ranks(2, *arguments, str(other))
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr
+        assert torch.equal(read_counts(other), counts)
 
 
 @IN_FULL_RUNS
@@ -166,6 +263,32 @@ def test_torchrun(world):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone("generate", *PROMPT)
+
+
+@IN_FULL_RUNS
+@pytest.mark.parametrize("fault", [*DIFFERENCES, "killed"])
+def test_torchrun_ends_soon(fault, times):
+    """The launcher itself, with a fault in rank 1. It also ends the other ranks."""
+    script = Path(__file__).parent / "ranks_script.py"
+    own = " ".join(map(shlex.quote, (sys.executable, str(script))))
+    command = f'exec {own} "$([ $RANK = 1 ] && echo {shlex.quote(fault)} || echo none)" "$@"'
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launched = subprocess.Popen(
+        [*launcher, "--no-python", "bash", "-c", command, "rank", "generate", *PROMPT],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    said = []
+    for line in launched.stderr:
+        if line.startswith("error: "):
+            said.append(line)
+            assert times.since("killed" if fault == "killed" else "joins") < SOON
+    assert launched.wait(60) != 0
+    message = " has ended or cannot be reached"
+    if fault != "killed":
+        message = f": {DIFFERENCES[fault]}"
+    assert said == [f"error: {RANK_1}{message}\n"]
 
 
 @IN_FULL_RUNS

@@ -96,6 +96,16 @@ def command(
     dense: DenseOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     sums: ranks.SumsOption = ranks.DEFAULT_SUMS,
+    placement: ranks.PlacementOption = None,
+    record: Annotated[
+        Path | None,
+        value_option(
+            "FILE",
+            "File to write, with the number of tokens that used each expert, for --placement and "
+            "`cpumoe placement`.",
+            "none",
+        ),
+    ] = None,
     json_output: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -105,12 +115,14 @@ def command(
     change of the perplexity against the first row. With --experts all, the last row is
     transformers' own computation from dequantized weights, and the others are compared with it.
     --dense applies to the rows whose experts cpumoe computes. transformers computes attention in
-    all rows.
+    all rows. --record counts what the first row computes.
     """
     with reported(traceback):
-        ranks.join_ranks(model, sums, threads, isa=isa, precision=precision, dtype=dtype)
+        ranks.join_ranks(model, sums, threads, placement, isa=isa, precision=precision, dtype=dtype)
         resolved = resolve_dtype(dtype, model, trust_remote_code=trust_remote_code)
         ways = _ways(experts, isa, precision, resolved)
+        if record is not None:
+            _check_record(record, ways)
         content = _read(model, text)
         common = LoadingOptions(
             threads,
@@ -119,6 +131,7 @@ def command(
             attention="host",  # rows differ in experts and dense layers alone
             trust_remote_code=trust_remote_code,
             sums=sums,
+            placement=placement,
         )
         rows: list[tuple[_Way, Perplexity]] = []
         for way in ways:
@@ -129,7 +142,10 @@ def command(
                 decodes=False,
             )
             tokens = loaded.encode(content).tokens[:max_tokens]
+            before = None if record is None or rows else _counts(loaded)
             rows.append((way, _measure(loaded, tokens, window, stride)))
+            if record is not None and before is not None:
+                _write_counts(_counts(loaded) - before, record)
             name = loaded.name
             del loaded  # memory may not hold two models
         if json_output:
@@ -152,6 +168,25 @@ def _ways(experts: str, isa: str | None, precision: str, dtype: torch.dtype) -> 
     if experts != _CPUMOE:
         ways.append(_Way(_HOST))
     return ways
+
+
+def _check_record(path: Path, ways: Sequence[_Way]) -> None:
+    if ways[0].experts == _HOST:
+        raise InputError(f"--record: expected --experts {_CPUMOE} or {_ALL}, got {_HOST}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--record: expected a file in a folder that exists, got {path}")
+
+
+def _counts(model: LanguageModel) -> torch.Tensor:
+    from cpumoe.integrations.transformers.expert_counts import expert_counts
+
+    return expert_counts(model.model)
+
+
+def _write_counts(counts: torch.Tensor, path: Path) -> None:
+    from cpumoe.integrations.sglang.recording import write_counts
+
+    write_counts(counts, path)
 
 
 def _read(model: str | None, text: Path | None) -> str:

@@ -26,7 +26,9 @@ def command(
     stats: Annotated[
         Path,
         typer.Argument(
-            metavar="STATS", help="The file that SGLang's /dump_expert_distribution_record wrote."
+            metavar="STATS",
+            help="The file that SGLang's /dump_expert_distribution_record wrote, or `cpumoe eval "
+            "--record`.",
         ),
     ],
     gpu_experts: Annotated[

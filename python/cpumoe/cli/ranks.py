@@ -6,11 +6,13 @@ options but those that say which model it is, and write nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +23,9 @@ from cpumoe.cli.errors import BAD_INPUT
 from cpumoe.cli.options import value_option
 
 if TYPE_CHECKING:
+    import torch
+
+    from cpumoe.checkpoint import ExpertReader
     from cpumoe.distributed import Ranks
 
 # The exit status of a rank that ends because another one has ended.
@@ -37,12 +42,25 @@ SumsOption = Annotated[
     ),
 ]
 DEFAULT_SUMS = "fixed"
+PlacementOption = Annotated[
+    Path | None,
+    value_option(
+        "FILE",
+        "Counts of used experts (`cpumoe eval --record`), by which several ranks (torchrun) get "
+        "about equally many tokens.",
+        "each rank has successive experts",
+    ),
+]
 
 _joined: Ranks | None = None
 
 
 def join_ranks(
-    model: str | None, sums: str = DEFAULT_SUMS, threads: int | None = None, **options: object
+    model: str | None,
+    sums: str = DEFAULT_SUMS,
+    threads: int | None = None,
+    placement: Path | None = None,
+    **options: object,
 ) -> Ranks | None:
     """Joins the other processes, if there are several. Only rank 0 returns.
 
@@ -50,6 +68,7 @@ def join_ranks(
         model: the checkpoint's folder; None: the small model that comes with cpumoe.
         sums: see `SumsOption`.
         threads: threads of this rank; None: the cores that it may use.
+        placement: see `PlacementOption`.
         **options: further options that all ranks must have in common.
 
     Returns:
@@ -57,7 +76,7 @@ def join_ranks(
 
     Raises:
         RanksError: a rank is missing or differs from the others.
-        OSError, ValueError: the checkpoint cannot be read.
+        OSError, ValueError: the checkpoint or the counts cannot be read, or do not fit together.
         typer.Exit: this was another rank, which has ended.
     """
     global _joined
@@ -70,6 +89,7 @@ def join_ranks(
         _joined = join(
             embedded.model_path() if model is None else model,
             sums=sums,
+            frequencies=None if placement is None else functools.partial(_counts, placement),
             options={name: str(value) for name, value in options.items()},
             on_end=_end,
         )
@@ -81,6 +101,16 @@ def join_ranks(
         _follow(_joined, threads)
         raise typer.Exit
     return _joined
+
+
+def _counts(path: Path, reader: ExpertReader) -> torch.Tensor:
+    """Returns the counts of a file, which must be those of the checkpoint."""
+    from cpumoe.distributed.placement import check_frequencies
+    from cpumoe.integrations.sglang.recording import read_counts
+
+    counts = read_counts(path)
+    check_frequencies(counts, reader, str(path))
+    return counts
 
 
 def _follow(ranks: Ranks, threads: int | None) -> None:

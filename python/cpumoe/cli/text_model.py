@@ -139,6 +139,7 @@ class LoadingOptions:
     ] = None
     trust_remote_code: TrustRemoteCodeOption = False
     sums: ranks.SumsOption = ranks.DEFAULT_SUMS
+    placement: ranks.PlacementOption = None
     nodes: NodesOption = None
 
 
@@ -211,6 +212,7 @@ def join_ranks(model: str | None, options: LoadingOptions) -> Ranks | None:
         model,
         options.sums,
         options.threads,
+        options.placement,
         precision=options.precision,
         isa=options.isa,
         dtype=options.dtype,

@@ -6,10 +6,13 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpumoe import __version__, _core
 from cpumoe.checkpoint.shards import SafetensorsFolder
+
+if TYPE_CHECKING:
+    import torch
 
 _LENGTH_BYTES = 8  # of the header's length, at the beginning of a safetensors file
 _SAMPLES, _SAMPLE_BYTES = 16, 256
@@ -54,6 +57,12 @@ def fingerprint(folder: SafetensorsFolder) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+def digest(numbers: torch.Tensor) -> str:
+    """Returns a short text that differs between tensors with different numbers."""
+    text = f"{list(numbers.shape)} {numbers.double().flatten().tolist()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
 def _add_file(digest: Any, path: Path) -> None:
     size = path.stat().st_size
     digest.update(f"{path.name} {size}".encode())
@@ -80,6 +89,13 @@ def difference(facts: Sequence[Mapping[str, str]], names: Sequence[str]) -> str 
                 remedy = _REMEDIES.get(fact, _OPTIONS)
                 return f"{name}: {fact}: expected {expected}, as rank 0 has, got {got}; {remedy}"
     return None
+
+
+def worded(error: Exception) -> str:
+    """Returns an error in one line, without the number of an error of the system."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def host_name() -> str:

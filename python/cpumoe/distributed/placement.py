@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from cpumoe.checkpoint import ExpertReader
+
 PLACEMENTS = ("contiguous", "balanced")
 
 
@@ -44,6 +46,34 @@ def place(
         bounds = [rank * num_experts // world for rank in range(world + 1)]
         return [list(range(*pair)) for pair in itertools.pairwise(bounds)]
     return _balanced(_checked(frequencies, num_experts), world)
+
+
+def check_frequencies(
+    frequencies: torch.Tensor, reader: ExpertReader, name: str = "frequencies"
+) -> None:
+    """Checks how often tokens have used the experts of a whole model.
+
+    Args:
+        frequencies: ``[layers, experts]``.
+        reader: the model's checkpoint.
+        name: what to call the frequencies in errors.
+
+    Raises:
+        ValueError: the checkpoint has another number of layers or experts, or a layer's experts
+            were not used at all.
+    """
+    expected = [reader.config.num_hidden_layers, reader.num_experts]
+    if list(frequencies.shape) != expected:
+        raise ValueError(
+            f"{name}: expected counts of {expected[0]} layers with {expected[1]} experts, as the "
+            f"checkpoint has, got {list(frequencies.shape)}; record them with this model"
+        )
+    for layer in reader.layers():
+        if not bool(frequencies[layer].any()):
+            raise ValueError(
+                f"{name}: layer {layer}: expected counts of its experts, got zeros; record them "
+                "with all layers of this model"
+            )
 
 
 def _balanced(frequencies: list[float], world: int) -> list[list[int]]:

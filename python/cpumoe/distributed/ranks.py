@@ -22,15 +22,17 @@ from cpumoe.distributed import messages
 from cpumoe.distributed.agreement import (
     RanksError,
     difference,
+    digest,
     fingerprint,
     host_name,
     software,
+    worded,
 )
 from cpumoe.distributed.cpus import same_machine, share_of_cpus
 from cpumoe.distributed.led_experts import LedExperts
 from cpumoe.distributed.messages import Receiver, Sender
 from cpumoe.distributed.part import Part, check_sums
-from cpumoe.distributed.placement import place
+from cpumoe.distributed.placement import check_frequencies, place
 from cpumoe.distributed.routing import Owners
 from cpumoe.distributed.watch import Watch, accept, connect, listen, local_address
 from cpumoe.isa import isa as default_isa
@@ -46,6 +48,7 @@ _NO_LIMIT = timedelta(days=3650)
 # How long an error of the group waits for the watch to say which rank has ended.
 _REASON_SECONDS = 3.0
 _KEY = "cpumoe/"
+_SUCCESSIVE = "successive experts"
 
 _UNTYPED: Any = dist  # what PyTorch's annotations do not export
 
@@ -123,7 +126,9 @@ class Ranks:
         """
         options = options or ExpertsOptions()
         own = reader.of_module(module)
-        frequencies = None if self._frequencies is None else self._frequencies[layer]
+        # Counts are those of text. Experts for the tokens of images are a module of their own.
+        counts = None if own.module else self._frequencies
+        frequencies = None if counts is None else counts[layer]
         placement = "contiguous" if frequencies is None else "balanced"
         experts_of = place(own.num_experts, self.world, placement, frequencies)
         glu = own.known_activation() if activation is None else activation
@@ -272,7 +277,7 @@ def join(
     path: str | os.PathLike[str],
     *,
     sums: str = "fixed",
-    frequencies: torch.Tensor | None = None,
+    frequencies: torch.Tensor | Callable[[ExpertReader], torch.Tensor] | None = None,
     options: Mapping[str, str] | None = None,
     on_end: Callable[[str, bool], None] | None = None,
 ) -> Ranks:
@@ -287,35 +292,39 @@ def join(
         sums: how results are added up. "fixed": with the bits of one process. "plain": ranks add
             up their experts first, which sends fewer bytes, and whose rounding depends on the
             number of ranks.
-        frequencies: ``[layers, experts]``, how often tokens use each expert. Ranks then get experts
-            with about equally many tokens. Default: successive experts.
+        frequencies: ``[layers, experts]``, how often tokens use each expert, or a function that
+            returns this for the checkpoint. Ranks then get experts with about equally many tokens.
+            If the function raises OSError or ValueError, the other ranks are told. Default:
+            successive experts.
         options: further options that must be equal, by name.
         on_end: called in a thread when a rank has ended, with a message, and whether another rank
             has already shown it. It must end the process. Default: calls raise RanksError.
 
     Raises:
         RanksError: a rank is missing or differs from the others, or cannot read the checkpoint.
-        OSError, ValueError: this rank cannot read the checkpoint; the sums are unknown.
+        OSError, ValueError: this rank cannot read the checkpoint, the frequencies are not those of
+            its layers, or this CPU cannot run the variant; the sums are unknown.
     """
     check_sums(sums)
     rank, world, store = _rendezvous()
     failure: Exception | None = None
+    common = software()
     try:
         reader = open_checkpoint(path)
-        checkpoint = fingerprint(reader.folder)
+        counts = frequencies(reader) if callable(frequencies) else frequencies
+        if counts is not None:
+            check_frequencies(counts, reader)
+        common |= {
+            "checkpoint": fingerprint(reader.folder),
+            "variant": default_isa(),
+            "sums": sums,
+            "placement": _SUCCESSIVE if counts is None else f"by counts {digest(counts)}",
+            **(options or {}),
+        }
     except (OSError, ValueError) as error:
-        failure, checkpoint = error, ""
-    common = {
-        **software(),
-        "checkpoint": checkpoint,
-        "variant": default_isa(),
-        "sums": sums,
-        **(options or {}),
-    }
-    if frequencies is not None:
-        common["frequencies"] = str(hash(tuple(frequencies.flatten().tolist())))
+        failure = error
     cpus = sorted(os.sched_getaffinity(0))
-    text = None if failure is None else str(failure)
+    text = None if failure is None else worded(failure)
     store.set(f"{_KEY}{rank}", json.dumps(_Facts(host_name(), cpus, text, common)))
     try:
         facts, connections, names = _agreement(store, rank, world)
@@ -334,7 +343,7 @@ def join(
             timeout=_NO_LIMIT,
         )
     ends_process = on_end is not None
-    return Ranks(rank, world, None, watch, reader, sums, frequencies, ends_process=ends_process)
+    return Ranks(rank, world, None, watch, reader, sums, counts, ends_process=ends_process)
 
 
 def _rendezvous() -> tuple[int, int, Any]:

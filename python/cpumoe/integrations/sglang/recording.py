@@ -77,18 +77,15 @@ class Placement:
         Raises:
             OSError: the file cannot be written. An older file of this name stays as it was.
         """
-        document = {_COUNTS: self.counts[None], "gpu_experts_masks": self.masks}
-        content = io.BytesIO()
-        torch.save(document, content)
-        _replace(path, content.getvalue())
+        write_counts(self.counts, path, gpu_experts_masks=self.masks)
 
 
 def read_counts(path: str | os.PathLike[str]) -> torch.Tensor:
     """Returns how often each expert was used: int64 ``[layers, experts]``.
 
     Args:
-        path: a file that SGLang or sglang-kt has written in the mode ``stat``. Only tensors and
-            plain values are read from it, and none of its code is run.
+        path: a file that `write_counts` has written, or SGLang or sglang-kt in the mode ``stat``.
+            Only tensors and plain values are read from it, and none of its code is run.
 
     Raises:
         OSError: the file cannot be read.
@@ -100,8 +97,8 @@ def read_counts(path: str | os.PathLike[str]) -> torch.Tensor:
         raise
     except Exception as error:  # A damaged file may raise anything.
         raise ValueError(
-            f"{path}: expected a file that SGLang's /dump_expert_distribution_record wrote, got "
-            "something else, or a damaged file"
+            f"{path}: expected a file that `cpumoe eval --record` or SGLang's "
+            "/dump_expert_distribution_record wrote, got something else, or a damaged file"
         ) from error
     if isinstance(content, dict) and "records" in content and _COUNTS not in content:
         raise ValueError(
@@ -114,6 +111,22 @@ def read_counts(path: str | os.PathLike[str]) -> torch.Tensor:
             f"{_MODE}"
         )
     return _summed(counts, path)
+
+
+def write_counts(counts: torch.Tensor, path: str | os.PathLike[str], **more: torch.Tensor) -> None:
+    """Writes how often each expert was used, as SGLang's recorder does.
+
+    Args:
+        counts: int64 ``[layers, experts]``.
+        path: the file, which `read_counts` reads.
+        **more: further tensors for the file.
+
+    Raises:
+        OSError: the file cannot be written. An older file of this name stays as it was.
+    """
+    content = io.BytesIO()
+    torch.save({_COUNTS: counts[None], **more}, content)
+    _replace(path, content.getvalue())
 
 
 def place(counts: torch.Tensor, gpu_experts: int) -> Placement:
