@@ -125,6 +125,7 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
     about, machine, settings = document["about"], document["machine"], document["settings"]
     rounds = document["rows"][0]["rounds"]
     several = "," in settings["format"]  # rows of one format need not name it
+    compared = document["rows"][0].get("nodes_speed") is not None
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     yield f"# {about['title']}"
     yield _wrap(_BY_BENCH)
@@ -156,6 +157,7 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
             "ISA",
             "precision",
             *(["format"] if several else []),
+            *(["nodes"] if compared else []),
             "tokens",
             "ms",
             "tokens/s",
@@ -166,8 +168,9 @@ def _benched(document: dict[str, Any]) -> Iterable[str]:
             "peak",
             "bound",
             *([f"vs {document['rows'][0]['format']}"] if several else []),
+            *(["local", f"vs {_nodes(document['rows'][0])}"] if compared else []),
         ),
-        (_cells(row, several) for row in document["rows"]),
+        (_cells(row, several, compared) for row in document["rows"]),
     )
     yield from _notes(about)
 
@@ -194,12 +197,13 @@ def _limits(machine: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
         yield name, f"{best} GFLOP/s", f"{least} GFLOP/s"
 
 
-def _cells(row: dict[str, Any], several: bool) -> tuple[str, ...]:
-    peak = row["share_of_dot_peak"]
+def _cells(row: dict[str, Any], several: bool, compared: bool) -> tuple[str, ...]:
+    peak, local = row["share_of_dot_peak"], row.get("local_share")
     return (
         row["isa"],
         row["precision"],
         *([row["format"]] if several else []),
+        *([_nodes(row)] if compared else []),
         f"{row['tokens']:,}",
         _number(1e3 * row["seconds"]),
         _number(row["tokens_per_second"]),
@@ -210,7 +214,17 @@ def _cells(row: dict[str, Any], several: bool) -> tuple[str, ...]:
         "unknown" if peak is None else _percent(peak),
         row["bound"],
         *([f"{row['speed_ratio']:.2f}"] if several else []),
+        *(["" if local is None else _percent(local)] if compared else []),
+        *([f"{row['nodes_speed']:.2f}"] if compared else []),
     )
+
+
+def _nodes(row: dict[str, Any]) -> str:
+    """NUMA nodes as ``cpumoe bench --nodes`` takes them."""
+    nodes = row["nodes"]
+    if nodes is None:
+        return "1"
+    return ",".join(map(str, nodes)) if len(nodes) > 1 else f"[{nodes[0]}]"
 
 
 def _notes(about: dict[str, Any]) -> Iterable[str]:

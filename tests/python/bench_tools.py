@@ -7,7 +7,7 @@ import cli_tools
 
 from cpumoe import models
 from cpumoe.measure import benchmark, limits, write_back
-from cpumoe.measure.benchmark import Limits
+from cpumoe.measure.timing import Limits
 
 QUICK = ("--seconds", 0, "--rounds", 2)
 HIDDEN, INNER = 64, 96

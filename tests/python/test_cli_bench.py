@@ -16,7 +16,7 @@ from cpumoe import _core, models, reference
 from cpumoe.cli import bench_compare
 from cpumoe.formats import QuantizedMatrix
 from cpumoe.measure import benchmark, limits, tuning
-from cpumoe.measure.benchmark import Limit, Timing, Turn, Variant
+from cpumoe.measure.timing import Limit, Timing, Turn, Variant
 from cpumoe.measure.tuning import Comparison, Crossover, Form
 from cpumoe.models.synth import random_matrix
 
@@ -410,7 +410,7 @@ def test_models_in_other_formats_need_a_format(small_model, monkeypatch):
 
 def test_too_little_memory(v4, monkeypatch):
     monkeypatch.setattr(benchmark, "available_bytes", lambda: 1000)
-    assert "ask for fewer experts (0 fit), formats or variants" in refuse("--model", v4)
+    assert "ask for fewer experts (0 fit), formats, variants or nodes" in refuse("--model", v4)
 
 
 def test_a_turn_is_compared_with_the_limits_beside_it():

@@ -10,6 +10,7 @@ import pytest
 from bench_tools import quicken, succeed, use_small_model
 from checkpoint_tools import write_small
 from cli_tools import make_quick, run
+from node_tools import made_up_nodes
 
 from cpumoe.cli import bench_compare
 from cpumoe.measure import benchmark
@@ -61,6 +62,22 @@ def test_pages_of_todays_bench(tmp_path, monkeypatch):
     assert f"| {document['rows'][0]['isa']} | {document['rows'][0]['precision']} | 3 | " in page
     assert page.endswith("## Notes\n\nNot a real layer.\n")
     bench_compare.read(file)  # one key more does not make it another document
+
+
+@pytest.mark.filterwarnings("ignore:Runtime. . threads requested:RuntimeWarning")
+def test_pages_of_several_choices_of_nodes(tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    use_small_model(monkeypatch)
+    made_up_nodes(monkeypatch, tmp_path / "machine", [1, 1])
+    file = tmp_path / "nodes.json"
+    choices = ("--nodes", "[0]", "--nodes", "auto", "--nodes", "1")
+    succeed(*choices, "--experts", 4, "--tokens", 3, "--json", file)
+    document = json.loads(file.read_text())
+    document["about"] = {"title": "t", "dates": "2026", "machine": "m", "command": "c"}
+    page = load_tool("measurements_page").page("nodes", document)
+    assert "| precision | nodes | tokens | " in page
+    assert "| bound | local | vs [0] |" in page
+    assert all(f" | {nodes} | 3 | " in page for nodes in ("[0]", "0,1", "1"))
 
 
 def test_pages_of_several_formats(tmp_path, monkeypatch):

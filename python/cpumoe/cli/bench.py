@@ -25,7 +25,6 @@ from cpumoe.cli.options import (
     CompareOption,
     GroupOption,
     JsonFileOption,
-    NodesOption,
     PrecisionOption,
     ScalesOption,
     ThreadsOption,
@@ -33,6 +32,7 @@ from cpumoe.cli.options import (
     choose_layer,
     count_option,
     make_runtime,
+    nodes_option,
     parse_isas_or_best,
     parse_precisions,
     parse_scales,
@@ -44,9 +44,9 @@ from cpumoe.numerics.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from cpumoe.formats.scale_choice import ScaleChoice
-    from cpumoe.measure.benchmark import Variant
     from cpumoe.measure.layer_weights import LayerWeights
     from cpumoe.measure.throughput import Workload
+    from cpumoe.measure.timing import Variant
     from cpumoe.models import ModelSpec
     from cpumoe.runtime import Runtime
 
@@ -85,6 +85,13 @@ _FormatOption = Annotated[
         "Formats of made-up weights, separated by commas. Several formats are in memory together, "
         "and the table compares each with the first.",
         "as in the model",
+    ),
+]
+_NodesOption = Annotated[
+    list[str] | None,
+    nodes_option(
+        "Give the option several times, and the table compares each value with the first; the "
+        "weights are then in memory once for each.",
     ),
 ]
 _ExpertsOption = Annotated[
@@ -152,7 +159,7 @@ def command(
     group: GroupOption = None,
     precision: PrecisionOption = PRECISIONS[0],
     threads: ThreadsOption = None,
-    nodes: NodesOption = None,
+    nodes: _NodesOption = None,
     experts: _ExpertsOption = None,
     seconds: _SecondsOption = 2.0,
     rounds: _RoundsOption = 5,
@@ -169,7 +176,7 @@ def command(
     Rows take turns in several rounds, and a row's time is the median of all its calls. The memory's
     read bandwidth and the rate of multiply-adds in registers are measured right before and after
     each turn, on the same threads. They limit a call, which has to read its experts once and to do
-    its multiply-adds.
+    its multiply-adds. On several NUMA nodes, each node is compared with its own memory as well.
     """
     with reported(traceback):
         from cpumoe.measure import benchmark
@@ -182,6 +189,8 @@ def command(
         require_writable(output.json, output.plot)
         if output.plot is not None:
             bench_plot.require(output.plot)
+            if len(nodes or ()) > 1:
+                raise InputError("--plot cannot be combined with several --nodes")
         variants = _variants(isa, precision)
         chosen = parse_scales(scales, group)
         other = _other_table(tune, write_back)
@@ -193,7 +202,9 @@ def command(
             weights, *more = _weights(model, format, experts, chosen)
             if more:
                 raise InputError(f"--format: {other} expects one format, got {format!r}")
-            runtime = _runtime(threads, nodes)
+            runtime, *others = _runtimes(threads, nodes)
+            if others:
+                raise InputError(f"--nodes: {other} expects one value, got {len(others) + 1}")
             settings = {"model": model, **bench_report.sizes([weights], weights.top_k)}
             settings |= {"scales": scales, "group": group, "seconds": seconds, "rounds": rounds}
             table = bench_tune if tune else bench_write_back
@@ -209,13 +220,13 @@ def command(
             _refuse_beside("--data", routing=routing, experts=experts, **made_up)
             weights, workloads = _read_data(data, model, counts)
             layers = [weights]
-        runtime = _runtime(threads, nodes)
+        runtimes = _runtimes(threads, nodes)
         with progress_bar(still=True) as progress:
             result = benchmark.run(
                 layers,
                 workloads,
                 variants,
-                runtime,
+                runtimes,
                 seconds=seconds,
                 rounds=rounds,
                 batch_invariant=batch_invariant,
@@ -231,7 +242,7 @@ def command(
             "batch_invariant": batch_invariant,
             "seconds": seconds,
         }
-        document = bench_report.document(result, settings, runtime.threads)
+        document = bench_report.document(result, settings)
         _output(document, bench_report.render, output, old)
 
 
@@ -269,7 +280,7 @@ def _output(
 def _variants(isa: str | None, precision: str) -> list[Variant]:
     import torch
 
-    from cpumoe.measure.benchmark import Variant
+    from cpumoe.measure.timing import Variant
 
     precisions = parse_precisions(precision, torch.bfloat16)  # the workloads' hidden states
     return [Variant(name, each) for name in parse_isas_or_best(isa) for each in precisions]
@@ -374,10 +385,25 @@ def _read_data(
     return arrays.weights(), [arrays.workload(count) for count in tokens or arrays.tokens]
 
 
-def _runtime(threads: int | None, nodes: str | None) -> Runtime:
+def _runtimes(threads: int | None, nodes: list[str] | None) -> list[Runtime]:
+    """Returns a runtime for each `--nodes`."""
     from cpumoe.runtime import default_runtime
 
-    return make_runtime(threads, nodes) or default_runtime()
+    if not nodes:
+        return [make_runtime(threads, None) or default_runtime()]
+    chosen: dict[tuple[int, ...] | None, str] = {}
+    runtimes = []
+    for text in nodes:
+        runtime = make_runtime(threads, text)
+        assert runtime is not None
+        if runtime.nodes in chosen:
+            raise InputError(
+                f"--nodes: expected different nodes, got {chosen[runtime.nodes]} and {text}, which "
+                "are the same on this machine"
+            )
+        chosen[runtime.nodes] = text
+        runtimes.append(runtime)
+    return runtimes
 
 
 def require_writable(*paths: Path | None) -> None:

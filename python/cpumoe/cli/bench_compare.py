@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpumoe.cli import console
-from cpumoe.cli.bench_report import VERSION
+from cpumoe.cli.bench_report import VERSION, named_nodes
 from cpumoe.cli.errors import InputError
 
 _KEY = ("isa", "precision", "format", "tokens")
@@ -32,8 +32,10 @@ def read(path: Path) -> dict[str, Any]:
             f"--compare: {path}: expected a file that cpumoe bench --json wrote, of version "
             f"{' or '.join(map(str, _READABLE))}"
         )
+    nodes = (document["machine"].get("placement") or {}).get("nodes")
     for row in document["rows"]:
         row.setdefault("format", document["settings"].get("format"))
+        row.setdefault("nodes", nodes)
     for peak in document["machine"]["dot_peaks"]:
         peak.setdefault("format", document["settings"].get("format"))
     return dict(document)
@@ -56,9 +58,11 @@ def read_json(path: Path) -> Any:
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Prints the speeds of rows that both runs have, and how else the runs differ."""
-    before = {_key(row): row for row in old["rows"]}
+    # Runs of one --nodes each are compared whatever these nodes are.
+    by_nodes = any(len({_nodes(row) for row in run["rows"]}) > 1 for run in (old, new))
+    before = {_key(row, by_nodes): row for row in old["rows"]}
     several = len({row["format"] for row in new["rows"]}) > 1
-    named = ("ISA", "precision", *(["format"] if several else []))
+    named = ["ISA", "precision", *["format"] * several, *["nodes"] * by_nodes]
     table = console.data_table(
         "Compared with the earlier run",
         (*named, "tokens", "old ms", "new ms", "new/old speed", ""),
@@ -66,14 +70,15 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> None:
     )
     matched = 0
     for row in new["rows"]:
-        match = before.get(_key(row))
+        match = before.get(_key(row, by_nodes))
         if match is None:
             continue
         matched += 1
         table.add_row(
             row["isa"],
             row["precision"],
-            *([row["format"]] if several else []),
+            *[row["format"]] * several,
+            *[named_nodes(row["nodes"])] * by_nodes,
             str(row["tokens"]),
             console.format_number(1e3 * match["seconds"]),
             console.format_number(1e3 * row["seconds"]),
@@ -126,8 +131,12 @@ def _with_new_names(value: Any) -> Any:
     }
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in _KEY)
+def _key(row: dict[str, Any], by_nodes: bool) -> tuple[Any, ...]:
+    return (*(row.get(name) for name in _KEY), _nodes(row) if by_nodes else None)
+
+
+def _nodes(row: dict[str, Any]) -> tuple[int, ...] | None:
+    return None if row["nodes"] is None else tuple(row["nodes"])
 
 
 def _verdict(old: dict[str, Any], new: dict[str, Any]) -> str:

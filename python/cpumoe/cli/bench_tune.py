@@ -25,8 +25,8 @@ from cpumoe.cli import bench_report, console
 from cpumoe.cli.errors import InputError
 
 if TYPE_CHECKING:
-    from cpumoe.measure.benchmark import Variant
     from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.measure.timing import Variant
     from cpumoe.measure.tuning import Crossover
     from cpumoe.runtime import Runtime
 

@@ -27,8 +27,8 @@ from cpumoe.cli.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cpumoe.measure.benchmark import Variant
     from cpumoe.measure.layer_weights import LayerWeights
+    from cpumoe.measure.timing import Variant
     from cpumoe.measure.write_back import WriteBackTiming
     from cpumoe.runtime import Runtime
 

@@ -49,6 +49,16 @@ def tokens_option(default: str) -> Any:
     return value_option("N,...", "Tokens per call, a table row for each number.", default)
 
 
+def nodes_option(more: str = "") -> Any:
+    """Returns an option for `make_runtime`; `more` is the end of its help."""
+    return value_option(
+        "auto|1|N,...",
+        "NUMA nodes to compute on and to keep weights in. auto: all. 1: the machine counts as one "
+        f"node. 0,2: the nodes with these numbers; a single one in brackets, \\[1]. {more}".strip(),
+        "CPUMOE_NODES if set, else auto",
+    )
+
+
 def _isas(default: str) -> Any:
     help_text = "ISA variants to run, separated by commas."
     return value_option("all|NAME,...", help_text, f"CPUMOE_ISA if set, else {default}")
@@ -74,15 +84,7 @@ TracebackOption = Annotated[
 ThreadsOption = Annotated[
     int | None, count_option("Number of threads to compute with.", "physical cores")
 ]
-NodesOption = Annotated[
-    str | None,
-    value_option(
-        "auto|1|N,...",
-        "NUMA nodes to compute on and to keep weights in. auto: all. 1: the machine counts as one "
-        "node. 0,2: the nodes with these numbers; a single one in brackets, \\[1].",
-        "CPUMOE_NODES if set, else auto",
-    ),
-]
+NodesOption = Annotated[str | None, nodes_option()]
 IsaOption = Annotated[str | None, _isas("all supported")]
 BestIsaOption = Annotated[str | None, _isas("the best")]
 ScalesOption = Annotated[

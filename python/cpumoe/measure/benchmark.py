@@ -1,15 +1,17 @@
 """Times a layer's calls in interleaved rounds and compares them with the machine's limits.
 
 A machine's speed changes during a measurement, because of other programs, clocks and temperature.
-Hence all variants and formats take a turn in every round, in another order each time. A result is
-the median over all calls, and its spread is the range of the turns' medians. The machine's limits
-are measured on the same threads right before and after a turn. The turn is compared with the
-greater of the two values, because a limit is what can be reached.
+Hence all variants, formats and runtimes take a turn in every round, in another order each time. A
+result is the median over all calls, and its spread is the range of the turns' medians. The
+machine's limits are measured on the same threads right before and after a turn. The turn is
+compared with the greater of the two values, because a limit is what can be reached.
+
+Each NUMA node of a runtime has a limit of its own, because it reads its own share of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from statistics import median
 
@@ -21,176 +23,28 @@ from cpumoe.measure.limits import (
     ReadBandwidth,
     available_bytes,
     measure_dot_peak,
+    measure_own_bandwidths,
 )
 from cpumoe.measure.throughput import CallTimer, Workload, relative_l2
+from cpumoe.measure.timing import (
+    Limit,
+    Limits,
+    Multiplier,
+    NodeLimits,
+    Result,
+    Threads,
+    Timing,
+    Turn,
+    Variant,
+)
 from cpumoe.options import ExpertsOptions
 from cpumoe.placement import Placement
 from cpumoe.runtime import Runtime
 
 # A turn begins with an untimed call if that takes less than this share of the turn.
 _WARM_UP_SHARE = 0.25
-# If a limit changes by more, the machine was not quiet.
-_QUIET = 0.15
 # Seconds to spend on each measurement of a limit (three runs at least).
 _LIMIT_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is timed: an ISA variant and a precision."""
-
-    isa: str
-    precision: str
-
-
-@dataclass(frozen=True)
-class Multiplier:
-    """What decides which instruction multiplies: variant, weight format and precision."""
-
-    isa: str
-    format: str
-    precision: str
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A limit of the machine, per second.
-
-    Attributes:
-        best: the greatest measured value.
-        least: the smallest measured value.
-    """
-
-    best: float
-    least: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Limit:
-        """Returns the range of the measured values."""
-        values = list(values)
-        return cls(max(values), min(values))
-
-    @property
-    def steady(self) -> bool:
-        """Whether all values are about the same."""
-        return self.best - self.least <= _QUIET * self.best
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the machine can do at best.
-
-    Attributes:
-        reads: every measurement of the memory's read bandwidth.
-        dots: multiply-accumulates per second of all calls that say which instruction multiplies.
-    """
-
-    reads: Sequence[ReadBandwidth]
-    dots: Mapping[Multiplier, Limit]
-
-    @property
-    def read(self) -> Limit:
-        """Bytes read per second."""
-        return Limit.of(read.bytes_per_second for read in self.reads)
-
-    @property
-    def steady(self) -> bool:
-        """Whether no limit changed much."""
-        return self.read.steady and all(limit.steady for limit in self.dots.values())
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One round's calls of one variant and one workload.
-
-    Attributes:
-        seconds: time of the median call.
-        bytes_per_second: the memory's read bandwidth right before and right after these calls.
-        macs_per_second: the rate of multiply-accumulates right before and right after these calls;
-            None: the variant cannot measure it.
-    """
-
-    seconds: float
-    bytes_per_second: tuple[float, float]
-    macs_per_second: tuple[float, float] | None
-
-    def share_of_read(self, weight_bytes: float) -> float:
-        """The shortest time in which these bytes can be read, over the time taken."""
-        return weight_bytes / max(self.bytes_per_second) / self.seconds
-
-    def share_of_dots(self, macs: float) -> float | None:
-        """The shortest time for these multiply-accumulates, over the time taken; None: unknown."""
-        return macs / max(self.macs_per_second) / self.seconds if self.macs_per_second else None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The calls of one variant, one weight format and one workload.
-
-    Attributes:
-        variant: the variant that computed.
-        format: name of the weight format.
-        tokens: tokens per call.
-        seconds: time of the median call.
-        turns: one turn per round.
-        calls: number of timed calls in all rounds.
-        touched_experts: number of experts that a call read, on average.
-        weight_bytes: bytes of these experts.
-        macs: multiply-accumulates of a call.
-        relative_l2: error of the result for the first routing; None: no reference is known.
-    """
-
-    variant: Variant
-    format: str
-    tokens: int
-    seconds: float
-    turns: Sequence[Turn]
-    calls: int
-    touched_experts: float
-    weight_bytes: float
-    macs: float
-    relative_l2: float | None = None
-
-    @property
-    def low(self) -> float:
-        """The least median of a turn."""
-        return min(turn.seconds for turn in self.turns)
-
-    @property
-    def high(self) -> float:
-        """The greatest median of a turn."""
-        return max(turn.seconds for turn in self.turns)
-
-    @property
-    def spread(self) -> float:
-        """Range of the turns' medians over the median."""
-        return (self.high - self.low) / self.seconds
-
-    @property
-    def share_of_read(self) -> float:
-        """The shortest time for reading the weights, over the time taken; median of the turns."""
-        return median(turn.share_of_read(self.weight_bytes) for turn in self.turns)
-
-    @property
-    def share_of_dots(self) -> float | None:
-        """The shortest time for the multiply-accumulates, over the time taken; None: unknown."""
-        shares = [turn.share_of_dots(self.macs) for turn in self.turns]
-        known = [share for share in shares if share is not None]
-        return median(known) if known else None
-
-    def speed_against(self, other: Timing) -> float:
-        """The other's time over this one's; the median of the rounds, in which both took turns."""
-        pairs = zip(other.turns, self.turns, strict=True)
-        return median(theirs.seconds / own.seconds for theirs, own in pairs)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Timings by variant, workload and format, and the limits that they are compared with."""
-
-    timings: Sequence[Timing]
-    limits: Limits
-    placement: Placement  # of one of the layers
 
 
 class _LimitMeter:
@@ -222,6 +76,7 @@ class _LimitMeter:
 class _Case:
     variant: Variant
     timer: CallTimer
+    runtime: int
     warm_up: float = 0.0
     error: float | None = None
     calls: list[float] = field(default_factory=list)
@@ -266,6 +121,7 @@ class _Case:
             weight_bytes=work.weight_bytes(experts),
             macs=work.macs(experts),
             relative_l2=self.error,
+            runtime=self.runtime,
         )
 
 
@@ -273,7 +129,7 @@ def run(
     layers: Sequence[LayerWeights],
     workloads: Sequence[Workload],
     variants: Sequence[Variant],
-    runtime: Runtime,
+    runtimes: Sequence[Runtime],
     *,
     seconds: float = 2.0,
     rounds: int = 5,
@@ -285,9 +141,10 @@ def run(
     Args:
         layers: layers of equal sizes, one for each weight format to compare.
         workloads: the calls, one size each.
-        variants: the variants to compare. All layers of all variants are in memory together.
-        runtime: the threads.
-        seconds: time to spend on the calls of each workload of each layer and variant.
+        variants: the variants to compare.
+        runtimes: the threads to compare. The layers of all variants and runtimes are in memory
+            together.
+        seconds: time to spend on the calls of each workload of each layer, variant and runtime.
         rounds: rounds to divide the time into; each makes at least one call.
         batch_invariant: see `cpumoe.ExpertsOptions`.
         progress: called with each step.
@@ -295,24 +152,66 @@ def run(
     Raises:
         ValueError: memory is too small, or the engine refuses an argument.
     """
-    require_memory(layers, len(variants), runtime.threads)
+    copies = len(variants) * len(runtimes)
+    require_memory(layers, copies, max(runtime.threads for runtime in runtimes))
     cases = []
     for variant in variants:
-        options = ExpertsOptions(runtime, variant.precision, variant.isa, batch_invariant)
-        packed = [weights.pack(options, progress=progress) for weights in layers]
-        timers = [CallTimer(experts, work) for work in workloads for experts in packed]
-        cases += [_Case(variant, timer) for timer in timers]
+        packed = []  # by runtime and format
+        for runtime in runtimes:
+            options = ExpertsOptions(runtime, variant.precision, variant.isa, batch_invariant)
+            packed.append([weights.pack(options, progress=progress) for weights in layers])
+        cases += [
+            _Case(variant, CallTimer(experts, work), index)
+            for work in workloads
+            for index, each in enumerate(packed)
+            for experts in each
+        ]
     for index, case in enumerate(cases):
         progress("warming up", index, len(cases))
         case.prepare()
-    meter = _LimitMeter(runtime)
-    _run_rounds(cases, meter, seconds / rounds, rounds, progress)
-    timings = [case.timing() for case in cases]
-    return Result(timings, _limits(cases, meter.reads), cases[0].timer.experts.placement)
+    meters = [_LimitMeter(runtime) for runtime in runtimes]
+    before = [_own_bandwidths(runtime, progress) for runtime in runtimes]
+    _run_rounds(cases, meters, seconds / rounds, rounds, progress)
+    after = [_own_bandwidths(runtime, progress) for runtime in runtimes]
+    threads = []
+    for index, runtime in enumerate(runtimes):
+        own = [case for case in cases if case.runtime == index]
+        limits = _limits(own, meters[index].reads)
+        rates = [max(pair) for pair in zip(before[index], after[index], strict=True)]
+        threads.append(_threads(runtime, limits, own[0].timer.experts.placement, rates))
+    return Result([case.timing() for case in cases], threads)
+
+
+def _own_bandwidths(runtime: Runtime, progress: Progress) -> list[float]:
+    if runtime.nodes is not None:
+        progress("measuring the bandwidth of NUMA nodes", 0, 1)
+    return measure_own_bandwidths(runtime, seconds=_LIMIT_SECONDS)
+
+
+def _threads(
+    runtime: Runtime, limits: Limits, placement: Placement, own_bandwidths: Sequence[float]
+) -> Threads:
+    nodes = [
+        NodeLimits(
+            node=node.id,
+            threads=node.threads,
+            part_of_threads=node.threads / runtime.threads,
+            part_of_weights=nbytes / sum(placement.nbytes),
+            bytes_per_second=rate,
+        )
+        for node, nbytes, rate in zip(
+            runtime.core.nodes, placement.nbytes, own_bandwidths, strict=False
+        )
+    ]
+    return Threads(runtime.threads, limits, placement, nodes)
 
 
 def _run_rounds(
-    cases: Sequence[_Case], meter: _LimitMeter, seconds: float, rounds: int, progress: Progress
+    cases: Sequence[_Case],
+    meters: Sequence[_LimitMeter],
+    seconds: float,
+    rounds: int,
+    progress: Progress,
 ) -> None:
     beside = 2 * _LIMIT_SECONDS
     expected = [round(1e3 * (max(seconds, case.warm_up) + beside)) + 1 for case in cases]
@@ -326,7 +225,7 @@ def _run_rounds(
             names = f"{case.variant.isa}, {case.timer.experts.format}"
             where = f"{names}, tokens: {case.timer.workload.tokens}"
             progress(f"round {number + 1} of {rounds}, {where}", done, total)
-            case.turn(seconds, meter)
+            case.turn(seconds, meters[case.runtime])
             done += expected[index]
 
 
@@ -354,5 +253,5 @@ def require_memory(layers: Sequence[LayerWeights], copies: int, threads: int) ->
         raise ValueError(
             f"{count} experts in {formats}, packed {times}, need {needed / 1e9:.1f} GB of memory; "
             f"{available / 1e9:.1f} GB are available; ask for fewer experts ({fitting} fit), "
-            "formats or variants"
+            "formats, variants or nodes"
         )

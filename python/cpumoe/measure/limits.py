@@ -8,6 +8,7 @@ that experts run on, by loops that do nothing else (``cpp/kernels/limits-inl.h``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,32 @@ def measure_node_bandwidths(nodes: Sequence[int], *, seconds: float = 0.1) -> li
             row.append(memory.measure(runtime=runtime, seconds=seconds).bytes_per_second)
     for runtime in runtimes:
         runtime.close()
+    return rates
+
+
+def measure_own_bandwidths(runtime: Runtime, *, seconds: float = 0.1) -> list[float]:
+    """Measures how fast each NUMA node's threads of a runtime read the node's own memory.
+
+    The threads of one node read at a time, with as many threads as the runtime has there.
+
+    Args:
+        runtime: the threads, divided among nodes; none are measured if they are not.
+        seconds: time to spend on each node (three runs at least).
+
+    Returns:
+        Bytes per second, for each of `runtime.nodes`.
+
+    Raises:
+        ValueError: no installed variant runs here.
+    """
+    rates = []
+    for node in runtime.core.nodes:
+        with warnings.catch_warnings():
+            # The runtime's maker was warned already if there are more threads than cores.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            alone = Runtime(node.threads, nodes=[node.id])
+        with alone:
+            rates.append(MemoryReader(alone).measure(seconds=seconds).bytes_per_second)
     return rates
 
 

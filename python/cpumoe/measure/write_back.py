@@ -16,9 +16,10 @@ import torch
 
 from cpumoe.experts import Experts
 from cpumoe.formats import QuantizedMatrix
-from cpumoe.measure.benchmark import Limit, require_memory
+from cpumoe.measure.benchmark import require_memory
 from cpumoe.measure.layer_weights import LayerWeights, Progress, silent
 from cpumoe.measure.limits import MemoryReader
+from cpumoe.measure.timing import Limit
 from cpumoe.options import ExpertsOptions
 from cpumoe.runtime import Runtime
 
