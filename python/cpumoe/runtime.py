@@ -13,7 +13,14 @@ from typing import NoReturn
 from cpumoe import _core
 from cpumoe._base.scalars import boolean, integer
 from cpumoe._engine.cpus import checked_cpus
-from cpumoe._engine.nodes import Node, Nodes, choose_nodes, divide_threads, machine
+from cpumoe._engine.nodes import (
+    Node,
+    Nodes,
+    choose_nodes,
+    divide_threads,
+    machine,
+    useful_threads,
+)
 
 # A larger number is a mistake: no machine has so many cores.
 MAX_THREADS = 4096
@@ -73,7 +80,7 @@ class Runtime:
         self._cpus = None if cpus is None else checked_cpus(cpus)
         topology = machine(self._cpus)
         chosen = choose_nodes(nodes, topology, self._cpus)
-        most = _useful_threads(topology, chosen)
+        most = useful_threads(topology, chosen)
         self._threads = most if threads is None else _checked(threads)
         if self._cpus is not None:
             _refuse_contradictions(self._cpus, threads, pin)
@@ -171,13 +178,6 @@ def _refuse_contradictions(cpus: tuple[int, ...], threads: int | None, pin: bool
             f"Runtime: cpus has {len(cpus)} CPUs, for one thread each, but threads is {threads}; "
             "leave out threads"
         )
-
-
-def _useful_threads(topology: _core.Topology, nodes: Sequence[Node]) -> int:
-    """Returns the number of cores, of nodes if there are any, capped by the CPU quota."""
-    if not nodes:
-        return topology.default_threads
-    return max(1, math.floor(min(topology.quota, sum(len(node.cores) for node in nodes))))
 
 
 def _divided(

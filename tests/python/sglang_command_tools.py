@@ -8,7 +8,7 @@ from cli_tools import run
 from cpumoe.cli.sglang_machine import Gpu, Machine
 
 GIB = 1 << 30
-LARGE = Machine(cores=96, nodes=2, memory=256 * GIB, gpus=(Gpu("a GPU", 32 * GIB),))
+LARGE = Machine(96, (0, 1), 256 * GIB, (Gpu("a GPU", 32 * GIB),), {0: 48, 1: 48})
 MODEL = "DeepSeek-V4-Flash"
 
 

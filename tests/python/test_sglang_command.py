@@ -13,7 +13,7 @@ from cli_tools import refuse, run
 from safetensors.torch import load_file
 from sglang_command_tools import GIB, MODEL, dry_run, options, problems
 
-from cpumoe.cli.sglang_host import UPSTREAM
+from cpumoe.cli.sglang_host import FORK, UPSTREAM
 from cpumoe.cli.sglang_machine import Gpu, Machine
 from cpumoe.integrations.sglang import pythonpath
 
@@ -46,7 +46,35 @@ def test_memory_and_nodes_are_explained():
     assert "GPU: 80 % of 34.4 GB for 7.16 GB of weights besides experts, 2.15 GB of KV" in said
     assert "17.8 GB for 31 of 256 experts in each layer" in said
     assert "CPU: 129 GB for 225 of 256 experts in each of 43 layers, 96 threads" in said
-    assert "cpumoe does not place experts by node yet" in said
+    assert "NUMA nodes: experts and threads are divided among 0, 1" in said
+
+
+@pytest.mark.parametrize("words", [("0",), ("[0]",), ("0", "0")], ids=str)
+def test_named_nodes_have_all_threads(words, use_host):
+    named = (MODEL, "--kt-numa-nodes", *words)
+    found, variables, said = dry_run(*named)
+    assert "--kt-numa-nodes" not in found  # SGLang does not know it
+    assert variables["CPUMOE_NODES"] == "[0]"
+    assert "NUMA nodes: experts and threads are on node 0" in said
+    assert "left out" not in said
+    assert found[found.index("--kt-cpuinfer") + 1] == "48"
+    use_host(FORK)
+    found, variables, said = dry_run(*named)
+    assert found[found.index("--kt-numa-nodes") + 1 :][: len(words)] == list(words)
+    assert found[found.index("--kt-threadpool-count") + 1] == "1"
+    assert "CPUMOE_NODES" not in variables
+
+
+def test_several_nodes_may_be_named():
+    found, variables, said = dry_run(MODEL, "--kt-numa", "1,0")
+    assert variables["CPUMOE_NODES"] == "[0,1]"
+    assert found[found.index("--kt-cpuinfer") + 1] == "96"
+    assert "divided among 0, 1" in said
+
+
+def test_named_nodes_must_exist():
+    said = problems(MODEL, "--kt-numa-nodes", "0", "7")
+    assert "CPUs and memory this process may use, [0, 1]; got [7]" in said
 
 
 @pytest.mark.parametrize(
@@ -86,7 +114,7 @@ def test_the_page_shows_the_command():
 
 
 def test_several_gpus_share_the_weights(use_machine):
-    use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 3))
+    use_machine(Machine(96, (0, 1), 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 3))
     found = options(MODEL)
     assert found["--tensor-parallel-size"] == "2"
     assert found["--kt-num-gpu-experts"] == "75"
@@ -105,7 +133,7 @@ def test_sizes_come_from_the_checkpoint(v4, use_machine):
     slack = expert // 2
 
     def chosen(memory, *arguments):
-        use_machine(Machine(1, 1, 0, (Gpu("a GPU", memory),)))
+        use_machine(Machine(1, (), 0, (Gpu("a GPU", memory),)))
         exact = ("--kv-cache", 0, "--mem-fraction-static", 1)
         return options(v4, *exact, *arguments)["--kt-num-gpu-experts"]
 
@@ -136,7 +164,7 @@ def test_a_downloaded_model_is_found_by_its_name(v4, tmp_path):
 
 
 def test_without_a_gpu_all_experts_are_on_the_cpu(use_machine):
-    use_machine(Machine(4, 1, 256 * GIB, ()))
+    use_machine(Machine(4, (), 256 * GIB, ()))
     found = options(MODEL, "--device", "cpu")
     assert found["--kt-num-gpu-experts"] == "0"
     assert "--mem-fraction-static" not in found
@@ -145,7 +173,7 @@ def test_without_a_gpu_all_experts_are_on_the_cpu(use_machine):
 
 def test_everything_that_is_missing_is_named(use_machine, use_host):
     use_host(None)
-    use_machine(Machine(8, 1, 96 * GIB, ()))
+    use_machine(Machine(8, (), 96 * GIB, ()))
     said = problems(MODEL)
     assert "sglang: not installed in this Python's environment; pip install sglang==0.5.23" in said
     assert "no GPU: nvidia-smi finds none" in said
@@ -154,7 +182,7 @@ def test_everything_that_is_missing_is_named(use_machine, use_host):
 
 
 def test_a_gpu_that_is_too_small_is_refused(use_machine):
-    use_machine(Machine(8, 1, 256 * GIB, (Gpu("a GPU", 8 * GIB),)))
+    use_machine(Machine(8, (), 256 * GIB, (Gpu("a GPU", 8 * GIB),)))
     said = problems(MODEL)
     assert "the GPU's memory is too small: 80 % of 8.59 GB for 7.16 GB of weights" in said
     assert "--tensor-parallel-size 4 needs 4 GPUs; this machine has 1" in problems(MODEL, "--tp", 4)
@@ -174,7 +202,7 @@ def test_more_experts_than_the_gpu_has_memory_for_are_a_warning():
 
 def test_a_plan_for_another_machine_starts_nothing_without_a_gpu(v4, use_machine, monkeypatch):
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("a server was started"))
-    use_machine(Machine(8, 1, 256 * GIB, ()))
+    use_machine(Machine(8, (), 256 * GIB, ()))
     memory = ("--gpu-memory", 32)
     for parallel in ((), ("--tp", 3)):
         result = run("sglang", v4, *memory, *parallel)

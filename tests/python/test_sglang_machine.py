@@ -1,8 +1,10 @@
 """What `cpumoe sglang` finds out of the machine and of the installed SGLang."""
 
+import dataclasses
 import os
 
 import pytest
+from node_tools import made_up_nodes
 
 from cpumoe.cli import sglang_host, sglang_machine
 from cpumoe.cli.sglang_host import FORK, UPSTREAM
@@ -76,5 +78,19 @@ def test_the_installed_host_is_told_by_its_plugins(tmp_path, monkeypatch):
 def test_this_machine_has_cores_nodes_and_memory():
     machine = sglang_machine.this_machine()
     assert machine.cores >= 1
-    assert machine.nodes >= 1
     assert machine.memory > 0
+    assert set(machine.nodes) <= set(machine.cores_of_nodes)
+
+
+@pytest.mark.filterwarnings("ignore:Runtime. . threads requested:RuntimeWarning")
+def test_the_machines_nodes_are_those_that_experts_use(monkeypatch, tmp_path):
+    made_up_nodes(monkeypatch, tmp_path, [2, 3])
+    machine = sglang_machine.this_machine()
+    assert (machine.cores, machine.nodes) == (5, (0, 1))
+    assert machine.cores_of_nodes == {0: 2, 1: 3}
+    assert machine.cores_on([1]) == 3
+    assert dataclasses.replace(machine, quota=2.5).cores_on([0, 1]) == 2
+    for text, cores, nodes in (("[1]", 3, (1,)), ("1", 5, ())):
+        monkeypatch.setenv("CPUMOE_NODES", text)
+        machine = sglang_machine.this_machine()
+        assert (machine.cores, machine.nodes) == (cores, nodes)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_tools import edit_config
-from moe_tools import Inputs
+from moe_tools import Inputs, refused
+from node_tools import made_up_nodes
 from sglang_tools import (
     EXPERTS,
     arguments,
@@ -85,6 +86,30 @@ def test_odd_values_are_tolerated(folder, odd):
     wrapper = loaded(folder, **odd)
     args = batch(4)
     assert_close(run(wrapper, args), oracle(folder, args, mask=wrapper.gpu_experts_mask))
+
+
+@pytest.mark.filterwarnings("ignore:Runtime. . threads requested:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("numa_nodes", "threads", "expected"),
+    [([1], 1, (1,)), ([1, 0, 1], 3, (0, 1)), ((), 2, (0, 1)), (None, 2, (0, 1))],
+)
+def test_experts_are_on_the_nodes_that_the_fork_names(
+    folder, numa_nodes, threads, expected, monkeypatch, tmp_path
+):
+    made_up_nodes(monkeypatch, tmp_path, [2, 1])
+    monkeypatch.setattr("cpumoe.integrations.sglang.wrapper._runtimes", {})
+    odd = {"numa_nodes": numa_nodes, "cpuinfer_threads": threads, "threadpool_count": 2}
+    wrapper = loaded(folder, **odd)
+    assert wrapper._runtime.nodes == expected
+    assert KTMoEWrapper(**arguments(folder, **odd))._runtime is wrapper._runtime
+    args = batch(4)
+    assert_close(run(wrapper, args), oracle(folder, args))
+    message = (
+        "numa_nodes: Runtime: nodes: expected nodes whose CPUs and memory this process may use, "
+        "[0, 1]; got [5]; change --kt-numa-nodes"
+    )
+    with refused(ValueError, message):
+        KTMoEWrapper(**arguments(folder, numa_nodes=[5]))
 
 
 def test_int4_experts_are_called_rawint4(kimi):

@@ -80,7 +80,7 @@ def test_a_ratio_of_experts_takes_precedence_over_a_number(use_host):
 
 def test_the_tutorials_command_works_flag_for_flag_with_the_fork(v4, use_host, use_machine):
     use_host(FORK)
-    use_machine(Machine(96, 2, 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 8))
+    use_machine(Machine(96, (0, 1), 256 * GIB, (Gpu("a GPU", 32 * GIB),) * 8))
     words = TUTORIAL.format(model=v4).split()
     given, _, said = dry_run(*words)
     assert given == words
@@ -111,6 +111,8 @@ def test_upstream_gets_the_tutorials_command_without_the_forks_options(v4):
         (("--mem-fraction-static", "nan"), "expected a number from 0 to 1, got 'nan'"),
         (("--kt-cpuinfer", "-3"), "--kt-cpuinfer: expected an integer from 1 on, got '-3'"),
         (("--kt-threadpool-count", 0), "--kt-threadpool-count: expected an integer from 1 on"),
+        (("--kt-numa-nodes",), "--kt-numa-nodes: expected integers from 0 on, got ''"),
+        (("--kt-numa-nodes", "0,a"), "--kt-numa-nodes: expected integers from 0 on, got '0,a'"),
         (("--tensor-parallel-size", 0), "expected an integer from 1 to 1024, got '0'"),
         (("--tp", 10**400), "expected an integer from 1 to 1024, got '1000"),
         (("--tp", 1, 2), "--tp: expected one value, got 2"),
@@ -126,7 +128,7 @@ def test_upstream_gets_the_tutorials_command_without_the_forks_options(v4):
 )
 def test_wrong_values_are_refused(arguments, message, use_machine):
     assert message in refuse("sglang", MODEL, *arguments)
-    use_machine(Machine(8, 1, 96 * GIB, ()))
+    use_machine(Machine(8, (), 96 * GIB, ()))
     assert message in refuse("sglang", MODEL, *arguments, "--dry-run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def choose_nodes(
         subject = VARIABLE
     else:
         wanted, subject = nodes, "Runtime: nodes"
-    usable = _usable_nodes(topology)
+    usable = usable_nodes(topology)
     if isinstance(wanted, str):
         if wanted != "auto":
             raise ValueError(f"{subject}: expected {_EXPECTED}, got {wanted!r}")
@@ -113,7 +114,14 @@ def divide_threads(threads: int, nodes: Sequence[Node]) -> dict[Node, int]:
     return given
 
 
-def _usable_nodes(topology: _core.Topology) -> list[Node]:
+def useful_threads(topology: _core.Topology, nodes: Sequence[Node]) -> int:
+    """Returns the number of cores, of nodes if there are any, capped by the CPU quota."""
+    if not nodes:
+        return topology.default_threads
+    return max(1, math.floor(min(topology.quota, sum(len(node.cores) for node in nodes))))
+
+
+def usable_nodes(topology: _core.Topology) -> list[Node]:
     """Returns the nodes with memory, in ascending order, each with all CPUs that should use it."""
     members: dict[int, list[_core.NumaNode]] = {}
     for node in topology.nodes:

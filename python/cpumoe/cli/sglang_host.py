@@ -48,6 +48,7 @@ _SHORTEST = {
     "--kt-gpu-experts-ratio": "--kt-gpu-e",
     "--kt-method": "--kt-me",
     "--kt-num-gpu-experts": "--kt-num-",
+    "--kt-numa-nodes": "--kt-numa",
     "--kt-threadpool-count": "--kt-t",
     "--kt-weight-path": "--kt-w",
     "--mem-fraction-static": "--mem",
@@ -141,6 +142,22 @@ class Options:
         end = "on" if most is None else f"to {most}"
         limit = math.inf if most is None else most
         return self._number(names, int, least, limit, f"an integer from {least} {end}")
+
+    def integers(self, *names: str) -> list[int] | None:
+        """Returns an option's values from 0 on, in words or separated by commas; None: not given.
+
+        Raises:
+            InputError: there is no value, or one is no such integer.
+        """
+        given = [group for group in self._groups if group[0] in names]
+        if not given:
+            return None
+        words = " ".join(given[-1][1:]).replace(",", " ").strip("[] ").split()
+        if not words or not all(word.isascii() and word.isdecimal() for word in words):
+            raise InputError(
+                f"{names[0]}: expected integers from 0 on, got {' '.join(given[-1][1:])!r}"
+            )
+        return [int(word) for word in words]
 
     def share(self, *names: str) -> float | None:
         """Returns an option's value from 0 to 1; None: it was not given.

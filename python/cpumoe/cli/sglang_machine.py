@@ -1,12 +1,13 @@
-"""The machine that SGLang is to run on: cores, memory nodes, memory and GPUs."""
+"""The machine that SGLang is to run on: cores, NUMA nodes, memory and GPUs."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _MEBIBYTE = 1 << 20
@@ -43,24 +44,44 @@ class Machine:
     """A machine, as far as this process may use it.
 
     Attributes:
-        cores: number of physical cores.
-        nodes: number of memory nodes.
+        cores: number of physical cores that experts use by default.
+        nodes: numbers of the NUMA nodes that they use by default; none: the machine counts as one.
         memory: bytes of memory that new allocations may take; 0: unknown.
         gpus: the GPUs.
+        cores_of_nodes: number of physical cores of each NUMA node, by its number.
+        quota: CPU time that may be used, in CPUs.
     """
 
     cores: int
-    nodes: int
+    nodes: tuple[int, ...]
     memory: int
     gpus: tuple[Gpu, ...]
+    cores_of_nodes: Mapping[int, int] = field(default_factory=dict)
+    quota: float = math.inf
+
+    def cores_on(self, nodes: Sequence[int]) -> int:
+        """Returns the number of physical cores of nodes, capped by the quota."""
+        return max(1, math.floor(min(self.quota, sum(self.cores_of_nodes[n] for n in nodes))))
 
 
 def this_machine() -> Machine:
-    """Returns this machine."""
-    from cpumoe import _core
+    """Returns this machine.
 
-    topology = _core.topology()
-    return Machine(topology.default_threads, len(topology.nodes), _free_memory(), visible_gpus())
+    Raises:
+        ValueError: the variable CPUMOE_NODES has a wrong value.
+    """
+    from cpumoe._engine import nodes
+
+    topology = nodes.machine()
+    chosen = nodes.choose_nodes(None, topology, None)
+    return Machine(
+        nodes.useful_threads(topology, chosen),
+        tuple(node.id for node in chosen),
+        _free_memory(),
+        visible_gpus(),
+        {node.id: len(node.cores) for node in nodes.usable_nodes(topology)},
+        topology.quota,
+    )
 
 
 def visible_gpus() -> tuple[Gpu, ...]:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cpumoe._engine.nodes import VARIABLE
 from cpumoe.cli.console import format_bytes, format_count, format_percent
 from cpumoe.cli.errors import InputError
 from cpumoe.cli.sglang_host import TESTED, UPSTREAM, Host, Options
@@ -32,6 +33,7 @@ _FRACTION = ("--mem-fraction-static",)
 _METHOD = ("--kt-method",)
 _THREADS = ("--kt-cpuinfer",)
 _NODES = ("--kt-threadpool-count",)
+_NODE_NUMBERS = ("--kt-numa-nodes",)
 _LORA = ("--kt-expert-lora-path",)
 
 MOST_GPUS = 1024
@@ -75,16 +77,12 @@ def make_plan(
     planner = _Planner(model, machine, given, kv_cache)
     planner.check_host(host)
     planner.check_method()
+    planner.check_nodes()
     gpu_experts = planner.gpu_experts()
     planner.check_memory(gpu_experts)
-    if machine.nodes > 1:
-        planner.remarks.append(
-            f"{machine.nodes} memory nodes: cpumoe does not place experts by node yet, so "
-            "--kt-threadpool-count has no effect"
-        )
     return Plan(
         arguments=tuple(planner.arguments(gpu_experts)),
-        environment=environment(),
+        environment={**environment(), **planner.variables},
         remarks=(*model.remarks, *planner.remarks),
         warnings=tuple(planner.warnings),
         problems=(*planner.problems, *model.missing),
@@ -103,8 +101,14 @@ class _Planner:
         self._fraction = _DEFAULT_FRACTION if fraction is None else fraction
         ranks = given.integer(*TENSOR_PARALLEL, least=1, most=MOST_GPUS)
         self._ranks = ranks or _ranks(len(machine.gpus))
-        self._threads = given.integer(*_THREADS, least=1) or machine.cores
+        named = given.integers(*_NODE_NUMBERS)
+        self._nodes = machine.nodes if named is None else tuple(sorted(set(named)))
+        self._unknown_nodes = [node for node in named or () if node not in machine.cores_of_nodes]
+        known = named is not None and not self._unknown_nodes
+        self._cores = machine.cores_on(self._nodes) if known else machine.cores
+        self._threads = given.integer(*_THREADS, least=1) or self._cores
         given.integer(*_NODES, least=1)
+        self.variables: dict[str, str] = {}
         self.remarks: list[str] = []
         self.warnings: list[str] = []
         self.problems: list[str] = []
@@ -121,6 +125,9 @@ class _Planner:
             self.warnings.append(
                 f"{host.name} {host.version}: cpumoe was written for {TESTED[host.name]}"
             )
+        if host.name == UPSTREAM and self._given.take(*_NODE_NUMBERS):
+            # SGLang has no such option. The module reads the variable.
+            self.variables[VARIABLE] = f"[{','.join(map(str, self._nodes))}]"
         self.warnings += self._given.fit(host)
         if host.name == UPSTREAM and self._ratio is not None:
             # SGLang knows numbers only. sglang-kt prefers the ratio to a number, so the plan does.
@@ -139,6 +146,19 @@ class _Planner:
             self.problems.append(
                 f"{_LORA[0]}: cpumoe has no LoRA adapters for experts; leave the option out"
             )
+
+    def check_nodes(self) -> None:
+        """Finds out whether the NUMA nodes exist that the user named."""
+        if self._unknown_nodes:
+            self.problems.append(
+                f"{_NODE_NUMBERS[0]}: expected nodes whose CPUs and memory this process may use, "
+                f"{sorted(self._machine.cores_of_nodes)}; got {self._unknown_nodes}"
+            )
+        elif len(self._nodes) > 1:
+            numbers = ", ".join(map(str, self._nodes))
+            self.remarks.append(f"NUMA nodes: experts and threads are divided among {numbers}")
+        elif self._nodes:
+            self.remarks.append(f"NUMA nodes: experts and threads are on node {self._nodes[0]}")
 
     def gpu_experts(self) -> int:
         """Returns how many experts of each layer the GPUs have."""
@@ -172,14 +192,14 @@ class _Planner:
 
     def arguments(self, gpu_experts: int) -> list[str]:
         """Returns the server's arguments: defaults that the user did not set, and the user's."""
-        model, machine = self._model, self._machine
+        model = self._model
         defaults: list[tuple[Sequence[str], Sequence[str]]] = [
             (MODEL, [model.path]),
             (WEIGHTS, [model.weights]),
             (_METHOD, [model.method]),
             ((*_GPU_EXPERTS, *_GPU_RATIO), [str(gpu_experts)]),
-            (_THREADS, [str(machine.cores)]),
-            (_NODES, [str(machine.nodes)]),
+            (_THREADS, [str(self._cores)]),
+            (_NODES, [str(max(1, len(self._nodes)))]),
             (("--disable-shared-experts-fusion",), []),
         ]
         if not self._on_cpu:

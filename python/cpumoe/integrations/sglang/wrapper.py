@@ -54,8 +54,10 @@ class KTMoEWrapper:
         num_gpu_experts: the GPU has the first ones, as SGLang says it. None means 0.
         gpu_experts_mask: bool ``[num_experts]``, the GPU's experts, as sglang-kt says it.
         cpuinfer_threads: number of threads. None: as `cpumoe.Runtime` chooses.
-        threadpool_count: number of memory nodes, at least 1; without an effect yet.
-        numa_nodes: numbers of memory nodes; without an effect yet.
+        threadpool_count: number of NUMA nodes, at least 1. It has no effect, because SGLang's
+            default does not depend on the machine.
+        numa_nodes: numbers of the NUMA nodes that have the experts and the threads. None or empty:
+            as `cpumoe.Runtime` chooses.
         chunked_prefill_size: the most tokens that a call passes to the CPU at once, for which
             page-locked memory has room. A call of more tokens is computed in several parts, which
             defer nothing. None, or less than 1: 4096.
@@ -126,14 +128,14 @@ class KTMoEWrapper:
                 "--chunked-prefill-size"
             )
         self._most_tokens = tokens if tokens > 0 else _MOST_TOKENS
-        _check_nodes(threadpool_count, numa_nodes)
+        nodes = _checked_nodes(threadpool_count, numa_nodes)
         self._gpu_mask = gpu_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
         self._sizes = LayerSizes(
             self.layer_idx, self.num_experts, self.hidden_size, self.moe_intermediate_size
         )
         self._reader = open_experts(weight_path, method, self._sizes)
         self._activation = swiglu_of(self._reader, swiglu_limit, swiglu_alpha)
-        self._runtime = _runtime_of(cpuinfer_threads)
+        self._runtime = _runtime_of(cpuinfer_threads, nodes)
         self._synchronous = os.environ.get(_SYNCHRONOUS) == "1"
         self._layer: Layer | None = None
         self._write_back: WriteBack | None = None
@@ -356,27 +358,35 @@ class KTMoEWrapper:
             self._layer.follow_mask()
 
 
-def _check_nodes(threadpool_count: object, numa_nodes: Sequence[int] | None) -> None:
+def _checked_nodes(
+    threadpool_count: object, numa_nodes: Sequence[int] | None
+) -> tuple[int, ...] | None:
     if threadpool_count is not None:
         integer_in(threadpool_count, "threadpool_count", 1)
     if numa_nodes is not None and not isinstance(numa_nodes, Iterable):
         raise TypeError(f"numa_nodes: expected a list of ints or None, got {numa_nodes!r}")
-    for node in numa_nodes or ():
-        integer_in(node, "numa_nodes", 0)
+    # Several of kt-kernel's thread pools may be on one node.
+    return tuple(sorted({integer_in(node, "numa_nodes", 0) for node in numa_nodes or ()})) or None
 
 
-_runtimes: dict[int, Runtime] = {}  # by number of threads
+_runtimes: dict[object, Runtime] = {}  # by number of threads and nodes
 
 # A runtime's threads do not exist in a forked child.
 os.register_at_fork(after_in_child=_runtimes.clear)
 
 
-def _runtime_of(threads: object) -> Runtime:
+def _runtime_of(threads: object, nodes: tuple[int, ...] | None) -> Runtime:
     """Returns the threads that all layers of this process share."""
-    if threads is None:
+    if threads is None and nodes is None:
         return default_runtime()
-    number = integer_in(threads, "cpuinfer_threads", 1)
-    runtime = _runtimes.get(number)
+    number = None if threads is None else integer_in(threads, "cpuinfer_threads", 1)
+    runtime = _runtimes.get((number, nodes))
     if runtime is None or runtime.closed:
-        runtime = _runtimes[number] = Runtime(number)
+        try:
+            runtime = Runtime(number, nodes=nodes)
+        except ValueError as error:
+            if nodes is None:
+                raise
+            raise ValueError(f"numa_nodes: {error}; change --kt-numa-nodes") from error
+        _runtimes[number, nodes] = runtime
     return runtime
