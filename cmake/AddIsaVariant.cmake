@@ -192,10 +192,10 @@ function(cpumoe_add_isa_variant isa)
     target_precompile_headers(
         ${target}
         PRIVATE
-        kernels/${isa}/ops-inl.h
-        linear/linear_operator-inl.h
-        moe/moe_operator-inl.h
-        variant/variant_api.h
+            <kernels/${isa}/ops-inl.h>
+            <linear/linear_operator-inl.h>
+            <moe/moe_operator-inl.h>
+            <variant/variant_api.h>
     )
     set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME cpumoe_${isa})
     foreach(feature IN LISTS CPUMOE_${isa}_FEATURES)
