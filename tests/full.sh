@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that CI runs and what takes too long for it: sanitizers with every test and every variant that can run here,
 # the Python tests with each of the CPU's variants as default, 100,000 calls on streams, a model compiled by
-# Inductor, every MoE family of transformers, and minutes of fuzzing.
+# Inductor, every MoE family of transformers, a wheel with the newest dependencies, and minutes of fuzzing.
 #
 #   bash tests/full.sh           one and a half to two hours on two cores
 #
@@ -18,6 +18,6 @@ bash tests/transformers_versions.sh
 bash tests/extras.sh
 bash tests/clients.sh
 bash tests/docs.sh
-bash tests/packaging.sh
+bash tests/packaging.sh --full
 bash tests/numa.sh || [[ $? -eq 77 ]]  # 77: QEMU cannot be had here
 python -m tests.fuzz --minutes 10
