@@ -96,7 +96,7 @@ class DigitGemm {
   __attribute__((flatten)) static void Multiply(Codec codec, const TilePair& w, int64_t begin,
                                                 int64_t end, std::span<const Token> tokens) {
     Tiles::template ForGroups<TilePair::kCount>(
-        w.tiles.data(), begin, end, w.groups, [&](int64_t g) __attribute__((always_inline)) {
+        w.tiles.data(), begin, end, w.groups, [&](int64_t g, auto) __attribute__((always_inline)) {
           Unroll<TilePair::kCount / kTiles>([&](auto i) __attribute__((always_inline)) {
             MultiplyGroup<kLone>(codec, &w.tiles[i * kTiles], i * kTiles, g, tokens);
           });

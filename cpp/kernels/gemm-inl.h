@@ -38,12 +38,17 @@ namespace cpumoe {
 // for memory a quarter of the time (docs/performance.md).
 template <class Geometry, class Scale, int kRun = 1, int kParts = 1>
 struct Stream {
+  // Whether a group has so many lines that fetching all at once would take the fill buffers that
+  // its own loads need.
+  static constexpr bool kSpreads = Geometry::kGroupVectors > 4;
+
   static constexpr int64_t kScaleBytes =  // of kRun groups
       kParts * kTileRows * kBytesOfScale<Scale>;
 
-  // Calls body(g) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each tile
-  // has `groups` groups. Either all tiles know which tile follows them, or none does (LinkTiles
-  // with kTiles tiles at once).
+  // Calls body(g, fetch) for the groups [begin, end) of kTiles tiles, kStep groups at a time. Each
+  // tile has `groups` groups. Either all tiles know which tile follows them, or none does
+  // (LinkTiles with kTiles tiles at once). The body calls fetch(r, v) where it reads packed vector
+  // v of tile r, if kSpreads.
   template <int kTiles, int kStep = 1, class Body>
   static inline __attribute__((always_inline)) void ForGroups(const TileView* tiles, int64_t begin,
                                                               int64_t end, int64_t groups,
@@ -56,9 +61,15 @@ struct Stream {
     // The body appears once, in a loop over both ranges, because compiling it takes long.
     for (const int64_t until : {last, end}) {
       for (; g + kStep <= until; g += kStep) {
-        for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].codes + ahead[r], g);
+        if constexpr (!kSpreads) {
+          for (int r = 0; r < kTiles; ++r) FetchCodes<kStep>(tiles[r].codes + ahead[r], g);
+        }
         FetchScales<kTiles, kStep>(tiles, g, groups);
-        body(g);
+        body(g, [&](int r, int v) __attribute__((always_inline)) {
+          if constexpr (kSpreads) {
+            Prefetch(tiles[r].codes + ahead[r] + g * Geometry::kGroupBytes + v * kVectorBytes);
+          }
+        });
       }
       for (int r = 0; r < kTiles; ++r) {
         ahead[r] = tiles[r].next - tiles[r].codes + (kAhead - groups) * Geometry::kGroupBytes;
@@ -149,20 +160,22 @@ struct Gemm {
         KeepInMemory();
         Vec sum[1][kTiles][kTokens];
         Clear(sum[0]);
-        Tiles::template ForGroups<kTiles>(tiles, run, std::min<int64_t>(run + kRun, groups), groups,
-                                          [&](int64_t g) __attribute__((always_inline)) {
-                                            AddParts<1, kTokens, kTiles>(codec, tiles, g, a, sum);
-                                          });
+        Tiles::template ForGroups<kTiles>(
+            tiles, run, std::min<int64_t>(run + kRun, groups), groups,
+            [&](int64_t g, auto fetch) __attribute__((always_inline)) {
+              AddParts<1, kTokens, kTiles>(codec, tiles, g, a, fetch, sum);
+            });
         AddScaled(codec, tiles, run, sum[0], c);
       }
     } else if constexpr (kScaled) {
       // A sum is a chain of dependent instructions. With few sums, two parts are summed at once.
+      static_assert(!Tiles::kSpreads);
       constexpr int kAtOnce = kTiles * kTokens <= 2 ? 2 : 1;
       constexpr int kStep = std::max(kAtOnce / kParts, 1);  // groups
       for (int i = 0; i < kTiles * kTokens; ++i) Isa::Store(c + i * kTileRows, Isa::Zero());
       const int64_t whole = groups / kStep * kStep;
       Tiles::template ForGroups<kTiles, kStep>(
-          tiles, 0, whole, groups, [&](int64_t g) __attribute__((always_inline)) {
+          tiles, 0, whole, groups, [&](int64_t g, auto) __attribute__((always_inline)) {
             Unroll<kStep * kParts / kAtOnce>([&](auto i) __attribute__((always_inline)) {
               FusedParts<kAtOnce, kTokens, kTiles>(codec, tiles, g * kParts + i * kAtOnce, a, c);
             });
@@ -172,10 +185,10 @@ struct Gemm {
       // Sums stay in registers over the whole of K.
       Vec sum[1][kTiles][kTokens];
       Clear(sum[0]);
-      Tiles::template ForGroups<kTiles>(tiles, 0, groups, groups,
-                                        [&](int64_t g) __attribute__((always_inline)) {
-                                          AddParts<1, kTokens, kTiles>(codec, tiles, g, a, sum);
-                                        });
+      Tiles::template ForGroups<kTiles>(
+          tiles, 0, groups, groups, [&](int64_t g, auto fetch) __attribute__((always_inline)) {
+            AddParts<1, kTokens, kTiles>(codec, tiles, g, a, fetch, sum);
+          });
       for (int r = 0; r < kTiles; ++r) {
         for (int t = 0; t < kTokens; ++t) Isa::Store(SumsAt(c, r, t, kTokens), sum[0][r][t]);
       }
@@ -188,23 +201,24 @@ struct Gemm {
   __attribute__((flatten)) static void DecodePanel(const Codec& codec, const TileView* tiles,
                                                    int64_t begin, int64_t end, int64_t groups,
                                                    bool streams, Pair* panel) {
-    const auto decode = [&](int64_t g) __attribute__((always_inline)) {
-      DecodeGroup<kTiles, kFold>(codec, tiles, g,
+    const auto decode = [&](int64_t g, auto fetch) __attribute__((always_inline)) {
+      DecodeGroup<kTiles, kFold>(codec, tiles, g, fetch,
                                  [panel](int r, int p) { return panel + p * kTiles + r; });
       panel += Geometry::kGroupPairs * kTiles;
     };
     if (streams) {
       Tiles::template ForGroups<kTiles>(tiles, begin, end, groups, decode);
     } else {
-      for (int64_t g = begin; g < end; ++g) decode(g);
+      for (int64_t g = begin; g < end; ++g) decode(g, [](int, int) {});
     }
   }
 
-  // Decodes group g of the tiles. Pair p of tile r goes to place(r, p).
-  template <int kTiles, bool kFold, class Place>
+  // Decodes group g of the tiles. Pair p of tile r goes to place(r, p). Stream::ForGroups says what
+  // fetch(r, v) is.
+  template <int kTiles, bool kFold, class Fetch, class Place>
   static inline __attribute__((always_inline)) void DecodeGroup(const Codec& codec,
                                                                 const TileView* tiles, int64_t g,
-                                                                Place place) {
+                                                                Fetch fetch, Place place) {
     for (int r = 0; r < kTiles; ++r) {
       const std::byte* in = tiles[r].codes + g * Geometry::kGroupBytes;
       Unroll<kParts>([&](auto part) {
@@ -216,6 +230,7 @@ struct Gemm {
         }();
         Unroll<kPartVectors>([&](auto vector) {
           constexpr int kVector = part * kPartVectors + vector;
+          fetch(r, kVector);
           const auto codes = Isa::LoadCodes(in + kVector * kVectorBytes);
           Unroll<Geometry::kVectorPairs>([&](auto p) {
             Pair* out = place(r, kVector * Geometry::kVectorPairs + p);
@@ -285,38 +300,53 @@ struct Gemm {
     KeepInMemory();
     Vec sums[kCount][kTiles][kTokens];
     for (auto& sum : sums) Clear(sum);
-    AddParts<kCount, kTokens, kTiles>(codec, tiles, part, a, sums);
+    AddParts<kCount, kTokens, kTiles>(codec, tiles, part, a, [](int, int) {}, sums);
     for (int i = 0; i < kCount; ++i) AddScaled(codec, tiles, part + i, sums[i], c);
   }
 
-  // sums[i] += A * part `part + i` of the tiles, unscaled.
-  template <int kCount, int kTokens, int kTiles>
+  // sums[i] += A * part `part + i` of the tiles, unscaled. Stream::ForGroups says what fetch(r, v)
+  // is.
+  template <int kCount, int kTokens, int kTiles, class Fetch>
   static inline __attribute__((always_inline)) void AddParts(const Codec& codec,
                                                              const TileView* tiles, int64_t part,
-                                                             const Activation* a,
+                                                             const Activation* a, Fetch fetch,
                                                              Vec (&sums)[kCount][kTiles][kTokens]) {
     a += part * kPartDepth * kTokens;
     for (int v = 0; v < kPartVectors; ++v) {
-      typename Isa::Codes codes[kCount][kTiles];
+      const auto load = [&](int i, int r) __attribute__((always_inline)) {
+        return Isa::LoadCodes(tiles[r].codes + (part + i) * kPartBytes + v * kVectorBytes);
+      };
       for (int r = 0; r < kTiles; ++r) {
-        const std::byte* at = tiles[r].codes + part * kPartBytes + v * kVectorBytes;
-        for (int i = 0; i < kCount; ++i) {
-          codes[i][r] = Isa::LoadCodes(at);
-          at += kPartBytes;
-        }
+        for (int i = 0; i < kCount; ++i) fetch(r, i * kPartVectors + v);
       }
-      Unroll<Geometry::kVectorPairs>([&](auto p) __attribute__((always_inline)) {
-        for (int i = 0; i < kCount; ++i) {
-          const Activation* x = a + i * kPartDepth * kTokens;
-          Pair w[kTiles];
-          for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[i][r]);
-          for (int t = 0; t < kTokens; ++t) {
-            for (int r = 0; r < kTiles; ++r)
-              sums[i][r][t] = Isa::Dot(sums[i][r][t], w[r], x + 2 * t);
-          }
-        }
+      if constexpr (Isa::kSplitsPairs && !kScaled) {
+        // Half a pair is decoded at a time, from codes that are read again. The other half would
+        // take registers from the sums.
+        static_assert(kCount == 1 && Geometry::kVectorPairs == 1);
+        Step::template AddHalf<kTokens, kTiles>(
+            [&](int r) { return codec.template Decode<0>(load(0, r)).even; }, a, sums[0]);
+        KeepInMemory();
+        Step::template AddHalf<kTokens, kTiles>(
+            [&](int r) { return codec.template Decode<0>(load(0, r)).odd; }, a + 1, sums[0]);
         a += 2 * kTokens;
-      });
+      } else {
+        typename Isa::Codes codes[kCount][kTiles];
+        for (int r = 0; r < kTiles; ++r) {
+          for (int i = 0; i < kCount; ++i) codes[i][r] = load(i, r);
+        }
+        Unroll<Geometry::kVectorPairs>([&](auto p) __attribute__((always_inline)) {
+          for (int i = 0; i < kCount; ++i) {
+            const Activation* x = a + i * kPartDepth * kTokens;
+            Pair w[kTiles];
+            for (int r = 0; r < kTiles; ++r) w[r] = codec.template Decode<p>(codes[i][r]);
+            for (int t = 0; t < kTokens; ++t) {
+              for (int r = 0; r < kTiles; ++r)
+                sums[i][r][t] = Isa::Dot(sums[i][r][t], w[r], x + 2 * t);
+            }
+          }
+          a += 2 * kTokens;
+        });
+      }
     }
   }
 

@@ -50,6 +50,8 @@ concept VectorIsa = requires(
     typename Isa::Activation* staged, const E8M0* e8m0, const Bf16* bf16, const UE5M3* ue5m3) {
   { Isa::kTiles } -> std::convertible_to<int>;        // NR / 16: tiles that a micro-kernel computes
   { Isa::kFusedTokens } -> std::convertible_to<int>;  // MR of the fused kernel
+  // For formats without scales, which are decoded in few registers.
+  { Isa::kUnscaledFusedTokens } -> std::convertible_to<int>;
   { Isa::kPanelTokens } -> std::convertible_to<int>;  // MR of the panel kernel, >= kFusedTokens
   { Isa::kPanelPairs } -> std::convertible_to<int>;   // KC / 2: pairs of a panel
   { Isa::kPanelStep } -> std::convertible_to<int>;    // successive k of a token in a panel's A

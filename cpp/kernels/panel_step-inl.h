@@ -57,8 +57,8 @@ struct PanelStep {
     }
   }
 
- private:
   // Adds the products of the even or the odd weights of a pair. half(tile) returns these weights.
+  // `a` is the activation of the first token.
   template <int kTokens, int kTiles, class Half>
   static inline __attribute__((always_inline)) void AddHalf(Half half, const Activation* a,
                                                             Vec (&sum)[kTiles][kTokens]) {

@@ -149,7 +149,7 @@ class QuadGemm {
                                                    Quad* out) {
     Tiles::template ForGroups<kTiles>(
         span.tiles, span.begin, span.end, span.groups,
-        [&](int64_t g) __attribute__((always_inline)) {
+        [&](int64_t g, auto) __attribute__((always_inline)) {
           for (int r = 0; r < kTiles; ++r) {
             const std::byte* in = span.tiles[r].codes + g * Geometry::kGroupBytes;
             Quad* quads = out + (g - span.begin) * Geometry::kGroupQuads * kTiles + r;
@@ -175,7 +175,7 @@ class QuadGemm {
     } else {
       Tiles::template ForGroups<TilePair::kCount>(
           span.tiles, span.begin, span.end, span.groups,
-          [&](int64_t g) __attribute__((always_inline)) {
+          [&](int64_t g, auto) __attribute__((always_inline)) {
             Unroll<TilePair::kCount / kTiles>([&](auto i) __attribute__((always_inline)) {
               AddGroup<kTokens, kDecoded>(codec, span, span.tiles + i * kTiles, g, a, x,
                                           SumsAt(c, i * kTiles, 0, kTokens));

@@ -29,19 +29,28 @@ class TileGemm {
   using Activation = typename Isa::Activation;
 
  public:
-  static_assert(Isa::kTiles <= TilePair::kCount && Isa::kFusedTokens <= Isa::kPanelTokens);
+  // MR of the fused kernel.
+  static constexpr int kFusedTokens =
+      Kernels::kScaled ? Isa::kFusedTokens : Isa::kUnscaledFusedTokens;
+  // Most tokens of an expert that the fused kernel can multiply. Blocks have up to kPanelTokens
+  // tokens, and it may take several if it takes as many tokens.
+  static constexpr int kMostFewTokens =
+      kFusedTokens == Isa::kPanelTokens ? kAnyTokens : kFusedTokens;
+
+  static_assert(Isa::kTiles <= TilePair::kCount && kFusedTokens <= Isa::kPanelTokens);
   static constexpr int64_t kPanelBytes =
       int64_t{Isa::kTiles} * Isa::kPanelPairs * static_cast<int64_t>(sizeof(Pair));
 
   // Returns the kernel for an expert's tokens: fused for up to `few_token_limit` tokens, panel for
   // more.
   static StagedForm FormFor(int64_t tokens, int few_token_limit) {
-    return tokens <= std::min(few_token_limit, Isa::kFusedTokens) ? StagedForm::kFused
-                                                                  : StagedForm::kPanel;
+    return tokens <= std::min(few_token_limit, kMostFewTokens) ? StagedForm::kFused
+                                                               : StagedForm::kPanel;
   }
 
   // How many tiles of a pair are read side by side.
-  static int TilesAtOnce([[maybe_unused]] const TokenBlocks& blocks) {
+  static int TilesAtOnce(StagedForm form, const TokenBlocks& blocks) {
+    if (form == StagedForm::kFused) return FusedTiles(blocks.Size(0));
     if constexpr (HasPanelUnit<Isa>) {
       return UnitGemm<Isa, Codec>::TilesAtOnce(blocks);
     } else {
@@ -77,18 +86,28 @@ class TileGemm {
 
   static constexpr int kTiles = Isa::kTiles;
 
+  // How many tiles of a pair the fused kernel reads side by side. Memory delivers two streams
+  // faster than one, and twice as many sums wait less for each other. Scales apply to few sums at a
+  // time anyway (Gemm::Fused), unless they are those of several groups.
+  static constexpr int FusedTiles(int tokens) {
+    const bool sums_last = !Kernels::kScaled || Kernels::kRun > 1;
+    return sums_last && tokens * TilePair::kCount < kFusedTokens * kTiles ? TilePair::kCount
+                                                                          : kTiles;
+  }
+
   // Tables of kernels by number of tokens. The kernel for n tokens is entry [n - 1].
   template <int... n>
   static constexpr auto FusedTable(std::integer_sequence<int, n...>) {
-    return std::array<FusedKernel, sizeof...(n)>{&Kernels::template Fused<n + 1, kTiles>...};
+    return std::array<FusedKernel, sizeof...(n)>{
+        &Kernels::template Fused<n + 1, FusedTiles(n + 1)>...};
   }
   template <bool kFetches, int... n>
   static constexpr auto ScaledPanelTable(std::integer_sequence<int, n...>) {
     return std::array<ScaledPanelKernel, sizeof...(n)>{
         &Kernels::template ScaledPanel<n + 1, kTiles, kFetches>...};
   }
-  static constexpr std::array<FusedKernel, Isa::kFusedTokens> kFused =
-      FusedTable(std::make_integer_sequence<int, Isa::kFusedTokens>{});
+  static constexpr std::array<FusedKernel, kFusedTokens> kFused =
+      FusedTable(std::make_integer_sequence<int, kFusedTokens>{});
 
   // Groups [begin, end) of kTiles tiles that have `groups` groups, and the panel that they are
   // decoded to.
@@ -98,13 +117,21 @@ class TileGemm {
     int64_t begin, end, groups;
   };
 
-  // The tokens are one block.
+  // Later blocks find the tiles in L2.
   static void RunFused(const Codec& codec, std::span<const TilePair> w, const Activation* a,
                        const Product& c) {
-    const FusedKernel kernel = kFused[c.blocks().tokens() - 1];
+    static_assert(kMostFewTokens == kFusedTokens || FusedTiles(kFusedTokens / 2) == kTiles,
+                  "all of several blocks must read as many tiles at once");
+    const TokenBlocks& blocks = c.blocks();
+    const int at_once = FusedTiles(blocks.Size(0));
     for (int64_t pair = 0; pair < std::ssize(w); ++pair) {
-      for (int first = 0; first < TilePair::kCount; first += kTiles) {
-        kernel(codec, &w[pair].tiles[first], a, w[pair].groups, c.At(pair, 0, first));
+      const int64_t groups = w[pair].groups;
+      for (int first = 0; first < TilePair::kCount; first += at_once) {
+        for (int64_t b = 0; b < blocks.count(); ++b) {
+          kFused[blocks.Size(b) - 1](codec, &w[pair].tiles[first],
+                                     a + blocks.Begin(b) * groups * kGroupSize, groups,
+                                     c.At(pair, b, first));
+        }
       }
     }
   }

@@ -180,11 +180,16 @@ class UnitGemm {
       }
     };
     Kernels::Tiles::template ForGroups<kAtOnce>(
-        tiles.data(), 0, groups, groups, [&, panel](int64_t g) __attribute__((always_inline)) {
-          if constexpr (!PairedCodec<Codec, Isa>) {
+        tiles.data(), 0, groups, groups,
+        [&, panel](int64_t g, auto fetch) __attribute__((always_inline)) {
+          if constexpr (PairedCodec<Codec, Isa>) {
+            for (int r = 0; r < kAtOnce; ++r) {
+              for (int v = 0; v < Geometry::kGroupVectors; ++v) fetch(r, v);
+            }
+          } else {
             Pair* slot = panel + g % kRing * kSlot;
             Kernels::template DecodeGroup<kAtOnce, kFold>(
-                decoder, tiles.data(), g,
+                decoder, tiles.data(), g, fetch,
                 [slot](int r, int p) { return slot + r * Geometry::kGroupPairs + p; });
           }
           if (g >= kLag) multiply(g - kLag);

@@ -2,6 +2,7 @@
 // type (path.h says what a path is).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -26,8 +27,9 @@ class FloatPath {
       "to the sum of each group");
 
  public:
-  static constexpr int kFewTokenLimit = Isa::kFusedLimit;  // most tokens for the fused kernels
-  static constexpr int kMostFewTokens = Isa::kFusedTokens;
+  static constexpr int kMostFewTokens = Gemm::kMostFewTokens;
+  // Most tokens for the fused kernels.
+  static constexpr int kFewTokenLimit = std::min(Isa::kFusedLimit, kMostFewTokens);
   static constexpr int kBlockTokens = Isa::kPanelTokens;
   static constexpr int kFeatureTiles = 1;  // tiles of intermediate features that are staged at once
   static constexpr int64_t kPanelBytes = Gemm::kPanelBytes;
@@ -38,8 +40,8 @@ class FloatPath {
     return PaddedColumns(columns) * static_cast<int64_t>(sizeof(Activation));
   }
 
-  static int TilesAtOnce(StagedForm, const TokenBlocks& blocks) {
-    return Gemm::TilesAtOnce(blocks);
+  static int TilesAtOnce(StagedForm form, const TokenBlocks& blocks) {
+    return Gemm::TilesAtOnce(form, blocks);
   }
 
   static StagedForm FormFor(DType, int64_t tokens, int few_token_limit) {

@@ -314,7 +314,7 @@ bool SameBits(const float* a, const float* b, int64_t count) {
 
 // A token's sums are bit-identical alone and beside any others, with one tile and with two.
 TEST_P(GemmTest, ATokensSumsDoNotDependOnItsNeighbours) {
-  const int64_t most = 2 * kernels().panel_tokens + 1;
+  const int64_t most = 2 * kernels().panel_tokens + 1;  // at least fused_tokens
   const Weights w = MakeWeights(2, 5);
   const std::vector<float> a = MakeActivations(most * w.columns);
   std::vector<Path> paths = PathsFor(1);

@@ -27,6 +27,9 @@ struct Probe {
   using FloatIsa = FloatIsaOf<Isa, Codec>;
   using FloatCodec = FloatCodecOf<Isa, Codec>;
   using Kernels = Gemm<FloatIsa, FloatCodec>;
+  // With several blocks, if the fused kernel takes them.
+  static constexpr int kFusedTokens =
+      std::min(TileGemm<FloatIsa, FloatCodec>::kMostFewTokens, 2 * FloatIsa::kPanelTokens + 1);
 
   static bool FoldsExactly(float least_scale, float greatest_scale) {
     if constexpr (HasScales<Format>) {
@@ -39,7 +42,7 @@ struct Probe {
 
   static void Multiply(Path path, const TileView* tiles, int count, int64_t groups, const float* a,
                        int64_t tokens, float* c) {
-    Require(path != Path::kFused || tokens <= FloatIsa::kFusedTokens, "too many tokens: ", tokens);
+    Require(path != Path::kFused || tokens <= kFusedTokens, "too many tokens: ", tokens);
     Require(path != Path::kFoldedPanel || Kernels::kFolding, "scales do not fold");
     Require(path != Path::kScaledPanel || !kAlwaysFolds<FloatCodec, FloatIsa>,
             "scales always fold");
@@ -113,7 +116,7 @@ struct Probe {
             .scales_sums = !kAlwaysFolds<FloatCodec, FloatIsa>,
             .digits = HasDigitPath<Isa, Codec>,
             .int8 = HasInt8Path<Isa, Codec>,
-            .fused_tokens = FloatIsa::kFusedTokens,
+            .fused_tokens = kFusedTokens,
             .panel_tokens = FloatIsa::kPanelTokens,
             .panel_groups = Kernels::kPanelGroups,
             .panel_unit = HasPanelUnit<FloatIsa>,

@@ -22,6 +22,7 @@ namespace cpumoe {
 
 struct Amx : Avx512Bf16 {
   static constexpr int kFusedTokens = 4;
+  static constexpr int kUnscaledFusedTokens = kFusedTokens;
   static constexpr int kFusedLimit = 0;  // VDPBF16PS is never the fastest
   static constexpr int kQuadLimit = 6;
   // Four groups (8 KiB), because the unit multiplies groups later than they are decoded.

@@ -32,11 +32,13 @@ namespace cpumoe {
 struct Avx2 : Fp32Multiplicands {
   // Register budget (16), with two registers per Vec. Panel: 6 sums, half a Pair and a broadcast
   // activation. (With a whole Pair a sum is spilled, and each addition waits for the sum in
-  // memory.) Fused: 3 sums, because decoding needs the other registers.
+  // memory.) Fused: 3 sums, because decoding needs the other registers. Without scales: 6 sums,
+  // as in a panel, because decoding half a Pair needs a mask alone.
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 3;
-  static constexpr int kFusedLimit = kFusedTokens;
+  static constexpr int kUnscaledFusedTokens = 6;
+  static constexpr int kFusedLimit = 18;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelPairs = 256;  // 32 KiB of fp32
   static constexpr int kDigitLimit = 32;   // with 48 tokens panels are as fast

@@ -29,6 +29,7 @@ struct Avx512 : Fp32Multiplicands {
   static constexpr bool kSplitsPairs = true;
   static constexpr int kTiles = 2;
   static constexpr int kFusedTokens = 12;
+  static constexpr int kUnscaledFusedTokens = kFusedTokens;
   static constexpr int kFusedLimit = kFusedTokens;
   static constexpr int kPanelTokens = 14;
   // 32 KiB of fp32. With half of it, loading and storing C costs twice as much.

@@ -22,6 +22,7 @@ namespace cpumoe {
 struct Generic : Fp32Multiplicands {
   static constexpr int kTiles = 1;
   static constexpr int kFusedTokens = 2;
+  static constexpr int kUnscaledFusedTokens = kFusedTokens;
   static constexpr int kFusedLimit = kFusedTokens;
   static constexpr int kPanelTokens = 2;
   static constexpr int kPanelPairs = 256;
