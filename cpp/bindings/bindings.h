@@ -12,6 +12,7 @@ void BindMatrix(pybind11::module_& m);
 void BindLayer(pybind11::module_& m);
 void BindCall(pybind11::module_& m);
 void BindLinear(pybind11::module_& m);
+void BindPlain(pybind11::module_& m);
 void BindStream(pybind11::module_& m);
 void BindLimits(pybind11::module_& m);
 

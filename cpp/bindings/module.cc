@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, m) {
   cpumoe::BindCall(m);
   cpumoe::BindLinear(m);
   cpumoe::BindAttention(m);
+  cpumoe::BindPlain(m);
   cpumoe::BindStream(m);
   cpumoe::BindLimits(m);
 }

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'rms_norm', 'row_product', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -616,6 +616,14 @@ def known_isas() -> list[IsaRow]:
 def open_variant(name: str, origin: str) -> str:
     """
     Opens a variant's library and returns the ISA that it says it was compiled for. Raises VariantError if the library is missing, damaged or of another build.
+    """
+def rms_norm(runtime: Runtime, dtype: DType, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, y: typing.SupportsInt | typing.SupportsIndex, weight_dtype: DType, weight: typing.SupportsInt | typing.SupportsIndex, one_plus: bool, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    x, y: [rows, columns]. weight: [columns], or 0 if there is none.
+    """
+def row_product(runtime: Runtime, dtype: DType, tokens: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, w: typing.SupportsInt | typing.SupportsIndex, y: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    x: [tokens, columns], w: [rows, columns], y: [tokens, rows].
     """
 def run_dots(runtime: Runtime, isa: str, origin: str, format: str, precision: Precision, tasks: typing.SupportsInt | typing.SupportsIndex, rounds: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
     """

@@ -169,15 +169,14 @@ def test_a_layer_that_is_more_than_its_product_stays_the_hosts():
     ids = torch.arange(5)[None]
     expected = model(ids)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
-    assert done.ours == ["plain", "narrow", "after_narrow"]
+    assert done.ours == ["tied", "plain", "narrow", "after_narrow"]
     assert done.hosts == {
         "hooked": "it has hooks",
         "derived": "it is a Derived",
-        "tied": "it shares its weights with another module",
         "looked_at": "the model looks at its weights",
         "unreached": "the tokens of a trial do not reach it",
-        "twice": "it shares its weights with another module",
-        "also_twice": "it shares its weights with another module",
+        "twice": "it has a bias and shares its weights with another module",
+        "also_twice": "it has a bias and shares its weights with another module",
     }
     assert relative_error(model(ids), expected) < 2e-2
     assert model.training
@@ -215,7 +214,7 @@ def test_small_and_inexact_layers_stay_the_hosts(monkeypatch):
     monkeypatch.setattr(dense, "_LEAST_BYTES", 0)
     done = dense.swap_dense(model, ExpertsOptions(dense="native", progress=False))
     assert done.hosts["plain"] == "no format holds its float32 weights exactly"
-    assert done.ours == ["narrow", "after_narrow"]
+    assert done.ours == ["tied", "narrow", "after_narrow"]
 
 
 def test_another_choice_is_refused():

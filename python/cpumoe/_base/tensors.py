@@ -91,6 +91,33 @@ def contiguous(
     return tensor, tensor.data_ptr(), tensor.shape
 
 
+def parameter_address(tensor: torch.Tensor) -> int:
+    """Returns the address of a tensor that PyTorch's code may read as well.
+
+    Parameters take a short way, because a decoding model's norms read one in each call.
+
+    Args:
+        tensor: a parameter, or another tensor.
+
+    Returns:
+        The address of the first element; 0 if the elements do not lie in memory one after the
+        other, or if there are none.
+
+    Raises:
+        TypeError: see `plain`. Parameters raise none.
+    """
+    if type(tensor) is not torch.nn.Parameter:
+        return contiguous(tensor, "tensor")[1] if tensor.is_contiguous() else 0
+    try:
+        start = tensor.data_ptr()
+        if start and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+            return start if tensor.untyped_storage().nbytes() >= end else 0
+    except RuntimeError:  # the tensor has no storage
+        pass
+    return 0
+
+
 def located(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
     """Returns a tensor whose memory holds its values, as `plain`, and its address.
 

@@ -4,7 +4,7 @@ The document (``--json``), times in seconds, rates per second::
 
     {"version": 1,
      "settings": {"model", "dtype", "dense", "attention", "precision", "isa", "dense_layers",
-                  "attention_modules", "new_tokens", "rounds"},
+                  "norm_modules", "attention_modules", "new_tokens", "rounds"},
      "machine": {"cpu", "threads", "versions": {"cpumoe", "torch", "python"}},
      "rows": [{"context", "prefill_tokens_per_second", "decode_tokens_per_second",
                "floor_tokens_per_second", "share_of_floor", "experts_bytes", "dense_bytes",
@@ -127,6 +127,7 @@ def _measure(
         "precision": loading.precision,
         "isa": loading.isa,
         "dense_layers": len(model.dense_layers.ours),
+        "norm_modules": len(model.norm_modules.ours),
         "attention_modules": len(model.attention_modules.ours),
         "new_tokens": new_tokens,
         "rounds": rounds,
@@ -177,8 +178,10 @@ def _render(document: dict[str, Any]) -> None:
             console.format_percent(row["dense_share"]),
         )
     layers = console.format_count(settings["dense_layers"], "dense layer")
+    norms = console.format_count(settings["norm_modules"], "norm")
     modules = console.format_count(settings["attention_modules"], "module")
-    console.show(table, "", f"[dim]cpumoe computes {layers}, and attention in {modules}[/]")
+    ours = f"cpumoe computes {layers}, {norms}, and attention in {modules}"
+    console.show(table, "", f"[dim]{ours}[/]")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -88,10 +88,12 @@ def read_bytes(model: torch.nn.Module) -> int:
     """
     import torch
 
+    from cpumoe.integrations.transformers.shared_dense import SharedLinear
+
     weights = {
         id(parameter): parameter.nbytes
         for module in model.modules()
-        if not isinstance(module, torch.nn.Embedding)
+        if not isinstance(module, (torch.nn.Embedding, SharedLinear))
         for parameter in module.parameters(recurse=False)
     }
     return sum(weights.values())

@@ -4,7 +4,8 @@ A module is replaced if nothing but its product is used. It must be exactly a `t
 of a derived class that multiplies parts of its input (`grouped_dense`). It must have no hooks, and
 its weights must belong to it alone and have a format that holds them. The model then reads two
 tokens and writes two, while each such module notes that it is called, and whether anybody looks at
-its weights. All other modules stay the host's. Therefore no list of model types is needed.
+its weights. All other modules stay the host's, but products of shared weights may be computed where
+the weights are (`shared_dense`). Therefore no list of model types is needed.
 
 Modules whose weights the checkpoint stores quantized are packed as stored before that
 (`stored_dense`). Those that the trial refuses get the weights that the host would have dequantized.
@@ -29,6 +30,7 @@ from cpumoe.checkpoint import ExpertReader
 from cpumoe.formats import weight_format
 from cpumoe.integrations.transformers.grouped_dense import groups_of, pack_groups
 from cpumoe.integrations.transformers.options import HOST, NATIVE, ExpertsOptions
+from cpumoe.integrations.transformers.shared_dense import compute_in_place
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, take_stored
 from cpumoe.integrations.transformers.trial import let_model_write
 from cpumoe.linear import is_finite, own_format, stored_weights
@@ -37,6 +39,7 @@ from cpumoe.linear import is_finite, own_format, stored_weights
 _LEAST_BYTES = 64 << 10
 # PyTorch computes less than this on one thread in the time that hand-overs of products take.
 _LEAST_TOTAL = 16 << 20
+_SHARED = "it shares its weights with another module"
 
 
 @dataclass
@@ -99,7 +102,13 @@ def swap_dense(model: nn.Module, options: ExpertsOptions, *, warns: bool = True)
         if isinstance(module, StoredLinear):
             chosen[name] = module
         elif isinstance(module, nn.Linear):
-            reason = _obstacle(module, users) or _unheld(module, dense)
+            reason = _obstacle(module, users)
+            if reason == _SHARED:
+                reason = compute_in_place(module, options.runtime)
+                if not reason:
+                    done.ours.append(name)
+                    continue
+            reason = reason or _unheld(module, dense)
             if reason:
                 done.hosts[name] = reason
             else:
@@ -261,15 +270,20 @@ def _users(model: nn.Module) -> Counter[int]:
 def _obstacle(module: nn.Linear, users: Counter[int]) -> str:
     """Returns why a module must stay the host's, whatever its weights are; empty if it need not."""
     weight = module.weight
+    if any(users[id(parameter)] > 1 for parameter in module.parameters()):
+        few = weight.nbytes < _LEAST_BYTES
+        return _few_bytes(weight) if few else _SHARED
     if not groups_of(module):
         return f"it is a {type(module).__name__}"
-    if any(users[id(parameter)] > 1 for parameter in module.parameters()):
-        return "it shares its weights with another module"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks"
     if weight.nbytes < _LEAST_BYTES:
-        return f"its weights have only {weight.nbytes} bytes"
+        return _few_bytes(weight)
     return ""
+
+
+def _few_bytes(weight: torch.Tensor) -> str:
+    return f"its weights have only {weight.nbytes} bytes"
 
 
 def _unheld(module: nn.Linear, dense: str) -> str:

@@ -40,6 +40,7 @@ from cpumoe.integrations.transformers.loading import (
     origin,
 )
 from cpumoe.integrations.transformers.logprobs import logprob_rows, token_logprob
+from cpumoe.integrations.transformers.norms import NormModules
 from cpumoe.integrations.transformers.options import whole_options
 from cpumoe.integrations.transformers.prompt_reading import CancelledError, read_prompt
 from cpumoe.text.generation import (
@@ -150,6 +151,12 @@ class LanguageModel:
         """What became of the model's dense layers."""
         quantizer = getattr(self.model, "hf_quantizer", None)
         return getattr(quantizer, "dense_layers", None) or DenseLayers()
+
+    @property
+    def norm_modules(self) -> NormModules:
+        """What became of the model's norms."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        return getattr(quantizer, "norm_modules", None) or NormModules()
 
     @property
     def attention_modules(self) -> AttentionModules:

@@ -107,7 +107,8 @@ def from_pretrained(
     Memory for dense experts is never allocated. Dense layers of which the model uses nothing but
     the product become `cpumoe.Linear`, as `ExpertsOptions.dense` says. Those that the checkpoint
     stores quantized are packed from its files, too. transformers loads everything else in `dtype`.
-    `ExpertsOptions.attention` says who computes attention: transformers, unless it is "native".
+    RMS norms become one operation each. `ExpertsOptions.attention` says who computes attention:
+    transformers, unless it is "native".
 
     Args:
         path: a checkpoint folder, or a name on the hub.

@@ -32,7 +32,8 @@ class ExpertsOptions(cpumoe.ExpertsOptions):
         weight_format: the format to which ``experts_implementation="cpumoe"`` rounds weights that
             are in memory, such as "int4". This changes the model. None: weights are packed exactly,
             or refused. Experts that are read from a checkpoint keep the checkpoint's format.
-        dense: who computes the dense layers of a model whose experts are read from a checkpoint.
+        dense: who computes the dense layers and the RMS norms of a model whose experts are read
+            from a checkpoint.
             None: cpumoe's `from_pretrained` chooses "native", or "host" if the layers have less
             than 16 MiB together or PyTorch has an accelerator; `enable` chooses "host".
             "host": transformers. "native": cpumoe, with the weights as the checkpoint stores them.

@@ -39,6 +39,7 @@ from cpumoe.integrations.transformers.dense import (
 )
 from cpumoe.integrations.transformers.experts_module import CpuExperts
 from cpumoe.integrations.transformers.host_files import open_resolved
+from cpumoe.integrations.transformers.norms import NormModules, swap_norms
 from cpumoe.integrations.transformers.options import HOST, NATIVE, current_options
 from cpumoe.integrations.transformers.routers import use_fp32_routers
 from cpumoe.integrations.transformers.stored_dense import StoredLinear, pack_stored
@@ -67,6 +68,7 @@ class ExpertsToCpumoe(HfQuantizer):
         self._stored: list[StoredLinear] = []
         self._all_on_cpu = True
         self.dense_layers = DenseLayers()
+        self.norm_modules = NormModules()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToCpumoe:
         """Returns itself, because transformers copies weight converters that refer to it."""
@@ -112,8 +114,10 @@ class ExpertsToCpumoe(HfQuantizer):
         return str(self.quantization_config.quant_method).startswith(_PREFIX)
 
     def swap_dense(self, model: Any) -> None:
-        """Gives dense layers of a loaded model to cpumoe, as the options say."""
+        """Gives dense layers and norms of a loaded model to cpumoe, as the options say."""
         self.dense_layers = swap_dense(model, self._options, warns=self._asked)
+        if self._options.dense not in (HOST, None):
+            self.norm_modules = swap_norms(model, self._options.runtime)
 
     def swap_attention(self, model: Any) -> None:
         """Gives attention of a loaded model to cpumoe, as the options say."""
