@@ -28,7 +28,7 @@ class AlignedBuffer {
 
   AlignedBuffer() = default;
   // Memory of `node`, unless that is kAnyNode or the system refuses (bound).
-  explicit AlignedBuffer(size_t size, int node = kAnyNode) : size_(size) {
+  explicit AlignedBuffer(size_t size, int node = kAnyNode) : size_(size), node_(node) {
     if (size == 0) return;
     Map();
     bound_ = node != kAnyNode && PreferNode(base_, mapped_, node);
@@ -37,11 +37,13 @@ class AlignedBuffer {
       : base_(std::exchange(other.base_, nullptr)),
         mapped_(std::exchange(other.mapped_, 0)),
         size_(std::exchange(other.size_, 0)),
+        node_(std::exchange(other.node_, kAnyNode)),
         bound_(std::exchange(other.bound_, false)) {}
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
     std::swap(base_, other.base_);
     std::swap(mapped_, other.mapped_);
     std::swap(size_, other.size_);
+    std::swap(node_, other.node_);
     std::swap(bound_, other.bound_);
     return *this;
   }
@@ -53,6 +55,10 @@ class AlignedBuffer {
   size_t size() const { return size_; }
   // Whether the memory comes from the node that the constructor was given.
   bool bound() const { return bound_; }
+  // The buffer as memory of the node that the constructor was given.
+  MemoryShare share() const {
+    return {.node = node_, .data = base_, .bytes = size_, .bound = bound_};
+  }
 
   // Gives the memory of bytes [begin, begin + count) back to the system, as far as they are whole
   // pages. The content of these bytes is undefined afterwards. Writing to them takes memory again.
@@ -93,6 +99,7 @@ class AlignedBuffer {
   std::byte* base_ = nullptr;
   size_t mapped_ = 0;
   size_t size_ = 0;
+  int node_ = kAnyNode;
   bool bound_ = false;
 };
 

@@ -49,12 +49,7 @@ std::vector<AlignedBuffer> PackedMatrix::Allocate() const {
 
 std::vector<MemoryShare> PackedMatrix::memory() const {
   std::vector<MemoryShare> memory;
-  for (size_t n = 0; n < packed_.size(); ++n) {
-    memory.push_back({.node = config_.nodes.empty() ? kAnyNode : config_.nodes[n].id,
-                      .data = packed_[n].data(),
-                      .bytes = packed_[n].size(),
-                      .bound = packed_[n].bound()});
-  }
+  for (const AlignedBuffer& packed : packed_) memory.push_back(packed.share());
   return memory;
 }
 

@@ -74,13 +74,7 @@ std::vector<PackedExperts::Share> PackedExperts::Allocate() const {
 
 std::vector<MemoryShare> PackedExperts::memory() const {
   std::vector<MemoryShare> memory;
-  for (size_t n = 0; n < shares_.size(); ++n) {
-    const AlignedBuffer& packed = shares_[n].packed;
-    memory.push_back({.node = config_.nodes.empty() ? kAnyNode : config_.nodes[n].id,
-                      .data = packed.data(),
-                      .bytes = packed.size(),
-                      .bound = packed.bound()});
-  }
+  for (const Share& share : shares_) memory.push_back(share.packed.share());
   return memory;
 }
 
