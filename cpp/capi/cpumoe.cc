@@ -16,12 +16,12 @@
 #include <vector>
 
 #include "base/check.h"
+#include "capi/runtime_options.h"
 #include "dispatch/cpu_features.h"
 #include "engine/call.h"
 #include "engine/layer.h"
 #include "engine/pending_call.h"
 #include "engine/runtime.h"
-#include "threading/topology.h"
 #include "variant/build_id.h"
 
 struct cpumoe_runtime {
@@ -102,21 +102,6 @@ int32_t Known(int32_t value, int32_t last, const char* name) {
 DType ToDType(int32_t dtype, const char* name) {
   constexpr std::array kDTypes = {DType::kBf16, DType::kFp16, DType::kFp32};
   return kDTypes[Known(dtype, CPUMOE_FP32, name)];
-}
-
-Node::Options NodeOptions(const cpumoe_runtime_options& options) {
-  RequireCount(options.num_cpus, "num_cpus");
-  if (options.num_cpus > 0) RequireAddress(options.cpus, "cpus");
-  Node::Options node;
-  for (int32_t i = 0; i < options.num_cpus; ++i) {
-    RequireCount(options.cpus[i], "cpus[", i, "]");
-    node.cpus.push_back(options.cpus[i]);
-  }
-  node.threads = options.threads;
-  if (node.threads == 0) {
-    node.threads = node.cpus.empty() ? ReadTopology().default_threads : options.num_cpus;
-  }
-  return node;
 }
 
 Glu ToGlu(const cpumoe_glu& glu) {
@@ -282,8 +267,9 @@ cpumoe_status cpumoe_runtime_create(const cpumoe_runtime_options* options,
     Given(out, "out");
     const cpumoe_runtime_options given = options == nullptr ? cpumoe_runtime_options{} : *options;
     auto made = std::make_unique<cpumoe_runtime>();
-    made->runtime =
-        Runtime::Create({.node = NodeOptions(given), .callers_compute = given.callers_wait == 0});
+    Node::Options node = ToNodeOptions(given);
+    const bool callers_compute = given.callers_wait == 0 && node.nodes.empty();
+    made->runtime = Runtime::Create({.node = std::move(node), .callers_compute = callers_compute});
     *out = made.release();
     return CPUMOE_OK;
   });

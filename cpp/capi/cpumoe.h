@@ -64,15 +64,22 @@ CPUMOE_API const char* cpumoe_last_error(void) CPUMOE_NOEXCEPT;
 
 typedef struct cpumoe_runtime_options {
   /* Threads that compute one call, the thread that makes the call included. 0: as many as there are
-   * `cpus`, or without `cpus` one for each physical core that this process may use. */
+   * `cpus`, or without `cpus` one for each physical core of the nodes that this process may use. */
   int32_t threads;
   /* The CPUs to run on, for thread 0, 1, ... in turn. If the system refuses one, or if this is
    * NULL, the system chooses among the CPUs that the thread which makes the runtime may use. */
   const int32_t* cpus;
   int32_t num_cpus;
   /* 0: the thread that makes a call computes as thread 0, and keeps its own affinity. 1: the
-   * runtime's driver thread takes its place, so that only `cpus` compute. */
+   * runtime's driver thread takes its place, so that only `cpus` compute. On NUMA nodes the driver
+   * always takes it. */
   int32_t callers_wait;
+  /* Numbers of the NUMA nodes among which the threads are divided, and the weights that the runtime
+   * packs. NULL: the environment's CPUMOE_NODES ("auto", "1", "0,2" or "[1]"), else all nodes whose
+   * CPUs and memory this process may use. `cpus` have nodes already, so `nodes` is NULL then. */
+  const int32_t* nodes;
+  int32_t num_nodes;
+  int32_t ignore_nodes; /* 1: the machine counts as one node; `nodes` is NULL */
 } cpumoe_runtime_options;
 
 /* `options` may be NULL. A runtime does not survive fork(): make another in the child. */

@@ -309,3 +309,89 @@ void TestChoiceOfVariant(void) {
   }
   free(before);
 }
+
+/* Packs the layer on a runtime with these options, which it destroys, and compares a call's
+ * result. */
+static void CheckRuntime(const cpumoe_runtime_options* options, const Layer* layer) {
+  static Batch batch;
+  FillBatch(&batch, layer);
+  cpumoe_runtime* runtime = NULL;
+  if (!CHECK(cpumoe_runtime_create(options, &runtime) == CPUMOE_OK)) return;
+  const cpumoe_layer_options described = LayerOptions(layer);
+  cpumoe_layer* const packed = PackLayer(runtime, layer, &described);
+  const cpumoe_tensors tensors = Tensors(&batch);
+  cpumoe_call* call = NULL;
+  CHECK(cpumoe_call_create(runtime, packed, &kFp32, &call) == CPUMOE_OK);
+  CHECK(cpumoe_call_bind(call, &tensors) == CPUMOE_OK);
+  CHECK(cpumoe_call_run(call) == CPUMOE_OK);
+  CHECK(IsExpected(&batch, 1));
+  cpumoe_call_destroy(call);
+  cpumoe_layer_destroy(packed);
+  cpumoe_runtime_destroy(runtime);
+}
+
+static cpumoe_status CreateOn(const cpumoe_runtime_options* options) {
+  cpumoe_runtime* runtime = NULL;
+  const cpumoe_status status = cpumoe_runtime_create(options, &runtime);
+  CHECK((status == CPUMOE_OK) == (runtime != NULL));
+  cpumoe_runtime_destroy(runtime);
+  return status;
+}
+
+/* A NUMA node of this machine. */
+static int32_t SomeNode(void) {
+  for (int32_t node = 0; node < 1024; ++node) {
+    const cpumoe_runtime_options options = {.threads = 1, .nodes = &node, .num_nodes = 1};
+    if (CreateOn(&options) == CPUMOE_OK) return node;
+  }
+  return -1;
+}
+
+void TestChoiceOfNodes(const Layer* layer) {
+  const char* const given = getenv("CPUMOE_NODES");
+  char* const before = given == NULL ? NULL : strcpy(malloc(strlen(given) + 1), given);
+  const int32_t node = SomeNode();
+  CHECK(node >= 0);
+  char name[16];
+  snprintf(name, sizeof(name), "[%d]", node);
+  const char* const texts[] = {"auto", " 1 ", "", name};
+  const cpumoe_runtime_options usual = {.threads = 2};
+  for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); ++i) {
+    Describe("CPUMOE_NODES=%s", texts[i]);
+    setenv("CPUMOE_NODES", texts[i], 1);
+    CheckRuntime(&usual, layer);
+  }
+  Describe("nodes");
+  setenv("CPUMOE_NODES", "some", 1);
+  CHECK_FAILS(CreateOn(&usual), CPUMOE_INVALID_ARGUMENT,
+              "CPUMOE_NODES: expected auto, 1 for the whole machine as one node, or node numbers "
+              "as in 0,2 or [1], got 'some'");
+  /* Options take precedence over the variable. */
+  const cpumoe_runtime_options ignoring = {.threads = 2, .ignore_nodes = 1};
+  CheckRuntime(&ignoring, layer);
+  const cpumoe_runtime_options named = {.nodes = &node, .num_nodes = 1};
+  CheckRuntime(&named, layer);
+
+  const int32_t wrong[] = {node, node, 1 << 20};
+  cpumoe_runtime_options options = {.threads = 1, .nodes = wrong, .num_nodes = 2};
+  CHECK(CreateOn(&options) == CPUMOE_INVALID_ARGUMENT);
+  CHECK(strncmp(cpumoe_last_error(), "nodes: expected each node once, got [", 37) == 0);
+  options.nodes = &wrong[2];
+  options.num_nodes = 1;
+  CHECK(CreateOn(&options) == CPUMOE_INVALID_ARGUMENT);
+  CHECK(strncmp(cpumoe_last_error(), "nodes: expected nodes whose CPUs and memory", 43) == 0);
+  options.ignore_nodes = 1;
+  CHECK_FAILS(CreateOn(&options), CPUMOE_INVALID_ARGUMENT,
+              "nodes: expected none beside cpus or ignore_nodes, got 1");
+  options.nodes = NULL;
+  CHECK_FAILS(CreateOn(&options), CPUMOE_INVALID_ARGUMENT,
+              "nodes: expected an address, got a null pointer");
+  options.num_nodes = -1;
+  CHECK_FAILS(CreateOn(&options), CPUMOE_INVALID_ARGUMENT, "num_nodes: expected 0 or more, got -1");
+  if (before == NULL) {
+    unsetenv("CPUMOE_NODES");
+  } else {
+    setenv("CPUMOE_NODES", before, 1);
+  }
+  free(before);
+}

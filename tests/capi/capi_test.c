@@ -151,6 +151,7 @@ int main(void) {
   TestOptionsOfCalls(runtime, packed, &layer);
   TestOptionsOfLayers(runtime);
   TestChoiceOfVariant();
+  TestChoiceOfNodes(&layer);
   TestErrorsOfCalls(runtime, packed, &layer);
   TestErrorsOfLayers(runtime, &layer);
   TestErrorsOfRuntimes();

@@ -84,6 +84,7 @@ extern const cpumoe_call_options kFp32; /* of calls with a Batch */
 void TestOptionsOfLayers(cpumoe_runtime* runtime);
 void TestOptionsOfCalls(cpumoe_runtime* runtime, cpumoe_layer* packed, const Layer* layer);
 void TestChoiceOfVariant(void);
+void TestChoiceOfNodes(const Layer* layer);
 
 /* capi_errors_test.c: what each function refuses, and how it says so. */
 void TestErrorsOfCalls(cpumoe_runtime* runtime, cpumoe_layer* packed, const Layer* layer);
