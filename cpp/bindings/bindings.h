@@ -14,6 +14,7 @@ void BindCall(pybind11::module_& m);
 void BindLinear(pybind11::module_& m);
 void BindPlain(pybind11::module_& m);
 void BindStream(pybind11::module_& m);
+void BindWeightedSums(pybind11::module_& m);
 void BindLimits(pybind11::module_& m);
 
 }  // namespace cpumoe

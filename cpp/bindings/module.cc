@@ -12,6 +12,7 @@ PYBIND11_MODULE(_core, m) {
   cpumoe::BindLinear(m);
   cpumoe::BindAttention(m);
   cpumoe::BindPlain(m);
+  cpumoe::BindWeightedSums(m);
   cpumoe::BindStream(m);
   cpumoe::BindLimits(m);
 }

@@ -30,6 +30,7 @@
 #include "moe/activation-inl.h"
 #include "moe/forward_pass.h"
 #include "moe/packed_experts.h"
+#include "moe/weighted_sum-inl.h"
 #include "packing/tile_shares.h"
 #include "paths/compute_path.h"
 #include "staging/stage-inl.h"
@@ -302,7 +303,7 @@ class ForwardPass {
         const int64_t pair = expert.begin + blocks.Begin(b) + t;
         float* sum = sums + routing_.tokens()[pair] * stride;
         const Vec y = Isa::Fma(Isa::Load(SumsAt(in, r, t, tokens)), factor, bias);
-        Isa::Store(sum, Isa::Fma(Isa::Broadcast(routing_.weights()[pair]), y, Isa::Load(sum)));
+        Isa::Store(sum, AddWeighted<Isa>(routing_.weights()[pair], y, Isa::Load(sum)));
       }
     }
   }

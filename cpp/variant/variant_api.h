@@ -28,7 +28,8 @@ struct FewTokens {
   int most;       // the most tokens for which few-token kernels exist
 };
 
-struct AttentionArgs;  // attention/attention.h
+struct AttentionArgs;    // attention/attention.h
+struct WeightedSumArgs;  // moe/weighted_sum.h
 
 // A row of the format table. Rows may have one name (weight_format.h).
 struct FormatEntry {
@@ -51,6 +52,8 @@ struct VariantApi {
   void (*copy)(std::byte* to, const std::byte* from, int64_t bytes);
   // Only one thread at a time may call it with given scratch memory.
   void (*attend)(const AttentionArgs& args, ThreadPool& pool, ScratchMemory& scratch);
+  // Any threads may call it. Addresses and numbers are not checked.
+  void (*weighted_sum)(const WeightedSumArgs& args, ThreadPool& pool);
 };
 
 inline constexpr int64_t kReadGranule = 1024;

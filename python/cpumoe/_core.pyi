@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'rms_norm', 'row_product', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'WeightedSums', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'rms_norm', 'row_product', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -537,6 +537,13 @@ class AttentionCall:
     def run(self, dtype: DType, sizes: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(7)"], q: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], k: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], v: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], output: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, causal: bool, window: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, mask_type: MaskType, mask: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], sinks: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         sizes: batch, heads, kv_heads, queries, keys, head_size, value_size. A tensor is its address and the strides of batch, head and row in elements.
+        """
+class WeightedSums:
+    def __init__(self, *, isa: str, origin: str) -> None:
+        ...
+    def run(self, runtime: Runtime, output_dtype: DType, tokens: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, terms: typing.SupportsInt | typing.SupportsIndex, num_rows: typing.SupportsInt | typing.SupportsIndex, begins: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, weights: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        output[t] = sum of weights[i] * terms[rows[i]] for i in [begins[t], begins[t + 1]), with the roundings of a layer's calls.
         """
 class Bridge:
     def __init__(self, *, cuda: bool, buffer_bytes: typing.SupportsInt | typing.SupportsIndex, captured_bytes: typing.SupportsInt | typing.SupportsIndex, wait_by_function: bool = False) -> None:

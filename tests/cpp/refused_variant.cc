@@ -21,6 +21,7 @@ extern "C" __attribute__((visibility("default"))) const cpumoe::VariantApi* cpum
                                          .formats = nullptr,
                                          .read = nullptr,
                                          .copy = nullptr,
-                                         .attend = nullptr};
+                                         .attend = nullptr,
+                                         .weighted_sum = nullptr};
   return &api;
 }

@@ -1,6 +1,5 @@
 """Experts that are divided among processes."""
 
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from moe_tools import EVERY_ISA, IN_FULL_RUNS, inputs, layer, output_with_torch,
 
 import cpumoe
 from cpumoe import Runtime
-from cpumoe._engine import sums
 from cpumoe._engine.sums import SumOrder, WeightedSums
 from cpumoe.distributed import DistributedExperts, RanksError, agreement, place
 from cpumoe.distributed.part import Part
@@ -60,8 +58,23 @@ def test_terms_that_are_added_apart_have_the_bits_of_a_call(isa):
             (share,) = owners.shares(ids.numpy())
             terms = Part(experts).terms(x, torch.from_numpy(share.experts))
             order = owners.order(ids.numpy(), factors.numpy(), rows_in_order([share], ids.numel()))
-            got = WeightedSums(isa)(terms, order, dtype)
-            assert torch.equal(got, experts(x, ids, factors))
+            for out_dtype in (torch.bfloat16, torch.float16, torch.float32):
+                got = WeightedSums(isa)(terms, order, out_dtype, runtime.core)
+                assert torch.equal(got, experts(x, ids, factors, out_dtype=out_dtype))
+
+
+def test_sums_of_nothing_and_of_wrong_rows():
+    add = WeightedSums("generic")
+    terms = torch.ones(2, 3)
+    none = torch.empty(0, dtype=torch.int64)
+    with Runtime(threads=1) as runtime:
+        for begins in ([0], [0, 0, 0]):
+            order = SumOrder(torch.tensor(begins), none, torch.empty(0))
+            got = add(terms, order, torch.bfloat16, runtime.core)
+            assert torch.equal(got, torch.zeros(len(begins) - 1, 3).bfloat16())
+        order = SumOrder(torch.tensor([0, 1]), torch.tensor([2]), torch.ones(1))
+        with refused(IndexError, "rows[0]: expected 0 to 1, got 2"):
+            add(terms, order, torch.float32, runtime.core)
 
 
 def test_shares_have_each_pair_once():
@@ -155,45 +168,3 @@ def test_differences_are_named():
         "options"
     )
     assert issubclass(RanksError, ValueError)
-
-
-def fused(a, b, c):
-    """a * b + c, rounded once to float32, from exact fractions."""
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    near = np.float32(float(exact))  # rounded twice, and so at most one number off
-    candidates = [
-        near,
-        np.nextafter(near, np.float32(-np.inf)),
-        np.nextafter(near, np.float32(np.inf)),
-    ]
-
-    def distance(number):
-        return abs(Fraction(float(number)) - exact), int(np.float32(number).view(np.int32)) & 1
-
-    return float(min(candidates, key=distance))
-
-
-def test_sums_are_rounded_once():
-    """Numbers whose exact sums lie next to the middle of two float32 numbers, and tiny ones."""
-    generator = np.random.default_rng(0)
-    near = [1 + 2.0**-23 * n for n in range(8)]
-    cases = [(a, b * 2.0**-24, c) for a in near for b in near for c in near]
-    cases += [
-        (a * 2.0**-75, b * 2.0**-74, c * 2.0**-149) for a in near for b in near for c in (0, 1, 3)
-    ]
-    cases += [
-        tuple(map(float, each)) for each in generator.standard_normal((300, 3)).astype(np.float32)
-    ]
-    first, factor, start = torch.tensor(cases, dtype=torch.float32).T
-    # Two terms: the first one, with weight 1, is where the sum begins.
-    terms = torch.stack([start, first]).unsqueeze(1)
-    for column, (a, b, c) in enumerate(cases):
-        weights = torch.tensor([1.0, b])
-        order = SumOrder(torch.tensor([0, 2]), torch.tensor([0, 1]), weights)
-        own = terms[:, 0, column : column + 1]
-        got = sums.WeightedSums("avx2")(own, order, torch.float32)
-        assert got.item() == fused(a, b, c), (a, b, c)
-        # PyTorch's own multiply-add may have computed that.
-        got = sums._fused(own.unsqueeze(1), weights.view(-1, 1, 1))
-        assert got.item() == fused(a, b, c), (a, b, c)
-    assert len(factor) == len(cases)

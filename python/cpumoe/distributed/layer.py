@@ -277,7 +277,7 @@ class DistributedExperts:
         self, terms: torch.Tensor, call: _Call, rows: Ints, dtype: torch.dtype
     ) -> torch.Tensor:
         order = self._owners.order(call.ids, call.weights, rows)
-        return self._sums(terms, order, dtype)
+        return self._sums(terms, order, dtype, self.local.runtime.core)
 
     # Divided inputs: each rank knows its own tokens alone.
 

@@ -154,7 +154,7 @@ class LedExperts:
         order = self._owners.order(ids, weights, rows_in_order(shares, ids.size))
         for work in waiting:
             work.wait()
-        return self._sums(terms, order, dtype)
+        return self._sums(terms, order, dtype, self.local.runtime.core)
 
     def _added(
         self, x: torch.Tensor, shares: Sequence[Share], requests: Sequence[Request]
