@@ -231,6 +231,7 @@ def install(monkeypatch, *, version=VERSION, is_cpu=True, checkpoint_dtype="bflo
     def get_quantization_config(name):
         return vllm.registered.get(name) or type(f"Host_{name}", (HostConfig,), {})
 
+    _forget()
     replaced.clear()
     plugins = os.environ.get("VLLM_PLUGINS")
     contents = {
@@ -290,9 +291,13 @@ def with_plugin(**options):
         vllm = install(patch, **options)
         plugin.register()
         yield vllm
-    # What was imported has classes of the stand-ins. Its operator can be defined once.
+    _forget()
+
+
+def _forget():
+    """Forgets what was imported, which has classes of the stand-ins of that time."""
     for name in _IMPORTING:
         if module := sys.modules.pop(f"{plugin.__name__}.{name}", None):
             delattr(plugin, name)
-            if library := vars(module).get("_LIBRARY"):
+            if library := vars(module).get("_LIBRARY"):  # its operator can be defined once
                 library._destroy()

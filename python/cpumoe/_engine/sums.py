@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from cpumoe import _core
+from cpumoe._base.tensors import address, contiguous
 from cpumoe._engine.output import ELEMENTS
 
 
@@ -38,8 +39,8 @@ class WeightedSums:
         """Returns the sums ``[tokens, columns]``, rounded once to `dtype`.
 
         Args:
-            terms: float32 ``[rows, columns]``, contiguous.
-            order: the terms of each token; contiguous tensors.
+            terms: float32 ``[rows, columns]``.
+            order: the terms of each token.
             dtype: the dtype of the result: bf16, fp16 or fp32.
             runtime: the threads that compute.
 
@@ -47,19 +48,18 @@ class WeightedSums:
             IndexError: there is no such row.
             RuntimeError: the runtime is closed, or belongs to the parent of a forked process.
         """
-        begins, rows, weights = order
-        count, columns = terms.shape
-        sums = torch.empty((len(begins) - 1, columns), dtype=dtype, device="cpu")
+        terms, first_term, (count, columns) = contiguous(terms, "terms")
+        # Tensors that had to be copied live until the call has ended.
+        parts = [contiguous(tensor, name) for name, tensor in order._asdict().items()]
+        sums = torch.empty((len(order.begins) - 1, columns), dtype=dtype, device="cpu")
         self._sums.run(
             runtime,
             ELEMENTS[dtype],
             len(sums),
             columns,
-            terms.data_ptr(),
+            first_term,
             count,
-            begins.data_ptr(),
-            rows.data_ptr(),
-            weights.data_ptr(),
-            sums.data_ptr(),
+            *(start for _, start, _ in parts),
+            address(sums, "sums"),
         )
         return sums
