@@ -51,6 +51,7 @@ class WeightedSums:
         terms, first_term, (count, columns) = contiguous(terms, "terms")
         # Tensors that had to be copied live until the call has ended.
         parts = [contiguous(tensor, name) for name, tensor in order._asdict().items()]
+        first_begin, first_row, first_weight = (start for _, start, _ in parts)
         sums = torch.empty((len(order.begins) - 1, columns), dtype=dtype, device="cpu")
         self._sums.run(
             runtime,
@@ -59,7 +60,9 @@ class WeightedSums:
             columns,
             first_term,
             count,
-            *(start for _, start, _ in parts),
+            first_begin,
+            first_row,
+            first_weight,
             address(sums, "sums"),
         )
         return sums
