@@ -19,6 +19,8 @@ from page_runner import CommandServer
 @functools.cache
 def _server():
     """The process to fork from. It ends with this process."""
+    # As in commands of several ranks, which set this before they import PyTorch.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     folder = tempfile.TemporaryDirectory(prefix="cpumoe-warm-")
     return CommandServer(Path(folder.name), "torch").__enter__(), folder
 

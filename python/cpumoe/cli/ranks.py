@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _LOST = 1
 # torchrun sets this to 1 for several ranks of a machine. cpumoe divides the machine's cores.
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
+# PyTorch reads this when it is imported. Its warnings of lost connections, sixty lines each, would
+# hide the message that names the rank.
+_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 
 SumsOption = Annotated[
     str,
@@ -82,6 +85,7 @@ def join_ranks(
     global _joined
     if not started_as_rank() or _joined is not None:
         return _joined
+    os.environ.setdefault(_LOG_VARIABLE, "ERROR")
     from cpumoe import embedded
     from cpumoe.distributed import join
 
