@@ -54,8 +54,8 @@ class KTMoEWrapper:
         num_gpu_experts: the GPU has the first ones, as SGLang says it. None means 0.
         gpu_experts_mask: bool ``[num_experts]``, the GPU's experts, as sglang-kt says it.
         cpuinfer_threads: number of threads. None: as `cpumoe.Runtime` chooses.
-        threadpool_count: number of NUMA nodes, at least 1. It has no effect, because SGLang's
-            default does not depend on the machine.
+        threadpool_count: number of NUMA nodes, at least 1. It has no effect, because `numa_nodes`
+            says which nodes to use.
         numa_nodes: numbers of the NUMA nodes that have the experts and the threads. None or empty:
             as `cpumoe.Runtime` chooses.
         chunked_prefill_size: the most tokens that a call passes to the CPU at once, for which
