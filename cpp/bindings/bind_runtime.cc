@@ -6,17 +6,79 @@
 #include <string>
 #include <system_error>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/submitted_call.h"
 #include "engine/placement.h"
 #include "engine/runtime.h"
+#include "threading/node_choice.h"
 #include "threading/topology.h"
 
 namespace py = pybind11;
 
 namespace cpumoe {
+
+namespace {
+
+// "auto", 1 for the machine as one node, or numbers of nodes.
+using PythonNodes = std::variant<std::string, int, std::vector<int>>;
+
+PythonNodes ToPython(NodeChoice choice) {
+  if (choice.kind == NodeChoice::Kind::kAll) return "auto";
+  if (choice.kind == NodeChoice::Kind::kOne) return 1;
+  return std::move(choice.ids);
+}
+
+NodeChoice FromPython(PythonNodes nodes) {
+  if (auto* ids = std::get_if<std::vector<int>>(&nodes)) {
+    return {.kind = NodeChoice::Kind::kNamed, .ids = std::move(*ids)};
+  }
+  const bool one = std::holds_alternative<int>(nodes);
+  return {.kind = one ? NodeChoice::Kind::kOne : NodeChoice::Kind::kAll};
+}
+
+void BindNodeChoice(py::module_& m) {
+  py::class_<UsableNode>(m, "UsableNode")
+      .def(py::init([](int id, std::vector<int> cpus, std::vector<int> cores) {
+             return UsableNode{.id = id, .cpus = std::move(cpus), .cores = std::move(cores)};
+           }),
+           py::kw_only(), py::arg("id"), py::arg("cpus"), py::arg("cores"))
+      .def_readonly("id", &UsableNode::id)
+      .def_readonly("cpus", &UsableNode::cpus)
+      .def_readonly("cores", &UsableNode::cores);
+  m.def(
+      "parse_nodes",
+      [](const std::string& text, const std::string& name) {
+        return ToPython(ParseNodeChoice(text, name));
+      },
+      py::arg("text"), py::arg("name"),
+      "What a text chooses: \"auto\", 1, or numbers of nodes. `name` is what has the text.");
+  m.def("usable_nodes", &UsableNodes, py::arg("topology"),
+        "The nodes with memory, ascending, each with all CPUs that should use it.");
+  m.def(
+      "choose_nodes",
+      [](PythonNodes nodes, const Topology& topology, const std::string& name) {
+        return ChooseNodes(FromPython(std::move(nodes)), topology, name);
+      },
+      py::arg("nodes"), py::arg("topology"), py::arg("name"),
+      "The usable nodes that are chosen, ascending; none if the machine counts as one node.");
+  m.def(
+      "useful_threads",
+      [](const Topology& topology, const std::vector<UsableNode>& nodes) {
+        return UsefulThreads(topology, nodes);
+      },
+      py::arg("topology"), py::arg("nodes"),
+      "The number of cores, of nodes if there are any, capped by the CPU quota.");
+  m.def(
+      "divide_threads",
+      [](int threads, const std::vector<int>& cores) { return DivideThreads(threads, cores); },
+      py::arg("threads"), py::arg("cores"),
+      "The threads of each node, in proportion to its number of cores.");
+}
+
+}  // namespace
 
 void BindRuntime(py::module_& m) {
   py::register_exception_translator([](std::exception_ptr error) {
@@ -57,6 +119,8 @@ void BindRuntime(py::module_& m) {
       py::kw_only(), py::arg("sysfs") = "/sys", py::arg("proc") = "/proc",
       py::arg("affinity") = py::none(),
       "The CPUs and NUMA nodes that this process may use, or those of a made-up machine.");
+
+  BindNodeChoice(m);
 
   py::class_<MemoryNode>(m, "MemoryNode")
       .def_readonly("id", &MemoryNode::id)

@@ -7,7 +7,7 @@ Bindings of cpumoe's C++ engine; use the cpumoe package instead.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'VariantError', 'WeightedSums', 'assume_features', 'build_id', 'cpu_features', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'rms_norm', 'row_product', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'version']
+__all__: list[str] = ['AttentionCall', 'Bridge', 'Call', 'CpuLocation', 'DType', 'FewTokens', 'FormatInfo', 'GluFunction', 'IsaRow', 'Layer', 'LayerStatistics', 'LinearCall', 'LinearLayer', 'MaskType', 'Matrix', 'MemoryBuffer', 'MemoryNode', 'MoeConfig', 'NodeThreads', 'NumaNode', 'Placement', 'Precision', 'Runtime', 'ScaleGrid', 'ScaleType', 'StoredScales', 'StreamCall', 'SubmittedCall', 'TileStep', 'Topology', 'UsableNode', 'VariantError', 'WeightedSums', 'assume_features', 'build_id', 'choose_nodes', 'cpu_features', 'divide_threads', 'few_tokens', 'formats', 'known_isas', 'open_variant', 'parse_nodes', 'rms_norm', 'row_product', 'run_dots', 'select_isa', 'stream_buffer_bytes', 'supported_isas', 'tile_steps', 'topology', 'usable_isas', 'usable_nodes', 'useful_threads', 'version']
 class IsaRow:
     @property
     def built(self) -> bool:
@@ -106,6 +106,18 @@ class Topology:
         ...
     @property
     def quota(self) -> float:
+        ...
+class UsableNode:
+    def __init__(self, *, id: typing.SupportsInt | typing.SupportsIndex, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], cores: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+    @property
+    def cores(self) -> list[int]:
+        ...
+    @property
+    def cpus(self) -> list[int]:
+        ...
+    @property
+    def id(self) -> int:
         ...
 class MemoryNode:
     @property
@@ -604,9 +616,17 @@ def build_id() -> str:
     """
     The id that a variant's library must have to be used by this module.
     """
+def choose_nodes(nodes: str | typing.SupportsInt | typing.SupportsIndex | collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], topology: Topology, name: str) -> list[UsableNode]:
+    """
+    The usable nodes that are chosen, ascending; none if the machine counts as one node.
+    """
 def cpu_features() -> set[str]:
     """
     The CPU features that ISA variants need and that this CPU has.
+    """
+def divide_threads(threads: typing.SupportsInt | typing.SupportsIndex, cores: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> list[int]:
+    """
+    The threads of each node, in proportion to its number of cores.
     """
 def few_tokens(isa: str, origin: str, format: str) -> FewTokens:
     """
@@ -623,6 +643,10 @@ def known_isas() -> list[IsaRow]:
 def open_variant(name: str, origin: str) -> str:
     """
     Opens a variant's library and returns the ISA that it says it was compiled for. Raises VariantError if the library is missing, damaged or of another build.
+    """
+def parse_nodes(text: str, name: str) -> str | int | list[int]:
+    """
+    What a text chooses: "auto", 1, or numbers of nodes. `name` is what has the text.
     """
 def rms_norm(runtime: Runtime, dtype: DType, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, y: typing.SupportsInt | typing.SupportsIndex, weight_dtype: DType, weight: typing.SupportsInt | typing.SupportsIndex, one_plus: bool, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
     """
@@ -657,6 +681,14 @@ def topology(*, sysfs: str = '/sys', proc: str = '/proc', affinity: collections.
 def usable_isas() -> list[str]:
     """
     `supported_isas`. Raises ValueError if there is none.
+    """
+def usable_nodes(topology: Topology) -> list[UsableNode]:
+    """
+    The nodes with memory, ascending, each with all CPUs that should use it.
+    """
+def useful_threads(topology: Topology, nodes: collections.abc.Sequence[UsableNode]) -> int:
+    """
+    The number of cores, of nodes if there are any, capped by the CPU quota.
     """
 def version() -> str:
     """

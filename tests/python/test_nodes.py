@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Runtime. . threads requested:Run
 
 
 def node(number, cores):
-    return Node(number, tuple(range(cores)), tuple(range(cores)))
+    return Node(id=number, cpus=list(range(cores)), cores=list(range(cores)))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,8 @@ def test_errors_name_what_is_wrong_with_the_nodes(monkeypatch, tmp_path):
         ([], ValueError, "nodes: expected at least one node, got none"),
         ([0, 0], ValueError, "nodes: expected each node once, got [0, 0]"),
         (["0"], TypeError, "nodes"),
+        ([0, -1], ValueError, "nodes: expected node numbers, which are 0 to 1023, got -1"),
+        ([1 << 70], ValueError, "nodes: expected node numbers, which are 0 to 1023, got 11805916"),
         ([0, 1], ValueError, "CPUs and memory this process may use, [0, 3]; got [1]"),
     ):
         with pytest.raises(kind, match=re.escape(message)):
