@@ -30,7 +30,7 @@ void MultiplyPanel(const typename Isa::Pair* panel, const typename Isa::Activati
 
 template <class Isa, bool kFetches, int... n>
 constexpr typename PanelKernels<Isa>::Table PanelTable(std::integer_sequence<int, n...>) {
-  return {&MultiplyPanel<Isa, n + 1, kFetches>...};
+  return {&MultiplyPanel<Isa, n + 1, PanelKernels<Isa>::FetchesFor(kFetches, n + 1)>...};
 }
 
 template <class Isa>

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels/isa.h"
+#include "kernels/token_blocks.h"
 
 namespace cpumoe {
 
@@ -26,6 +27,12 @@ struct PanelKernels {
 
   static const Table kPlain;
   static const Table kFetching;
+
+  // Whether the table's kernel fetches. A block that is smaller than each of several is the only
+  // one, and its activations stay in L2.
+  static constexpr bool FetchesFor(bool fetching_table, int tokens) {
+    return fetching_table && tokens >= TokenBlocks::FewestOfSeveral(Isa::kPanelTokens);
+  }
 };
 
 // A panel unit multiplies instead.

@@ -122,7 +122,8 @@ class QuadGemm {
         const Span span = {&w.tiles[first], quads, begin, end, w.groups};
         DecodePanel(codec, span, quads);
         for (int64_t b = 0; b < blocks.count(); ++b) {
-          kPanel[blocks.Size(b) - 1](codec, span, BlockAt(w, blocks, b, staged), c.At(0, b, first));
+          kPanel[blocks.Size(b) - kFewestOfSeveral](codec, span, BlockAt(w, blocks, b, staged),
+                                                    c.At(0, b, first));
         }
       }
     }
@@ -242,15 +243,18 @@ class QuadGemm {
     });
   }
 
-  // Tables of kernels by number of tokens. The kernel for n tokens is entry [n - 1].
+  // Tables of kernels by number of tokens. The panel kernel gets one of several blocks, so its
+  // table begins with kFewestOfSeveral.
+  static constexpr int kFewestOfSeveral = TokenBlocks::FewestOfSeveral(Isa::kQuadTokens);
   using Kernel = void (*)(Codec, Span, QuadBlock, float*);
-  template <bool kDecoded, int... n>
+  template <bool kDecoded, int kFewest, int... n>
   static constexpr auto Table(std::integer_sequence<int, n...>) {
-    return std::array<Kernel, sizeof...(n)>{&Multiply<n + 1, kDecoded>...};
+    return std::array<Kernel, sizeof...(n)>{&Multiply<kFewest + n, kDecoded>...};
   }
-  static constexpr auto kTokenCounts = std::make_integer_sequence<int, Isa::kQuadTokens>{};
-  static constexpr std::array<Kernel, Isa::kQuadTokens> kFused = Table<false>(kTokenCounts);
-  static constexpr std::array<Kernel, Isa::kQuadTokens> kPanel = Table<true>(kTokenCounts);
+  static constexpr auto kFused =
+      Table<false, 1>(std::make_integer_sequence<int, Isa::kQuadTokens>{});
+  static constexpr auto kPanel = Table<true, kFewestOfSeveral>(
+      std::make_integer_sequence<int, Isa::kQuadTokens - kFewestOfSeveral + 1>{});
 };
 
 }  // namespace cpumoe

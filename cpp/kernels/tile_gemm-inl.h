@@ -103,8 +103,9 @@ class TileGemm {
   }
   template <bool kFetches, int... n>
   static constexpr auto ScaledPanelTable(std::integer_sequence<int, n...>) {
+    using Panels = PanelKernels<Isa>;
     return std::array<ScaledPanelKernel, sizeof...(n)>{
-        &Kernels::template ScaledPanel<n + 1, kTiles, kFetches>...};
+        &Kernels::template ScaledPanel<n + 1, kTiles, Panels::FetchesFor(kFetches, n + 1)>...};
   }
   static constexpr std::array<FusedKernel, kFusedTokens> kFused =
       FusedTable(std::make_integer_sequence<int, kFusedTokens>{});

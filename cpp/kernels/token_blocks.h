@@ -32,6 +32,9 @@ class TokenBlocks {
         size_(count_ == 0 ? 0 : tokens / count_),
         larger_(count_ == 0 ? 0 : tokens % count_) {}
 
+  // The smallest block where there are several: of most + 1 tokens, half of them rounded down.
+  static constexpr int FewestOfSeveral(int most) { return (most + 1) / 2; }
+
   int64_t tokens() const { return tokens_; }
   int64_t count() const { return count_; }
   int64_t Begin(int64_t block) const { return block * size_ + (block < larger_ ? block : larger_); }

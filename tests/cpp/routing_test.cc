@@ -26,6 +26,9 @@ TEST(TokenBlocksTest, CoversAllTokensEvenly) {
         EXPECT_EQ(blocks.Begin(b), covered);
         EXPECT_LE(blocks.Size(b), most);
         EXPECT_LE(blocks.Size(0) - blocks.Size(b), 1);
+        if (blocks.count() > 1) {
+          EXPECT_GE(blocks.Size(b), TokenBlocks::FewestOfSeveral(most));
+        }
         covered += blocks.Size(b);
       }
       EXPECT_EQ(covered, tokens);
