@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_are_named(fmt, bad):
 @FORMATS
 @pytest.mark.parametrize("shape", [(0, 32), (0, 4, 32), (2, 0, 32)])
 def test_no_weights_are_refused(fmt, shape):
-    with pytest.raises(ValueError, match=r"^weights: expected at least one row, got float32 \["):
+    with pytest.raises(ValueError, match=r"^weights: expected at least one weight, got float32 \["):
         fmt.quantize(torch.zeros(shape))
 
 

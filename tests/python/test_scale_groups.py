@@ -116,7 +116,15 @@ def test_scales_that_are_no_groups_are_refused(count):
 
 
 def test_mxfp4_has_groups_of_32_only():
-    with refused(ValueError, "mxfp4: K 128 has no groups of 64 weights"):
+    shared = "weights that share a scale: expected"
+    with refused(ValueError, f"mxfp4: {shared} 32, which is fixed, got 64"):
         weight_format("mxfp4").quantize(torch.ones(4, 128), 64)
-    with refused(ValueError, "int4: K 128 has no groups of 96 weights"):
+    message = f"{shared} a multiple of 32 that divides a row of 128 weights, 32 * 2^n, or the row"
+    with refused(ValueError, f"int4: {message}, got 96"):
         INT4.quantize(torch.ones(4, 128), 96)
+
+
+@pytest.mark.parametrize("group", ["row", 32.0, True])
+def test_a_group_is_a_number_of_weights(group):
+    with refused(TypeError, f"group_size: expected an int, got {group!r}"):
+        INT4.quantize(torch.ones(4, 128), group)

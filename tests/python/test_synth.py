@@ -109,11 +109,11 @@ def test_scales_have_the_chosen_type_and_group(tmp_path, model, choice, dtype, g
     ("model", "choice", "message"),
     [
         ("kimi-k2", ScaleChoice(E8M0), "int4: scales: expected bfloat16 or float16 or float32"),
-        ("kimi-k2", ScaleChoice(None, 48), "int4: K 64 has no groups of 48 weights"),
+        ("kimi-k2", ScaleChoice(None, 48), "int4: weights that share a scale: expected"),
         ("DeepSeek-V3", ScaleChoice(FP16), "fp8: scales: expected float32 or bfloat16 or"),
         ("DeepSeek-V3", ScaleChoice(None, 64), "fp8: scales belong to blocks of 128 x 128 weights"),
         ("v4-flash", ScaleChoice(BF16), "mxfp4: scales: expected float8_e8m0fnu or uint8, got"),
-        ("v4-flash", ScaleChoice(by_row=True), "mxfp4: K 64 has no groups of 64 weights"),
+        ("v4-flash", ScaleChoice(by_row=True), "mxfp4: weights that share a scale: expected 32,"),
         ("v4-flash", ScaleChoice(E8M0), "DeepSeek-V4-Flash: its checkpoint layout has one type"),
         ("Mixtral-8x7B", ScaleChoice(BF16), "bf16: scales: expected none, got bfloat16"),
     ],
@@ -231,7 +231,7 @@ def test_a_folder_in_use_is_kept_unless_told(tmp_path):
     write_small(tmp_path, "gpt-oss-20b", max_shard_bytes=1000)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
-        FileExistsError, match="expected an empty folder; name another one, or allow"
+        FileExistsError, match="expected an empty folder; name another one, or pass --overwrite"
     ):
         write_small(tmp_path, "gpt-oss-20b")
     write_small(tmp_path, "gpt-oss-20b", overwrite=True)
@@ -245,16 +245,22 @@ def test_a_folder_in_use_is_kept_unless_told(tmp_path):
 
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000, total=10**12))
     with pytest.raises(OSError, match=r"needs 0.0 GB; 0.0 GB are free; write fewer layers or ex"):
         write_small(tmp_path, "kimi-k2")
+
+
+def test_more_than_the_disk_holds_is_refused_at_once(tmp_path):
+    with pytest.raises(OSError, match=r"new/folder: the checkpoint needs .* GB; .* GB are free"):
+        write_small(tmp_path / "new" / "folder", "kimi-k2", experts=10**9, hidden=4096)
+    assert not (tmp_path / "new").exists()
 
 
 def test_overwriting_counts_the_space_that_it_frees_and_deletes_nothing_too_early(
     tmp_path, monkeypatch
 ):
     write_small(tmp_path, "kimi-k2")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000, total=10**12))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="write fewer layers or experts"):
         write_small(tmp_path, "kimi-k2", overwrite=True, experts=16)

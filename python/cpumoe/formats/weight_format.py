@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cpumoe._base.scalars import integer
 from cpumoe._base.tensors import describe, dtype_name, plain
 from cpumoe.formats.quantized_matrix import BLOCK, QuantizedMatrix, group_of
 from cpumoe.formats.rounding import (
@@ -375,7 +376,7 @@ class WeightFormat:
             A format with factors (nvfp4) has them as a third part.
 
         Raises:
-            TypeError: `weights` is no tensor in memory on the CPU.
+            TypeError: `weights` is no tensor in memory on the CPU, or `group_size` is no integer.
             ValueError: the weights are no floating point matrices, K is odd in a format of 4 bits,
                 the format has no such groups or no scales of this dtype, a weight is NaN or
                 infinite or too great for the format or its scales, or there are no weights.
@@ -386,7 +387,7 @@ class WeightFormat:
                 f"weights: expected floating point [..., N, K], got {describe(weights)}"
             )
         if not weights.numel():
-            raise ValueError(f"weights: expected at least one row, got {describe(weights)}")
+            raise ValueError(f"weights: expected at least one weight, got {describe(weights)}")
         k = weights.shape[-1]
         self.check_k(k)
         group = self.checked_group(group_size, k)
@@ -432,12 +433,25 @@ class WeightFormat:
         """Returns how many weights of a row of `k` share a scale; None: the usual number.
 
         Raises:
+            TypeError: `group_size` is no integer.
             ValueError: the format has no such groups.
         """
-        group = self.group_size if group_size is None else group_size
+        group = self.group_size if group_size is None else integer(group_size, "group_size")
         allowed = (group_size is None or group == k) if self.blocks else group == self.group_size
         if not (allowed or (self.groups_vary and self.has_groups(k, group))):
-            raise ValueError(f"{self.name}: K {k} has no groups of {group} weights")
+            if self.blocks:
+                expected = f"none for blocks of {BLOCK} x {BLOCK} weights, or a row ({k} weights)"
+            elif self.groups_vary:
+                unit = self.group_size
+                expected = (
+                    f"a multiple of {unit} that divides a row of {k} weights, {unit} * 2^n, or the "
+                    "row"
+                )
+            else:
+                expected = f"{self.group_size or 'none'}, which is fixed"
+            raise ValueError(
+                f"{self.name}: weights that share a scale: expected {expected}, got {group}"
+            )
         return group
 
     def has_groups(self, k: int, group: int) -> bool:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -139,6 +139,10 @@ def write_checkpoint(
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     check_seed(seed)
     layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k), scales)
+    # Listing more experts than any disk holds would take hours.
+    codes = sum(n * k for n, k in layout.projections) * layout.format.code_bits // 8
+    nbytes = codes * layout.sizes.experts * layout.sizes.layers
+    _require_space(folder, nbytes, _disk(folder).total)
     specs = [tensor for layer in layout.layer_ids for tensor in layout.tensors(layer)]
     _prepare_folder(folder, overwrite, sum(tensor.nbytes for tensor in specs))
     with CheckpointWriter(
@@ -243,18 +247,29 @@ def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(
-                f"{folder}: expected an empty folder; name another one, or allow overwriting"
+                f"{folder}: expected an empty folder; name another one, or pass --overwrite "
+                f"(in Python: overwrite=True)"
             )
         replaced = _checkpoint_files(folder)
+    freed = sum(path.lstat().st_size for path in replaced)
+    _require_space(folder, nbytes, _disk(folder).free + freed)
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free + sum(path.lstat().st_size for path in replaced)
-    if nbytes > free:
-        raise OSError(
-            f"{folder}: the checkpoint needs {nbytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free; "
-            f"write fewer layers or experts"
-        )
     for path in replaced:
         path.unlink()
+
+
+def _disk(folder: Path) -> Any:
+    """Returns the total and the free bytes of the disk on which a folder is, or will be."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir()))
+
+
+def _require_space(folder: Path, nbytes: int, free: int) -> None:
+    if nbytes > free:
+        now = _disk(folder).free
+        raise OSError(
+            f"{folder}: the checkpoint needs {nbytes / 1e9:.1f} GB; {now / 1e9:.1f} GB are free; "
+            f"write fewer layers or experts"
+        )
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
