@@ -20,7 +20,7 @@ from page_runner import CommandServer
 def _server():
     """The process to fork from. It ends with this process."""
     # As in commands of several ranks, which set this before they import PyTorch.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     folder = tempfile.TemporaryDirectory(prefix="cpumoe-warm-")
     return CommandServer(Path(folder.name), "torch").__enter__(), folder
 

@@ -31,15 +31,19 @@ _LIBRARIES = {
 _set_by_cpumoe: set[str] = set()
 
 
-def bound_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
+def bound_waiting(environment: MutableMapping[str, str] | None = None) -> None:
     """Bounds how long OpenMP's threads spin, unless the user has decided.
 
     OpenMP reads the environment as it is loaded, which PyTorch does. The bound holds in processes
     that import PyTorch after this call: this one, or new ones that it starts.
+
+    Args:
+        environment: the process' variables; None: those of this process.
     """
-    if any(name in environment for name in WAITING_VARIABLES):
+    given = os.environ if environment is None else environment
+    if any(name in given for name in WAITING_VARIABLES):
         return
-    environment.update(_DEFAULTS)
+    given.update(_DEFAULTS)
     _set_by_cpumoe.update(_DEFAULTS)
 
 

@@ -36,7 +36,7 @@ _SMALL_BYTES = 16 << 20
 def choose_threads(
     asked: int | None,
     model: torch.nn.Module | None = None,
-    environment: Mapping[str, str] = os.environ,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Sets the number of PyTorch's threads, and lets it follow a model's calls.
 
@@ -44,11 +44,12 @@ def choose_threads(
         asked: the number that the command line gives; None: as the environment says, or else as
             many as this process has physical cores, within its CPU quota.
         model: a model that decodes; None: the number stays the same for all calls.
-        environment: the variables with which the user may decide.
+        environment: the variables with which the user may decide; None: this process' own.
     """
     import torch
 
-    if asked is None and any(name in environment for name in _COUNT_VARIABLES):
+    given = os.environ if environment is None else environment
+    if asked is None and any(name in given for name in _COUNT_VARIABLES):
         return
     most = asked or _default_threads()
     if model is None or not is_small(model):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _LOST = 1
 # torchrun sets this to 1 for several ranks of a machine. cpumoe divides the machine's cores.
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
-# PyTorch reads this when it is imported. Its warnings of lost connections, sixty lines each, would
-# hide the message that names the rank.
+# PyTorch reads this when it is imported. Sixty lines for each lost connection would hide the
+# message that names the rank. Exceptions say the rest.
 _LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 
 SumsOption = Annotated[
@@ -85,9 +85,10 @@ def join_ranks(
     global _joined
     if not started_as_rank() or _joined is not None:
         return _joined
-    os.environ.setdefault(_LOG_VARIABLE, "ERROR")
+    os.environ.setdefault(_LOG_VARIABLE, "FATAL")
     from cpumoe import embedded
     from cpumoe.distributed import join
+    from cpumoe.distributed.agreement import UnreachableError
 
     try:
         _joined = join(
@@ -97,8 +98,8 @@ def join_ranks(
             options={name: str(value) for name, value in options.items()},
             on_end=_end,
         )
-    except (OSError, ValueError):
-        if own_rank() == 0:
+    except (OSError, ValueError) as error:
+        if own_rank() == 0 or isinstance(error, UnreachableError):
             raise
         raise typer.Exit(BAD_INPUT) from None  # rank 0 says why
     if _joined.rank > 0:

@@ -32,6 +32,10 @@ class RanksError(ValueError):
     """Ranks cannot compute together, or one of them has ended."""
 
 
+class UnreachableError(RanksError):
+    """This rank has not found the others, so that none of them knows of the error."""
+
+
 def software() -> dict[str, str]:
     """Returns the versions that results and messages between ranks depend on."""
     import torch

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from cpumoe._base.launcher import check_launcher, own_rank
 from cpumoe.checkpoint import ExpertReader, open_checkpoint
 from cpumoe.distributed import messages
 from cpumoe.distributed.agreement import (
     RanksError,
+    UnreachableError,
     difference,
     digest,
     fingerprint,
@@ -301,7 +303,8 @@ def join(
             has already shown it. It must end the process. Default: calls raise RanksError.
 
     Raises:
-        RanksError: a rank is missing or differs from the others, or cannot read the checkpoint.
+        RanksError: a rank is missing or differs from the others, or cannot read the checkpoint; or
+            the launcher's variables are missing or wrong.
         OSError, ValueError: this rank cannot read the checkpoint, the frequencies are not those of
             its layers, or this CPU cannot run the variant; the sums are unknown.
     """
@@ -350,10 +353,19 @@ def _rendezvous() -> tuple[int, int, Any]:
     """Returns rank, number of ranks, and the launcher's store."""
     limit = timedelta(seconds=_START_SECONDS)
     try:
+        check_launcher()
+    except ValueError as error:
+        raise UnreachableError(str(error)) from None
+    try:
         store, rank, world = next(_UNTYPED.rendezvous("env://", timeout=limit))
     except (ValueError, RuntimeError) as error:
-        raise RanksError(
-            f"cannot reach the other ranks at {os.environ.get('MASTER_ADDR')}: {error}"
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        world = int(os.environ["WORLD_SIZE"])
+        others = f"all of {world} ranks" if own_rank() == 0 else "rank 0"
+        raise UnreachableError(
+            f"rank {own_rank()}: expected {others} at {place} (MASTER_ADDR, MASTER_PORT) within "
+            f"{_START_SECONDS} seconds, got: {str(error).splitlines()[0]}; start a process for "
+            f"each RANK from 0 to {world - 1} with this address"
         ) from error
     store.set_timeout(limit)
     return rank, world, store
