@@ -364,7 +364,7 @@ def _rendezvous() -> tuple[int, int, Any]:
         others = f"all of {world} ranks" if own_rank() == 0 else "rank 0"
         raise UnreachableError(
             f"rank {own_rank()}: expected {others} at {place} (MASTER_ADDR, MASTER_PORT) within "
-            f"{_START_SECONDS} seconds, got: {str(error).splitlines()[0]}; start a process for "
+            f"{_START_SECONDS} seconds, got: {_first_line(error)}; start a process for "
             f"each RANK from 0 to {world - 1} with this address"
         ) from error
     store.set_timeout(limit)
@@ -409,8 +409,13 @@ def _read(store: Any, key: str, who: str) -> Any:
     except RuntimeError as error:
         raise RanksError(
             f"{who} did not come within {_START_SECONDS} seconds, or the launcher has ended: "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Returns what PyTorch says before it lists a stack of C++ functions."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _divide_cpus(facts: list[_Facts], rank: int) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -141,8 +141,10 @@ def write_checkpoint(
     layout = _layout(spec, _sizes(spec, layers, experts, hidden, intermediate, top_k), scales)
     # Listing more experts than any disk holds would take hours.
     codes = sum(n * k for n, k in layout.projections) * layout.format.code_bits // 8
-    nbytes = codes * layout.sizes.experts * layout.sizes.layers
-    _require_space(folder, nbytes, _disk(folder).total)
+    least = codes * layout.sizes.experts * layout.sizes.layers
+    total, free = _disk_bytes(folder)
+    if least > total:
+        raise _no_space(folder, least, free)
     specs = [tensor for layer in layout.layer_ids for tensor in layout.tensors(layer)]
     _prepare_folder(folder, overwrite, sum(tensor.nbytes for tensor in specs))
     with CheckpointWriter(
@@ -251,25 +253,26 @@ def _prepare_folder(folder: Path, overwrite: bool, nbytes: int) -> None:
                 f"(in Python: overwrite=True)"
             )
         replaced = _checkpoint_files(folder)
-    freed = sum(path.lstat().st_size for path in replaced)
-    _require_space(folder, nbytes, _disk(folder).free + freed)
+    free = _disk_bytes(folder)[1] + sum(path.lstat().st_size for path in replaced)
+    if nbytes > free:
+        raise _no_space(folder, nbytes, free)
     folder.mkdir(parents=True, exist_ok=True)
     for path in replaced:
         path.unlink()
 
 
-def _disk(folder: Path) -> Any:
-    """Returns the total and the free bytes of the disk on which a folder is, or will be."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir()))
+def _disk_bytes(folder: Path) -> tuple[int, int]:
+    """Returns all bytes, and the free ones, of the disk on which a folder is or will be."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    usage = shutil.disk_usage(existing)
+    return usage.total, usage.free
 
 
-def _require_space(folder: Path, nbytes: int, free: int) -> None:
-    if nbytes > free:
-        now = _disk(folder).free
-        raise OSError(
-            f"{folder}: the checkpoint needs {nbytes / 1e9:.1f} GB; {now / 1e9:.1f} GB are free; "
-            f"write fewer layers or experts"
-        )
+def _no_space(folder: Path, nbytes: int, free: int) -> OSError:
+    return OSError(
+        f"{folder}: the checkpoint needs {nbytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free; "
+        f"write fewer layers or experts"
+    )
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
